@@ -1,0 +1,78 @@
+"""The only dispatch code: which backend serves an op on a device, and why another one cannot.
+
+PyTorch's dispatcher holds the capabilities: an op has a C++ kernel when the dispatch key CPU is
+filled, and a Triton launcher when CUDA is. `resolve` only translates names.
+"""
+
+import functools
+import os
+import warnings
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton")
+NATIVE = {"cpu": "cpp", "cuda": "triton"}
+
+
+@functools.cache
+def _load_extension() -> str | None:
+    """Load `fastrec._C`, whose import registers the CPU kernels. Returns why that failed."""
+    try:
+        import fastrec._C  # noqa: F401
+    except ModuleNotFoundError:
+        return "the C++ extension is not built (reinstall fastrec where a C++ compiler is found)"
+    except ImportError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+_EXTENSION_ERROR = _load_extension()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors through the interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable_reason(backend: str, op: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run `op` on `device`; None if it can."""
+    if backend == "reference":
+        return None
+    if backend not in BACKENDS:
+        return f"unknown backend, expected one of {BACKENDS}"
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"cpp runs on cpu, tensors are on {device.type}"
+        if _EXTENSION_ERROR:
+            return _EXTENSION_ERROR
+        key = "CPU"
+    else:
+        if device.type != "cuda" and not interpreting():
+            return f"triton runs on cuda, tensors are on {device.type}"
+        key = "CUDA"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrec::{op}_fwd", key):
+        return f"{op} has no {backend} kernel"
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def resolve(backend: str | None, op: str, device: torch.device) -> str:
+    """The backend that serves `op` on `device`: the native one for None, else exactly `backend`.
+
+    Raises RuntimeError with the reason when an explicit request cannot run. With None, a missing
+    native backend means the reference, said once.
+    """
+    if backend is None:
+        native = NATIVE.get(device.type, "reference")
+        if why := unavailable_reason(native, op, device):
+            if not torch.compiler.is_compiling():
+                _say_once(f"fastrec: {op} uses the slower reference backend: {why}")
+            return "reference"
+        return native
+    if why := unavailable_reason(backend, op, device):
+        raise RuntimeError(f"backend={backend!r}: {why}")
+    return backend

@@ -1,0 +1,50 @@
+"""The jagged batch: what every op, encoder and objective receives. Legend: B sequences, T events."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class JaggedBatch:
+    """A batch of sequences laid end to end; sequence b is `values[offsets[b]:offsets[b + 1]]`.
+
+    values: int64 [T] item ids in [0, V), special tokens in [V, V + 4).
+    offsets: int64 [B + 1], offsets[0] = 0, offsets[B] = T.
+    sample_ids: int64 [B], the global id of each sequence, the key of its randomness.
+    max_seq_len: upper bound of the sequence lengths, known on the host.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    sample_ids: Tensor
+    max_seq_len: int
+
+    def __len__(self) -> int:
+        return self.sample_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B]."""
+        return self.offsets.diff()
+
+    def positions(self) -> Tensor:
+        """int64 [T]: the place of each event inside its sequence, from 0."""
+        starts = torch.repeat_interleave(
+            self.offsets[:-1], self.lengths, output_size=self.values.shape[0]
+        )
+        return torch.arange(self.values.shape[0], device=self.values.device) - starts
+
+    def segment_ids(self) -> Tensor:
+        """int64 [T]: the index in the batch of the sequence that each event belongs to."""
+        index = torch.arange(len(self), device=self.values.device)
+        return torch.repeat_interleave(index, self.lengths, output_size=self.values.shape[0])
+
+    def to(self, device) -> "JaggedBatch":
+        return replace(
+            self,
+            values=self.values.to(device, non_blocking=True),
+            offsets=self.offsets.to(device, non_blocking=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=True),
+        )

@@ -1,0 +1,322 @@
+"""Softmax cross-entropy of a linear layer, without the N x V logits.
+
+Legend: N scored rows, V items, D width, T rows of `input` before selection.
+
+The kernels know one function of the logits s_ij = x_i . W_j + b_j and its derivative:
+
+    lse_i = logsumexp_j s_ij,   target_logit_i = s_i,y_i,   p_ij = exp(s_ij - lse_i)
+    dx_i = grad_lse_i * sum_j p_ij W_j + grad_target_i * W_y
+    dW_j = sum_i grad_lse_i * p_ij * x_i + sum_{i: y_i = j} grad_target_i * x_i    (db_j: without x_i)
+
+Class weights, smoothing, z-loss and reductions are arithmetic on these [N] vectors. The forward
+kernel also returns weight_mean_i = sum_j p_ij W_j, so dx needs no second sweep over the items.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrec.backend import resolve
+
+OP = "linear_cross_entropy"
+
+# target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse,
+# target_logit [N] and weight_mean [N, D] ([0, D] unless asked for) are float32, or float64 for float64.
+torch.library.define(
+    f"fastrec::{OP}_fwd",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, bool with_weight_mean)"
+    " -> (Tensor lse, Tensor target_logit, Tensor weight_mean)",
+)
+# grad_weight [V, D] has the dtype of linear_weight, grad_bias [V] that of linear_bias ([0] if None).
+torch.library.define(
+    f"fastrec::{OP}_bwd",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor lse,"
+    " Tensor grad_lse, Tensor grad_target_logit) -> (Tensor grad_weight, Tensor grad_bias)",
+)
+
+
+def _accumulate_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake(f"fastrec::{OP}_fwd")
+def _(input, linear_weight, linear_bias, target, with_weight_mean):
+    rows, width = input.shape
+    out = input.new_empty(rows, dtype=_accumulate_dtype(input))
+    return out, torch.empty_like(out), out.new_empty(rows if with_weight_mean else 0, width)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_bwd")
+def _(input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit):
+    # Contiguous, whatever the strides of the inputs are.
+    grad_bias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape)
+    return linear_weight.new_empty(linear_weight.shape), grad_bias
+
+
+@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import linear_cross_entropy as kernels
+
+    return kernels.linear_cross_entropy_fwd(*args)
+
+
+@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import linear_cross_entropy as kernels
+
+    return kernels.linear_cross_entropy_bwd(*args)
+
+
+def _launchers(backend: str, device: torch.device):
+    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
+        from fastrec.kernels import linear_cross_entropy as kernels
+
+        return kernels.linear_cross_entropy_fwd, kernels.linear_cross_entropy_bwd
+    return torch.ops.fastrec.linear_cross_entropy_fwd, torch.ops.fastrec.linear_cross_entropy_bwd
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(lse, target_logit, class_sum) with class_sum_i = sum_j class_weight_j s_ij (0 if None)."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, rows, class_weight, backend):
+        fwd, _ = _launchers(backend, input.device)
+        x = input if rows is None else input.index_select(0, rows)
+        lse, target_logit, weight_mean = fwd(
+            x, linear_weight, linear_bias, target, ctx.needs_input_grad[0]
+        )
+        class_mean, class_sum = None, torch.zeros_like(lse)
+        if class_weight is not None:
+            class_mean = class_weight.to(linear_weight.dtype) @ linear_weight
+            class_sum = (x.to(lse.dtype) @ class_mean.to(lse.dtype)).masked_fill(target < 0, 0)
+            if linear_bias is not None:
+                class_sum = class_sum + (class_weight @ linear_bias.to(lse.dtype)) * (target >= 0)
+        ctx.save_for_backward(
+            x, linear_weight, linear_bias, target, rows, class_weight, lse, weight_mean, class_mean
+        )
+        ctx.backend, ctx.input_shape = backend, input.shape
+        return lse, target_logit, class_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_lse, grad_target_logit, grad_class_sum):
+        (x, linear_weight, linear_bias, target, rows, class_weight, lse, weight_mean, class_mean) = (
+            ctx.saved_tensors
+        )
+        _, bwd = _launchers(ctx.backend, x.device)
+        scored = (target >= 0).to(lse.dtype)
+        grad_lse = (grad_lse * scored).contiguous()
+        grad_target_logit = (grad_target_logit * scored).contiguous()
+        grad_class_sum = grad_class_sum * scored
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad = weight_mean * grad_lse[:, None]
+            target_rows = linear_weight.index_select(0, target.clamp_min(0)).to(lse.dtype)
+            grad = torch.addcmul(grad, target_rows, grad_target_logit[:, None])
+            if class_mean is not None:
+                grad = torch.addcmul(grad, class_mean.to(lse.dtype), grad_class_sum[:, None])
+            grad = grad.to(x.dtype)
+            if rows is None:
+                grad_input = grad
+            else:
+                grad_input = grad.new_zeros(ctx.input_shape).index_add_(0, rows, grad)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_weight, grad_bias = bwd(
+                x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit
+            )
+            if class_weight is not None:  # the same rank-1 term for every row: no second [V, D] buffer
+                direction = (grad_class_sum @ x.to(lse.dtype)).to(grad_weight.dtype)
+                grad_weight = grad_weight.addr_(class_weight.to(grad_weight.dtype), direction)
+                if linear_bias is not None:
+                    grad_bias = grad_bias + (class_weight * grad_class_sum.sum()).to(grad_bias.dtype)
+        return (
+            grad_input,
+            grad_weight if ctx.needs_input_grad[1] else None,
+            grad_bias if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy_ref(
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    weight=None,
+    reduction="mean",
+    ignore_index=-100,
+    label_smoothing=0.0,
+    rows=None,
+    z_loss=0.0,
+):
+    """The oracle: plain PyTorch, any dtype, materialises the logits."""
+    if rows is not None and rows.dtype == torch.bool:
+        target = torch.where(rows, target, ignore_index)
+    elif rows is not None:
+        input = input[rows]
+    bias = None if linear_bias is None else linear_bias.to(input.dtype)
+    logits = F.linear(input, linear_weight.to(input.dtype), bias)
+    logits = logits.to(_accumulate_dtype(input))
+    kept = target != ignore_index
+    y = torch.where(kept, target, 0)
+    class_weight = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
+    lse = torch.logsumexp(logits, dim=1)
+    log_p = torch.log_softmax(logits, dim=1)
+    row_weight = class_weight[y] * kept
+    loss = -(1 - label_smoothing) * row_weight * log_p.gather(1, y[:, None]).squeeze(1)
+    if label_smoothing:
+        loss = loss - kept * (log_p @ class_weight) * (label_smoothing / logits.shape[1])
+    loss = loss + z_loss * row_weight * lse.square()
+    loss = torch.where(kept, loss, 0)
+    return _reduce(loss, row_weight, reduction)
+
+
+def _reduce(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    # No scored row, or only rows of weight 0: the mean is 0 with a live graph, not NaN.
+    total = row_weight.sum()
+    return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows):
+    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
+        raise ValueError(
+            "input must be [T, D] and linear_weight [V, D], got"
+            f" {list(input.shape)} and {list(linear_weight.shape)}"
+        )
+    items = linear_weight.shape[0]
+    if items == 0:
+        raise ValueError("linear_weight has no rows: there is no item to score")
+    for name, tensor in (("input", input), ("linear_weight", linear_weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 item ids, got {target.dtype}")
+    for name, vector in (("linear_bias", linear_bias), ("weight", weight)):
+        if vector is not None and vector.shape != (items,):
+            raise ValueError(f"{name} must be [{items}], got {list(vector.shape)}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if rows is not None and rows.dtype not in (torch.int64, torch.bool):
+        raise TypeError(f"rows must be int64 positions or a bool mask, got {rows.dtype}")
+    scored = input.shape[0] if rows is None or rows.dtype == torch.bool else rows.shape[0]
+    if target.shape != (scored,):
+        raise ValueError(f"target must be [{scored}], one per scored row, got {list(target.shape)}")
+    if rows is not None and rows.dtype == torch.bool and rows.shape != (scored,):
+        raise ValueError(f"rows as a mask must be [{scored}], got {list(rows.shape)}")
+
+
+def _check_range(name: str, index: Tensor, size: int, ignored: Tensor | None = None) -> None:
+    """Raise when an index is outside [0, size). No host synchronisation on a GPU: there, as in
+    PyTorch's own losses, the failure is a device assertion."""
+    wrong = (index < 0) | (index >= size)
+    if ignored is not None:
+        wrong = wrong & ~ignored
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), f"linear_cross_entropy: {name} outside [0, {size})")
+    elif wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise IndexError(f"{name}[{at}] is {int(index[at])}, expected a value in [0, {size})")
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    rows: Tensor | None = None,
+    z_loss: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of `input[rows] @ linear_weight.T + linear_bias`, logits never stored.
+
+    Arguments and semantics are those of `torch.nn.functional.linear_cross_entropy`, plus `rows`
+    and `z_loss`. With a_i = weight[target_i] (1 without `weight`), and 0 for ignored rows:
+
+        loss_i = (1 - label_smoothing) a_i (lse_i - s_i,y) + z_loss a_i lse_i^2
+                 + label_smoothing / V * sum_j weight_j (lse_i - s_ij)
+
+    This is the softmax of masked item prediction (UPRec, eq. 6-7) with the item table as W.
+
+    Args:
+        input: [T, D], float64, float32, bfloat16 or float16.
+        linear_weight: item table [V, D], of the same dtype, or float32 beside a low-precision input.
+        target: int64 item ids in [0, V), one per scored row: [N] for index `rows`, else [T].
+        linear_bias: [V]. -inf takes an item out of the softmax.
+        weight: class weights [V], not differentiated.
+        reduction: "mean" (divided by sum of a_i; 0 when that is 0), "sum" or "none".
+        ignore_index: target value of rows that are not scored: loss 0, no gradient.
+        label_smoothing: in [0, 1].
+        rows: positions of `input` to score: int64 [N] (repeats allowed) or a bool mask [T].
+        z_loss: weight of the squared log-partition term.
+        backend: None (native to the device), "reference", "cpp" or "triton".
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or per scored row for "none" ([T] for a mask,
+        0 where it is False). Gradients have the dtype of their tensor; products accumulate in
+        float32. Not twice differentiable, except on the reference backend.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a target or a row is
+        out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+    """
+    _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows)
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
+        input = input.to(torch.get_autocast_dtype(device))
+    _check_range("target", target, linear_weight.shape[0], target == ignore_index)
+    if rows is not None and rows.dtype == torch.int64:
+        _check_range("rows", rows, input.shape[0])
+    backend = resolve(backend, OP, input.device)
+    if backend == "reference":
+        return linear_cross_entropy_ref(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            rows=rows,
+            z_loss=z_loss,
+        )
+    if rows is not None and rows.dtype == torch.bool:
+        target, rows = torch.where(rows, target, ignore_index), None
+    kept = target != ignore_index
+    y = torch.where(kept, target, -1)
+    accumulate = _accumulate_dtype(input)
+    class_weight = None if weight is None else weight.detach().to(accumulate)
+    smoothed = None
+    if label_smoothing:
+        smoothed = class_weight
+        if smoothed is None:
+            smoothed = input.new_ones(linear_weight.shape[0], dtype=accumulate)
+    lse, target_logit, class_sum = _LinearCrossEntropy.apply(
+        input, linear_weight, linear_bias, y, rows, smoothed, backend
+    )
+    row_weight = kept.to(accumulate)
+    if class_weight is not None:
+        row_weight = row_weight * class_weight[y.clamp_min(0)]
+    loss = (1 - label_smoothing) * row_weight * (lse - target_logit)
+    if smoothed is not None:
+        smoothing = smoothed.sum() * lse - class_sum
+        loss = loss + (label_smoothing / linear_weight.shape[0]) * kept * smoothing
+    if z_loss:
+        loss = loss + z_loss * row_weight * lse.square()
+    return _reduce(loss, row_weight, reduction)

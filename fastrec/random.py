@@ -1,0 +1,104 @@
+"""Counter-based randomness: contract version 1, reference implementation in plain torch.
+
+A draw depends on (seed, step, sample id, view, site, layer, head, row, column) and on nothing
+else, so it is the same in any batch, on any rank, jagged or padded, on CPU or GPU, and in any
+recomputation. Nothing here reads or advances a global generator.
+
+The generator is Philox4x32 with 7 rounds (Salmon et al., SC 2011). Key and counter words:
+
+    k0 = lo32(seed) ^ (site << 24) ^ (bits << 16)      k1 = hi32(seed)
+    c0 = row << 16 | group                             c1 = view << 16 | layer << 8 | head
+    c2 = lo32(sample id)                               c3 = lo32(step)
+
+`bits` is 8 or 16; one call serves 16 or 8 consecutive columns of a row, `group` being the column
+divided by that number. An event with probability p happens where draw < threshold(p, bits).
+"""
+
+import torch
+from torch import Tensor
+
+# Sites 1-5 are dropout sites of an encoder; 16 and up belong to the data path. Numbers are part of
+# the contract: a new site gets a new number, an old one is never reused.
+SITES = {
+    "attention": 1,
+    "embedding": 2,
+    "attention_output": 3,
+    "ffn_inner": 4,
+    "ffn_output": 5,
+    "mask_item": 16,
+    "mask_forced": 17,
+    "mask_replace": 18,
+    "mask_random_item": 19,
+}
+
+ROUNDS = 7
+_MASK32 = 0xFFFFFFFF
+
+
+def _mul_hi_lo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    # int64 products of two 32-bit words wrap, but the low 64 bits are right; the high word is
+    # computed from 16-bit halves so that no intermediate passes 2^63.
+    low, high = word & 0xFFFF, word >> 16
+    product_low = multiplier * low
+    product_high = multiplier * high + (product_low >> 16)
+    return product_high >> 16, ((product_high & 0xFFFF) << 16) | (product_low & 0xFFFF)
+
+
+def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-7. Words are int64 tensors (or ints) holding unsigned 32-bit values, broadcast."""
+    k0, k1 = key
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    for _ in range(ROUNDS):
+        high0, low0 = _mul_hi_lo(0xD2511F53, c0)
+        high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def threshold(p: float, bits: int = 16) -> int:
+    """T such that `draw < T` happens with probability T / 2^bits, the nearest to p."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"probability must be in [0, 1], got {p}")
+    return int(2**bits * p + 0.5)
+
+
+def draws(
+    seed: Tensor | int,
+    step: Tensor | int,
+    sample_ids: Tensor,
+    row: Tensor | int,
+    col: Tensor,
+    *,
+    site: str,
+    view: int = 0,
+    layer: int = 0,
+    head: int = 0,
+    bits: int = 16,
+) -> Tensor:
+    """Unsigned `bits`-bit draws for the elements (sample_ids, row, col), which broadcast.
+
+    Returns int64. Rows and columns must be below 65,536, `view` too, `layer` and `head` below 256;
+    sample ids and steps count modulo 2^32.
+    """
+    if bits not in (8, 16):
+        raise ValueError(f"bits must be 8 or 16, got {bits}")
+    if not (0 <= view < 65536 and 0 <= layer < 256 and 0 <= head < 256):
+        raise ValueError(f"out of range: view {view}, layer {layer}, head {head}")
+    seed, step = torch.as_tensor(seed), torch.as_tensor(step)
+    key = (
+        (seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16),
+        (seed >> 32) & _MASK32,
+    )
+    group_shift, lane = (4, col & 15) if bits == 8 else (3, col & 7)
+    counter = (
+        (torch.as_tensor(row) << 16) | (col >> group_shift),
+        (view << 16) | (layer << 8) | head,
+        sample_ids & _MASK32,
+        step & _MASK32,
+    )
+    words = torch.stack(philox(key, counter), dim=-1)
+    per_word = 32 // bits
+    lane = lane.expand(words.shape[:-1])
+    word = words.gather(-1, (lane // per_word).unsqueeze(-1)).squeeze(-1)
+    return (word >> (bits * (lane % per_word))) & ((1 << bits) - 1)
