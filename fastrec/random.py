@@ -14,6 +14,8 @@ The generator is Philox4x32 with 7 rounds (Salmon et al., SC 2011). Key and coun
 divided by that number. An event with probability p happens where draw < threshold(p, bits).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ SITES = {
     "mask_forced": 17,
     "mask_replace": 18,
     "mask_random_item": 19,
+    "epoch_order": 20,
 }
 
 ROUNDS = 7
@@ -36,12 +39,10 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _mul_hi_lo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    # int64 products of two 32-bit words wrap, but the low 64 bits are right; the high word is
-    # computed from 16-bit halves so that no intermediate passes 2^63.
-    low, high = word & 0xFFFF, word >> 16
-    product_low = multiplier * low
-    product_high = multiplier * high + (product_low >> 16)
-    return product_high >> 16, ((product_high & 0xFFFF) << 16) | (product_low & 0xFFFF)
+    # The int64 product wraps modulo 2^64, which keeps all 64 bits of the unsigned product; the
+    # arithmetic shift smears the sign into the high half, and the mask removes it.
+    product = word * multiplier
+    return (product >> 32) & _MASK32, product & _MASK32
 
 
 def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,3 +103,57 @@ def draws(
     lane = lane.expand(words.shape[:-1])
     word = words.gather(-1, (lane // per_word).unsqueeze(-1)).squeeze(-1)
     return (word >> (bits * (lane % per_word))) & ((1 << bits) - 1)
+
+
+@dataclass(frozen=True)
+class Rng:
+    """What a dropout mask depends on besides the element: `seed`, `step` and the view number."""
+
+    seed: Tensor | int
+    step: Tensor | int
+    view: int = 0
+
+
+def keep_mask(
+    rng: Rng,
+    p: float,
+    sample_ids: Tensor,
+    row: Tensor,
+    columns: int,
+    *,
+    site: str,
+    layer: int = 0,
+    head: Tensor | int = 0,
+) -> tuple[Tensor, float]:
+    """Dropout mask of whole rows, 8 bits a draw: (bool [..., columns], scale of the kept values).
+
+    `sample_ids`, `row` and `head` broadcast to the leading shape. The probability is quantised to
+    1/256 and the scale is exact for the quantised one. p = 1 is rejected.
+    """
+    drop = threshold(p, 8)
+    if drop == 256:
+        raise ValueError(f"dropout probability {p} leaves nothing to keep")
+    seed, step = torch.as_tensor(rng.seed), torch.as_tensor(rng.step)
+    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (8 << 16), (seed >> 32) & _MASK32)
+    groups = torch.arange((columns + 15) // 16, device=sample_ids.device)
+    counter = (
+        (row.unsqueeze(-1) << 16) | groups,
+        (rng.view << 16) | (layer << 8) | torch.as_tensor(head).unsqueeze(-1),
+        (sample_ids & _MASK32).unsqueeze(-1),
+        step & _MASK32,
+    )
+    words = torch.stack(philox(key, counter), dim=-1)
+    # int32 words in memory are the contract's 16 little-endian bytes.
+    draws8 = words.to(torch.int32).view(torch.uint8).flatten(-2)[..., :columns]
+    return draws8 >= drop, 256 / (256 - drop)
+
+
+def sort_keys(seed: int, step: int, sample_ids: Tensor, *, site: str) -> Tensor:
+    """One 62-bit key per sample id (int64, not negative): sorting by it shuffles the samples.
+
+    The key is made of the 16-bit draws of columns 0-3 of row 0, in that order, without the lowest
+    bit of columns 1 and 3.
+    """
+    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
+    c0, c1, _, _ = philox(key, (0, 0, sample_ids & _MASK32, step & _MASK32))
+    return (c0 >> 1) << 31 | (c1 >> 1)

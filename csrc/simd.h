@@ -1,0 +1,115 @@
+// Vectors of a fixed width, their exponential, and the choice of an instruction set at run time.
+//
+// A kernel is a template over `Simd<T, BYTES>` in which everything is FASTREC_INLINE. It is
+// instantiated inside one function per instruction set (FASTREC_DEFINE_PER_ISA), so that a single
+// source gives AVX-512, AVX2 and baseline code in one portable binary.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define FASTREC_INLINE inline __attribute__((always_inline))
+
+namespace fastrec {
+
+template <class T>
+struct ExpConstants;
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2. Adding `magic` rounds to an integer and
+// leaves n in the low bits of the sum. ln 2 is subtracted in two parts, so r is exact to rounding.
+template <>
+struct ExpConstants<float> {
+  using Bits = int32_t;
+  static constexpr int mantissa = 23;
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float log2e = 1.44269504089f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr float smallest = -87.33654f;  // below it the result would not be normal
+  // Least-squares fit weighted for the relative error (4e-9), with exp(0) = 1 exactly.
+  static constexpr float poly[] = {1.0f,           1.0f,            0.4999998856f, 0.1666651817f,
+                                   0.04166953869f, 0.008368951777f, 0.001375127911f};
+};
+
+template <>
+struct ExpConstants<double> {
+  using Bits = int64_t;
+  static constexpr int mantissa = 52;
+  static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double log2e = 1.44269504088896340736, ln2_hi = 0.693147180369123816490,
+                          ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double smallest = -708.39641853226408;
+  // Taylor to degree 13: the first dropped term is (ln(2)/2)^14 / 14! = 4e-18.
+  static constexpr double poly[] = {1.0,           1.0,           1.0 / 2,        1.0 / 6,
+                                    1.0 / 24,      1.0 / 120,     1.0 / 720,      1.0 / 5040,
+                                    1.0 / 40320,   1.0 / 362880,  1.0 / 3628800,  1.0 / 39916800,
+                                    1.0 / 479001600, 1.0 / 6227020800};
+};
+
+template <class T_, int BYTES>
+struct Simd {
+  using T = T_;
+  using C = ExpConstants<T>;
+  typedef T V __attribute__((vector_size(BYTES)));
+  typedef T Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+  typedef typename C::Bits I __attribute__((vector_size(BYTES)));
+  static constexpr int lanes = BYTES / sizeof(T);
+
+  static FASTREC_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  static FASTREC_INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+  static FASTREC_INLINE V max(V a, V b) { return a > b ? a : b; }
+
+  // For x <= 0 (a softmax never needs more). exp(-inf) = 0; results below the smallest normal
+  // number are 0; NaN stays NaN, because it fails the comparison.
+  static FASTREC_INLINE V exp(V x) {
+    V shifted = x * C::log2e + C::magic;
+    V n = shifted - C::magic;
+    V r = x - n * C::ln2_hi;
+    r = r - n * C::ln2_lo;
+    constexpr int degree = sizeof(C::poly) / sizeof(T) - 1;
+    V y = V{} + C::poly[degree];
+#pragma GCC unroll 16
+    for (int i = degree - 1; i >= 0; --i) y = y * r + C::poly[i];
+    V scaled = (V)((I)y + ((I)shifted << C::mantissa));
+    return x < C::smallest ? V{} : scaled;
+  }
+};
+
+}  // namespace fastrec
+
+#if defined(__x86_64__)
+#define FASTREC_TARGET(isa) __attribute__((target(isa)))
+namespace fastrec {
+// Width in bytes of the widest vectors this processor and its operating system support.
+inline int vector_bytes() {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return 64;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
+}
+}  // namespace fastrec
+
+// Defines `template <class T> void name(const Arguments<T>&)`, which runs body<Simd<T, BYTES>>.
+#define FASTREC_DEFINE_PER_ISA(name, Arguments, body)                                      \
+  template <class T>                                                                       \
+  FASTREC_TARGET("arch=x86-64-v4") void name##_v4(const Arguments<T>& a) {                 \
+    body<Simd<T, 64>>(a);                                                                  \
+  }                                                                                        \
+  template <class T>                                                                       \
+  FASTREC_TARGET("arch=x86-64-v3") void name##_v3(const Arguments<T>& a) {                 \
+    body<Simd<T, 32>>(a);                                                                  \
+  }                                                                                        \
+  template <class T>                                                                       \
+  void name##_v1(const Arguments<T>& a) {                                                  \
+    body<Simd<T, 16>>(a);                                                                  \
+  }                                                                                        \
+  template <class T>                                                                       \
+  void name(const Arguments<T>& a) {                                                       \
+    static const int bytes = vector_bytes();                                               \
+    bytes == 64 ? name##_v4(a) : bytes == 32 ? name##_v3(a) : name##_v1(a);                \
+  }
+#else
+#define FASTREC_DEFINE_PER_ISA(name, Arguments, body) \
+  template <class T>                                  \
+  void name(const Arguments<T>& a) {                  \
+    body<Simd<T, 16>>(a);                             \
+  }
+#endif

@@ -1,0 +1,325 @@
+"""The canonical dataset: a directory of Parquet tables and the memory-mapped jagged form.
+
+    interactions.parquet  user, item: int64 from 0; timestamp: int64; optional rating, event_type;
+                          sorted by user, then in time order
+    users.parquet         user: int64 0..U-1, user_id: the original id, attributes
+    items.parquet         item: int64 0..V-1, item_id: the original id, attributes
+    relations.parquet     user, friend: int64 (optional)
+    schema.json           format version, counts, columns, tie rule, source, what filters removed
+    values.npy            int32 or int64 [E], the items of all users end to end, in time order
+    offsets.npy           int64 [U + 1], the events of user u are values[offsets[u]:offsets[u + 1]]
+
+Training reads the two arrays only. Letters: U users, V items, E events, B sequences, T events of a
+batch.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.errors import DataError
+
+FORMAT = "fastrec-dataset"
+FORMAT_VERSION = 1
+# How many of the last events of a user a split hides from its input.
+SPLITS = {"all": 0, "train": 2, "valid": 2, "test": 1}
+TARGETS = {"valid": 2, "test": 1}
+MIN_EVENTS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceDataset:
+    """Leave-one-out views of the sequences of a canonical dataset; `load` opens one.
+
+    Splits of a user with n >= 3 events:
+
+        train  input: all but the last two events
+        valid  input: all but the last two events      target: the second last
+        test   input: all but the last event           target: the last
+        all    input: every event (to serve, or to pre-train without evaluation)
+
+    A user with n < 3 events (`num_short_users` counts them) has no target: all n events stay in
+    `train` and `all`, and the user is not in `users("valid")` and `users("test")`.
+    """
+
+    path: Path
+    schema: dict
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def load(cls, path, *, validate: bool = True) -> "SequenceDataset":
+        """Open the directory `path`. The arrays are memory-mapped, read-only.
+
+        `validate=False` skips the checks that read the whole of values.npy and offsets.npy.
+        Raises DataError that names the file: missing, truncated or corrupt file, unknown format
+        version, sizes that disagree with schema.json, offsets not monotone, items out of range.
+        """
+        path = Path(path)
+        schema = _read_schema(path / "schema.json")
+        values = _read_array(path / "values.npy", ("int32", "int64"))
+        offsets = _read_array(path / "offsets.npy", ("int64",))
+        dataset = cls(path, schema, values, offsets)
+        dataset._check_sizes()
+        if validate:
+            dataset._check_contents()
+        return dataset
+
+    @property
+    def num_users(self) -> int:
+        return self.schema["num_users"]
+
+    @property
+    def num_items(self) -> int:
+        return self.schema["num_items"]
+
+    @property
+    def num_events(self) -> int:
+        return self.schema["num_interactions"]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [U]: number of events of each user."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_short_users(self) -> int:
+        """Users with fewer than 3 events: no validation and no test target."""
+        return int((self.lengths < MIN_EVENTS).sum())
+
+    def split_lengths(self, split: str) -> np.ndarray:
+        """int64 [U]: length of the input of each user; 0 where a user is not in the split."""
+        hidden = _hidden(split)
+        short = self.lengths if split in ("train", "all") else 0
+        return np.where(self.lengths >= MIN_EVENTS, self.lengths - hidden, short)
+
+    def users(self, split: str) -> np.ndarray:
+        """int64: ascending indices of the users whose input in `split` holds at least one event."""
+        return np.flatnonzero(self.split_lengths(split) > 0)
+
+    def targets(self, split: str) -> torch.Tensor:
+        """int64 [U]: the held-out item of each user, -1 for users with fewer than 3 events.
+
+        split: "valid" (the second last event) or "test" (the last).
+        """
+        if split not in TARGETS:
+            raise ValueError(f"split must be one of {sorted(TARGETS)} for targets, got {split!r}")
+        eligible = self.lengths >= MIN_EVENTS
+        targets = np.full(self.num_users, -1, dtype=np.int64)
+        targets[eligible] = self.values[self.offsets[1:][eligible] - TARGETS[split]]
+        return torch.from_numpy(targets)
+
+    def item_counts(self, split: str = "train") -> torch.Tensor:
+        """int64 [V]: how often each item occurs in the inputs of `split`."""
+        lengths = self.split_lengths(split)
+        if split == "all":
+            events = self.values
+        else:
+            ends = np.zeros(self.num_events + 1, dtype=np.int8)
+            kept = np.flatnonzero(lengths)
+            ends[self.offsets[kept]] += 1
+            ends[self.offsets[kept] + lengths[kept]] -= 1
+            events = self.values[np.cumsum(ends[:-1], dtype=np.int8).astype(bool)]
+        return torch.from_numpy(np.bincount(events, minlength=self.num_items))
+
+    def gather(
+        self,
+        users,
+        split: str,
+        max_len: int | None = None,
+        *,
+        cls_id: int | None = None,
+        sep_id: int | None = None,
+        append: int | None = None,
+    ) -> JaggedBatch:
+        """One batch: the inputs of `users` in `split`, `[cls_id] item .. item [append] [sep_id]`.
+
+        users: int64 [B] tensor, array or list of user indices; they may repeat.
+        max_len: the most recent max_len items are kept; `append` (a MASK token, say) counts as an
+        item, so a full sequence loses its oldest one. cls_id and sep_id are not counted.
+        sample_ids of the batch are the user indices; max_seq_len is the longest sequence in it.
+        The tensors are on the CPU. A user without events in `split` gives an empty sequence in
+        "train" and "all"; in "valid" and "test" it has no target and raises ValueError.
+        """
+        users = np.ascontiguousarray(torch.as_tensor(users, dtype=torch.int64).numpy())
+        self._check_users(users, split)
+        starts, ends = self.offsets[users], self.offsets[users + 1]
+        kept = ends - starts
+        hidden = _hidden(split)
+        if hidden:
+            kept -= np.where(kept >= MIN_EVENTS, hidden, 0)
+        ends = starts + kept
+        if max_len is not None:
+            room = max_len - (append is not None)
+            if room < 0 or max_len < 1:
+                raise ValueError(f"max_len must be at least 1, got {max_len}")
+            kept = np.minimum(kept, room)
+        before = int(cls_id is not None)
+        after = int(append is not None) + int(sep_id is not None)
+
+        item_offsets = np.concatenate(([0], np.cumsum(kept)))
+        event = np.arange(item_offsets[-1])
+        items = self.values[event + np.repeat(ends - item_offsets[1:], kept)]
+        offsets, values = item_offsets, items.astype(np.int64)
+        if before + after:
+            extra = np.arange(len(users) + 1) * (before + after)
+            offsets = item_offsets + extra
+            values = np.empty(offsets[-1], dtype=np.int64)
+            values[event + np.repeat(extra[:-1] + before, kept)] = items
+            if cls_id is not None:
+                values[offsets[:-1]] = cls_id
+            if append is not None:
+                values[offsets[1:] - after] = append
+            if sep_id is not None:
+                values[offsets[1:] - 1] = sep_id
+        return JaggedBatch(
+            values=torch.from_numpy(values),
+            offsets=torch.from_numpy(offsets),
+            sample_ids=torch.from_numpy(users.copy()),
+            max_seq_len=int(kept.max(initial=0)) + before + after,
+        )
+
+    def user_ids(self) -> np.ndarray:
+        """[U]: the original user ids (int64, or object array of str), read from users.parquet."""
+        return self._column("users.parquet", "user_id")
+
+    def item_ids(self) -> np.ndarray:
+        """[V]: the original item ids (int64, or object array of str), read from items.parquet."""
+        return self._column("items.parquet", "item_id")
+
+    def user_attributes(self):
+        """polars.DataFrame of users.parquet: user, user_id and the attributes, one row per user."""
+        return self._table("users.parquet", self.num_users)
+
+    def item_attributes(self):
+        """polars.DataFrame of items.parquet: item, item_id and the attributes, one row per item."""
+        return self._table("items.parquet", self.num_items)
+
+    def relations(self) -> np.ndarray | None:
+        """int64 [R, 2]: (user, friend) pairs as they are stored; None if there are none."""
+        if not (self.path / "relations.parquet").exists():
+            return None
+        pairs = self._table("relations.parquet").select("user", "friend").to_numpy()
+        if pairs.size and not (0 <= pairs.min() and pairs.max() < self.num_users):
+            raise DataError(self.path / "relations.parquet", f"user out of [0, {self.num_users})")
+        return pairs
+
+    def friends(self, *, symmetric: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(values int64 [R], offsets int64 [U + 1]): the friends of each user, ascending, once each.
+
+        symmetric: a pair (a, b) makes b a friend of a and a a friend of b. None without relations.
+        """
+        pairs = self.relations()
+        if pairs is None:
+            return None
+        if symmetric:
+            pairs = np.concatenate((pairs, pairs[:, ::-1]))
+        pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+        offsets = np.searchsorted(pairs[:, 0], np.arange(self.num_users + 1))
+        return torch.from_numpy(pairs[:, 1].copy()), torch.from_numpy(offsets)
+
+    def _check_users(self, users: np.ndarray, split: str) -> None:
+        if users.ndim != 1:
+            raise ValueError(f"users must have one dimension, got shape {tuple(users.shape)}")
+        if users.size == 0:
+            return
+        if users.min() < 0 or users.max() >= self.num_users:
+            bad = users[(users < 0) | (users >= self.num_users)][0]
+            raise IndexError(f"user {bad} is out of [0, {self.num_users})")
+        if split in TARGETS:
+            lengths = self.offsets[users + 1] - self.offsets[users]
+            if lengths.min() < MIN_EVENTS:
+                bad = users[lengths < MIN_EVENTS][0]
+                raise ValueError(
+                    f"user {bad} has fewer than {MIN_EVENTS} events and is not in split {split!r}; "
+                    f"take users from dataset.users({split!r})"
+                )
+
+    def _check_sizes(self) -> None:
+        expected = {"values.npy": self.num_events, "offsets.npy": self.num_users + 1}
+        for name, array in (("values.npy", self.values), ("offsets.npy", self.offsets)):
+            if array.shape != (expected[name],):
+                raise DataError(
+                    self.path / name, f"schema.json says {expected[name]} elements, the file has "
+                    f"shape {tuple(array.shape)}",
+                )  # fmt: skip
+
+    def _check_contents(self) -> None:
+        file = self.path / "offsets.npy"
+        if self.offsets[0] != 0 or self.offsets[-1] != self.num_events:
+            raise DataError(
+                file, f"must run from 0 to {self.num_events}, the number of values; "
+                f"runs from {self.offsets[0]} to {self.offsets[-1]}",
+            )  # fmt: skip
+        falls = np.flatnonzero(self.lengths < 0)
+        if falls.size:
+            raise DataError(file, f"offsets are not monotone: they fall after index {falls[0]}")
+        if self.values.min() < 0 or self.values.max() >= self.num_items:
+            where = np.flatnonzero((self.values < 0) | (self.values >= self.num_items))[0]
+            raise DataError(
+                self.path / "values.npy",
+                f"item {self.values[where]} at index {where} is out of [0, {self.num_items})",
+            )
+
+    def _table(self, name: str, rows: int | None = None):
+        import polars as pl
+
+        file = self.path / name
+        if not file.exists():
+            raise DataError(file, "file is missing")
+        try:
+            frame = pl.read_parquet(file)
+        except Exception as error:
+            raise DataError(file, f"cannot be read as Parquet: {error}") from error
+        if rows is not None and frame.height != rows:
+            raise DataError(file, f"schema.json says {rows} rows, the file has {frame.height}")
+        return frame
+
+    def _column(self, name: str, column: str) -> np.ndarray:
+        frame = self._table(name, self.num_users if name == "users.parquet" else self.num_items)
+        if column not in frame.columns:
+            raise DataError(self.path / name, "column is missing", column=column)
+        return frame[column].to_numpy()
+
+
+def _hidden(split: str) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
+    return SPLITS[split]
+
+
+def _read_schema(file: Path) -> dict:
+    if not file.exists():
+        raise DataError(file, "file is missing; is this a dataset directory (fastrec prepare)?")
+    try:
+        schema = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(file, f"is not JSON: {error}") from error
+    if not isinstance(schema, dict) or schema.get("format") != FORMAT:
+        raise DataError(file, f'"format" must be {FORMAT!r}: not a fastrec dataset')
+    if schema.get("version") != FORMAT_VERSION:
+        raise DataError(
+            file, f"format version {schema.get('version')!r} is unknown, this library reads "
+            f"{FORMAT_VERSION}: prepare the dataset again",
+        )  # fmt: skip
+    for key in ("num_users", "num_items", "num_interactions"):
+        if not isinstance(schema.get(key), int) or schema[key] < 1:
+            raise DataError(file, f"{key!r} must be a positive integer, got {schema.get(key)!r}")
+    return schema
+
+
+def _read_array(file: Path, dtypes: tuple[str, ...]) -> np.ndarray:
+    if not file.exists():
+        raise DataError(file, "file is missing")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(file, f"truncated or not a .npy array: {error}") from error
+    if array.dtype.name not in dtypes:
+        raise DataError(file, f"dtype must be {' or '.join(dtypes)}, got {array.dtype.name}")
+    return array

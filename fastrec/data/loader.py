@@ -1,0 +1,156 @@
+"""The training loader: an endless, seekable stream of jagged batches.
+
+No worker processes and no queue: a batch is one gather from the memory map, cheaper than sending
+it between processes.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.dataset import SequenceDataset
+from fastrec.random import sort_keys
+
+_CHUNK = 1 << 18
+
+
+def epoch_order(users: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """int64: `users` (distinct indices) in the order of an epoch.
+
+    Each user has a key drawn from (seed, epoch, user) and the users are sorted by it, so the order
+    of a subset is the order of the whole with the others left out.
+    """
+    users = np.asarray(users, dtype=np.int64)
+    keys = np.empty(len(users), dtype=np.int64)
+    for start in range(0, len(users), _CHUNK):
+        part = torch.from_numpy(users[start : start + _CHUNK])
+        keys[start : start + _CHUNK] = sort_keys(seed, epoch, part, site="epoch_order").numpy()
+    return users[np.lexsort((users, keys))]
+
+
+class SequenceLoader:
+    """Batches of `dataset` in `split`, each user once per epoch.
+
+    The batch of a global step s depends on (seed, s) only: epoch s // n, batch s % n of it, where n
+    = `batches_per_epoch`. `batch_at(s)` computes it directly, so resuming replays nothing.
+
+    `step` is the global step of the next batch; assign it (or call `set_step`, `load_state_dict`)
+    to resume. Iterating yields batches from `step` to the end of its pass and leaves `step` there;
+    a pass is an epoch, or `steps_per_pass` batches if given. Leaving an iteration early leaves
+    `step` after the last batch that was yielded: the next iteration goes on from there.
+
+    dataset, split, max_len, cls_id, sep_id, append: as in `SequenceDataset.gather`.
+    batch_size: sequences of a batch, over all ranks.
+    shuffle: False gives the users in the order of `users` (for evaluation).
+    users: int64, distinct user indices; default all users of the split.
+    drop_last: leave out the last batch of an epoch if it is not full.
+    rank, world_size: this process gets every world_size-th sequence of each batch; the batches of
+    all ranks together are those of a single process.
+    pin_memory: page-locked tensors, for asynchronous copies to a CUDA device.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        split: str = "train",
+        *,
+        batch_size: int,
+        max_len: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        users=None,
+        drop_last: bool = False,
+        steps_per_pass: int | None = None,
+        cls_id: int | None = None,
+        sep_id: int | None = None,
+        append: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
+        self.dataset, self.split, self.seed, self.shuffle = dataset, split, seed, shuffle
+        self.users = _checked_users(dataset, split, users)
+        self.batch_size, self.drop_last = batch_size, drop_last
+        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self._layout = dict(max_len=max_len, cls_id=cls_id, sep_id=sep_id, append=append)
+        full, rest = divmod(len(self.users), batch_size)
+        self.batches_per_epoch = full + (rest > 0 and not drop_last)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"{len(self.users)} users give no batch of {batch_size} with drop_last={drop_last}"
+            )
+        if steps_per_pass is not None and steps_per_pass < 1:
+            raise ValueError(f"steps_per_pass must be at least 1, got {steps_per_pass}")
+        self.steps_per_pass = steps_per_pass or self.batches_per_epoch
+        self.step = 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Batches of a pass."""
+        return self.steps_per_pass
+
+    def __iter__(self) -> Iterator[JaggedBatch]:
+        end = (self.step // self.steps_per_pass + 1) * self.steps_per_pass
+        while self.step < end:
+            batch = self.batch_at(self.step)
+            self.step += 1
+            yield batch
+
+    def set_step(self, step: int) -> None:
+        """Go to global step `step`: the next batch is `batch_at(step)`."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        self.step = step
+
+    def state_dict(self) -> dict:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.set_step(state["step"])
+
+    def batch_at(self, step: int) -> JaggedBatch:
+        """The batch of global step `step`; does not move the loader."""
+        batch = self.dataset.gather(self.users_at(step), self.split, **self._layout)
+        if not self.pin_memory:
+            return batch
+        return JaggedBatch(
+            batch.values.pin_memory(),
+            batch.offsets.pin_memory(),
+            batch.sample_ids.pin_memory(),
+            batch.max_seq_len,
+        )
+
+    def users_at(self, step: int) -> np.ndarray:
+        """int64 [B]: the users of the batch of global step `step` on this rank."""
+        epoch, index = divmod(step, self.batches_per_epoch)
+        if not self.shuffle:
+            order = self.users
+        elif self._order is not None and self._order[0] == epoch:
+            order = self._order[1]
+        else:
+            order = epoch_order(self.users, self.seed, epoch)
+            self._order = (epoch, order)
+        users = order[index * self.batch_size : (index + 1) * self.batch_size]
+        return users[self.rank :: self.world_size]
+
+
+def _checked_users(dataset: SequenceDataset, split: str, users) -> np.ndarray:
+    eligible = dataset.users(split)
+    if users is None:
+        return eligible
+    users = torch.as_tensor(users, dtype=torch.int64).numpy()
+    unique, counts = np.unique(users, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"users must be distinct, {unique[counts > 1][0]} is repeated")
+    missing = np.setdiff1d(unique, eligible, assume_unique=True)
+    if missing.size:
+        raise ValueError(
+            f"user {missing[0]} is not in split {split!r} (out of range, or too few events)"
+        )
+    return users

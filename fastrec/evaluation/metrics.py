@@ -1,0 +1,31 @@
+"""Ranking metrics of one relevant item per user, from its rank (1 = first)."""
+
+import torch
+from torch import Tensor
+
+
+def ranking_metrics(ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """HR@k, NDCG@k and MRR, averaged over users, as fractions.
+
+    HR@k = [r <= k] (= Recall@k), NDCG@k = [r <= k] / log2(r + 1), MRR = 1/r over all candidates
+    (UPRec, section 4.2). HR@1 equals NDCG@1, so only HR is reported for k = 1.
+
+    Args:
+        ranks: [U], from 1; halves are allowed (ties shared).
+
+    Raises:
+        ValueError: no user, or a rank below 1 or NaN.
+    """
+    if ranks.numel() == 0:
+        raise ValueError("no user to evaluate")
+    ranks = ranks.double()
+    if not bool((ranks >= 1).all()):
+        raise ValueError("ranks must be numbers from 1 up")
+    metrics = {}
+    for k in cutoffs:
+        hit = (ranks <= k).double()
+        metrics[f"HR@{k}"] = hit.mean().item()
+        if k > 1:
+            metrics[f"NDCG@{k}"] = (hit / torch.log2(ranks + 1)).mean().item()
+    metrics["MRR"] = ranks.reciprocal().mean().item()
+    return metrics

@@ -1,0 +1,136 @@
+"""Evaluation protocols: which items a user's target is ranked against.
+
+`sampled`: 99 negatives drawn by popularity (UPRec, section 4.2): p proportional to the number of
+interactions, items of the user's whole sequence rejected, without replacement. `full`: all items.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrec.evaluation.metrics import ranking_metrics
+from fastrec.evaluation.ranking import rank_all, rank_candidates
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a target is ranked.
+
+    Attributes:
+        candidates: "sampled" (1 target + `negatives` by popularity) or "full" (all items).
+        negatives: drawn per user, for "sampled".
+        seen: "none" keeps items of the input in a full ranking, "exclude" leaves them out.
+        seed: of the sampled negatives.
+    """
+
+    candidates: Literal["sampled", "full"] = "sampled"
+    negatives: int = 99
+    seen: Literal["none", "exclude"] = "none"
+    seed: int = 0
+
+
+def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tensor:
+    """int64 [U, count] negatives of `users`: popularity-proportional, unseen, all different.
+
+    Draws come one after the other and a draw that is seen or already taken is rejected, which is
+    sampling without replacement. The negatives of a user depend on (seed, user) only.
+
+    Raises ValueError when a user has fewer than `count` unseen items with interactions.
+    """
+    popularity = np.bincount(np.asarray(dataset.values), minlength=dataset.num_items)
+    cumulative = np.cumsum(popularity)
+    alive = int((popularity > 0).sum())
+    out = np.empty((len(users), count), dtype=np.int64)
+    values, offsets = np.asarray(dataset.values), np.asarray(dataset.offsets)
+    for i, user in enumerate(users.tolist()):
+        seen = set(values[offsets[user] : offsets[user + 1]].tolist())
+        if alive - len(seen) < count:
+            raise ValueError(
+                f"user {user} has {alive - len(seen)} unseen items, {count} negatives were asked for"
+            )
+        generator = np.random.Generator(np.random.Philox(key=(seed, user)))
+        taken: dict[int, None] = {}
+        while len(taken) < count:
+            ticks = generator.integers(0, cumulative[-1], size=2 * count)
+            for item in np.searchsorted(cumulative, ticks, side="right").tolist():
+                if item not in seen:
+                    taken.setdefault(item)
+        out[i] = np.fromiter(taken, dtype=np.int64, count=len(taken))[:count]
+    return torch.from_numpy(out)
+
+
+def seen_pairs(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    """(rows, items) int64: the items in the input of each user, for `exclude` of the rankings."""
+    batch = dataset.gather(users, split, max_len=None)
+    return batch.segment_ids(), batch.values
+
+
+class Evaluator:
+    """Ranks the targets of `split` of a dataset for a user set under a protocol.
+
+    The input of a user is his history of the split with a [MASK] appended (UPRec, section 3.5); the
+    state at the mask is the query. Negatives are drawn once, here, so that models and epochs are
+    compared on the same candidates.
+    """
+
+    def __init__(self, dataset, users: Tensor, split: str, protocol: Protocol = Protocol()):
+        self.dataset, self.users, self.split, self.protocol = dataset, users, split, protocol
+        self.targets = dataset.targets(split)[users]
+        if protocol.candidates == "sampled":
+            negatives = popularity_negatives(dataset, users, protocol.negatives, protocol.seed)
+            self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
+
+    def queries(self, model, rows: slice) -> Tensor:
+        """[N, D] item-head queries of `users[rows]`."""
+        batch = self.dataset.gather(
+            self.users[rows],
+            self.split,
+            max_len=model.config.max_len,
+            append=model.token("mask"),
+            **model.sequence_tokens,
+        )
+        device = model.item_table.device
+        batch = batch.to(device)
+        last = batch.offsets[1:] - 1 - int(model.config.use_sep)
+        return model.item_head.query(model.encode(batch)[last])
+
+    def rank_rows(self, model, rows: slice) -> Tensor:
+        """float64 [N]: ranks of the targets of `users[rows]`, on the CPU. Dropout is off."""
+        with torch.no_grad():
+            query = self.queries(model, rows).to(model.item_table.dtype)
+            return self._rank(query, model.item_table, model.item_head.bias, rows).cpu()
+
+    def ranks(self, model, batch_size: int = 512) -> Tensor:
+        """float64 [U]: rank of every user's target, on the CPU."""
+        starts = range(0, len(self.users), batch_size)
+        rows = (slice(start, min(start + batch_size, len(self.users))) for start in starts)
+        return torch.cat([self.rank_rows(model, part) for part in rows])
+
+    def popularity_ranks(self) -> Tensor:
+        """Ranks under a ranker by number of training interactions: the baseline and, for sampled
+        negatives, the self-test of the protocol (it must fall to chance)."""
+        counts = torch.as_tensor(self.dataset.item_counts("train"), dtype=torch.float64)
+        table = torch.zeros(len(counts), 1, dtype=torch.float64)
+        parts = []
+        for start in range(0, len(self.users), 512):
+            rows = slice(start, min(start + 512, len(self.users)))
+            query = torch.ones(rows.stop - rows.start, 1, dtype=torch.float64)
+            parts.append(self._rank(query, table, counts, rows))
+        return torch.cat(parts)
+
+    def _rank(self, query: Tensor, table: Tensor, bias: Tensor, rows: slice) -> Tensor:
+        if self.protocol.candidates == "sampled":
+            return rank_candidates(query, table, bias, self.candidates[rows].to(query.device))
+        exclude = None
+        if self.protocol.seen == "exclude":
+            pairs = seen_pairs(self.dataset, self.users[rows], self.split)
+            exclude = (pairs[0].to(query.device), pairs[1].to(query.device))
+        targets = self.targets[rows].to(query.device)
+        return rank_all(query, table, bias, targets, exclude=exclude)
+
+    def metrics(self, model, batch_size: int = 512) -> dict[str, float]:
+        """`ranking_metrics` of `ranks`."""
+        return ranking_metrics(self.ranks(model, batch_size))

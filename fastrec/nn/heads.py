@@ -1,0 +1,30 @@
+"""Heads: what turns encoder states into scores. Legend: N rows, V items, D width."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastrec.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class ItemHead(nn.Module):
+    """Scores of all items for a state: LN(GELU(W h)) . E_j + b_j, with the tied item table E.
+
+    The dense-GELU-LayerNorm transform is BERT's; `transform=False` scores the state itself.
+    """
+
+    def __init__(self, width: int, num_items: int, transform: bool = True):
+        super().__init__()
+        self.dense = nn.Linear(width, width) if transform else None
+        self.norm = nn.LayerNorm(width) if transform else None
+        self.bias = nn.Parameter(torch.zeros(num_items))
+
+    def query(self, states: Tensor) -> Tensor:
+        """[N, D] states to the [N, D] vectors that are compared with the item table."""
+        return states if self.dense is None else self.norm(F.gelu(self.dense(states)))
+
+    def loss(self, states: Tensor, item_table: Tensor, targets: Tensor, backend=None) -> Tensor:
+        """Mean cross-entropy over all items; 0 with a live graph when there are no rows."""
+        return linear_cross_entropy(
+            self.query(states), item_table, targets, linear_bias=self.bias, backend=backend
+        )

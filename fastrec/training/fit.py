@@ -1,0 +1,150 @@
+"""Run one stage with Lightning: loggers, checkpoints to resume from, the best model kept."""
+
+import dataclasses
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from fastrec.data.loader import SequenceLoader
+from fastrec.evaluation.protocols import Evaluator
+from fastrec.nn.user_model import UserModel
+from fastrec.training.config import Recipe, Stage
+from fastrec.training.module import StageModule
+
+
+class KeepBest(Callback):
+    """Save the model to `path` whenever the monitored metric improves (safetensors, no pickle)."""
+
+    def __init__(self, path: Path):
+        self.path, self.best = path, float("-inf")
+
+    def state_dict(self) -> dict:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = state["best"]
+
+    def on_validation_end(self, trainer, module) -> None:
+        value = float(trainer.callback_metrics["valid"])
+        if value > self.best:
+            self.best = value
+            module.model.save_pretrained(self.path)
+
+
+def select_users(dataset, recipe: Recipe) -> torch.Tensor:
+    """int64: the evaluated users, a random `fraction` of those with a test target, ascending."""
+    users = torch.as_tensor(dataset.users("test"))
+    if recipe.users.fraction >= 1.0:
+        return users
+    generator = torch.Generator().manual_seed(recipe.users.seed)
+    count = round(len(users) * recipe.users.fraction)
+    return users[torch.randperm(len(users), generator=generator)[:count]].sort().values
+
+
+def fit(
+    dataset,
+    recipe: Recipe,
+    stage: Stage,
+    output: Path,
+    *,
+    initial: UserModel | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> UserModel:
+    """Train one stage and return the model that was best on validation.
+
+    Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`), `last.ckpt`
+    (to resume from), `metrics/` (CSV), `tensorboard/`, `recipe.json`, `summary.json`.
+
+    Args:
+        initial: start from this model instead of random weights.
+        resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run.
+
+    Raises:
+        FileExistsError: `output` holds a run and `resume` is off. FileNotFoundError: nothing to
+        resume. ValueError: `last.ckpt` cannot be read.
+    """
+    output = Path(output)
+    checkpoint = output / "last.ckpt"
+    if resume and not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint} is missing: there is no run to resume in {output}")
+    if not resume and output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty; choose another folder or resume the run")
+    if resume:
+        _check_checkpoint(checkpoint)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+
+    torch.manual_seed(stage.seed)
+    model = initial or UserModel(dataset.num_items, recipe.model)
+    users = select_users(dataset, recipe)
+    loader = SequenceLoader(
+        dataset,
+        "train",
+        batch_size=stage.batch_size,
+        max_len=recipe.model.max_len,
+        seed=stage.seed,
+        users=users,
+        steps_per_pass=min(stage.validate_every, stage.steps),
+        **model.sequence_tokens,
+    )
+    module = StageModule(model, stage, loader, Evaluator(dataset, users, "valid", recipe.evaluation))
+    keep = KeepBest(output / "model")
+    callbacks: list[Callback] = [
+        keep,
+        ModelCheckpoint(
+            dirpath=output,
+            filename="last",
+            every_n_train_steps=stage.checkpoint_every,
+            enable_version_counter=False,
+        ),
+    ]
+    if stage.patience:
+        callbacks.append(EarlyStopping("valid", mode="max", patience=stage.patience))
+    if progress:
+        callbacks.append(RichProgressBar())
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for noise in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", noise)
+    trainer = lightning.Trainer(
+        max_steps=stage.steps,
+        max_epochs=-(-stage.steps // loader.steps_per_pass),
+        precision=stage.precision,
+        gradient_clip_val=stage.gradient_clip or None,
+        callbacks=callbacks,
+        logger=[
+            CSVLogger(output, name="metrics", version=""),
+            TensorBoardLogger(output, name="tensorboard", version=""),
+        ],
+        num_sanity_val_steps=0,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+        use_distributed_sampler=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
+    summary = {
+        "steps": trainer.global_step,
+        "seconds": round(time.perf_counter() - start, 1),
+        f"valid {stage.monitor}": keep.best,
+        "users": len(users),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return UserModel.from_pretrained(output / "model")
+
+
+def _check_checkpoint(path: Path) -> None:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read, is it truncated? {error}") from error

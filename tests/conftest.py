@@ -1,0 +1,103 @@
+"""Seed, poisoned memory, thread count, and the count of operator cases that ran or were skipped."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from fastrec.backend import unavailable_reason
+
+
+@pytest.fixture(autouse=True)
+def _isolation():
+    """A fixed seed per test; threads and determinism as they were before the test."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every `empty` and `new_empty`, also those of the C++ extension, returns NaN (or the largest
+    integer), so that an element that a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class OpCases:
+    """Counts the tests that have a `backend` parameter and the marker `op_case`."""
+
+    def __init__(self):
+        self.selected, self.ran, self.skipped = Counter(), Counter(), Counter()
+
+    @staticmethod
+    def backend(item) -> str | None:
+        if item.get_closest_marker("op_case") is None:
+            return None
+        return item.callspec.params["backend"]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        backend = self.backend(item)
+        if backend is None:
+            return report
+        if report.skipped and call.when in ("setup", "call"):
+            self.skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
+        elif call.when == "call":
+            self.ran[backend] += 1
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items):
+        # Before -k and -m deselect: what the files define, not what this run was asked for.
+        self.defined = {self.backend(item) for item in items} - {None}
+
+    def pytest_collection_finish(self, session):
+        self.selected.update(filter(None, map(self.backend, session.items)))
+
+    def missing(self) -> list[str]:
+        """Backends that can run here, were not filtered out, and yet ran no case."""
+        if not self.defined:
+            return []
+        filtered = set(self.defined) - set(self.selected)
+        return [
+            backend
+            for backend in ("cpp", "triton")
+            if unavailable_reason(backend, "linear_cross_entropy", torch.device("cpu")) is None
+            and backend not in filtered
+            and not self.ran[backend]
+        ]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session):
+        collected_only = session.config.option.collectonly
+        if collected_only or session.exitstatus not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return
+        if self.selected and (self.missing() or not self.ran.total()):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if not self.selected:
+            return
+        ran = ", ".join(f"{backend} {count}" for backend, count in sorted(self.ran.items()))
+        line = f"op cases: ran {self.ran.total()} ({ran or 'none'})"
+        if self.skipped:
+            reasons = "; ".join(f"{why} ({count})" for why, count in self.skipped.most_common())
+            line += f", skipped {self.skipped.total()}: {reasons}"
+        terminalreporter.write_line(line)
+        for backend in self.missing():
+            terminalreporter.write_line(
+                f"FAILED: {backend} can run here but no case ran it", red=True, bold=True
+            )
+        if not self.ran:
+            terminalreporter.write_line("FAILED: op cases selected, none ran", red=True, bold=True)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "op_case: a generated case of tests/test_ops.py")
+    config.pluginmanager.register(OpCases(), "op_cases")

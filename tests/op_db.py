@@ -1,0 +1,315 @@
+"""The table of operators that tests/test_ops.py and the benchmarks draw from.
+
+A sample is a named set of arguments; its floating point tensors are created in the tested type and
+promoted to float64 for the oracle, so that both see the same values. A new case is one `yield`.
+
+Legend: N scored rows, V items, D width, T rows of `input` before selection.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrec
+from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
+
+
+@dataclass(frozen=True)
+class Types:
+    """Dtypes of the activations and of the parameters of one family of cases."""
+
+    name: str
+    input: torch.dtype
+    table: torch.dtype
+
+    def __str__(self) -> str:
+        return self.name
+
+
+TYPES = (
+    Types("float32", torch.float32, torch.float32),
+    Types("float64", torch.float64, torch.float64),
+    Types("bfloat16", torch.bfloat16, torch.bfloat16),
+    Types("float16", torch.float16, torch.float16),
+    Types("bfloat16_input_float32_table", torch.bfloat16, torch.float32),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    kwargs: dict[str, Any]
+    # Output or argument name -> size of the intermediate numbers whose rounding no implementation
+    # of the documented formula avoids; `why` says which. Adds 4 eps x size to the budget.
+    floor: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+
+    def __post_init__(self):
+        assert bool(self.floor) == bool(self.why), f"{self.name}: a budget override needs a reason"
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    function: Callable
+    reference: Callable
+    samples: Callable[[str, Types, bool], Iterator[Sample]]
+    differentiable: tuple[str, ...]
+    private: tuple[str, ...]
+    private_samples: Callable[[str, str], Iterator[tuple]]
+    # Index arguments and masks, for the tests of strides and misaligned pointers.
+    indices: tuple[str, ...] = ()
+    # (backend, types name) -> the message of the error raised instead of computing.
+    refuses: dict[tuple[str, str], str] = field(default_factory=dict)
+    # Backends whose result is promised to have the same bits on every call and for every number of
+    # threads.
+    deterministic: tuple[str, ...] = ("cpp", "triton")
+
+
+def _generator(name: str, device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(sum(map(ord, name)))
+
+
+def _linear_cross_entropy_samples(
+    device: str, types: Types, interpret_small: bool
+) -> Iterator[Sample]:
+    """`interpret_small`: every kind of case, at sizes the Triton interpreter does in milliseconds."""
+    low_precision = torch.finfo(types.input).bits == 16
+
+    def problem(name, n, v, d, **options):
+        g = _generator(name, device)
+        x = torch.randn(n, d, generator=g, device=device).to(types.input)
+        w = (torch.randn(v, d, generator=g, device=device) * d**-0.5).to(types.table)
+        y = torch.randint(v, (n,), generator=g, device=device)
+        return dict(input=x, linear_weight=w, target=y, **options)
+
+    def vector(name, v, dtype=None):
+        g = _generator(name, device)
+        return torch.randn(v, generator=g, device=device).to(dtype or types.table)
+
+    def class_weight(name, v):
+        accumulate = torch.float64 if types.input == torch.float64 else torch.float32
+        return vector(name, v, accumulate).abs() + 0.1
+
+    # One size per kind of tail: below, just below and above the tiles of rows, items and width.
+    n, v, d = (7, 45, 20) if interpret_small else (63, 1009, 50)
+
+    # Sizes.
+    sizes = {
+        "one_row": (1, v, d),
+        "many_rows": (35 if interpret_small else 507, v, d),
+        "one_item": (n, 1, d),
+        "two_items": (n, 2, d),
+        "one_row_one_item": (1, 1, 1),
+        "width_1": (n, v, 1),
+        "width_64": (n, v, 64),
+        "width_130": (n, v // 2, 130),
+        "full_tiles": (64, 64, 16) if interpret_small else (128, 1024, 64),
+        "many_items": (n, 3 * v, 16),
+    }
+    for name, size in sizes.items():
+        yield Sample(name, problem(name, *size))
+
+    # No scored row: the result is 0 and the graph is alive.
+    for reduction in ("mean", "none"):
+        name = f"zero_rows_{reduction}"
+        yield Sample(name, problem(name, 0, v, d, reduction=reduction))
+    for reduction in ("mean", "sum"):
+        name = f"all_ignored_{reduction}"
+        case = problem(name, n, v, d, reduction=reduction)
+        yield Sample(name, case | {"target": torch.full_like(case["target"], -100)})
+
+    # Ignored rows, with the default id, with an id inside the table and with reduction none.
+    case = problem("some_ignored", n, v, d)
+    case["target"][::3] = -100
+    yield Sample("some_ignored", case)
+    yield Sample("some_ignored_none", case | {"reduction": "none"})
+    case = problem("ignore_item_0", n, v, d, ignore_index=0, reduction="sum")
+    case["target"][1::4] = 0
+    yield Sample("ignore_item_0", case)
+
+    # Selection of rows.
+    t = 2 * n + 3
+    case = problem("rows_int64_repeats", t, v, d)
+    picked = torch.randint(t, (n,), generator=_generator("rows", device), device=device)
+    picked[:3] = picked[0]
+    yield Sample(
+        "rows_int64_repeats", case | {"rows": picked, "target": case["target"][:n].clone()}
+    )
+    case = problem("rows_bool", t, v, d)
+    mask = torch.arange(t, device=device) % 3 == 1
+    case["target"][4] = -100
+    outside = case["target"].masked_fill(~mask, -100)
+    yield Sample("rows_bool", case | {"rows": mask, "target": outside})
+    yield Sample(
+        "rows_bool_none", case | {"rows": mask, "target": outside, "reduction": "none"}
+    )
+    yield Sample("rows_bool_empty", case | {"rows": torch.zeros_like(mask)})
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    yield Sample("rows_int64_empty", case | {"rows": none, "target": none.clone()})
+
+    # Bias. -inf takes an item out of the softmax; no target is such an item.
+    bias = vector("bias", v)
+    yield Sample("bias", problem("bias", n, v, d, linear_bias=bias))
+    case = problem("bias_minus_inf", n, v, d)
+    out = torch.zeros(v, dtype=torch.bool, device=device)
+    out[::5] = True
+    out[case["target"]] = False
+    yield Sample("bias_minus_inf", case | {"linear_bias": bias.masked_fill(out, -math.inf)})
+
+    # Class weights, smoothing, z-loss.
+    weight = class_weight("class_weight", v)
+    holes = weight.clone()
+    holes[::2] = 0
+    yield Sample("class_weight", problem("class_weight", n, v, d, weight=weight))
+    yield Sample("class_weight_zeros", problem("class_weight_zeros", n, v, d, weight=holes))
+    yield Sample(
+        "class_weight_all_zero",
+        problem("class_weight_all_zero", n, v, d, weight=torch.zeros_like(weight)),
+    )
+    yield Sample("smoothing", problem("smoothing", n, v, d, label_smoothing=0.1))
+    yield Sample("smoothing_1", problem("smoothing_1", n, v, d, label_smoothing=1.0))
+    yield Sample("z_loss", problem("z_loss", n, v, d, z_loss=1e-2))
+    case = problem("smoothing_weight", n, v, d, weight=holes, label_smoothing=0.2)
+    case["target"][2::5] = -100
+    yield Sample("smoothing_weight", case)
+    everything = dict(weight=weight, label_smoothing=0.2, z_loss=1e-2, linear_bias=bias)
+    for reduction in ("mean", "sum", "none"):
+        name = f"everything_{reduction}"
+        case = problem(name, t, v, d, rows=picked, reduction=reduction, **everything)
+        case["target"] = case["target"][:n].clone()
+        case["target"][n // 2] = -100
+        yield Sample(name, case)
+
+    # Reductions.
+    yield Sample("sum", problem("sum", n, v, d, reduction="sum"))
+    yield Sample("none", problem("none", n, v, d, reduction="none"))
+
+    # Targets: every item once or more, few items many times, one item always.
+    case = problem("duplicate_targets", 3 * n, v, d)
+    yield Sample("duplicate_targets", case | {"target": case["target"] % 3})
+    case = problem("one_target", 64 if interpret_small else 507, v, d)
+    yield Sample("one_target", case | {"target": torch.full_like(case["target"], v - 1)})
+
+    # Logits of +-1e4, exact in every dtype (small integers), so that they carry no rounding that
+    # differs between implementations: 2, then 1, then no item share the maximum.
+    for name, top in (("extreme_tied", 2), ("extreme_single", 1)):
+        case = problem(name, n, v, d, reduction="sum")
+        x, w = torch.zeros_like(case["input"]), torch.zeros_like(case["linear_weight"])
+        x[:, 0], w[:, 0] = 128.0, -80.0  # -10,240
+        w[:top, 0] = 80.0
+        x[1::2] *= -1  # these rows see the opposite sign: V - top items share the maximum
+        target = torch.arange(n, device=device) % top
+        target[1::2] = v - 1
+        yield Sample(
+            name,
+            case | {"input": x, "linear_weight": w, "target": target},
+            floor={"output": 10240.0 * n, "linear_weight": 128.0 * n},
+            why="the loss is lse - s_y, two numbers of size 1e4 summed over the rows; p = exp(s - lse)"
+            " inherits the rounding of lse, which is one part in 1e3 of p at this size",
+        )
+
+    # p_y -> 1: the target row of the table is aligned with the input. In low precision logits of
+    # size 16 are rounded by up to 0.06 in the reference, which is its own (large) error.
+    for name, logit in (("peaked", 10.0), ("saturated", 64.0)):
+        case = problem(name, n, v, d)
+        case["target"] = torch.randperm(v, generator=_generator(name, device), device=device)[:n]
+        direction = case["linear_weight"][case["target"]].double()
+        direction = direction / direction.square().sum(1, keepdim=True)
+        case["input"] = (logit * direction).to(types.input)
+        yield Sample(
+            name,
+            case,
+            floor={"output": logit, "input": 1.0, "linear_weight": 1.0},
+            why="the loss is lse - s_y, each as large as the logit; the gradient is O_i - W_y, a"
+            " difference of two vectors of the size of a table row",
+        )
+    if low_precision:  # 1 - p is below the spacing of bfloat16 at 1: p - 1 must be taken in float32
+        case = problem("almost_one", n, v, d, reduction="none")
+        case["input"] = (6.0 * direction).to(types.input)
+        case["target"] = torch.randperm(
+            v, generator=_generator("saturated", device), device=device
+        )[:n]
+        yield Sample("almost_one", case)
+
+
+def _linear_cross_entropy_private(device: str, op: str) -> Iterator[tuple]:
+    """Arguments of the private ops; autograd sits above them, so nothing requires a gradient."""
+    for dtype, bias in ((torch.float32, True), (torch.bfloat16, False)):
+        g = torch.Generator(device).manual_seed(0)
+        x = torch.randn(5, 6, generator=g, device=device).to(dtype)
+        w = torch.randn(7, 6, generator=g, device=device).to(dtype)
+        b = torch.randn(7, generator=g, device=device).to(dtype) if bias else None
+        y = torch.tensor([0, 6, -1, 3, 3], device=device)
+        if op.endswith("_fwd"):
+            yield x, w, b, y, True
+            yield x, w, b, y, False
+        else:
+            lse = torch.logsumexp(x.float() @ w.float().T + (0 if b is None else b.float()), 1)
+            yield x, w, b, y, lse * (y >= 0), torch.ones_like(lse), -torch.ones_like(lse)
+
+
+OPS = [
+    Op(
+        "linear_cross_entropy",
+        fastrec.linear_cross_entropy,
+        linear_cross_entropy_ref,
+        _linear_cross_entropy_samples,
+        differentiable=("input", "linear_weight", "linear_bias"),
+        private=("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
+        private_samples=_linear_cross_entropy_private,
+        indices=("target", "rows"),
+        refuses={("triton", "float64"): "float64"},
+    )
+]
+
+
+def run(
+    function: Callable, sample: Sample, differentiable: tuple[str, ...], upstream: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Output and gradients, by name. `upstream` is the gradient of the output (ones for a scalar)."""
+    kwargs, leaves = dict(sample.kwargs), {}
+    for name in differentiable:
+        if kwargs.get(name) is not None:
+            kwargs[name] = leaves[name] = kwargs[name].detach().requires_grad_()
+    output = function(**kwargs)
+    if upstream is None:
+        upstream = upstream_of(output)
+    grads = torch.autograd.grad(output, list(leaves.values()), upstream.to(output.dtype))
+    return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def upstream_of(output: Tensor) -> Tensor:
+    """A non-constant gradient of mixed sign, equal for every dtype."""
+    index = torch.arange(output.numel(), device=output.device, dtype=torch.float64)
+    return (torch.cos(3 * index) + 0.25).reshape(output.shape)
+
+
+def promote(sample: Sample) -> Sample:
+    """The same values in float64."""
+
+    def double(value):
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return Sample(
+        sample.name, {k: double(v) for k, v in sample.kwargs.items()}, sample.floor, sample.why
+    )
+
+
+def excess(
+    actual: Tensor, low: Tensor, exact: Tensor, floor: float = 0.0
+) -> tuple[float, float]:
+    """(error, budget): at most twice the error of the reference in the same dtype, and a rounding
+    band of 4 eps relative to the largest exact value (or to `floor`, see Sample)."""
+    if actual.numel() == 0:
+        return 0.0, 0.0
+    error = (actual.double() - exact).abs()
+    same = actual.double() == exact  # infinities
+    error = error.masked_fill(same, 0).max().item()
+    own = (low.double() - exact).abs().masked_fill(low.double() == exact, 0).max().item()
+    size = max(exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0, floor)
+    return error, 2 * own + 4 * torch.finfo(actual.dtype).eps * size

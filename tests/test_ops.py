@@ -1,0 +1,341 @@
+"""Generated: every operator of op_db x backend x device x dtype x sample.
+
+A backend is compared with the float64 reference on the same values, within the error budget of
+`op_db.excess`. Backends that cannot run here are skipped and counted, see conftest.py.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from op_db import OPS, TYPES, excess, promote, run, upstream_of
+
+from fastrec.backend import BACKENDS, unavailable_reason
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+FLOAT32, FLOAT64 = TYPES[0], TYPES[1]
+
+pytestmark = pytest.mark.op_case
+
+
+def small(backend, device):
+    return backend == "triton" and device == "cpu"
+
+
+def sample_names(op, types=FLOAT32):
+    return [sample.name for sample in op.samples("cpu", types, True)]
+
+
+def get(op, name, backend, device, types):
+    for sample in op.samples(device, types, small(backend, device)):
+        if sample.name == name:
+            return sample
+    raise KeyError(name)
+
+
+def need(op, backend, device):
+    if why := unavailable_reason(backend, op.name, torch.device(device)):
+        pytest.skip(why)
+
+
+def on(op, backend):
+    return lambda **kwargs: op.function(**kwargs, backend=backend)
+
+
+def check(op, backend, sample, replace=None):
+    """Output and gradients of `backend` within the budget. `replace` maps tensor arguments to
+    tensors of the same values in other memory."""
+    exact = run(op.reference, promote(sample), op.differentiable)
+    low = run(op.reference, sample, op.differentiable)
+    given = sample
+    if replace is not None:
+        moved = {
+            key: replace(value) if isinstance(value, torch.Tensor) else value
+            for key, value in sample.kwargs.items()
+        }
+        given = dataclasses.replace(sample, kwargs=moved)
+    actual = run(on(op, backend), given, op.differentiable)
+    assert actual.keys() == exact.keys()
+    wrong = []
+    for name, value in actual.items():
+        assert value.shape == exact[name].shape, name
+        expected_dtype = low[name].dtype
+        assert value.dtype == expected_dtype, f"{name}: {value.dtype} instead of {expected_dtype}"
+        error, budget = excess(value, low[name], exact[name], sample.floor.get(name, 0.0))
+        if not error <= budget:
+            wrong.append(f"{name}: error {error:.3g}, budget {budget:.3g}")
+    assert not wrong, "; ".join(wrong)
+    return actual
+
+
+def cases(with_samples=True, types=TYPES, backends=BACKENDS, only=None):
+    """pytest parameters (op, backend, device, types[, sample name])."""
+    for op in OPS:
+        for backend in backends:
+            for device in DEVICES:
+                for t in types:
+                    if (backend, t.name) in op.refuses:
+                        continue
+                    names = sample_names(op, t) if with_samples else [None]
+                    for name in names:
+                        if only is not None and name not in only:
+                            continue
+                        parts = [op.name, backend, device, t.name] + ([name] if name else [])
+                        values = (op, backend, device, t) + ((name,) if name else ())
+                        yield pytest.param(*values, id="-".join(parts))
+
+
+each_sample = pytest.mark.parametrize("op, backend, device, types, name", cases())
+
+
+@each_sample
+def test_within_budget(op, backend, device, types, name, poisoned_memory):
+    need(op, backend, device)
+    check(op, backend, get(op, name, backend, device, types))
+
+
+@pytest.mark.parametrize(
+    "op, backend, types, message",
+    [
+        pytest.param(op, backend, t, message, id=f"{op.name}-{backend}-{name}")
+        for op in OPS
+        for (backend, name), message in op.refuses.items()
+        for t in TYPES
+        if t.name == name
+    ],
+)
+def test_refused_types_raise(op, backend, types, message):
+    need(op, backend, "cpu")
+    sample = next(op.samples("cpu", types, True))
+    with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError), match=message):
+        op.function(**sample.kwargs, backend=backend)
+
+
+# The samples of the tests below: the plain case, and the one that uses every argument at once.
+REPRESENTATIVE = {
+    "linear_cross_entropy": ("some_ignored_none", "everything_mean", "everything_none", "rows_bool")
+}
+representative = {name for names in REPRESENTATIVE.values() for name in names}
+each_representative = pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=[t for t in TYPES if t.name in ("float32", "bfloat16")], only=representative),
+)
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=(FLOAT64,), backends=("reference", "cpp"), only=representative),
+)
+def test_gradcheck(op, backend, device, types, name):
+    need(op, backend, device)
+    sample = next(s for s in op.samples(device, types, True) if s.name == name)
+    names = [n for n in op.differentiable if sample.kwargs.get(n) is not None]
+    leaves = tuple(sample.kwargs[n].clone().requires_grad_() for n in names)
+
+    def f(*tensors):
+        return op.function(
+            **{**sample.kwargs, **dict(zip(names, tensors, strict=True))}, backend=backend
+        )
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize(
+    "op, private, backend, device",
+    [
+        pytest.param(op, private, backend, device, id=f"{op.name}-{private}-{backend}-{device}")
+        for op in OPS
+        for private in op.private
+        for backend, device in (("cpp", "cpu"), ("triton", "cuda"))
+        if device in DEVICES
+    ],
+)
+def test_opcheck(op, private, backend, device):
+    need(op, backend, device)
+    function = getattr(torch.ops.fastrec, private).default
+    for args in op.private_samples(device, private):
+        torch.library.opcheck(function, args)
+
+
+def _transposed(tensor):
+    """The same values with the strides of a transposed buffer; every second element for vectors."""
+    if tensor.dim() == 2:
+        return tensor.t().contiguous().t()
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def _padded(tensor, fill, shift):
+    """A view inside a larger buffer: `shift` elements off the alignment, `fill` all around, and in
+    two dimensions a row stride that is wider than the row."""
+    if tensor.dim() == 0:
+        return tensor
+    wide = [tensor.shape[0] + 2] + [size + 5 for size in tensor.shape[1:]]
+    size = 1
+    for extent in wide:
+        size *= extent
+    buffer = tensor.new_full((size + shift,), fill)
+    view = buffer[shift:].view(wide)[tuple(slice(1, 1 + extent) for extent in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
+def _misaligned(tensor):
+    """Contiguous, one element off the alignment of the allocator."""
+    buffer = tensor.new_empty(tensor.numel() + 1)
+    return buffer[1:].view(tensor.shape).copy_(tensor)
+
+
+@each_representative
+@pytest.mark.parametrize("layout", ["transposed", "misaligned", "strided"])
+def test_memory_layout(op, backend, device, types, name, layout):
+    need(op, backend, device)
+    move = {
+        "transposed": _transposed,
+        "misaligned": _misaligned,
+        "strided": lambda tensor: _padded(tensor, 0, 3),
+    }[layout]
+    check(op, backend, get(op, name, backend, device, types), move)
+
+
+@each_representative
+def test_neighbouring_memory_is_neither_read_nor_written(op, backend, device, types, name):
+    """NaN (the largest integer, True) around every argument: reading it spoils the result."""
+    need(op, backend, device)
+    moved = []
+
+    def move(tensor):
+        if tensor.dtype == torch.bool:
+            fill = True
+        elif tensor.is_floating_point():
+            fill = torch.nan
+        else:
+            fill = torch.iinfo(tensor.dtype).max
+        view = _padded(tensor, fill, 3)
+        moved.append((view, fill, tensor))
+        return view
+
+    check(op, backend, get(op, name, backend, device, types), move)
+    for view, fill, original in moved:
+        assert torch.equal(view, original)
+        buffer = view._base.clone()
+        inside = buffer.as_strided(view.shape, view.stride(), view.storage_offset())
+        inside.fill_(fill)
+        same = buffer.isnan() if isinstance(fill, float) else buffer == fill
+        assert same.all(), "the memory around an argument was written"
+
+
+def _same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs between two calls"
+
+
+@each_representative
+def test_second_call_has_the_same_bits(op, backend, device, types, name):
+    need(op, backend, device)
+    if backend not in op.deterministic and backend != "reference":
+        pytest.skip(f"{op.name} does not promise determinism on {backend}")
+    sample = get(op, name, backend, device, types)
+    first = run(on(op, backend), sample, op.differentiable)
+    _same_bits(first, run(on(op, backend), sample, op.differentiable))
+
+
+@each_representative
+def test_retained_graph_gives_the_same_gradients(op, backend, device, types, name):
+    """Backward twice from one forward, the second time after other work: no state, no buffer that
+    is consumed."""
+    need(op, backend, device)
+    kwargs, leaves = dict(get(op, name, backend, device, types).kwargs), {}
+    for argument in op.differentiable:
+        if kwargs.get(argument) is not None:
+            kwargs[argument] = leaves[argument] = kwargs[argument].clone().requires_grad_()
+    output = op.function(**kwargs, backend=backend)
+    upstream = upstream_of(output).to(output.dtype)
+
+    def backward(scale):
+        grads = torch.autograd.grad(
+            output, list(leaves.values()), upstream * scale, retain_graph=True
+        )
+        return {key: grad.clone() for key, grad in zip(leaves, grads, strict=True)}
+
+    first = backward(1)
+    doubled = backward(2)
+    _same_bits(first, backward(1))
+    for key, grad in first.items():
+        exact = 2 * grad.double()
+        error, budget = excess(doubled[key], (2 * grad), exact)
+        assert error <= budget, key
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=(FLOAT32,), only={"everything_mean", "everything_none"}),
+)
+@pytest.mark.parametrize("frozen", ["input", "linear_weight", "linear_bias", "but_input", "all"])
+def test_only_the_requested_gradients(op, backend, device, types, name, frozen):
+    need(op, backend, device)
+    sample = get(op, name, backend, device, types)
+    every = run(on(op, backend), sample, op.differentiable)
+    if frozen == "all":
+        assert not op.function(**sample.kwargs, backend=backend).requires_grad
+        return
+    wanted = tuple(
+        n for n in op.differentiable if (n == "input" if frozen == "but_input" else n != frozen)
+    )
+    some = run(on(op, backend), sample, wanted)
+    assert set(some) == {"output", *wanted}
+    _same_bits(some, {key: every[key] for key in some})
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(backends=("cpp",), only=representative | {"many_items", "one_target", "many_rows"}),
+)
+def test_same_bits_for_any_number_of_threads(op, backend, device, types, name):
+    need(op, backend, device)
+    sample = get(op, name, backend, device, types)
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(run(on(op, backend), sample, op.differentiable))
+    _same_bits(results[0], results[1])
+    _same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(
+        types=[t for t in TYPES if t.name in ("float32", "bfloat16_input_float32_table")],
+        backends=("reference", "cpp"),
+        only=representative,
+    ),
+)
+def test_compile_without_graph_break(op, backend, device, types, name):
+    need(op, backend, device)
+    _compare_compiled(op, backend, get(op, name, backend, device, types), "aot_eager")
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=(FLOAT32,), backends=("cpp",), only={"everything_none"}),
+)
+def test_compile_with_inductor(op, backend, device, types, name):
+    need(op, backend, device)
+    _compare_compiled(op, backend, get(op, name, backend, device, types), "inductor")
+
+
+def _compare_compiled(op, backend, sample, compiler):
+    torch._dynamo.reset()
+    compiled = torch.compile(on(op, backend), fullgraph=True, dynamic=True, backend=compiler)
+    eager = run(on(op, backend), sample, op.differentiable)
+    low = run(op.reference, sample, op.differentiable)
+    exact = run(op.reference, promote(sample), op.differentiable)
+    actual = run(compiled, sample, op.differentiable)
+    for name, value in actual.items():
+        assert value.dtype == eager[name].dtype and value.shape == eager[name].shape, name
+        error, budget = excess(value, low[name], exact[name], sample.floor.get(name, 0.0))
+        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
+        if compiler == "aot_eager":  # the same operators in the same order
+            torch.testing.assert_close(value, eager[name])
+
+
