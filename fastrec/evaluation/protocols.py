@@ -68,12 +68,27 @@ def seen_pairs(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
     return batch.segment_ids(), batch.values
 
 
+def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
+    """[N, D] item-head queries for the item that follows the input of each user in `split`.
+
+    A [MASK] is appended to the input (UPRec, section 3.5), and the state there is the query.
+    """
+    batch = dataset.gather(
+        users,
+        split,
+        max_len=model.config.max_len,
+        append=model.token("mask"),
+        **model.sequence_tokens,
+    ).to(model.item_table.device)
+    last = batch.offsets[1:] - 1 - int(model.config.use_sep)
+    # In the table's dtype also under autocast, where the states may be bfloat16.
+    return model.item_head.query(model.encode(batch)[last]).to(model.item_table.dtype)
+
+
 class Evaluator:
     """Ranks the targets of `split` of a dataset for a user set under a protocol.
 
-    The input of a user is his history of the split with a [MASK] appended (UPRec, section 3.5); the
-    state at the mask is the query. Negatives are drawn once, here, so that models and epochs are
-    compared on the same candidates.
+    Negatives are drawn once, here, so that models and epochs are compared on the same candidates.
     """
 
     def __init__(self, dataset, users: Tensor, split: str, protocol: Protocol = Protocol()):
@@ -83,24 +98,10 @@ class Evaluator:
             negatives = popularity_negatives(dataset, users, protocol.negatives, protocol.seed)
             self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
 
-    def queries(self, model, rows: slice) -> Tensor:
-        """[N, D] item-head queries of `users[rows]`."""
-        batch = self.dataset.gather(
-            self.users[rows],
-            self.split,
-            max_len=model.config.max_len,
-            append=model.token("mask"),
-            **model.sequence_tokens,
-        )
-        device = model.item_table.device
-        batch = batch.to(device)
-        last = batch.offsets[1:] - 1 - int(model.config.use_sep)
-        return model.item_head.query(model.encode(batch)[last])
-
     def rank_rows(self, model, rows: slice) -> Tensor:
         """float64 [N]: ranks of the targets of `users[rows]`, on the CPU. Dropout is off."""
         with torch.no_grad():
-            query = self.queries(model, rows).to(model.item_table.dtype)
+            query = next_item_queries(model, self.dataset, self.users[rows], self.split)
             return self._rank(query, model.item_table, model.item_head.bias, rows).cpu()
 
     def ranks(self, model, batch_size: int = 512) -> Tensor:

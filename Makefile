@@ -1,0 +1,41 @@
+# One virtual environment, pinned; every target works from a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+TRITON_TESTS := tests/test_ops.py
+
+.PHONY: help demo test smoke lint bench install clean
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: .venv/installed  ## create .venv with pinned dependencies and the built extension
+
+.venv/dependencies: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# The extension is rebuilt when a source changes, and only then.
+.venv/installed: .venv/dependencies setup.py pyproject.toml $(wildcard csrc/*)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: .venv/installed  ## generate data, pre-train, fine-tune, evaluate, plot (about 4 minutes)
+	$(BIN)/fastrec demo
+
+test: .venv/installed  ## the whole suite; the Triton kernels run in the interpreter
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TRITON_TESTS) -k triton
+
+smoke: .venv/installed  ## the suite without the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed  ## measure the ops against their peers; updates results and tables
+	$(BIN)/python -m benchmarks.run --output benchmarks/results/cpu.json --table
+
+clean:
+	rm -rf .venv build dist *.egg-info fastrec/*.so

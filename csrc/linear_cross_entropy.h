@@ -1,0 +1,199 @@
+// The two sweeps of linear_cross_entropy, free of torch types except the dtype of a row.
+//
+// Forward: a task owns a block of rows and streams items. Backward: a task owns a block of items
+// and streams rows. Both compute the same products in the same order, so a score has the same bits
+// in both and exp(s - lse) <= 1. Lanes of a vector are always the stationary side.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "convert.h"
+#include "gemm.h"
+#include "simd.h"
+
+namespace fastrec {
+
+// N scored rows, V items, D width, ld = padded<T>(D).
+template <class T>
+struct Problem {
+  int64_t rows, items, width, ld;
+  const T* x;             // [N + a register tile of zeros, ld]
+  const int64_t* target;  // [N]
+  Rows weight;            // [V, D]
+  const T* bias;          // [V] or null
+};
+
+template <class T>
+struct ForwardArgs {
+  Problem<T> problem;
+  bool with_weight_mean;
+  int64_t block, blocks, range, ranges;  // rows per task, items per task
+  // Per range of items and row: running maximum, sum of exp(s - max), sum of exp(s - max) W.
+  T* top;           // [ranges, N]
+  double* sum;      // [ranges, N]
+  T* weighted;      // [ranges, N, D]
+  T* target_logit;  // [N]
+  std::atomic<int64_t>* next;
+};
+
+struct OneHot {
+  int64_t item, row;
+  bool operator<(const OneHot& other) const {
+    return item != other.item ? item < other.item : row < other.row;
+  }
+};
+
+template <class T>
+struct BackwardArgs {
+  Problem<T> problem;
+  int64_t block, blocks;       // items per task
+  const T* shift;              // [N]: lse
+  const T* grad_lse;           // [N]
+  const T* grad_target_logit;  // [N]
+  const OneHot* one_hot;    // [N], sorted by item, then by row
+  void* grad_weight;           // [V, D]
+  void* grad_bias;             // [V] or null
+  ScalarType weight_dtype, bias_dtype;
+  std::atomic<int64_t>* next;
+};
+
+template <class T>
+FASTREC_INLINE T finite_shift(T top) {
+  // Everything at -inf: exp(-inf - 0) = 0 where exp(-inf - -inf) would be NaN.
+  return top == -std::numeric_limits<T>::infinity() ? T(0) : top;
+}
+
+// s -> exp(s - max) for a panel [count, NR] with row stride BLOCK; updates the running maxima.
+template <class S, class T = typename S::T>
+FASTREC_INLINE void online_softmax(int64_t count, T* s, T* top, T* panel_sum) {
+  using V = typename S::V;
+  constexpr int NV = Gemm<S>::NV;
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    T* column = s + j * S::lanes;
+    V peak = S::load(top + j * S::lanes);
+    for (int64_t i = 0; i < count; ++i) peak = S::max(peak, S::load(column + i * BLOCK));
+    S::store(top + j * S::lanes, peak);
+    V shift = peak == -std::numeric_limits<T>::infinity() ? V{} : peak;
+    V sum = {};
+    for (int64_t i = 0; i < count; ++i) {
+      V p = S::exp(S::load(column + i * BLOCK) - shift);
+      S::store(column + i * BLOCK, p);
+      sum += p;
+    }
+    S::store(panel_sum + j * S::lanes, sum);
+  }
+}
+
+template <class S, class T = typename S::T>
+FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
+  using G = Gemm<S>;
+  const Problem<T>& q = a.problem;
+  Buffer<T> packed(q.width * BLOCK), tile(TILE * q.ld), s(TILE * BLOCK), acc(BLOCK * q.ld);
+  T top[BLOCK], before[BLOCK], panel_sum[BLOCK];
+  double sum[BLOCK];
+  int64_t task;
+  while ((task = a.next->fetch_add(1)) < a.blocks * a.ranges) {
+    // Neighbouring tasks are row blocks of one range of items, which then is shared in the L3.
+    int64_t range = task / a.blocks, first = task % a.blocks * a.block;
+    int64_t rows = std::min(a.block, q.rows - first);
+    int64_t begin = range * a.range, end = std::min(begin + a.range, q.items);
+    G::pack_transposed(rows, q.width, q.x + first * q.ld, q.ld, packed);
+    std::fill_n(static_cast<T*>(acc), BLOCK * q.ld, T(0));
+    std::fill_n(static_cast<T*>(tile), TILE * q.ld, T(0));
+    std::fill_n(top, BLOCK, -std::numeric_limits<T>::infinity());
+    std::fill_n(sum, BLOCK, 0.0);
+    for (int64_t v = begin; v < end; v += TILE) {
+      int64_t count = std::min(TILE, end - v);
+      for (int64_t i = 0; i < count; ++i) q.weight.load(v + i, tile + i * q.ld, q.width);
+      std::copy_n(top, BLOCK, before);
+      for (int64_t n = 0; n < rows; n += G::NR) {
+        G::scores(count, q.width, tile, q.ld, packed + n * q.width, s + n);
+        if (q.bias)
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t j = 0; j < G::NR; ++j) s[i * BLOCK + n + j] += q.bias[v + i];
+        for (int64_t r = n; r < std::min(rows, n + G::NR); ++r) {
+          int64_t y = q.target[first + r] - v;
+          if (y >= 0 && y < count) a.target_logit[first + r] = s[y * BLOCK + r];
+        }
+        online_softmax<S>(count, s + n, top + n, panel_sum + n);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        if (top[r] > before[r]) {  // about ln(V / TILE) times per row
+          T scale = std::exp(before[r] - top[r]);
+          sum[r] *= scale;
+          for (int64_t d = 0; d < q.width; ++d) acc[r * q.ld + d] *= scale;
+        }
+        sum[r] += panel_sum[r];
+      }
+      if (a.with_weight_mean) G::accumulate(rows, count, q.width, s, tile, q.ld, acc);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t at = range * q.rows + first + r;
+      a.top[at] = top[r];
+      a.sum[at] = sum[r];
+      if (a.with_weight_mean) std::copy_n(acc + r * q.ld, q.width, a.weighted + at * q.width);
+    }
+  }
+}
+
+template <class S, class T = typename S::T>
+FASTREC_INLINE void backward_tasks(const BackwardArgs<T>& a) {
+  using G = Gemm<S>;
+  using V = typename S::V;
+  const Problem<T>& q = a.problem;
+  Buffer<T> packed(q.width * BLOCK), s((TILE + G::MR) * BLOCK), acc(BLOCK * q.ld);
+  T bias[BLOCK], panel_sum[BLOCK];
+  double sum[BLOCK];
+  int64_t task;
+  while ((task = a.next->fetch_add(1)) < a.blocks) {
+    int64_t first = task * a.block, items = std::min(a.block, q.items - first);
+    for (int64_t i = 0; i < items; ++i) q.weight.load(first + i, acc + i * q.ld, q.width);
+    G::pack_transposed(items, q.width, acc, q.ld, packed);
+    std::fill_n(static_cast<T*>(acc), BLOCK * q.ld, T(0));
+    std::fill_n(bias, BLOCK, T(0));
+    std::fill_n(sum, BLOCK, 0.0);
+    if (q.bias) std::copy_n(q.bias + first, items, bias);
+    for (int64_t row = 0; row < q.rows; row += TILE) {
+      int64_t count = std::min(TILE, q.rows - row);
+      const T* tile = q.x + row * q.ld;
+      for (int64_t n = 0; n < items; n += G::NR) {
+        G::scores(count, q.width, tile, q.ld, packed + n * q.width, s + n);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < G::NV; ++j) {
+          T* column = s + n + j * S::lanes;
+          V b = S::load(bias + n + j * S::lanes), total = {};
+          for (int64_t i = 0; i < count; ++i) {
+            V score = S::load(column + i * BLOCK) + b;
+            V p = S::exp(score - a.shift[row + i]) * a.grad_lse[row + i];
+            S::store(column + i * BLOCK, p);
+            total += p;
+          }
+          S::store(panel_sum + n + j * S::lanes, total);
+        }
+      }
+      for (int64_t i = 0; i < items; ++i) sum[i] += panel_sum[i];
+      G::accumulate(items, count, q.width, s, tile, q.ld, acc);
+    }
+    const OneHot* hot = std::lower_bound(a.one_hot, a.one_hot + q.rows, OneHot{first, 0});
+    for (; hot < a.one_hot + q.rows && hot->item < first + items; ++hot) {
+      int64_t i = hot->item - first;
+      T grad = a.grad_target_logit[hot->row];
+      const T* x = q.x + hot->row * q.ld;
+      for (int64_t d = 0; d < q.width; ++d) acc[i * q.ld + d] += grad * x[d];
+      sum[i] += grad;
+    }
+    for (int64_t i = 0; i < items; ++i) {
+      store_row<T>(acc + i * q.ld, a.grad_weight, a.weight_dtype, (first + i) * q.width, q.width);
+      if (a.grad_bias) store_row<double>(sum + i, a.grad_bias, a.bias_dtype, first + i, 1);
+    }
+  }
+}
+
+FASTREC_DEFINE_PER_ISA(forward, ForwardArgs, forward_tasks)
+FASTREC_DEFINE_PER_ISA(backward, BackwardArgs, backward_tasks)
+
+}  // namespace fastrec

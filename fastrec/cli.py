@@ -1,0 +1,200 @@
+"""The command line: `fastrec prepare | pretrain | finetune | evaluate | embed | recommend | ...`.
+
+Flags come from the type hints and docstrings of the functions below and of `Recipe`. `--config`
+takes a recipe name or a YAML file, and every recipe key is a flag that overrides it.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+from fastrec import recipes
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.prepare import prepare
+from fastrec.evaluation.metrics import ranking_metrics
+from fastrec.evaluation.protocols import Evaluator
+from fastrec.evaluation.report import print_metrics
+from fastrec.evaluation.serve import recommend as recommend_items
+from fastrec.evaluation.serve import user_vectors, write_table
+from fastrec.nn.user_model import UserModel
+from fastrec.training.config import Recipe
+from fastrec.training.demo import demo
+from fastrec.training.fit import fit, select_users
+from fastrec.training.step_time import bench
+
+
+def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
+    """Pre-train a user model on a prepared data set.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        output: folder of the run; the best model on validation is in `output/model`.
+        resume: go on from the last checkpoint in `output`.
+    """
+    fit(SequenceDataset.load(data), recipe, recipe.pretraining, output, resume=resume)
+    print(f"model: {output / 'model'}")
+
+
+def finetune(
+    recipe: Recipe, data: Path, output: Path, init: Path | None = None, resume: bool = False
+):
+    """Fine-tune for next-item recommendation.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        output: folder of the run; the best model on validation is in `output/model`.
+        init: folder of a pre-trained model; random weights without it.
+        resume: go on from the last checkpoint in `output`.
+    """
+    dataset = SequenceDataset.load(data)
+    initial = None if init is None else _model_for(init, dataset)
+    fit(dataset, recipe, recipe.finetuning, output, initial=initial, resume=resume)
+    print(f"model: {output / 'model'}")
+
+
+def evaluate(
+    recipe: Recipe,
+    data: Path,
+    model: Path,
+    split: Literal["valid", "test"] = "test",
+    output: Path | None = None,
+):
+    """Rank the held-out item of each user and print the metrics beside the popularity baseline.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        model: folder of a model.
+        split: which held-out item.
+        output: JSON file for the metrics.
+    """
+    dataset = SequenceDataset.load(data)
+    trained = _model_for(model, dataset)
+    evaluator = Evaluator(dataset, select_users(dataset, recipe), split, recipe.evaluation)
+    rows = {
+        "popularity": ranking_metrics(evaluator.popularity_ranks()),
+        "model": ranking_metrics(evaluator.ranks(trained)),
+    }
+    print(f"{len(evaluator.users)} users, {split}, {recipe.evaluation}")
+    print_metrics(rows)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"split": split, "users": len(evaluator.users), "metrics": rows}
+        result["protocol"] = dataclasses.asdict(recipe.evaluation)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def embed(data: Path, model: Path, output: Path, users: Path | None = None):
+    """Write user vectors (max-pooled states, UPRec eq. 8) to a Parquet file.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        model: folder of a model.
+        output: .parquet file with columns user_id and vector.
+        users: text file with one original user id a line; all users without it.
+    """
+    if output.suffix != ".parquet":
+        raise ValueError(f"{output}: user vectors are written to a .parquet file")
+    dataset = SequenceDataset.load(data)
+    write_table(user_vectors(_model_for(model, dataset), dataset, _read_users(users)), output)
+
+
+def recommend(
+    data: Path,
+    model: Path,
+    output: Path,
+    users: Path | None = None,
+    k: int = 10,
+    seen: Literal["exclude", "none"] = "exclude",
+):
+    """Write the k best next items of each user, in the ids of the original data.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        model: folder of a model.
+        output: .csv or .parquet file with columns user_id, rank, item_id, score.
+        users: text file with one original user id a line; all users without it.
+        k: items a user.
+        seen: leave out or keep the items that a user already has.
+    """
+    dataset = SequenceDataset.load(data)
+    trained = _model_for(model, dataset)
+    write_table(recommend_items(trained, dataset, k, _read_users(users), seen), output)
+
+
+def _model_for(path: Path, dataset: SequenceDataset) -> UserModel:
+    model = UserModel.from_pretrained(path)
+    if model.num_items != dataset.num_items:
+        raise ValueError(
+            f"{path} was trained on {model.num_items} items, {dataset.path} has {dataset.num_items}"
+        )
+    return model
+
+
+def _read_users(path: Path | None) -> list[str] | None:
+    return None if path is None else path.read_text().split()
+
+
+RECIPE_COMMANDS = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
+COMMANDS = {
+    "prepare": prepare,
+    "embed": embed,
+    "recommend": recommend,
+    "bench": bench,
+    "demo": demo,
+}
+
+
+def _parser():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="fastrec", description=__doc__)
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
+        summary = function.__doc__.strip().splitlines()[0]
+        sub = ArgumentParser(prog=f"fastrec {name}", description=summary)
+        sub.add_argument("--config", action="config", help="recipe name or YAML file")
+        if name in RECIPE_COMMANDS:
+            sub.add_class_arguments(Recipe, as_group=False)
+            sub.add_function_arguments(function, skip={"recipe"}, as_group=False)
+        else:
+            sub.add_function_arguments(function, as_group=False)
+        commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def _resolve_recipes(arguments: list[str]) -> list[str]:
+    """Replace the recipe name after --config with its file."""
+    out = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            out[i + 1] = str(recipes.path(arguments[i + 1]))
+        elif argument.startswith("--config="):
+            out[i] = f"--config={recipes.path(argument.removeprefix('--config='))}"
+    return out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command. Errors in the input end with status 1 and one line, not a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        parser = _parser()
+        config = parser.parse_args(_resolve_recipes(arguments))
+        name = config.command
+        values = dict(parser.instantiate_classes(config)[name])
+        values.pop("config", None)
+        if name in RECIPE_COMMANDS:
+            fields = [field.name for field in dataclasses.fields(Recipe)]
+            recipe = Recipe(**{field: values.pop(field) for field in fields})
+            RECIPE_COMMANDS[name](recipe, **values)
+        else:
+            report = COMMANDS[name](**values)
+            if report is not None:
+                print(report)
+    except (ValueError, OSError) as error:
+        sys.exit(f"fastrec: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Results for people: the metrics table and the plots."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+
+def print_metrics(rows: dict[str, dict[str, float]], title: str | None = None) -> None:
+    """A table with one line a model, metrics x 100."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = list(next(iter(rows.values())))
+    table = Table("x 100", title=title)
+    for name in metrics:
+        table.add_column(name, justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *(f"{100 * values[metric]:.2f}" for metric in metrics))
+    Console(width=110).print(table)
+
+
+def _axes(title: str, xlabel: str, ylabel: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finish(figure, axes, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_losses(runs: dict[str, Path], path: Path) -> None:
+    """Training loss by step of each run folder (its `metrics/metrics.csv`), as PNG."""
+    figure, axes = _axes("Training loss", "step", "cross-entropy (nats)")
+    for name, folder in runs.items():
+        with open(folder / "metrics" / "metrics.csv", newline="") as file:
+            points = [
+                (int(row["step"]), float(row["train_loss"]))
+                for row in csv.DictReader(file)
+                if row["train_loss"]
+            ]
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    _finish(figure, axes, path)
+
+
+def plot_by_length(lengths: np.ndarray, ranks: dict[str, np.ndarray], path: Path) -> None:
+    """NDCG@10 in groups of users of equal size by sequence length, as PNG.
+
+    lengths: int64 [U] number of input events; ranks: model name to float64 [U].
+    """
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 7)).round().astype(int))
+    groups = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(0, len(edges) - 2))
+    present = np.unique(groups)
+    labels = [
+        f"{lengths[groups == group].min()}-{lengths[groups == group].max()}" for group in present
+    ]
+    figure, axes = _axes("NDCG@10 by sequence length", "events of the user", "NDCG@10")
+    for name, values in ranks.items():
+        gain = np.where(values <= 10, 1 / np.log2(values + 1), 0.0)
+        axes.plot(labels, [gain[groups == group].mean() for group in present], "o-", label=name)
+    _finish(figure, axes, path)

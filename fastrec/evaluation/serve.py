@@ -1,0 +1,104 @@
+"""What a trained model is for: user vectors and ranked recommendations, in original ids.
+
+Legend: U users, D width, k recommendations a user.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastrec.evaluation.protocols import next_item_queries, seen_pairs
+from fastrec.evaluation.ranking import top_items
+
+BATCH = 512
+
+
+def _indices(dataset, user_ids) -> np.ndarray:
+    """Row numbers of original user ids; all users for None. Raises ValueError for an unknown id."""
+    known = dataset.user_ids()
+    if user_ids is None:
+        return np.arange(dataset.num_users)
+    row = {str(user): index for index, user in enumerate(known.tolist())}
+    unknown = [user for user in user_ids if str(user) not in row]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(user_ids)} users are not in the data set, the first is"
+            f" {unknown[0]!r}"
+        )
+    return np.array([row[str(user)] for user in user_ids])
+
+
+def user_vectors(model, dataset, user_ids=None):
+    """User vectors: states max-pooled over the items of the whole history (UPRec, eq. 8).
+
+    Returns a polars frame: user_id, vector (list of D float32).
+    """
+    import polars
+
+    indices, vectors = _indices(dataset, user_ids), []
+    with torch.no_grad():
+        for start in range(0, len(indices), BATCH):
+            users = torch.as_tensor(indices[start : start + BATCH])
+            batch = dataset.gather(
+                users, "all", max_len=model.config.max_len, **model.sequence_tokens
+            )
+            states = model.encode(batch)
+            items = (batch.values < model.num_items).unsqueeze(1)
+            pooled = states.new_full((len(batch), states.shape[1]), float("-inf"))
+            segment = batch.segment_ids().unsqueeze(1).expand_as(states)
+            pooled.scatter_reduce_(
+                0, segment, states.masked_fill(~items, float("-inf")), reduce="amax"
+            )
+            vectors.append(pooled.masked_fill(pooled == float("-inf"), 0.0))
+    ids = dataset.user_ids()[indices]
+    return polars.DataFrame({"user_id": ids, "vector": torch.cat(vectors).float().numpy()})
+
+
+def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
+    """The k best next items of each user, given the whole history.
+
+    seen: "exclude" leaves out items that the user already has, "none" keeps them.
+
+    Returns a polars frame: user_id, rank (from 1), item_id, score; fewer than k rows for a user
+    with fewer than k items left.
+    """
+    import polars
+
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    indices, item_ids = _indices(dataset, user_ids), dataset.item_ids()
+    table, bias = model.item_table, model.item_head.bias
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(indices), BATCH):
+            users = torch.as_tensor(indices[start : start + BATCH])
+            query = next_item_queries(model, dataset, users, "all")
+            exclude = seen_pairs(dataset, users, "all") if seen == "exclude" else None
+            scores, items = top_items(query, table, bias, k, exclude=exclude)
+            kept = (items >= 0).numpy()
+            ranks = np.broadcast_to(np.arange(1, k + 1), kept.shape)
+            owners = np.broadcast_to(indices[start : start + BATCH, None], kept.shape)
+            parts.append(
+                polars.DataFrame(
+                    {
+                        "user_id": dataset.user_ids()[owners[kept]],
+                        "rank": ranks[kept],
+                        "item_id": item_ids[items.numpy()[kept]],
+                        "score": scores.numpy()[kept],
+                    }
+                )
+            )
+    return polars.concat(parts)
+
+
+def write_table(frame, path: Path | str) -> None:
+    """Write a frame as .csv or .parquet, by the ending. Raises ValueError for another one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        frame.write_parquet(path)
+    elif path.suffix == ".csv":
+        frame.write_csv(path)
+    else:
+        raise ValueError(f"{path}: expected a name that ends in .csv or .parquet")

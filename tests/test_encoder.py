@@ -1,0 +1,159 @@
+"""The jagged encoder: equal to torch.nn.TransformerEncoder, batch-invariant, length-agnostic."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.nn.transformer import EventDropout, TransformerEncoder
+from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.ops.jagged_attention import jagged_attention
+from fastrec.random import Rng
+
+
+def jagged(lengths: list[int], num_items: int = 50, first_id: int = 0) -> JaggedBatch:
+    lengths_ = torch.tensor(lengths)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_.cumsum(0)])
+    values = torch.randint(num_items, (int(offsets[-1]),))
+    ids = torch.arange(first_id, first_id + len(lengths))
+    return JaggedBatch(values, offsets, ids, max(lengths, default=0))
+
+
+def take(batch: JaggedBatch, order: list[int]) -> tuple[JaggedBatch, torch.Tensor]:
+    """The sequences `order` of a batch, and the events of the batch that they hold."""
+    events = torch.cat(
+        [torch.arange(int(batch.offsets[i]), int(batch.offsets[i + 1])) for i in order]
+    )
+    lengths = batch.lengths[order]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return (
+        JaggedBatch(batch.values[events], offsets, batch.sample_ids[order], int(lengths.max())),
+        events,
+    )
+
+
+def load_torch_layer(layer: nn.TransformerEncoderLayer, ours) -> None:
+    with torch.no_grad():
+        ours.query_key_value.weight.copy_(layer.self_attn.in_proj_weight)
+        ours.query_key_value.bias.copy_(layer.self_attn.in_proj_bias)
+        for mine, theirs in (
+            (ours.attention_output, layer.self_attn.out_proj),
+            (ours.attention_norm, layer.norm1),
+            (ours.ffn_inner, layer.linear1),
+            (ours.ffn_output, layer.linear2),
+            (ours.ffn_norm, layer.norm2),
+        ):
+            mine.weight.copy_(theirs.weight)
+            mine.bias.copy_(theirs.bias)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_equals_torch_transformer_layer(pre_norm, causal):
+    encoder = TransformerEncoder(16, 40, layers=1, heads=4, causal=causal, pre_norm=pre_norm)
+    theirs = nn.TransformerEncoderLayer(
+        16, 4, 64, dropout=0.0, activation="gelu", batch_first=True, norm_first=pre_norm
+    )
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    load_torch_layer(theirs, encoder.layers[0])
+    batch = jagged([5, 1, 33, 8, 9])
+    x = torch.randn(len(batch.values), 16)
+    ours = encoder.layers[0](x, batch, causal, EventDropout(batch, 0.0, None), 0)
+    for start, end in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True):
+        mask = nn.Transformer.generate_square_subsequent_mask(end - start) if causal else None
+        expected = theirs(x[None, start:end], src_mask=mask, is_causal=causal)[0]
+        torch.testing.assert_close(ours[start:end], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_does_not_depend_on_the_batch():
+    """Promise 3: the same states for a user alone, in another order, beside longer sequences."""
+    torch.manual_seed(0)
+    model = UserModel(50, ModelConfig(width=16, max_len=70, dropout=0.5))
+    batch = jagged([3, 60, 17, 1, 8], first_id=100)
+    whole = model.encode(batch, Rng(seed=2**40 + 3, step=7))
+    for order in ([2], [4, 0], [1, 3, 2, 0, 4]):
+        part, events = take(batch, order)
+        states = model.encode(part, Rng(seed=2**40 + 3, step=7))
+        torch.testing.assert_close(states, whole[events], rtol=1e-5, atol=1e-6)
+    other = model.encode(batch, Rng(seed=2**40 + 3, step=8))
+    assert (other - whole).abs().max() > 0.1
+
+
+def test_dropout_keeps_the_expectation():
+    model = UserModel(50, ModelConfig(width=32, dropout=0.3))
+    batch = jagged([6] * 64)
+    ones = torch.ones(len(batch.values), 512)
+    dropped = EventDropout(batch, model.config.dropout, Rng(1, 2))(ones, "embedding")
+    kept = (dropped > 0).double().mean()
+    assert abs(kept - (256 - 77) / 256) < 4 * (0.21 / dropped.numel()) ** 0.5
+    torch.testing.assert_close(dropped.max(), torch.tensor(256 / (256 - 77)))
+
+
+def test_attention_gradient_and_empty_sequences():
+    offsets = torch.tensor([0, 0, 3, 3, 4, 13, 13])
+    q, k, v = (torch.randn(13, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def run(q, k, v):
+        return jagged_attention(
+            q,
+            k,
+            v,
+            offsets,
+            max_seq_len=9,
+            dropout_p=0.25,
+            rng=Rng(3, 4),
+            sample_ids=torch.arange(6),
+        )
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+def test_empty_batch():
+    model = UserModel(9, ModelConfig(width=8, dropout=0.5))
+    empty = JaggedBatch(
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        0,
+    )
+    assert model.encode(empty, Rng(0, 0)).shape == (0, 8)
+
+
+def test_errors_name_the_problem():
+    with pytest.raises(ValueError, match="width 10 is not divisible by heads 4"):
+        TransformerEncoder(10, 5, heads=4)
+    model = UserModel(9, ModelConfig(width=8, max_len=4))
+    with pytest.raises(ValueError, match="a sequence has 7 positions, the encoder was built for 6"):
+        model.encode(jagged([7], num_items=9))
+    with pytest.raises(ValueError, match=r"\[CLS\] stands first"):
+        UserModel(9, ModelConfig(causal=True))
+    x = torch.zeros(3, 2, 4)
+    with pytest.raises(ValueError, match="needs rng and sample_ids"):
+        jagged_attention(x, x, x, torch.tensor([0, 3]), max_seq_len=3, dropout_p=0.1)
+    with pytest.raises(RuntimeError, match="jagged_attention has no cpp kernel|not built"):
+        jagged_attention(x, x, x, torch.tensor([0, 3]), max_seq_len=3, backend="cpp")
+
+
+def test_save_and_load(tmp_path):
+    model = UserModel(11, ModelConfig(width=8, layers=1))
+    model.save_pretrained(tmp_path / "m")
+    again = UserModel.from_pretrained(tmp_path / "m")
+    assert again.config == model.config and again.num_items == 11
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_broken_model_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        UserModel.from_pretrained(tmp_path)
+    UserModel(11, ModelConfig(width=8)).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        UserModel.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    (tmp_path / "config.json").write_text('{"format": 1, "num_items": 11, "wdith": 8}')
+    with pytest.raises(ValueError, match=r"config\.json.*wdith"):
+        UserModel.from_pretrained(tmp_path)

@@ -1,0 +1,114 @@
+"""Metrics by hand, ranks against a full sort, protocols against their definition."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastrec.data.dataset import SequenceDataset
+from fastrec.evaluation.metrics import ranking_metrics
+from fastrec.evaluation.protocols import Evaluator, Protocol, popularity_negatives
+from fastrec.evaluation.ranking import rank_all, rank_candidates, top_items
+
+
+def dataset_of(sequences: list[list[int]], num_items: int) -> SequenceDataset:
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in sequences])])
+    values = np.concatenate([np.array(s, dtype=np.int32) for s in sequences])
+    schema = {
+        "num_users": len(sequences),
+        "num_items": num_items,
+        "num_interactions": len(values),
+    }
+    return SequenceDataset(Path("memory"), schema, values, offsets)
+
+
+def test_metrics_by_hand():
+    metrics = ranking_metrics(torch.tensor([1.0, 3.0, 10.0, 11.0]))
+    assert metrics["HR@1"] == 0.25 and metrics["HR@5"] == 0.5 and metrics["HR@10"] == 0.75
+    assert metrics["NDCG@5"] == pytest.approx((1 + 1 / 2) / 4)
+    assert metrics["NDCG@10"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(11)) / 4)
+    assert metrics["MRR"] == pytest.approx((1 + 1 / 3 + 1 / 10 + 1 / 11) / 4)
+
+
+@pytest.mark.parametrize("ranks", [[], [0.5], [float("nan")]])
+def test_metrics_reject_what_is_no_rank(ranks):
+    with pytest.raises(ValueError, match="no user|ranks must be"):
+        ranking_metrics(torch.tensor(ranks))
+
+
+def test_candidates_share_ties():
+    table = torch.tensor([[1.0], [1.0], [2.0], [0.0]])
+    query, bias = torch.ones(1, 1), torch.zeros(4)
+    assert rank_candidates(query, table, bias, torch.tensor([[0, 1, 2, 3]])).tolist() == [2.5]
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
+def test_full_ranks_and_top_items_equal_a_stable_sort(tile):
+    query, bias = torch.randn(9, 4), torch.randn(53)
+    table = torch.randn(53, 4)
+    table[20], bias[20] = table[5], bias[5]  # duplicated items must tie exactly
+    targets = torch.tensor([5, 20, 0, 52, 7, 8, 9, 10, 11])
+    rows, items = torch.tensor([0, 0, 1, 3]), torch.tensor([1, 5, 5, 52])  # (0, 5) is a target
+    scores = (query.double() @ table.double().T + bias.double()).numpy()
+    allowed = scores.copy()
+    allowed[rows.numpy(), items.numpy()] = -np.inf
+    ranks = rank_all(query, table, bias, targets, exclude=(rows, items), tile=tile)
+    best, ids = top_items(query, table, bias, 6, exclude=(rows, items), tile=tile)
+    for n in range(9):
+        mine = allowed[n].copy()
+        mine[targets[n]] = scores[n, targets[n]]
+        order = np.lexsort((np.arange(53), -mine))
+        assert ranks[n] == 1 + order.tolist().index(int(targets[n]))
+        assert ids[n].tolist() == np.lexsort((np.arange(53), -allowed[n]))[:6].tolist()
+    assert (best.diff(dim=1) <= 0).all()
+
+
+def test_top_items_says_where_nothing_is_left():
+    query, table, bias = torch.ones(1, 1), torch.ones(3, 1), torch.zeros(3)
+    scores, items = top_items(query, table, bias, 5, exclude=(torch.tensor([0]), torch.tensor([1])))
+    assert items.tolist() == [[0, 2, -1, -1, -1]]
+    assert scores[0, 2:].tolist() == [-math.inf] * 3
+
+
+def test_nan_target_ranks_last():
+    query, table = torch.tensor([[float("nan")]]), torch.ones(4, 1)
+    assert rank_all(query, table, torch.zeros(4), torch.tensor([2])).tolist() == [4]
+    assert rank_candidates(query, table, torch.zeros(4), torch.tensor([[2, 1]])).tolist() == [2]
+
+
+def test_popularity_negatives_are_unseen_distinct_and_popular():
+    # Item 0 holds a third of the interactions; user 3 has seen it.
+    sequences = [[0, 1, 2], [0, 3, 4], [0, 5, 6], [0, 7, 8]] + [[0, 9, 10 + i] for i in range(20)]
+    sequences.append([31, 32, 33])
+    dataset = dataset_of(sequences, 40)
+    users = torch.tensor([3, 24])
+    negatives = popularity_negatives(dataset, users, 5, seed=1)
+    assert negatives.shape == (2, 5)
+    for user, row in zip(users.tolist(), negatives.tolist(), strict=True):
+        assert len(set(row)) == 5 and not set(row) & set(sequences[user])
+        assert max(row) < 34  # items 34..39 have no interaction
+    counts = np.zeros(40)
+    for seed in range(400):
+        counts[popularity_negatives(dataset, users[1:], 1, seed).numpy()] += 1
+    # p(item 0) = 24 of the 72 interactions with items that user 24 has not seen.
+    assert abs(counts[0] / 400 - 24 / 72) < 4 * math.sqrt(2 / 9 / 400)
+    alone = popularity_negatives(dataset, users[1:], 5, seed=1)
+    assert torch.equal(alone[0], negatives[1])  # a function of (seed, user)
+    with pytest.raises(ValueError, match="user 3 has 30 unseen items, 32 negatives"):
+        popularity_negatives(dataset, users, 32, seed=1)
+
+
+def test_popularity_ranker_falls_to_chance_on_popularity_negatives():
+    """The self-test of the protocol: sampled HR@10 of 100 candidates is near 0.10."""
+    generator = np.random.default_rng(0)
+    # Flat enough that 99 draws without replacement do not exhaust the head.
+    p = 1 / np.arange(100, 20100)
+    items = generator.choice(20000, size=(3000, 6), p=p / p.sum())
+    dataset = dataset_of(items.tolist(), 20000)
+    users = torch.arange(3000)
+    sampled = Evaluator(dataset, users, "test", Protocol(negatives=99)).popularity_ranks()
+    assert 0.07 < ranking_metrics(sampled)["HR@10"] < 0.13
+    full = Evaluator(dataset, users, "test", Protocol(candidates="full")).popularity_ranks()
+    assert ranking_metrics(full)["HR@10"] > 0.005
