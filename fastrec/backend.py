@@ -34,6 +34,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrec::{op}_fwd", key)
+
+
+# torch.compile takes the answer as a constant: torch.compiler.assume_constant_result, without its
+# import of the compiler, which would double the import time of fastrec.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unavailable_reason(backend: str, op: str, device: torch.device) -> str | None:
     """Why `backend` cannot run `op` on `device`; None if it can."""
     if backend == "reference":
@@ -50,7 +59,7 @@ def unavailable_reason(backend: str, op: str, device: torch.device) -> str | Non
         if device.type != "cuda" and not interpreting():
             return f"triton runs on cuda, tensors are on {device.type}"
         key = "CUDA"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrec::{op}_fwd", key):
+    if not _has_kernel(op, key):
         return f"{op} has no {backend} kernel"
     return None
 

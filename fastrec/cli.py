@@ -12,7 +12,7 @@ from typing import Literal
 
 from fastrec import recipes
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.prepare import prepare
+from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.protocols import Evaluator
 from fastrec.evaluation.report import print_metrics
@@ -23,6 +23,64 @@ from fastrec.training.config import Recipe
 from fastrec.training.demo import demo
 from fastrec.training.fit import fit, select_users
 from fastrec.training.step_time import bench
+
+
+def prepare(
+    source: Path,
+    output: Path,
+    format: Literal["s3rec", "pairs", "movielens-1m", "movielens-100k", "recbole", "table"],
+    k_core: int = 0,
+    min_rating: float | None = None,
+    max_users: int | None = None,
+    user_attributes: Path | None = None,
+    item_attributes: Path | None = None,
+    relations: Path | None = None,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    timestamp_column: str | None = None,
+    rating_column: str | None = None,
+    on_duplicate: Literal["error", "keep", "drop"] = "error",
+    overwrite: bool = False,
+):
+    """Turn a raw file into a data set that the other commands read.
+
+    Args:
+        source: a file, or a folder for movielens and recbole.
+        output: folder of the data set.
+        format: of the source; "table" is any csv, tsv, Parquet or JSON-lines file.
+        k_core: remove users and items with fewer events, again and again.
+        min_rating: remove events rated below.
+        max_users: keep only the first users in order of their id.
+        user_attributes: file with a user_id column.
+        item_attributes: file with an item_id column, or the attribute JSON of S3-Rec.
+        relations: file whose first two columns are user and friend.
+        user_column: of a table.
+        item_column: of a table.
+        timestamp_column: of a table; without it the file must be in order.
+        rating_column: of a table.
+        on_duplicate: what to do with the same user, item and time twice.
+        overwrite: replace a data set in `output`.
+    """
+    options: dict = {}
+    if format == "table":
+        options = {"user": user_column, "item": item_column, "timestamp": timestamp_column}
+        options |= {"rating": rating_column, "ordered": timestamp_column is None}
+    if format not in ("s3rec", "pairs"):  # their rows are distinct events by definition
+        options["on_duplicate"] = on_duplicate
+    report = prepare_dataset(
+        source,
+        output,
+        format=format,
+        k_core=k_core,
+        min_rating=min_rating,
+        max_users=max_users,
+        user_attributes=user_attributes,
+        item_attributes=item_attributes,
+        relations=relations,
+        overwrite=overwrite,
+        **options,
+    )
+    print(report)
 
 
 def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
@@ -57,7 +115,7 @@ def finetune(
 def evaluate(
     recipe: Recipe,
     data: Path,
-    model: Path,
+    pretrained: Path,
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
 ):
@@ -65,12 +123,12 @@ def evaluate(
 
     Args:
         data: folder written by `fastrec prepare`.
-        model: folder of a model.
+        pretrained: folder of a model (`RUN/model`).
         split: which held-out item.
         output: JSON file for the metrics.
     """
     dataset = SequenceDataset.load(data)
-    trained = _model_for(model, dataset)
+    trained = _model_for(pretrained, dataset)
     evaluator = Evaluator(dataset, select_users(dataset, recipe), split, recipe.evaluation)
     rows = {
         "popularity": ranking_metrics(evaluator.popularity_ranks()),
@@ -85,24 +143,24 @@ def evaluate(
         output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def embed(data: Path, model: Path, output: Path, users: Path | None = None):
+def embed(data: Path, pretrained: Path, output: Path, users: Path | None = None):
     """Write user vectors (max-pooled states, UPRec eq. 8) to a Parquet file.
 
     Args:
         data: folder written by `fastrec prepare`.
-        model: folder of a model.
+        pretrained: folder of a model (`RUN/model`).
         output: .parquet file with columns user_id and vector.
         users: text file with one original user id a line; all users without it.
     """
     if output.suffix != ".parquet":
         raise ValueError(f"{output}: user vectors are written to a .parquet file")
     dataset = SequenceDataset.load(data)
-    write_table(user_vectors(_model_for(model, dataset), dataset, _read_users(users)), output)
+    write_table(user_vectors(_model_for(pretrained, dataset), dataset, _read_users(users)), output)
 
 
 def recommend(
     data: Path,
-    model: Path,
+    pretrained: Path,
     output: Path,
     users: Path | None = None,
     k: int = 10,
@@ -112,14 +170,14 @@ def recommend(
 
     Args:
         data: folder written by `fastrec prepare`.
-        model: folder of a model.
+        pretrained: folder of a model (`RUN/model`).
         output: .csv or .parquet file with columns user_id, rank, item_id, score.
         users: text file with one original user id a line; all users without it.
         k: items a user.
         seen: leave out or keep the items that a user already has.
     """
     dataset = SequenceDataset.load(data)
-    trained = _model_for(model, dataset)
+    trained = _model_for(pretrained, dataset)
     write_table(recommend_items(trained, dataset, k, _read_users(users), seen), output)
 
 
@@ -182,16 +240,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser = _parser()
         config = parser.parse_args(_resolve_recipes(arguments))
         name = config.command
-        values = dict(parser.instantiate_classes(config)[name])
+        values = dict(parser.instantiate(config)[name])
         values.pop("config", None)
         if name in RECIPE_COMMANDS:
             fields = [field.name for field in dataclasses.fields(Recipe)]
             recipe = Recipe(**{field: values.pop(field) for field in fields})
             RECIPE_COMMANDS[name](recipe, **values)
         else:
-            report = COMMANDS[name](**values)
-            if report is not None:
-                print(report)
+            COMMANDS[name](**values)
     except (ValueError, OSError) as error:
         sys.exit(f"fastrec: error: {error}")
 

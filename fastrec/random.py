@@ -151,8 +151,8 @@ def keep_mask(
 def sort_keys(seed: int, step: int, sample_ids: Tensor, *, site: str) -> Tensor:
     """One 62-bit key per sample id (int64, not negative): sorting by it shuffles the samples.
 
-    The key is made of the 16-bit draws of columns 0-3 of row 0, in that order, without the lowest
-    bit of columns 1 and 3.
+    The key is made of the first two words of the call for row 0 (bits 16, view, layer and head 0),
+    each without its lowest bit.
     """
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
     c0, c1, _, _ = philox(key, (0, 0, sample_ids & _MASK32, step & _MASK32))

@@ -10,8 +10,10 @@ from fastrec.backend import unavailable_reason
 
 @pytest.fixture(autouse=True)
 def _isolation():
-    """A fixed seed per test; threads and determinism as they were before the test."""
+    """A fixed seed per test; one thread (tests of more threads ask for them: OpenMP workers of two
+    processes that share the cores wait for each other); determinism as it was before the test."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ A backend is compared with the float64 reference on the same values, within the 
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -26,11 +27,23 @@ def sample_names(op, types=FLOAT32):
     return [sample.name for sample in op.samples("cpu", types, True)]
 
 
+@functools.cache
+def samples(op_name, device, types, interpret_small):
+    op = next(op for op in OPS if op.name == op_name)
+    return {sample.name: sample for sample in op.samples(device, types, interpret_small)}
+
+
 def get(op, name, backend, device, types):
-    for sample in op.samples(device, types, small(backend, device)):
-        if sample.name == name:
-            return sample
-    raise KeyError(name)
+    return samples(op.name, device, types, small(backend, device))[name]
+
+
+@functools.cache
+def expected(op_name, name, device, types, interpret_small):
+    """(float64 reference, reference in the tested type) of a sample, computed once."""
+    op = next(op for op in OPS if op.name == op_name)
+    sample = samples(op_name, device, types, interpret_small)[name]
+    exact = run(op.reference, promote(sample), op.differentiable)
+    return exact, run(op.reference, sample, op.differentiable)
 
 
 def need(op, backend, device):
@@ -42,47 +55,49 @@ def on(op, backend):
     return lambda **kwargs: op.function(**kwargs, backend=backend)
 
 
-def check(op, backend, sample, replace=None):
-    """Output and gradients of `backend` within the budget. `replace` maps tensor arguments to
-    tensors of the same values in other memory."""
-    exact = run(op.reference, promote(sample), op.differentiable)
-    low = run(op.reference, sample, op.differentiable)
-    given = sample
-    if replace is not None:
-        moved = {
-            key: replace(value) if isinstance(value, torch.Tensor) else value
-            for key, value in sample.kwargs.items()
-        }
-        given = dataclasses.replace(sample, kwargs=moved)
-    actual = run(on(op, backend), given, op.differentiable)
+def assert_within_budget(sample, actual, exact, low):
     assert actual.keys() == exact.keys()
     wrong = []
     for name, value in actual.items():
         assert value.shape == exact[name].shape, name
-        expected_dtype = low[name].dtype
-        assert value.dtype == expected_dtype, f"{name}: {value.dtype} instead of {expected_dtype}"
+        assert value.dtype == low[name].dtype, f"{name}: {value.dtype}, expected {low[name].dtype}"
         error, budget = excess(value, low[name], exact[name], sample.floor.get(name, 0.0))
         if not error <= budget:
             wrong.append(f"{name}: error {error:.3g}, budget {budget:.3g}")
     assert not wrong, "; ".join(wrong)
-    return actual
 
 
-def cases(with_samples=True, types=TYPES, backends=BACKENDS, only=None):
-    """pytest parameters (op, backend, device, types[, sample name])."""
-    for op in OPS:
-        for backend in backends:
-            for device in DEVICES:
-                for t in types:
-                    if (backend, t.name) in op.refuses:
-                        continue
-                    names = sample_names(op, t) if with_samples else [None]
-                    for name in names:
-                        if only is not None and name not in only:
-                            continue
-                        parts = [op.name, backend, device, t.name] + ([name] if name else [])
-                        values = (op, backend, device, t) + ((name,) if name else ())
-                        yield pytest.param(*values, id="-".join(parts))
+def check(op, name, backend, device, types, replace=None):
+    """Output and gradients of `backend` within the budget. `replace` maps tensor arguments to
+    tensors of the same values in other memory. Arguments are left as they were."""
+    need(op, backend, device)
+    exact, low = expected(op.name, name, device, types, small(backend, device))
+    sample = given = get(op, name, backend, device, types)
+    tensors = {k: v for k, v in sample.kwargs.items() if isinstance(v, torch.Tensor)}
+    if replace is not None:
+        moved = {key: replace(value) for key, value in tensors.items()}
+        given = dataclasses.replace(sample, kwargs=sample.kwargs | moved)
+    before = {key: value.clone() for key, value in tensors.items()}
+    torch.set_num_threads(2)
+    actual = run(on(op, backend), given, op.differentiable)
+    torch.set_num_threads(1)
+    assert_within_budget(sample, actual, exact, low)
+    for key, value in before.items():
+        assert torch.equal(given.kwargs[key], value), f"{key} was written"
+
+
+def cases(types=TYPES, backends=BACKENDS, only=None):
+    """pytest parameters (op, backend, device, types, sample name)."""
+    return [
+        pytest.param(op, backend, device, t, name, id=f"{op.name}-{backend}-{device}-{t}-{name}")
+        for op in OPS
+        for backend in backends
+        for device in DEVICES
+        for t in types
+        if (backend, t.name) not in op.refuses
+        for name in sample_names(op, t)
+        if only is None or name in only
+    ]
 
 
 each_sample = pytest.mark.parametrize("op, backend, device, types, name", cases())
@@ -90,8 +105,7 @@ each_sample = pytest.mark.parametrize("op, backend, device, types, name", cases(
 
 @each_sample
 def test_within_budget(op, backend, device, types, name, poisoned_memory):
-    need(op, backend, device)
-    check(op, backend, get(op, name, backend, device, types))
+    check(op, name, backend, device, types)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +142,7 @@ each_representative = pytest.mark.parametrize(
 )
 def test_gradcheck(op, backend, device, types, name):
     need(op, backend, device)
-    sample = next(s for s in op.samples(device, types, True) if s.name == name)
+    sample = samples(op.name, device, types, True)[name]
     names = [n for n in op.differentiable if sample.kwargs.get(n) is not None]
     leaves = tuple(sample.kwargs[n].clone().requires_grad_() for n in names)
 
@@ -188,19 +202,17 @@ def _misaligned(tensor):
 @each_representative
 @pytest.mark.parametrize("layout", ["transposed", "misaligned", "strided"])
 def test_memory_layout(op, backend, device, types, name, layout):
-    need(op, backend, device)
     move = {
         "transposed": _transposed,
         "misaligned": _misaligned,
         "strided": lambda tensor: _padded(tensor, 0, 3),
     }[layout]
-    check(op, backend, get(op, name, backend, device, types), move)
+    check(op, name, backend, device, types, move)
 
 
 @each_representative
 def test_neighbouring_memory_is_neither_read_nor_written(op, backend, device, types, name):
     """NaN (the largest integer, True) around every argument: reading it spoils the result."""
-    need(op, backend, device)
     moved = []
 
     def move(tensor):
@@ -211,12 +223,11 @@ def test_neighbouring_memory_is_neither_read_nor_written(op, backend, device, ty
         else:
             fill = torch.iinfo(tensor.dtype).max
         view = _padded(tensor, fill, 3)
-        moved.append((view, fill, tensor))
+        moved.append((view, fill))
         return view
 
-    check(op, backend, get(op, name, backend, device, types), move)
-    for view, fill, original in moved:
-        assert torch.equal(view, original)
+    check(op, name, backend, device, types, move)
+    for view, fill in moved:
         buffer = view._base.clone()
         inside = buffer.as_strided(view.shape, view.stride(), view.storage_offset())
         inside.fill_(fill)
@@ -311,8 +322,7 @@ def test_same_bits_for_any_number_of_threads(op, backend, device, types, name):
     ),
 )
 def test_compile_without_graph_break(op, backend, device, types, name):
-    need(op, backend, device)
-    _compare_compiled(op, backend, get(op, name, backend, device, types), "aot_eager")
+    _compare_compiled(op, name, backend, device, types, "aot_eager")
 
 
 @pytest.mark.parametrize(
@@ -320,22 +330,17 @@ def test_compile_without_graph_break(op, backend, device, types, name):
     cases(types=(FLOAT32,), backends=("cpp",), only={"everything_none"}),
 )
 def test_compile_with_inductor(op, backend, device, types, name):
+    _compare_compiled(op, name, backend, device, types, "inductor")
+
+
+def _compare_compiled(op, name, backend, device, types, compiler):
     need(op, backend, device)
-    _compare_compiled(op, backend, get(op, name, backend, device, types), "inductor")
-
-
-def _compare_compiled(op, backend, sample, compiler):
     torch._dynamo.reset()
     compiled = torch.compile(on(op, backend), fullgraph=True, dynamic=True, backend=compiler)
-    eager = run(on(op, backend), sample, op.differentiable)
-    low = run(op.reference, sample, op.differentiable)
-    exact = run(op.reference, promote(sample), op.differentiable)
+    sample = get(op, name, backend, device, types)
     actual = run(compiled, sample, op.differentiable)
-    for name, value in actual.items():
-        assert value.dtype == eager[name].dtype and value.shape == eager[name].shape, name
-        error, budget = excess(value, low[name], exact[name], sample.floor.get(name, 0.0))
-        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
-        if compiler == "aot_eager":  # the same operators in the same order
-            torch.testing.assert_close(value, eager[name])
-
-
+    exact, low = expected(op.name, name, device, types, small(backend, device))
+    assert_within_budget(sample, actual, exact, low)
+    if compiler == "aot_eager":  # the same operators in the same order
+        for key, value in run(on(op, backend), sample, op.differentiable).items():
+            torch.testing.assert_close(actual[key], value, msg=key)

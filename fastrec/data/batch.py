@@ -1,4 +1,4 @@
-"""The jagged batch: what every op, encoder and objective receives. Legend: B sequences, T events."""
+"""The jagged batch that every op, encoder and objective receives. B sequences, T events."""
 
 from dataclasses import dataclass, replace
 

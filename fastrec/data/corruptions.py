@@ -46,7 +46,7 @@ def mask_items(
     On CUDA the only host synchronisation is the one that learns N.
     Raises ValueError for a probability out of range or sequences longer than 65,536.
     """
-    if not (0 <= replace_probability and 0 <= random_probability):
+    if min(replace_probability, random_probability) < 0:
         raise ValueError("replace_probability and random_probability must not be negative")
     if replace_probability + random_probability > 1 + 1e-9:
         raise ValueError(

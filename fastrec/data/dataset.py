@@ -205,12 +205,12 @@ class SequenceDataset:
         if not (self.path / "relations.parquet").exists():
             return None
         pairs = self._table("relations.parquet").select("user", "friend").to_numpy()
-        if pairs.size and not (0 <= pairs.min() and pairs.max() < self.num_users):
+        if pairs.size and (pairs.min() < 0 or pairs.max() >= self.num_users):
             raise DataError(self.path / "relations.parquet", f"user out of [0, {self.num_users})")
         return pairs
 
     def friends(self, *, symmetric: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(values int64 [R], offsets int64 [U + 1]): the friends of each user, ascending, once each.
+        """(values int64 [R], offsets int64 [U + 1]): the friends of each user, ascending, distinct.
 
         symmetric: a pair (a, b) makes b a friend of a and a a friend of b. None without relations.
         """

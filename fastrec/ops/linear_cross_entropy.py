@@ -316,7 +316,7 @@ def linear_cross_entropy(
     loss = (1 - label_smoothing) * row_weight * (lse - target_logit)
     if smoothed is not None:
         smoothing = smoothed.sum() * lse - class_sum
-        loss = loss + (label_smoothing / linear_weight.shape[0]) * kept * smoothing
+        loss = loss + (label_smoothing / linear_weight.shape[0]) * (kept * smoothing)
     if z_loss:
         loss = loss + z_loss * row_weight * lse.square()
     return _reduce(loss, row_weight, reduction)

@@ -66,7 +66,7 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
         "pre-trained + fine-tuned": evaluator.ranks(finetuned),
     }
     print_metrics({name: ranking_metrics(values) for name, values in ranks.items()})
-    print(f"item softmax, forward + backward: {bench(rounds=3)}")
+    bench(rounds=3)
     plot_losses(
         {"pre-training": output / "pretrain", "fine-tuning": output / "finetune",
          "from scratch": output / "scratch"},

@@ -1,5 +1,6 @@
 """Run one stage with Lightning: loggers, checkpoints to resume from, the best model kept."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -64,7 +65,7 @@ def fit(
     (to resume from), `metrics/` (CSV), `tensorboard/`, `recipe.json`, `summary.json`.
 
     Args:
-        initial: start from this model instead of random weights.
+        initial: start from this model instead of random weights; it is not changed.
         resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run.
 
     Raises:
@@ -83,7 +84,7 @@ def fit(
     (output / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
 
     torch.manual_seed(stage.seed)
-    model = initial or UserModel(dataset.num_items, recipe.model)
+    model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)
     users = select_users(dataset, recipe)
     loader = SequenceLoader(
         dataset,
@@ -126,7 +127,7 @@ def fit(
         num_sanity_val_steps=0,
         enable_progress_bar=progress,
         enable_model_summary=False,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, loader.steps_per_pass),
         use_distributed_sampler=False,
     )
     start = time.perf_counter()

@@ -54,7 +54,7 @@ def loss_times(
     )
 
 
-def bench(rows: int = 2560, items: int = 141939, width: int = 64, rounds: int = 5) -> str:
+def bench(rows: int = 2560, items: int = 141939, width: int = 64, rounds: int = 5) -> None:
     """Time the fused item softmax beside eager PyTorch, forward + backward, float32.
 
     Args:
@@ -64,8 +64,8 @@ def bench(rows: int = 2560, items: int = 141939, width: int = 64, rounds: int = 
         rounds: timed calls of each, alternating.
     """
     times = loss_times(rows, items, width, rounds)
-    return (
-        f"N={rows} V={items} D={width}, {torch.get_num_threads()} threads:"
+    print(
+        f"item softmax, forward + backward, N={rows} V={items} D={width}, {torch.get_num_threads()} threads:"
         f" fused {1e3 * times['fused']:.1f} ms, eager {1e3 * times['eager']:.1f} ms,"
         f" {times['eager'] / times['fused']:.2f}x"
     )

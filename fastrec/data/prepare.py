@@ -1,0 +1,275 @@
+"""From source files to the canonical dataset: read, filter, map ids, sort, write."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastrec.data import readers, tables
+from fastrec.data.errors import DataError
+from fastrec.data.text import check_unique
+from fastrec.data.writer import check_output, write_dataset
+
+TIE_RULE = "stable by (timestamp, row of the source)"
+ORDER_RULE = "order of the source, never sorted"
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` read, removed and wrote; `str(report)` is meant to be printed."""
+
+    output: Path
+    source: str
+    before: dict[str, int]
+    after: dict[str, int]
+    removed: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, float] = field(default_factory=dict)
+    num_short_users: int = 0
+    tie_rule: str = TIE_RULE
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} -> {self.output}"]
+        for name, count in self.after.items():
+            lines.append(f"  {name:<13}{self.before[name]:>13,} -> {count:>13,}")
+        lines += [f"  removed: {count:,} {reason}" for reason, count in self.removed.items()]
+        if not self.removed:
+            lines.append("  removed: nothing")
+        lines.append(
+            "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
+                **self.lengths
+            )
+        )
+        if self.num_short_users:
+            lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
+        lines.append(f"  order: {self.tie_rule}")
+        return "\n".join(lines)
+
+
+def k_core_mask(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
+    """bool [E]: the events of the k-core, where every user and every item has k events or more.
+
+    user, item: int64 [E], ids from 0. Events count, repeated (user, item) pairs too. The k-core is
+    unique: users and items below k are removed until none is left.
+    """
+    keep = np.ones(len(user), dtype=bool)
+    if k <= 1:
+        return keep
+    while True:
+        users = np.bincount(user[keep], minlength=1)
+        items = np.bincount(item[keep], minlength=1)
+        stay = (users[user[keep]] >= k) & (items[item[keep]] >= k)
+        if stay.all():
+            return keep
+        keep[np.flatnonzero(keep)[~stay]] = False
+
+
+def prepare(
+    source,
+    output,
+    *,
+    format: str = "s3rec",
+    k_core: int = 0,
+    min_rating: float | None = None,
+    max_users: int | None = None,
+    user_attributes=None,
+    item_attributes=None,
+    relations=None,
+    overwrite: bool = False,
+    **options,
+) -> PrepareReport:
+    """Read `source`, filter it and write the canonical dataset directory `output`.
+
+    source: a path, or a `RawData`. format: a key of `readers.FORMATS`; `options` go to that reader.
+    min_rating: events rated below are removed. max_users: the first users in order of their id are
+    kept. k_core: then every user and item with fewer than k events goes, again and again.
+    user_attributes, item_attributes: a file (see `tables.read_attributes`; for s3rec items the
+    attribute JSON) or a polars.DataFrame with user_id (item_id) and attributes, one row per id. Ids
+    without events are left out and counted; ids without a row have nulls.
+    relations: a file or frame whose first two columns are user and friend; links with an end that
+    has no events are left out and counted.
+
+    Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
+    from 1 without gaps just lose 1. Events are sorted stably by (timestamp, row), unless the source
+    is in order already; schema.json states which. The output appears complete or not at all.
+
+    Raises DataError for bad input and where a filter leaves nothing, FileExistsError if `output`
+    is not empty and may not be replaced.
+    """
+    check_output(Path(output), overwrite)
+    raw = source if isinstance(source, readers.RawData) else readers.read(source, format, **options)
+    frame, removed = raw.interactions, dict(raw.removed)
+    user_ids, user = _codes(frame["user_id"])
+    item_ids, item = _codes(frame["item_id"])
+    before = {"users": len(user_ids), "items": len(item_ids), "interactions": frame.height}
+    before["interactions"] += sum(raw.removed.values())
+
+    keep = np.ones(frame.height, dtype=bool)
+    if min_rating is not None:
+        if "rating" not in frame.columns:
+            raise DataError(raw.source, "min_rating needs ratings", column="rating")
+        keep &= frame["rating"].to_numpy() >= min_rating
+        _count(removed, raw.source, f"interactions rated below {min_rating:g}", keep)
+    if max_users is not None:
+        kept = np.unique(user[keep])[:max_users]
+        inside = np.isin(user, kept)
+        _count(removed, raw.source, f"interactions beyond {max_users} users", inside, keep)
+        keep &= inside
+    if k_core > 1:
+        rows = np.flatnonzero(keep)
+        core = k_core_mask(user[rows], item[rows], k_core)
+        if not core.all():
+            gone_users = len(np.unique(user[rows])) - len(np.unique(user[rows[core]]))
+            gone_items = len(np.unique(item[rows])) - len(np.unique(item[rows[core]]))
+            reason = f"({gone_users:,} users, {gone_items:,} items) outside the {k_core}-core"
+            removed[f"interactions {reason}"] = int((~core).sum())
+        keep[rows[~core]] = False
+        if not keep.any():
+            raise DataError(raw.source, f"no interaction is left in the {k_core}-core")
+
+    rows = np.flatnonzero(keep)
+    used_users, user = np.unique(user[rows], return_inverse=True)
+    used_items, item = np.unique(item[rows], return_inverse=True)
+    if raw.ordered:
+        order = np.argsort(user, kind="stable")
+    else:
+        if "timestamp" not in frame.columns:
+            raise DataError(
+                raw.source, "events without times need a source that is in order (ordered=True)",
+                column="timestamp",
+            )  # fmt: skip
+        order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], user))
+    user, item, rows = user[order], item[order], rows[order]
+
+    users, lost = _join(user_ids[used_users], raw.users, user_attributes, "user_id")
+    _add(removed, "attribute rows of users without interactions", lost)
+    items, lost = _join(item_ids[used_items], raw.items, item_attributes, "item_id")
+    _add(removed, "attribute rows of items without interactions", lost)
+    links, lost = _links(raw.relations if relations is None else relations, users["user_id"])
+    _add(removed, "relations with an end without interactions", lost)
+    schema = write_dataset(
+        output,
+        interactions=_interactions(frame, rows, user, item),
+        users=users,
+        items=items,
+        relations=links,
+        tie_rule=ORDER_RULE if raw.ordered else TIE_RULE,
+        time="timestamp of the source"
+        if "timestamp" in frame.columns
+        else "place in the sequence, from 0",
+        source=raw.source,
+        filters={"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
+        | {"removed": removed},
+        overwrite=overwrite,
+    )
+    lengths = np.bincount(user)
+    return PrepareReport(
+        output=Path(output),
+        source=raw.source,
+        before=before,
+        after={name: schema[f"num_{name}"] for name in before},
+        removed=removed,
+        lengths={
+            "min": float(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "max": float(lengths.max()),
+        },
+        num_short_users=schema["num_short_users"],
+        tie_rule=schema["tie_rule"],
+    )
+
+
+def _codes(ids):
+    """(distinct ids in ascending order as a polars.Series, int64 [E] index of each id)."""
+    import polars as pl
+
+    distinct = ids.unique().sort()
+    if ids.dtype == pl.Int64:
+        return distinct, np.searchsorted(distinct.to_numpy(), ids.to_numpy())
+    codes = ids.to_frame("id").join(
+        distinct.to_frame("id").with_row_index("code"), on="id", how="left", maintain_order="left"
+    )
+    return distinct, codes["code"].to_numpy().astype(np.int64)
+
+
+def _interactions(frame, rows: np.ndarray, user: np.ndarray, item: np.ndarray):
+    import polars as pl
+
+    columns = {"user": pl.Series(user, dtype=pl.Int64), "item": pl.Series(item, dtype=pl.Int64)}
+    if "timestamp" in frame.columns:
+        columns["timestamp"] = frame["timestamp"].gather(rows)
+    else:
+        lengths = np.bincount(user)
+        place = np.arange(len(user)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        columns["timestamp"] = pl.Series(place, dtype=pl.Int64)
+    for name, dtype in (("rating", pl.Float32), ("event_type", None)):
+        if name in frame.columns:
+            column = frame[name].gather(rows)
+            columns[name] = column if dtype is None else column.cast(dtype)
+    return pl.DataFrame(columns)
+
+
+def _join(ids, own, extra, key: str):
+    """The table of users (items): one row per id, with the attributes of the source and `extra`."""
+    table, lost = ids.rename(key).to_frame(), 0
+    for attributes in (own, extra):
+        if attributes is None:
+            continue
+        frame, name = attributes, "attributes"
+        if isinstance(attributes, (str, Path)):
+            frame, name = tables.read_attributes(attributes, key), attributes
+        if key not in frame.columns:
+            raise DataError(name, f"column is missing; there are {frame.columns}", column=key)
+        for column in set(frame.columns) & (set(table.columns) | {key.removesuffix("_id")}) - {key}:
+            raise DataError(name, "the source has an attribute of that name", column=column)
+        check_unique(name, frame[key], 1)
+        if frame[key].dtype != table[key].dtype:
+            frame = frame.with_columns(_like(frame[key], table[key], name))
+        lost += frame.height - frame.join(table.select(key), on=key, how="semi").height
+        table = table.join(frame, on=key, how="left", maintain_order="left")
+    return table, lost
+
+
+def _links(relations, user_ids):
+    import polars as pl
+
+    if relations is None:
+        return None, 0
+    name = relations
+    if isinstance(relations, (str, Path)):
+        relations = tables.read_relations(relations)
+    else:
+        name = "relations"
+    ends = {}
+    table = pl.DataFrame({"id": user_ids, "code": np.arange(len(user_ids))})
+    for column, end in zip(("user", "friend"), relations.columns[:2], strict=True):
+        ids = relations[end]
+        ids = ids if ids.dtype == user_ids.dtype else _like(ids, user_ids, name)
+        ends[column] = ids.to_frame("id").join(table, on="id", how="left", maintain_order="left")[
+            "code"
+        ]
+    links = pl.DataFrame(ends).drop_nulls()
+    return links, relations.height - links.height
+
+
+def _like(ids, other, file):
+    """`ids` in the type of `other`: text ids beside integer ids are a mistake, not a mismatch."""
+    import polars as pl
+
+    if other.dtype == pl.String and ids.dtype.is_integer():
+        return ids.cast(pl.String)
+    raise DataError(
+        file, f"ids are {ids.dtype}, those of the interactions {other.dtype}", column=ids.name
+    )
+
+
+def _count(removed: dict, source: str, reason: str, kept: np.ndarray, of=None) -> None:
+    of = np.ones_like(kept) if of is None else of
+    _add(removed, reason, int((of & ~kept).sum()))
+    if not (of & kept).any():
+        raise DataError(source, f"no interaction is left: {reason} were removed")
+
+
+def _add(removed: dict, reason: str, count: int) -> None:
+    if count:
+        removed[reason] = count

@@ -1,0 +1,131 @@
+"""Writing the canonical dataset directory: all of it or nothing."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from fastrec.data.dataset import FORMAT, FORMAT_VERSION, MIN_EVENTS
+from fastrec.data.errors import DataError
+
+
+def write_dataset(
+    output,
+    *,
+    interactions,
+    users,
+    items,
+    relations=None,
+    tie_rule: str,
+    time: str,
+    source: str,
+    filters: dict | None = None,
+    overwrite: bool = False,
+) -> dict:
+    """Write a dataset that `SequenceDataset.load` opens; returns its schema.
+
+    interactions: polars.DataFrame, user, item, timestamp (int64), optional rating (float32) and
+    event_type; sorted by user, and in time order inside a user.
+    users, items: polars.DataFrames whose row i describes user (item) i: the original id in user_id
+    (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
+    time: what a timestamp is; tie_rule: the order of events with equal timestamps.
+
+    The files are written to a temporary directory beside `output`, which is then renamed. A
+    directory that is not empty raises FileExistsError; with `overwrite` it is replaced if it is a
+    fastrec dataset, and still raises if it holds anything else.
+    """
+    output = Path(output)
+    check_output(output, overwrite)
+    user, item = interactions["user"].to_numpy(), interactions["item"].to_numpy()
+    if user.size == 0:
+        raise DataError(output, "a dataset needs at least one interaction")
+    if (np.diff(user) < 0).any():
+        raise ValueError("interactions must be sorted by user")
+    for name, ids, count in (("user", user, users.height), ("item", item, items.height)):
+        if ids.min() < 0 or ids.max() >= count:
+            raise ValueError(f"interactions: {name} out of [0, {count})")
+    users = _indexed(users, "user")
+    items = _indexed(items, "item")
+    lengths = np.bincount(user, minlength=users.height)
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    tables = {"interactions": interactions, "users": users, "items": items}
+    if relations is not None:
+        tables["relations"] = relations
+    schema = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "num_users": users.height,
+        "num_items": items.height,
+        "num_interactions": interactions.height,
+        "num_relations": 0 if relations is None else relations.height,
+        "num_short_users": int((lengths < MIN_EVENTS).sum()),
+        "time": time,
+        "tie_rule": tie_rule,
+        "source": source,
+        "filters": filters or {},
+        "columns": {
+            name: {column: str(dtype) for column, dtype in table.schema.items()}
+            for name, table in tables.items()
+        },
+    }
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        for name, table in tables.items():
+            table.write_parquet(work / f"{name}.parquet")
+        dtype = np.int32 if items.height <= np.iinfo(np.int32).max else np.int64
+        np.save(work / "values.npy", item.astype(dtype))
+        np.save(work / "offsets.npy", offsets)
+        text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+        (work / "schema.json").write_text(text, encoding="utf-8")
+        work.chmod(0o777 & ~_umask())
+        _swap(work, output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return schema
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise if `output` must not be written: call it before hours of reading."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise FileExistsError(f"{output} is a file")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
+    schema = output / "schema.json"
+    if not schema.is_file() or FORMAT not in schema.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{output} is not a fastrec dataset: it will not be replaced")
+
+
+def _indexed(frame, name: str):
+    import polars as pl
+
+    return frame.select(pl.int_range(pl.len(), dtype=pl.Int64).alias(name), pl.exclude(name))
+
+
+def _swap(work: Path, output: Path) -> None:
+    if not output.exists():
+        os.rename(work, output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+    os.rename(output, old)
+    try:
+        os.rename(work, output)
+    except BaseException:
+        os.rename(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

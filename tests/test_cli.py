@@ -1,0 +1,128 @@
+"""The command line on a real file, from raw text to recommendations in the original ids."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import polars
+import pytest
+
+from fastrec.cli import main
+
+FLAGS = [
+    "--model.width=16", "--model.layers=1", "--pretraining.steps=20",
+    "--pretraining.validate_every=10", "--finetuning.steps=10", "--finetuning.validate_every=5",
+    "--evaluation.negatives=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """200 users with string ids who walk around a ring of 60 items, as csv."""
+    path = tmp_path_factory.mktemp("raw") / "log.csv"
+    generator = np.random.default_rng(0)
+    lines = ["who,what,when"]
+    for user in range(200):
+        place = int(generator.integers(60))
+        for event in range(int(generator.integers(5, 12))):
+            lines.append(f"u{user},item-{place},{1000 * user + event}")
+            place = (place + int(generator.integers(1, 3))) % 60
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(raw, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "data"
+    main(
+        ["prepare", f"--source={raw}", f"--output={data}", "--format=table", "--user_column=who",
+         "--item_column=what", "--timestamp_column=when"]
+    )  # fmt: skip
+    config = ["--config", "uprec-mip", *FLAGS, f"--data={data}"]
+    main(["pretrain", *config, f"--output={folder / 'pretrain'}"])
+    main(
+        ["finetune", *config, f"--init={folder / 'pretrain' / 'model'}",
+         f"--output={folder / 'finetune'}"]
+    )  # fmt: skip
+    return folder
+
+
+def test_evaluate_writes_the_metrics_beside_popularity(runs, capsys):
+    main(
+        ["evaluate", "--config=uprec-mip", *FLAGS, f"--data={runs / 'data'}",
+         f"--pretrained={runs / 'finetune' / 'model'}", f"--output={runs / 'metrics.json'}"]
+    )  # fmt: skip
+    result = json.loads((runs / "metrics.json").read_text())
+    assert result["users"] == 180  # the recipe evaluates 90 % of the users
+    assert set(result["metrics"]) == {"popularity", "model"}
+    assert 0 <= result["metrics"]["model"]["HR@10"] <= 1
+    assert "popularity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_recommend_returns_original_ids_that_the_user_has_not_seen(runs, raw, tmp_path, ending):
+    (tmp_path / "users.txt").write_text("u7\nu3\n")
+    output = tmp_path / f"best.{ending}"
+    main(
+        ["recommend", f"--data={runs / 'data'}", f"--pretrained={runs / 'finetune' / 'model'}",
+         f"--output={output}", f"--users={tmp_path / 'users.txt'}", "--k=5"]
+    )  # fmt: skip
+    frame = polars.read_csv(output) if ending == "csv" else polars.read_parquet(output)
+    assert frame["user_id"].to_list() == ["u7"] * 5 + ["u3"] * 5
+    assert frame["rank"].to_list() == [1, 2, 3, 4, 5] * 2
+    log = polars.read_csv(raw)
+    for user in ("u7", "u3"):
+        seen = set(log.filter(polars.col("who") == user)["what"])
+        recommended = frame.filter(polars.col("user_id") == user)["item_id"].to_list()
+        assert len(set(recommended)) == 5 and not seen & set(recommended)
+        assert all(item.startswith("item-") for item in recommended)
+
+
+def test_embed_writes_one_finite_vector_a_user(runs, tmp_path):
+    output = tmp_path / "users.parquet"
+    main(
+        ["embed", f"--data={runs / 'data'}", f"--pretrained={runs / 'pretrain' / 'model'}",
+         f"--output={output}"]
+    )  # fmt: skip
+    vectors = np.stack(polars.read_parquet(output)["vector"].to_list())
+    assert vectors.shape == (200, 16) and np.isfinite(vectors).all()
+    assert vectors.std(0).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are bert4rec"),
+        (["pretrain", "--data=nowhere", "--output=y"], "nowhere"),
+        (["evaluate", "--data={data}", "--pretrained=nowhere"], "nowhere"),
+        (["recommend", "--data={data}", "--pretrained={model}", "--output=x.txt"], "x.txt: expected"),
+        (
+            ["recommend", "--data={data}", "--pretrained={model}", "--output=x.csv", "--users={users}"],
+            "the first is 'nobody'",
+        ),
+        (["recommend", "--data={data}", "--pretrained={model}", "--output=x.csv", "--k=0"], "k must"),
+        (["embed", "--data={data}", "--pretrained={model}", "--output=x.csv"], "parquet file"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_problem(runs, tmp_path, arguments, message):
+    (tmp_path / "users.txt").write_text("nobody\n")
+    paths = {
+        "data": runs / "data",
+        "model": runs / "pretrain" / "model",
+        "users": tmp_path / "users.txt",
+    }
+    with pytest.raises(SystemExit) as stopped:
+        main([argument.format(**paths) for argument in arguments])
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_help_and_print_config_name_every_recipe_key():
+    run = [sys.executable, "-m", "fastrec.cli", "pretrain"]
+    text = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--pretraining.learning_rate" in text and "--model.dropout" in text
+    config = subprocess.run(
+        [*run, "--config", "uprec-mip", "--print_config"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "fraction: 0.9" in config

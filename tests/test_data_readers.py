@@ -1,0 +1,367 @@
+"""Readers: what they read, and that bad input is reported with file, column and row."""
+
+import datetime
+import gzip
+import json
+
+import polars as pl
+import pytest
+
+from fastrec.data import readers, tables
+from fastrec.data.errors import DataError
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def rows(raw):
+    return raw.interactions.rows()
+
+
+def fails(reader, *args, file, column=None, row=None, match=None, **options):
+    """The call raises DataError that names exactly this place, in its fields and in its text."""
+    with pytest.raises(DataError, match=match) as caught:
+        reader(*args, **options)
+    error = caught.value
+    assert (error.file, error.column, error.row) == (str(file), column, row)
+    assert str(error).startswith(str(file))
+    if column is not None:
+        assert f"column {column!r}" in str(error)
+    if row is not None:
+        assert f"row {row}" in str(error)
+
+
+# S3-Rec text
+
+
+def test_s3rec(tmp_path):
+    file = write(tmp_path / "a.txt", "1 5 3 5\n2 3 3\n")
+    attributes = write(tmp_path / "a.json", '{"3": [2, 1, 2], "5": []}')
+    raw = readers.read("%s" % file, "s3rec", item_attributes=attributes)
+    assert rows(raw) == [(1, 5), (1, 3), (1, 5), (2, 3), (2, 3)]
+    assert raw.ordered and not raw.removed
+    assert raw.items.rows() == [(3, [2, 1]), (5, [])]
+
+
+def test_s3rec_gzip_windows_ends_and_no_final_newline(tmp_path):
+    file = tmp_path / "a.txt.gz"
+    file.write_bytes(gzip.compress(b"1 5 3\r\n2 4"))
+    assert rows(readers.read_s3rec(file)) == [(1, 5), (1, 3), (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "row", "match"),
+    [
+        ("1 2 3\n2\n3 4\n", None, 2, "user item item"),
+        ("1 2 3\n\n3 4\n", None, 2, "user item item"),
+        ("1 2 3\n2 x 4\n", "item", 2, "'x'"),
+        ("1 2 3\nu 3 4\n", "user", 2, "'u'"),
+        ("1 2 3\n2 3 -4\n", "item", 2, "'-4'"),
+        ("1 2 3\n2 3 4.5\n", "item", 2, "'4.5'"),
+        ("1 2 3\n2 3 99999999999999999999\n", "item", 2, "integer"),
+        ("1 2 3\n2 3 4\n1 5 6\n", "user", 3, "listed twice"),
+        ("1 2 3\n2 3\x00 4\n", None, 2, "NUL"),
+        ("", None, None, "empty"),
+        (" \n\n", None, None, "empty"),
+    ],
+)
+def test_s3rec_bad_input(tmp_path, text, column, row, match):
+    file = write(tmp_path / "bad.txt", text)
+    fails(readers.read_s3rec, file, file=file, column=column, row=row, match=match)
+
+
+def test_unreadable_files(tmp_path):
+    missing = tmp_path / "none.txt"
+    fails(readers.read_s3rec, missing, file=missing, match="missing")
+    fails(readers.read_s3rec, tmp_path, file=tmp_path, match="not a file")
+    latin = write(tmp_path / "latin.txt", "1 2\n2 é\n", "latin-1")
+    fails(readers.read_s3rec, latin, file=latin, row=2, match="0xe9 is not utf-8")
+    packed = gzip.compress(b"1 2 3\n" * 1000)
+    short = tmp_path / "short.txt.gz"
+    short.write_bytes(packed[:-10])
+    fails(readers.read_s3rec, short, file=short, match="gzip")
+    short.write_bytes(b"1 2 3\n")
+    fails(readers.read_s3rec, short, file=short, match="gzip")
+    short.write_bytes(packed[:20] + b"\xff\xff\xff" + packed[23:])
+    fails(readers.read_s3rec, short, file=short, match="gzip")
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "row", "match"),
+    [
+        ('{"1": [2], "2": [3', None, 1, "JSON"),
+        ("[1, 2]", None, None, "object"),
+        ('{"a": [1]}', "item_id", None, "'a'"),
+        ('{"1": ["x"]}', "attributes", None, "list of integers"),
+        ('{"1": 3}', "attributes", None, "list of integers"),
+    ],
+)
+def test_bad_attribute_json(tmp_path, text, column, row, match):
+    file = write(tmp_path / "bad.json", text)
+    call = tables.read_attributes
+    fails(call, file, "item_id", file=file, column=column, row=row, match=match)
+
+
+# One pair a line
+
+
+def test_pairs(tmp_path):
+    file = write(tmp_path / "p.txt", "1 5\n2 7\n1 3\n1 5\n")
+    raw = readers.read_pairs(file)
+    assert rows(raw) == [(1, 5), (2, 7), (1, 3), (1, 5)] and raw.ordered
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "row"),
+    [
+        ("1 5\n2\n", None, 2),
+        ("1 5\n2 3 4\n", None, 2),
+        ("1 5\n\n2 4\n", None, 2),
+        ("1 5\n2 x\n", "item", 2),
+        ("1 5\n2 4\n-2 4\n", "user", 3),
+    ],
+)
+def test_pairs_bad_input(tmp_path, text, column, row):
+    file = write(tmp_path / "bad.txt", text)
+    fails(readers.read_pairs, file, file=file, column=column, row=row)
+
+
+# MovieLens
+
+
+def test_movielens_1m(tmp_path):
+    write(tmp_path / "ratings.dat", "1::10::5::100\n2::11::3::50\n1::11::4::90\n")
+    write(tmp_path / "users.dat", "1::F::1::10::48067\n2::M::56::16::70072-1\n")
+    write(tmp_path / "movies.dat", "10::Café (1995)::Drama|War\n11::B::Drama\n", "latin-1")
+    raw = readers.read(tmp_path, "movielens-1m")
+    assert rows(raw) == [(1, 10, 100, 5.0), (2, 11, 50, 3.0), (1, 11, 90, 4.0)]
+    assert not raw.ordered
+    assert raw.users.rows()[1] == (2, "M", 56, 16, "70072-1")
+    assert raw.items.rows() == [(10, "Café (1995)", ["Drama", "War"]), (11, "B", ["Drama"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "row", "match"),
+    [
+        ("1::10::5::100\n2::11::3\n", None, 2, "expected 4 fields, got 3"),
+        ("1::10::5::100\n2::11::x::5\n", "rating", 2, "'x'"),
+        ("1::10::5::100\n2::11::nan::5\n", "rating", 2, "nan"),
+        ("1::10::5::100\n2::11::3::\n", "timestamp", 2, "''"),
+        ("1::10::5::100\n2::11::3::5.5\n", "timestamp", 2, "whole"),
+        ("1::10::5::100\n2::b::3::5\n", "item", 2, "'b'"),
+        ("1::10::5::100\n2::11::3::5\n1::10::4::100\n", None, 3, "user 1, item 10.*row 1"),
+    ],
+)
+def test_movielens_1m_bad_input(tmp_path, text, column, row, match):
+    file = write(tmp_path / "ratings.dat", text)
+    fails(readers.read_movielens_1m, file, file=file, column=column, row=row, match=match)
+
+
+def test_movielens_100k(tmp_path):
+    write(tmp_path / "u.data", "196\t242\t3\t881250949\n186\t302\t3\t891717742\n")
+    write(tmp_path / "u.user", "196|24|M|technician|85711\n186|53|F|other|94043\n")
+    flags = "|".join("1" if number in (3, 5) else "0" for number in range(19))
+    lines = [f"{i}|Amélie|01-Jan-1995||http://x|{flags}" for i in (242, 302)]
+    write(tmp_path / "u.item", "\n".join(lines) + "\n", "latin-1")
+    raw = readers.read(tmp_path, "movielens-100k")
+    assert rows(raw) == [(196, 242, 881250949, 3.0), (186, 302, 891717742, 3.0)]
+    assert raw.users.rows()[0] == (196, 24, "M", "technician", "85711")
+    assert raw.items.rows()[0] == (242, "Amélie", "01-Jan-1995", [3, 5])
+
+
+def test_movielens_100k_half_a_line(tmp_path):
+    file = write(tmp_path / "u.data", "196\t242\t3\t881250949\n186\t302\n")
+    fails(readers.read_movielens_100k, file, file=file, column="timestamp", row=2, match="missing")
+    fails(readers.read_movielens_100k, tmp_path / "no", file=tmp_path / "no", match="missing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(readers.read_movielens_100k, empty, file=empty, match="found 0")
+
+
+# RecBole
+
+
+def recbole(tmp_path, inter):
+    return write(tmp_path / "d.inter", inter)
+
+
+HEAD = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+
+
+def test_recbole(tmp_path):
+    recbole(tmp_path, HEAD + "u1\t10\t3\t100\nu2\t11\t4.5\t90\n")
+    write(tmp_path / "d.user", "user_id:token\tage:token\tv:float_seq\nu2\t24\t1 2.5\nu1\t\t\n")
+    write(tmp_path / "d.item", "item_id:token\ttitle:token_seq\tp:float\n10\tToy Story\t1.5\n")
+    write(tmp_path / "d.net", "source_id:token\ttarget_id:token\nu1\tu2\n")
+    raw = readers.read(tmp_path, "recbole")
+    assert rows(raw) == [("u1", 10, 100, 3.0), ("u2", 11, 90, 4.5)]
+    assert raw.users.rows() == [("u2", "24", [1.0, 2.5]), ("u1", None, None)]
+    assert raw.items.rows() == [(10, ["Toy", "Story"], 1.5)]
+    assert raw.relations.rows() == [("u1", "u2")]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "row", "match"),
+    [
+        ("user_id:token\titem_id\n1\t2\n", "item_id", 1, "name:type"),
+        ("user_id:token\titem_id:text\n1\t2\n", "item_id:text", 1, "name:type"),
+        (HEAD + "1\t2\tx\t5\n", "rating", 2, "'x'"),
+        (HEAD + "1\t2\t\t5\n", "rating", 2, "missing"),
+        (HEAD + "1\t2\t3\t5\n1\t2\t3\n", "timestamp", 3, "missing"),
+        (HEAD + "1\t2\t3\t5\n\t2\t3\t5\n", "user_id", 3, "missing"),
+        (HEAD + "1\t2\t3\t5\n1\t2\t3\t5\t6\n", None, 3, "expected 4 fields"),
+        (HEAD + "1\t2\t3\t5\n1\t2\t3\tnan\n", "timestamp", 3, "whole"),
+        (HEAD, None, None, "no rows"),
+        ("user_id:token\trating:float\ttimestamp:float\n1\t2\t3\n", "item_id", None, "missing"),
+        ("user_id:token\titem_id:token\n1\t2\n", "timestamp", None, "ordered"),
+    ],
+)
+def test_recbole_bad_input(tmp_path, text, column, row, match):
+    file = recbole(tmp_path, text)
+    fails(readers.read_recbole, file, file=file, column=column, row=row, match=match)
+
+
+def test_duplicates(tmp_path):
+    file = recbole(tmp_path, HEAD + "1\t2\t3\t5\n1\t2\t4\t6\n3\t2\t3\t5\n1\t2\t5\t5\n")
+    fails(readers.read_recbole, file, file=file, row=5, match="first in row 2")
+    kept = readers.read_recbole(file, on_duplicate="keep")
+    assert kept.interactions.height == 4 and not kept.removed
+    dropped = readers.read_recbole(file, on_duplicate="drop")
+    assert rows(dropped) == [(1, 2, 5, 3.0), (1, 2, 6, 4.0), (3, 2, 5, 3.0)]
+    assert dropped.removed == {"duplicate events": 1}
+    with pytest.raises(ValueError, match="on_duplicate must be"):
+        readers.read_recbole(file, on_duplicate="first")
+
+
+# Tables with named columns
+
+
+NAMES = {"user": "who", "item": "what", "timestamp": "when"}
+
+
+def test_csv_quotes_and_column_names(tmp_path):
+    text = 'what,who,when,stars\n"a,1",7,2020-01-02,4\n"b ""q""",8,2020-01-01,2.5\n'
+    file = write(tmp_path / "t.csv", text)
+    raw = readers.read(file, "table", rating="stars", **NAMES)
+    day = 86_400_000_000
+    start = (datetime.date(2020, 1, 1) - datetime.date(1970, 1, 1)).days * day
+    assert rows(raw) == [(7, "a,1", start + day, 4.0), (8, 'b "q"', start, 2.5)]
+
+
+@pytest.mark.parametrize("ids", ["007", "+7", "7.0"])
+def test_text_that_only_looks_like_an_integer_stays_text(tmp_path, ids):
+    file = write(tmp_path / "t.csv", f"who,what,when\n{ids},1,2\n7,1,2\n")
+    assert [row[0] for row in rows(readers.read_table(file, **NAMES))] == [ids, "7"]
+    call = readers.read_table
+    fails(call, file, file=file, column="who", row=2, match=ids.replace("+", "."), ids="int", **NAMES)
+
+
+def test_iso_times_and_datetimes(tmp_path):
+    text = "who,what,when\n1,1,2020-01-01 00:00:01\n1,2,2020-01-01 00:00:00.5\n"
+    file = write(tmp_path / "t.csv", text)
+    first, second = (row[2] for row in rows(readers.read_table(file, **NAMES)))
+    assert first - second == 500_000
+    frame = pl.DataFrame(
+        {"who": [1], "what": ["x"], "when": [datetime.datetime(2020, 1, 1, 0, 0, 1)]}
+    )
+    frame.write_parquet(tmp_path / "t.parquet")
+    assert rows(readers.read_table(tmp_path / "t.parquet", **NAMES)) == [(1, "x", first)]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "row", "match"),
+    [
+        ("who,when\n1,2\n", "what", None, "there are who, when"),
+        ("who,what,when\n1,2,3\n-1,2,3\n", "who", 3, "negative id -1"),
+        ("who,what,when\n1,2,3\n1,,4\n", "what", 3, "missing"),
+        ("who,what,when\n1,2,3\n1,2,soon\n", "when", 3, "'soon'"),
+        ("who,what,when\n1,2,2020-01-01\n1,2,2020-13-01\n", "when", 3, "2020-13-01"),
+        ("who,what,when\n1,2,inf\n", "when", 2, "'inf'"),
+        ("who,what,when\n1,2,3\n1,2\n", "when", 3, "missing"),
+        ("who,what,when\n1,2,3\n1,2,3,4\n", None, 3, "expected 3 fields"),
+        ("who,what,when\n", None, None, "no rows"),
+    ],
+)
+def test_csv_bad_input(tmp_path, text, column, row, match):
+    file = write(tmp_path / "t.csv", text)
+    fails(readers.read_table, file, file=file, column=column, row=row, match=match, **NAMES)
+
+
+def test_order_is_checked_where_it_is_promised(tmp_path):
+    file = write(tmp_path / "t.csv", "who,what,when\n1,2,5\n2,2,3\n1,4,5\n1,5,4\n")
+    raw = readers.read_table(file, on_duplicate="keep", **NAMES)
+    assert [row[2] for row in rows(raw)] == [5, 3, 5, 4] and not raw.ordered
+    fails(
+        readers.read_table, file, file=file, column="when", row=5, match="user 1.*back to 4",
+        ordered=True, **NAMES,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="timestamp column, or pass ordered"):
+        readers.read_table(file, user="who", item="what")
+    kept = readers.read_table(file, user="who", item="what", ordered=True)
+    assert kept.ordered and kept.interactions.columns == ["user_id", "item_id"]
+
+
+def test_parquet_bad_input(tmp_path):
+    file = tmp_path / "t.parquet"
+    good = pl.DataFrame({"who": [1, 2], "what": [3, 4], "when": [5, 6], "stars": [1.0, 2.0]})
+    read, options = readers.read_table, {"rating": "stars", **NAMES}
+
+    def bad(column, values, row, match):
+        good.with_columns(pl.Series(column, values)).write_parquet(file)
+        fails(read, file, file=file, column=column, row=row, match=match, **options)
+
+    bad("stars", [1.0, float("nan")], 2, "nan")
+    bad("stars", [None, 1.0], 1, "missing")
+    bad("stars", [[1.0], [2.0]], None, "expected numbers")
+    bad("who", [1.5, 2.5], None, "integers or text")
+    bad("who", [1, -2], 2, "negative id -2")
+    bad("what", [None, 2], 1, "missing")
+    bad("when", [1.0, 2.5], 2, "whole")
+    bad("when", [True, False], None, "expected times")
+    good.write_parquet(file)
+    data = file.read_bytes()
+    for cut in (len(data) - 5, len(data) // 2, 3):
+        file.write_bytes(data[:cut])
+        fails(read, file, file=file, match="Parquet", **options)
+    file.write_bytes(b"")
+    fails(read, file, file=file, match="Parquet", **options)
+    good.clear().write_parquet(file)
+    fails(read, file, file=file, match="no rows", **options)
+    fails(read, tmp_path / "no.parquet", file=tmp_path / "no.parquet", match="missing", **options)
+
+
+def test_json_lines(tmp_path):
+    lines = [{"who": "a", "what": "x", "when": "2020-01-01 00:00:00", "other": {"deep": [1]}}]
+    file = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
+    assert rows(readers.read_table(file, **NAMES))[0][:2] == ("a", "x")
+    write(file, json.dumps(lines[0]) + '\n{"who": "b", "wh')
+    fails(readers.read_table, file, file=file, row=2, match="JSON", **NAMES)
+
+
+def test_format_and_separator_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match="format must be one of"):
+        readers.read(tmp_path, "csv")
+    file = write(tmp_path / "t.log", "who;what;when\n1;2;3\n")
+    with pytest.raises(ValueError, match="separator"):
+        readers.read_table(file, **NAMES)
+    assert rows(readers.read_table(file, separator=";", **NAMES)) == [(1, 2, 3)]
+
+
+def test_attribute_tables(tmp_path):
+    file = write(tmp_path / "a.csv", "user,age,note,score\n3,20,x,1.5\n1,,7y,2\n")
+    frame = tables.read_attributes(file, "user_id")
+    assert frame.columns == ["user_id", "age", "note", "score"]
+    assert frame.rows() == [(3, 20, "x", 1.5), (1, None, "7y", 2.0)]
+    ids = write(tmp_path / "map.txt", "1 3\n2 8\n")
+    assert tables.read_attributes(file, "user_id", id_map=ids).rows() == [(1, 20, "x", 1.5)]
+    write(file, "user,age\n3,20\n3,21\n")
+    fails(tables.read_attributes, file, "user_id", file=file, column="user", row=3, match="twice")
+
+
+def test_a_bad_file_can_be_reported_across_processes():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(DataError("f.csv", "is bad", column="c", row=3)))
+    assert str(error) == "f.csv: column 'c', row 3: is bad" and error.row == 3

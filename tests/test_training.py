@@ -1,0 +1,150 @@
+"""The user's path: a killed run resumes to the same bits, broken checkpoints are named."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.synthetic import generate
+from fastrec.evaluation.protocols import Protocol
+from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.objectives.masked_item import Masking
+from fastrec.training.config import Recipe, Stage
+from fastrec.training.fit import fit
+
+MODEL = ModelConfig(width=16, layers=1, dropout=0.3, max_len=12)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("synthetic") / "data"
+    generate(path, num_users=400, num_items=150, seed=3)
+    return path
+
+
+def recipe(**stage) -> Recipe:
+    defaults = dict(steps=30, batch_size=64, validate_every=10, checkpoint_every=7)
+    return Recipe(
+        model=MODEL,
+        pretraining=Stage(**{**defaults, **stage}),
+        evaluation=Protocol(candidates="full"),
+    )
+
+
+def trained_weights(run: Path) -> dict:
+    """The weights after the last step, from the checkpoint to resume from."""
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    return {"step": state["global_step"], **state["state_dict"]}
+
+
+def run(data: Path, output: Path, stage: Stage | None = None, **kwargs) -> UserModel:
+    chosen = recipe()
+    return fit(
+        SequenceDataset.load(data),
+        chosen,
+        stage or chosen.pretraining,
+        output,
+        progress=False,
+        **kwargs,
+    )
+
+
+FLAGS = [
+    "--model.width=16", "--model.layers=1", "--model.dropout=0.3", "--model.max_len=12",
+    "--pretraining.steps=300", "--pretraining.batch_size=64", "--pretraining.validate_every=100",
+    "--pretraining.checkpoint_every=20", "--evaluation.candidates=full",
+]  # fmt: skip
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "fastrec.cli", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_sigkill_in_pretraining_and_resume_ends_with_the_same_bits(data, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(
+        command("pretrain", "--data", data, "--output", whole, *FLAGS),
+        check=True, env=environment, capture_output=True, timeout=300,
+    )  # fmt: skip
+    process = subprocess.Popen(
+        command("pretrain", "--data", data, "--output", killed, *FLAGS),
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (killed / "last.ckpt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.5)  # somewhere between two checkpoints
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    reached = trained_weights(killed)["step"]
+    assert 0 < reached < 300
+    subprocess.run(
+        command("pretrain", "--data", data, "--output", killed, "--resume=true", *FLAGS),
+        check=True, env=environment, capture_output=True, timeout=300,
+    )  # fmt: skip
+    expected, resumed = trained_weights(whole), trained_weights(killed)
+    assert expected.keys() == resumed.keys() and resumed["step"] == 300
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed[name])), name
+    best, best_resumed = (load_file(p / "model" / "model.safetensors") for p in (whole, killed))
+    for name, value in best.items():
+        assert torch.equal(value, best_resumed[name]), name
+
+
+def test_training_is_reproducible_and_the_seed_matters(data, tmp_path):
+    first, second = run(data, tmp_path / "a"), run(data, tmp_path / "b")
+    other = run(data, tmp_path / "c", recipe(seed=1).pretraining)
+    assert torch.equal(first.item_table, second.item_table)
+    assert not torch.equal(first.item_table, other.item_table)
+
+
+def test_backends_train_alike(data, tmp_path):
+    """The fused backend follows the reference's loss curve."""
+    weights = {
+        backend: run(data, tmp_path / str(backend), recipe(backend=backend).pretraining)
+        for backend in ("reference", None)
+    }
+    fused, reference = weights[None].item_table, weights["reference"].item_table
+    assert (fused - reference).abs().max() < 1e-2 * reference.abs().max()
+
+
+def test_bf16_mixed_trains(data, tmp_path):
+    start = UserModel(SequenceDataset.load(data).num_items, MODEL)
+    model = run(data, tmp_path / "bf16", recipe(precision="bf16-mixed").pretraining)
+    assert model.item_table.dtype == torch.float32 and model.item_table.isfinite().all()
+    assert not torch.equal(model.item_table, start.item_table)
+
+
+def test_masking_the_last_item_and_starting_from_a_model(data, tmp_path):
+    pretrained = run(data, tmp_path / "pretrain")
+    stage = recipe(masking=Masking(last_only=True), learning_rate=1e-5, steps=10).pretraining
+    tuned = run(data, tmp_path / "finetune", stage, initial=pretrained)
+    assert (tuned.item_table - pretrained.item_table).abs().max() < 1e-3
+
+
+def test_early_stopping_keeps_the_best(data, tmp_path):
+    stage = recipe(learning_rate=0.0, steps=100, patience=2).pretraining
+    run(data, tmp_path / "run", stage)
+    assert trained_weights(tmp_path / "run")["step"] <= 30
+
+
+def test_errors_name_the_problem(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        run(data, tmp_path / "new", resume=True)
+    run(data, tmp_path / "run")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        run(data, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
+        run(data, tmp_path / "run", resume=True)
