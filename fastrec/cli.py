@@ -7,6 +7,7 @@ takes a recipe name or a YAML file, and every recipe key is a flag that override
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -194,8 +195,12 @@ def _read_users(path: Path | None) -> list[str] | None:
     return None if path is None else path.read_text().split()
 
 
-RECIPE_COMMANDS = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
-COMMANDS = {
+RECIPE_COMMANDS: dict[str, Callable[..., None]] = {
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "evaluate": evaluate,
+}
+COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "embed": embed,
     "recommend": recommend,
@@ -210,7 +215,7 @@ def _parser():
     parser = ArgumentParser(prog="fastrec", description=__doc__)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
-        summary = function.__doc__.strip().splitlines()[0]
+        summary = (function.__doc__ or "").strip().splitlines()[0]
         sub = ArgumentParser(prog=f"fastrec {name}", description=summary)
         sub.add_argument("--config", action="config", help="recipe name or YAML file")
         if name in RECIPE_COMMANDS:

@@ -64,6 +64,17 @@ def threshold(p: float, bits: int = 16) -> int:
     return int(2**bits * p + 0.5)
 
 
+def _check_positions(name: str, index: Tensor | int) -> None:
+    """A position of 65,536 would run into the next field of its word. No host sync on a GPU."""
+    if isinstance(index, Tensor) and (index.device.type != "cpu" or index.numel() == 0):
+        return
+    if torch.compiler.is_compiling():
+        return
+    low, high = torch.as_tensor(index).aminmax()
+    if low < 0 or high >= 65536:
+        raise ValueError(f"{name} must be in [0, 65536), got {int(low if low < 0 else high)}")
+
+
 def draws(
     seed: Tensor | int,
     step: Tensor | int,
@@ -86,6 +97,8 @@ def draws(
         raise ValueError(f"bits must be 8 or 16, got {bits}")
     if not (0 <= view < 65536 and 0 <= layer < 256 and 0 <= head < 256):
         raise ValueError(f"out of range: view {view}, layer {layer}, head {head}")
+    _check_positions("row", row)
+    _check_positions("col", col)
     seed, step = torch.as_tensor(seed), torch.as_tensor(step)
     key = (
         (seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16),

@@ -220,7 +220,7 @@ def _linear_cross_entropy_samples(
                 "linear_weight": 10240.0 * 128 * n / 8,
             },
             why="the loss is lse - s_y, two numbers of size 1e4 summed over the rows; p = exp(s -"
-            " lse) inherits the rounding of lse, at most 1e4 eps / 4 relative, times a sum of x or W",
+            " lse) inherits the rounding of lse, at most 1e4 eps / 4 relative, times sums of x, W",
         )
 
     # p_y -> 1: the target row of the table is aligned with the input. In low precision logits of

@@ -97,12 +97,24 @@ def test_embed_writes_one_finite_vector_a_user(runs, tmp_path):
         (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are bert4rec"),
         (["pretrain", "--data=nowhere", "--output=y"], "nowhere"),
         (["evaluate", "--data={data}", "--pretrained=nowhere"], "nowhere"),
-        (["recommend", "--data={data}", "--pretrained={model}", "--output=x.txt"], "x.txt: expected"),
         (
-            ["recommend", "--data={data}", "--pretrained={model}", "--output=x.csv", "--users={users}"],
+            ["recommend", "--data={data}", "--pretrained={model}", "--output=x.txt"],
+            "x.txt: expected",
+        ),
+        (
+            [
+                "recommend",
+                "--data={data}",
+                "--pretrained={model}",
+                "--output=x.csv",
+                "--users={users}",
+            ],
             "the first is 'nobody'",
         ),
-        (["recommend", "--data={data}", "--pretrained={model}", "--output=x.csv", "--k=0"], "k must"),
+        (
+            ["recommend", "--data={data}", "--pretrained={model}", "--output=x.csv", "--k=0"],
+            "k must",
+        ),
         (["embed", "--data={data}", "--pretrained={model}", "--output=x.csv"], "parquet file"),
     ],
 )
@@ -123,6 +135,9 @@ def test_help_and_print_config_name_every_recipe_key():
     text = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--pretraining.learning_rate" in text and "--model.dropout" in text
     config = subprocess.run(
-        [*run, "--config", "uprec-mip", "--print_config"], capture_output=True, text=True, check=True
+        [*run, "--config", "uprec-mip", "--print_config"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "fraction: 0.9" in config

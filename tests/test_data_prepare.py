@@ -1,6 +1,7 @@
-"""prepare: filters, ids, order, the files on disk; and the real data sets where they are present."""
+"""prepare: filters, ids, order, the files on disk; and the real data sets where present."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def raw(events, ordered=False, **more):
 
 def sequences(dataset):
     values, offsets = dataset.values.tolist(), dataset.offsets.tolist()
-    return [values[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [values[a:b] for a, b in pairwise(offsets)]
 
 
 def naive_k_core(events, k):
@@ -154,7 +155,9 @@ def test_attributes_and_relations(tmp_path):
         "attribute rows of items without interactions": 1,
         "relations with an end without interactions": 1,
     }
-    with pytest.raises(DataError, match="column 'user_id': ids are String, those of the interactions Int64"):
+    with pytest.raises(
+        DataError, match="column 'user_id': ids are String, those of the interactions Int64"
+    ):
         frame = pl.DataFrame({"user_id": ["x"], "age": [3]})
         prepare(raw(events), tmp_path / "e", user_attributes=frame)
 

@@ -39,7 +39,7 @@ def fails(reader, *args, file, column=None, row=None, match=None, **options):
 def test_s3rec(tmp_path):
     file = write(tmp_path / "a.txt", "1 5 3 5\n2 3 3\n")
     attributes = write(tmp_path / "a.json", '{"3": [2, 1, 2], "5": []}')
-    raw = readers.read("%s" % file, "s3rec", item_attributes=attributes)
+    raw = readers.read(str(file), "s3rec", item_attributes=attributes)
     assert rows(raw) == [(1, 5), (1, 3), (1, 5), (2, 3), (2, 3)]
     assert raw.ordered and not raw.removed
     assert raw.items.rows() == [(3, [2, 1]), (5, [])]
@@ -255,7 +255,9 @@ def test_text_that_only_looks_like_an_integer_stays_text(tmp_path, ids):
     file = write(tmp_path / "t.csv", f"who,what,when\n{ids},1,2\n7,1,2\n")
     assert [row[0] for row in rows(readers.read_table(file, **NAMES))] == [ids, "7"]
     call = readers.read_table
-    fails(call, file, file=file, column="who", row=2, match=ids.replace("+", "."), ids="int", **NAMES)
+    fails(
+        call, file, file=file, column="who", row=2, match=ids.replace("+", "."), ids="int", **NAMES
+    )
 
 
 def test_iso_times_and_datetimes(tmp_path):

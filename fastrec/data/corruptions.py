@@ -59,10 +59,8 @@ def mask_items(
     sample = batch.sample_ids[segment]
     real = batch.values < num_items
 
-    def draw(site: str, row: int = 0) -> Tensor:
-        return draws(seed, step, sample, row, position, site=site, view=view)
-
-    chosen = (draw("mask_item") < threshold(probability)) & real
+    drawn = draws(seed, step, sample, 0, position, site="mask_item", view=view)
+    chosen = (drawn < threshold(probability)) & real
     if force_one:
         rank = _running(real)  # number of items before each event, over the whole batch
         items = rank[batch.offsets]
@@ -74,15 +72,21 @@ def mask_items(
         forced = items[:-1] + (pick * count >> 16)
         chosen |= real & empty[segment] & (rank[:-1] == forced[segment])
 
-    masked = torch.where(chosen, mask_id, batch.values)
-    if replace_probability < 1:
-        kind = draw("mask_replace")
-        word = draw("mask_random_item", 0) << 16 | draw("mask_random_item", 1)
-        last = threshold(min(1.0, replace_probability + random_probability))
-        swapped = torch.where(kind < last, word * num_items >> 32, batch.values)
-        masked = torch.where(chosen & (kind >= threshold(replace_probability)), swapped, masked)
     rows = chosen.nonzero().squeeze(1)
-    return replace(batch, values=masked), rows, batch.values[rows]
+    targets = batch.values[rows]
+    if replace_probability == 1:
+        masked = torch.where(chosen, mask_id, batch.values)
+        return replace(batch, values=masked), rows, targets
+
+    def draw(site: str, row: int = 0) -> Tensor:
+        return draws(seed, step, sample[rows], row, position[rows], site=site, view=view)
+
+    kind = draw("mask_replace")
+    item = (draw("mask_random_item", 0) << 16 | draw("mask_random_item", 1)) * num_items >> 32
+    swapped = kind < threshold(min(1.0, replace_probability + random_probability))
+    now = torch.where(swapped, item, targets)
+    now = torch.where(kind < threshold(replace_probability), mask_id, now)
+    return replace(batch, values=batch.values.index_copy(0, rows, now)), rows, targets
 
 
 def mask_last(

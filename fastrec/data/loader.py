@@ -22,7 +22,7 @@ def epoch_order(users: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     Each user has a key drawn from (seed, epoch, user) and the users are sorted by it, so the order
     of a subset is the order of the whole with the others left out.
     """
-    users = np.asarray(users, dtype=np.int64)
+    users = np.ascontiguousarray(users, dtype=np.int64)
     keys = np.empty(len(users), dtype=np.int64)
     for start in range(0, len(users), _CHUNK):
         part = torch.from_numpy(users[start : start + _CHUNK])

@@ -217,7 +217,7 @@ def _join(ids, own, extra, key: str):
             continue
         frame, name = attributes, "attributes"
         if isinstance(attributes, (str, Path)):
-            frame, name = tables.read_attributes(attributes, key), attributes
+            frame, name = tables.read_attributes(attributes, key), str(attributes)
         if key not in frame.columns:
             raise DataError(name, f"column is missing; there are {frame.columns}", column=key)
         for column in set(frame.columns) & (set(table.columns) | {key.removesuffix("_id")}) - {key}:
@@ -264,7 +264,7 @@ def _like(ids, other, file):
 
 
 def _count(removed: dict, source: str, reason: str, kept: np.ndarray, of=None) -> None:
-    of = np.ones_like(kept) if of is None else of
+    of = np.ones(len(kept), dtype=bool) if of is None else of
     _add(removed, reason, int((of & ~kept).sum()))
     if not (of & kept).any():
         raise DataError(source, f"no interaction is left: {reason} were removed")

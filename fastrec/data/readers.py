@@ -7,9 +7,11 @@ A duplicate is an event with the same user, item and timestamp as an earlier one
 timestamps have none: there a repeated item is another visit, as in the S3-Rec files.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +19,13 @@ from fastrec.data import tables
 from fastrec.data.errors import DataError
 from fastrec.data.text import check_unique, first_row, id_column, read_delimited, read_lines
 
+if TYPE_CHECKING:
+    import polars as pl
+
 
 @dataclass
 class RawData:
-    """What a reader returns; the frames are polars.DataFrames.
+    """What a reader returns.
 
     interactions: user_id, item_id (Int64 or String), and timestamp (Int64), rating (Float32),
     event_type where the source has them. users: user_id, attributes. items: item_id, attributes.
@@ -29,10 +34,10 @@ class RawData:
     """
 
     source: str
-    interactions: object
-    users: object | None = None
-    items: object | None = None
-    relations: object | None = None
+    interactions: "pl.DataFrame"
+    users: "pl.DataFrame | None" = None
+    items: "pl.DataFrame | None" = None
+    relations: "pl.DataFrame | None" = None
     ordered: bool = False
     removed: dict[str, int] = field(default_factory=dict)
 
@@ -62,11 +67,11 @@ def read_s3rec(file, item_attributes=None) -> RawData:
             file, f"expected an id (an integer, not negative), got {tokens[bad]!r}",
             column=column, row=row + 1,
         )  # fmt: skip
-    ids = ids.to_numpy()
-    users = ids[starts]
+    numbers = ids.to_numpy()
+    users = numbers[starts]
     check_unique(file, pl.Series("user", users), 1)
     interactions = pl.DataFrame(
-        {"user_id": np.repeat(users, lengths - 1), "item_id": np.delete(ids, starts)}
+        {"user_id": np.repeat(users, lengths - 1), "item_id": np.delete(numbers, starts)}
     )
     items = None if item_attributes is None else tables.read_attributes(item_attributes, "item_id")
     return RawData(str(file), interactions, items=items, ordered=True)
@@ -213,7 +218,7 @@ def _beside(file: Path, name: str, reader):
     return reader(other) if other.exists() else None
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[..., RawData]] = {
     "s3rec": read_s3rec,
     "pairs": read_pairs,
     "movielens-1m": read_movielens_1m,

@@ -37,9 +37,9 @@ def generate(
 ) -> SequenceDataset:
     """Write a synthetic canonical dataset to the directory `output` and open it.
 
-    num_communities: default one per 100 items. walk: probability that an event inside a session goes
-    to a successor of the last item (0: order carries no signal). new_session: probability that an
-    event opens a session. zipf: exponent of the popularity. mean_friends: links per user who has
+    num_communities: default one per 100 items. walk: probability that an event inside a session
+    goes to a successor of the last item (0: order carries no signal). new_session: probability that
+    an event opens a session. zipf: exponent of the popularity. mean_friends: links per user who has
     any; about one user in seven has none.
 
     Tables beyond the minimum: interactions.rating (1..5, whole), users.mean_rating (numeric, 1..5),

@@ -148,15 +148,15 @@ def _without_duplicates(file, table, first: int, on_duplicate: str):
         return table, {}
     if on_duplicate == "drop":
         return table.filter(keep), {"duplicate events": int((~keep).sum())}
-    row = first_row(~keep, first)
+    place = int((~keep).to_numpy().argmax())
     keys = table.select("user_id", "item_id", "timestamp")
-    values = keys.row(row - first)
+    values = keys.row(place)
     same = [keys[name] == value for name, value in zip(keys.columns, values, strict=True)]
     same = same[0] & same[1] & same[2]
     raise DataError(
         file, "duplicate event: user {}, item {}, timestamp {}".format(*values)
         + f", first in row {first_row(same, first)} (on_duplicate='keep' or 'drop' accepts it)",
-        row=row,
+        row=place + first,
     )  # fmt: skip
 
 

@@ -143,10 +143,10 @@ def id_column(file, series, first: int, kind: str = "auto"):
         parsed = series.cast(pl.Int64, strict=False)
         bad = (parsed.is_null() | ~series.str.contains(_CANONICAL_INT)).to_numpy()
         if bad.any() and kind == "int":
-            row = first_row(bad, first)
+            place = int(bad.argmax())
             raise DataError(
-                file, f"expected an integer id, got {series[row - first]!r}",
-                column=series.name, row=row,
+                file, f"expected an integer id, got {series[place]!r}",
+                column=series.name, row=place + first,
             )  # fmt: skip
         series = series if bad.any() else parsed
     elif series.dtype.is_integer():

@@ -50,7 +50,9 @@ def _(input, linear_weight, linear_bias, target, with_weight_mean):
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
 def _(input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit):
     # Contiguous, whatever the strides of the inputs are.
-    grad_bias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape)
+    grad_bias = (
+        lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape)
+    )
     return linear_weight.new_empty(linear_weight.shape), grad_bias
 
 
@@ -101,9 +103,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_lse, grad_target_logit, grad_class_sum):
-        (x, linear_weight, linear_bias, target, rows, class_weight, lse, weight_mean, class_mean) = (
-            ctx.saved_tensors
-        )
+        (
+            x,
+            linear_weight,
+            linear_bias,
+            target,
+            rows,
+            class_weight,
+            lse,
+            weight_mean,
+            class_mean,
+        ) = ctx.saved_tensors
         _, bwd = _launchers(ctx.backend, x.device)
         scored = (target >= 0).to(lse.dtype)
         grad_lse = (grad_lse * scored).contiguous()
@@ -125,11 +135,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight, grad_bias = bwd(
                 x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit
             )
-            if class_weight is not None:  # the same rank-1 term for every row: no second [V, D] buffer
+            if class_weight is not None:
+                # The same rank-1 term for every row: no second [V, D] buffer. Not addr_, whose bits
+                # depend on the number of threads.
                 direction = (grad_class_sum @ x.to(lse.dtype)).to(grad_weight.dtype)
-                grad_weight = grad_weight.addr_(class_weight.to(grad_weight.dtype), direction)
+                grad_weight = grad_weight.addcmul_(
+                    class_weight[:, None].to(grad_weight.dtype), direction
+                )
                 if linear_bias is not None:
-                    grad_bias = grad_bias + (class_weight * grad_class_sum.sum()).to(grad_bias.dtype)
+                    grad_bias = grad_bias + (class_weight * grad_class_sum.sum()).to(
+                        grad_bias.dtype
+                    )
         return (
             grad_input,
             grad_weight if ctx.needs_input_grad[1] else None,

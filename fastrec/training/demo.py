@@ -51,9 +51,7 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
     print("2/5 pre-training: masked item prediction")
     pretrained = fit(dataset, RECIPE, RECIPE.pretraining, output / "pretrain")
     print("3/5 fine-tuning the pre-trained model: the last item masked")
-    finetuned = fit(
-        dataset, RECIPE, RECIPE.finetuning, output / "finetune", initial=pretrained
-    )
+    finetuned = fit(dataset, RECIPE, RECIPE.finetuning, output / "finetune", initial=pretrained)
     print("4/5 the same fine-tuning from random weights")
     scratch = fit(dataset, RECIPE, RECIPE.finetuning, output / "scratch")
 
@@ -68,8 +66,11 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
     print_metrics({name: ranking_metrics(values) for name, values in ranks.items()})
     bench(rounds=3)
     plot_losses(
-        {"pre-training": output / "pretrain", "fine-tuning": output / "finetune",
-         "from scratch": output / "scratch"},
+        {
+            "pre-training": output / "pretrain",
+            "fine-tuning": output / "finetune",
+            "from scratch": output / "scratch",
+        },
         output / "loss.png",
     )
     lengths = dataset.split_lengths("test")[chosen.numpy()]

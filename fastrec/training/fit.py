@@ -94,9 +94,11 @@ def fit(
         seed=stage.seed,
         users=users,
         steps_per_pass=min(stage.validate_every, stage.steps),
-        **model.sequence_tokens,
+        **model.sequence_tokens,  # type: ignore[arg-type]
     )
-    module = StageModule(model, stage, loader, Evaluator(dataset, users, "valid", recipe.evaluation))
+    module = StageModule(
+        model, stage, loader, Evaluator(dataset, users, "valid", recipe.evaluation)
+    )
     keep = KeepBest(output / "model")
     callbacks: list[Callback] = [
         keep,

@@ -39,7 +39,7 @@ class StageModule(lightning.LightningModule):
         users = len(self.evaluator.users)
         starts = range(0, users, VALIDATION_BATCH)
         rows = [(start, min(start + VALIDATION_BATCH, users)) for start in starts]
-        return torch.utils.data.DataLoader(rows, batch_size=None)
+        return torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
 
     def training_step(self, batch, batch_index):
         stage, step = self.stage, self.global_step

@@ -1,0 +1,117 @@
+"""The synthetic data: statistics, order that carries signal, social and profile signal."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.synthetic import generate
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("synthetic") / "d"
+    return generate(path, num_users=8_000, num_items=2_000, seed=1)
+
+
+def digest(path):
+    names = ("values.npy", "offsets.npy", "schema.json")
+    return [hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names]
+
+
+def test_shape_of_the_data(dataset):
+    lengths = dataset.lengths
+    assert lengths.min() == 5 and lengths.max() <= 350
+    assert 6 <= np.median(lengths) <= 9 and 9 <= lengths.mean() <= 12
+    counts = np.sort(dataset.item_counts("all").numpy())[::-1]
+    assert counts[: len(counts) // 10].sum() > 0.2 * counts.sum() and counts[0] > 8 * counts[1000]
+    events = dataset._table("interactions.parquet")
+    time, user = events["timestamp"].to_numpy(), events["user"].to_numpy()
+    assert (np.diff(time)[np.diff(user) == 0] > 0).all(), "no ties"
+    assert set(events["rating"].unique()) == {1, 2, 3, 4, 5}
+    users = dataset.user_attributes()
+    assert users["mean_rating"].is_between(1, 5).all() and users["region"].n_unique() == 6
+    items = dataset.item_attributes()
+    assert items["price"].min() > 0 and items["attributes"].list.len().min() >= 2
+
+
+def hit_rate(scores, targets, k=10):
+    better = (scores > scores.gather(1, targets[:, None])).sum(1)
+    return (better < k).double().mean().item()
+
+
+def test_order_beats_popularity(dataset):
+    """A first-order Markov ranker, trained without the last two items, against popularity."""
+    train = dataset.gather(dataset.users("train"), "train")
+    later = train.positions()[1:] > 0
+    pairs = train.values[:-1][later], train.values[1:][later]
+    v = dataset.num_items
+    follows = torch.zeros(v, v).index_put_(pairs, torch.ones(len(pairs[0])), accumulate=True)
+    popularity = dataset.item_counts("train").float()
+    targets = dataset.targets("test")
+    last = torch.from_numpy(dataset.values[dataset.offsets[1:] - 2].astype(np.int64))
+    markov = hit_rate(follows[last] + 1e-6 * popularity, targets)
+    popular = hit_rate(popularity.expand(len(targets), -1), targets)
+    assert popular < 0.12 and markov > 3 * popular, (popular, markov)
+    assert markov < 0.6, "room for a model"
+
+
+def test_friends_share_items_and_regions(dataset):
+    pairs = dataset.relations()
+    assert (pairs[:, 0] < pairs[:, 1]).all() and len(np.unique(pairs, axis=0)) == len(pairs)
+    _, offsets = dataset.friends()
+    degrees = offsets.diff()
+    assert 4 < degrees.double().mean() < 9 and 0.1 < (degrees == 0).double().mean() < 0.2
+    bought = torch.zeros(dataset.num_users, dataset.num_items)
+    whole = dataset.gather(dataset.users("all"), "all")
+    bought[whole.segment_ids(), whole.values] = 1
+    left, right = pairs.T
+    other = np.random.default_rng(0).permutation(right)
+    shared = (bought[left] * bought[right]).sum().item()
+    by_chance = (bought[left] * bought[other]).sum().item()
+    assert shared > 2 * by_chance
+    region = dataset.user_attributes()["region"].to_numpy()
+    assert (region[left] == region[right]).mean() > 1.4 * (region[left] == region[other]).mean()
+
+
+def test_items_of_a_user_share_a_category(dataset):
+    category = torch.tensor(dataset.item_attributes()["category"].to_list())
+    whole = dataset.gather(dataset.users("all"), "all")
+    kinds = category[whole.values]
+    inside = whole.positions()[1:] > 0
+    same = (kinds[1:] == kinds[:-1])[inside].double().mean()
+    assert same > 3 * (1 / 12)
+
+
+def test_the_seed_decides_everything(tmp_path, dataset):
+    def make(name, **options):
+        generate(tmp_path / name, **{"num_users": 300, "num_items": 100, **options})
+        return digest(tmp_path / name)
+
+    assert make("a", seed=5) == make("b", seed=5)
+    assert make("c", seed=6)[0] != make("d", seed=5)[0]
+    assert make("e", seed=5, walk=0.9)[0] != make("f", seed=5)[0]
+
+
+@pytest.mark.parametrize("users,items", [(2, 10), (50, 10), (3, 500)])
+def test_tiny(tmp_path, users, items):
+    dataset = generate(tmp_path / "d", num_users=users, num_items=items)
+    assert (dataset.num_users, dataset.num_items) == (users, items)
+    SequenceDataset.load(tmp_path / "d").relations()
+
+
+def test_arguments(tmp_path):
+    for options, match in (
+        ({"num_users": 1}, "num_users must be at least 2"),
+        ({"num_items": 5}, "num_items must be at least 10"),
+        ({"walk": 1.5}, "probabilities"),
+        ({"max_length": 3}, "max_length"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            generate(tmp_path / "d", **options)
+    generate(tmp_path / "d", num_users=5, num_items=20)
+    with pytest.raises(FileExistsError):
+        generate(tmp_path / "d", num_users=5, num_items=20)
+    generate(tmp_path / "d", num_users=6, num_items=20, overwrite=True)

@@ -1,0 +1,198 @@
+"""The random number contract, version 1: test vectors, uniformity, independence of the batch."""
+
+import pytest
+import torch
+
+from fastrec.random import SITES, Rng, draws, keep_mask, philox, threshold
+
+SEED = 0x0123456789ABCDEF
+VECTOR = dict(site="attention", view=1, layer=1, head=1)
+
+
+def words(values):
+    return [int(value) for value in values]
+
+
+def test_philox_of_zero():
+    assert words(philox((0, 0), (0, 0, 0, 0))) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+
+
+def test_philox_words_of_the_contract():
+    counter = (0x00030001, 0x00010101, 0x0000002A, 0x00000007)
+    assert words(philox((0x88A3CDEF, 0x01234567), counter)) == [
+        0xAC641BB0,
+        0xD59BDC65,
+        0x530D7E92,
+        0x344B35DF,
+    ]
+    # 16 bits, columns 16-23: group 2 of row 3.
+    counter = (0x00030002, 0x00010101, 0x0000002A, 0x00000007)
+    assert words(philox((0x88BBCDEF, 0x01234567), counter)) == [
+        0x72C9CFA3,
+        0x52B7BA9C,
+        0xE5E1E2E5,
+        0x8583BBD7,
+    ]
+
+
+def test_draws_of_8_bits():
+    got = draws(SEED, 7, torch.tensor(42), 3, torch.arange(16, 32), bits=8, **VECTOR)
+    assert got.tolist() == [
+        176,
+        27,
+        100,
+        172,
+        101,
+        220,
+        155,
+        213,
+        146,
+        126,
+        13,
+        83,
+        223,
+        53,
+        75,
+        52,
+    ]
+    keep = got >= threshold(0.2, 8)
+    assert "".join(str(int(k)) for k in keep) == "1011111111011111"
+
+
+def test_draws_of_16_bits():
+    got = draws(SEED, 7, torch.tensor(42), 3, torch.arange(16, 24), bits=16, **VECTOR)
+    assert got.tolist() == [53155, 29385, 47772, 21175, 58085, 58849, 48087, 34179]
+
+
+def test_keep_mask_is_the_same_stream():
+    rng = Rng(SEED, 7, view=1)
+    keep, scale = keep_mask(
+        rng, 0.2, torch.tensor([42]), torch.tensor([3]), 32, site="attention", layer=1, head=1
+    )
+    assert "".join(str(int(k)) for k in keep[0, 16:]) == "1011111111011111"
+    assert scale == 256 / (256 - 51)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        keep_mask(rng, 1.0, torch.tensor([42]), torch.tensor([3]), 32, site="attention")
+
+
+@pytest.mark.parametrize(
+    "p, expected", [(0.0, 0), (0.1, 26), (0.15, 38), (0.2, 51), (0.3, 77), (0.5, 128), (1.0, 256)]
+)
+def test_threshold_of_8_bits(p, expected):
+    assert threshold(p, 8) == expected
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.15, 1 / 3, 0.5, 0.999, 1.0])
+def test_threshold_of_16_bits_is_the_nearest(p):
+    assert abs(threshold(p) / 65536 - p) <= 2**-17
+
+
+def test_sites_are_part_of_the_contract():
+    assert {name: SITES[name] for name in list(SITES)[:5]} == {
+        "attention": 1,
+        "embedding": 2,
+        "attention_output": 3,
+        "ffn_inner": 4,
+        "ffn_output": 5,
+    }
+    assert len(set(SITES.values())) == len(SITES)
+    assert max(SITES.values()) < 256
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_uniform(bits):
+    """Chi-square of 256 classes of the high byte, and of the low byte for 16 bits; the bounds are
+    the 1e-6 quantiles of 255 degrees of freedom on either side."""
+    ids = torch.arange(512)[:, None, None]
+    rows, cols = torch.arange(32)[None, :, None], torch.arange(64)[None, None, :]
+    got = draws(1234, 5, ids, rows, cols, site="embedding", bits=bits).flatten()
+    for part in (got >> (bits - 8), got & 255):
+        count = torch.bincount(part, minlength=256).double()
+        expected = got.numel() / 256
+        chi2 = ((count - expected).square() / expected).sum()
+        assert 158 < chi2 < 376
+
+
+@pytest.mark.parametrize(
+    "field", ["seed", "seed_high", "step", "id", "row", "view", "layer", "head"]
+)
+def test_every_field_changes_the_stream(field):
+    cols = torch.arange(256)
+    base = dict(seed=3, step=4, sample_ids=torch.tensor(5), row=6, view=1, layer=1, head=1)
+    other = dict(base)
+    if field == "seed_high":
+        other["seed"] = 3 + (1 << 40)
+    elif field == "id":
+        other["sample_ids"] = torch.tensor(7)
+    else:
+        other[field] += 1
+    first, second = (draws(col=cols, site="attention", **fields) for fields in (base, other))
+    assert (first == second).float().mean() < 0.02
+    sites = {name: draws(col=cols, site=name, **base) for name in SITES}
+    assert len({tuple(stream.tolist()) for stream in sites.values()}) == len(SITES)
+
+
+def test_independent_of_batch_order_size_and_shape():
+    ids = torch.arange(100)
+    cols = torch.arange(20)
+    rows = torch.arange(3)[:, None]
+    whole = draws(9, 2, ids[:, None, None], rows, cols, site="attention", bits=8)
+    order = torch.randperm(100)
+    shuffled = draws(9, 2, ids[order][:, None, None], rows, cols, site="attention", bits=8)
+    assert torch.equal(shuffled, whole[order])
+    one = draws(9, 2, torch.tensor(17), 2, torch.tensor(19), site="attention", bits=8)
+    assert one == whole[17, 2, 19]
+    assert torch.equal(
+        draws(9, 2, ids[:7, None, None], rows, cols[5:11], site="attention", bits=8),
+        whole[:7, :, 5:11],
+    )
+
+
+def test_seed_and_step_may_be_tensors():
+    ids, cols = torch.arange(4)[:, None], torch.arange(9)
+    expected = draws(SEED, 7, ids, 0, cols, site="attention")
+    got = draws(torch.tensor(SEED), torch.tensor(7), ids, 0, cols, site="attention")
+    assert torch.equal(got, expected)
+
+
+def test_ids_and_steps_count_modulo_2_to_the_32():
+    cols = torch.arange(9)
+    expected = draws(1, 7, torch.tensor(5), 0, cols, site="attention")
+    assert torch.equal(draws(1, 7, torch.tensor(5 + 2**32), 0, cols, site="attention"), expected)
+    assert torch.equal(draws(1, 7 + 2**32, torch.tensor(5), 0, cols, site="attention"), expected)
+
+
+def test_the_global_generator_is_neither_read_nor_advanced():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = draws(1, 2, torch.tensor(3), 4, torch.arange(50), site="attention")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(draws(1, 2, torch.tensor(3), 4, torch.arange(50), site="attention"), first)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(bits=4), "bits must be 8 or 16, got 4"),
+        (dict(view=65536), "view 65536"),
+        (dict(view=-1), "view -1"),
+        (dict(layer=256), "layer 256"),
+        (dict(head=256), "head 256"),
+        (dict(row=65536), r"row must be in \[0, 65536\), got 65536"),
+        (dict(row=torch.tensor([0, -1])), r"row must be in \[0, 65536\), got -1"),
+        (dict(col=torch.tensor([3, 70000])), r"col must be in \[0, 65536\), got 70000"),
+    ],
+)
+def test_out_of_range(change, message):
+    fields = dict(
+        seed=1, step=0, sample_ids=torch.tensor(0), row=0, col=torch.arange(2), site="attention"
+    )
+    with pytest.raises(ValueError, match=message):
+        draws(**(fields | change))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1])
+def test_probability_out_of_range(p):
+    with pytest.raises(ValueError, match="probability must be in"):
+        threshold(p)
