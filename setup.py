@@ -23,7 +23,14 @@ def extension_arguments() -> dict:
         "fastrec._C",
         sorted(glob("csrc/*.cpp")),
         include_dirs=[os.path.abspath("csrc")],
-        extra_compile_args=["-O3", "-fopenmp", "-fopenmp-simd", "-std=c++17", "-Wall", "-Wno-psabi"],
+        extra_compile_args=[
+            "-O3",
+            "-fopenmp",
+            "-fopenmp-simd",
+            "-std=c++17",
+            "-Wall",
+            "-Wno-psabi",
+        ],
         extra_link_args=["-fopenmp"],
     )
     return {

@@ -291,7 +291,7 @@ def test_second_derivative_is_refused(backend):
     x = case["input"].requires_grad_()
     loss = linear_cross_entropy(**case, backend=backend)
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
         grad.sum().backward()
 
 

@@ -35,7 +35,7 @@ class Protocol:
 def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tensor:
     """int64 [U, count] negatives of `users`: popularity-proportional, unseen, all different.
 
-    Draws come one after the other and a draw that is seen or already taken is rejected, which is
+    Draws come in turn, and one that is seen or already taken is rejected, which is
     sampling without replacement. The negatives of a user depend on (seed, user) only.
 
     Raises ValueError when a user has fewer than `count` unseen items with interactions.
@@ -49,7 +49,8 @@ def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tenso
         seen = set(values[offsets[user] : offsets[user + 1]].tolist())
         if alive - len(seen) < count:
             raise ValueError(
-                f"user {user} has {alive - len(seen)} unseen items, {count} negatives were asked for"
+                f"user {user} has {alive - len(seen)} unseen items,"
+                f" {count} negatives were asked for"
             )
         generator = np.random.Generator(np.random.Philox(key=(seed, user)))
         taken: dict[int, None] = {}

@@ -21,7 +21,9 @@ class ItemHead(nn.Module):
 
     def query(self, states: Tensor) -> Tensor:
         """[N, D] states to the [N, D] vectors that are compared with the item table."""
-        return states if self.dense is None else self.norm(F.gelu(self.dense(states)))
+        if self.dense is None or self.norm is None:
+            return states
+        return self.norm(F.gelu(self.dense(states)))
 
     def loss(self, states: Tensor, item_table: Tensor, targets: Tensor, backend=None) -> Tensor:
         """Mean cross-entropy over all items; 0 with a live graph when there are no rows."""

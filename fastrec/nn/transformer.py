@@ -16,14 +16,14 @@ class EventDropout:
     its position in the sequence and its feature. Without `rng` it is the identity."""
 
     def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None):
-        self.active = p > 0.0 and rng is not None
-        self.p, self.rng = p, rng
-        if self.active:
+        self.rng = rng if p > 0.0 else None
+        self.p = p if self.rng else 0.0
+        if self.rng:
             self.positions = batch.positions()
             self.sample_ids = batch.sample_ids[batch.segment_ids()]
 
     def __call__(self, x: Tensor, site: str, layer: int = 0) -> Tensor:
-        if not self.active:
+        if self.rng is None:
             return x
         keep, scale = keep_mask(
             self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer
@@ -32,7 +32,7 @@ class EventDropout:
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and a position-wise feed-forward network, each with a residual and LayerNorm."""
+    """Self-attention and a position-wise feed-forward network, with residuals and LayerNorm."""
 
     def __init__(self, width: int, heads: int, ffn_width: int, pre_norm: bool):
         super().__init__()
@@ -53,7 +53,7 @@ class TransformerLayer(nn.Module):
             batch.offsets,
             max_seq_len=batch.max_seq_len,
             causal=causal,
-            dropout_p=dropout.p if dropout.active else 0.0,
+            dropout_p=dropout.p,
             rng=dropout.rng,
             sample_ids=batch.sample_ids,
             layer=layer,

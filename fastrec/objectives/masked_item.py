@@ -32,9 +32,9 @@ class Masking:
         self, batch: JaggedBatch, model: UserModel, seed: int, step: int
     ) -> tuple[JaggedBatch, Tensor, Tensor]:
         """(masked batch, masked positions int64 [N] of [T], their items int64 [N])."""
-        ids = {"num_items": model.num_items, "mask_id": model.token("mask")}
+        num_items, mask_id = model.num_items, model.token("mask")
         if self.last_only:
-            return mask_last(batch, **ids)
+            return mask_last(batch, num_items=num_items, mask_id=mask_id)
         return mask_items(
             batch,
             seed=seed,
@@ -42,7 +42,8 @@ class Masking:
             probability=self.probability,
             replace_probability=self.replace_probability,
             random_probability=self.random_probability,
-            **ids,
+            num_items=num_items,
+            mask_id=mask_id,
         )
 
 

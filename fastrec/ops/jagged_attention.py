@@ -17,8 +17,8 @@ OP = "jagged_attention"
 
 
 class _Permute(torch.autograd.Function):
-    """out[i] = x[index[i]], 0 where index is -1. Every row of x is read exactly once, so the gradient
-    is the gather by `inverse`: no scatter-add, no atomics."""
+    """out[i] = x[index[i]], 0 where index is -1. Every row of x is read exactly once, so the
+    gradient is the gather by `inverse`: no scatter-add, no atomics."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):

@@ -6,7 +6,7 @@ The kernels know one function of the logits s_ij = x_i . W_j + b_j and its deriv
 
     lse_i = logsumexp_j s_ij,   target_logit_i = s_i,y_i,   p_ij = exp(s_ij - lse_i)
     dx_i = grad_lse_i * sum_j p_ij W_j + grad_target_i * W_y
-    dW_j = sum_i grad_lse_i * p_ij * x_i + sum_{i: y_i = j} grad_target_i * x_i    (db_j: without x_i)
+    dW_j = sum_i grad_lse_i * p_ij * x_i + sum_{i: y_i = j} grad_target_i * x_i,  db_j without x_i
 
 Class weights, smoothing, z-loss and reductions are arithmetic on these [N] vectors. The forward
 kernel also returns weight_mean_i = sum_j p_ij W_j, so dx needs no second sweep over the items.
@@ -22,13 +22,13 @@ from fastrec.backend import resolve
 OP = "linear_cross_entropy"
 
 # target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse,
-# target_logit [N] and weight_mean [N, D] ([0, D] unless asked for) are float32, or float64 for float64.
+# target_logit [N] and weight_mean [N, D] ([0, D] if not asked for) are float32, float64 for float64.
 torch.library.define(
     f"fastrec::{OP}_fwd",
-    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, bool with_weight_mean)"
-    " -> (Tensor lse, Tensor target_logit, Tensor weight_mean)",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " bool with_weight_mean) -> (Tensor lse, Tensor target_logit, Tensor weight_mean)",
 )
-# grad_weight [V, D] has the dtype of linear_weight, grad_bias [V] that of linear_bias ([0] if None).
+# grad_weight [V, D] and grad_bias [V] ([0] if None) have the dtypes of the table and its bias.
 torch.library.define(
     f"fastrec::{OP}_bwd",
     "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor lse,"
@@ -90,8 +90,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         class_mean, class_sum = None, torch.zeros_like(lse)
         if class_weight is not None:
-            class_mean = class_weight.to(linear_weight.dtype) @ linear_weight
-            class_sum = (x.to(lse.dtype) @ class_mean.to(lse.dtype)).masked_fill(target < 0, 0)
+            # In pieces: a sum over the items overflows float16, a whole table in float32 is large.
+            pieces = zip(class_weight.split(65536), linear_weight.split(65536), strict=True)
+            class_mean = sum(a @ w.to(lse.dtype) for a, w in pieces)
+            class_sum = (x.to(lse.dtype) @ class_mean).masked_fill(target < 0, 0)
             if linear_bias is not None:
                 class_sum = class_sum + (class_weight @ linear_bias.to(lse.dtype)) * (target >= 0)
         ctx.save_for_backward(
@@ -125,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_rows = linear_weight.index_select(0, target.clamp_min(0)).to(lse.dtype)
             grad = torch.addcmul(grad, target_rows, grad_target_logit[:, None])
             if class_mean is not None:
-                grad = torch.addcmul(grad, class_mean.to(lse.dtype), grad_class_sum[:, None])
+                grad = torch.addcmul(grad, class_mean, grad_class_sum[:, None])
             grad = grad.to(x.dtype)
             if rows is None:
                 grad_input = grad
@@ -211,9 +213,14 @@ def _check(input, linear_weight, target, linear_bias, weight, reduction, label_s
     items = linear_weight.shape[0]
     if items == 0:
         raise ValueError("linear_weight has no rows: there is no item to score")
-    for name, tensor in (("input", input), ("linear_weight", linear_weight)):
-        if not tensor.is_floating_point():
+    for name, tensor in (("input", input), ("linear_bias", linear_bias)):
+        if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+    low_precision = input.dtype in (torch.bfloat16, torch.float16)
+    allowed = (input.dtype, torch.float32) if low_precision else (input.dtype,)
+    if linear_weight.dtype not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise TypeError(f"linear_weight must be {expected}, got {linear_weight.dtype}")
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 item ids, got {target.dtype}")
     for name, vector in (("linear_bias", linear_bias), ("weight", weight)):
@@ -271,7 +278,7 @@ def linear_cross_entropy(
 
     Args:
         input: [T, D], float64, float32, bfloat16 or float16.
-        linear_weight: item table [V, D], of the same dtype, or float32 beside a low-precision input.
+        linear_weight: item table [V, D], same dtype, or float32 beside a low-precision input.
         target: int64 item ids in [0, V), one per scored row: [N] for index `rows`, else [T].
         linear_bias: [V]. -inf takes an item out of the softmax.
         weight: class weights [V], not differentiated.
@@ -291,10 +298,10 @@ def linear_cross_entropy(
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a target or a row is
         out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
-    _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
         input = input.to(torch.get_autocast_dtype(device))
+    _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows)
     _check_range("target", target, linear_weight.shape[0], target == ignore_index)
     if rows is not None and rows.dtype == torch.int64:
         _check_range("rows", rows, input.shape[0])

@@ -10,7 +10,10 @@ def names() -> list[str]:
 
 
 def path(name_or_file: str) -> Path:
-    """The YAML file of a recipe name, or the file itself. Raises FileNotFoundError with the names."""
+    """The YAML file of a recipe name, or the file itself.
+
+    Raises FileNotFoundError that lists the recipes.
+    """
     for candidate in (Path(name_or_file), FOLDER / f"{name_or_file}.yaml"):
         if candidate.is_file():
             return candidate

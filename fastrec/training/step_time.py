@@ -65,7 +65,8 @@ def bench(rows: int = 2560, items: int = 141939, width: int = 64, rounds: int = 
     """
     times = loss_times(rows, items, width, rounds)
     print(
-        f"item softmax, forward + backward, N={rows} V={items} D={width}, {torch.get_num_threads()} threads:"
+        f"item softmax, forward + backward, N={rows} V={items} D={width},"
+        f" {torch.get_num_threads()} threads:"
         f" fused {1e3 * times['fused']:.1f} ms, eager {1e3 * times['eager']:.1f} ms,"
         f" {times['eager'] / times['fused']:.2f}x"
     )

@@ -1,0 +1,327 @@
+"""Triton kernels of `linear_cross_entropy`: the N x V logits exist one tile at a time.
+
+Legend: N rows, V items, D width. Rows are visited in the order of `_plan`: the scored ones first,
+sorted by target. Exponentials are base 2: p = exp2(s * log2(e) - shift).
+
+Forward: a program owns BLOCK_N rows and a range of items. It streams tiles of W and keeps
+sum_j p_ij and sum_j p_ij W_j relative to a running row shift; `_combine_kernel` adds the ranges in
+a fixed order. Backward: a program owns BLOCK_V items, streams all rows and writes its rows of dW
+once. No atomics and no locks: equal inputs give equal bits.
+
+The number of scored rows stays on the device, so the host never waits; programs without work exit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastrec.backend import interpreting
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SLACK = tl.constexpr(8.0)  # the running shift follows a row's maximum once it is exceeded by 2^8
+
+
+@triton.jit
+def _load_rows(base, row, keep, stride_row, stride_col, first, d, BLOCK_D: tl.constexpr):
+    """[len(row), BLOCK_D] tile of a [?, d] matrix, columns from `first`; 0 where not kept."""
+    col = first + tl.arange(0, BLOCK_D)
+    offset = row.to(tl.int64)[:, None] * stride_row + col.to(tl.int64)[None, :] * stride_col
+    return tl.load(base + offset, mask=keep[:, None] & (col < d)[None, :], other=0.0)
+
+
+@triton.jit
+def _schedule(count, v, slots, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(row blocks, item ranges, tiles per range) that spread the scored rows over `slots`."""
+    blocks = tl.cdiv(tl.load(count).to(tl.int32), BLOCK_N)
+    tiles = tl.cdiv(v, BLOCK_V)
+    ranges = tl.maximum(tl.minimum(slots // tl.maximum(blocks, 1), tl.minimum(tiles, 128)), 1)
+    per_range = tl.cdiv(tiles, ranges)
+    return blocks, tl.cdiv(tiles, per_range), per_range
+
+
+@triton.jit(do_not_specialize=["v", "slots"])
+def _fwd_kernel(
+    x, w, bias, order, count, shift_out, sum_out, mean_out,
+    v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs read the same items, so that a W tile comes from HBM once.
+    blocks, ranges, per_range = _schedule(count, v, slots, BLOCK_N, BLOCK_V)
+    slot = tl.program_id(0)
+    if slot >= blocks * ranges:
+        return
+    own = tl.program_id(1) * BLOCK_D  # columns of W whose mean this program accumulates
+    at = (slot % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = at < tl.load(count)
+    row = tl.load(order + at, mask=live, other=0)
+    if CHUNKS == 1:
+        x_tile = _load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
+
+    # p = exp2(s log2e - shift) stays below 2^(SLACK + HEADROOM).
+    shift = tl.full([BLOCK_N], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    rounded = tl.zeros([BLOCK_N], tl.float32)
+    mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    begin = (slot // blocks) * per_range * BLOCK_V
+    for first in range(begin, tl.minimum(begin + per_range * BLOCK_V, v), BLOCK_V):
+        item = first + tl.arange(0, BLOCK_V)
+        w_tile = _load_rows(w, item, item < v, stride_wv, stride_wd, own, d, BLOCK_D)
+        w_tile = w_tile.to(x.dtype.element_ty)
+        if CHUNKS == 1:
+            s = tl.dot(x_tile, tl.trans(w_tile), input_precision=PRECISION)
+        else:
+            s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            for c in tl.static_range(CHUNKS):
+                x_part = _load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
+                w_part = _load_rows(w, item, item < v, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+                w_part = w_part.to(x.dtype.element_ty)
+                s = tl.dot(x_part, tl.trans(w_part), s, input_precision=PRECISION)
+        if bias is not None:
+            b = tl.load(bias + item.to(tl.int64) * stride_b, mask=item < v, other=float("-inf"))
+            s += b.to(tl.float32)[None, :]
+        elif first + BLOCK_V > v:
+            s = tl.where((item < v)[None, :], s, float("-inf"))
+        peak = tl.max(s, 1) * LOG2E
+        grown = peak > shift + (SLACK + HEADROOM)
+        if tl.max(grown.to(tl.int32), 0) > 0:
+            new = tl.where(grown, peak - HEADROOM, shift)
+            fade = tl.exp2(shift - new)
+            total *= fade
+            if WITH_MEAN:
+                rounded *= fade
+                mean *= fade[:, None]
+            shift = new
+        p = tl.exp2(tl.fma(s, LOG2E, -shift[:, None]))
+        total += tl.sum(p, 1)
+        if WITH_MEAN:
+            q = p.to(x.dtype.element_ty)
+            rounded += tl.sum(q.to(tl.float32), 1)
+            mean = tl.dot(q, w_tile, mean, input_precision=PRECISION)
+
+    place = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if own == 0:
+        tl.store(shift_out + place, shift)
+        tl.store(sum_out + 2 * place, total)
+        tl.store(sum_out + 2 * place + 1, rounded)
+    if WITH_MEAN:
+        col = own + tl.arange(0, BLOCK_D)
+        tl.store(mean_out + place[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "v", "slots"])
+def _combine_kernel(
+    x, w, bias, target, order, count, shift_in, sum_in, mean_in, lse_out, logit_out, mean_out,
+    n, v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr, WITH_MEAN: tl.constexpr,
+):  # fmt: skip
+    """lse, target_logit and weight_mean of BLOCK_R rows; 0 for rows that are not scored."""
+    blocks, ranges, _ = _schedule(count, v, slots, BLOCK_N, BLOCK_V)
+    at = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.load(order + at, mask=at < n, other=0)
+    live = at < tl.load(count)
+    place = (at // BLOCK_N).to(tl.int64) * BLOCK_N + at % BLOCK_N
+    step = blocks.to(tl.int64) * BLOCK_N
+
+    shift = tl.full([BLOCK_R], -1e30, tl.float32)
+    for r in range(ranges):
+        shift = tl.maximum(shift, tl.load(shift_in + place + r * step, mask=live, other=-1e30))
+    total = tl.zeros([BLOCK_R], tl.float32)
+    rounded = tl.zeros([BLOCK_R], tl.float32)
+    for r in range(ranges):
+        here = place + r * step
+        scale = tl.exp2(tl.load(shift_in + here, mask=live, other=-1e30) - shift)
+        total += scale * tl.load(sum_in + 2 * here, mask=live, other=1.0)
+        rounded += scale * tl.load(sum_in + 2 * here + 1, mask=live, other=1.0)
+
+    y = tl.load(target + row, mask=live, other=0)
+    logit = tl.zeros([BLOCK_R], tl.float32)
+    for c in tl.static_range(CHUNKS):
+        x_tile = _load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
+        w_tile = _load_rows(w, y, live, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+        w_tile = w_tile.to(x.dtype.element_ty)  # the value that the forward kernel multiplies
+        logit += tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
+        if WITH_MEAN:
+            col = c * BLOCK_D + tl.arange(0, BLOCK_D)
+            mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+            for r in range(ranges):
+                here = place + r * step
+                scale = tl.exp2(tl.load(shift_in + here, mask=live, other=-1e30) - shift)
+                mean += scale[:, None] * _load_rows(mean_in, here, live, d, 1, c * BLOCK_D, d, BLOCK_D)
+            mean = tl.where(live[:, None], mean / rounded[:, None], 0.0)
+            keep = (at < n)[:, None] & (col < d)[None, :]
+            tl.store(mean_out + row[:, None] * d + col[None, :], mean, mask=keep)
+    if bias is not None:
+        logit += tl.load(bias + y * stride_b, mask=live, other=0.0).to(tl.float32)
+
+    lse = tl.fma(shift, LN2, tl.log2(total) * LN2)
+    lse = tl.where(lse < logit, logit, lse)  # p_y <= 1 and loss >= 0 in spite of rounding
+    tl.store(lse_out + row, tl.where(live, lse, 0.0), mask=at < n)
+    tl.store(logit_out + row, tl.where(live, logit, 0.0), mask=at < n)
+
+
+@triton.jit(do_not_specialize=["v"])
+def _bwd_kernel(
+    x, w, bias, target, lse, grad_lse, grad_logit, offsets, count, scale, grad_w, grad_bias,
+    v, d, stride_wv, stride_wd, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    HEADROOM: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """dW and db of BLOCK_V items. x and the [N] vectors are contiguous and in the order of `_plan`."""
+    tile = tl.program_id(0).to(tl.int64)
+    own = tl.program_id(1) * BLOCK_D
+    item = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    if CHUNKS == 1:
+        w_tile = _load_rows(w, item, item < v, stride_wv, stride_wd, 0, d, BLOCK_D)
+        w_tile = w_tile.to(x.dtype.element_ty)
+    if bias is not None:
+        b = tl.load(bias + item * stride_b, mask=item < v, other=0.0).to(tl.float32) * LOG2E
+    acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    acc_bias = tl.zeros([BLOCK_V], tl.float32)
+
+    rows = tl.load(count).to(tl.int32)
+    for first in range(0, rows, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        live = at < rows
+        x_tile = _load_rows(x, at, live, d, 1, own, d, BLOCK_D)
+        if CHUNKS == 1:
+            s = tl.dot(w_tile, tl.trans(x_tile), input_precision=PRECISION)
+        else:
+            s = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
+            for c in tl.static_range(CHUNKS):
+                x_part = _load_rows(x, at, live, d, 1, c * BLOCK_D, d, BLOCK_D)
+                w_part = _load_rows(w, item, item < v, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+                w_part = w_part.to(x.dtype.element_ty)
+                s = tl.dot(w_part, tl.trans(x_part), s, input_precision=PRECISION)
+        shift = tl.load(lse + at, mask=live, other=float("inf")) * LOG2E - HEADROOM
+        if bias is not None:
+            p = tl.exp2(tl.fma(s, LOG2E, b[:, None] - shift[None, :]))
+        else:
+            p = tl.exp2(tl.fma(s, LOG2E, -shift[None, :]))
+        p *= tl.load(grad_lse + at, mask=live, other=0.0)[None, :]
+        if bias is not None:
+            acc_bias += tl.sum(p, 1)
+        acc = tl.dot(p.to(x.dtype.element_ty), x_tile, acc, input_precision=PRECISION)
+
+    # One-hot term. Rows are sorted by target: those of this tile are neighbours. The gradient is the
+    # sum of TERMS values of the dtype of x, so the tensor cores add it without rounding it.
+    last = tl.load(offsets + tile + 1).to(tl.int32)
+    for first in range(tl.load(offsets + tile).to(tl.int32), last, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        live = at < last
+        hit = item[:, None] == tl.load(target + at, mask=live, other=-1)[None, :]
+        g = tl.load(grad_logit + at, mask=live, other=0.0)
+        x_tile = _load_rows(x, at, live, d, 1, own, d, BLOCK_D)
+        if bias is not None:
+            acc_bias += tl.sum(tl.where(hit, g[None, :], 0.0), 1)
+        for _ in tl.static_range(TERMS):
+            part = g.to(x.dtype.element_ty)
+            g -= part.to(tl.float32)
+            acc = tl.dot(tl.where(hit, part[None, :], 0.0).to(x.dtype.element_ty), x_tile, acc,
+                         input_precision=PRECISION)  # fmt: skip
+
+    unit = tl.load(scale)
+    col = own + tl.arange(0, BLOCK_D)
+    keep = (item < v)[:, None] & (col < d)[None, :]
+    tl.store(grad_w + item[:, None] * d + col[None, :], acc * unit, mask=keep)
+    if bias is not None and own == 0:
+        tl.store(grad_bias + item, acc_bias * unit, mask=item < v)
+
+
+def _config(width: int, dtype: torch.dtype, table: torch.dtype) -> dict[str, dict]:
+    """Tile shapes, warps and pipeline stages; docs/kernels/linear_cross_entropy_gpu.md."""
+    block_d = min(max(triton.next_power_of_2(width), 16), 256)
+    shape = {"BLOCK_D": block_d, "CHUNKS": triton.cdiv(width, block_d)}
+    return {
+        "fwd": dict(shape, BLOCK_N=64, BLOCK_V=128, num_warps=4, num_stages=3),
+        "bwd": dict(shape, BLOCK_N=64, BLOCK_V=128, num_warps=4, num_stages=3),
+    }
+
+
+# float16 has 5 bits of exponent: exponentials are kept near 2^HEADROOM instead of near 1.
+def _headroom(dtype: torch.dtype) -> float:
+    return 7.0 if dtype == torch.float16 else 0.0
+
+
+def _options(input: torch.Tensor, linear_weight: torch.Tensor) -> tuple[dict, dict]:
+    for name, tensor in (("input", input), ("linear_weight", linear_weight)):
+        if tensor.dtype == torch.float64:
+            raise RuntimeError(
+                f"linear_cross_entropy: the triton backend has no float64 kernel ({name} is float64)"
+            )
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 or input.dtype != torch.float32 else "ieee"
+    config = _config(input.shape[1], input.dtype, linear_weight.dtype)
+    return {k: dict(c, HEADROOM=_headroom(input.dtype), PRECISION=precision) for k, c in config.items()}
+
+
+def _plan(target: torch.Tensor, items: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows by target with the unscored ones last: (sorted target, order, number of scored rows)."""
+    by_item, order = torch.where(target < 0, items, target).sort(stable=True)
+    return by_item, order, (target >= 0).sum()
+
+
+def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_weight_mean):
+    config = _options(input, linear_weight)["fwd"]
+    (n, d), v = input.shape, linear_weight.shape[0]
+    vector = {"dtype": torch.float32, "device": input.device}
+    lse, logit = torch.empty(n, **vector), torch.empty(n, **vector)
+    mean = torch.empty(n if with_weight_mean else 0, d, **vector)
+    if n == 0:
+        return lse, logit, mean
+    _, order, count = _plan(target, v)
+    processors = 1
+    if input.is_cuda:
+        processors = torch.cuda.get_device_properties(input.device).multi_processor_count
+    # About four programs a processor: two fit at a time, and two rounds even out the last one.
+    slots = max(4 * processors, triton.cdiv(n, config["BLOCK_N"]))
+    places = slots * config["BLOCK_N"]
+    shift, sums = torch.empty(places, **vector), torch.empty(places, 2, **vector)
+    means = torch.empty(places if with_weight_mean else 0, d, **vector)
+    strides = (*input.stride(), *linear_weight.stride())
+    strides += (0 if linear_bias is None else linear_bias.stride(0),)
+    with torch.cuda.device_of(input):
+        _fwd_kernel[(slots, config["CHUNKS"] if with_weight_mean else 1)](
+            input, linear_weight, linear_bias, order, count, shift, sums, means,
+            v, d, slots, *strides, WITH_MEAN=with_weight_mean, **config,
+        )  # fmt: skip
+        block_r = max(1, 1024 // config["BLOCK_D"])
+        _combine_kernel[(triton.cdiv(n, block_r),)](
+            input, linear_weight, linear_bias, target, order, count, shift, sums, means,
+            lse, logit, mean, n, v, d, slots, *strides, BLOCK_R=block_r,
+            **{k: config[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D", "CHUNKS")},
+            WITH_MEAN=with_weight_mean,
+        )  # fmt: skip
+    return lse, logit, mean
+
+
+def linear_cross_entropy_bwd(
+    input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit
+):
+    config = _options(input, linear_weight)["bwd"]
+    (n, d), v = input.shape, linear_weight.shape[0]
+    grad_weight = linear_weight.new_empty(v, d)
+    grad_bias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(v)
+    by_item, order, count = _plan(target, v)
+    tiles = triton.cdiv(v, config["BLOCK_V"])
+    bounds = torch.arange(tiles + 1, device=input.device) * config["BLOCK_V"]
+    offsets = torch.searchsorted(by_item, bounds.clamp_max(v))
+    vectors = torch.stack([lse, grad_lse, grad_target_logit]).index_select(1, order)
+    scale = torch.ones((), device=input.device)
+    if input.dtype == torch.float16 and n > 0:
+        # A power of two that brings the gradients of the rows to at most 1 (and back in the end).
+        exponent = torch.frexp(vectors[1:].abs().amax()).exponent
+        scale = torch.ldexp(scale, exponent)
+        vectors[1:] /= scale
+        vectors[2] *= 2.0 ** config["HEADROOM"]
+        scale = scale * 2.0 ** -config["HEADROOM"]
+    with torch.cuda.device_of(input):
+        _bwd_kernel[(tiles, config["CHUNKS"])](
+            input.index_select(0, order), linear_weight, linear_bias, by_item, *vectors, offsets,
+            count, scale, grad_weight, grad_bias, v, d, *linear_weight.stride(),
+            0 if linear_bias is None else linear_bias.stride(0),
+            TERMS=1 if input.dtype == torch.float32 else 3, **config,
+        )  # fmt: skip
+    return grad_weight, grad_bias
