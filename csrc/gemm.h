@@ -13,7 +13,8 @@
 namespace fastrec {
 
 constexpr int64_t BLOCK = 96;  // a multiple of every MR and NR below, for float and for double
-constexpr int64_t TILE = 96;   // a multiple of every MR
+constexpr int64_t TILE = 192;  // a multiple of every MR
+constexpr int64_t DEPTH = 128;
 
 FASTREC_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -70,16 +71,23 @@ struct Gemm {
     }
   }
 
-  // out[t, lanes of one panel] = tile[t] . panel: out has row stride BLOCK, panel is [D, NR].
+  // out[t, lanes of one panel] = tile[t] . panel, where out has row stride BLOCK and panel is [D, NR].
+  // Up to MR - 1 rows beyond `rows` are computed too. Sums are cut every DEPTH terms, because the
+  // rounding error grows with the length of a chain.
   static FASTREC_INLINE void scores(int64_t rows, int64_t width, const T* tile, int64_t ld,
                                     const T* panel, T* out) {
     for (int64_t i = 0; i < rows; i += MR) {
-      V c[MR][NV] = {};
-      multiply<NV>(width, tile + i * ld, ld, 1, panel, NR, c);
+      for (int64_t k = 0; k < width; k += DEPTH) {
+        V c[MR][NV] = {};
+        multiply<NV>(std::min(DEPTH, width - k), tile + i * ld + k, ld, 1, panel + k * NR, NR, c);
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
+        for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) S::store(out + (i + m) * BLOCK + j * S::lanes, c[m][j]);
+          for (int j = 0; j < NV; ++j) {
+            T* at = out + (i + m) * BLOCK + j * S::lanes;
+            S::store(at, k > 0 ? S::load(at) + c[m][j] : c[m][j]);
+          }
+        }
       }
     }
   }

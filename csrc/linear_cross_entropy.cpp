@@ -97,8 +97,8 @@ void plan(ForwardArgs<T>& a) {
   int64_t partial = q.rows * (q.width + 2);  // numbers per range
   double work = double(q.rows) * double(q.items) * double(q.width);
   int64_t ranges = divide_up(256, a.blocks);  // balance on many cores
-  // A task below 2^21 multiply-adds (about 40 us) does not pay for its start.
-  ranges = std::min<int64_t>(ranges, int64_t(std::min(work / (1 << 21), 1e6)) / a.blocks);
+  // A task below 2^19 multiply-adds (about 25 us) does not pay for its start.
+  ranges = std::min<int64_t>(ranges, int64_t(std::min(work / (1 << 19), 1e6)) / a.blocks);
   // Partials below 1 % of the logits, unless they are small anyway.
   ranges = std::min(ranges, std::max(q.items / (100 * (q.width + 2)), (1 << 16) / partial));
   ranges = std::max<int64_t>(1, std::min(ranges, divide_up(q.items, TILE)));

@@ -66,26 +66,60 @@ FASTREC_INLINE T finite_shift(T top) {
   return top == -std::numeric_limits<T>::infinity() ? T(0) : top;
 }
 
-// s -> exp(s - max) for a panel [count, NR] with row stride BLOCK; updates the running maxima.
+// s -> scale(i, exp(argument(i, j, s))) for `ROWS` rows i and the vectors j of a panel.
+template <int ROWS, class S, class Argument, class Scale>
+FASTREC_INLINE void exponential_rows(int64_t first, typename S::T* s,
+                                     typename S::V (&sum)[Gemm<S>::NV], const Argument& argument,
+                                     const Scale& scale) {
+  constexpr int NV = Gemm<S>::NV;
+  typename S::V p[ROWS * NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS * NV; ++i)
+    p[i] = argument(first + i / NV, i % NV, S::load(s + i / NV * BLOCK + i % NV * S::lanes));
+  S::exp(p);
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS * NV; ++i) {
+    p[i] = scale(first + i / NV, p[i]);
+    S::store(s + i / NV * BLOCK + i % NV * S::lanes, p[i]);
+    sum[i % NV] += p[i];
+  }
+}
+
+// The same for a whole panel [count, NR]; also its column sums.
+template <class S, class Argument, class Scale>
+FASTREC_INLINE void exponentials(int64_t count, typename S::T* s, typename S::T* column_sum,
+                                 const Argument& argument, const Scale& scale) {
+  typename S::V sum[Gemm<S>::NV] = {};
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2)
+    exponential_rows<2, S>(i, s + i * BLOCK, sum, argument, scale);
+  if (i < count) exponential_rows<1, S>(i, s + i * BLOCK, sum, argument, scale);
+#pragma GCC unroll 4
+  for (int j = 0; j < Gemm<S>::NV; ++j) S::store(column_sum + j * S::lanes, sum[j]);
+}
+
+// s -> exp(s + bias - max) for a panel [count, NR]; updates the running maxima of its lanes.
 template <class S, class T = typename S::T>
-FASTREC_INLINE void online_softmax(int64_t count, T* s, T* top, T* panel_sum) {
+FASTREC_INLINE void online_softmax(int64_t count, T* s, const T* bias, T* top, T* column_sum) {
   using V = typename S::V;
   constexpr int NV = Gemm<S>::NV;
+  V peak[NV], shift[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) peak[j] = S::load(top + j * S::lanes);
+  for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j)
+      peak[j] = S::max(peak[j], S::load(s + i * BLOCK + j * S::lanes) + bias[i]);
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
-    T* column = s + j * S::lanes;
-    V peak = S::load(top + j * S::lanes);
-    for (int64_t i = 0; i < count; ++i) peak = S::max(peak, S::load(column + i * BLOCK));
-    S::store(top + j * S::lanes, peak);
-    V shift = peak == -std::numeric_limits<T>::infinity() ? V{} : peak;
-    V sum = {};
-    for (int64_t i = 0; i < count; ++i) {
-      V p = S::exp(S::load(column + i * BLOCK) - shift);
-      S::store(column + i * BLOCK, p);
-      sum += p;
-    }
-    S::store(panel_sum + j * S::lanes, sum);
+    S::store(top + j * S::lanes, peak[j]);
+    shift[j] = peak[j] == -std::numeric_limits<T>::infinity() ? V{} : peak[j];
   }
+  exponentials<S>(
+      count, s, column_sum,
+      [&](int64_t i, int j, V v) __attribute__((always_inline)) { return v + bias[i] - shift[j]; },
+      [](int64_t, V p) __attribute__((always_inline)) { return p; });
 }
 
 template <class S, class T = typename S::T>
@@ -93,7 +127,7 @@ FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
   using G = Gemm<S>;
   const Problem<T>& q = a.problem;
   Buffer<T> packed(q.width * BLOCK), tile(TILE * q.ld), s(TILE * BLOCK), acc(BLOCK * q.ld);
-  T top[BLOCK], before[BLOCK], panel_sum[BLOCK];
+  T top[BLOCK], before[BLOCK], column_sum[BLOCK], bias[TILE];
   double sum[BLOCK];
   int64_t task;
   while ((task = a.next->fetch_add(1)) < a.blocks * a.ranges) {
@@ -108,18 +142,18 @@ FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
     std::fill_n(sum, BLOCK, 0.0);
     for (int64_t v = begin; v < end; v += TILE) {
       int64_t count = std::min(TILE, end - v);
-      for (int64_t i = 0; i < count; ++i) q.weight.load(v + i, tile + i * q.ld, q.width);
+      for (int64_t i = 0; i < count; ++i) {
+        q.weight.load(v + i, tile + i * q.ld, q.width);
+        bias[i] = q.bias ? q.bias[v + i] : T(0);
+      }
       std::copy_n(top, BLOCK, before);
       for (int64_t n = 0; n < rows; n += G::NR) {
         G::scores(count, q.width, tile, q.ld, packed + n * q.width, s + n);
-        if (q.bias)
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t j = 0; j < G::NR; ++j) s[i * BLOCK + n + j] += q.bias[v + i];
         for (int64_t r = n; r < std::min(rows, n + G::NR); ++r) {
           int64_t y = q.target[first + r] - v;
-          if (y >= 0 && y < count) a.target_logit[first + r] = s[y * BLOCK + r];
+          if (y >= 0 && y < count) a.target_logit[first + r] = s[y * BLOCK + r] + bias[y];
         }
-        online_softmax<S>(count, s + n, top + n, panel_sum + n);
+        online_softmax<S>(count, s + n, bias, top + n, column_sum + n);
       }
       for (int64_t r = 0; r < rows; ++r) {
         if (top[r] > before[r]) {  // about ln(V / TILE) times per row
@@ -127,7 +161,7 @@ FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
           sum[r] *= scale;
           for (int64_t d = 0; d < q.width; ++d) acc[r * q.ld + d] *= scale;
         }
-        sum[r] += panel_sum[r];
+        sum[r] += column_sum[r];
       }
       if (a.with_weight_mean) G::accumulate(rows, count, q.width, s, tile, q.ld, acc);
     }
@@ -145,8 +179,8 @@ FASTREC_INLINE void backward_tasks(const BackwardArgs<T>& a) {
   using G = Gemm<S>;
   using V = typename S::V;
   const Problem<T>& q = a.problem;
-  Buffer<T> packed(q.width * BLOCK), s((TILE + G::MR) * BLOCK), acc(BLOCK * q.ld);
-  T bias[BLOCK], panel_sum[BLOCK];
+  Buffer<T> packed(q.width * BLOCK), s(TILE * BLOCK), acc(BLOCK * q.ld);
+  T bias[BLOCK], column_sum[BLOCK];
   double sum[BLOCK];
   int64_t task;
   while ((task = a.next->fetch_add(1)) < a.blocks) {
@@ -162,20 +196,14 @@ FASTREC_INLINE void backward_tasks(const BackwardArgs<T>& a) {
       const T* tile = q.x + row * q.ld;
       for (int64_t n = 0; n < items; n += G::NR) {
         G::scores(count, q.width, tile, q.ld, packed + n * q.width, s + n);
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < G::NV; ++j) {
-          T* column = s + n + j * S::lanes;
-          V b = S::load(bias + n + j * S::lanes), total = {};
-          for (int64_t i = 0; i < count; ++i) {
-            V score = S::load(column + i * BLOCK) + b;
-            V p = S::exp(score - a.shift[row + i]) * a.grad_lse[row + i];
-            S::store(column + i * BLOCK, p);
-            total += p;
-          }
-          S::store(panel_sum + n + j * S::lanes, total);
-        }
+exponentials<S>(
+            count, s + n, column_sum + n,
+            [&](int64_t i, int j, V v) __attribute__((always_inline)) {
+              return v + S::load(bias + n + j * S::lanes) - a.shift[row + i];
+            },
+            [&](int64_t i, V p) __attribute__((always_inline)) { return p * a.grad_lse[row + i]; });
       }
-      for (int64_t i = 0; i < items; ++i) sum[i] += panel_sum[i];
+      for (int64_t i = 0; i < items; ++i) sum[i] += column_sum[i];
       G::accumulate(items, count, q.width, s, tile, q.ld, acc);
     }
     const OneHot* hot = std::lower_bound(a.one_hot, a.one_hot + q.rows, OneHot{first, 0});

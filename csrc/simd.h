@@ -58,18 +58,31 @@ struct Simd {
   static FASTREC_INLINE V max(V a, V b) { return a > b ? a : b; }
 
   // For x <= 0 (a softmax never needs more). exp(-inf) = 0; results below the smallest normal
-  // number are 0; NaN stays NaN, because it fails the comparison.
-  static FASTREC_INLINE V exp(V x) {
-    V shifted = x * C::log2e + C::magic;
-    V n = shifted - C::magic;
-    V r = x - n * C::ln2_hi;
-    r = r - n * C::ln2_lo;
+  // number are 0; NaN stays NaN, because it fails the comparison. Several vectors step by step: one
+  // is a chain of a dozen dependent operations, and the schedulers see only a few chains ahead.
+  template <int N>
+  static FASTREC_INLINE void exp(V (&x)[N]) {
     constexpr int degree = sizeof(C::poly) / sizeof(T) - 1;
-    V y = V{} + C::poly[degree];
+    V shifted[N], y[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) shifted[i] = x[i] * C::log2e + C::magic;
+    I small[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) small[i] = x[i] < C::smallest;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = x[i] - (shifted[i] - C::magic) * C::ln2_hi;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = x[i] - (shifted[i] - C::magic) * C::ln2_lo;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) y[i] = x[i] * C::poly[degree] + C::poly[degree - 1];
 #pragma GCC unroll 16
-    for (int i = degree - 1; i >= 0; --i) y = y * r + C::poly[i];
-    V scaled = (V)((I)y + ((I)shifted << C::mantissa));
-    return x < C::smallest ? V{} : scaled;
+    for (int d = degree - 2; d >= 0; --d) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + C::poly[d];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i)
+      x[i] = small[i] ? V{} : (V)((I)y[i] + ((I)shifted[i] << C::mantissa));
   }
 };
 

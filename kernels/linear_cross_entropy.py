@@ -1,7 +1,7 @@
 """Triton kernels of `linear_cross_entropy`: the N x V logits exist one tile at a time.
 
 Legend: N rows, V items, D width. Rows are visited in the order of `_plan`: the scored ones first,
-sorted by target. Exponentials are base 2: p = exp2(s * log2(e) - shift).
+sorted by target.
 
 Forward: a program owns BLOCK_N rows and a range of items. It streams tiles of W and keeps
 sum_j p_ij and sum_j p_ij W_j relative to a running row shift; `_combine_kernel` adds the ranges in
@@ -11,6 +11,8 @@ once. No atomics and no locks: equal inputs give equal bits.
 The number of scored rows stays on the device, so the host never waits; programs without work exit.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +20,24 @@ import triton.language as tl
 from fastrec.backend import interpreting
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-SLACK = tl.constexpr(8.0)  # the running shift follows a row's maximum once it is exceeded by 2^8
+SLACK = tl.constexpr(5.5)  # the running shift of a row follows its maximum in steps above e^5.5
+# The interpreter multiplies the bits of bfloat16 operands (Triton 3.6 to 3.9): widen them there.
+WIDEN = tl.constexpr(interpreting())
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _exp(s, shift, PRECISION: tl.constexpr):
+    """exp(s - shift). One FMA a logit; for float32 inputs two operations that round less."""
+    if PRECISION == "ieee":
+        return tl.exp2((s - shift) * LOG2E)
+    return tl.exp2(tl.fma(s, LOG2E, -shift * LOG2E))
 
 
 @triton.jit
@@ -59,7 +77,7 @@ def _fwd_kernel(
     if CHUNKS == 1:
         x_tile = _load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
 
-    # p = exp2(s log2e - shift) stays below 2^(SLACK + HEADROOM).
+    # p = exp(s - shift) stays below e^(SLACK + HEADROOM).
     shift = tl.full([BLOCK_N], -1e30, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     rounded = tl.zeros([BLOCK_N], tl.float32)
@@ -67,38 +85,39 @@ def _fwd_kernel(
     begin = (slot // blocks) * per_range * BLOCK_V
     for first in range(begin, tl.minimum(begin + per_range * BLOCK_V, v), BLOCK_V):
         item = first + tl.arange(0, BLOCK_V)
-        w_tile = _load_rows(w, item, item < v, stride_wv, stride_wd, own, d, BLOCK_D)
+        real = item < v
+        w_tile = _load_rows(w, item, real, stride_wv, stride_wd, own, d, BLOCK_D)
         w_tile = w_tile.to(x.dtype.element_ty)
         if CHUNKS == 1:
-            s = tl.dot(x_tile, tl.trans(w_tile), input_precision=PRECISION)
+            s = _dot(x_tile, tl.trans(w_tile), None, PRECISION)
         else:
             s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
             for c in tl.static_range(CHUNKS):
                 x_part = _load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-                w_part = _load_rows(w, item, item < v, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+                w_part = _load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
                 w_part = w_part.to(x.dtype.element_ty)
-                s = tl.dot(x_part, tl.trans(w_part), s, input_precision=PRECISION)
+                s = _dot(x_part, tl.trans(w_part), s, PRECISION)
         if bias is not None:
-            b = tl.load(bias + item.to(tl.int64) * stride_b, mask=item < v, other=float("-inf"))
+            b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
             s += b.to(tl.float32)[None, :]
         elif first + BLOCK_V > v:
-            s = tl.where((item < v)[None, :], s, float("-inf"))
-        peak = tl.max(s, 1) * LOG2E
+            s = tl.where(real[None, :], s, float("-inf"))
+        peak = tl.max(s, 1)
         grown = peak > shift + (SLACK + HEADROOM)
         if tl.max(grown.to(tl.int32), 0) > 0:
             new = tl.where(grown, peak - HEADROOM, shift)
-            fade = tl.exp2(shift - new)
+            fade = tl.exp2((shift - new) * LOG2E)
             total *= fade
             if WITH_MEAN:
                 rounded *= fade
                 mean *= fade[:, None]
             shift = new
-        p = tl.exp2(tl.fma(s, LOG2E, -shift[:, None]))
+        p = _exp(s, shift[:, None], PRECISION)
         total += tl.sum(p, 1)
         if WITH_MEAN:
             q = p.to(x.dtype.element_ty)
             rounded += tl.sum(q.to(tl.float32), 1)
-            mean = tl.dot(q, w_tile, mean, input_precision=PRECISION)
+            mean = _dot(q, w_tile, mean, PRECISION)
 
     place = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if own == 0:
@@ -132,7 +151,7 @@ def _combine_kernel(
     rounded = tl.zeros([BLOCK_R], tl.float32)
     for r in range(ranges):
         here = place + r * step
-        scale = tl.exp2(tl.load(shift_in + here, mask=live, other=-1e30) - shift)
+        scale = _exp(tl.load(shift_in + here, mask=live, other=-1e30), shift, "ieee")
         total += scale * tl.load(sum_in + 2 * here, mask=live, other=1.0)
         rounded += scale * tl.load(sum_in + 2 * here + 1, mask=live, other=1.0)
 
@@ -148,15 +167,16 @@ def _combine_kernel(
             mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
             for r in range(ranges):
                 here = place + r * step
-                scale = tl.exp2(tl.load(shift_in + here, mask=live, other=-1e30) - shift)
-                mean += scale[:, None] * _load_rows(mean_in, here, live, d, 1, c * BLOCK_D, d, BLOCK_D)
+                scale = _exp(tl.load(shift_in + here, mask=live, other=-1e30), shift, "ieee")
+                part = _load_rows(mean_in, here, live, d, 1, c * BLOCK_D, d, BLOCK_D)
+                mean += scale[:, None] * part
             mean = tl.where(live[:, None], mean / rounded[:, None], 0.0)
             keep = (at < n)[:, None] & (col < d)[None, :]
             tl.store(mean_out + row[:, None] * d + col[None, :], mean, mask=keep)
     if bias is not None:
         logit += tl.load(bias + y * stride_b, mask=live, other=0.0).to(tl.float32)
 
-    lse = tl.fma(shift, LN2, tl.log2(total) * LN2)
+    lse = shift + tl.log(total)
     lse = tl.where(lse < logit, logit, lse)  # p_y <= 1 and loss >= 0 in spite of rounding
     tl.store(lse_out + row, tl.where(live, lse, 0.0), mask=at < n)
     tl.store(logit_out + row, tl.where(live, logit, 0.0), mask=at < n)
@@ -169,15 +189,16 @@ def _bwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
     HEADROOM: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """dW and db of BLOCK_V items. x and the [N] vectors are contiguous and in the order of `_plan`."""
+    """dW and db of BLOCK_V items. x and the [N] vectors are contiguous, in the order of `_plan`."""
     tile = tl.program_id(0).to(tl.int64)
     own = tl.program_id(1) * BLOCK_D
     item = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    real = item < v
     if CHUNKS == 1:
-        w_tile = _load_rows(w, item, item < v, stride_wv, stride_wd, 0, d, BLOCK_D)
+        w_tile = _load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
         w_tile = w_tile.to(x.dtype.element_ty)
     if bias is not None:
-        b = tl.load(bias + item * stride_b, mask=item < v, other=0.0).to(tl.float32) * LOG2E
+        b = tl.load(bias + item * stride_b, mask=real, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     acc_bias = tl.zeros([BLOCK_V], tl.float32)
 
@@ -187,26 +208,25 @@ def _bwd_kernel(
         live = at < rows
         x_tile = _load_rows(x, at, live, d, 1, own, d, BLOCK_D)
         if CHUNKS == 1:
-            s = tl.dot(w_tile, tl.trans(x_tile), input_precision=PRECISION)
+            s = _dot(w_tile, tl.trans(x_tile), None, PRECISION)
         else:
             s = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
             for c in tl.static_range(CHUNKS):
                 x_part = _load_rows(x, at, live, d, 1, c * BLOCK_D, d, BLOCK_D)
-                w_part = _load_rows(w, item, item < v, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+                w_part = _load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
                 w_part = w_part.to(x.dtype.element_ty)
-                s = tl.dot(w_part, tl.trans(x_part), s, input_precision=PRECISION)
-        shift = tl.load(lse + at, mask=live, other=float("inf")) * LOG2E - HEADROOM
+                s = _dot(w_part, tl.trans(x_part), s, PRECISION)
+        shift = tl.load(lse + at, mask=live, other=float("inf")) - HEADROOM
         if bias is not None:
-            p = tl.exp2(tl.fma(s, LOG2E, b[:, None] - shift[None, :]))
-        else:
-            p = tl.exp2(tl.fma(s, LOG2E, -shift[None, :]))
+            s += b[:, None]
+        p = _exp(s, shift[None, :], PRECISION)
         p *= tl.load(grad_lse + at, mask=live, other=0.0)[None, :]
         if bias is not None:
             acc_bias += tl.sum(p, 1)
-        acc = tl.dot(p.to(x.dtype.element_ty), x_tile, acc, input_precision=PRECISION)
+        acc = _dot(p.to(x.dtype.element_ty), x_tile, acc, PRECISION)
 
-    # One-hot term. Rows are sorted by target: those of this tile are neighbours. The gradient is the
-    # sum of TERMS values of the dtype of x, so the tensor cores add it without rounding it.
+    # One-hot term. Rows are sorted by target: those of this tile are neighbours. The gradient is
+    # split into TERMS values of the dtype of x, so the tensor cores add it without rounding it.
     last = tl.load(offsets + tile + 1).to(tl.int32)
     for first in range(tl.load(offsets + tile).to(tl.int32), last, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
@@ -219,15 +239,15 @@ def _bwd_kernel(
         for _ in tl.static_range(TERMS):
             part = g.to(x.dtype.element_ty)
             g -= part.to(tl.float32)
-            acc = tl.dot(tl.where(hit, part[None, :], 0.0).to(x.dtype.element_ty), x_tile, acc,
-                         input_precision=PRECISION)  # fmt: skip
+            one_hot = tl.where(hit, part[None, :], 0.0).to(x.dtype.element_ty)
+            acc = _dot(one_hot, x_tile, acc, PRECISION)
 
     unit = tl.load(scale)
     col = own + tl.arange(0, BLOCK_D)
-    keep = (item < v)[:, None] & (col < d)[None, :]
+    keep = real[:, None] & (col < d)[None, :]
     tl.store(grad_w + item[:, None] * d + col[None, :], acc * unit, mask=keep)
     if bias is not None and own == 0:
-        tl.store(grad_bias + item, acc_bias * unit, mask=item < v)
+        tl.store(grad_bias + item, acc_bias * unit, mask=real)
 
 
 def _config(width: int, dtype: torch.dtype, table: torch.dtype) -> dict[str, dict]:
@@ -240,21 +260,20 @@ def _config(width: int, dtype: torch.dtype, table: torch.dtype) -> dict[str, dic
     }
 
 
-# float16 has 5 bits of exponent: exponentials are kept near 2^HEADROOM instead of near 1.
-def _headroom(dtype: torch.dtype) -> float:
-    return 7.0 if dtype == torch.float16 else 0.0
-
-
 def _options(input: torch.Tensor, linear_weight: torch.Tensor) -> tuple[dict, dict]:
     for name, tensor in (("input", input), ("linear_weight", linear_weight)):
         if tensor.dtype == torch.float64:
             raise RuntimeError(
-                f"linear_cross_entropy: the triton backend has no float64 kernel ({name} is float64)"
+                f"linear_cross_entropy has no float64 triton kernel, {name} is float64"
             )
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 or input.dtype != torch.float32 else "ieee"
     config = _config(input.shape[1], input.dtype, linear_weight.dtype)
-    return {k: dict(c, HEADROOM=_headroom(input.dtype), PRECISION=precision) for k, c in config.items()}
+    # float16 has 5 bits of exponent: p is kept near e^HEADROOM instead of near 1.
+    for name, headroom in (("fwd", 4.5), ("bwd", 10.0)):
+        config[name]["HEADROOM"] = headroom if input.dtype == torch.float16 else 0.0
+        config[name]["PRECISION"] = precision
+    return config
 
 
 def _plan(target: torch.Tensor, items: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -315,8 +334,8 @@ def linear_cross_entropy_bwd(
         exponent = torch.frexp(vectors[1:].abs().amax()).exponent
         scale = torch.ldexp(scale, exponent)
         vectors[1:] /= scale
-        vectors[2] *= 2.0 ** config["HEADROOM"]
-        scale = scale * 2.0 ** -config["HEADROOM"]
+        vectors[2] *= math.exp(config["HEADROOM"])
+        scale = scale * math.exp(-config["HEADROOM"])
     with torch.cuda.device_of(input):
         _bwd_kernel[(tiles, config["CHUNKS"])](
             input.index_select(0, order), linear_weight, linear_bias, by_item, *vectors, offsets,

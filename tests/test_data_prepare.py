@@ -74,7 +74,7 @@ def test_ids_ascend_and_events_are_sorted_stably(tmp_path):
 
 
 def test_a_source_in_order_is_never_sorted(tmp_path):
-    events = [(1, 3, 5), (2, 9, 1), (1, 2, 5), (1, 9, 5), (2, 2, 1)]
+    events = [(1, 3, 5), (2, 9, 1), (1, 2, 4), (1, 9, 5), (2, 2, 1)]
     prepare(raw(events, ordered=True), tmp_path / "d")
     dataset = SequenceDataset.load(tmp_path / "d")
     assert sequences(dataset) == [[1, 0, 2], [2, 0]]

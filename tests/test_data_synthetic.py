@@ -42,8 +42,9 @@ def hit_rate(scores, targets, k=10):
     return (better < k).double().mean().item()
 
 
-def test_order_beats_popularity(dataset):
-    """A first-order Markov ranker, trained without the last two items, against popularity."""
+def rankers(dataset):
+    """HR@10 on the last items, full ranking: popularity, popularity in the community of the item
+    before, and a first-order Markov chain; all counted without the last two items of a user."""
     train = dataset.gather(dataset.users("train"), "train")
     later = train.positions()[1:] > 0
     pairs = train.values[:-1][later], train.values[1:][later]
@@ -52,10 +53,24 @@ def test_order_beats_popularity(dataset):
     popularity = dataset.item_counts("train").float()
     targets = dataset.targets("test")
     last = torch.from_numpy(dataset.values[dataset.offsets[1:] - 2].astype(np.int64))
-    markov = hit_rate(follows[last] + 1e-6 * popularity, targets)
-    popular = hit_rate(popularity.expand(len(targets), -1), targets)
-    assert popular < 0.12 and markov > 3 * popular, (popular, markov)
+    topic = torch.tensor(dataset.item_attributes()["attributes"].list.max().to_list())
+    together = topic[last][:, None] == topic[None, :]
+    return (
+        hit_rate(popularity.expand(len(targets), -1), targets),
+        hit_rate(popularity * together, targets),
+        hit_rate(follows[last] + 1e-6 * popularity, targets),
+    )
+
+
+def test_order_beats_popularity(dataset, tmp_path):
+    popular, community, markov = rankers(dataset)
+    assert popular < 0.12 and community > 2 * popular, (popular, community)
+    assert markov > 3 * popular and markov > 1.3 * community, (popular, community, markov)
     assert markov < 0.6, "room for a model"
+    # Without walks there is nothing in the order that the community does not say.
+    shuffled = generate(tmp_path / "d", num_users=8_000, num_items=2_000, seed=1, walk=0.0)
+    _, community, markov = rankers(shuffled)
+    assert markov < community
 
 
 def test_friends_share_items_and_regions(dataset):

@@ -1,0 +1,75 @@
+"""The benchmarks run: tiny shapes, JSON and tables. No test asserts a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmark(*arguments):
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "smoke.json"
+    benchmark("--smoke", "--output", path)
+    return path
+
+
+def test_smoke(output):
+    results = json.loads(output.read_text())
+    assert {"cpu", "flags", "threads", "torch", "date"} <= set(results["environment"])
+    assert not str(results["environment"]).count("/"), "no machine paths"
+    entries = results["ops"]["linear_cross_entropy"]
+    assert len(entries) == 3
+    everything = entries["N=33 V=257 D=16 float32 flat"]
+    assert {"fastrec", "eager", "torch.compile", "reference"} <= set(everything)
+    for key, rows in entries.items():
+        for name, row in rows.items():
+            assert "failed" not in row, f"{key} {name}: {row}"
+            limit = 1e-5 if "float32" in key else 5e-2
+            assert 0 <= row["loss_error"] <= limit and 0 <= row["gradient_error"] <= limit, name
+            for kind in ("forward", "both"):
+                assert row[kind]["p20"] <= row[kind]["median"] <= row[kind]["p80"]
+        assert rows["fastrec"]["ratio"] == 1
+        assert rows["fastrec"]["extra_bytes"] >= 0
+
+
+def test_table_replaces_the_marked_block(output, tmp_path):
+    before, after = "# Title\n\n", "\n\nafter\n"
+    block = "<!-- bench:linear_cross_entropy -->\nold\n<!-- /bench -->"
+    (tmp_path / "README.md").write_text(before + block + after)
+    for _ in range(2):  # the second time replaces the same block
+        out = benchmark("--render", "--table", "--table-root", tmp_path, "--output", output)
+    assert "docs/results.md has no block for linear_cross_entropy" in out
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith(before) and text.endswith(after) and "old" not in text
+    assert text.count("<!-- bench:") == text.count("<!-- /bench -->") == 1
+    assert text.count("| fastrec |") == 3 and "float64" in text
+
+
+def test_pytest_benchmark_entries_are_collected():
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", "--collect-only"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stdout
+    assert "test_bench_linear_cross_entropy.py" in process.stdout
