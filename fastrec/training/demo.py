@@ -19,15 +19,21 @@ from fastrec.training.step_time import bench
 RECIPE = Recipe(
     model=ModelConfig(dropout=0.2),
     pretraining=Stage(
-        masking=Masking(probability=0.2), steps=1000, batch_size=512, validate_every=250
+        masking=Masking(probability=0.3),
+        steps=800,
+        batch_size=256,
+        learning_rate=3e-3,
+        schedule="linear",
+        warmup_steps=50,
+        validate_every=200,
     ),
     finetuning=Stage(
         masking=Masking(last_only=True),
-        steps=400,
+        steps=500,
         batch_size=256,
-        learning_rate=1e-3,
-        validate_every=50,
-        patience=3,
+        learning_rate=2e-3,
+        schedule="linear",
+        validate_every=100,
     ),
     evaluation=Protocol(candidates="full"),
 )
@@ -64,7 +70,7 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
         "pre-trained + fine-tuned": evaluator.ranks(finetuned),
     }
     print_metrics({name: ranking_metrics(values) for name, values in ranks.items()})
-    bench(rounds=3)
+    bench(rounds=2)
     plot_losses(
         {
             "pre-training": output / "pretrain",
