@@ -236,7 +236,7 @@ def _bwd_kernel(
         x_tile = _load_rows(x, at, live, d, 1, own, d, BLOCK_D)
         if bias is not None:
             acc_bias += tl.sum(tl.where(hit, g[None, :], 0.0), 1)
-        for _ in tl.static_range(TERMS):
+        for _ in range(TERMS):
             part = g.to(x.dtype.element_ty)
             g -= part.to(tl.float32)
             one_hot = tl.where(hit, part[None, :], 0.0).to(x.dtype.element_ty)

@@ -138,7 +138,31 @@ def test_early_stopping_keeps_the_best(data, tmp_path):
     assert trained_weights(tmp_path / "run")["step"] <= 30
 
 
+@pytest.mark.slow
+def test_two_gloo_processes_train_like_one(data, tmp_path):
+    """The ranks share the batch of one process: the same users, masks and dropout."""
+    flags = [*FLAGS, "--pretraining.steps=20", "--pretraining.validate_every=20"]
+    for devices in (1, 2):
+        subprocess.run(
+            command("pretrain", "--data", data, "--output", tmp_path / str(devices), *flags,
+                    f"--pretraining.devices={devices}"),
+            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+            timeout=300,
+        )  # fmt: skip
+    one, two = (trained_weights(tmp_path / str(devices)) for devices in (1, 2))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if name != "step":
+            # Sums in another order; Adam magnifies that where a gradient is near 0.
+            error = (value - two[name]).norm() / value.norm().clamp_min(1e-3)
+            assert error < 1e-3, (name, error)
+
+
 def test_errors_name_the_problem(data, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"steps \(30\) must be a multiple of validate_every \(8\)"
+    ):
+        run(data, tmp_path / "steps", recipe(validate_every=8).pretraining)
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         run(data, tmp_path / "new", resume=True)
     run(data, tmp_path / "run")

@@ -41,16 +41,17 @@ def _finish(figure, axes, path: Path) -> None:
 
 
 def plot_losses(runs: dict[str, Path], path: Path) -> None:
-    """Training loss by step of each run folder (its `metrics/metrics.csv`), as PNG."""
+    """Training loss by step of each run folder (its `metrics/version_*/metrics.csv`), as PNG."""
     figure, axes = _axes("Training loss", "step", "cross-entropy (nats)")
     for name, folder in runs.items():
-        with open(folder / "metrics" / "metrics.csv", newline="") as file:
-            points = [
-                (int(row["step"]), float(row["train_loss"]))
-                for row in csv.DictReader(file)
-                if row["train_loss"]
-            ]
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        points: dict[int, float] = {}
+        for version in sorted(folder.glob("metrics/version_*/metrics.csv")):
+            with open(version, newline="") as file:
+                for row in csv.DictReader(file):
+                    if row["train_loss"]:  # a resumed run repeats some steps
+                        points[int(row["step"])] = float(row["train_loss"])
+        steps = sorted(points)
+        axes.plot(steps, [points[step] for step in steps], label=name, linewidth=1)
     _finish(figure, axes, path)
 
 

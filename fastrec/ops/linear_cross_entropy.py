@@ -22,7 +22,7 @@ from fastrec.backend import resolve
 OP = "linear_cross_entropy"
 
 # target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse,
-# target_logit [N] and weight_mean [N, D] ([0, D] if not asked for) are float32, float64 for float64.
+# target_logit [N] and weight_mean [N, D] ([0, D] if not asked for) are float32 or float64 with it.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"

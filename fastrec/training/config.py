@@ -27,6 +27,8 @@ class Stage:
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         seed: of initialisation, order, masks and dropout.
+        devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
+            one CPU process.
         backend: of the fused ops; None = native.
     """
 
@@ -44,6 +46,7 @@ class Stage:
     patience: int = 0
     checkpoint_every: int = 500
     seed: int = 0
+    devices: int | Literal["auto"] = "auto"
     backend: Literal["reference", "cpp", "triton"] | None = None
 
 

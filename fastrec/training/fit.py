@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import time
 import warnings
 from pathlib import Path
@@ -36,7 +37,8 @@ class KeepBest(Callback):
         value = float(trainer.callback_metrics["valid"])
         if value > self.best:
             self.best = value
-            module.model.save_pretrained(self.path)
+            if trainer.is_global_zero:
+                module.model.save_pretrained(self.path)
 
 
 def select_users(dataset, recipe: Recipe) -> torch.Tensor:
@@ -76,12 +78,21 @@ def fit(
     checkpoint = output / "last.ckpt"
     if resume and not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing: there is no run to resume in {output}")
-    if not resume and output.is_dir() and any(output.iterdir()):
+    first_process = int(os.environ.get("LOCAL_RANK", 0)) == 0  # DDP starts the others later
+    if not resume and first_process and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder or resume the run")
     if resume:
         _check_checkpoint(checkpoint)
+    passes, rest = divmod(stage.steps, min(stage.validate_every, stage.steps))
+    if rest:
+        raise ValueError(
+            f"steps ({stage.steps}) must be a multiple of validate_every ({stage.validate_every}):"
+            " the last steps would not be validated"
+        )
     output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+    if first_process:
+        text = json.dumps(dataclasses.asdict(recipe), indent=2)
+        (output / "recipe.json").write_text(text + "\n")
 
     torch.manual_seed(stage.seed)
     model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)
@@ -118,12 +129,14 @@ def fit(
         warnings.filterwarnings("ignore", noise)
     trainer = lightning.Trainer(
         max_steps=stage.steps,
-        max_epochs=-(-stage.steps // loader.steps_per_pass),
+        max_epochs=passes,
+        devices=stage.devices,
         precision=stage.precision,
         gradient_clip_val=stage.gradient_clip or None,
         callbacks=callbacks,
         logger=[
-            CSVLogger(output, name="metrics", version=""),
+            # Lightning deletes the CSV of an earlier run in the same folder: a new one each time.
+            CSVLogger(output, name="metrics", version=_next_version(output / "metrics")),
             TensorBoardLogger(output, name="tensorboard", version=""),
         ],
         num_sanity_val_steps=0,
@@ -142,8 +155,15 @@ def fit(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if trainer.is_global_zero:
+        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    trainer.strategy.barrier()
     return UserModel.from_pretrained(output / "model")
+
+
+def _next_version(folder: Path) -> int:
+    versions = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*")]
+    return max(versions, default=-1) + 1
 
 
 def _check_checkpoint(path: Path) -> None:

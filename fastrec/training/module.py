@@ -33,6 +33,7 @@ class StageModule(lightning.LightningModule):
 
     def train_dataloader(self):
         self.loader.set_step(self.trainer.global_step)
+        self.loader.rank, self.loader.world_size = self.trainer.global_rank, self.trainer.world_size
         return self.loader
 
     def val_dataloader(self):
@@ -46,6 +47,11 @@ class StageModule(lightning.LightningModule):
         masked, rows, targets = stage.masking(batch, self.model, stage.seed, step)
         states = self.model.encode(masked, Rng(stage.seed, step))
         loss = self.objective(self.model, states, rows, targets, backend=stage.backend)
+        if self.trainer.world_size > 1:
+            # DDP averages over ranks; the mean over all rows needs each rank's share of them.
+            total = rows.new_tensor(float(len(rows)), dtype=loss.dtype)
+            torch.distributed.all_reduce(total)
+            loss = loss * (len(rows) * self.trainer.world_size) / total.clamp_min(1)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
 
