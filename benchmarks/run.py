@@ -77,10 +77,10 @@ def render(results: dict, op: str) -> str:
         parts.append("\n".join(lines))
     env = results["environment"]
     parts.append(
-        f"Median of alternating rounds (20 % to 80 % in brackets); an implementation that needs more"
-        f" than {SLOW:.0f} s is called once, without a separate forward. Extra memory: peak beyond"
-        " the inputs, gradients included. Errors are relative to float64: |loss error| / |loss|,"
-        " max |gradient error| / max |gradient|. GFLOP/s counts three products of N x V x D."
+        f"Median of alternating rounds (20 % to 80 % in brackets); an implementation that needs"
+        f" more than {SLOW:.0f} s is called once, without a separate forward. Extra memory: peak"
+        " beyond the inputs, gradients included. Errors are relative to float64: |loss error| /"
+        " |loss|, max |gradient error| / max |gradient|. GFLOP/s: three products of N x V x D."
         f" {env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads, torch"
         f" {env['torch']}, {env['date']}."
     )

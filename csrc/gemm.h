@@ -71,7 +71,7 @@ struct Gemm {
     }
   }
 
-  // out[t, lanes of one panel] = tile[t] . panel, where out has row stride BLOCK and panel is [D, NR].
+  // out[t, lanes of a panel] = tile[t] . panel, where out has row stride BLOCK, panel is [D, NR].
   // Up to MR - 1 rows beyond `rows` are computed too. Sums are cut every DEPTH terms, because the
   // rounding error grows with the length of a chain.
   static FASTREC_INLINE void scores(int64_t rows, int64_t width, const T* tile, int64_t ld,

@@ -114,12 +114,14 @@ def _linear_cross_entropy_samples(
     for name, size in sizes.items():
         case, floor, why = problem(name, *size), {}, ""
         if size[1] == 1:
+            logits = case["input"].double() @ case["linear_weight"].double().T
             floor = {
+                "output": size[0] * logits.abs().max().item(),
                 "input": case["linear_weight"].abs().max().item(),
                 "linear_weight": case["input"].double().abs().sum(0).max().item(),
             }
             floor = {key: value / size[0] for key, value in floor.items()}
-            why = "p = 1: the exact gradient is 0, the difference of two sums of these sizes"
+            why = "p = 1: loss and gradients are exactly 0, differences of numbers of these sizes"
         yield Sample(name, case, floor, why)
 
     # No scored row: the result is 0 and the graph is alive.

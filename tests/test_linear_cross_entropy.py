@@ -417,3 +417,27 @@ def test_no_buffer_of_the_size_of_the_logits(backend):
     )
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) < 0.02 * n * v * 4
+
+
+@cpp
+@pytest.mark.parametrize("ignored", [[1, 4], [0, 1, 2, 3, 4, 5]])
+def test_private_op_leaves_rows_that_are_not_scored_at_zero(backend, ignored):
+    """The contract of the kernels, below the masks of the public function: target -1 gives zeros
+    and takes no part in the gradient, whatever stands in the other arguments of that row."""
+    case = problem(6, 9, 4)
+    x, w, y = case["input"], case["linear_weight"], case["target"]
+    y[ignored] = -1
+    op = torch.ops.fastrec
+    outputs = op.linear_cross_entropy_fwd(x, w, None, y, True)
+    for out in outputs:
+        assert torch.equal(out[ignored], torch.zeros_like(out[ignored]))
+    kept = [i for i in range(6) if i not in ignored]
+    alone = op.linear_cross_entropy_fwd(x[kept], w, None, y[kept], True)
+    for got, expected in zip(outputs, alone, strict=True):
+        torch.testing.assert_close(got[kept], expected)
+    lse, ones = outputs[0], torch.ones(6)
+    grad, _ = op.linear_cross_entropy_bwd(x, w, None, y, lse, ones, -ones)
+    expected, _ = op.linear_cross_entropy_bwd(
+        x[kept], w, None, y[kept], lse[kept], ones[kept], -ones[kept]
+    )
+    torch.testing.assert_close(grad, expected)
