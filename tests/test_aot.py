@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from aot import SHARED_LIMIT, Binary, compile_for, missing_tools
-
 from fastrec.kernels import linear_cross_entropy as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,7 +26,7 @@ TYPES = {
     "bf16-fp32": (torch.bfloat16, torch.float32),
 }
 POINTER = {torch.bfloat16: "*bf16:16", torch.float32: "*fp32:16"}
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128, 256, 1024)  # above 256 in chunks
 # The plain suite compiles the target device; the other architectures and types are slow.
 CASES = [
     pytest.param(
@@ -45,7 +44,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
     dtype, table = TYPES[types]
     x, w, vector, ids = POINTER[dtype], POINTER[table], "*fp32:16", "*i64:16"
-    config = kernels._launch_options(width, dtype, table)[kernel]
+    config = kernels._config(width, dtype, table, capability)[kernel]
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     shared = dict(x=x, w=w, bias=None, count=ids, v="i32", d="i32:16", stride_wv="i32:16", **config)
     shared |= {"stride_wd": 1, "stride_b": "i32:16"}  # 0 without a bias
@@ -69,7 +68,7 @@ def test_no_spill(kernel, types, width, capability):
     binary = build(kernel, types, width, capability)
     assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
     assert binary.shared <= SHARED_LIMIT[capability]
-    if capability == 90 and types != "fp32":
+    if capability == 90 and types != "fp32" and width <= 256:
         assert binary.count("HGMMA") > 0, "the products do not use wgmma"
 
 
