@@ -16,8 +16,6 @@ import torch
 
 from benchmarks.bench import ENTRIES, ROOT, SLOW, SMOKE, Entry, measure, peak_memory
 
-TABLES = ("README.md", "docs/results.md")
-
 
 def environment() -> dict:
     """What the numbers depend on. No host names, no paths."""
@@ -75,16 +73,63 @@ def render(results: dict, op: str) -> str:
                 f" {row['loss_error']:.1e} | {row['gradient_error']:.1e} |"
             )
         parts.append("\n".join(lines))
-    env = results["environment"]
     parts.append(
         f"Median of alternating rounds (20 % to 80 % in brackets); an implementation that needs"
         f" more than {SLOW:.0f} s is called once, without a separate forward. Extra memory: peak"
         " beyond the inputs, gradients included. Errors are relative to float64: |loss error| /"
         " |loss|, max |gradient error| / max |gradient|. GFLOP/s: three products of N x V x D."
-        f" {env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads, torch"
-        f" {env['torch']}, {env['date']}."
+        f" {_machine(results)}"
     )
     return "\n\n".join(parts)
+
+
+def _machine(results: dict) -> str:
+    env = results["environment"]
+    return (
+        f"{env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads, torch {env['torch']},"
+        f" {env['date']}."
+    )
+
+
+def summary(results: dict, op: str) -> str:
+    """Markdown: one line per entry of `op`, fastrec against each peer at its best."""
+    lines = [
+        "| forward + backward | fastrec, ms | eager | `torch.compile` | torch op, default options |"
+        " torch op, best chunk | extra memory | gradient error (eager) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, rows in results["ops"][op].items():
+        ours, logits = rows["fastrec"], 4 * _logits(key)
+
+        def ratio(*names, rows=rows):
+            found = [rows[name]["ratio"] for name in names if "ratio" in rows.get(name, {})]
+            return f"{min(found):.2f}x" if found else "-"
+
+        memory = ours.get("extra_bytes")
+        eager = rows.get("eager", {}).get("gradient_error")
+        lines.append(
+            f"| {key} | {_milliseconds(ours['both'])} | {ratio('eager')} | {ratio('torch.compile')}"
+            f" | {ratio('torch default options')} |"
+            f" {ratio(*(f'torch chunk {size}' for size in (128, 256, 512)))} |"
+            f" {'-' if memory is None else format(memory / 2**20, ',.0f') + ' MiB'} of"
+            f" {logits / 2**20:,.0f} | {ours['gradient_error']:.1e}"
+            f" ({'-' if eager is None else format(eager, '.1e')}) |"
+        )
+    lines.append("")
+    lines.append(
+        "Ratios: time of the peer / time of fastrec, alternating in one process on the same inputs."
+        " Extra memory: peak beyond the inputs, gradients included, beside the size of the float32"
+        f" logits. Errors against float64. {_machine(results)}"
+    )
+    return "\n".join(lines)
+
+
+def _logits(key: str) -> int:
+    n, v = (int(re.search(rf"\b{name}=(\d+)", key)[1]) for name in "NV")  # type: ignore[index]
+    return n * v
+
+
+TABLES = {"README.md": summary, "docs/results.md": render}
 
 
 def update(path: Path, op: str, table: str) -> bool:
@@ -128,8 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         table = render(results, op)
         print(table)
         if arguments.table:
-            for name in TABLES:
-                if not update(arguments.table_root / name, op, table):
+            for name, rendered in TABLES.items():
+                if not update(arguments.table_root / name, op, rendered(results, op)):
                     print(f"{name} has no block for {op}")
 
 

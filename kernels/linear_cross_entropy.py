@@ -21,13 +21,23 @@ from fastrec.backend import interpreting
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(5.5)  # the running shift of a row follows its maximum in steps above e^5.5
-# The interpreter multiplies the bits of bfloat16 operands (Triton 3.6 to 3.9): widen them there.
-WIDEN = tl.constexpr(interpreting())
+# The interpreter (Triton 3.6 to 3.9) truncates to bfloat16 and multiplies the bits of bfloat16.
+INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def _round(value, DTYPE: tl.constexpr):
+    """To the nearest number of DTYPE, ties to even."""
+    if INTERPRETED and tl.bfloat16 == DTYPE and value.dtype == tl.float32:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
 
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if WIDEN:
+    if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -87,7 +97,7 @@ def _fwd_kernel(
         item = first + tl.arange(0, BLOCK_V)
         real = item < v
         w_tile = _load_rows(w, item, real, stride_wv, stride_wd, own, d, BLOCK_D)
-        w_tile = w_tile.to(x.dtype.element_ty)
+        w_tile = _round(w_tile, x.dtype.element_ty)
         if CHUNKS == 1:
             s = _dot(x_tile, tl.trans(w_tile), None, PRECISION)
         else:
@@ -95,7 +105,7 @@ def _fwd_kernel(
             for c in range(CHUNKS):
                 x_part = _load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
                 w_part = _load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-                w_part = w_part.to(x.dtype.element_ty)
+                w_part = _round(w_part, x.dtype.element_ty)
                 s = _dot(x_part, tl.trans(w_part), s, PRECISION)
         if bias is not None:
             b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
@@ -115,7 +125,7 @@ def _fwd_kernel(
         p = _exp(s, shift[:, None], PRECISION)
         total += tl.sum(p, 1)
         if WITH_MEAN:
-            q = p.to(x.dtype.element_ty)
+            q = _round(p, x.dtype.element_ty)
             rounded += tl.sum(q.to(tl.float32), 1)
             mean = _dot(q, w_tile, mean, PRECISION)
 
@@ -160,7 +170,7 @@ def _combine_kernel(
     for c in tl.static_range(CHUNKS):
         x_tile = _load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
         w_tile = _load_rows(w, y, live, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-        w_tile = w_tile.to(x.dtype.element_ty)  # the value that the forward kernel multiplies
+        w_tile = _round(w_tile, x.dtype.element_ty)  # the value that the forward kernel multiplies
         logit += tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
         if WITH_MEAN:
             col = c * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -196,7 +206,7 @@ def _bwd_kernel(
     real = item < v
     if CHUNKS == 1:
         w_tile = _load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
-        w_tile = w_tile.to(x.dtype.element_ty)
+        w_tile = _round(w_tile, x.dtype.element_ty)
     if bias is not None:
         b = tl.load(bias + item * stride_b, mask=real, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
@@ -214,7 +224,7 @@ def _bwd_kernel(
             for c in range(CHUNKS):
                 x_part = _load_rows(x, at, live, d, 1, c * BLOCK_D, d, BLOCK_D)
                 w_part = _load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-                w_part = w_part.to(x.dtype.element_ty)
+                w_part = _round(w_part, x.dtype.element_ty)
                 s = _dot(w_part, tl.trans(x_part), s, PRECISION)
         shift = tl.load(lse + at, mask=live, other=float("inf")) - HEADROOM
         if bias is not None:
@@ -223,7 +233,7 @@ def _bwd_kernel(
         p *= tl.load(grad_lse + at, mask=live, other=0.0)[None, :]
         if bias is not None:
             acc_bias += tl.sum(p, 1)
-        acc = _dot(p.to(x.dtype.element_ty), x_tile, acc, PRECISION)
+        acc = _dot(_round(p, x.dtype.element_ty), x_tile, acc, PRECISION)
 
     # One-hot term. Rows are sorted by target: those of this tile are neighbours. The gradient is
     # split into TERMS values of the dtype of x, so the tensor cores add it without rounding it.
@@ -237,7 +247,7 @@ def _bwd_kernel(
         if bias is not None:
             acc_bias += tl.sum(tl.where(hit, g[None, :], 0.0), 1)
         for _ in range(TERMS):
-            part = g.to(x.dtype.element_ty)
+            part = _round(g, x.dtype.element_ty)
             g -= part.to(tl.float32)
             one_hot = tl.where(hit, part[None, :], 0.0).to(x.dtype.element_ty)
             acc = _dot(one_hot, x_tile, acc, PRECISION)
@@ -245,13 +255,18 @@ def _bwd_kernel(
     unit = tl.load(scale)
     col = own + tl.arange(0, BLOCK_D)
     keep = real[:, None] & (col < d)[None, :]
-    tl.store(grad_w + item[:, None] * d + col[None, :], acc * unit, mask=keep)
+    tl.store(
+        grad_w + item[:, None] * d + col[None, :],
+        _round(acc * unit, grad_w.dtype.element_ty),
+        mask=keep,
+    )
     if bias is not None and own == 0:
-        tl.store(grad_bias + item, acc_bias * unit, mask=real)
+        grad_b = _round(acc_bias * unit, grad_bias.dtype.element_ty)
+        tl.store(grad_bias + item, grad_b, mask=real)
 
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
-# the largest found that spill on none of sm_80, sm_90, sm_100. A thread has 255 registers; sm_90 uses:
+# the largest found that spill on none of sm_80, sm_90, sm_100. Registers on sm_90, of 255:
 #   bf16: forward 252, 174, 254, backward 154, 204, 220 (D = 64, 128, 256)
 #   fp32: forward 104, 128, 104, backward 80, 74, 105 (no tensor cores: operands are registers)
 TILES = {

@@ -1,4 +1,4 @@
-"""What is shipped: an sdist that builds, a wheel without a top-level `kernels`, no compiler needed."""
+"""What is shipped: an sdist that builds, a wheel without a top-level `kernels`, no compiler."""
 
 import os
 import shutil
