@@ -167,7 +167,7 @@ def _combine_kernel(
 
     y = tl.load(target + row, mask=live, other=0)
     logit = tl.zeros([BLOCK_R], tl.float32)
-    for c in tl.static_range(CHUNKS):
+    for c in range(CHUNKS):
         x_tile = _load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
         w_tile = _load_rows(w, y, live, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
         w_tile = _round(w_tile, x.dtype.element_ty)  # the value that the forward kernel multiplies
@@ -314,6 +314,10 @@ def _config(width: int, dtype: torch.dtype, table: torch.dtype, capability: int 
     return config
 
 
+def _combine_rows(block_d: int) -> int:
+    return min(8, 1024 // block_d)
+
+
 def _options(input: torch.Tensor, linear_weight: torch.Tensor) -> dict[str, dict]:
     for name, tensor in (("input", input), ("linear_weight", linear_weight)):
         if tensor.dtype == torch.float64:
@@ -361,7 +365,7 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_wei
             input, linear_weight, linear_bias, order, count, shift, sums, means,
             v, d, slots, *strides, WITH_MEAN=with_weight_mean, **config,
         )  # fmt: skip
-        block_r = max(1, 1024 // config["BLOCK_D"])
+        block_r = _combine_rows(config["BLOCK_D"])
         _combine_kernel[(triton.cdiv(n, block_r),)](
             input, linear_weight, linear_bias, target, order, count, shift, sums, means,
             lse, logit, mean, n, v, d, slots, *strides, BLOCK_R=block_r,

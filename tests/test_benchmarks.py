@@ -17,7 +17,7 @@ def benchmark(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr
@@ -70,7 +70,7 @@ def test_pytest_benchmark_entries_are_collected():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert process.returncode == 0, process.stdout
     assert "test_bench_linear_cross_entropy.py" in process.stdout

@@ -103,7 +103,9 @@ class Evaluator:
         """float64 [N]: ranks of the targets of `users[rows]`, on the CPU. Dropout is off."""
         with torch.no_grad():
             query = next_item_queries(model, self.dataset, self.users[rows], self.split)
-            return self._rank(query, model.item_table, model.item_head.bias, rows).cpu()
+            # Scores in full precision also in bf16-mixed validation: coarse ones would tie.
+            with torch.autocast(query.device.type, enabled=False):
+                return self._rank(query, model.item_table, model.item_head.bias, rows).cpu()
 
     def ranks(self, model, batch_size: int = 512) -> Tensor:
         """float64 [U]: rank of every user's target, on the CPU."""
