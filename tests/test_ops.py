@@ -55,13 +55,25 @@ def on(op, backend):
     return lambda **kwargs: op.function(**kwargs, backend=backend)
 
 
-def assert_within_budget(sample, actual, exact, low):
+def rounding_band(backend, sample) -> float:
+    """What triton adds to the budget where activations are low-precision and the table float32: its
+    products take the table and the probabilities rounded to the dtype of the activations (one
+    eps of it), though the results are float32."""
+    input = sample.kwargs.get("input")
+    mixed = input is not None and sample.kwargs["linear_weight"].dtype != input.dtype
+    return torch.finfo(input.dtype).eps if backend == "triton" and mixed else 0.0
+
+
+def assert_within_budget(sample, actual, exact, low, extra=0.0):
     assert actual.keys() == exact.keys()
     wrong = []
     for name, value in actual.items():
         assert value.shape == exact[name].shape, name
         assert value.dtype == low[name].dtype, f"{name}: {value.dtype}, expected {low[name].dtype}"
-        error, budget = excess(value, low[name], exact[name], sample.floor.get(name, 0.0))
+        floor = sample.floor.get(name, 0.0)
+        error, budget = excess(value, low[name], exact[name], floor)
+        if extra:
+            budget += extra * max(exact[name].abs().max().item(), floor) if value.numel() else 0.0
         if not error <= budget:
             wrong.append(f"{name}: error {error:.3g}, budget {budget:.3g}")
     assert not wrong, "; ".join(wrong)
@@ -81,7 +93,7 @@ def check(op, name, backend, device, types, replace=None):
     torch.set_num_threads(2)
     actual = run(on(op, backend), given, op.differentiable)
     torch.set_num_threads(1)
-    assert_within_budget(sample, actual, exact, low)
+    assert_within_budget(sample, actual, exact, low, rounding_band(backend, sample))
     for key, value in before.items():
         assert torch.equal(given.kwargs[key], value), f"{key} was written"
 
