@@ -66,8 +66,12 @@ def prepare(
     if format == "table":
         options = {"user": user_column, "item": item_column, "timestamp": timestamp_column}
         options |= {"rating": rating_column, "ordered": timestamp_column is None}
-    if format not in ("s3rec", "pairs"):  # their rows are distinct events by definition
+    elif (user_column, item_column) != ("user_id", "item_id") or timestamp_column or rating_column:
+        raise ValueError(f"column names are for --format table, {format} has its own")
+    if format not in ("s3rec", "pairs"):
         options["on_duplicate"] = on_duplicate
+    elif on_duplicate != "error":
+        raise ValueError(f"on_duplicate has no meaning for {format}: its rows are distinct events")
     report = prepare_dataset(
         source,
         output,

@@ -94,6 +94,14 @@ def test_embed_writes_one_finite_vector_a_user(runs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["prepare", "--source=x", "--output=y", "--format=pairs", "--user_column=who"],
+            "column names are for --format table",
+        ),
+        (
+            ["prepare", "--source=x", "--output=y", "--format=s3rec", "--on_duplicate=drop"],
+            "on_duplicate has no meaning for s3rec",
+        ),
         (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are bert4rec"),
         (["pretrain", "--data=nowhere", "--output=y"], "nowhere"),
         (["evaluate", "--data={data}", "--pretrained=nowhere"], "nowhere"),

@@ -22,6 +22,18 @@ def rank_candidates(query: Tensor, table: Tensor, bias: Tensor, candidates: Tens
     return torch.where(target.squeeze(1).isnan(), float(candidates.shape[1]), ranks)
 
 
+def _score_tiles(query: Tensor, table: Tensor, bias: Tensor, exclude, tile: int):
+    """(slice of items, scores [N, items of it]) over all items; -inf at the pairs of `exclude`."""
+    for start in range(0, table.shape[0], tile):
+        part = slice(start, min(start + tile, table.shape[0]))
+        scores = torch.addmm(bias[part], query, table[part].T)
+        if exclude is not None:
+            rows, items = exclude
+            inside = (items >= start) & (items < part.stop)
+            scores[rows[inside], items[inside] - start] = float("-inf")
+        yield part, scores
+
+
 def rank_all(
     query: Tensor,
     table: Tensor,
@@ -43,21 +55,15 @@ def rank_all(
     target_scores = torch.empty(len(query), 1, dtype=query.dtype, device=query.device)
     # The target's score comes from the same matrix product as the others: duplicated item vectors
     # must tie exactly.
-    for start in range(0, items, tile):
-        here = ((targets >= start) & (targets < start + tile)).nonzero().squeeze(1)
-        if len(here):
-            part = slice(start, min(start + tile, items))
-            scores = torch.addmm(bias[part], query, table[part].T)
-            target_scores[here, 0] = scores[here, targets[here] - start]
+    for part, scores in _score_tiles(query, table, bias, None, tile):
+        here = ((targets >= part.start) & (targets < part.stop)).nonzero().squeeze(1)
+        target_scores[here, 0] = scores[here, targets[here] - part.start]
     ranks = torch.ones(len(query), dtype=torch.float64, device=query.device)
     ids = torch.arange(items, device=query.device)
-    for start in range(0, items, tile):
-        part = slice(start, min(start + tile, items))
-        scores = torch.addmm(bias[part], query, table[part].T)
-        if exclude is not None:
-            rows, excluded = exclude
-            inside = (excluded >= start) & (excluded < part.stop) & (excluded != targets[rows])
-            scores[rows[inside], excluded[inside] - start] = float("-inf")
+    if exclude is not None:
+        spared = exclude[1] == targets[exclude[0]]
+        exclude = (exclude[0][~spared], exclude[1][~spared])
+    for part, scores in _score_tiles(query, table, bias, exclude, tile):
         ahead = scores > target_scores
         ahead |= (scores == target_scores) & (ids[part] < targets[:, None])
         ranks += ahead.sum(1)
@@ -79,14 +85,8 @@ def top_items(
     """
     best_scores = query.new_full((len(query), 0), 0.0)
     best_items = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
-    for start in range(0, table.shape[0], tile):
-        part = slice(start, min(start + tile, table.shape[0]))
-        scores = torch.addmm(bias[part], query, table[part].T)
-        if exclude is not None:
-            rows, excluded = exclude
-            inside = (excluded >= start) & (excluded < part.stop)
-            scores[rows[inside], excluded[inside] - start] = float("-inf")
-        ids = torch.arange(start, part.stop, device=query.device).expand(len(query), -1)
+    for part, scores in _score_tiles(query, table, bias, exclude, tile):
+        ids = torch.arange(part.start, part.stop, device=query.device).expand(len(query), -1)
         scores, ids = torch.cat([best_scores, scores], 1), torch.cat([best_items, ids], 1)
         # A stable sort keeps the smaller id first among equals: columns are in id order per score.
         order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
