@@ -170,3 +170,44 @@ def sort_keys(seed: int, step: int, sample_ids: Tensor, *, site: str) -> Tensor:
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
     c0, c1, _, _ = philox(key, (0, 0, sample_ids & _MASK32, step & _MASK32))
     return (c0 >> 1) << 31 | (c1 >> 1)
+
+
+def dropout_arguments(
+    rng: Rng | None,
+    p: float,
+    sample_ids: Tensor | None,
+    positions: Tensor | None,
+    rows: int,
+    *,
+    site: str,
+    layer: int = 0,
+) -> tuple:
+    """What a kernel needs to draw the mask of `keep_mask` for [rows, D]: (sample_ids, positions,
+    key, drop, site, layer, view), all of it None or 0 where p quantises to 0.
+
+    `key` is an int64 [2] copy of (seed, step): a step counter that is advanced in place between
+    forward and backward does not change the mask. Raises ValueError for a missing or wrong argument.
+    """
+    drop = threshold(p, 8)
+    if drop == 256:
+        raise ValueError(f"dropout probability {p} leaves nothing to keep")
+    if drop == 0:
+        return None, None, None, 0, 0, 0, 0
+    if rng is None or sample_ids is None or positions is None:
+        raise ValueError(
+            "dropout_p > 0 needs rng, sample_ids and positions: the mask is a function of them"
+        )
+    for name, index in (("sample_ids", sample_ids), ("positions", positions)):
+        if index.shape != (rows,) or index.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 [{rows}], got {index.dtype} {list(index.shape)}"
+            )
+    if not (0 <= rng.view < 65536 and 0 <= layer < 256):
+        raise ValueError(f"out of range: view {rng.view}, layer {layer}")
+    _check_positions("positions", positions)
+    if isinstance(rng.seed, Tensor) or isinstance(rng.step, Tensor):
+        words = (torch.as_tensor(word, device=sample_ids.device) for word in (rng.seed, rng.step))
+        key = torch.stack(tuple(words))
+    else:
+        key = torch.tensor([rng.seed, rng.step], device=sample_ids.device)
+    return sample_ids, positions, key, drop, SITES[site], layer, rng.view
