@@ -186,7 +186,7 @@ def dropout_arguments(
     key, drop, site, layer, view), all of it None or 0 where p quantises to 0.
 
     `key` is an int64 [2] copy of (seed, step): a step counter that is advanced in place between
-    forward and backward does not change the mask. Raises ValueError for a missing or wrong argument.
+    forward and backward does not change the mask. Raises ValueError for a missing argument.
     """
     drop = threshold(p, 8)
     if drop == 256:

@@ -137,7 +137,8 @@ def bias_gelu_dropout(
         the dtype of its tensor. Not twice differentiable, except on the reference backend.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option is wrong. RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape, dtype or option is wrong.
+        RuntimeError: `backend` cannot run.
     """
     if input.dim() != 2 or not input.is_floating_point():
         raise ValueError(

@@ -220,7 +220,8 @@ def dropout_add_layer_norm(
         gradient has the dtype of its tensor. Not twice differentiable, except on the reference.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option is wrong. RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape, dtype or option is wrong.
+        RuntimeError: `backend` cannot run.
     """
     _check(input, residual, weight, bias)
     dropout = dropout_arguments(
