@@ -54,10 +54,14 @@ FASTREC_INLINE void forward_rows(const JointForward<T>& a) {
       for (int64_t d = 0; d < width; ++d) sum[d] = residual[d] + total[d];
       total = sum;
     }
+    if (sum && a.dtype != compute_dtype<T>()) {
+      // Backward sees the rounded sum: statistics of another would not belong to it.
+      finish_row(sum, a.sum, a.dtype, i, width);
+      Rows{static_cast<const char*>(a.sum), width * 2, a.dtype}.load(i, sum, width);
+    }
     T* out = target_row<T>(a.output, a.dtype, i, y, width);
     normalize_row(total, a.weight, a.bias, a.eps, width, out, a.mean[i], a.rstd[i]);
     finish_row(out, a.output, a.dtype, i, width);
-    if (sum) finish_row(sum, a.sum, a.dtype, i, width);
   }
 }
 

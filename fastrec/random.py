@@ -45,10 +45,15 @@ def _mul_hi_lo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
+def _word(value: Tensor | int) -> Tensor:
+    # Not torch.as_tensor: compiled, with an int that varies, it keeps 32 of 64 bits (torch 2.13).
+    return value if isinstance(value, Tensor) else torch.tensor(value)
+
+
 def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-7. Words are int64 tensors (or ints) holding unsigned 32-bit values, broadcast."""
     k0, k1 = key
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(_word(word) for word in counter))
     for _ in range(ROUNDS):
         high0, low0 = _mul_hi_lo(0xD2511F53, c0)
         high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
@@ -99,7 +104,7 @@ def draws(
         raise ValueError(f"out of range: view {view}, layer {layer}, head {head}")
     _check_positions("row", row)
     _check_positions("col", col)
-    seed, step = torch.as_tensor(seed), torch.as_tensor(step)
+    seed, step = _word(seed), _word(step)
     key = (
         (seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16),
         (seed >> 32) & _MASK32,
@@ -146,7 +151,7 @@ def keep_mask(
     drop = threshold(p, 8)
     if drop == 256:
         raise ValueError(f"dropout probability {p} leaves nothing to keep")
-    seed, step = torch.as_tensor(rng.seed), torch.as_tensor(rng.step)
+    seed, step = _word(rng.seed), _word(rng.step)
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (8 << 16), (seed >> 32) & _MASK32)
     groups = torch.arange((columns + 15) // 16, device=sample_ids.device)
     counter = (
@@ -206,8 +211,7 @@ def dropout_arguments(
         raise ValueError(f"out of range: view {rng.view}, layer {layer}")
     _check_positions("positions", positions)
     if isinstance(rng.seed, Tensor) or isinstance(rng.step, Tensor):
-        words = (torch.as_tensor(word, device=sample_ids.device) for word in (rng.seed, rng.step))
-        key = torch.stack(tuple(words))
+        key = torch.stack([_word(word).to(sample_ids.device) for word in (rng.seed, rng.step)])
     else:
         key = torch.tensor([rng.seed, rng.step], device=sample_ids.device)
     return sample_ids, positions, key, drop, SITES[site], layer, rng.view

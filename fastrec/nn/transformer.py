@@ -35,7 +35,7 @@ class EventDropout:
         )
 
     def __call__(self, x: Tensor, site: str, layer: int = 0) -> Tensor:
-        if self.rng is None:
+        if self.rng is None or self.positions is None or self.sample_ids is None:
             return x
         keep, scale = keep_mask(
             self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer
@@ -150,7 +150,7 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by heads {heads}")
-        self.dropout, self.causal, self.pre_norm = dropout, causal, pre_norm
+        self.dropout, self.causal = dropout, causal
         self.positions = nn.Embedding(max_positions, width)
         self.embedding_norm = nn.Identity() if pre_norm else nn.LayerNorm(width)
         self.final_norm = nn.LayerNorm(width) if pre_norm else nn.Identity()
@@ -174,6 +174,6 @@ class TransformerEncoder(nn.Module):
         pending = None
         for layer, block in enumerate(self.layers):
             x, pending = block(x, batch, self.causal, dropout, layer, pending)
-        if self.pre_norm:
+        if isinstance(self.final_norm, nn.LayerNorm):
             return _first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
         return x

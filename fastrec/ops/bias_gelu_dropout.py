@@ -153,10 +153,11 @@ def bias_gelu_dropout(
     )
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
+        dropout_p = dropout_p if dropout[3] else 0.0  # p rounds to 0: rng may be missing
         return bias_gelu_dropout_ref(
             input,
             bias,
-            dropout_p=dropout_p if dropout[3] else 0.0,
+            dropout_p=dropout_p,
             rng=rng,
             sample_ids=sample_ids,
             positions=positions,

@@ -229,13 +229,14 @@ def dropout_add_layer_norm(
     )
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
+        dropout_p = dropout_p if dropout[3] else 0.0  # p rounds to 0: rng may be missing
         return dropout_add_layer_norm_ref(
             input,
             residual,
             weight,
             bias,
             eps=eps,
-            dropout_p=dropout_p if dropout[3] else 0.0,
+            dropout_p=dropout_p,
             rng=rng,
             sample_ids=sample_ids,
             positions=positions,
