@@ -2,7 +2,13 @@
 
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 
 __version__ = "0.1.0"
-__all__ = ["bias_gelu_dropout", "dropout_add_layer_norm", "linear_cross_entropy"]
+__all__ = [
+    "bias_gelu_dropout",
+    "dropout_add_layer_norm",
+    "jagged_embedding",
+    "linear_cross_entropy",
+]

@@ -10,6 +10,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
 from fastrec.ops.jagged_attention import jagged_attention
+from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng, keep_mask
 
 
@@ -20,7 +21,7 @@ class EventDropout:
     def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None):
         self.rng = rng if p > 0.0 else None
         self.p = p if self.rng else 0.0
-        self.positions = batch.positions() if self.rng else None
+        self.positions = batch.positions()
         self.sample_ids = batch.sample_ids[batch.segment_ids()] if self.rng else None
 
     def at(self, site: str, layer: int = 0) -> dict:
@@ -35,7 +36,7 @@ class EventDropout:
         )
 
     def __call__(self, x: Tensor, site: str, layer: int = 0) -> Tensor:
-        if self.rng is None or self.positions is None or self.sample_ids is None:
+        if self.rng is None or self.sample_ids is None:
             return x
         keep, scale = keep_mask(
             self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer
@@ -158,9 +159,16 @@ class TransformerEncoder(nn.Module):
             TransformerLayer(width, heads, ffn_width or 4 * width, pre_norm) for _ in range(layers)
         )
 
-    def forward(self, embedded: Tensor, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
+    def forward(
+        self,
+        embedded: Tensor,
+        batch: JaggedBatch,
+        rng: Rng | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """[T, D] item embeddings to [T, D] states. `rng` turns dropout on and is its key.
 
+        With `values` int64 [T], `embedded` is a table [V, D] and event t has its row values_t.
         Raises ValueError when a sequence is longer than `max_positions`.
         """
         if batch.max_seq_len > self.positions.num_embeddings:
@@ -169,8 +177,16 @@ class TransformerEncoder(nn.Module):
                 f" {self.positions.num_embeddings}"
             )
         dropout = EventDropout(batch, self.dropout, rng)
-        x = self.embedding_norm(embedded + self.positions(batch.positions()))
-        x = dropout(x, "embedding")
+        norm = self.embedding_norm if isinstance(self.embedding_norm, nn.LayerNorm) else None
+        x = jagged_embedding(
+            values,
+            embedded,
+            self.positions.weight,
+            norm_weight=norm.weight if norm else None,
+            norm_bias=norm.bias if norm else None,
+            eps=norm.eps if norm else 0.0,
+            **dropout.at("embedding"),
+        )
         pending = None
         for layer, block in enumerate(self.layers):
             x, pending = block(x, batch, self.causal, dropout, layer, pending)

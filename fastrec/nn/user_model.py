@@ -90,7 +90,7 @@ class UserModel(nn.Module):
 
     def encode(self, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
         """States [T, D] of a batch. `rng` turns dropout on and is its key."""
-        return self.encoder(self.item_embedding(batch.values), batch, rng)
+        return self.encoder(self.item_embedding.weight, batch, rng, values=batch.values)
 
     def save_pretrained(self, path: Path | str) -> None:
         """Write `model.safetensors` and `config.json` into the folder `path`."""

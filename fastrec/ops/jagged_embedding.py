@@ -1,0 +1,309 @@
+"""Item embedding + position embedding, LayerNorm and dropout in one pass over the events.
+
+Legend: T events, V rows of the item table, P rows of the position table, D width.
+
+    z_t = weight[values_t] + position_weight[positions_t]      output = dropout(LayerNorm(z))
+
+Backward gathers z again, turns grad_output into grad_z [T, D], and sums its rows by item and by
+position in the order of the events: sorted by index, no atomics on floats.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrec.backend import resolve
+from fastrec.random import Rng, dropout_arguments, keep_mask
+
+OP = "jagged_embedding"
+_INPUTS = (
+    "Tensor? values, Tensor weight, Tensor? position_weight, Tensor? positions,"
+    " Tensor? norm_weight, Tensor? norm_bias"
+)
+_DROPOUT = " Tensor? sample_ids, Tensor? key, int drop, int site, int layer, int view"
+
+# output [T, D] has the dtype of weight; mean and rstd [T] ([0] without norm_weight) are float32, or
+# float64 with it. Without norm_weight there is no LayerNorm; without values event t has row t.
+torch.library.define(
+    f"fastrec::{OP}_fwd",
+    f"({_INPUTS}, float eps,{_DROPOUT}) -> (Tensor output, Tensor mean, Tensor rstd)",
+)
+# grad_z [T, D] has the dtype of mean; the others are [0] without norm_weight or norm_bias.
+torch.library.define(
+    f"fastrec::{OP}_bwd",
+    f"(Tensor grad_output, {_INPUTS}, Tensor mean, Tensor rstd,{_DROPOUT})"
+    " -> (Tensor grad_z, Tensor grad_norm_weight, Tensor grad_norm_bias)",
+)
+# out[i] = sum of the rows t of grad [T, D] with index_t = i, 0 where there is none.
+torch.library.define(
+    f"fastrec::{OP}_scatter",
+    "(Tensor grad, Tensor index, int rows, ScalarType dtype) -> Tensor",
+)
+
+
+def _accumulate_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _events(values: Tensor | None, weight: Tensor) -> int:
+    return weight.shape[0] if values is None else values.shape[0]
+
+
+@torch.library.register_fake(f"fastrec::{OP}_fwd")
+def _(values, weight, position_weight, positions, norm_weight, norm_bias, eps, *dropout):
+    events = _events(values, weight)
+    mean = weight.new_empty(0 if norm_weight is None else events, dtype=_accumulate_dtype(weight))
+    return weight.new_empty(events, weight.shape[1]), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_bwd")
+def _(
+    grad_output, values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
+    *dropout,
+):  # fmt: skip
+    def like(vector):
+        return mean.new_empty(0) if vector is None else vector.new_empty(vector.shape)
+
+    return mean.new_empty(grad_output.shape), like(norm_weight), like(norm_bias)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_scatter")
+def _(grad, index, rows, dtype):
+    return grad.new_empty(rows, grad.shape[1], dtype=dtype)
+
+
+@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import jagged_embedding as kernels
+
+    return kernels.jagged_embedding_fwd(*args)
+
+
+@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import jagged_embedding as kernels
+
+    return kernels.jagged_embedding_bwd(*args)
+
+
+@torch.library.impl(f"fastrec::{OP}_scatter", "CUDA")
+def _(*args):
+    from fastrec.kernels import jagged_embedding as kernels
+
+    return kernels.jagged_embedding_scatter(*args)
+
+
+def _launchers(backend: str, device: torch.device):
+    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
+        from fastrec.kernels import jagged_embedding as kernels
+
+        return (
+            kernels.jagged_embedding_fwd,
+            kernels.jagged_embedding_bwd,
+            kernels.jagged_embedding_scatter,
+        )
+    ops = torch.ops.fastrec
+    return ops.jagged_embedding_fwd, ops.jagged_embedding_bwd, ops.jagged_embedding_scatter
+
+
+class _JaggedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, weight, position_weight, norm_weight, norm_bias, values, positions, sample_ids, key,
+        numbers, eps, sparse, backend,
+    ):  # fmt: skip
+        fwd, _, _ = _launchers(backend, weight.device)
+        output, mean, rstd = fwd(
+            values, weight, position_weight, positions, norm_weight, norm_bias, eps,
+            sample_ids, key, *numbers,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
+            sample_ids, key,
+        )  # fmt: skip
+        ctx.numbers, ctx.sparse, ctx.backend = numbers, sparse, backend  # drop, site, layer, view
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        values, weight, position_weight, positions, norm_weight, *_ = ctx.saved_tensors
+        _, bwd, scatter = _launchers(ctx.backend, weight.device)
+        grad_z, grad_norm_weight, grad_norm_bias = grad_output, None, None
+        if norm_weight is not None or ctx.numbers[0]:
+            grad_z, grad_norm_weight, grad_norm_bias = bwd(
+                grad_output, *ctx.saved_tensors, *ctx.numbers
+            )
+        needed = ctx.needs_input_grad
+        grad_weight = grad_position = None
+        if needed[0] and values is None:
+            grad_weight = grad_z.to(weight.dtype)
+        elif needed[0] and ctx.sparse:
+            rows, index = torch.unique(values, return_inverse=True)
+            sums = scatter(grad_z, index, rows.shape[0], weight.dtype)
+            grad_weight = torch.sparse_coo_tensor(
+                rows[None], sums, weight.shape, is_coalesced=True, check_invariants=False
+            )
+        elif needed[0]:
+            grad_weight = scatter(grad_z, values, weight.shape[0], weight.dtype)
+        if needed[1]:
+            grad_position = scatter(
+                grad_z, positions, position_weight.shape[0], position_weight.dtype
+            )
+        return (
+            grad_weight,
+            grad_position,
+            grad_norm_weight if needed[2] else None,
+            grad_norm_bias if needed[3] else None,
+            *[None] * 8,
+        )
+
+
+def jagged_embedding_ref(
+    values,
+    weight,
+    position_weight=None,
+    positions=None,
+    *,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    dropout_p=0.0,
+    rng=None,
+    sample_ids=None,
+    site="embedding",
+    layer=0,
+    sparse=False,
+):
+    """The oracle: plain PyTorch, the mask materialised."""
+    z = weight if values is None else F.embedding(values, weight, sparse=sparse)
+    if position_weight is not None:
+        z = z + F.embedding(positions, position_weight).to(z.dtype)
+    if norm_weight is not None:
+        bias = None if norm_bias is None else norm_bias.to(z.dtype)
+        z = F.layer_norm(z, z.shape[1:], norm_weight.to(z.dtype), bias, eps)
+    if dropout_p > 0.0:
+        keep, scale = keep_mask(
+            rng, dropout_p, sample_ids, positions, z.shape[1], site=site, layer=layer
+        )
+        z = z * (keep.to(z.dtype) * scale)
+    return z
+
+
+def _check(values, weight, position_weight, positions, norm_weight, norm_bias):
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be floating point [V, D], got {weight.dtype} {list(weight.shape)}"
+        )
+    events, width = _events(values, weight), weight.shape[1]
+    if position_weight is not None and positions is None:
+        raise ValueError("position_weight needs positions")
+    for name, index in (("values", values), ("positions", positions)):
+        if index is not None and (index.dtype != torch.int64 or index.shape != (events,)):
+            raise ValueError(
+                f"{name} must be int64 [{events}], got {index.dtype} {list(index.shape)}"
+            )
+    if position_weight is not None and position_weight.shape[1:] != (width,):
+        raise ValueError(f"position_weight must be [P, {width}], got {list(position_weight.shape)}")
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None and vector.shape != (width,):
+            raise ValueError(f"{name} must be [{width}], got {list(vector.shape)}")
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError("norm_bias needs norm_weight: without a weight there is no LayerNorm")
+    for name, tensor in (
+        ("position_weight", position_weight),
+        ("norm_weight", norm_weight),
+        ("norm_bias", norm_bias),
+    ):
+        double = weight.dtype == torch.float64
+        if tensor is not None and (tensor.dtype == torch.float64) != double:
+            raise TypeError(f"weight and {name} must both be float64 or neither")
+    if values is not None:
+        _check_range("values", values, weight.shape[0])
+    if position_weight is not None:
+        _check_range("positions", positions, position_weight.shape[0])
+
+
+def _check_range(name: str, index: Tensor, size: int) -> None:
+    # No host synchronisation on a GPU: there, as in PyTorch, the failure is a device assertion.
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        inside = ((index >= 0) & (index < size)).all()
+        torch._assert_async(inside, f"jagged_embedding: {name} outside [0, {size})")
+    elif index.numel():
+        low, high = index.aminmax()
+        if low < 0 or high >= size:
+            at = int(((index < 0) | (index >= size)).nonzero()[0])
+            raise IndexError(f"{name}[{at}] is {int(index[at])}, expected a value in [0, {size})")
+
+
+def jagged_embedding(
+    values: Tensor | None,
+    weight: Tensor,
+    position_weight: Tensor | None = None,
+    positions: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
+    sample_ids: Tensor | None = None,
+    site: str = "embedding",
+    layer: int = 0,
+    sparse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(weight[values] + position_weight[positions])) of a jagged batch.
+
+    The input of a transformer without padding, as in BERT4Rec (Sun et al., 2019, eq. 7) with the
+    LayerNorm and dropout of BERT. Special tokens are rows of `weight` like items.
+
+    Args:
+        values: int64 [T], rows of `weight`; None: event t has row t, for vectors made elsewhere.
+        weight: [V, D].
+        position_weight: [P, D]; None adds nothing.
+        positions: int64 [T], the place of each event in its sequence.
+        norm_weight, norm_bias: [D]; without a weight there is no LayerNorm.
+        eps: added to the variance.
+        dropout_p: probability, quantised to 1/256; needs `rng`, `sample_ids` and `positions`.
+        rng, site, layer: the key of the mask, see `fastrec.random`.
+        sample_ids: int64 [T], the sample that each event belongs to.
+        sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, as
+            that of `torch.nn.functional.embedding`: for tables much larger than a batch.
+        backend: None (native to the device), "reference", "cpp" or "triton".
+
+    Returns:
+        [T, D] in the dtype of `weight`, computed in float32 (float64 for float64). A gradient has
+        the dtype of its tensor; its rows are summed in float32 in the order of the events, the same
+        bits on every call. Not twice differentiable, except on the reference backend.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value or a position
+        is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+    """
+    _check(values, weight, position_weight, positions, norm_weight, norm_bias)
+    sample_ids, _, key, *numbers = dropout_arguments(
+        rng, dropout_p, sample_ids, positions, _events(values, weight), site=site, layer=layer
+    )
+    backend = resolve(backend, OP, weight.device)
+    if backend == "reference":
+        return jagged_embedding_ref(
+            values,
+            weight,
+            position_weight,
+            positions,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            dropout_p=dropout_p if numbers[0] else 0.0,  # p rounds to 0: rng may be missing
+            rng=rng,
+            sample_ids=sample_ids,
+            site=site,
+            layer=layer,
+            sparse=sparse,
+        )
+    return _JaggedEmbedding.apply(
+        weight, position_weight, norm_weight, norm_bias, values, positions, sample_ids, key,
+        tuple(numbers), eps, sparse, backend,
+    )  # fmt: skip

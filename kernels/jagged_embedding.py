@@ -1,0 +1,271 @@
+"""Triton kernels of `jagged_embedding`.
+
+Legend: T events, V rows of a table, D width. Forward and backward own whole rows, as the kernels of
+`dropout_add_layer_norm` do. `scatter` sorts the events by row. A program owns BLOCK_T sorted events
+and adds those of one row with a product by a 0/1 matrix; rows that no other program has are written
+at once, the first and the last one may go on next door and are joined by `_carry_kernel`. No
+atomics, and the order of the additions depends on the indices only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastrec.kernels.dropout import row_mask
+from fastrec.kernels.dropout_add_layer_norm import WIDEST, _config, _dense, _programs, _rows
+from fastrec.kernels.linear_cross_entropy import _round
+
+BLOCK_T = 32  # events of a program of `scatter`: as many products per event and column
+
+
+@triton.jit
+def _gather(
+    values, weight, position_weight, positions, row, live, real, col,
+    stride_weight, stride_position,
+):  # fmt: skip
+    """z of the events `row`, float32; 0 where not live and real."""
+    keep = live[:, None] & real[None, :]
+    item = row
+    if values is not None:
+        item = tl.load(values + row, mask=live, other=0)
+    z = tl.load(weight + item[:, None] * stride_weight + col[None, :], mask=keep, other=0.0)
+    z = z.to(tl.float32)
+    if position_weight is not None:
+        place = tl.load(positions + row, mask=live, other=0)
+        more = position_weight + place[:, None] * stride_position + col[None, :]
+        z += tl.load(more, mask=keep, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit(do_not_specialize=["t", "drop", "layer", "view"])
+def _fwd_kernel(
+    values, weight, position_weight, positions, norm_weight, norm_bias, sample_ids, key,
+    output, mean_out, rstd_out,
+    t, d, stride_weight, stride_position, eps, scale, drop, layer, view,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.arange(0, BLOCK_D)
+    live, real = row < t, col < d
+    z = _gather(
+        values, weight, position_weight, positions, row, live, real, col,
+        stride_weight, stride_position,
+    )  # fmt: skip
+    if norm_weight is not None:
+        mean = tl.sum(z, 1) / d
+        centered = tl.where(real[None, :], z - mean[:, None], 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / d + eps)
+        z = centered * rstd[:, None]
+        z *= tl.load(norm_weight + col, mask=real, other=0.0).to(tl.float32)[None, :]
+        if norm_bias is not None:
+            z += tl.load(norm_bias + col, mask=real, other=0.0).to(tl.float32)[None, :]
+        tl.store(mean_out + row, mean, mask=live)
+        tl.store(rstd_out + row, rstd, mask=live)
+    if sample_ids is not None:
+        mask = row_mask(
+            sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
+        )
+        z = tl.where(mask, z * scale, 0.0)
+    place = output + row[:, None] * d + col[None, :]
+    tl.store(place, _round(z, output.dtype.element_ty), mask=live[:, None] & real[None, :])
+
+
+@triton.jit(do_not_specialize=["t", "per_program", "drop", "layer", "view"])
+def _bwd_kernel(
+    grad_output, values, weight, position_weight, positions, norm_weight, mean, rstd,
+    sample_ids, key, grad_z, partials,
+    t, d, per_program, stride_output, stride_weight, stride_position, scale, drop, layer, view,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    real = col < d
+    acc_weight = tl.zeros([BLOCK_D], tl.float32)
+    acc_bias = tl.zeros([BLOCK_D], tl.float32)
+    for block in range(per_program):
+        row = (program * per_program + block) * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = row < t
+        keep = live[:, None] & real[None, :]
+        grad = grad_output + row[:, None] * stride_output + col[None, :]
+        grad = tl.load(grad, mask=keep, other=0.0).to(tl.float32)
+        if sample_ids is not None:
+            mask = row_mask(
+                sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
+            )
+            grad = tl.where(mask, grad * scale, 0.0)
+        if norm_weight is not None:
+            z = _gather(
+                values, weight, position_weight, positions, row, live, real, col,
+                stride_weight, stride_position,
+            )  # fmt: skip
+            mu = tl.load(mean + row, mask=live, other=0.0)
+            s = tl.load(rstd + row, mask=live, other=0.0)
+            x = tl.where(keep, (z - mu[:, None]) * s[:, None], 0.0)
+            acc_weight += tl.sum(grad * x, 0)
+            acc_bias += tl.sum(grad, 0)
+            grad *= tl.load(norm_weight + col, mask=real, other=0.0).to(tl.float32)[None, :]
+            average, along = tl.sum(grad, 1) / d, tl.sum(grad * x, 1) / d
+            grad = s[:, None] * (grad - average[:, None] - x * along[:, None])
+        tl.store(grad_z + row[:, None] * d + col[None, :], grad, mask=keep)
+    if norm_weight is not None:
+        tl.store(partials + 2 * program * d + col, acc_weight, mask=real)
+        tl.store(partials + (2 * program + 1) * d + col, acc_bias, mask=real)
+
+
+@triton.jit(do_not_specialize=["t"])
+def _scatter_kernel(
+    grad, order, index, out, head, tail, t, d, stride_grad,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`index` is sorted. head and tail [programs, D]: sums of the first row where it began before,
+    and of the last one where it begins here and goes on."""
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    real = col < d
+    lane = tl.arange(0, BLOCK_T)
+    at = program * BLOCK_T + lane
+    live = at < t
+    row = tl.load(index + at, mask=live, other=-1)
+    before = tl.load(index + at - 1, mask=live & (at > 0), other=-1)
+    starts = live & ((lane == 0) | (row != before))
+    run = tl.cumsum(starts.to(tl.int32), 0) - 1  # rank of the row among those of this program
+    runs = tl.max(run, 0) + 1
+    member = (run[None, :] == lane[:, None]) & live[None, :]  # [run, event]
+
+    event = tl.load(order + at, mask=live, other=0)
+    source = grad + event[:, None] * stride_grad + col[None, :]
+    x = tl.load(source, mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
+    sums = tl.dot(member.to(tl.float32), x, input_precision="ieee")
+
+    target = tl.sum(tl.where(member & starts[None, :], row[None, :], 0), 1)
+    after = program * BLOCK_T + BLOCK_T
+    following = tl.load(index + after, mask=after < t, other=-1)
+    is_head = (lane == 0) & live & (row == before)
+    is_tail = (lane == runs - 1) & (target == following) & (is_head == 0)
+    whole = (lane < runs) & (is_head == 0) & (is_tail == 0)
+    place = target[:, None] * d + col[None, :]
+    tl.store(out + place, _round(sums, out.dtype.element_ty), mask=whole[:, None] & real[None, :])
+    edge = program * d + col[None, :] + lane[:, None] * 0
+    tl.store(head + edge, sums, mask=is_head[:, None] & real[None, :])
+    tl.store(tail + edge, sums, mask=is_tail[:, None] & real[None, :])
+
+
+@triton.jit(do_not_specialize=["t"])
+def _carry_kernel(
+    index, out, head, tail, t, d,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The row that begins as the last one of this program and ends in another."""
+    program = tl.program_id(0).to(tl.int64)
+    first = program * BLOCK_T
+    after = first + BLOCK_T
+    if after >= t:
+        return
+    row = tl.load(index + after - 1)
+    if tl.load(index + after) != row:
+        return
+    if first > 0 and tl.load(index + first - 1, mask=first > 0, other=-1) == row:
+        return  # it began before; all events of this program have it
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    real = col < d
+    total = tl.load(tail + program * d + col, mask=real, other=0.0)
+    at = program + 1
+    found = BLOCK_K
+    while found == BLOCK_K:
+        k = at + tl.arange(0, BLOCK_K)
+        inside = k * BLOCK_T < t
+        same = inside & (tl.load(index + k * BLOCK_T, mask=inside, other=-1) == row)
+        parts = head + k[:, None] * d + col[None, :]
+        total += tl.sum(tl.load(parts, mask=same[:, None] & real[None, :], other=0.0), 0)
+        found = tl.sum(same.to(tl.int32), 0)
+        at += BLOCK_K
+    tl.store(out + row * d + col, _round(total, out.dtype.element_ty), mask=real)
+
+
+def _check(weight):
+    if weight.dtype == torch.float64:
+        raise RuntimeError("jagged_embedding has no float64 triton kernel")
+    if weight.shape[1] > WIDEST:
+        raise RuntimeError(
+            f"the triton kernel of jagged_embedding is for widths up to {WIDEST},"
+            f" got {weight.shape[1]}"
+        )
+
+
+def _strides(weight, position_weight):
+    return weight.stride(0), 0 if position_weight is None else position_weight.stride(0)
+
+
+def jagged_embedding_fwd(
+    values, weight, position_weight, positions, norm_weight, norm_bias, eps,
+    sample_ids, key, drop, site, layer, view,
+):  # fmt: skip
+    _check(weight)
+    t, d = weight.shape[0] if values is None else values.shape[0], weight.shape[1]
+    output = weight.new_empty(t, d)
+    mean = weight.new_empty(0 if norm_weight is None else t, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if t == 0 or d == 0:
+        return output, mean.fill_(0), rstd.fill_(0)
+    config = _config(d)
+    weight = _rows(weight)
+    position_weight = None if position_weight is None else _rows(position_weight)
+    values, positions, *vectors = _dense(values, positions, norm_weight, norm_bias, sample_ids, key)
+    with torch.cuda.device_of(weight):
+        _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
+            values, weight, position_weight, positions, *vectors, output, mean, rstd,
+            t, d, *_strides(weight, position_weight), eps, 256 / (256 - drop), drop, layer, view,
+            SITE=site, **config,
+        )  # fmt: skip
+    return output, mean, rstd
+
+
+def jagged_embedding_bwd(
+    grad_output, values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
+    sample_ids, key, drop, site, layer, view,
+):  # fmt: skip
+    _check(weight)
+    t, d = grad_output.shape
+    config = _config(max(d, 1))
+    programs, per_program = _programs(t, config["BLOCK_N"])
+    grad_z = mean.new_empty(t, d)
+    partials = mean.new_zeros(programs, 2, d)
+    if t > 0 and d > 0:
+        grad_output, weight = _rows(grad_output), _rows(weight)
+        position_weight = None if position_weight is None else _rows(position_weight)
+        values, positions, scale, mean, rstd, sample_ids, key = _dense(
+            values, positions, norm_weight, mean, rstd, sample_ids, key
+        )
+        with torch.cuda.device_of(weight):
+            _bwd_kernel[(programs,)](
+                grad_output, values, weight, position_weight, positions, scale, mean, rstd,
+                sample_ids, key, grad_z, partials, t, d, per_program, grad_output.stride(0),
+                *_strides(weight, position_weight), 256 / (256 - drop), drop, layer, view,
+                SITE=site, **config,
+            )  # fmt: skip
+    grad_weight, grad_bias = partials.sum(0)
+    return (
+        grad_z,
+        mean.new_empty(0) if norm_weight is None else grad_weight.to(norm_weight.dtype),
+        mean.new_empty(0) if norm_bias is None else grad_bias.to(norm_bias.dtype),
+    )
+
+
+def jagged_embedding_scatter(grad, index, rows, dtype):
+    (t, d), out = grad.shape, grad.new_zeros(rows, grad.shape[1], dtype=dtype)
+    if t == 0 or d == 0:
+        return out
+    grad = _rows(grad)
+    index, order = index.sort(stable=True)
+    block_d = min(max(triton.next_power_of_2(d), 16), 64)
+    grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(d, block_d))
+    head, tail = torch.empty(2, grid[0], d, dtype=torch.float32, device=grad.device)
+    with torch.cuda.device_of(grad):
+        _scatter_kernel[grid](
+            grad, order, index, out, head, tail, t, d, grad.stride(0),
+            BLOCK_T=BLOCK_T, BLOCK_D=block_d,
+        )  # fmt: skip
+        _carry_kernel[grid](
+            index, out, head, tail, t, d, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
+        )
+    return out

@@ -1,0 +1,73 @@
+"""What ptxas makes of the kernels of jagged_embedding: no GPU is needed.
+
+The table of docs/kernels/jagged_embedding.md is what this file prints when run as a script.
+"""
+
+import sys
+
+import pytest
+from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+
+from fastrec.kernels import jagged_embedding as kernels
+
+pytestmark = needs_compiler
+
+# The plain suite compiles the target device; the other architectures are slow.
+CASES = [
+    pytest.param(
+        kernel, dtype, width, capability,
+        marks=[] if (capability, dtype, width) == (90, "fp32", 64) else [pytest.mark.slow],
+    )
+    for kernel in ("fwd", "bwd", "scatter", "carry")
+    for dtype in ("bf16", "fp32")
+    for width in (64, kernels.WIDEST)
+    for capability in SHARED_LIMIT
+]  # fmt: skip
+
+
+def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
+    """With positions, LayerNorm and dropout."""
+    table, wide, ids, step = f"*{dtype}:16", "*fp32:16", "*i64:16", "i32:16"
+    arguments: dict = dict(t="i32", d=step)
+    if kernel in ("scatter", "carry"):
+        options = {}
+        arguments |= dict(index=ids, out=table, head=wide, tail=wide)
+        arguments |= dict(BLOCK_T=kernels.BLOCK_T, BLOCK_D=64)
+        if kernel == "scatter":
+            arguments |= dict(grad=wide, order=ids, stride_grad=step)
+        else:
+            arguments |= dict(BLOCK_K=32)
+    else:
+        config = kernels._config(width)
+        options = {"num_warps": config.pop("num_warps")}
+        arguments |= dict.fromkeys(("values", "positions", "sample_ids", "key"), ids)
+        arguments |= dict.fromkeys(("weight", "position_weight"), table)
+        arguments |= dict(norm_weight=wide, stride_weight=step, stride_position=step, scale="fp32")
+        arguments |= dict(drop="i32", layer="i32", view="i32", SITE=2, **config)
+        if kernel == "fwd":
+            arguments |= dict(norm_bias=wide, output=table, mean_out=wide, rstd_out=wide)
+            arguments |= dict(eps="fp32")
+        else:
+            arguments |= dict(grad_output=table, mean=wide, rstd=wide, grad_z=wide, partials=wide)
+            arguments |= dict(per_program="i32", stride_output=step)
+    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
+def test_no_spill(kernel, dtype, width, capability):
+    binary = build(kernel, dtype, width, capability)
+    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
+    assert binary.shared <= SHARED_LIMIT[capability]
+
+
+def main() -> None:
+    print("| kernel | table | D | sm | registers | stack | shared, bytes |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        binary = build(*case.values)
+        cells = [*case.values, binary.registers, binary.stack, binary.shared]
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
