@@ -75,7 +75,7 @@ def _(input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logi
 def _(
     input, linear_weight, linear_bias, target, weight, ignore_index, mean, with_input, with_weight
 ):
-    rows, items, width = input.shape[0], *linear_weight.shape
+    rows, (items, width) = input.shape[0], linear_weight.shape
     return (
         input.new_empty(()),
         input.new_empty(rows if with_input else 0, width),
