@@ -14,6 +14,12 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
+// The dtype of a tensor of T, the type that a kernel computes in.
+template <class T>
+constexpr ScalarType compute_dtype() {
+  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
 // The conversions are written without branches so that the loops around them become vector code.
 FASTREC_INLINE float from_bits(uint32_t bits) {
   float value;
