@@ -37,9 +37,9 @@ struct Heads {
   }
 };
 
-// Sequences [first, last) and heads [first_head, last_head).
+// Sequences order[first] .. order[last - 1] and heads [first_head, last_head).
 struct Task {
-  int64_t first, last, first_head, last_head, cost;
+  int64_t first, last, first_head, last_head;
 };
 
 template <class T>
@@ -54,6 +54,7 @@ struct AttentionArgs {
   Heads query, key_, value, out;                   // out: forward only
   Heads grad_out, grad_query, grad_key, grad_value;  // backward only
   T* lse;                                          // [T, H]
+  const int64_t* order;
   const Task* tasks;
   int64_t task_count;
   std::atomic<int64_t>* next;
@@ -330,9 +331,9 @@ FASTREC_INLINE void attention_tasks(const AttentionArgs<T>& a, bool backward) {
   int64_t at;
   while ((at = a.next->fetch_add(1)) < a.task_count) {
     const Task& task = a.tasks[at];
-    for (int64_t b = task.first; b < task.last; ++b) {
+    for (int64_t i = task.first; i < task.last; ++i) {
       for (int64_t h = task.first_head; h < task.last_head; ++h)
-        backward ? attention.backward(b, h) : attention.forward(b, h);
+        backward ? attention.backward(a.order[i], h) : attention.forward(a.order[i], h);
     }
   }
 }

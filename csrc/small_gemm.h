@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "simd.h"
 
@@ -141,35 +142,34 @@ FASTREC_INLINE auto reduce(V v, const F& op) {
   }
 }
 
-// The lanes of the result of step `distance` of a transposition: pairs of blocks change places.
-template <class I>
-FASTREC_INLINE I transpose_lanes(int lanes, int distance, int half) {
-  I index{};
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i)
-    index[i] = (i & ~distance) + (half ? distance : 0) + ((i & distance) ? lanes : 0);
-  return index;
+// Step DISTANCE of a transposition: the blocks beside the diagonal of a and b change places. The
+// lanes are literals, because a shuffle by a vector that the compiler does not know is slow.
+template <int DISTANCE, bool HIGH, int LANES>
+constexpr int transposed_lane(int i) {
+  return (i & ~DISTANCE) + (HIGH ? DISTANCE : 0) + (i & DISTANCE ? LANES : 0);
+}
+template <int DISTANCE, bool HIGH, class V, int... LANE>
+FASTREC_INLINE V exchange(V a, V b, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(
+      a, b, transposed_lane<DISTANCE, HIGH, static_cast<int>(sizeof...(LANE))>(LANE)...);
 }
 
 // rows[i] lane j -> rows[j] lane i.
-template <class S>
+template <class S, int DISTANCE = S::lanes / 2>
 FASTREC_INLINE void transpose(typename S::V (&rows)[S::lanes]) {
-#pragma GCC unroll 4
-  for (int distance = 1; distance < S::lanes; distance *= 2) {
-    const auto low = transpose_lanes<typename S::I>(S::lanes, distance, 0);
-    const auto high = transpose_lanes<typename S::I>(S::lanes, distance, 1);
+  constexpr auto lanes = std::make_integer_sequence<int, S::lanes>{};
 #pragma GCC unroll 16
-    for (int i = 0; i < S::lanes; ++i) {
-      if (i & distance) continue;
-      auto a = rows[i], b = rows[i + distance];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + distance] = __builtin_shuffle(a, b, high);
-    }
+  for (int i = 0; i < S::lanes; ++i) {
+    if (i & DISTANCE) continue;
+    auto a = rows[i], b = rows[i + DISTANCE];
+    rows[i] = exchange<DISTANCE, false>(a, b, lanes);
+    rows[i + DISTANCE] = exchange<DISTANCE, true>(a, b, lanes);
   }
+  if constexpr (DISTANCE > 1) transpose<S, DISTANCE / 2>(rows);
 }
 
 // [rows, width] with row stride ld -> panels [width, NR] of NR source rows each; lanes beyond `rows`
-// are 0. Reads and writes whole vectors: rows extend to a multiple of the lanes, and so do panels.
+// repeat the last row. Reads and writes whole vectors: rows and panels extend to a multiple of them.
 template <class S>
 FASTREC_INLINE void pack_transposed(int64_t rows, int64_t width, const typename S::T* source,
                                     int64_t ld, typename S::T* panels, int64_t panel) {
@@ -180,7 +180,7 @@ FASTREC_INLINE void pack_transposed(int64_t rows, int64_t width, const typename 
       typename S::V block[S::lanes];
 #pragma GCC unroll 16
       for (int i = 0; i < S::lanes; ++i)
-        block[i] = first + i < rows ? S::load(source + (first + i) * ld + k) : typename S::V{};
+        block[i] = S::load(source + std::min(first + i, rows - 1) * ld + k);
       transpose<S>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < S::lanes; ++i) S::store(out + (k + i) * NR, block[i]);

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.ops.jagged_attention import jagged_attention
+from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.random import Rng, keep_mask
 
 
@@ -45,7 +45,8 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width)
 
     def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
-        query, key, value = self.query_key_value(x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        packed = self.query_key_value(x).unflatten(1, (3, self.heads, -1))
+        query, key, value = split_packed(packed)
         out = jagged_attention(
             query,
             key,

@@ -22,8 +22,8 @@ from fastrec.random import Rng, keep_mask, threshold
 
 OP = "jagged_attention"
 
-# rng [2] int64: seed and step. drop: an element is dropped where its 8-bit draw is below; 0 means no
-# dropout, and rng and sample_ids may be None. lse [T, H] float32 (float64 for float64 inputs).
+# rng [2] int64: seed and step. drop: an element is dropped where its 8-bit draw is below; 0 means
+# no dropout, and rng and sample_ids may be None. lse [T, H] float32 (float64 for float64 inputs).
 _COMMON = (
     "Tensor offsets, Tensor? sample_ids, Tensor? rng, int max_seq_len, bool causal, float scale,"
     " int drop, int view, int layer"
@@ -50,20 +50,6 @@ def _(query, *args):
 def _(grad_out, query, *args):
     events, heads, width = query.shape
     return query.new_empty(events, 3, heads, width)
-
-
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_attention as kernels
-
-    return kernels.jagged_attention_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_attention as kernels
-
-    return kernels.jagged_attention_bwd(*args)
 
 
 def _launchers(backend: str, device: torch.device):
@@ -186,6 +172,45 @@ def jagged_attention_ref(
     return _Permute.apply(torch.cat(outputs), event_to_slot, slot_to_event).view(query.shape)
 
 
+class _SplitPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed):
+        return packed.unbind(1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.compiler.is_compiling() or not _in_one_tensor(grads):
+            return torch.stack(grads, 1)
+        events, heads, width = grads[0].shape
+        return grads[0].as_strided((events, 3, heads, width), (3 * heads * width, *_rows(grads[0])))
+
+
+def _rows(grad: Tensor) -> tuple[int, int, int]:
+    heads, width = grad.shape[1:]
+    return heads * width, width, 1
+
+
+def _in_one_tensor(grads: tuple[Tensor, ...]) -> bool:
+    """Whether the gradients are the three slices of a contiguous [T, 3, H, D] tensor."""
+    step, width, one = _rows(grads[0])
+    start = grads[0].storage_offset()
+    return all(
+        grad.stride() == (3 * step, width, one)
+        and grad.storage_offset() == start + index * step
+        and grad.untyped_storage().data_ptr() == grads[0].untyped_storage().data_ptr()
+        for index, grad in enumerate(grads)
+    )
+
+
+def split_packed(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [T, H, D] of a packed [T, 3, H, D] tensor, as views.
+
+    The same as `packed.unbind(1)`, whose backward pass copies the three gradients into one tensor.
+    Those of `jagged_attention` already lie in one, which is passed on as it is.
+    """
+    return _SplitPacked.apply(packed)
+
+
 def _rng_state(rng: Rng, device: torch.device) -> Tensor:
     """[seed, step] on `device`: a copy, because a step counter may be advanced in place before the
     backward pass. No host synchronisation."""
@@ -212,7 +237,9 @@ def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer
     if not 1 <= query.shape[2] <= 256:
         raise ValueError(f"the head width must be in [1, 256], got {query.shape[2]}")
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] == 0:
-        raise ValueError(f"offsets must be int64 [B + 1], got {offsets.dtype} {list(offsets.shape)}")
+        raise ValueError(
+            f"offsets must be int64 [B + 1], got {offsets.dtype} {list(offsets.shape)}"
+        )
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         lengths = offsets.diff()
         low, high = lengths.aminmax() if len(lengths) else (0, 0)
@@ -233,12 +260,12 @@ def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer
             f"sample_ids must be int64 [{offsets.shape[0] - 1}], one per sequence, got"
             f" {sample_ids.dtype} {list(sample_ids.shape)}"
         )
-    if max_seq_len > 65536 or query.shape[1] > 256 or layer not in range(256):
+    if max_seq_len > 65536 or query.shape[1] > 256 or not 0 <= layer < 256:
         raise ValueError(
             "with dropout at most 65536 events a sequence, 256 heads and layers 0 to 255, got"
             f" max_seq_len {max_seq_len}, {query.shape[1]} heads, layer {layer}"
         )
-    if rng.view not in range(65536):
+    if not 0 <= rng.view < 65536:
         raise ValueError(f"view must be in [0, 65536), got {rng.view}")
 
 
@@ -270,9 +297,9 @@ def jagged_attention(
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
-        [T, H, D] in the dtype of the inputs, float64, float32, bfloat16 or float16; sums are float32
-        (float64 for float64). A sequence of length 0 has no output rows. Equal arguments give equal
-        bits. Not twice differentiable, except on the reference backend.
+        [T, H, D] in the dtype of the inputs: float64, float32, bfloat16 or float16; sums are
+        float32 (float64 for float64). A sequence of length 0 has no output rows. Equal arguments
+        give equal bits. Not twice differentiable, except on the reference backend.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key.
