@@ -6,6 +6,7 @@
 from op_db import (
     bias_gelu_dropout,
     dropout_add_layer_norm,
+    jagged_attention,
     jagged_embedding,
     linear_cross_entropy,
 )
@@ -13,6 +14,7 @@ from op_db import (
 OPS = [
     bias_gelu_dropout.OP,
     dropout_add_layer_norm.OP,
+    jagged_attention.OP,
     jagged_embedding.OP,
     linear_cross_entropy.OP,
 ]
