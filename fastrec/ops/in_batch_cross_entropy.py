@@ -1,6 +1,16 @@
 """Softmax cross-entropy of each query against the candidates of its batch.
 
 Legend: B queries, C candidates, D width, G id columns, E listed exclusions.
+
+Every similarity is a product after centring and scaling (`in_batch_pairs.operands`), so the kernels
+know one function of the logits s_ij = x_i . c_j + b_j, its positive t_i and the pairs left out:
+
+    loss_i = log(1 + sum_{j != t} exp(s_ij - s_it)),  p_ij = exp(s_ij - s_it - loss_i)
+    dx_i = g_i (sum_{j != t} p_ij c_j - (1 - p_it) c_t)
+    G_ij = g_i (p_ij - [j = t_i]),  dc_j = sum_i G_ij x_i,  db_j = sum_i G_ij
+
+The positive stays out of the sum: where all other candidates are left out, loss and gradients are
+exactly 0. The forward kernel returns dx_i / g_i, so that it needs no second sweep.
 """
 
 import math
@@ -8,53 +18,102 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.in_batch_pairs import (
+    accumulate_dtype,
+    allowed_ref,
+    as_columns,
+    check_pairs,
+    check_range,
+    operands,
+    require,
+    similarity_ref,
+    transposed_lists,
+)
 
 OP = "in_batch_cross_entropy"
-SIMILARITIES = ("dot", "cosine", "weighted_l2")
+
+# A logit is query_i . candidate_j + bias_j. positive [B], -1 = row not scored: loss 0, no gradient.
+# query_group [B, G] with candidate_group [C, G] and exclude_values [E] with exclude_offsets [B + 1]
+# leave pairs out. loss, lse [B] and direction [B, D] (the gradient of the loss with respect to the
+# query, [0, D] if not asked for) are float32, or float64 with the query.
+torch.library.define(
+    f"fastrec::{OP}_fwd",
+    "(Tensor query, Tensor candidate, Tensor? bias, Tensor positive, Tensor? query_group,"
+    " Tensor? candidate_group, Tensor? exclude_values, Tensor? exclude_offsets,"
+    " bool with_direction) -> (Tensor loss, Tensor lse, Tensor direction)",
+)
+# grad_candidate [C, D] and grad_bias [C] ([0] if None) have the dtype of the loss.
+torch.library.define(
+    f"fastrec::{OP}_bwd",
+    "(Tensor query, Tensor candidate, Tensor? bias, Tensor positive, Tensor? query_group,"
+    " Tensor? candidate_group, Tensor? exclude_values, Tensor? exclude_offsets, Tensor loss,"
+    " Tensor lse, Tensor grad_loss) -> (Tensor grad_candidate, Tensor grad_bias)",
+)
 
 
-def _accumulate_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+@torch.library.register_fake(f"fastrec::{OP}_fwd")
+def _(query, candidate, bias, positive, qg, cg, values, offsets, with_direction):
+    rows, width = query.shape
+    loss = query.new_empty(rows, dtype=accumulate_dtype(query))
+    return loss, torch.empty_like(loss), loss.new_empty(rows if with_direction else 0, width)
 
 
-def _as_columns(ids: Tensor) -> Tensor:
-    return ids if ids.dim() == 2 else ids[:, None]
+@torch.library.register_fake(f"fastrec::{OP}_bwd")
+def _(query, candidate, bias, positive, qg, cg, values, offsets, loss, lse, grad_loss):
+    grad_bias = loss.new_empty(0 if bias is None else candidate.shape[0])
+    return loss.new_empty(candidate.shape), grad_bias
 
 
-def similarity_ref(query, candidate, similarity, weight):
-    """[B, C] similarities in the accumulation dtype, up to a constant per query for "dot" and
-    "cosine". Operands are centred before they are rounded to the dtype of the query, so that a
-    mean far from zero costs no precision; the shift cancels in differences and in the softmax."""
-    low, dtype = query.dtype, _accumulate_dtype(query)
-    q, c = query.to(dtype), candidate.to(dtype)
-    if similarity == "cosine":
-        q, c = F.normalize(q, dim=1), F.normalize(c, dim=1)
-    shift = c.detach().mean(0) if len(c) else 0
-    c = (c - shift).to(low).to(dtype)
-    if similarity != "weighted_l2":
-        return q.to(low).to(dtype) @ c.T
-    w = torch.ones_like(c[:1]) if weight is None else weight.to(dtype)[None]
-    q = q - shift
-    square = (w * q.square()).sum(1)[:, None] + (w * c.square()).sum(1)[None]
-    return (2 * w * q).to(low).to(dtype) @ c.T - square
+@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import in_batch_cross_entropy as kernels
+
+    return kernels.in_batch_cross_entropy_fwd(*args)
 
 
-def allowed_ref(shape, positive, query_group, candidate_group, exclude, device):
-    """[B, C] bool: the positive, and every candidate that no rule excludes."""
-    allowed = torch.ones(shape, dtype=torch.bool, device=device)
-    if query_group is not None:
-        rows, columns = _as_columns(query_group), _as_columns(candidate_group)
-        for i in range(rows.shape[1]):
-            allowed &= (rows[:, i, None] != columns[None, :, i]) | (rows[:, i, None] < 0)
-    if exclude is not None:
-        values, offsets = exclude
-        owner = torch.repeat_interleave(offsets.diff(), output_size=len(values))
-        allowed = allowed.index_put((owner, values), allowed.new_zeros(()))
-    if positive is not None:
-        allowed = allowed.scatter(1, positive[:, None], True)
-    return allowed
+@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import in_batch_cross_entropy as kernels
+
+    return kernels.in_batch_cross_entropy_bwd(*args)
+
+
+def _launchers(backend: str, device: torch.device):
+    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
+        from fastrec.kernels import in_batch_cross_entropy as kernels
+
+        return kernels.in_batch_cross_entropy_fwd, kernels.in_batch_cross_entropy_bwd
+    ops = torch.ops.fastrec
+    return ops.in_batch_cross_entropy_fwd, ops.in_batch_cross_entropy_bwd
+
+
+class _InBatchCrossEntropy(torch.autograd.Function):
+    """Loss [B] of logits query_i . candidate_j + bias_j; `rules` are the exclusions."""
+
+    @staticmethod
+    def forward(ctx, query, candidate, bias, positive, dtype, backend, *rules):
+        fwd, _ = _launchers(backend, query.device)
+        pairs = (query.to(dtype), candidate.to(dtype), bias, positive, *rules)
+        loss, lse, direction = fwd(*pairs, ctx.needs_input_grad[0])
+        ctx.save_for_backward(*pairs, loss, lse, direction)
+        ctx.backend = backend
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        *pairs, loss, lse, direction = ctx.saved_tensors
+        grad_query = grad_candidate = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_query = direction * grad_loss[:, None]
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            _, bwd = _launchers(ctx.backend, grad_loss.device)
+            grad_candidate, grad_bias = bwd(*pairs, loss, lse, grad_loss.contiguous())
+            grad_bias = grad_bias if ctx.needs_input_grad[2] else None
+        return grad_query, grad_candidate, grad_bias, *[None] * 7
 
 
 def in_batch_cross_entropy_ref(
@@ -94,83 +153,6 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
         return loss
     # No query: the mean is 0 with a live graph, not NaN.
     return loss.sum() / (max(len(loss), 1) if reduction == "mean" else 1)
-
-
-def check_pairs(query, candidate, similarity, weight, query_group, candidate_group, exclude):
-    """What in_batch_cross_entropy and in_batch_hardest ask of their common arguments."""
-    if query.dim() != 2 or candidate.dim() != 2 or query.shape[1] != candidate.shape[1]:
-        raise ValueError(
-            "query must be [B, D] and candidate [C, D], got"
-            f" {list(query.shape)} and {list(candidate.shape)}"
-        )
-    if not query.is_floating_point():
-        raise TypeError(f"query must be a floating point tensor, got {query.dtype}")
-    if candidate.dtype != query.dtype:
-        raise TypeError(f"candidate must be {query.dtype} like query, got {candidate.dtype}")
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
-    if weight is not None:
-        if similarity != "weighted_l2":
-            raise ValueError(f"weight belongs to similarity 'weighted_l2', got {similarity!r}")
-        if weight.shape != (query.shape[1],):
-            raise ValueError(f"weight must be [{query.shape[1]}], got {list(weight.shape)}")
-        if not weight.is_floating_point():
-            raise TypeError(f"weight must be a floating point tensor, got {weight.dtype}")
-    if (query_group is None) != (candidate_group is None):
-        raise ValueError("query_group and candidate_group go together, one of them is None")
-    if query_group is not None:
-        columns = query_group.shape[1:]
-        for name, ids, rows in (
-            ("query_group", query_group, len(query)),
-            ("candidate_group", candidate_group, len(candidate)),
-        ):
-            if ids.dtype != torch.int64:
-                raise TypeError(f"{name} must be int64 ids, got {ids.dtype}")
-            if ids.dim() not in (1, 2) or len(ids) != rows or ids.shape[1:] != columns:
-                expected = [rows, *columns] if ids.dim() < 3 and len(columns) < 2 else [rows, "G"]
-                raise ValueError(f"{name} must be {expected}, got {list(ids.shape)}")
-    if exclude is not None:
-        _check_exclude(exclude, len(query), len(candidate))
-
-
-def _check_exclude(exclude, queries: int, candidates: int) -> None:
-    if not isinstance(exclude, tuple | list) or len(exclude) != 2:
-        raise TypeError("exclude must be a pair (values, offsets)")
-    values, offsets = exclude
-    for name, tensor in (("values", values), ("offsets", offsets)):
-        if tensor.dtype != torch.int64 or tensor.dim() != 1:
-            raise TypeError(
-                f"exclude {name} must be int64 and one-dimensional, got {tensor.dtype}"
-                f" {list(tensor.shape)}"
-            )
-    if len(offsets) != queries + 1:
-        raise ValueError(f"exclude offsets must be [{queries + 1}], got [{len(offsets)}]")
-    check_range("exclude values", values, candidates)
-    ordered = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == len(values))
-    require(ordered, f"exclude offsets must rise from 0 to {len(values)}, the number of values")
-    starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
-    # A wrong offset was refused above (on a GPU: is about to be).
-    starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)
-    rises = (values.diff() >= 0) | starts[1 : len(values)]
-    require(rises.all(), "exclude values must be sorted within each query")
-
-
-def require(condition: Tensor, message: str) -> None:
-    """Raise ValueError unless `condition`. No host synchronisation on a GPU: there, as in PyTorch's
-    own losses, the failure is a device assertion."""
-    if condition.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ValueError(message)
-
-
-def check_range(name: str, index: Tensor, size: int) -> None:
-    wrong = (index < 0) | (index >= size)
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~wrong.any(), f"{name} outside [0, {size})")
-    elif wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise IndexError(f"{name}[{at}] is {int(index[at])}, expected a value in [0, {size})")
 
 
 def _check(query, candidate, temperature, candidate_bias, positive, symmetric, reduction):
@@ -251,7 +233,7 @@ def in_batch_cross_entropy(
         weight: [D], for "weighted_l2": any sign, trainable. None is 1 everywhere.
         temperature: a positive number, or a tensor without dimensions (then with a gradient).
         candidate_bias: [C], added after the temperature: -log Q corrects for the popularity of
-            sampled candidates. -inf takes a candidate out; not allowed for a positive.
+            sampled candidates. -inf takes a candidate out (a positive then has an infinite loss).
         positive: int64 [B], the candidate of each query. None: query i has candidate i.
         query_group, candidate_group: int64 ids [B] and [C], or [B, G] and [C, G] for several
             columns. Equal ids in the same column exclude the pair; a negative id equals none.
@@ -275,18 +257,50 @@ def in_batch_cross_entropy(
     check_pairs(query, candidate, similarity, weight, query_group, candidate_group, exclude)
     _check(query, candidate, temperature, candidate_bias, positive, symmetric, reduction)
     backend = resolve(backend, OP, query.device)
-    with torch.autocast(query.device.type, enabled=False):
-        return in_batch_cross_entropy_ref(
-            query,
-            candidate,
-            similarity=similarity,
-            weight=weight,
-            temperature=temperature,
-            candidate_bias=candidate_bias,
-            positive=positive,
-            query_group=query_group,
-            candidate_group=candidate_group,
-            exclude=exclude,
-            symmetric=symmetric,
-            reduction=reduction,
-        )
+    device, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(device)  # of the products: centring comes first
+    with torch.autocast(device, enabled=False):
+        if backend == "reference":
+            return in_batch_cross_entropy_ref(
+                query,
+                candidate,
+                similarity=similarity,
+                weight=weight,
+                temperature=temperature,
+                candidate_bias=candidate_bias,
+                positive=positive,
+                query_group=query_group,
+                candidate_group=candidate_group,
+                exclude=exclude,
+                symmetric=symmetric,
+                reduction=reduction,
+            )
+        accumulate = accumulate_dtype(query)
+        query, candidate = query.to(accumulate), candidate.to(accumulate)
+        weight = None if weight is None else weight.to(accumulate)
+        if similarity == "cosine":
+            query, candidate = F.normalize(query, dim=1), F.normalize(candidate, dim=1)
+        query_group, candidate_group = as_columns(query_group), as_columns(candidate_group)
+        if backend == "cpp":
+            dtype = accumulate
+        count, size = len(query), len(candidate)
+
+        x, c, bias = operands(query, candidate, similarity, weight, temperature)
+        if candidate_bias is not None:
+            candidate_bias = candidate_bias.to(accumulate)
+            bias = candidate_bias if bias is None else bias + candidate_bias
+        rows = torch.arange(count, device=query.device)
+        chosen = rows if positive is None else positive
+        rules = (query_group, candidate_group, *(exclude or (None, None)))
+        loss = _InBatchCrossEntropy.apply(x, c, bias, chosen, dtype, backend, *rules)
+        if symmetric:
+            # Candidates ask, queries answer; the bias of a candidate is the same for all of them.
+            x, c, bias = operands(candidate, query, similarity, weight, temperature)
+            owner = rows.new_full((size,), -1).scatter(0, chosen, rows)
+            lists = (None, None) if exclude is None else transposed_lists(exclude, size)
+            turned = _InBatchCrossEntropy.apply(
+                x, c, bias, owner, dtype, backend, candidate_group, query_group, *lists
+            )
+            loss = (loss + turned.index_select(0, chosen)) / 2
+    return _reduce(loss, reduction)
