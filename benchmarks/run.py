@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench import ENTRIES, ROOT, SLOW, SMOKE, Entry, measure, peak_memory
+from benchmarks.bench import OPS, ROOT, SLOW, Entry, entries, measure, module, peak_memory
 
 
 def environment() -> dict:
@@ -50,34 +50,41 @@ def _milliseconds(values: dict | None) -> str:
     return f"{scale[0]} ({scale[1]} to {scale[2]})"
 
 
+TITLE = {"forward": "forward", "both": "forward + backward"}
+
+
 def render(results: dict, op: str) -> str:
     """Markdown: one table per entry of `op`, with the environment below the last one."""
     parts = []
+    element, passes = module(op).ELEMENT, module(op).PASSES
     for key, rows in results["ops"][op].items():
         lines = [
             f"**{key}**",
             "",
-            "| implementation | forward, ms | forward + backward, ms | x fastrec | GFLOP/s |"
-            " ps/logit | extra memory, MiB | loss error | gradient error |",
-            "|---|---|---|---|---|---|---|---|---|",
+            f"| implementation | {' | '.join(f'{TITLE[kind]}, ms' for kind in passes)} |"
+            f" x fastrec | GFLOP/s | ps/{element} | extra memory, MiB | output error |"
+            " gradient error |",
+            "|---" * (len(passes) + 7) + "|",
         ]
         for name, row in rows.items():
             if "failed" in row:
-                lines.append(f"| {name} | - | failed: {row['failed'][:60]} | | | | | | |")
+                lines.append(
+                    f"| {name} | failed: {row['failed'][:60]} |" + " |" * (len(passes) + 5)
+                )
                 continue
-            time, memory = row["both"], row.get("extra_bytes")
+            time, memory = row[passes[-1]], row.get("extra_bytes")
             lines.append(
-                f"| {name} | {_milliseconds(row['forward'])} | {_milliseconds(time)} |"
-                f" {row['ratio']:.2f} | {time['gflops']:.1f} | {time['ps_per_logit']:.1f} |"
+                f"| {name} | {' | '.join(_milliseconds(row[kind]) for kind in passes)} |"
+                f" {row['ratio']:.2f} | {time['gflops']:.1f} | {time['ps_per_element']:.1f} |"
                 f" {'-' if memory is None else format(memory / 2**20, ',.0f')} |"
-                f" {row['loss_error']:.1e} | {row['gradient_error']:.1e} |"
+                f" {row['output_error']:.1e} | {row['gradient_error']:.1e} |"
             )
         parts.append("\n".join(lines))
     parts.append(
         f"Median of alternating rounds (20 % to 80 % in brackets); an implementation that needs"
         f" more than {SLOW:.0f} s is called once, without a separate forward. Extra memory: peak"
-        " beyond the inputs, gradients included. Errors are relative to float64: |loss error| /"
-        " |loss|, max |gradient error| / max |gradient|. GFLOP/s: three products of N x V x D."
+        " beyond the inputs, gradients included. Errors are relative to float64: max |error| / max"
+        " |exact|. GFLOP/s: operations of the mathematical function, recomputation not counted."
         f" {_machine(results)}"
     )
     return "\n\n".join(parts)
@@ -93,40 +100,37 @@ def _machine(results: dict) -> str:
 
 def summary(results: dict, op: str) -> str:
     """Markdown: one line per entry of `op`, fastrec against each peer at its best."""
+    peers, main = module(op).PEERS, module(op).PASSES[-1]
     lines = [
-        "| forward + backward | fastrec, ms | eager | `torch.compile` | torch op, default options |"
-        " torch op, best chunk | extra memory | gradient error (eager) |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {TITLE[main]} | fastrec, ms | {' | '.join(peers)} | extra memory |"
+        f" output, gradient error ({next(iter(peers))}) |",
+        "|---" * (len(peers) + 4) + "|",
     ]
     for key, rows in results["ops"][op].items():
-        ours, logits = rows["fastrec"], 4 * _logits(key)
+        ours, peer = rows["fastrec"], rows.get(next(iter(peers.values()))[0], {})
 
-        def ratio(*names, rows=rows):
+        def ratio(names, rows=rows):
             found = [rows[name]["ratio"] for name in names if "ratio" in rows.get(name, {})]
             return f"{min(found):.2f}x" if found else "-"
 
-        memory = ours.get("extra_bytes")
-        eager = rows.get("eager", {}).get("gradient_error")
+        def errors(row):
+            kinds = ("output_error", "gradient_error")
+            return ", ".join(f"{row[kind]:.1e}" if kind in row else "-" for kind in kinds)
+
+        memory, plain = ours.get("extra_bytes"), ours["materialised"] / 2**20
         lines.append(
-            f"| {key} | {_milliseconds(ours['both'])} | {ratio('eager')} | {ratio('torch.compile')}"
-            f" | {ratio('torch default options')} |"
-            f" {ratio(*(f'torch chunk {size}' for size in (128, 256, 512)))} |"
-            f" {'-' if memory is None else format(memory / 2**20, ',.0f') + ' MiB'} of"
-            f" {logits / 2**20:,.0f} | {ours['gradient_error']:.1e}"
-            f" ({'-' if eager is None else format(eager, '.1e')}) |"
+            f"| {key} | {_milliseconds(ours[main])} | {' | '.join(map(ratio, peers.values()))} |"
+            f" {'-' if memory is None else format(memory / 2**20, ',.0f')} MiB"
+            f" (stored {plain:,.0f}) | {errors(ours)} ({errors(peer)}) |"
         )
     lines.append("")
     lines.append(
         "Ratios: time of the peer / time of fastrec, alternating in one process on the same inputs."
-        " Extra memory: peak beyond the inputs, gradients included, beside the size of the float32"
-        f" logits. Errors against float64. {_machine(results)}"
+        f" Extra memory: peak beyond the inputs, gradients included; in brackets the size of the"
+        f" {module(op).ELEMENT}s, which a plain implementation stores. Errors against float64."
+        f" {_machine(results)}"
     )
     return "\n".join(lines)
-
-
-def _logits(key: str) -> int:
-    n, v = (int(re.search(rf"\b{name}=(\d+)", key)[1]) for name in "NV")  # type: ignore[index]
-    return n * v
 
 
 TABLES = {"README.md": summary, "docs/results.md": render}
@@ -146,7 +150,7 @@ def update(path: Path, op: str, table: str) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=sorted({entry.op for entry in ENTRIES}))
+    parser.add_argument("--op", choices=OPS)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: that it runs, not times")
     parser.add_argument("--rounds", type=int, help="instead of the rounds of each entry")
     parser.add_argument("--shape", help="only entries whose key contains this text")
@@ -161,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         results["ops"] = previous["ops"]
         if arguments.render:
             results["environment"] = previous["environment"]
-    for entry in () if arguments.render else SMOKE if arguments.smoke else ENTRIES:
+    for entry in () if arguments.render else entries("SMOKE" if arguments.smoke else "ENTRIES"):
         if arguments.op not in (None, entry.op) or (arguments.shape or "") not in entry.key:
             continue
         print(entry.key, flush=True)
@@ -181,11 +185,12 @@ def main(argv: list[str] | None = None) -> None:
 def measured(entry: Entry, arguments: argparse.Namespace) -> dict:
     compiler = "aot_eager" if arguments.smoke else "inductor"  # inductor takes 20 s per shape
     rows = measure(entry, arguments.rounds, compiler)
+    rows["fastrec"]["materialised"] = module(entry.op).work(entry)["materialised"]
     for name, row in rows.items():
         if "failed" in row or (arguments.smoke and name != "fastrec"):
             continue
         row["extra_bytes"] = peak_memory(entry, name)
-        print(f"  {name}: {1e3 * row['both']['median']:.4g} ms", flush=True)
+        print(f"  {name}: {1e3 * row[module(entry.op).PASSES[-1]]['median']:.4g} ms", flush=True)
     return rows
 
 

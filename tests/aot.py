@@ -4,12 +4,14 @@ A spill shows as STACK > 0 and as LDL/STL in the SASS (the LOCAL field of cuobjd
 must run without TRITON_INTERPRET: the decorator then returns kernels that cannot be compiled.
 """
 
+import os
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -17,6 +19,17 @@ from triton.compiler import ASTSource
 # Shared memory that one program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def missing_tools() -> str | None:
+    """Why nothing can be compiled or inspected here; None if all is present."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1: interpreted kernels cannot be compiled"
+    absent = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (BIN / name).exists()]
+    return f"triton {triton.__version__} comes without {', '.join(absent)}" if absent else None
+
+
+needs_compiler = pytest.mark.skipif(missing_tools() is not None, reason=missing_tools() or "")
 
 
 @dataclass(frozen=True)
@@ -32,12 +45,6 @@ class Binary:
     @property
     def spills(self) -> bool:
         return self.stack > 0 or self.count("LDL") > 0 or self.count("STL") > 0
-
-
-def missing_tools() -> str | None:
-    """Why nothing can be compiled or inspected here; None if all is present."""
-    absent = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (BIN / name).exists()]
-    return f"triton {triton.__version__} comes without {', '.join(absent)}" if absent else None
 
 
 def compile_for(capability: int, kernel, arguments: dict[str, object], **options) -> Binary:

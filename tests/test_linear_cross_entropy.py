@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_db import Sample, excess, promote, run
+from op_db.case import Sample, excess, promote, run
 
 from fastrec import linear_cross_entropy
 from fastrec.backend import unavailable_reason

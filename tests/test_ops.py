@@ -1,7 +1,7 @@
 """Generated: every operator of op_db x backend x device x dtype x sample.
 
 A backend is compared with the float64 reference on the same values, within the error budget of
-`op_db.excess`. Backends that cannot run here are skipped and counted, see conftest.py.
+`op_db.case.excess`. Backends that cannot run here are skipped and counted, see conftest.py.
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ import functools
 
 import pytest
 import torch
-from op_db import OPS, TYPES, excess, promote, run, upstream_of
+from op_db import OPS
+from op_db.case import TYPES, excess, gradients, outputs_of, promote, run
 
 from fastrec.backend import BACKENDS, unavailable_reason
 
@@ -24,7 +25,7 @@ def small(backend, device):
 
 
 def sample_names(op, types=FLOAT32):
-    return [sample.name for sample in op.samples("cpu", types, True)]
+    return list(samples(op.name, "cpu", types, True))
 
 
 @functools.cache
@@ -53,15 +54,6 @@ def need(op, backend, device):
 
 def on(op, backend):
     return lambda **kwargs: op.function(**kwargs, backend=backend)
-
-
-def rounding_band(backend, sample) -> float:
-    """What triton adds to the budget where activations are low-precision and the table float32: its
-    products take the table and the probabilities rounded to the dtype of the activations (one
-    eps of it), though the results are float32."""
-    input = sample.kwargs.get("input")
-    mixed = input is not None and sample.kwargs["linear_weight"].dtype != input.dtype
-    return torch.finfo(input.dtype).eps if backend == "triton" and mixed else 0.0
 
 
 def assert_within_budget(sample, actual, exact, low, extra=0.0):
@@ -93,22 +85,22 @@ def check(op, name, backend, device, types, replace=None):
     torch.set_num_threads(2)
     actual = run(on(op, backend), given, op.differentiable)
     torch.set_num_threads(1)
-    assert_within_budget(sample, actual, exact, low, rounding_band(backend, sample))
+    assert_within_budget(sample, actual, exact, low, op.rounding_band(backend, sample))
     for key, value in before.items():
         assert torch.equal(given.kwargs[key], value), f"{key} was written"
 
 
 def cases(types=TYPES, backends=BACKENDS, only=None):
-    """pytest parameters (op, backend, device, types, sample name)."""
+    """pytest parameters (op, backend, device, types, sample name). `only`: names, by operator."""
     return [
         pytest.param(op, backend, device, t, name, id=f"{op.name}-{backend}-{device}-{t}-{name}")
         for op in OPS
         for backend in backends
         for device in DEVICES
         for t in types
-        if (backend, t.name) not in op.refuses
+        if t in op.types and (backend, t.name) not in op.refuses
         for name in sample_names(op, t)
-        if only is None or name in only
+        if only is None or name in only(op)
     ]
 
 
@@ -137,11 +129,10 @@ def test_refused_types_raise(op, backend, types, message):
         op.function(**sample.kwargs, backend=backend)
 
 
-# The samples of the tests below: the plain case, and the one that uses every argument at once.
-REPRESENTATIVE = {
-    "linear_cross_entropy": ("some_ignored_none", "everything_mean", "everything_none", "rows_bool")
-}
-representative = {name for names in REPRESENTATIVE.values() for name in names}
+def representative(op):
+    return op.representative
+
+
 each_representative = pytest.mark.parametrize(
     "op, backend, device, types, name",
     cases(types=[t for t in TYPES if t.name in ("float32", "bfloat16")], only=representative),
@@ -159,9 +150,10 @@ def test_gradcheck(op, backend, device, types, name):
     leaves = tuple(sample.kwargs[n].clone().requires_grad_() for n in names)
 
     def f(*tensors):
-        return op.function(
-            **{**sample.kwargs, **dict(zip(names, tensors, strict=True))}, backend=backend
+        outputs = outputs_of(
+            on(op, backend), {**sample.kwargs, **dict(zip(names, tensors, strict=True))}
         )
+        return tuple(value for value in outputs.values() if value.requires_grad)
 
     assert torch.autograd.gradcheck(f, leaves)
 
@@ -272,14 +264,11 @@ def test_retained_graph_gives_the_same_gradients(op, backend, device, types, nam
     for argument in op.differentiable:
         if kwargs.get(argument) is not None:
             kwargs[argument] = leaves[argument] = kwargs[argument].clone().requires_grad_()
-    output = op.function(**kwargs, backend=backend)
-    upstream = upstream_of(output).to(output.dtype)
+    outputs = outputs_of(on(op, backend), kwargs)
 
     def backward(scale):
-        grads = torch.autograd.grad(
-            output, list(leaves.values()), upstream * scale, retain_graph=True
-        )
-        return {key: grad.clone() for key, grad in zip(leaves, grads, strict=True)}
+        grads = gradients(outputs, leaves, scale, retain_graph=True)
+        return {key: grad.clone() for key, grad in grads.items()}
 
     first = backward(1)
     doubled = backward(2)
@@ -290,29 +279,35 @@ def test_retained_graph_gives_the_same_gradients(op, backend, device, types, nam
         assert error <= budget, key
 
 
+def subsets(names):
+    """Nothing, all but one, and only the first."""
+    return sorted({(), names[:1], *(tuple(n for n in names if n != left) for left in names)})
+
+
 @pytest.mark.parametrize(
-    "op, backend, device, types, name",
-    cases(types=(FLOAT32,), only={"everything_mean", "everything_none"}),
+    "op, backend, device, types, name, wanted",
+    [
+        pytest.param(*case.values, wanted, id=f"{case.id}-{'+'.join(wanted) or 'none'}")
+        for case in cases(types=(FLOAT32,), only=lambda op: op.complete)
+        for wanted in subsets(case.values[0].differentiable)
+    ],
 )
-@pytest.mark.parametrize("frozen", ["input", "linear_weight", "linear_bias", "but_input", "all"])
-def test_only_the_requested_gradients(op, backend, device, types, name, frozen):
+def test_only_the_requested_gradients(op, backend, device, types, name, wanted):
     need(op, backend, device)
     sample = get(op, name, backend, device, types)
     every = run(on(op, backend), sample, op.differentiable)
-    if frozen == "all":
-        assert not op.function(**sample.kwargs, backend=backend).requires_grad
+    if not wanted:
+        outputs = outputs_of(on(op, backend), sample.kwargs)
+        assert not any(value.requires_grad for value in outputs.values())
         return
-    wanted = tuple(
-        n for n in op.differentiable if (n == "input" if frozen == "but_input" else n != frozen)
-    )
     some = run(on(op, backend), sample, wanted)
-    assert set(some) == {"output", *wanted}
+    assert every.keys() - some.keys() == set(op.differentiable) - set(wanted)
     _same_bits(some, {key: every[key] for key in some})
 
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    cases(backends=("cpp",), only=representative | {"many_items", "one_target", "many_rows"}),
+    cases(backends=("cpp",), only=lambda op: op.representative + op.many_tasks),
 )
 def test_same_bits_for_any_number_of_threads(op, backend, device, types, name):
     need(op, backend, device)
@@ -339,7 +334,7 @@ def test_compile_without_graph_break(op, backend, device, types, name):
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    cases(types=(FLOAT32,), backends=("cpp",), only={"everything_none"}),
+    cases(types=(FLOAT32,), backends=("cpp",), only=lambda op: op.complete[-1:]),
 )
 def test_compile_with_inductor(op, backend, device, types, name):
     _compare_compiled(op, name, backend, device, types, "inductor")

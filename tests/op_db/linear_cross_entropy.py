@@ -1,94 +1,30 @@
-"""The table of operators that tests/test_ops.py and the benchmarks draw from.
-
-A sample is a named set of arguments; its floating point tensors are created in the tested type and
-promoted to float64 for the oracle, so that both see the same values. A new case is one `yield`.
+"""Samples of linear_cross_entropy.
 
 Legend: N scored rows, V items, D width, T rows of `input` before selection.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 import fastrec
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
+from op_db.case import Op, Sample, Types, generator
 
 
-@dataclass(frozen=True)
-class Types:
-    """Dtypes of the activations and of the parameters of one family of cases."""
-
-    name: str
-    input: torch.dtype
-    table: torch.dtype
-
-    def __str__(self) -> str:
-        return self.name
-
-
-TYPES = (
-    Types("float32", torch.float32, torch.float32),
-    Types("float64", torch.float64, torch.float64),
-    Types("bfloat16", torch.bfloat16, torch.bfloat16),
-    Types("float16", torch.float16, torch.float16),
-    Types("bfloat16_input_float32_table", torch.bfloat16, torch.float32),
-)
-
-
-@dataclass(frozen=True)
-class Sample:
-    name: str
-    kwargs: dict[str, Any]
-    # Output or argument name -> size of the intermediate numbers whose rounding no implementation
-    # of the documented formula avoids; `why` says which. Adds 4 eps x size to the budget.
-    floor: dict[str, float] = field(default_factory=dict)
-    why: str = ""
-
-    def __post_init__(self):
-        assert bool(self.floor) == bool(self.why), f"{self.name}: a budget override needs a reason"
-
-
-@dataclass(frozen=True)
-class Op:
-    name: str
-    function: Callable
-    reference: Callable
-    samples: Callable[[str, Types, bool], Iterator[Sample]]
-    differentiable: tuple[str, ...]
-    private: tuple[str, ...]
-    private_samples: Callable[[str, str], Iterator[tuple]]
-    # Index arguments and masks, for the tests of strides and misaligned pointers.
-    indices: tuple[str, ...] = ()
-    # (backend, types name) -> the message of the error raised instead of computing.
-    refuses: dict[tuple[str, str], str] = field(default_factory=dict)
-    # Backends whose result is promised to have the same bits on every call and for every number of
-    # threads.
-    deterministic: tuple[str, ...] = ("cpp", "triton")
-
-
-def _generator(name: str, device: str) -> torch.Generator:
-    return torch.Generator(device).manual_seed(sum(map(ord, name)))
-
-
-def _linear_cross_entropy_samples(
-    device: str, types: Types, interpret_small: bool
-) -> Iterator[Sample]:
-    """`interpret_small`: every kind of case, at sizes for the Triton interpreter."""
+def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sample]:
     low_precision = torch.finfo(types.input).bits == 16
 
     def problem(name, n, v, d, **options):
-        g = _generator(name, device)
+        g = generator(name, device)
         x = torch.randn(n, d, generator=g, device=device).to(types.input)
         w = (torch.randn(v, d, generator=g, device=device) * d**-0.5).to(types.table)
         y = torch.randint(v, (n,), generator=g, device=device)
         return dict(input=x, linear_weight=w, target=y, **options)
 
     def vector(name, v, dtype=None):
-        g = _generator(name, device)
+        g = generator(name, device)
         return torch.randn(v, generator=g, device=device).to(dtype or types.table)
 
     def class_weight(name, v):
@@ -145,7 +81,7 @@ def _linear_cross_entropy_samples(
     # Selection of rows.
     t = 2 * n + 3
     case = problem("rows_int64_repeats", t, v, d)
-    picked = torch.randint(t, (n,), generator=_generator("rows", device), device=device)
+    picked = torch.randint(t, (n,), generator=generator("rows", device), device=device)
     picked[:3] = picked[0]
     yield Sample(
         "rows_int64_repeats", case | {"rows": picked, "target": case["target"][:n].clone()}
@@ -229,7 +165,7 @@ def _linear_cross_entropy_samples(
     # size 16 are rounded by up to 0.06 in the reference, which is its own (large) error.
     for name, logit in (("peaked", 10.0), ("saturated", 64.0)):
         case = problem(name, n, v, d)
-        case["target"] = torch.randperm(v, generator=_generator(name, device), device=device)[:n]
+        case["target"] = torch.randperm(v, generator=generator(name, device), device=device)[:n]
         direction = case["linear_weight"][case["target"]].double()
         direction = direction / direction.square().sum(1, keepdim=True)
         case["input"] = (logit * direction).to(types.input)
@@ -247,13 +183,13 @@ def _linear_cross_entropy_samples(
     if low_precision:  # 1 - p is below the spacing of bfloat16 at 1: p - 1 must be taken in float32
         case = problem("almost_one", n, v, d, reduction="none")
         case["input"] = (6.0 * direction).to(types.input)
-        case["target"] = torch.randperm(
-            v, generator=_generator("saturated", device), device=device
-        )[:n]
+        case["target"] = torch.randperm(v, generator=generator("saturated", device), device=device)[
+            :n
+        ]
         yield Sample("almost_one", case)
 
 
-def _linear_cross_entropy_private(device: str, op: str) -> Iterator[tuple]:
+def _private(device: str, op: str) -> Iterator[tuple]:
     """Arguments of the private ops; autograd sits above them, so nothing requires a gradient."""
     for dtype, bias in ((torch.float32, True), (torch.bfloat16, False)):
         g = torch.Generator(device).manual_seed(0)
@@ -269,66 +205,26 @@ def _linear_cross_entropy_private(device: str, op: str) -> Iterator[tuple]:
             yield x, w, b, y, lse * (y >= 0), torch.ones_like(lse), -torch.ones_like(lse)
 
 
-OPS = [
-    Op(
-        "linear_cross_entropy",
-        fastrec.linear_cross_entropy,
-        linear_cross_entropy_ref,
-        _linear_cross_entropy_samples,
-        differentiable=("input", "linear_weight", "linear_bias"),
-        private=("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
-        private_samples=_linear_cross_entropy_private,
-        indices=("target", "rows"),
-        refuses={("triton", "float64"): "float64"},
-    )
-]
+def _rounding_band(backend: str, sample: Sample) -> float:
+    """Where activations are low-precision and the table float32, the products of triton take the
+    table and the probabilities rounded to the dtype of the activations (one eps of it), though the
+    results are float32."""
+    input = sample.kwargs["input"]
+    mixed = sample.kwargs["linear_weight"].dtype != input.dtype
+    return torch.finfo(input.dtype).eps if backend == "triton" and mixed else 0.0
 
 
-def run(
-    function: Callable,
-    sample: Sample,
-    differentiable: tuple[str, ...],
-    upstream: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Output and gradients, by name. `upstream` is the gradient of the output."""
-    kwargs, leaves = dict(sample.kwargs), {}
-    for name in differentiable:
-        if kwargs.get(name) is not None:
-            kwargs[name] = leaves[name] = kwargs[name].detach().requires_grad_()
-    output = function(**kwargs)
-    if upstream is None:
-        upstream = upstream_of(output)
-    grads = torch.autograd.grad(output, list(leaves.values()), upstream.to(output.dtype))
-    return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def upstream_of(output: Tensor) -> Tensor:
-    """A non-constant gradient of mixed sign, equal for every dtype."""
-    index = torch.arange(output.numel(), device=output.device, dtype=torch.float64)
-    return (torch.cos(3 * index) + 0.25).reshape(output.shape)
-
-
-def promote(sample: Sample) -> Sample:
-    """The same values in float64."""
-
-    def double(value):
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return Sample(
-        sample.name, {k: double(v) for k, v in sample.kwargs.items()}, sample.floor, sample.why
-    )
-
-
-def excess(actual: Tensor, low: Tensor, exact: Tensor, floor: float = 0.0) -> tuple[float, float]:
-    """(error, budget): at most twice the error of the reference in the same dtype, and a rounding
-    band of 4 eps relative to the largest exact value (or to `floor`, see Sample). 64 eps in
-    float64, where the oracle is the reference in the same dtype and its own error is not seen."""
-    if actual.numel() == 0:
-        return 0.0, 0.0
-    error = (actual.double() - exact).abs()
-    same = actual.double() == exact  # infinities
-    error = error.masked_fill(same, 0).max().item()
-    own = (low.double() - exact).abs().masked_fill(low.double() == exact, 0).max().item()
-    size = max(exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0, floor)
-    band = 64 if actual.dtype == torch.float64 else 4
-    return error, 2 * own + band * torch.finfo(actual.dtype).eps * size
+OP = Op(
+    "linear_cross_entropy",
+    fastrec.linear_cross_entropy,
+    linear_cross_entropy_ref,
+    _samples,
+    differentiable=("input", "linear_weight", "linear_bias"),
+    private=("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
+    private_samples=_private,
+    representative=("some_ignored_none", "everything_mean", "everything_none", "rows_bool"),
+    complete=("everything_mean", "everything_none"),
+    many_tasks=("many_items", "one_target", "many_rows"),
+    refuses={("triton", "float64"): "float64"},
+    rounding_band=_rounding_band,
+)
