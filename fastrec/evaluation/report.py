@@ -6,17 +6,22 @@ from pathlib import Path
 import numpy as np
 
 
-def print_metrics(rows: dict[str, dict[str, float]], title: str | None = None) -> None:
-    """A table with one line a model, metrics x 100."""
+def print_metrics(
+    rows: dict[str, dict[str, float]],
+    title: str | None = None,
+    scale: int = 100,
+    digits: int = 2,
+) -> None:
+    """A table with one line a model, metrics times `scale`."""
     from rich.console import Console
     from rich.table import Table
 
     metrics = list(next(iter(rows.values())))
-    table = Table("x 100", title=title)
+    table = Table(f"x {scale}" if scale != 1 else "", title=title)
     for name in metrics:
         table.add_column(name, justify="right")
     for name, values in rows.items():
-        table.add_row(name, *(f"{100 * values[metric]:.2f}" for metric in metrics))
+        table.add_row(name, *(f"{scale * values[metric]:.{digits}f}" for metric in metrics))
     Console(width=110).print(table)
 
 
