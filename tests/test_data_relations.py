@@ -1,6 +1,7 @@
 """The social graph: six users by hand, exclusions against sets, drawn friends, pairs over ranks."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +168,12 @@ def test_errors_name_the_problem(graph):
     for call in (lambda: graph.exclusions([0], [1], [1], 3), lambda: FriendSampler(graph, 3)):
         with pytest.raises(ValueError, match=r"hops must be one of \(0, 1, 2\), got 3"):
             call()
+
+
+def test_the_benchmark_runs(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["relations.py", "--smoke"])
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    from benchmarks import relations
+
+    relations.main()
+    assert "% of a step on one CPU core" in capsys.readouterr().out
