@@ -45,8 +45,9 @@ class ProfileEvaluator:
             batch = self.dataset.gather(
                 self.users[rows], self.split, max_len=model.config.max_len, **model.sequence_tokens
             ).to(model.item_table.device)
-            vectors = objective.attribute_vectors(model, model.encode(batch), batch)
-            outputs = objective.user_attribute.predict(vectors)
+            vectors = objective.user_vectors(model, model.encode(batch), batch)
+            pool = objective.objectives.attribute_pool
+            outputs = objective.user_attribute.predict(vectors[pool])
         columns = [
             outputs[a.name].argmax(1) if a.labels else outputs[a.name].squeeze(1)
             for a in self.attributes

@@ -72,11 +72,15 @@ class JointObjective(nn.Module):
             SocialRelationDetection(width) if objectives.social_relation else None
         )
 
-    def attribute_vectors(self, model: UserModel, states: Tensor, batch: JaggedBatch) -> Tensor:
-        """[B, D]: what user attribute prediction reads."""
-        if self.objectives.attribute_pool == "cls":
-            return states[batch.offsets[:-1]]
-        return max_pool(states, batch, model.num_items)
+    def user_vectors(self, model: UserModel, states: Tensor, batch: JaggedBatch) -> dict:
+        """The [B, D] vectors that the heads read, by name of the pool; only those that are used."""
+        weights, vectors = self.objectives, {}
+        by_cls = weights.attribute_pool == "cls"
+        if weights.user_attribute and by_cls:
+            vectors["cls"] = states[batch.offsets[:-1]]
+        if weights.social_relation or (weights.user_attribute and not by_cls):
+            vectors["max"] = max_pool(states, batch, model.num_items)
+        return vectors
 
     def forward(
         self,
@@ -97,17 +101,17 @@ class JointObjective(nn.Module):
                 kept = rows < batch.offsets[own]
                 rows, targets = rows[kept], targets[kept]
         states = model.encode(masked, Rng(seed, step))
+        vectors = self.user_vectors(model, states, batch)
         if self.masked_item is not None:
             loss = self.masked_item(model, states, rows, targets, backend=backend)
             terms.append(Term("masked_item", weights.masked_item, loss, len(rows)))
         if self.user_attribute is not None:
-            users = self.attribute_vectors(model, states, batch)[:own]
+            users = vectors[weights.attribute_pool][:own]
             columns = {name: column[:own] for name, column in batch.columns.items()}
             for loss, count in self.user_attribute(users, columns).values():
                 terms.append(Term("user_attribute", weights.user_attribute, loss, count))
         if self.social_relation is not None:
-            users = max_pool(states, batch, model.num_items)
-            loss = self.social_relation(users, batch.pairs, backend=backend)
+            loss = self.social_relation(vectors["max"], batch.pairs, backend=backend)
             count = len(batch.pairs.positive)  # type: ignore[union-attr]
             terms.append(Term("social_relation", weights.social_relation, loss, count))
         return terms

@@ -97,6 +97,8 @@ def fit(
     model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)
     data = task_data(dataset, recipe, stage.objectives, task)
     objective = JointObjective(stage.objectives, model, data.attributes)
+    if not stage.objectives.masked_item:
+        model.item_head.requires_grad_(False)  # DDP waits for the gradient of every parameter
     if initial_heads is not None:
         load_heads(objective, initial_heads, only="social_relation.")
     loader = SequenceLoader(
