@@ -32,6 +32,7 @@ from fastrec.training.fit import fit
 from fastrec.training.heads import FILE as HEADS
 from fastrec.training.heads import load_heads
 from fastrec.training.step_time import bench
+from fastrec.training.sweep import sweep
 from fastrec.training.tasks import Task, encoded_attributes, held_out_users, select_users
 
 
@@ -296,6 +297,7 @@ RECIPE_COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,
+    "sweep": sweep,
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,

@@ -138,6 +138,40 @@ def test_uprec_from_pretraining_to_profiles_and_friends(tmp_path, capsys):
         )  # fmt: skip
 
 
+def test_sweep_compares_values_and_computes_a_point_once(runs, tmp_path, capsys):
+    flags = [*FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path}", "--key=model.dropout"]
+    main(["sweep", *flags, "--values=[0.1, 0.4]", "--seeds=2"])
+    assert "± " in capsys.readouterr().out and (tmp_path / "sweep.png").stat().st_size > 1000
+    results = json.loads((tmp_path / "sweep.json").read_text())["results"]
+    assert (
+        set(results) == {"0.1", "0.4"}
+        and len({str(r) for runs in results.values() for r in runs}) == 4
+    )
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/metrics.json")}
+    main(["sweep", *flags, "--values=[0.4, 0.1]"])
+    assert len(times) == 4 and all(path.stat().st_mtime_ns == t for path, t in times.items())
+    with pytest.raises(SystemExit, match="is from another recipe"):
+        main(["sweep", *flags, "--values=[0.1]", "--pretraining.learning_rate=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("model.size", "[1]", "'size' is no key of ModelConfig"),
+        ("model", "[1]", "'model' is a group of keys: model.KEY"),
+        ("model.width.x", "[1]", "'width' has no key 'x'"),
+        ("model.width", "[0.5]", "width is 16, expected another int, got 0.5"),
+        ("model.width", "[]", "there is nothing to run"),
+    ],
+)
+def test_sweep_errors(runs, tmp_path, key, values, message):
+    with pytest.raises(SystemExit, match=message):
+        main(
+            ["sweep", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path}",
+             f"--key={key}", f"--values={values}"]
+        )  # fmt: skip
+
+
 def test_monitor_must_be_a_metric_of_the_task(runs, tmp_path):
     with pytest.raises(SystemExit, match=r"monitor is 'score', the metrics of this task are"):
         main(
