@@ -126,6 +126,13 @@ def test_relations_equal_dense_pytorch():
     assert grads[2] == 0
 
 
+def test_similarity_weights_start_at_one_over_width_or_as_told():
+    weights = replace(WEIGHTS, similarity_weight=1.0)
+    for chosen, expected in ((WEIGHTS, 1 / 8), (weights, 1.0)):
+        joint = JointObjective(chosen, model_of(), [AGE])
+        assert joint.social_relation.weight.tolist() == [expected] * 8
+
+
 def test_no_friends_give_zero_with_a_live_graph():
     lonely = FriendSampler(SocialGraph.from_pairs(np.empty((0, 2)), 6))
     _, pairs = lonely.pairs_at(np.arange(6), 0, 0)

@@ -65,7 +65,7 @@ class RelationEvaluator:
             return max_pool(model.encode(batch), batch, model.num_items).float().cpu()
 
     def metrics(self, vectors: Tensor, objective) -> dict[str, float]:
-        """`friend_metrics` under the trained similarity (unit weights without one).
+        """`friend_metrics` under the trained similarity (equal weights without one).
 
         vectors: [N, D], what `score` gives for all users.
         """

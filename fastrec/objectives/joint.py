@@ -26,6 +26,8 @@ class Objectives:
         social_relation: social relation detection.
         attribute_pool: the user vector of attribute prediction: "max" over the items, or the state
             of [CLS] (UPRec section 3.4, fine-tuning).
+        similarity_weight: where the weights of the similarity of two users start; None is
+            1 / model.width.
         friends_in_all: drawn friends also take part in the other objectives; otherwise only in
             social relation detection.
     """
@@ -34,6 +36,7 @@ class Objectives:
     user_attribute: float = 0.0
     social_relation: float = 0.0
     attribute_pool: Literal["max", "cls"] = "max"
+    similarity_weight: float | None = None
     friends_in_all: bool = True
 
 
@@ -68,9 +71,9 @@ class JointObjective(nn.Module):
         self.user_attribute = (
             UserAttributePrediction(width, attributes) if objectives.user_attribute else None
         )
-        self.social_relation = (
-            SocialRelationDetection(width) if objectives.social_relation else None
-        )
+        self.social_relation = None
+        if objectives.social_relation:
+            self.social_relation = SocialRelationDetection(width, objectives.similarity_weight)
 
     def user_vectors(self, model: UserModel, states: Tensor, batch: JaggedBatch) -> dict:
         """The [B, D] vectors that the heads read, by name of the pool; only those that are used."""

@@ -14,13 +14,19 @@ class SocialRelationDetection(nn.Module):
     """Mean over the queries of -log softmax_j(s(u_query, u_j))[friend], j over the drawn friends of
     the batch that are allowed as negatives, s(q, c) = -(sum_d w_d (q_d - c_d)^2 + b).
 
-    w starts at 1 and may take any sign, as in the paper; b cancels in the softmax, so its gradient
-    is 0.
+    w may take any sign, as in the paper; b cancels in the softmax, so its gradient is 0. The paper
+    does not say where w starts. At 1 the first logits are sums over D features of normalised
+    states, far from each other; the loss starts at many times log C and its gradient first draws
+    all users together. 1 / D starts near log C.
+
+    Args:
+        width: D.
+        initial: the first value of all w; None is 1 / D.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, initial: float | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.full((width,), 1 / width if initial is None else initial))
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, users: Tensor, pairs: SocialPairs | None, backend=None) -> Tensor:
