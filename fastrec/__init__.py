@@ -2,6 +2,8 @@
 
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
+from fastrec.ops.jagged_attention import jagged_attention
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -9,6 +11,8 @@ __version__ = "0.1.0"
 __all__ = [
     "bias_gelu_dropout",
     "dropout_add_layer_norm",
+    "in_batch_cross_entropy",
+    "jagged_attention",
     "jagged_embedding",
     "linear_cross_entropy",
 ]
