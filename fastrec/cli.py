@@ -230,7 +230,9 @@ def _evaluate_relation(recipe: Recipe, dataset, trained: UserModel, path: Path) 
     pairs = len(evaluator.queries)
     deviation = 100 * (rows["model"]["accuracy"] * (1 - rows["model"]["accuracy"]) / pairs) ** 0.5
     print(f"{pairs} pairs of held-out users, 1 friend and {social.negatives} others")
-    print(f"similarity: {'trained weights' if taken else f'equal weights, {path / HEADS} has none'}")
+    print(
+        f"similarity: {'trained weights' if taken else f'equal weights, {path / HEADS} has none'}"
+    )
     print_metrics(rows)
     print(f"standard error of the model's accuracy: {deviation:.2f}")
     return {"pairs": pairs, "trained_similarity": bool(taken), "metrics": rows}

@@ -52,8 +52,9 @@ def test_exclusions_by_hand(graph, hops, expected):
 
 
 @pytest.mark.parametrize("hops", [0, 1, 2])
-def test_exclusions_equal_the_definition_on_sets(monkeypatch, hops):
-    monkeypatch.setattr("fastrec.data.relations._BLOCK", 700)  # several blocks of queries
+@pytest.mark.parametrize("block", [1, 700])
+def test_exclusions_equal_the_definition_on_sets(monkeypatch, hops, block):
+    monkeypatch.setattr("fastrec.data.relations._BLOCK", block)  # several blocks
     graph = random_graph(300, 700, seed=hops)
     friends = friends_of(graph)
     generator = np.random.default_rng(0)
