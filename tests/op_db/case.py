@@ -77,6 +77,8 @@ class Op:
     # Backends whose result is promised to have the same bits on every call and for every number of
     # threads.
     deterministic: tuple[str, ...] = ("cpp", "triton")
+    # Backends that torch.compile(fullgraph=True) takes, of those that the suite compiles.
+    compiles: tuple[str, ...] = ("reference", "cpp")
     # (backend, sample) -> what is added to the budget, relative to the largest exact value.
     rounding_band: Callable[[str, Sample], float] = no_band
 
@@ -96,14 +98,19 @@ def run(
     function: Callable,
     sample: Sample,
     differentiable: tuple[str, ...],
+    upstream: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients, by name."""
+    """Outputs and gradients, by name. `upstream`: the gradient of a single output."""
     kwargs, leaves = dict(sample.kwargs), {}
     for name in differentiable:
         if kwargs.get(name) is not None:
             kwargs[name] = leaves[name] = kwargs[name].detach().requires_grad_()
     outputs = outputs_of(function, kwargs)
-    grads = gradients(outputs, leaves)
+    if upstream is None:
+        grads = gradients(outputs, leaves)
+    else:
+        found = torch.autograd.grad(outputs["output"], list(leaves.values()), upstream)
+        grads = dict(zip(leaves, found, strict=True))
     return {name: value.detach() for name, value in outputs.items()} | grads
 
 
