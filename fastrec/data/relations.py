@@ -4,6 +4,7 @@ Legend: U users, R directed links, B queries, C candidates, E excluded pairs.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -166,16 +167,23 @@ class SocialGraph:
         # A block of queries x candidates is flagged and read out; repeated candidates copy the
         # flags of their first column.
         found, totals = [], np.zeros(len(queries) + 1, dtype=np.int64)
-        step = max(1, _BLOCK // len(candidates))
+        width = len(candidates)
+        step = max(1, _BLOCK // width)
         for begin in range(0, len(queries), step):
             end = min(begin + step, len(queries))
             part = slice(entry_of_row[begin], entry_of_row[end])
-            near = np.zeros((end - begin, len(candidates)), dtype=bool)
-            into = np.repeat((row[part] - begin).astype(np.int64) * len(candidates), pairs[part])
-            near.reshape(-1)[into + owner[_spans(first[part], pairs[part])]] = True
+            near = np.zeros((end - begin, width), dtype=bool)
+            # The place in `near` of each joined pair: the start of its row plus its candidate.
+            # int64, because numpy converts any other index first.
+            place = np.repeat((row[part] - begin) * np.int64(width), pairs[part])
+            place += owner.take(_spans(first[part], pairs[part]))
+            near.reshape(-1)[place] = True
             near[:, again] = near[:, column[inverse[again]]]
-            totals[begin + 1 : end + 1] = near.sum(1)
-            found.append(np.flatnonzero(near) % len(candidates))
+            flat = np.flatnonzero(near)
+            ends = np.searchsorted(flat, np.arange(1, end - begin + 1) * width)
+            totals[begin + 1 : end + 1] = np.diff(ends, prepend=0)
+            flat -= np.repeat(np.arange(end - begin) * width, np.diff(ends, prepend=0))
+            found.append(flat)
         return np.concatenate(found), totals.cumsum()
 
     def _neighbourhoods(self, users: np.ndarray, friends: bool, others: np.ndarray) -> tuple:
@@ -199,11 +207,17 @@ class SocialGraph:
         reached[queries] = True
         if wide:
             reached[self.values[_spans(self.offsets[queries], self.degrees(queries))]] = True
-        degree = self.degrees(users)
-        members = self.values[_spans(self.offsets[users], degree)]
-        kept = np.flatnonzero(reached[members])
-        keys = members[kept].astype(np.int64) << 32 | np.repeat(owner, degree)[kept]
-        keys = np.concatenate((keys, users << 32 | owner))
+        starts, degree = self.offsets[users], self.degrees(users)
+        ends = degree.cumsum()
+        cuts = np.searchsorted(ends, np.arange(_BLOCK, ends[-1], _BLOCK), side="right")
+        parts = [users << 32 | owner]
+        for begin, end in pairwise((0, *cuts, len(users))):
+            part = slice(begin, end)
+            members = self.values.take(_spans(starts[part], degree[part]))
+            kept = np.flatnonzero(reached.take(members))
+            who = np.repeat(owner[part], degree[part]).take(kept)
+            parts.append(members.take(kept).astype(np.int64) << 32 | who)
+        keys = np.concatenate(parts)
         keys.sort()
         member = keys >> 32
         start = np.flatnonzero(np.concatenate(([True], member[1:] != member[:-1])))
