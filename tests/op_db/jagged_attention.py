@@ -97,7 +97,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
             name,
             case,
             floor={"query": 80.0, "key": 128.0},
-            why="a difference of two values of dP, each rounded, times K of size 80 (Q of size 128)",
+            why="a difference of two rounded values of dP, times K of size 80 (Q of size 128)",
         )
     case = problem("peaked", short, width=16)
     yield Sample("peaked", case | {"key": 10 * case["query"]})
@@ -114,8 +114,8 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         if op.endswith("_fwd"):
             yield q, k, v, *common
         else:
-            _, lse = torch.ops.fastrec.jagged_attention_fwd(q, k, v, *common)
-            yield torch.ones_like(q), q, k, v, lse, *common
+            out, lse = torch.ops.fastrec.jagged_attention_fwd(q, k, v, *common)
+            yield torch.ones_like(q), q, k, v, out, lse, *common
 
 
 OP = Op(
