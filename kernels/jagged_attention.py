@@ -184,17 +184,27 @@ def _bwd_kernel(
         )  # fmt: skip
 
 
-def _config(width: int, dtype: torch.dtype, max_seq_len: int) -> dict:
-    """Tile shapes and launch options, for the forward and the backward kernel alike."""
+def _config(kernel: str, width: int, dtype: torch.dtype, max_seq_len: int) -> dict:
+    """Tile shape and launch options of the "fwd" or "bwd" kernel, as large as no target spills."""
     block_d = max(triton.next_power_of_2(width), 16)
-    largest = 64 if block_d <= 64 else 32
+    if dtype == torch.float32:  # no tensor cores: operands are registers
+        largest = 32 if block_d <= 128 else 16
+    else:
+        largest = 64 if block_d <= 64 else 32
     block = min(max(triton.next_power_of_2(max_seq_len), 16), largest)
+    one_tile = max_seq_len <= block
+    if block * max(block, block_d) <= 512:
+        warps = 1
+    elif block_d >= 128 or (kernel == "bwd" and block == 64 and not (one_tile and block_d <= 32)):
+        warps = 8
+    else:
+        warps = 4
     return {
         "BLOCK": block,
         "BLOCK_D": block_d,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": 4 if block * block_d > 512 else 1,
-        "num_stages": 1 if max_seq_len <= block else 2,
+        "num_warps": warps,
+        "num_stages": 1,
     }
 
 
@@ -202,11 +212,11 @@ def _features_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _launch(query, offsets, sample_ids, max_seq_len, drop):
-    """(grid, options, keep scale, sample ids or None) of either kernel."""
+def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop):
+    """(grid, options, keep scale, sample ids or None) of a kernel."""
     if query.dtype == torch.float64:
         raise RuntimeError("jagged_attention has no float64 triton kernel, query is float64")
-    options = _config(query.shape[2], query.dtype, max_seq_len)
+    options = _config(kernel, query.shape[2], query.dtype, max_seq_len)
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         options["PRECISION"] = "tf32"
     # Sequences on x: the other axes end at 65,535.
@@ -217,7 +227,7 @@ def _launch(query, offsets, sample_ids, max_seq_len, drop):
 def jagged_attention_fwd(
     query, key, value, offsets, sample_ids, rng, max_seq_len, causal, scale, drop, view, layer
 ):
-    grid, options, keep_scale, ids = _launch(query, offsets, sample_ids, max_seq_len, drop)
+    grid, options, keep_scale, ids = _launch("fwd", query, offsets, sample_ids, max_seq_len, drop)
     query, key, value = map(_features_contiguous, (query, key, value))
     events, heads, width = query.shape
     out = query.new_empty(query.shape)
@@ -237,7 +247,7 @@ def jagged_attention_bwd(
     grad_out, query, key, value, out, lse, offsets, sample_ids, rng,
     max_seq_len, causal, scale, drop, view, layer,
 ):  # fmt: skip
-    grid, options, keep_scale, ids = _launch(query, offsets, sample_ids, max_seq_len, drop)
+    grid, options, keep_scale, ids = _launch("bwd", query, offsets, sample_ids, max_seq_len, drop)
     grad_out, query, key, value = map(_features_contiguous, (grad_out, query, key, value))
     events, heads, width = query.shape
     grad = query.new_empty(events, 3, heads, width)
