@@ -1,4 +1,4 @@
-"""jagged_attention: what a comparison with the reference cannot express. Masks, invariance, limits."""
+"""jagged_attention: what the reference cannot express. Masks, invariance, limits, statistics."""
 
 import pytest
 import torch
