@@ -3,6 +3,16 @@
 `case.py` says what a sample is; a new case of an operator is one `yield` in its module.
 """
 
-from op_db import jagged_attention, linear_cross_entropy
+from op_db import (
+    bias_gelu_dropout,
+    dropout_add_layer_norm,
+    jagged_attention,
+    linear_cross_entropy,
+)
 
-OPS = [linear_cross_entropy.OP, jagged_attention.OP]
+OPS = [
+    bias_gelu_dropout.OP,
+    dropout_add_layer_norm.OP,
+    jagged_attention.OP,
+    linear_cross_entropy.OP,
+]
