@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+
 from fastrec.kernels import jagged_attention as kernels
 
 pytestmark = needs_compiler
