@@ -162,10 +162,11 @@ std::tuple<Tensor, Tensor> jagged_attention_fwd(Tensor query, Tensor key, Tensor
   return query.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
 
-Tensor jagged_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor lse,
-                            Tensor offsets, std::optional<Tensor> sample_ids,
-                            std::optional<Tensor> rng, int64_t max_seq_len, bool causal,
-                            double scale, int64_t drop, int64_t view, int64_t layer) {
+Tensor jagged_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
+                            std::optional<Tensor> out, Tensor lse, Tensor offsets,
+                            std::optional<Tensor> sample_ids, std::optional<Tensor> rng,
+                            int64_t max_seq_len, bool causal, double scale, int64_t drop,
+                            int64_t view, int64_t layer) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward_typed(

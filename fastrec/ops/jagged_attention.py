@@ -32,10 +32,12 @@ torch.library.define(
     f"fastrec::{OP}_fwd",
     f"(Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor out, Tensor lse)",
 )
-# grad [T, 3, H, D]: of query, key and value.
+# grad [T, 3, H, D]: of query, key and value. out is read by the Triton kernel alone, which takes
+# delta from it in sequences of more than one tile.
 torch.library.define(
     f"fastrec::{OP}_bwd",
-    f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor lse, {_COMMON})"
+    f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor lse,"
+    f" {_COMMON})"
     " -> Tensor grad",
 )
 
@@ -52,6 +54,20 @@ def _(grad_out, query, *args):
     return query.new_empty(events, 3, heads, width)
 
 
+@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import jagged_attention as kernels
+
+    return kernels.jagged_attention_fwd(*args)
+
+
+@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import jagged_attention as kernels
+
+    return kernels.jagged_attention_bwd(*args)
+
+
 def _launchers(backend: str, device: torch.device):
     if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
         from fastrec.kernels import jagged_attention as kernels
@@ -65,7 +81,8 @@ class _JaggedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, offsets, sample_ids, rng, settings, backend):
         fwd, _ = _launchers(backend, query.device)
         out, lse = fwd(query, key, value, offsets, sample_ids, rng, *settings)
-        ctx.save_for_backward(query, key, value, lse, offsets, sample_ids, rng)
+        kept = out if backend == "triton" else None
+        ctx.save_for_backward(query, key, value, kept, lse, offsets, sample_ids, rng)
         ctx.settings, ctx.backend = settings, backend
         return out
 

@@ -114,8 +114,8 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         if op.endswith("_fwd"):
             yield q, k, v, *common
         else:
-            _, lse = torch.ops.fastrec.jagged_attention_fwd(q, k, v, *common)
-            yield torch.ones_like(q), q, k, v, lse, *common
+            out, lse = torch.ops.fastrec.jagged_attention_fwd(q, k, v, *common)
+            yield torch.ones_like(q), q, k, v, out, lse, *common
 
 
 OP = Op(

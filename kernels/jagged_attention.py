@@ -1,0 +1,263 @@
+"""Triton kernels of `jagged_attention`: a program owns a block of events of one sequence.
+
+Legend: B sequences, T events, H heads, D head width. S and P are [queries, keys] tiles of
+BLOCK x BLOCK; a sequence of at most BLOCK events is one tile, and nothing of it is computed twice.
+
+Forward: queries stay, keys stream, softmax with a running maximum. Backward of one tile: everything
+on chip. Backward of longer sequences: the block's dK and dV from all queries, then its dQ from all
+keys, so every output is written once by one program. No atomics: equal inputs give equal bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastrec.kernels.linear_cross_entropy import LOG2E, _dot, _round
+from fastrec.kernels.philox import draws, philox_key
+
+SITE = tl.constexpr(1)  # "attention" of fastrec.random.SITES
+
+
+@triton.jit
+def _load_tile(base, t, h, row, length, stride_t, stride_h, d, BLOCK_D: tl.constexpr):
+    """[len(row), BLOCK_D] features of the events t + row; 0 beyond the sequence and the width.
+
+    t is int64, and so is every product with it: heads and widths may be constants or 32-bit.
+    """
+    col = tl.arange(0, BLOCK_D)
+    offset = (t + row)[:, None] * stride_t + (t * 0 + h) * stride_h + col[None, :]
+    return tl.load(base + offset, mask=(row < length)[:, None] & (col < d)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    base, value, t, h, row, length, stride_t, stride_h, d, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    col = tl.arange(0, BLOCK_D)
+    offset = (t + row)[:, None] * stride_t + (t * 0 + h) * stride_h + col[None, :]
+    keep = (row < length)[:, None] & (col < d)[None, :]
+    tl.store(base + offset, _round(value, base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _scores(q, k, row, col, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
+    """scale * q k^T, -inf where a query does not see a key."""
+    s = _dot(q, tl.trans(k), None, PRECISION) * scale
+    seen = (col < length)[None, :]
+    if CAUSAL:
+        seen = seen & (col[None, :] <= row[:, None])
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _kept(
+    rng, sample_ids, b, row, first, view, layer, h, drop, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Keep mask of the keys first .. first + BLOCK - 1."""
+    key = philox_key(tl.load(rng), SITE)
+    step, sample_id = tl.load(rng + 1), tl.load(sample_ids + b)
+    drawn = draws(key, row, first // 16, view, layer, h, sample_id, step, BLOCK // 16)
+    return drawn.to(tl.int32) >= drop
+
+
+@triton.jit(do_not_specialize=["drop", "view", "layer"])
+def _fwd_kernel(
+    q, k, v, offsets, sample_ids, rng, out, lse,
+    heads, d, scale, keep_scale, drop, view, layer,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    t = tl.load(offsets + b)
+    length = (tl.load(offsets + b + 1) - t).to(tl.int32)
+    if first >= length:
+        return
+    row = first + tl.arange(0, BLOCK)
+    end = length
+    if CAUSAL:
+        end = tl.minimum(length, first + BLOCK)
+    for h in range(heads):
+        q_tile = _load_tile(q, t, h, row, length, stride_qt, stride_qh, d, BLOCK_D)
+        peak = tl.full([BLOCK], -1e30, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        for start in range(0, end, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            k_tile = _load_tile(k, t, h, col, length, stride_kt, stride_kh, d, BLOCK_D)
+            v_tile = _load_tile(v, t, h, col, length, stride_vt, stride_vh, d, BLOCK_D)
+            s = _scores(q_tile, k_tile, row, col, length, scale, CAUSAL, PRECISION)
+            new = tl.maximum(peak, tl.max(s, 1))
+            p = tl.exp2((s - new[:, None]) * LOG2E)
+            fade = tl.exp2((peak - new) * LOG2E)
+            peak = new
+            total = total * fade + tl.sum(p, 1)
+            if sample_ids is not None:
+                kept = _kept(rng, sample_ids, b, row, start, view, layer, h, drop, BLOCK)
+                p = tl.where(kept, p, 0.0)
+            acc = _dot(_round(p, q.dtype.element_ty), v_tile, acc * fade[:, None], PRECISION)
+        acc *= (keep_scale / total)[:, None]
+        _store_tile(out, acc, t, h, row, length, (t * 0 + heads) * d, d, d, BLOCK_D)
+        tl.store(lse + (t + row) * heads + h, peak + tl.log(total), mask=row < length)
+
+
+@triton.jit(do_not_specialize=["drop", "view", "layer"])
+def _bwd_kernel(
+    g, q, k, v, out, lse, offsets, sample_ids, rng, grad,
+    heads, d, scale, keep_scale, drop, view, layer,
+    stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ONE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    t = tl.load(offsets + b)
+    length = (tl.load(offsets + b + 1) - t).to(tl.int32)
+    if first >= length:
+        return
+    own = first + tl.arange(0, BLOCK)
+    third = (t * 0 + heads) * d
+    dtype: tl.constexpr = q.dtype.element_ty
+    for h in range(heads):
+        k_own = _load_tile(k, t, h, own, length, stride_kt, stride_kh, d, BLOCK_D)
+        v_own = _load_tile(v, t, h, own, length, stride_vt, stride_vh, d, BLOCK_D)
+        q_own = _load_tile(q, t, h, own, length, stride_qt, stride_qh, d, BLOCK_D)
+        g_own = _load_tile(g, t, h, own, length, stride_gt, stride_gh, d, BLOCK_D)
+        if ONE_TILE:
+            s = _scores(q_own, k_own, own, own, length, scale, CAUSAL, PRECISION)
+            p = tl.exp2((s - tl.max(s, 1)[:, None]) * LOG2E)
+            p = p / tl.sum(p, 1)[:, None]
+            dp = _dot(g_own, tl.trans(v_own), None, PRECISION) * keep_scale
+            a = p
+            if sample_ids is not None:
+                kept = _kept(rng, sample_ids, b, own, first, view, layer, h, drop, BLOCK)
+                a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
+            ds = _round(p * (dp - tl.sum(p * dp, 1)[:, None]), dtype)
+            dv = _dot(tl.trans(_round(a, dtype)), g_own, None, PRECISION)
+            dk = _dot(tl.trans(ds), q_own, None, PRECISION)
+            dq = _dot(ds, k_own, None, PRECISION)
+        else:
+            dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+            dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+            dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+            begin = 0
+            end = length
+            if CAUSAL:
+                begin = first
+                end = tl.minimum(length, first + BLOCK)
+            for start in range(begin, length, BLOCK):  # blocks of queries against the own keys
+                row = start + tl.arange(0, BLOCK)
+                q_tile = _load_tile(q, t, h, row, length, stride_qt, stride_qh, d, BLOCK_D)
+                g_tile = _load_tile(g, t, h, row, length, stride_gt, stride_gh, d, BLOCK_D)
+                o_tile = _load_tile(out, t, h, row, length, third, d, d, BLOCK_D)
+                delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+                shift = tl.load(lse + (t + row) * heads + h, mask=row < length, other=0.0)
+                s = _scores(q_tile, k_own, row, own, length, scale, CAUSAL, PRECISION)
+                p = tl.exp2((s - shift[:, None]) * LOG2E)
+                dp = _dot(g_tile, tl.trans(v_own), None, PRECISION) * keep_scale
+                a = p
+                if sample_ids is not None:
+                    kept = _kept(rng, sample_ids, b, row, first, view, layer, h, drop, BLOCK)
+                    a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
+                ds = _round(p * (dp - delta[:, None]), dtype)
+                dv = _dot(tl.trans(_round(a, dtype)), g_tile, dv, PRECISION)
+                dk = _dot(tl.trans(ds), q_tile, dk, PRECISION)
+            o_own = _load_tile(out, t, h, own, length, third, d, d, BLOCK_D)
+            delta = tl.sum(g_own.to(tl.float32) * o_own.to(tl.float32), 1)
+            shift = tl.load(lse + (t + own) * heads + h, mask=own < length, other=0.0)
+            for start in range(0, end, BLOCK):  # the own queries against blocks of keys
+                col = start + tl.arange(0, BLOCK)
+                k_tile = _load_tile(k, t, h, col, length, stride_kt, stride_kh, d, BLOCK_D)
+                v_tile = _load_tile(v, t, h, col, length, stride_vt, stride_vh, d, BLOCK_D)
+                s = _scores(q_own, k_tile, own, col, length, scale, CAUSAL, PRECISION)
+                p = tl.exp2((s - shift[:, None]) * LOG2E)
+                dp = _dot(g_own, tl.trans(v_tile), None, PRECISION) * keep_scale
+                if sample_ids is not None:
+                    kept = _kept(rng, sample_ids, b, own, start, view, layer, h, drop, BLOCK)
+                    dp = tl.where(kept, dp, 0.0)
+                ds = _round(p * (dp - delta[:, None]), dtype)
+                dq = _dot(ds, k_tile, dq, PRECISION)
+        _store_tile(grad, dq * scale, t, h, own, length, 3 * third, d, d, BLOCK_D)
+        _store_tile(grad + third, dk * scale, t, h, own, length, 3 * third, d, d, BLOCK_D)
+        _store_tile(
+            grad + 2 * third, dv * keep_scale, t, h, own, length, 3 * third, d, d, BLOCK_D
+        )  # fmt: skip
+
+
+def _config(kernel: str, width: int, dtype: torch.dtype, max_seq_len: int) -> dict:
+    """Tile shape and launch options of the "fwd" or "bwd" kernel, as large as no target spills."""
+    block_d = max(triton.next_power_of_2(width), 16)
+    if dtype == torch.float32:  # no tensor cores: operands are registers
+        largest = 32 if block_d <= 128 else 16
+    else:
+        largest = 64 if block_d <= 64 else 32
+    block = min(max(triton.next_power_of_2(max_seq_len), 16), largest)
+    one_tile = max_seq_len <= block
+    if block * max(block, block_d) <= 512:
+        warps = 1
+    elif block_d >= 128 or (kernel == "bwd" and block == 64 and not (one_tile and block_d <= 32)):
+        warps = 8
+    else:
+        warps = 4
+    return {
+        "BLOCK": block,
+        "BLOCK_D": block_d,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": warps,
+        "num_stages": 1,
+    }
+
+
+def _features_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop):
+    """(grid, options, keep scale, sample ids or None) of a kernel."""
+    if query.dtype == torch.float64:
+        raise RuntimeError("jagged_attention has no float64 triton kernel, query is float64")
+    options = _config(kernel, query.shape[2], query.dtype, max_seq_len)
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        options["PRECISION"] = "tf32"
+    # Sequences on x: the other axes end at 65,535.
+    grid = (offsets.shape[0] - 1, triton.cdiv(max_seq_len, options["BLOCK"]))
+    return grid, options, 256 / (256 - drop), sample_ids if drop else None
+
+
+def jagged_attention_fwd(
+    query, key, value, offsets, sample_ids, rng, max_seq_len, causal, scale, drop, view, layer
+):
+    grid, options, keep_scale, ids = _launch("fwd", query, offsets, sample_ids, max_seq_len, drop)
+    query, key, value = map(_features_contiguous, (query, key, value))
+    events, heads, width = query.shape
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(events, heads, dtype=torch.float32)
+    if events == 0:
+        return out, lse
+    strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
+    with torch.cuda.device_of(query):
+        _fwd_kernel[grid](
+            query, key, value, offsets.contiguous(), ids, rng, out, lse,
+            heads, width, scale, keep_scale, drop, view, layer, *strides, CAUSAL=causal, **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def jagged_attention_bwd(
+    grad_out, query, key, value, out, lse, offsets, sample_ids, rng,
+    max_seq_len, causal, scale, drop, view, layer,
+):  # fmt: skip
+    grid, options, keep_scale, ids = _launch("bwd", query, offsets, sample_ids, max_seq_len, drop)
+    grad_out, query, key, value = map(_features_contiguous, (grad_out, query, key, value))
+    events, heads, width = query.shape
+    grad = query.new_empty(events, 3, heads, width)
+    if events == 0:
+        return grad
+    strides = [stride for x in (grad_out, query, key, value) for stride in x.stride()[:2]]
+    with torch.cuda.device_of(query):
+        _bwd_kernel[grid](
+            grad_out, query, key, value, out, lse, offsets.contiguous(), ids, rng, grad,
+            heads, width, scale, keep_scale, drop, view, layer, *strides,
+            CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], **options,
+        )  # fmt: skip
+    return grad
