@@ -3,6 +3,6 @@
 `case.py` says what a sample is; a new case of an operator is one `yield` in its module.
 """
 
-from op_db import in_batch_cross_entropy, linear_cross_entropy
+from op_db import in_batch_cross_entropy, in_batch_hardest, linear_cross_entropy
 
-OPS = [linear_cross_entropy.OP, in_batch_cross_entropy.OP]
+OPS = [linear_cross_entropy.OP, in_batch_cross_entropy.OP, in_batch_hardest.OP]
