@@ -14,6 +14,12 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
+// The dtype of a tensor of T, the type that a kernel computes in.
+template <class T>
+constexpr ScalarType compute_dtype() {
+  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
 // The conversions are written without branches so that the loops around them become vector code.
 FASTREC_INLINE float from_bits(uint32_t bits) {
   float value;
@@ -36,6 +42,11 @@ FASTREC_INLINE float widen(Half value) {
 template <class Source, class T>
 FASTREC_INLINE void convert_row(const Source* __restrict source, T* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(source[i]));
+}
+
+template <class T>
+constexpr ScalarType dtype_of() {
+  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 }
 
 // A [rows, width] matrix with contiguous rows, of a dtype known at run time.

@@ -71,9 +71,10 @@ struct Gemm {
     }
   }
 
-  // out[t, lanes of a panel] = tile[t] . panel, where out has row stride BLOCK, panel is [D, NR].
+  // out[t, lanes of a panel] = tile[t] . panel, where out has row stride STRIDE, panel is [D, NR].
   // Up to MR - 1 rows beyond `rows` are computed too. Sums are cut every DEPTH terms, because the
   // rounding error grows with the length of a chain.
+  template <int64_t STRIDE = BLOCK>
   static FASTREC_INLINE void scores(int64_t rows, int64_t width, const T* tile, int64_t ld,
                                     const T* panel, T* out) {
     for (int64_t i = 0; i < rows; i += MR) {
@@ -84,7 +85,7 @@ struct Gemm {
         for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
           for (int j = 0; j < NV; ++j) {
-            T* at = out + (i + m) * BLOCK + j * S::lanes;
+            T* at = out + (i + m) * STRIDE + j * S::lanes;
             S::store(at, k > 0 ? S::load(at) + c[m][j] : c[m][j]);
           }
         }
@@ -92,31 +93,34 @@ struct Gemm {
     }
   }
 
-  template <int N>
+  template <int N, int64_t ROW, int64_t STEP>
   static FASTREC_INLINE void accumulate_tile(int64_t depth, const T* p, const T* tile, int64_t ld,
-                                             T* out) {
+                                             T* out, int64_t out_ld) {
     V c[MR][N] = {};
-    multiply<N>(depth, p, 1, BLOCK, tile, ld, c);
+    multiply<N>(depth, p, ROW, STEP, tile, ld, c);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
-        T* at = out + m * ld + j * S::lanes;
+        T* at = out + m * out_ld + j * S::lanes;
         S::store(at, S::load(at) + c[m][j]);  // one rounding per tile, not per streamed row
       }
     }
   }
 
-  // out[s] += sum_t p[t, s] * tile[t] for `stationary` rows s and `depth` streamed rows t.
+  // out[s] += sum_t p(s, t) * tile[t] for `stationary` rows s and `depth` streamed rows t, where
+  // p(s, t) is at s * ROW + t * STEP.
+  template <int64_t ROW = 1, int64_t STEP = BLOCK>
   static FASTREC_INLINE void accumulate(int64_t stationary, int64_t depth, int64_t width,
-                                        const T* p, const T* tile, int64_t ld, T* out) {
+                                        const T* p, const T* tile, int64_t ld, T* out,
+                                        int64_t out_ld) {
     for (int64_t n = 0; n < width; n += NR) {
       for (int64_t s = 0; s < stationary; s += MR) {
-        T* at = out + s * ld + n;
+        T* at = out + s * out_ld + n;
         if (width - n > S::lanes)
-          accumulate_tile<NV>(depth, p + s, tile + n, ld, at);
+          accumulate_tile<NV, ROW, STEP>(depth, p + s * ROW, tile + n, ld, at, out_ld);
         else
-          accumulate_tile<1>(depth, p + s, tile + n, ld, at);
+          accumulate_tile<1, ROW, STEP>(depth, p + s * ROW, tile + n, ld, at, out_ld);
       }
     }
   }

@@ -87,7 +87,7 @@ FASTREC_INLINE void in_batch_forward_tasks(const InBatchForward<T>& a) {
         }
         sum[r] += column_sum[r];
       }
-      if (a.with_direction) G::accumulate(rows, count, q.width, s, tile, q.ld, acc);
+      if (a.with_direction) G::accumulate(rows, count, q.width, s, tile, q.ld, acc, q.ld);
     }
     for (int64_t r = 0; r < rows; ++r) {
       int64_t at = range * q.rows + first + r;
@@ -148,7 +148,7 @@ FASTREC_INLINE void in_batch_backward_tasks(const InBatchBackward<T>& a) {
         s[i * BLOCK + y] = a.grad_positive[row + i];
         sum[y] += a.grad_positive[row + i];
       }
-      G::accumulate(items, count, q.width, s, tile, q.ld, acc);
+      G::accumulate(items, count, q.width, s, tile, q.ld, acc, q.ld);
     }
     for (int64_t i = 0; i < items; ++i) {
       std::copy_n(acc + i * q.ld, q.width, a.grad_candidate + (first + i) * q.width);

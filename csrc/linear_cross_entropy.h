@@ -67,7 +67,7 @@ FASTREC_INLINE T finite_shift(T top) {
 }
 
 // s -> scale(i, exp(argument(i, j, s))) for `ROWS` rows i and the vectors j of a panel.
-template <int ROWS, class S, class Argument, class Scale>
+template <int ROWS, int64_t STRIDE, class S, class Argument, class Scale>
 FASTREC_INLINE void exponential_rows(int64_t first, typename S::T* s,
                                      typename S::V (&sum)[Gemm<S>::NV], const Argument& argument,
                                      const Scale& scale) {
@@ -75,31 +75,31 @@ FASTREC_INLINE void exponential_rows(int64_t first, typename S::T* s,
   typename S::V p[ROWS * NV];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS * NV; ++i)
-    p[i] = argument(first + i / NV, i % NV, S::load(s + i / NV * BLOCK + i % NV * S::lanes));
+    p[i] = argument(first + i / NV, i % NV, S::load(s + i / NV * STRIDE + i % NV * S::lanes));
   S::exp(p);
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS * NV; ++i) {
     p[i] = scale(first + i / NV, p[i]);
-    S::store(s + i / NV * BLOCK + i % NV * S::lanes, p[i]);
+    S::store(s + i / NV * STRIDE + i % NV * S::lanes, p[i]);
     sum[i % NV] += p[i];
   }
 }
 
 // The same for a whole panel [count, NR]; also its column sums.
-template <class S, class Argument, class Scale>
+template <class S, int64_t STRIDE = BLOCK, class Argument, class Scale>
 FASTREC_INLINE void exponentials(int64_t count, typename S::T* s, typename S::T* column_sum,
                                  const Argument& argument, const Scale& scale) {
   typename S::V sum[Gemm<S>::NV] = {};
   int64_t i = 0;
   for (; i + 2 <= count; i += 2)
-    exponential_rows<2, S>(i, s + i * BLOCK, sum, argument, scale);
-  if (i < count) exponential_rows<1, S>(i, s + i * BLOCK, sum, argument, scale);
+    exponential_rows<2, STRIDE, S>(i, s + i * STRIDE, sum, argument, scale);
+  if (i < count) exponential_rows<1, STRIDE, S>(i, s + i * STRIDE, sum, argument, scale);
 #pragma GCC unroll 4
   for (int j = 0; j < Gemm<S>::NV; ++j) S::store(column_sum + j * S::lanes, sum[j]);
 }
 
 // s -> exp(s + bias - max) for a panel [count, NR]; updates the running maxima of its lanes.
-template <class S, class T = typename S::T>
+template <class S, int64_t STRIDE = BLOCK, class T = typename S::T>
 FASTREC_INLINE void online_softmax(int64_t count, T* s, const T* bias, T* top, T* column_sum) {
   using V = typename S::V;
   constexpr int NV = Gemm<S>::NV;
@@ -109,14 +109,14 @@ FASTREC_INLINE void online_softmax(int64_t count, T* s, const T* bias, T* top, T
   for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j)
-      peak[j] = S::max(peak[j], S::load(s + i * BLOCK + j * S::lanes) + bias[i]);
+      peak[j] = S::max(peak[j], S::load(s + i * STRIDE + j * S::lanes) + bias[i]);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
     S::store(top + j * S::lanes, peak[j]);
     shift[j] = peak[j] == -std::numeric_limits<T>::infinity() ? V{} : peak[j];
   }
-  exponentials<S>(
+  exponentials<S, STRIDE>(
       count, s, column_sum,
       [&](int64_t i, int j, V v) __attribute__((always_inline)) { return v + bias[i] - shift[j]; },
       [](int64_t, V p) __attribute__((always_inline)) { return p; });
@@ -163,7 +163,7 @@ FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
         }
         sum[r] += column_sum[r];
       }
-      if (a.with_weight_mean) G::accumulate(rows, count, q.width, s, tile, q.ld, acc);
+      if (a.with_weight_mean) G::accumulate(rows, count, q.width, s, tile, q.ld, acc, q.ld);
     }
     for (int64_t r = 0; r < rows; ++r) {
       int64_t at = range * q.rows + first + r;
@@ -196,7 +196,7 @@ FASTREC_INLINE void backward_tasks(const BackwardArgs<T>& a) {
       const T* tile = q.x + row * q.ld;
       for (int64_t n = 0; n < items; n += G::NR) {
         G::scores(count, q.width, tile, q.ld, packed + n * q.width, s + n);
-exponentials<S>(
+        exponentials<S>(
             count, s + n, column_sum + n,
             [&](int64_t i, int j, V v) __attribute__((always_inline)) {
               return v + S::load(bias + n + j * S::lanes) - a.shift[row + i];
@@ -204,7 +204,7 @@ exponentials<S>(
             [&](int64_t i, V p) __attribute__((always_inline)) { return p * a.grad_lse[row + i]; });
       }
       for (int64_t i = 0; i < items; ++i) sum[i] += column_sum[i];
-      G::accumulate(items, count, q.width, s, tile, q.ld, acc);
+      G::accumulate(items, count, q.width, s, tile, q.ld, acc, q.ld);
     }
     const OneHot* hot = std::lower_bound(a.one_hot, a.one_hot + q.rows, OneHot{first, 0});
     for (; hot < a.one_hot + q.rows && hot->item < first + items; ++hot) {

@@ -1,8 +1,16 @@
 """fastrec: fused, exact kernels and objectives for recommender user models."""
 
+from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
+from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
 from fastrec.ops.in_batch_hardest import in_batch_hardest
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 
 __version__ = "0.1.0"
-__all__ = ["in_batch_cross_entropy", "in_batch_hardest", "linear_cross_entropy"]
+__all__ = [
+    "bias_gelu_dropout",
+    "dropout_add_layer_norm",
+    "in_batch_cross_entropy",
+    "in_batch_hardest",
+    "linear_cross_entropy",
+]

@@ -45,10 +45,15 @@ def _mul_hi_lo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
+def _word(value: Tensor | int) -> Tensor:
+    # Not torch.as_tensor: compiled, with an int that varies, it keeps 32 of 64 bits (torch 2.13).
+    return value if isinstance(value, Tensor) else torch.tensor(value)
+
+
 def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-7. Words are int64 tensors (or ints) holding unsigned 32-bit values, broadcast."""
     k0, k1 = key
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(_word(word) for word in counter))
     for _ in range(ROUNDS):
         high0, low0 = _mul_hi_lo(0xD2511F53, c0)
         high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
@@ -99,7 +104,7 @@ def draws(
         raise ValueError(f"out of range: view {view}, layer {layer}, head {head}")
     _check_positions("row", row)
     _check_positions("col", col)
-    seed, step = torch.as_tensor(seed), torch.as_tensor(step)
+    seed, step = _word(seed), _word(step)
     key = (
         (seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16),
         (seed >> 32) & _MASK32,
@@ -146,7 +151,7 @@ def keep_mask(
     drop = threshold(p, 8)
     if drop == 256:
         raise ValueError(f"dropout probability {p} leaves nothing to keep")
-    seed, step = torch.as_tensor(rng.seed), torch.as_tensor(rng.step)
+    seed, step = _word(rng.seed), _word(rng.step)
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (8 << 16), (seed >> 32) & _MASK32)
     groups = torch.arange((columns + 15) // 16, device=sample_ids.device)
     counter = (
@@ -170,3 +175,43 @@ def sort_keys(seed: int, step: int, sample_ids: Tensor, *, site: str) -> Tensor:
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
     c0, c1, _, _ = philox(key, (0, 0, sample_ids & _MASK32, step & _MASK32))
     return (c0 >> 1) << 31 | (c1 >> 1)
+
+
+def dropout_arguments(
+    rng: Rng | None,
+    p: float,
+    sample_ids: Tensor | None,
+    positions: Tensor | None,
+    rows: int,
+    *,
+    site: str,
+    layer: int = 0,
+) -> tuple:
+    """What a kernel needs to draw the mask of `keep_mask` for [rows, D]: (sample_ids, positions,
+    key, drop, site, layer, view), all of it None or 0 where p quantises to 0.
+
+    `key` is an int64 [2] copy of (seed, step): a step counter that is advanced in place between
+    forward and backward does not change the mask. Raises ValueError for a missing argument.
+    """
+    drop = threshold(p, 8)
+    if drop == 256:
+        raise ValueError(f"dropout probability {p} leaves nothing to keep")
+    if drop == 0:
+        return None, None, None, 0, 0, 0, 0
+    if rng is None or sample_ids is None or positions is None:
+        raise ValueError(
+            "dropout_p > 0 needs rng, sample_ids and positions: the mask is a function of them"
+        )
+    for name, index in (("sample_ids", sample_ids), ("positions", positions)):
+        if index.shape != (rows,) or index.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 [{rows}], got {index.dtype} {list(index.shape)}"
+            )
+    if not (0 <= rng.view < 65536 and 0 <= layer < 256):
+        raise ValueError(f"out of range: view {rng.view}, layer {layer}")
+    _check_positions("positions", positions)
+    if isinstance(rng.seed, Tensor) or isinstance(rng.step, Tensor):
+        key = torch.stack([_word(word).to(sample_ids.device) for word in (rng.seed, rng.step)])
+    else:
+        key = torch.tensor([rng.seed, rng.step], device=sample_ids.device)
+    return sample_ids, positions, key, drop, SITES[site], layer, rng.view

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
+from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
 from fastrec.ops.jagged_attention import jagged_attention
 from fastrec.random import Rng, keep_mask
 
@@ -18,12 +20,22 @@ class EventDropout:
     def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None):
         self.rng = rng if p > 0.0 else None
         self.p = p if self.rng else 0.0
-        if self.rng:
-            self.positions = batch.positions()
-            self.sample_ids = batch.sample_ids[batch.segment_ids()]
+        self.positions = batch.positions() if self.rng else None
+        self.sample_ids = batch.sample_ids[batch.segment_ids()] if self.rng else None
+
+    def at(self, site: str, layer: int = 0) -> dict:
+        """The dropout arguments of a fused op."""
+        return dict(
+            dropout_p=self.p,
+            rng=self.rng,
+            sample_ids=self.sample_ids,
+            positions=self.positions,
+            site=site,
+            layer=layer,
+        )
 
     def __call__(self, x: Tensor, site: str, layer: int = 0) -> Tensor:
-        if self.rng is None:
+        if self.rng is None or self.positions is None or self.sample_ids is None:
             return x
         keep, scale = keep_mask(
             self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer
@@ -31,8 +43,26 @@ class EventDropout:
         return x * (keep * scale).to(x.dtype)
 
 
+def _join(
+    input: Tensor,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    dropout: EventDropout,
+    site: str,
+    layer: int,
+) -> DropoutAddLayerNorm:
+    return dropout_add_layer_norm(
+        input, residual, norm.weight, norm.bias, eps=norm.eps, **dropout.at(site, layer)
+    )
+
+
 class TransformerLayer(nn.Module):
-    """Self-attention and a position-wise feed-forward network, with residuals and LayerNorm."""
+    """Self-attention and a position-wise feed-forward network, with residuals and LayerNorm.
+
+    The states of a layer are a pair (x, pending). Post-norm: the output and None. Pre-norm: the
+    residual stream and the output of the last feed-forward network, whose dropout and addition are
+    one operation with the LayerNorm that comes next, in whichever module that is.
+    """
 
     def __init__(self, width: int, heads: int, ffn_width: int, pre_norm: bool):
         super().__init__()
@@ -58,17 +88,38 @@ class TransformerLayer(nn.Module):
             sample_ids=batch.sample_ids,
             layer=layer,
         )
-        return dropout(self.attention_output(out.flatten(1)), "attention_output", layer)
+        return self.attention_output(out.flatten(1))
 
-    def ffn(self, x: Tensor, dropout: EventDropout, layer: int):
-        return dropout(self.ffn_output(F.gelu(self.ffn_inner(x))), "ffn_output", layer)
+    def ffn(self, x: Tensor):
+        inner = F.linear(x, self.ffn_inner.weight)
+        return self.ffn_output(bias_gelu_dropout(inner, self.ffn_inner.bias))
 
-    def forward(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
+    def forward(
+        self,
+        x: Tensor,
+        batch: JaggedBatch,
+        causal: bool,
+        dropout: EventDropout,
+        layer: int,
+        pending: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         if self.pre_norm:
-            x = x + self.attention(self.attention_norm(x), batch, causal, dropout, layer)
-            return x + self.ffn(self.ffn_norm(x), dropout, layer)
-        x = self.attention_norm(x + self.attention(x, batch, causal, dropout, layer))
-        return self.ffn_norm(x + self.ffn(x, dropout, layer))
+            normed, x = _first_norm(x, pending, self.attention_norm, dropout, layer)
+            attended = self.attention(normed, batch, causal, dropout, layer)
+            normed, x = _join(attended, x, self.ffn_norm, dropout, "attention_output", layer)
+            return x, self.ffn(normed)
+        attended = self.attention(x, batch, causal, dropout, layer)
+        x = _join(attended, x, self.attention_norm, dropout, "attention_output", layer).output
+        return _join(self.ffn(x), x, self.ffn_norm, dropout, "ffn_output", layer).output, None
+
+
+def _first_norm(
+    x: Tensor, pending: Tensor | None, norm: nn.LayerNorm, dropout: EventDropout, layer: int
+) -> DropoutAddLayerNorm:
+    """(LayerNorm of the residual stream, the stream), with what layer - 1 left pending."""
+    if pending is None:
+        return dropout_add_layer_norm(x, None, norm.weight, norm.bias, eps=norm.eps)
+    return _join(pending, x, norm, dropout, "ffn_output", layer - 1)
 
 
 class TransformerEncoder(nn.Module):
@@ -120,6 +171,9 @@ class TransformerEncoder(nn.Module):
         dropout = EventDropout(batch, self.dropout, rng)
         x = self.embedding_norm(embedded + self.positions(batch.positions()))
         x = dropout(x, "embedding")
+        pending = None
         for layer, block in enumerate(self.layers):
-            x = block(x, batch, self.causal, dropout, layer)
-        return self.final_norm(x)
+            x, pending = block(x, batch, self.causal, dropout, layer, pending)
+        if isinstance(self.final_norm, nn.LayerNorm):
+            return _first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
+        return x

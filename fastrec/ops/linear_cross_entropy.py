@@ -10,6 +10,10 @@ The kernels know one function of the logits s_ij = x_i . W_j + b_j and its deriv
 
 Class weights, smoothing, z-loss and reductions are arithmetic on these [N] vectors. The forward
 kernel also returns weight_mean_i = sum_j p_ij W_j, so dx needs no second sweep over the items.
+
+A mean or a sum without smoothing and z-loss is known up to the scalar that backward gets. For few
+items one cpp kernel computes that loss and its gradients in forward, and backward scales them: the
+exponentials of a chunk of rows stay in a cache, so the scores need not be computed twice.
 """
 
 import torch
@@ -34,6 +38,17 @@ torch.library.define(
     "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor lse,"
     " Tensor grad_lse, Tensor grad_target_logit) -> (Tensor grad_weight, Tensor grad_bias)",
 )
+# Beyond this many items the stored exponentials leave the caches: see docs/kernels.
+STORED_ITEMS = 32768
+
+# The plain sum or mean of class weight x (lse - target_logit) over the rows with target !=
+# ignore_index, and its gradients ([0, D] or [0] for those that are not asked for). cpp only.
+torch.library.define(
+    f"fastrec::{OP}_value_and_grad",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+    " int ignore_index, bool mean, bool with_input, bool with_weight)"
+    " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+)
 
 
 def _accumulate_dtype(input: Tensor) -> torch.dtype:
@@ -54,6 +69,19 @@ def _(input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logi
         lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape)
     )
     return linear_weight.new_empty(linear_weight.shape), grad_bias
+
+
+@torch.library.register_fake(f"fastrec::{OP}_value_and_grad")
+def _(
+    input, linear_weight, linear_bias, target, weight, ignore_index, mean, with_input, with_weight
+):
+    rows, (items, width) = input.shape[0], linear_weight.shape
+    return (
+        input.new_empty(()),
+        input.new_empty(rows if with_input else 0, width),
+        linear_weight.new_empty(items if with_weight else 0, width),
+        linear_weight.new_empty(items if with_weight and linear_bias is not None else 0),
+    )
 
 
 @torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
@@ -159,6 +187,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+class _PlainLoss(torch.autograd.Function):
+    """The sum or mean of the losses; float32 or float64 throughout, so that scaling the gradients
+    in backward neither overflows nor underflows."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, ignore_index, mean):
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        loss, *grads = torch.ops.fastrec.linear_cross_entropy_value_and_grad(
+            input,
+            linear_weight,
+            linear_bias,
+            target,
+            weight,
+            ignore_index,
+            mean,
+            needs_input,
+            needs_weight or needs_bias,
+        )
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grads = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(grad * grad_loss if needed else None for grad, needed in grads), *[None] * 4
+
+
 def linear_cross_entropy_ref(
     input,
     linear_weight,
@@ -239,13 +295,18 @@ def _check(input, linear_weight, target, linear_bias, weight, reduction, label_s
         raise ValueError(f"rows as a mask must be [{scored}], got {list(rows.shape)}")
 
 
-def _check_range(name: str, index: Tensor, size: int, ignored: Tensor | None = None) -> None:
+def _check_range(name: str, index: Tensor, size: int, ignored: int | None = None) -> None:
     """Raise when an index is outside [0, size). No host synchronisation on a GPU: there, as in
     PyTorch's own losses, the failure is a device assertion."""
+    on_host = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and index.numel():
+        low, high = index.aminmax()
+        if low.item() >= 0 and high.item() < size:  # usual, and cheaper than the operations below
+            return
     wrong = (index < 0) | (index >= size)
     if ignored is not None:
-        wrong = wrong & ~ignored
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        wrong = wrong & (index != ignored)
+    if not on_host:
         torch._assert_async(~wrong.any(), f"linear_cross_entropy: {name} outside [0, {size})")
     elif wrong.any():
         at = int(wrong.nonzero()[0])
@@ -302,7 +363,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
         input = input.to(torch.get_autocast_dtype(device))
     _check(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows)
-    _check_range("target", target, linear_weight.shape[0], target == ignore_index)
+    _check_range("target", target, linear_weight.shape[0], ignore_index)
     if rows is not None and rows.dtype == torch.int64:
         _check_range("rows", rows, input.shape[0])
     backend = resolve(backend, OP, input.device)
@@ -321,6 +382,20 @@ def linear_cross_entropy(
         )
     if rows is not None and rows.dtype == torch.bool:
         target, rows = torch.where(rows, target, ignore_index), None
+    plain = reduction != "none" and not label_smoothing and not z_loss
+    full = input.dtype in (torch.float32, torch.float64)
+    if backend == "cpp" and plain and full and linear_weight.shape[0] <= STORED_ITEMS:
+        scored = input if rows is None else input.index_select(0, rows)
+        class_weight = None if weight is None else weight.detach().to(input.dtype).contiguous()
+        return _PlainLoss.apply(
+            scored,
+            linear_weight,
+            linear_bias,
+            target,
+            class_weight,
+            ignore_index,
+            reduction == "mean",
+        )
     kept = target != ignore_index
     y = torch.where(kept, target, -1)
     accumulate = _accumulate_dtype(input)

@@ -3,6 +3,18 @@
 `case.py` says what a sample is; a new case of an operator is one `yield` in its module.
 """
 
-from op_db import in_batch_cross_entropy, in_batch_hardest, linear_cross_entropy
+from op_db import (
+    bias_gelu_dropout,
+    dropout_add_layer_norm,
+    in_batch_cross_entropy,
+    in_batch_hardest,
+    linear_cross_entropy,
+)
 
-OPS = [linear_cross_entropy.OP, in_batch_cross_entropy.OP, in_batch_hardest.OP]
+OPS = [
+    bias_gelu_dropout.OP,
+    dropout_add_layer_norm.OP,
+    in_batch_cross_entropy.OP,
+    in_batch_hardest.OP,
+    linear_cross_entropy.OP,
+]

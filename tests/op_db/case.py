@@ -96,14 +96,19 @@ def run(
     function: Callable,
     sample: Sample,
     differentiable: tuple[str, ...],
+    upstream: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients, by name."""
+    """Outputs and gradients, by name. `upstream`: the gradient of a single output."""
     kwargs, leaves = dict(sample.kwargs), {}
     for name in differentiable:
         if kwargs.get(name) is not None:
             kwargs[name] = leaves[name] = kwargs[name].detach().requires_grad_()
     outputs = outputs_of(function, kwargs)
-    grads = gradients(outputs, leaves)
+    if upstream is None:
+        grads = gradients(outputs, leaves)
+    else:
+        found = torch.autograd.grad(outputs["output"], list(leaves.values()), upstream)
+        grads = dict(zip(leaves, found, strict=True))
     return {name: value.detach() for name, value in outputs.items()} | grads
 
 

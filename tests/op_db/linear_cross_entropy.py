@@ -46,6 +46,10 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "width_130": (n, v // 2, 130),
         "full_tiles": (64, 64, 16) if interpret_small else (128, 1024, 64),
         "many_items": (n, 3 * v, 16),
+        # cpp stores the exponentials of 96 rows, of 32 rows, of none.
+        "stored_96": (100, v, 16),
+        "stored_32": (70, v if interpret_small else 6001, 20),
+        "not_stored": (9, v if interpret_small else 32771, 16),
     }
     for name, size in sizes.items():
         case, floor, why = problem(name, *size), {}, ""
@@ -197,7 +201,21 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         w = torch.randn(7, 6, generator=g, device=device).to(dtype)
         b = torch.randn(7, generator=g, device=device).to(dtype) if bias else None
         y = torch.tensor([0, 6, -1, 3, 3], device=device)
-        if op.endswith("_fwd"):
+        if op.endswith("_value_and_grad"):
+            if dtype == torch.float32:
+                yield x, w, b, y, None, 3, True, True, True
+                yield (
+                    x,
+                    w,
+                    None,
+                    y,
+                    torch.rand(7, generator=g, device=device),
+                    -1,
+                    False,
+                    True,
+                    False,
+                )
+        elif op.endswith("_fwd"):
             yield x, w, b, y, True
             yield x, w, b, y, False
         else:
@@ -220,11 +238,11 @@ OP = Op(
     linear_cross_entropy_ref,
     _samples,
     differentiable=("input", "linear_weight", "linear_bias"),
-    private=("linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
+    private=tuple(f"linear_cross_entropy_{part}" for part in ("fwd", "bwd", "value_and_grad")),
     private_samples=_private,
     representative=("some_ignored_none", "everything_mean", "everything_none", "rows_bool"),
     complete=("everything_mean", "everything_none"),
-    many_tasks=("many_items", "one_target", "many_rows"),
+    many_tasks=("many_items", "one_target", "many_rows", "stored_32", "not_stored"),
     refuses={("triton", "float64"): "float64"},
     rounding_band=_rounding_band,
 )

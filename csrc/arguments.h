@@ -1,0 +1,83 @@
+// Tensor arguments as the kernels see them: contiguous rows, vectors in the computing type, and the
+// key of a dropout mask. The objects keep the memory alive.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "convert.h"
+#include "dropout.h"
+
+namespace fastrec {
+namespace {
+
+using torch::stable::Tensor;
+
+inline ScalarType promote(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  bool wide = a == ScalarType::Double || b == ScalarType::Double;
+  return wide ? ScalarType::Double : ScalarType::Float;  // also of bfloat16 and float16
+}
+
+struct Matrix {
+  explicit Matrix(const std::optional<Tensor>& matrix) {
+    if (!matrix) return;
+    bool rows_are = matrix->stride(1) == 1 || matrix->size(1) == 1;
+    tensor = rows_are ? *matrix : torch::stable::contiguous(*matrix);
+    rows = {static_cast<const char*>(tensor->data_ptr()),
+            tensor->stride(0) * static_cast<int64_t>(tensor->element_size()),
+            tensor->scalar_type()};
+  }
+  std::optional<Tensor> tensor;
+  Rows rows{nullptr, 0, ScalarType::Float};  // data stays null for no matrix
+};
+
+template <class T>
+class Vector {
+ public:
+  // n elements; `fill` where there is no vector.
+  Vector(const std::optional<Tensor>& vector, int64_t n, T fill = T(0)) : filled_(vector ? 0 : n) {
+    if (vector) {
+      tensor_ = torch::stable::contiguous(torch::stable::to(*vector, compute_dtype<T>()));
+    } else {
+      std::fill_n(static_cast<T*>(filled_), n, fill);
+    }
+  }
+  operator const T*() const {
+    return tensor_ ? static_cast<const T*>(tensor_->data_ptr()) : static_cast<T*>(filled_);
+  }
+
+ private:
+  std::optional<Tensor> tensor_;
+  Buffer<T> filled_;
+};
+
+inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+inline const int64_t* int64_data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const int64_t*>(tensor->data_ptr()) : nullptr;
+}
+
+struct DropoutTensors {
+  DropoutTensors(const std::optional<Tensor>& sample_ids_, const std::optional<Tensor>& positions_,
+                 const std::optional<Tensor>& key_, int64_t drop, int64_t site, int64_t layer,
+                 int64_t view)
+      : sample_ids(contiguous_or_none(sample_ids_)),
+        positions(contiguous_or_none(positions_)),
+        key(contiguous_or_none(key_)),
+        value{int64_data(sample_ids), int64_data(positions),
+              PhiloxKey(key ? int64_data(key)[0] : 0, key ? int64_data(key)[1] : 0,
+                        static_cast<Site>(site), view, layer),
+              drop} {}
+
+  std::optional<Tensor> sample_ids, positions, key;
+  Dropout value;
+};
+
+}  // namespace
+}  // namespace fastrec

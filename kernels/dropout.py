@@ -1,0 +1,24 @@
+"""Dropout of whole rows in Triton, by the contract of `fastrec.random`.
+
+Legend: R rows, G groups of 16 consecutive columns.
+"""
+
+import triton
+import triton.language as tl
+
+from fastrec.kernels.philox import draws, philox_key
+
+
+@triton.jit
+def row_mask(
+    sample_ids, positions, key, row, live, first_group, drop, layer, view,
+    SITE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """bool [R, 16 * GROUPS]: what is kept of the rows `row` [R], columns from 16 * first_group."""
+    seed, step = tl.load(key), tl.load(key + 1)
+    position = tl.load(positions + row, mask=live, other=0)
+    sample_id = tl.load(sample_ids + row, mask=live, other=0)
+    draw = draws(
+        philox_key(seed, SITE), position, first_group, view, layer, 0, sample_id, step, GROUPS
+    )
+    return draw.to(tl.int32) >= drop

@@ -1,0 +1,185 @@
+"""Triton kernels of `dropout_add_layer_norm`: a program owns whole rows, every tensor is read once.
+
+Legend: N rows, D width. Weight gradients are partial sums of `_programs` row ranges, added in
+order: no atomics, and the ranges depend on the shape only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastrec.kernels.dropout import row_mask
+from fastrec.kernels.linear_cross_entropy import _round
+
+WIDEST = 2048
+
+
+@triton.jit(do_not_specialize=["n", "drop", "layer", "view"])
+def _fwd_kernel(
+    input, residual, weight, bias, sample_ids, positions, key, output, sum_out, mean_out, rstd_out,
+    n, d, stride_input, stride_residual, eps, scale, drop, layer, view,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.arange(0, BLOCK_D)
+    live, real = row < n, col < d
+    keep = live[:, None] & real[None, :]
+    z = tl.load(input + row[:, None] * stride_input + col[None, :], mask=keep, other=0.0)
+    z = z.to(tl.float32)
+    if sample_ids is not None:
+        mask = row_mask(
+            sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
+        )
+        z = tl.where(mask, z * scale, 0.0)
+    if residual is not None:
+        more = residual + row[:, None] * stride_residual + col[None, :]
+        z += tl.load(more, mask=keep, other=0.0).to(tl.float32)
+    place = row[:, None] * d + col[None, :]
+    if sum_out is not None:
+        # Backward sees the rounded sum: statistics of another would not belong to it.
+        rounded = _round(z, sum_out.dtype.element_ty)
+        tl.store(sum_out + place, rounded, mask=keep)
+        z = rounded.to(tl.float32)
+    mean = tl.sum(z, 1) / d
+    centered = tl.where(real[None, :], z - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / d + eps)
+    y = centered * rstd[:, None]
+    if weight is not None:
+        y *= tl.load(weight + col, mask=real, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + col, mask=real, other=0.0).to(tl.float32)[None, :]
+    tl.store(output + place, _round(y, output.dtype.element_ty), mask=keep)
+    tl.store(mean_out + row, mean, mask=live)
+    tl.store(rstd_out + row, rstd, mask=live)
+
+
+@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view"])
+def _bwd_kernel(
+    grad_output, grad_sum, sum, mean, rstd, weight, sample_ids, positions, key,
+    grad_input, grad_residual, partials,
+    n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer, view,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    real = col < d
+    acc_weight = tl.zeros([BLOCK_D], tl.float32)
+    acc_bias = tl.zeros([BLOCK_D], tl.float32)
+    for block in range(per_program):
+        row = (program * per_program + block) * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = row < n
+        keep = live[:, None] & real[None, :]
+        grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if grad_output is not None:
+            dy = grad_output + row[:, None] * stride_output + col[None, :]
+            dy = tl.load(dy, mask=keep, other=0.0).to(tl.float32)
+            z = tl.load(sum + row[:, None] * stride_sum + col[None, :], mask=keep, other=0.0)
+            mu = tl.load(mean + row, mask=live, other=0.0)
+            s = tl.load(rstd + row, mask=live, other=0.0)
+            x = tl.where(keep, (z.to(tl.float32) - mu[:, None]) * s[:, None], 0.0)
+            acc_weight += tl.sum(dy * x, 0)
+            acc_bias += tl.sum(dy, 0)
+            if weight is not None:
+                dy *= tl.load(weight + col, mask=real, other=0.0).to(tl.float32)[None, :]
+            average, along = tl.sum(dy, 1) / d, tl.sum(dy * x, 1) / d
+            grad = s[:, None] * (dy - average[:, None] - x * along[:, None])
+        if grad_sum is not None:
+            more = grad_sum + row[:, None] * stride_gsum + col[None, :]
+            grad += tl.load(more, mask=keep, other=0.0).to(tl.float32)
+        place = row[:, None] * d + col[None, :]
+        tl.store(grad_residual + place, _round(grad, grad_residual.dtype.element_ty), mask=keep)
+        if grad_input is not None:
+            if sample_ids is not None:
+                mask = row_mask(
+                    sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
+                )
+                grad = tl.where(mask, grad * scale, 0.0)
+            tl.store(grad_input + place, _round(grad, grad_input.dtype.element_ty), mask=keep)
+    tl.store(partials + 2 * program * d + col, acc_weight, mask=real)
+    tl.store(partials + (2 * program + 1) * d + col, acc_bias, mask=real)
+
+
+def _config(width: int) -> dict:
+    """About 2,048 elements a program of 4 warps, 16 a thread; at least a group of draws wide."""
+    block_d = max(triton.next_power_of_2(width), 16)
+    block_n = max(2048 // block_d, 1)
+    return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4 if block_d <= 1024 else 8}
+
+
+def _programs(rows: int, block_n: int) -> tuple[int, int]:
+    """(programs, row blocks of each): at most 1,024 partial sums."""
+    blocks = triton.cdiv(rows, block_n)
+    per_program = max(triton.cdiv(blocks, 1024), 1)
+    return triton.cdiv(blocks, per_program), per_program
+
+
+def _check(input):
+    if input.dtype == torch.float64:
+        raise RuntimeError("dropout_add_layer_norm has no float64 triton kernel")
+    if input.shape[1] > WIDEST:
+        raise RuntimeError(
+            f"the triton kernel of dropout_add_layer_norm is for widths up to {WIDEST},"
+            f" got {input.shape[1]}"
+        )
+
+
+def _rows(matrix):
+    return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _dense(*tensors):
+    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def dropout_add_layer_norm_fwd(
+    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view
+):
+    _check(input)
+    n, d = input.shape
+    dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    output = input.new_empty(n, d, dtype=dtype)
+    sum = output.new_empty(0 if residual is None and drop == 0 else n, d)
+    mean = input.new_empty(n, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if n == 0 or d == 0:
+        return output, sum, mean.fill_(0), rstd.fill_(0)
+    input, residual, config = _rows(input), _rows(residual), _config(d)
+    with torch.cuda.device_of(input):
+        _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
+            input, residual, *_dense(weight, bias, sample_ids, positions, key),
+            output, sum if sum.shape[0] else None, mean, rstd,
+            n, d, input.stride(0), 0 if residual is None else residual.stride(0), eps,
+            256 / (256 - drop), drop, layer, view, SITE=site, **config,
+        )  # fmt: skip
+    return output, sum, mean, rstd
+
+
+def dropout_add_layer_norm_bwd(
+    grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype,
+    sample_ids, positions, key, drop, site, layer, view,
+):  # fmt: skip
+    _check(sum)
+    n, d = sum.shape
+    both = drop == 0 and input_dtype == sum.dtype
+    grad_input = sum.new_empty(0 if both else n, d, dtype=input_dtype)
+    grad_residual = sum.new_empty(n, d)
+    config = _config(max(d, 1))
+    programs, per_program = _programs(n, config["BLOCK_N"])
+    partials = mean.new_zeros(programs, 2, d)
+    if n > 0 and d > 0:
+        grad_output, grad_sum, sum = _rows(grad_output), _rows(grad_sum), _rows(sum)
+        strides = (0 if t is None else t.stride(0) for t in (grad_output, grad_sum, sum))
+        with torch.cuda.device_of(sum):
+            _bwd_kernel[(programs,)](
+                grad_output, grad_sum, sum, *_dense(mean, rstd, weight, sample_ids, positions, key),
+                None if both else grad_input, grad_residual, partials,
+                n, d, per_program, *strides, 256 / (256 - drop), drop, layer, view,
+                SITE=site, **config,
+            )  # fmt: skip
+    grad_weight, grad_bias = partials.sum(0)
+    return (
+        grad_input,
+        grad_residual,
+        mean.new_empty(0) if weight is None else grad_weight.to(weight.dtype),
+        mean.new_empty(0) if bias is None else grad_bias.to(bias.dtype),
+    )

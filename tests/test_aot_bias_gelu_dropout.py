@@ -1,0 +1,62 @@
+"""What ptxas makes of the kernels of bias_gelu_dropout: no GPU is needed.
+
+The table of docs/kernels/bias_gelu_dropout.md is what this file prints when run as a script.
+"""
+
+import sys
+
+import pytest
+from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+
+from fastrec.kernels import bias_gelu_dropout as kernels
+
+pytestmark = needs_compiler
+
+# The plain suite compiles the target device; the other architectures are slow.
+CASES = [
+    pytest.param(
+        kernel, dtype, dropout, capability,
+        marks=[] if (capability, dtype) == (90, "bf16") else [pytest.mark.slow],
+    )
+    for kernel in ("fwd", "bwd")
+    for dtype in ("bf16", "fp32")
+    for dropout in (False, True)
+    for capability in SHARED_LIMIT
+]  # fmt: skip
+
+
+def build(kernel: str, dtype: str, dropout: bool, capability: int) -> Binary:
+    """Every width of 128 and more has these tiles."""
+    config = kernels._config(256)
+    options = {"num_warps": config.pop("num_warps")}
+    x, wide, step = f"*{dtype}:16", "*fp32:16", "i32:16"
+    ids = "*i64:16" if dropout else None
+    arguments = dict.fromkeys(("sample_ids", "positions", "key"), ids)
+    arguments |= dict(input=x, bias=wide, n="i32", d=step, stride_input=step, scale="fp32")
+    arguments |= dict(drop="i32", layer="i32", view="i32", SITE=4, **config)
+    if kernel == "fwd":
+        arguments |= dict(output=x)
+    else:
+        arguments |= dict(grad_output=x, grad_input=x, partials=wide)
+        arguments |= dict(per_program="i32", stride_output=step)
+    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "dropout", "capability"), CASES)
+def test_no_spill(kernel, dtype, dropout, capability):
+    binary = build(kernel, dtype, dropout, capability)
+    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
+    assert binary.shared <= SHARED_LIMIT[capability]
+
+
+def main() -> None:
+    print("| kernel | dtype | dropout | sm | registers | stack | shared, bytes |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        binary = build(*case.values)
+        cells = [*case.values, binary.registers, binary.stack, binary.shared]
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
