@@ -11,19 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from fastrec import recipes
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare as prepare_dataset
-from fastrec.evaluation.metrics import ranking_metrics
+from fastrec.evaluation.metrics import length_groups, ranking_metrics
+from fastrec.evaluation.profile import ProfileEvaluator
 from fastrec.evaluation.protocols import Evaluator
+from fastrec.evaluation.relation import RelationEvaluator
 from fastrec.evaluation.report import print_metrics
 from fastrec.evaluation.serve import recommend as recommend_items
 from fastrec.evaluation.serve import user_vectors, write_table
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Recipe
 from fastrec.training.demo import demo
-from fastrec.training.fit import fit, select_users
+from fastrec.training.fit import fit
+from fastrec.training.heads import FILE as HEADS
+from fastrec.training.heads import load_heads
 from fastrec.training.step_time import bench
+from fastrec.training.sweep import sweep
+from fastrec.training.tasks import Task, encoded_attributes, held_out_users, select_users
 
 
 def prepare(
@@ -101,19 +111,40 @@ def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
 
 
 def finetune(
-    recipe: Recipe, data: Path, output: Path, init: Path | None = None, resume: bool = False
+    recipe: Recipe,
+    data: Path,
+    output: Path,
+    task: Task = "recommendation",
+    init: Path | None = None,
+    resume: bool = False,
 ):
-    """Fine-tune for next-item recommendation.
+    """Fine-tune for a task: next-item recommendation, user profile prediction or friends.
 
     Args:
         data: folder written by `fastrec prepare`.
         output: folder of the run; the best model on validation is in `output/model`.
+        task: recommendation trains `finetuning` of the recipe, profile `profile`, relation
+            `relation`.
         init: folder of a pre-trained model; random weights without it.
         resume: go on from the last checkpoint in `output`.
     """
     dataset = SequenceDataset.load(data)
     initial = None if init is None else _model_for(init, dataset)
-    fit(dataset, recipe, recipe.finetuning, output, initial=initial, resume=resume)
+    stages = {
+        "recommendation": recipe.finetuning,
+        "profile": recipe.profile,
+        "relation": recipe.relation,
+    }
+    fit(
+        dataset,
+        recipe,
+        stages[task],
+        output,
+        task=task,
+        initial=initial,
+        initial_heads=init,
+        resume=resume,
+    )
     print(f"model: {output / 'model'}")
 
 
@@ -121,31 +152,96 @@ def evaluate(
     recipe: Recipe,
     data: Path,
     pretrained: Path,
+    task: Task = "recommendation",
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
 ):
-    """Rank the held-out item of each user and print the metrics beside the popularity baseline.
+    """Measure a model on a task and print the metrics beside a baseline.
 
     Args:
         data: folder written by `fastrec prepare`.
         pretrained: folder of a model (`RUN/model`).
-        split: which held-out item.
+        task: recommendation ranks the held-out item of each user, beside popularity and by length
+            of the sequence; profile predicts the attributes of the held-out users, beside mean and
+            most frequent class; relation finds their friends, beside shared items ("Sim").
+        split: which held-out item, for recommendation.
         output: JSON file for the metrics.
     """
     dataset = SequenceDataset.load(data)
     trained = _model_for(pretrained, dataset)
-    evaluator = Evaluator(dataset, select_users(dataset, recipe), split, recipe.evaluation)
-    rows = {
-        "popularity": ranking_metrics(evaluator.popularity_ranks()),
-        "model": ranking_metrics(evaluator.ranks(trained)),
-    }
-    print(f"{len(evaluator.users)} users, {split}, {recipe.evaluation}")
-    print_metrics(rows)
+    if task == "recommendation":
+        result = _evaluate_recommendation(recipe, dataset, trained, split)
+    elif task == "profile":
+        result = _evaluate_profile(recipe, dataset, trained, pretrained)
+    else:
+        result = _evaluate_relation(recipe, dataset, trained, pretrained)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"split": split, "users": len(evaluator.users), "metrics": rows}
-        result["protocol"] = dataclasses.asdict(recipe.evaluation)
         output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _evaluate_recommendation(recipe: Recipe, dataset, trained: UserModel, split: str) -> dict:
+    evaluator = Evaluator(dataset, select_users(dataset, recipe), split, recipe.evaluation)
+    ranks = evaluator.ranks(trained)
+    rows = {
+        "popularity": ranking_metrics(evaluator.popularity_ranks()),
+        "model": ranking_metrics(ranks),
+    }
+    print(f"{len(evaluator)} users, {split}, {recipe.evaluation}")
+    print_metrics(rows)
+    groups = {
+        f"{label} ({mask.sum()} users)": ranking_metrics(ranks[mask])
+        for label, mask in length_groups(dataset.lengths[evaluator.users.numpy()])
+    }
+    print_metrics(groups, title="model, by number of events of the user")
+    return {
+        "split": split,
+        "users": len(evaluator),
+        "metrics": rows,
+        "by_length": groups,
+        "protocol": dataclasses.asdict(recipe.evaluation),
+    }
+
+
+def _evaluate_profile(recipe: Recipe, dataset, trained: UserModel, path: Path) -> dict:
+    users, attributes = held_out_users(dataset, recipe), encoded_attributes(dataset, recipe)
+    objective = JointObjective(recipe.profile.objectives, trained, attributes)
+    load_heads(objective, path)
+    evaluator = ProfileEvaluator(dataset, users, "all", attributes, select_users(dataset, recipe))
+    scores = _all_scores(evaluator, trained, objective)
+    rows = {
+        "constant": evaluator.metrics(evaluator.baseline()),
+        "model": evaluator.metrics(scores),
+    }
+    print(f"{len(users)} held-out users, {len(attributes)} attributes")
+    print_metrics(rows, scale=1, digits=4)
+    return {"users": len(users), "metrics": rows}
+
+
+def _evaluate_relation(recipe: Recipe, dataset, trained: UserModel, path: Path) -> dict:
+    users, social = held_out_users(dataset, recipe), recipe.social
+    evaluator = RelationEvaluator(dataset, users, "all", social.negatives, social.seed)
+    objective = JointObjective(recipe.relation.objectives, trained, [])
+    taken = load_heads(objective, path, only="social_relation.")
+    rows = {
+        "shared items (Sim)": evaluator.shared_items(),
+        "model": evaluator.metrics(_all_scores(evaluator, trained, objective), objective),
+    }
+    pairs = len(evaluator.queries)
+    deviation = 100 * (rows["model"]["accuracy"] * (1 - rows["model"]["accuracy"]) / pairs) ** 0.5
+    print(f"{pairs} pairs of held-out users, 1 friend and {social.negatives} others")
+    print(
+        f"similarity: {'trained weights' if taken else f'equal weights, {path / HEADS} has none'}"
+    )
+    print_metrics(rows)
+    print(f"standard error of the model's accuracy: {deviation:.2f}")
+    return {"pairs": pairs, "trained_similarity": bool(taken), "metrics": rows}
+
+
+def _all_scores(evaluator, model: UserModel, objective, batch_size: int = 512) -> Tensor:
+    starts = range(0, len(evaluator), batch_size)
+    rows = [slice(start, min(start + batch_size, len(evaluator))) for start in starts]
+    return torch.cat([evaluator.score(model, objective, part) for part in rows])
 
 
 def embed(data: Path, pretrained: Path, output: Path, users: Path | None = None):
@@ -203,6 +299,7 @@ RECIPE_COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,
+    "sweep": sweep,
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,

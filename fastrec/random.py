@@ -32,6 +32,7 @@ SITES = {
     "mask_replace": 18,
     "mask_random_item": 19,
     "epoch_order": 20,
+    "draw_friend": 21,
 }
 
 ROUNDS = 7

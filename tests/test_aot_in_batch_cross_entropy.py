@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+
 from fastrec.kernels import in_batch_cross_entropy as kernels
 
 pytestmark = needs_compiler

@@ -9,6 +9,7 @@ import polars
 import pytest
 
 from fastrec.cli import main
+from fastrec.data.synthetic import generate
 
 FLAGS = [
     "--model.width=16", "--model.layers=1", "--pretraining.steps=20",
@@ -89,6 +90,106 @@ def test_embed_writes_one_finite_vector_a_user(runs, tmp_path):
     vectors = np.stack(polars.read_parquet(output)["vector"].to_list())
     assert vectors.shape == (200, 16) and np.isfinite(vectors).all()
     assert vectors.std(0).min() > 0
+
+
+SMALL = [
+    "--config=uprec", "--model.width=16", "--model.layers=1", "--pretraining.steps=20",
+    "--pretraining.validate_every=20", "--profile.steps=40", "--profile.validate_every=20",
+    "--profile.learning_rate=0.01", "--relation.steps=20", "--relation.validate_every=20",
+    "--users.fraction=0.7", "--social.negatives=9", "--evaluation.negatives=20",
+]  # fmt: skip
+
+
+def test_uprec_from_pretraining_to_profiles_and_friends(tmp_path, capsys):
+    generate(tmp_path / "data", num_users=600, num_items=150, mean_friends=30, seed=3)
+    config = [*SMALL, f"--data={tmp_path / 'data'}"]
+
+    def call(command, task=None, run=None, **more):
+        more |= {} if task is None else {"task": task}
+        main([command, *config, *(f"--{name}={value}" for name, value in more.items())])
+
+    model = tmp_path / "pretrain" / "model"
+    call("pretrain", output=tmp_path / "pretrain")
+    results = {}
+    for task in ("profile", "relation"):
+        call("finetune", task, output=tmp_path / task, init=model)
+        for name, path in (("tuned", tmp_path / task / "model"), ("pretrained", model)):
+            output = tmp_path / f"{task}-{name}.json"
+            if (task, name) != ("profile", "pretrained"):  # its head reads the maximum, not [CLS]
+                call("evaluate", task, pretrained=path, output=output)
+                results[task, name] = json.loads(output.read_text())
+    profile, relation = results["profile", "tuned"], results["relation", "tuned"]
+    assert profile["users"] == 180  # 30 % are held out
+    assert set(profile["metrics"]["model"]) == {"score", "mean_rating MSE", "region accuracy"}
+    assert relation["trained_similarity"] and results["relation", "pretrained"]["pairs"] > 50
+    assert set(relation["metrics"]) == {"shared items (Sim)", "model"}
+    assert "standard error" in capsys.readouterr().out
+
+    call("evaluate", "recommendation", pretrained=model, output=tmp_path / "next.json")
+    groups = json.loads((tmp_path / "next.json").read_text())["by_length"]
+    assert [name.split(" (")[0] for name in groups] == ["< 8", "8-14", ">= 15"]
+    with pytest.raises(SystemExit, match="the model was not trained for this task"):
+        (model / "heads.safetensors").unlink()
+        call("evaluate", "profile", pretrained=model)
+    with pytest.raises(SystemExit, match="users.fraction is 1.0: no user is held out"):
+        main(
+            ["evaluate", *config, "--users.fraction=1.0", "--task=relation",
+             f"--pretrained={model}"]
+        )  # fmt: skip
+
+
+def test_sweep_compares_values_and_computes_a_point_once(runs, tmp_path, capsys):
+    flags = [*FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path}", "--key=model.dropout"]
+    main(["sweep", *flags, "--values=[0.1, 0.4]", "--seeds=2"])
+    assert "± " in capsys.readouterr().out and (tmp_path / "sweep.png").stat().st_size > 1000
+    results = json.loads((tmp_path / "sweep.json").read_text())["results"]
+    assert (
+        set(results) == {"0.1", "0.4"}
+        and len({str(r) for runs in results.values() for r in runs}) == 4
+    )
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/metrics.json")}
+    main(["sweep", *flags, "--values=[0.4, 0.1]"])
+    assert len(times) == 4 and all(path.stat().st_mtime_ns == t for path, t in times.items())
+    with pytest.raises(SystemExit, match="is from another recipe"):
+        main(["sweep", *flags, "--values=[0.1]", "--pretraining.learning_rate=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("model.size", "[1]", "'size' is no key of ModelConfig"),
+        ("model", "[1]", "'model' is a group of keys: model.KEY"),
+        ("model.width.x", "[1]", "'width' has no key 'x'"),
+        ("model.width", "[0.5]", "width is 16, expected another int, got 0.5"),
+        ("model.width", "[]", "there is nothing to run"),
+    ],
+)
+def test_sweep_errors(runs, tmp_path, key, values, message):
+    with pytest.raises(SystemExit, match=message):
+        main(
+            ["sweep", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path}",
+             f"--key={key}", f"--values={values}"]
+        )  # fmt: skip
+
+
+def test_monitor_must_be_a_metric_of_the_task(runs, tmp_path):
+    with pytest.raises(SystemExit, match=r"monitor is 'score', the metrics of this task are"):
+        main(
+            ["pretrain", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path / 'run'}",
+             "--pretraining.monitor=score"]
+        )  # fmt: skip
+
+
+def test_tasks_need_attributes_and_relations(runs, tmp_path):
+    for objective, message in (
+        ("social_relation", "has no relations: prepare it with --relations"),
+        ("user_attribute", "has no attributes: prepare the data set with --user_attributes"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(
+                ["pretrain", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path / objective}",
+                 f"--pretraining.objectives.{objective}=1"]
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize(

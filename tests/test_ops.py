@@ -331,6 +331,8 @@ def test_same_bits_for_any_number_of_threads(op, backend, device, types, name):
     ),
 )
 def test_compile_without_graph_break(op, backend, device, types, name):
+    if backend not in op.compiles:
+        pytest.skip(f"{op.name} on {backend} depends on values on the host")
     _compare_compiled(op, name, backend, device, types, "aot_eager")
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import polars
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.synthetic import generate
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.objectives.joint import Objectives
 from fastrec.objectives.masked_item import Masking
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.fit import fit
@@ -60,6 +62,7 @@ FLAGS = [
     "--model.width=16", "--model.layers=1", "--model.dropout=0.3", "--model.max_len=12",
     "--pretraining.steps=300", "--pretraining.batch_size=64", "--pretraining.validate_every=100",
     "--pretraining.checkpoint_every=20", "--evaluation.candidates=full",
+    "--pretraining.objectives.user_attribute=0.3", "--pretraining.objectives.social_relation=0.5",
 ]  # fmt: skip
 
 
@@ -106,6 +109,24 @@ def test_training_is_reproducible_and_the_seed_matters(data, tmp_path):
     other = run(data, tmp_path / "c", recipe(seed=1).pretraining)
     assert torch.equal(first.item_table, second.item_table)
     assert not torch.equal(first.item_table, other.item_table)
+
+
+def test_all_three_losses_of_the_joint_training_fall(data, tmp_path):
+    weights = Objectives(masked_item=1.0, user_attribute=0.3, social_relation=0.5)
+    stage = recipe(
+        objectives=weights, steps=40, validate_every=40, batch_size=400, learning_rate=5e-3
+    )
+    run(data, tmp_path / "joint", stage.pretraining)
+    (file,) = tmp_path.glob("joint/metrics/version_0/metrics.csv")
+    log = polars.read_csv(file).filter(polars.col("train_loss").is_not_null())
+    for name in ("masked_item", "user_attribute", "social_relation"):
+        losses = log[f"train/{name}"].to_numpy()
+        assert losses[-1] < 0.99 * losses[0], name
+    assert log["train/negatives"].min() > 5
+    heads = load_file(tmp_path / "joint" / "model" / "heads.safetensors")
+    # One numeric attribute and six regions; w and b of the similarity.
+    assert heads["user_attribute.linear.weight"].shape == (7, 16)
+    assert heads["social_relation.bias"] == 0 and heads["social_relation.weight"].std() > 0
 
 
 def test_backends_train_alike(data, tmp_path):

@@ -1,9 +1,11 @@
 """The jagged batch that every op, encoder and objective receives. B sequences, T events."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from fastrec.data.relations import SocialPairs
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,19 @@ class JaggedBatch:
     offsets: int64 [B + 1], offsets[0] = 0, offsets[B] = T.
     sample_ids: int64 [B], the global id of each sequence, the key of its randomness.
     max_seq_len: upper bound of the sequence lengths, known on the host.
+    columns: side columns by name, one row per sequence.
+    own: the first `own` sequences are the users of the batch, the others drawn friends; None: all
+        are users.
+    pairs: who is a friend of whom among the sequences.
     """
 
     values: Tensor
     offsets: Tensor
     sample_ids: Tensor
     max_seq_len: int
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    own: int | None = None
+    pairs: SocialPairs | None = None
 
     def __len__(self) -> int:
         return self.sample_ids.shape[0]
@@ -47,4 +56,6 @@ class JaggedBatch:
             values=self.values.to(device, non_blocking=True),
             offsets=self.offsets.to(device, non_blocking=True),
             sample_ids=self.sample_ids.to(device, non_blocking=True),
+            columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
+            pairs=None if self.pairs is None else self.pairs.to(device),
         )

@@ -5,12 +5,14 @@ it between processes.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.relations import FriendSampler
 from fastrec.random import sort_keys
 
 _CHUNK = 1 << 18
@@ -48,6 +50,8 @@ class SequenceLoader:
     drop_last: leave out the last batch of an epoch if it is not full.
     rank, world_size: this process gets every world_size-th sequence of each batch; the batches of
     all ranks together are those of a single process.
+    friends: adds a drawn friend per user and the pairs, see `FriendSampler.pairs_at`.
+    columns: [U] tensors by name; each batch carries the rows of its sequences.
     pin_memory: page-locked tensors, for asynchronous copies to a CUDA device.
     """
 
@@ -68,6 +72,8 @@ class SequenceLoader:
         append: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        friends: FriendSampler | None = None,
+        columns: dict[str, torch.Tensor] | None = None,
         pin_memory: bool = False,
     ):
         if batch_size < 1:
@@ -78,6 +84,7 @@ class SequenceLoader:
         self.users = _checked_users(dataset, split, users)
         self.batch_size, self.drop_last = batch_size, drop_last
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.friends, self.columns = friends, columns or {}
         self._layout = dict(max_len=max_len, cls_id=cls_id, sep_id=sep_id, append=append)
         full, rest = divmod(len(self.users), batch_size)
         self.batches_per_epoch = full + (rest > 0 and not drop_last)
@@ -116,18 +123,34 @@ class SequenceLoader:
 
     def batch_at(self, step: int) -> JaggedBatch:
         """The batch of global step `step`; does not move the loader."""
-        batch = self.dataset.gather(self.users_at(step), self.split, **self._layout)
+        users = own = self.users_at(step)
+        pairs = None
+        if self.friends is not None:
+            users, pairs = self.friends.pairs_at(
+                self._users_of_all_ranks(step), self.seed, step, self.rank, self.world_size
+            )
+        batch = replace(
+            self.dataset.gather(users, self.split, **self._layout),
+            columns={
+                name: column[torch.from_numpy(users)] for name, column in self.columns.items()
+            },
+            own=len(own),
+            pairs=pairs,
+        )
         if not self.pin_memory:
             return batch
-        return JaggedBatch(
-            batch.values.pin_memory(),
-            batch.offsets.pin_memory(),
-            batch.sample_ids.pin_memory(),
-            batch.max_seq_len,
+        return replace(
+            batch,
+            values=batch.values.pin_memory(),
+            offsets=batch.offsets.pin_memory(),
+            sample_ids=batch.sample_ids.pin_memory(),
         )
 
     def users_at(self, step: int) -> np.ndarray:
         """int64 [B]: the users of the batch of global step `step` on this rank."""
+        return self._users_of_all_ranks(step)[self.rank :: self.world_size]
+
+    def _users_of_all_ranks(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.batches_per_epoch)
         if not self.shuffle:
             order = self.users
@@ -136,8 +159,7 @@ class SequenceLoader:
         else:
             order = epoch_order(self.users, self.seed, epoch)
             self._order = (epoch, order)
-        users = order[index * self.batch_size : (index + 1) * self.batch_size]
-        return users[self.rank :: self.world_size]
+        return order[index * self.batch_size : (index + 1) * self.batch_size]
 
 
 def _checked_users(dataset: SequenceDataset, split: str, users) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Ranking metrics of one relevant item per user, from its rank (1 = first)."""
 
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,3 +32,17 @@ def ranking_metrics(ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dic
             metrics[f"NDCG@{k}"] = (hit / torch.log2(ranks + 1)).mean().item()
     metrics["MRR"] = ranks.reciprocal().mean().item()
     return metrics
+
+
+def length_groups(
+    lengths: np.ndarray, edges: tuple[int, ...] = (8, 15)
+) -> list[tuple[str, np.ndarray]]:
+    """(label, bool [U]) of the non-empty groups of users by sequence length, shortest first.
+
+    The default edges give UPRec's groups (table 3): below 8, 8 to 14, 15 and more events.
+    """
+    group = np.searchsorted(edges, lengths, side="right")
+    inner = [f"{low}-{high - 1}" for low, high in pairwise(edges)]
+    labels = [f"< {edges[0]}", *inner, f">= {edges[-1]}"]
+    masks = [(label, group == index) for index, label in enumerate(labels)]
+    return [(label, mask) for label, mask in masks if mask.any()]

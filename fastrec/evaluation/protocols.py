@@ -99,6 +99,17 @@ class Evaluator:
             negatives = popularity_negatives(dataset, users, protocol.negatives, protocol.seed)
             self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
 
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def score(self, model, objective, rows: slice) -> Tensor:
+        """`rank_rows`; the heads of the objective take no part."""
+        return self.rank_rows(model, rows)
+
+    def metrics(self, ranks: Tensor, objective=None) -> dict[str, float]:
+        """`ranking_metrics` of what `score` gives for all rows."""
+        return ranking_metrics(ranks)
+
     def rank_rows(self, model, rows: slice) -> Tensor:
         """float64 [N]: ranks of the targets of `users[rows]`, on the CPU. Dropout is off."""
         with torch.no_grad():
@@ -134,7 +145,3 @@ class Evaluator:
             exclude = (pairs[0].to(query.device), pairs[1].to(query.device))
         targets = self.targets[rows].to(query.device)
         return rank_all(query, table, bias, targets, exclude=exclude)
-
-    def metrics(self, model, batch_size: int = 512) -> dict[str, float]:
-        """`ranking_metrics` of `ranks`."""
-        return ranking_metrics(self.ranks(model, batch_size))

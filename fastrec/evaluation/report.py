@@ -6,17 +6,34 @@ from pathlib import Path
 import numpy as np
 
 
-def print_metrics(rows: dict[str, dict[str, float]], title: str | None = None) -> None:
-    """A table with one line a model, metrics x 100."""
+def print_metrics(
+    rows: dict[str, dict[str, float]],
+    title: str | None = None,
+    scale: int = 100,
+    digits: int = 2,
+) -> None:
+    """A table with one line a model, metrics times `scale`."""
+    metrics = list(next(iter(rows.values())))
+    print_table(
+        [f"x {scale}" if scale != 1 else "", *metrics],
+        {
+            name: [f"{scale * values[metric]:.{digits}f}" for metric in metrics]
+            for name, values in rows.items()
+        },
+        title,
+    )
+
+
+def print_table(header: list[str], rows: dict[str, list[str]], title: str | None = None) -> None:
+    """A table of texts, the first column to the left."""
     from rich.console import Console
     from rich.table import Table
 
-    metrics = list(next(iter(rows.values())))
-    table = Table("x 100", title=title)
-    for name in metrics:
+    table = Table(header[0], title=title)
+    for name in header[1:]:
         table.add_column(name, justify="right")
-    for name, values in rows.items():
-        table.add_row(name, *(f"{100 * values[metric]:.2f}" for metric in metrics))
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     Console(width=110).print(table)
 
 
@@ -70,4 +87,19 @@ def plot_by_length(lengths: np.ndarray, ranks: dict[str, np.ndarray], path: Path
     for name, values in ranks.items():
         gain = np.where(values <= 10, 1 / np.log2(values + 1), 0.0)
         axes.plot(labels, [gain[groups == group].mean() for group in present], "o-", label=name)
+    _finish(figure, axes, path)
+
+
+def plot_sweep(key: str, results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """NDCG@10 and MRR by the values of a recipe key, as PNG; bars are standard deviations.
+
+    results: metrics of the runs of each value.
+    """
+    figure, axes = _axes(f"Test metrics by {key}", key, "x 100")
+    for metric in ("NDCG@10", "MRR"):
+        runs = [np.array([100 * run[metric] for run in results[value]]) for value in results]
+        deviations = [run.std(ddof=1) if len(run) > 1 else 0.0 for run in runs]
+        axes.errorbar(
+            list(results), [run.mean() for run in runs], deviations, fmt="o-", label=metric
+        )
     _finish(figure, axes, path)

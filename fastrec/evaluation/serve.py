@@ -10,6 +10,7 @@ import torch
 
 from fastrec.evaluation.protocols import next_item_queries, seen_pairs
 from fastrec.evaluation.ranking import top_items
+from fastrec.nn.pool import max_pool
 
 BATCH = 512
 
@@ -44,13 +45,7 @@ def user_vectors(model, dataset, user_ids=None):
                 users, "all", max_len=model.config.max_len, **model.sequence_tokens
             )
             states = model.encode(batch)
-            items = (batch.values < model.num_items).unsqueeze(1)
-            pooled = states.new_full((len(batch), states.shape[1]), float("-inf"))
-            segment = batch.segment_ids().unsqueeze(1).expand_as(states)
-            pooled.scatter_reduce_(
-                0, segment, states.masked_fill(~items, float("-inf")), reduce="amax"
-            )
-            vectors.append(pooled.masked_fill(pooled == float("-inf"), 0.0))
+            vectors.append(max_pool(states, batch, model.num_items))
     ids = dataset.user_ids()[indices]
     return polars.DataFrame({"user_id": ids, "vector": torch.cat(vectors).float().numpy()})
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastrec.data.batch import JaggedBatch
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
-from fastrec.ops.jagged_attention import jagged_attention
+from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.random import Rng, keep_mask
 
 
@@ -75,7 +75,8 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width)
 
     def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
-        query, key, value = self.query_key_value(x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        packed = self.query_key_value(x).unflatten(1, (3, self.heads, -1))
+        query, key, value = split_packed(packed)
         out = jagged_attention(
             query,
             key,

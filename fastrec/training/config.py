@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastrec.data.attributes import Attribute
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig
+from fastrec.objectives.joint import Objectives
 from fastrec.objectives.masked_item import Masking
 
 
@@ -14,6 +16,7 @@ class Stage:
 
     Attributes:
         masking: the corruption.
+        objectives: what is trained, with weights.
         steps: optimiser steps.
         batch_size: users a step.
         learning_rate: of Adam, the peak of the schedule.
@@ -23,7 +26,8 @@ class Stage:
         gradient_clip: largest gradient norm; 0 = off.
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
-        monitor: validation metric that chooses the kept model and stops early.
+        monitor: validation metric that chooses the kept model and stops early: of the ranking, or
+            "score" of user attributes, or "accuracy" of friends.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         seed: of initialisation, order, masks and dropout.
@@ -33,6 +37,7 @@ class Stage:
     """
 
     masking: Masking = field(default_factory=Masking)
+    objectives: Objectives = field(default_factory=Objectives)
     steps: int = 10000
     batch_size: int = 768
     learning_rate: float = 1e-3
@@ -52,15 +57,54 @@ class Stage:
 
 @dataclass(frozen=True)
 class Users:
-    """The users that are trained and evaluated: a random `fraction`, drawn with `seed`."""
+    """The users that are trained and evaluated: a random `fraction`, drawn with `seed`. The others
+    are held out: they test user profile prediction and social relation detection."""
 
     fraction: float = 1.0
     seed: int = 0
 
 
 @dataclass(frozen=True)
+class Social:
+    """Friends in training and evaluation.
+
+    Attributes:
+        hops: candidates that are no negatives of a user: 1 friends, 2 friends of friends as well,
+            0 neither.
+        same_profile: nor are users with the same values in all discrete attributes.
+        negatives: sampled beside the friend in the evaluation.
+        seed: of these.
+    """
+
+    hops: Literal[0, 1, 2] = 2
+    same_profile: bool = True
+    negatives: int = 99
+    seed: int = 0
+
+
+def _task(objectives: Objectives, monitor: str) -> Stage:
+    return Stage(
+        objectives=objectives,
+        steps=2000,
+        batch_size=256,
+        learning_rate=1e-4,
+        validate_every=100,
+        monitor=monitor,
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A system: encoder, corruption and objective of both stages, and how it is evaluated."""
+    """A system: encoder, corruption and objectives of the stages, and how it is evaluated.
+
+    Attributes:
+        pretraining: the first stage.
+        finetuning: for the next item.
+        profile: fine-tuning for user attributes.
+        relation: fine-tuning for social relation detection.
+        attributes: of the users that are predicted; an empty list takes all columns that have a
+            type for it.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: Stage = field(default_factory=Stage)
@@ -69,5 +113,15 @@ class Recipe:
             masking=Masking(last_only=True), batch_size=256, learning_rate=1e-4
         )
     )
+    profile: Stage = field(
+        default_factory=lambda: _task(
+            Objectives(masked_item=0.0, user_attribute=1.0, attribute_pool="cls"), "score"
+        )
+    )
+    relation: Stage = field(
+        default_factory=lambda: _task(Objectives(masked_item=0.0, social_relation=1.0), "accuracy")
+    )
+    attributes: list[Attribute] = field(default_factory=list)
+    social: Social = field(default_factory=Social)
     evaluation: Protocol = field(default_factory=Protocol)
     users: Users = field(default_factory=Users)

@@ -12,8 +12,9 @@ from fastrec.evaluation.report import plot_by_length, plot_losses, print_metrics
 from fastrec.nn.user_model import ModelConfig
 from fastrec.objectives.masked_item import Masking
 from fastrec.training.config import Recipe, Stage
-from fastrec.training.fit import fit, select_users
+from fastrec.training.fit import fit
 from fastrec.training.step_time import bench
+from fastrec.training.tasks import select_users
 
 # Full ranking: on synthetic data there is no published table of sampled metrics to compare with.
 RECIPE = Recipe(

@@ -15,14 +15,17 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fastrec.data.loader import SequenceLoader
-from fastrec.evaluation.protocols import Evaluator
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Recipe, Stage
+from fastrec.training.heads import load_heads, save_heads
 from fastrec.training.module import StageModule
+from fastrec.training.tasks import Task, task_data
 
 
 class KeepBest(Callback):
-    """Save the model to `path` whenever the monitored metric improves (safetensors, no pickle)."""
+    """Save the model to `path` whenever the monitored metric improves (safetensors, no pickle), and
+    the heads of the objectives beside it."""
 
     def __init__(self, path: Path):
         self.path, self.best = path, float("-inf")
@@ -39,16 +42,7 @@ class KeepBest(Callback):
             self.best = value
             if trainer.is_global_zero:
                 module.model.save_pretrained(self.path)
-
-
-def select_users(dataset, recipe: Recipe) -> torch.Tensor:
-    """int64: the evaluated users, a random `fraction` of those with a test target, ascending."""
-    users = torch.as_tensor(dataset.users("test"))
-    if recipe.users.fraction >= 1.0:
-        return users
-    generator = torch.Generator().manual_seed(recipe.users.seed)
-    count = round(len(users) * recipe.users.fraction)
-    return users[torch.randperm(len(users), generator=generator)[:count]].sort().values
+                save_heads(module.objective, self.path)
 
 
 def fit(
@@ -57,16 +51,21 @@ def fit(
     stage: Stage,
     output: Path,
     *,
+    task: Task = "recommendation",
     initial: UserModel | None = None,
+    initial_heads: Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> UserModel:
     """Train one stage and return the model that was best on validation.
 
-    Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`), `last.ckpt`
-    (to resume from), `metrics/` (CSV), `tensorboard/`, `recipe.json`, `summary.json`.
+    Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`, with the heads
+    of the objectives in heads.safetensors), `last.ckpt` (to resume from), `metrics/` (CSV),
+    `tensorboard/`, `recipe.json`, `summary.json`.
 
     Args:
+        task: what validation measures, and with it which users are trained, see `task_data`.
+        initial_heads: folder of a model whose social relation head is taken over, if it has one.
         initial: start from this model instead of random weights; it is not changed.
         resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run.
 
@@ -96,20 +95,25 @@ def fit(
 
     torch.manual_seed(stage.seed)
     model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)
-    users = select_users(dataset, recipe)
+    data = task_data(dataset, recipe, stage.objectives, task)
+    objective = JointObjective(stage.objectives, model, data.attributes)
+    if not stage.objectives.masked_item:
+        model.item_head.requires_grad_(False)  # DDP waits for the gradient of every parameter
+    if initial_heads is not None:
+        load_heads(objective, initial_heads, only="social_relation.")
     loader = SequenceLoader(
         dataset,
         "train",
         batch_size=stage.batch_size,
         max_len=recipe.model.max_len,
         seed=stage.seed,
-        users=users,
+        users=data.users,
+        friends=data.friends,
+        columns={attribute.name: attribute.values for attribute in data.attributes},
         steps_per_pass=min(stage.validate_every, stage.steps),
         **model.sequence_tokens,  # type: ignore[arg-type]
     )
-    module = StageModule(
-        model, stage, loader, Evaluator(dataset, users, "valid", recipe.evaluation)
-    )
+    module = StageModule(model, objective, stage, loader, data.evaluator)
     keep = KeepBest(output / "model")
     callbacks: list[Callback] = [
         keep,
@@ -151,7 +155,7 @@ def fit(
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - start, 1),
         f"valid {stage.monitor}": keep.best,
-        "users": len(users),
+        "users": len(data.users),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

@@ -1,4 +1,4 @@
-"""The Lightning module of one stage: corrupt, encode, objective; validation by ranking."""
+"""The Lightning module of one stage: one joint loss; validation by an evaluator."""
 
 import math
 
@@ -6,30 +6,35 @@ import lightning
 import torch
 
 from fastrec.data.loader import SequenceLoader
-from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.protocols import Evaluator
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.masked_item import MaskedItemPrediction
-from fastrec.random import Rng
+from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.training.config import Stage
 
 VALIDATION_BATCH = 512
 
 
 class StageModule(lightning.LightningModule):
-    """Trains `model` for one stage.
+    """Trains `model` and the heads of `objective` for one stage.
+
+    evaluator: has `len()`, `score(model, objective, rows)`, a tensor for a slice of its rows, and
+        `metrics(scores, objective)`, a dict of numbers from the scores of all rows.
 
     Batch, masks and dropout of a step depend on (seed, global step) only, so a resumed run repeats
     the interrupted one bit for bit without saving any generator state.
     """
 
     def __init__(
-        self, model: UserModel, stage: Stage, loader: SequenceLoader, evaluator: Evaluator
+        self,
+        model: UserModel,
+        objective: JointObjective,
+        stage: Stage,
+        loader: SequenceLoader,
+        evaluator,
     ):
         super().__init__()
         self.model, self.stage, self.loader, self.evaluator = model, stage, loader, evaluator
-        self.objective = MaskedItemPrediction()
-        self.validation_ranks: list[torch.Tensor] = []
+        self.objective = objective
+        self.validation_scores: list[torch.Tensor] = []
 
     def train_dataloader(self):
         self.loader.set_step(self.trainer.global_step)
@@ -37,30 +42,38 @@ class StageModule(lightning.LightningModule):
         return self.loader
 
     def val_dataloader(self):
-        users = len(self.evaluator.users)
-        starts = range(0, users, VALIDATION_BATCH)
-        rows = [(start, min(start + VALIDATION_BATCH, users)) for start in starts]
+        count = len(self.evaluator)
+        starts = range(0, count, VALIDATION_BATCH)
+        rows = [(start, min(start + VALIDATION_BATCH, count)) for start in starts]
         return torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
 
     def training_step(self, batch, batch_index):
-        stage, step = self.stage, self.global_step
-        masked, rows, targets = stage.masking(batch, self.model, stage.seed, step)
-        states = self.model.encode(masked, Rng(stage.seed, step))
-        loss = self.objective(self.model, states, rows, targets, backend=stage.backend)
-        if self.trainer.world_size > 1:
-            # DDP averages over ranks; the mean over all rows needs each rank's share of them.
-            total = rows.new_tensor(float(len(rows)), dtype=loss.dtype)
-            torch.distributed.all_reduce(total)
-            loss = loss * (len(rows) * self.trainer.world_size) / total.clamp_min(1)
+        stage = self.stage
+        terms = self.objective(
+            self.model, batch, stage.masking, stage.seed, self.global_step, backend=stage.backend
+        )
+        loss = total_loss(terms, self.trainer.world_size)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        parts: dict[str, torch.Tensor] = {}
+        for term in terms:
+            parts[term.objective] = parts.get(term.objective, 0) + term.loss.detach()
+        if batch.pairs is not None:
+            parts["negatives"] = torch.tensor(batch.pairs.negatives)
+        for name, value in parts.items() if len(terms) > 1 else ():
+            self.log(f"train/{name}", value, batch_size=len(batch))
         return loss
 
     def validation_step(self, rows, batch_index):
-        self.validation_ranks.append(self.evaluator.rank_rows(self.model, slice(*rows)))
+        scores = self.evaluator.score(self.model, self.objective, slice(*rows))
+        self.validation_scores.append(scores)
 
     def on_validation_epoch_end(self):
-        metrics = ranking_metrics(torch.cat(self.validation_ranks))
-        self.validation_ranks.clear()
+        metrics = self.evaluator.metrics(torch.cat(self.validation_scores), self.objective)
+        self.validation_scores.clear()
+        if self.stage.monitor not in metrics:
+            raise ValueError(
+                f"monitor is {self.stage.monitor!r}, the metrics of this task are {list(metrics)}"
+            )
         self.log_dict({f"valid/{name}": value for name, value in metrics.items()}, prog_bar=False)
         self.log("valid", metrics[self.stage.monitor], prog_bar=True, logger=False)
 
@@ -70,7 +83,7 @@ class StageModule(lightning.LightningModule):
     def configure_optimizers(self):
         stage = self.stage
         optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.parameters(),
             lr=stage.learning_rate,
             weight_decay=stage.weight_decay,
             fused=True,

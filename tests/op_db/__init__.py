@@ -8,6 +8,7 @@ from op_db import (
     dropout_add_layer_norm,
     in_batch_cross_entropy,
     in_batch_hardest,
+    jagged_attention,
     linear_cross_entropy,
 )
 
@@ -16,5 +17,6 @@ OPS = [
     dropout_add_layer_norm.OP,
     in_batch_cross_entropy.OP,
     in_batch_hardest.OP,
+    jagged_attention.OP,
     linear_cross_entropy.OP,
 ]

@@ -77,6 +77,8 @@ class Op:
     # Backends whose result is promised to have the same bits on every call and for every number of
     # threads.
     deterministic: tuple[str, ...] = ("cpp", "triton")
+    # Backends that torch.compile(fullgraph=True) takes, of those that the suite compiles.
+    compiles: tuple[str, ...] = ("reference", "cpp")
     # (backend, sample) -> what is added to the budget, relative to the largest exact value.
     rounding_band: Callable[[str, Sample], float] = no_band
 

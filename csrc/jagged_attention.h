@@ -1,0 +1,352 @@
+// Attention of one head of one sequence, forward and backward, free of torch types except a dtype.
+//
+// Legend: L events of the sequence, D head width, S scores and P probabilities of a block of ROWS
+// queries with all their keys. Vector lanes are keys in S and P, features in everything else. Hence
+// the bytes of the random number contract (16 keys of one query a call) lie in the order of the
+// lanes, and only K (and V in the backward pass) is ever transposed.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "convert.h"
+#include "gemm.h"
+#include "philox.h"
+#include "simd.h"
+#include "small_gemm.h"
+
+namespace fastrec {
+
+constexpr int64_t ROWS = 48;  // queries of a block: S and dP stay in the L2 for 512 keys
+
+// A [T, H, D] tensor with contiguous features; strides in elements.
+struct Heads {
+  char* data;
+  int64_t event, head;
+  ScalarType dtype;
+
+  template <class Element>
+  FASTREC_INLINE Element* at(int64_t t, int64_t h) const {
+    return reinterpret_cast<Element*>(data) + t * event + h * head;
+  }
+  FASTREC_INLINE Rows rows(int64_t t, int64_t h) const {
+    int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    return {data + (t * event + h * head) * size, event * size, dtype};
+  }
+};
+
+// Sequences order[first] .. order[last - 1] and heads [first_head, last_head).
+struct Task {
+  int64_t first, last, first_head, last_head;
+};
+
+template <class T>
+struct AttentionArgs {
+  int64_t heads, width, longest;
+  const int64_t* offsets;     // [B + 1]
+  const int64_t* sample_ids;  // [B], null without dropout
+  PhiloxKey key;
+  int drop;  // an element is dropped where its draw is below; 0: no dropout
+  bool causal;
+  T scale;
+  Heads query, key_, value, out;                   // out: forward only
+  Heads grad_out, grad_query, grad_key, grad_value;  // backward only
+  T* lse;                                          // [T, H]
+  const int64_t* order;
+  const Task* tasks;
+  int64_t task_count;
+  std::atomic<int64_t>* next;
+};
+
+// Matrices of a head as the products want them: a pointer and a row stride.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t ld;
+};
+
+template <class S>
+struct Attention {
+  using T = typename S::T;
+  using V = typename S::V;
+  using I = typename S::I;
+  using Random = Philox<sizeof(V)>;
+  static constexpr int NR = SmallGemm<S>::NR;
+  static constexpr T infinity = std::numeric_limits<T>::infinity();
+
+  const AttentionArgs<T>& a;
+  const int64_t width;   // D in whole vectors
+  const int64_t keys;    // longest sequence in whole panels
+  const T keep_scale;    // of what dropout leaves
+  // Copies of q, k, v, dO where the tensors cannot be read as they are; results likewise.
+  Buffer<T> q_copy, k_copy, v_copy, g_copy, out_copy, dk_copy, dv_copy;
+  Buffer<T> k_panels, v_panels, s, dp, normaliser;
+  Buffer<uint8_t> draws;
+
+  FASTREC_INLINE explicit Attention(const AttentionArgs<T>& args, bool backward)
+      : a(args),
+        width(round_up(args.width, S::lanes)),
+        keys(round_up(args.longest, NR)),
+        keep_scale(args.drop ? T(256) / T(256 - args.drop) : T(1)),
+        q_copy(keys * width),
+        k_copy(keys * width),
+        v_copy(keys * width),
+        g_copy(backward ? keys * width : 0),
+        out_copy(keys * width),
+        dk_copy(backward ? keys * width : 0),
+        dv_copy(backward ? keys * width : 0),
+        k_panels(keys * width),
+        v_panels(backward ? keys * width : 0),
+        s(ROWS * keys),
+        dp(backward ? ROWS * keys : 0),
+        normaliser(ROWS),
+        draws(args.drop ? ROWS * round_up(keys, 16) + Random::slack : 0) {}
+
+  // The tensor itself where its type and whole vectors allow it, else a copy padded with zeros.
+  FASTREC_INLINE Matrix<const T> read(const Heads& x, int64_t t, int64_t h, int64_t length,
+                                      T* copy) const {
+    if (direct(x)) return {x.at<T>(t, h), x.event};
+    Rows rows = x.rows(t, h);
+    for (int64_t i = 0; i < length; ++i) {
+      rows.load(i, copy + i * width, a.width);
+      for (int64_t d = a.width; d < width; ++d) copy[i * width + d] = 0;
+    }
+    return {copy, width};
+  }
+  FASTREC_INLINE bool direct(const Heads& x) const {
+    constexpr ScalarType own = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+    return x.dtype == own && a.width == width;
+  }
+  FASTREC_INLINE Matrix<T> target(const Heads& x, int64_t t, int64_t h, T* copy) const {
+    return direct(x) ? Matrix<T>{x.at<T>(t, h), x.event} : Matrix<T>{copy, width};
+  }
+  FASTREC_INLINE void write(const Heads& x, int64_t t, int64_t h, int64_t length,
+                            const T* copy) const {
+    if (direct(x)) return;
+    for (int64_t i = 0; i < length; ++i)
+      store_row<T>(copy + i * width, x.data, x.dtype, (t + i) * x.event + h * x.head, a.width);
+  }
+
+  // s[rows, count] = factor * x y^T with y packed.
+  FASTREC_INLINE void scores(int64_t rows, int64_t count, Matrix<const T> x, const T* panels,
+                             const T& factor, T* out) const {
+    product<S>({rows, a.width, count, x.data, x.ld, 1, panels, NR, width * NR, out, keys, &factor,
+                0, false});
+  }
+  // out (+)= factor * x y, x [rows, count] or its transpose.
+  FASTREC_INLINE void combine(int64_t rows, int64_t count, const T* x, int64_t row, int64_t step,
+                              Matrix<const T> y, Matrix<T> out, const T* factor,
+                              int64_t factor_step, bool add) const {
+    product<S>({rows, count, a.width, x, row, step, y.data, y.ld, NR, out.data, out.ld, factor,
+                factor_step, add});
+  }
+
+  static FASTREC_INLINE I lane_index() {
+    alignas(64) static constexpr typename S::C::Bits index[] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                                8, 9, 10, 11, 12, 13, 14, 15};
+    return *reinterpret_cast<const I*>(index);
+  }
+  static FASTREC_INLINE V select(I mask, V v) { return (V)(mask & (I)v); }
+
+  // The elements [valid, whole vector) of a row become `fill`; returns the number of vectors.
+  static FASTREC_INLINE int64_t end_row(T* row, int64_t valid, T fill) {
+    int64_t full = valid / S::lanes * S::lanes;
+    if (full == valid) return full / S::lanes;
+    V v = S::load(row + full), filled = V{} + fill;
+    S::store(row + full, lane_index() < I{} + typename S::C::Bits(valid - full) ? v : filled);
+    return full / S::lanes + 1;
+  }
+  // Calls step(j, N) for vectors j .. j + N - 1 of `count`: several chains of an exp at a time.
+  template <class Step>
+  static FASTREC_INLINE void by_vectors(int64_t count, const Step& step) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) step(j, std::integral_constant<int, 4>{});
+    if (j + 2 <= count) {
+      step(j, std::integral_constant<int, 2>{});
+      j += 2;
+    }
+    if (j < count) step(j, std::integral_constant<int, 1>{});
+  }
+
+  // Scores of a row -> exp(s - max), 0 where dropped. Returns the maximum and the sum of all.
+  FASTREC_INLINE void softmax(T* row, int64_t valid, int64_t count, const uint8_t* draw, T& top,
+                              T& sum) const {
+    int64_t vectors = end_row(row, valid, -infinity);
+    V peak = S::load(row);
+    for (int64_t j = 1; j < vectors; ++j) peak = S::max(peak, S::load(row + j * S::lanes));
+    top = reduce<S>(peak, [](auto x, auto y) { return x > y ? x : y; });
+    const T shift = top == -infinity ? T(0) : top;
+    V total{};
+    by_vectors(vectors, [&](int64_t j, auto n) __attribute__((always_inline)) {
+      constexpr int N = decltype(n)::value;
+      V p[N];
+      T* at = row + j * S::lanes;
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) p[i] = S::load(at + i * S::lanes) - shift;
+      S::exp(p);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        total += p[i];
+        if (a.drop)
+          p[i] = select(Random::template keep<S>(draw + (j + i) * S::lanes, a.drop), p[i]);
+        S::store(at + i * S::lanes, p[i]);
+      }
+    });
+    sum = reduce<S>(total, [](auto x, auto y) { return x + y; });
+    for (int64_t j = vectors * S::lanes; j < count; j += S::lanes) S::store(row + j, V{});
+  }
+
+  // s -> e = exp(s - lse) with the sign bit where dropped, dp -> dP with 0 there; also sum_j e and
+  // sum_j e dP. e is P up to the rounding of lse, which can be far above that of s - max: dividing
+  // by the sum removes it.
+  FASTREC_INLINE void probabilities(T* row, T* grad, int64_t valid, const uint8_t* draw, T lse,
+                                    T& sum, T& weighted) const {
+    int64_t vectors = end_row(row, valid, -infinity);
+    V total{}, total_weighted{};
+    by_vectors(vectors, [&](int64_t j, auto n) __attribute__((always_inline)) {
+      constexpr int N = decltype(n)::value;
+      V p[N];
+      T *at = row + j * S::lanes, *grad_at = grad + j * S::lanes;
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) p[i] = S::load(at + i * S::lanes) - lse;
+      S::exp(p);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        V g = S::load(grad_at + i * S::lanes);
+        total += p[i];
+        if (a.drop) {
+          I keep = Random::template keep<S>(draw + (j + i) * S::lanes, a.drop);
+          g = select(keep, g);
+          total_weighted += p[i] * g;
+          p[i] = (V)((I)p[i] | (~keep & (I)-V{}));
+        } else {
+          total_weighted += p[i] * g;
+        }
+        S::store(grad_at + i * S::lanes, g);
+        S::store(at + i * S::lanes, p[i]);
+      }
+    });
+    sum = reduce<S>(total, [](auto x, auto y) { return x + y; });
+    weighted = reduce<S>(total_weighted, [](auto x, auto y) { return x + y; });
+  }
+
+  // (e with signs, dP) -> (P with 0 where dropped, dS); 0 beyond the valid keys.
+  static FASTREC_INLINE void score_gradients(T* row, T* grad, int64_t valid, int64_t count, T sum,
+                                             T weighted) {
+    const T inverse = 1 / sum, delta = weighted * inverse;
+    int64_t j = 0;
+    for (; j < valid; j += S::lanes) {
+      V p = S::load(row + j) * inverse, g = S::load(grad + j);
+      S::store(row + j, S::max(p, V{}));
+      S::store(grad + j, S::max(p, -p) * (g - delta));
+    }
+    for (; j < count; j += S::lanes) {
+      S::store(row + j, V{});
+      S::store(grad + j, V{});
+    }
+  }
+
+  FASTREC_INLINE PhiloxKey key_of(int64_t b, int64_t h) const {
+    return a.drop ? a.key.of(a.sample_ids[b], h) : a.key;
+  }
+  FASTREC_INLINE int64_t keys_of(int64_t first, int64_t rows, int64_t length) const {
+    return a.causal ? std::min(length, first + rows) : length;
+  }
+
+  FASTREC_INLINE void forward(int64_t b, int64_t h) const {
+    const int64_t t = a.offsets[b], length = a.offsets[b + 1] - t;
+    auto q = read(a.query, t, h, length, q_copy), k = read(a.key_, t, h, length, k_copy);
+    auto v = read(a.value, t, h, length, v_copy);
+    auto out = target(a.out, t, h, out_copy);
+    pack_transposed<S>(length, a.width, k.data, k.ld, k_panels, width * NR);
+    const PhiloxKey key = key_of(b, h);
+    for (int64_t first = 0; first < length; first += ROWS) {
+      const int64_t rows = std::min(ROWS, length - first), count = keys_of(first, rows, length);
+      const int64_t groups = (count + 15) / 16, padded = round_up(count, S::lanes);
+      scores(rows, count, {q.data + first * q.ld, q.ld}, k_panels, a.scale, s);
+      if (a.drop) Random::fill(key, first, rows, groups, draws);
+      for (int64_t i = 0; i < rows; ++i) {
+        T top, sum;
+        softmax(s + i * keys, a.causal ? first + i + 1 : length, padded, draws + i * groups * 16,
+                top, sum);
+        normaliser[i] = keep_scale / sum;
+        a.lse[(t + first + i) * a.heads + h] = top + std::log(sum);
+      }
+      combine(rows, count, s, keys, 1, v, {out.data + first * out.ld, out.ld}, normaliser, 1,
+              false);
+    }
+    write(a.out, t, h, length, out_copy);
+  }
+
+  FASTREC_INLINE void backward(int64_t b, int64_t h) const {
+    const int64_t t = a.offsets[b], length = a.offsets[b + 1] - t;
+    auto q = read(a.query, t, h, length, q_copy), k = read(a.key_, t, h, length, k_copy);
+    auto v = read(a.value, t, h, length, v_copy), g = read(a.grad_out, t, h, length, g_copy);
+    auto dq = target(a.grad_query, t, h, out_copy), dk = target(a.grad_key, t, h, dk_copy);
+    auto dv = target(a.grad_value, t, h, dv_copy);
+    pack_transposed<S>(length, a.width, k.data, k.ld, k_panels, width * NR);
+    pack_transposed<S>(length, a.width, v.data, v.ld, v_panels, width * NR);
+    const PhiloxKey key = key_of(b, h);
+    for (int64_t first = 0; first < length; first += ROWS) {
+      const int64_t rows = std::min(ROWS, length - first), count = keys_of(first, rows, length);
+      const int64_t groups = (count + 15) / 16, padded = round_up(count, S::lanes);
+      Matrix<const T> q_rows{q.data + first * q.ld, q.ld}, g_rows{g.data + first * g.ld, g.ld};
+      scores(rows, count, q_rows, k_panels, a.scale, s);
+      scores(rows, count, g_rows, v_panels, keep_scale, dp);
+      if (a.drop) Random::fill(key, first, rows, groups, draws);
+      for (int64_t i = 0; i < rows; ++i) {
+        T *p = s + i * keys, *grad = dp + i * keys;
+        const int64_t valid = a.causal ? first + i + 1 : length;
+        T sum, weighted;
+        probabilities(p, grad, valid, draws + i * groups * 16,
+                      a.lse[(t + first + i) * a.heads + h], sum, weighted);
+        score_gradients(p, grad, valid, padded, sum, weighted);
+      }
+      // Causal: the keys of this block were not seen by earlier ones.
+      const int64_t seen = first == 0 ? 0 : keys_of(first - ROWS, ROWS, length);
+      add_transposed(seen, rows, count, s, g_rows, dv, keep_scale);
+      add_transposed(seen, rows, count, dp, q_rows, dk, a.scale);
+      combine(rows, count, dp, keys, 1, k, {dq.data + first * dq.ld, dq.ld}, &a.scale, 0, false);
+    }
+    write(a.grad_query, t, h, length, out_copy);
+    write(a.grad_key, t, h, length, dk_copy);
+    write(a.grad_value, t, h, length, dv_copy);
+  }
+
+  // out[j] += factor * sum_i x[i, j] y[i]; rows of out from `seen` on are written, not added to.
+  FASTREC_INLINE void add_transposed(int64_t seen, int64_t rows, int64_t count, const T* x,
+                                     Matrix<const T> y, Matrix<T> out, const T& factor) const {
+    if (seen > 0) combine(seen, rows, x, 1, keys, y, out, &factor, 0, true);
+    if (count > seen)
+      combine(count - seen, rows, x + seen, 1, keys, y, {out.data + seen * out.ld, out.ld},
+              &factor, 0, false);
+  }
+};
+
+template <class S, class T = typename S::T>
+FASTREC_INLINE void attention_tasks(const AttentionArgs<T>& a, bool backward) {
+  Attention<S> attention(a, backward);
+  int64_t at;
+  while ((at = a.next->fetch_add(1)) < a.task_count) {
+    const Task& task = a.tasks[at];
+    for (int64_t i = task.first; i < task.last; ++i) {
+      for (int64_t h = task.first_head; h < task.last_head; ++h)
+        backward ? attention.backward(a.order[i], h) : attention.forward(a.order[i], h);
+    }
+  }
+}
+template <class S>
+FASTREC_INLINE void attention_forward_tasks(const AttentionArgs<typename S::T>& a) {
+  attention_tasks<S>(a, false);
+}
+template <class S>
+FASTREC_INLINE void attention_backward_tasks(const AttentionArgs<typename S::T>& a) {
+  attention_tasks<S>(a, true);
+}
+
+FASTREC_DEFINE_PER_ISA(attention_forward, AttentionArgs, attention_forward_tasks)
+FASTREC_DEFINE_PER_ISA(attention_backward, AttentionArgs, attention_backward_tasks)
+
+}  // namespace fastrec

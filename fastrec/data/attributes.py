@@ -1,0 +1,198 @@
+"""User attributes as training targets: numbers standardised, categories as class indices.
+
+Legend: U users.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrec.data.errors import DataError
+
+FEW = 50  # an integer column with at most so many values is a category, unless it is said to be not
+MANY = 1000  # more classes than this must be asked for
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A column of users.parquet that a model predicts.
+
+    Attributes:
+        name: of the column.
+        kind: "numeric" or "discrete"; None takes floats as numeric, text as discrete, integers as
+            discrete up to 50 distinct values.
+        log: predict log(1 + x) of a number.
+        bins: ascending edges that make classes of a number: x is in class #(edges <= x).
+        top: keep the most frequent values as classes, all others are one class more.
+        range: (low, high) that squared errors are reported for as if it were (0, 1).
+    """
+
+    name: str
+    kind: Literal["numeric", "discrete"] | None = None
+    log: bool = False
+    bins: list[float] | None = None
+    top: int | None = None
+    range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedAttribute:
+    """Targets of one attribute for all users.
+
+    values: float32 [U] with mean 0 and variance 1 over the training users, NaN where missing; or
+        int64 [U] class indices, -1 where missing.
+    labels: the classes; empty for a numeric attribute.
+    mean, std: what was subtracted and divided by.
+    unit: a squared error of `values` times unit^2 is the one that is reported.
+    """
+
+    name: str
+    values: Tensor
+    labels: tuple = ()
+    mean: float = 0.0
+    std: float = 1.0
+    unit: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """Width of the prediction: 1, or the number of classes."""
+        return len(self.labels) or 1
+
+    def known(self, users) -> Tensor:
+        """bool [N]: which of the users have a value."""
+        values = self.values[torch.as_tensor(users)]
+        return values >= 0 if self.labels else ~values.isnan()
+
+
+def encode_attributes(dataset, attributes, users) -> list[EncodedAttribute]:
+    """Encode columns of users.parquet; classes, means and deviations come from `users` alone.
+
+    attributes: list of Attribute; an empty one takes every column with a kind (see Attribute).
+    users: int64, the training users. A category that none of them has is missing for the others.
+
+    Raises DataError that names the column: missing, of an unusable type, infinite, constant or
+    empty over `users`, too many classes.
+    """
+    frame, file = dataset.user_attributes(), dataset.path / "users.parquet"
+    columns = [name for name in frame.columns if name not in ("user", "user_id")]
+    chosen = list(attributes) or [Attribute(name) for name in columns]
+    if not chosen:
+        raise DataError(
+            file, "has no attributes: prepare the data set with --user_attributes, or leave out"
+            " the attribute task (weight 0)",
+        )  # fmt: skip
+    users = np.asarray(users)
+    encoded = []
+    for attribute in chosen:
+        name = attribute.name
+        if name not in columns:
+            raise DataError(file, f"column is missing; the attributes are {columns}", column=name)
+        column = frame[name]
+        if _kind(attribute, column, file) == "numeric" or attribute.bins is not None:
+            numbers = _numbers(column, attribute, file)
+            if attribute.bins is None:
+                encoded.append(_standardised(numbers, attribute, users, file))
+            else:
+                encoded.append(_binned(numbers, attribute, file))
+        else:
+            encoded.append(_classes(column, attribute, users, file))
+    return encoded
+
+
+def profile_ids(attributes: list[EncodedAttribute]) -> np.ndarray | None:
+    """int64 [U]: equal for users with the same classes in every discrete attribute, -1 for users
+    who miss one; None without discrete attributes."""
+    discrete = [attribute.values.numpy() for attribute in attributes if attribute.labels]
+    if not discrete:
+        return None
+    rows = np.stack(discrete, axis=1)
+    _, ids = np.unique(rows, axis=0, return_inverse=True)
+    return np.where((rows >= 0).all(axis=1), ids.reshape(-1), -1)
+
+
+def _kind(attribute: Attribute, column, file) -> str:
+    numeric = column.dtype.is_numeric()
+    if column.dtype.is_nested():
+        raise DataError(
+            file, f"{column.dtype} cannot be predicted; list the attributes that can",
+            column=attribute.name,
+        )  # fmt: skip
+    if attribute.kind is not None:
+        if attribute.kind == "numeric" and not numeric:
+            raise DataError(file, f"is {column.dtype}, not numeric", column=attribute.name)
+        return attribute.kind
+    if attribute.top is not None:
+        return "discrete"
+    if column.dtype.is_float() or attribute.log:
+        return "numeric"
+    return "numeric" if numeric and column.n_unique() > FEW else "discrete"
+
+
+def _numbers(column, attribute: Attribute, file) -> np.ndarray:
+    """float64 [U], NaN where missing."""
+    import polars as pl
+
+    if not column.dtype.is_numeric():
+        raise DataError(file, f"is {column.dtype}, not numeric", column=attribute.name)
+    numbers = column.cast(pl.Float64).fill_null(float("nan")).to_numpy().copy()
+    wrong = np.isinf(numbers) | (attribute.log & (numbers <= -1))
+    if wrong.any():
+        where = int(wrong.argmax())
+        what = f"log(1 + {numbers[where]:g})" if attribute.log else f"{numbers[where]:g}"
+        raise DataError(file, f"{what} is not finite", column=attribute.name, row=where + 1)
+    return np.log1p(numbers) if attribute.log else numbers
+
+
+def _standardised(numbers, attribute: Attribute, users, file) -> EncodedAttribute:
+    training = numbers[users]
+    training = training[~np.isnan(training)]
+    if len(training) == 0 or training.std() == 0:
+        what = "constant" if len(training) else "missing"
+        raise DataError(file, f"is {what} for all training users", column=attribute.name)
+    mean, std = training.mean(), training.std()
+    low, high = attribute.range or (0.0, 1.0)
+    values = torch.from_numpy(((numbers - mean) / std).astype(np.float32))
+    return EncodedAttribute(
+        attribute.name, values, mean=float(mean), std=float(std), unit=float(std / (high - low))
+    )
+
+
+def _binned(numbers, attribute: Attribute, file) -> EncodedAttribute:
+    bins = np.asarray(attribute.bins, dtype=np.float64)
+    if len(bins) == 0 or (np.diff(bins) <= 0).any():
+        raise DataError(file, f"bins must ascend, got {attribute.bins}", column=attribute.name)
+    index = np.where(np.isnan(numbers), -1, np.searchsorted(bins, numbers, side="right"))
+    edges = [f"{edge:g}" for edge in bins]
+    inner = [f"{low} - {high}" for low, high in pairwise(edges)]
+    labels = (f"< {edges[0]}", *inner, f">= {edges[-1]}")
+    return EncodedAttribute(attribute.name, torch.from_numpy(index.astype(np.int64)), labels)
+
+
+def _classes(column, attribute: Attribute, users, file) -> EncodedAttribute:
+    import polars as pl
+
+    counts = column.gather(users).drop_nulls().value_counts(name="count")
+    counts = counts.sort(["count", attribute.name], descending=[True, False])
+    if attribute.top is not None:
+        counts = counts.head(attribute.top)
+    elif counts.height > MANY:
+        raise DataError(
+            file, f"has {counts.height} different values; `top` keeps the most frequent ones",
+            column=attribute.name,
+        )  # fmt: skip
+    labels = counts[attribute.name].sort()
+    table = pl.DataFrame({"value": labels, "class": np.arange(len(labels))})
+    index = column.to_frame("value").join(table, on="value", how="left", maintain_order="left")
+    other = len(labels) if attribute.top is not None else -1
+    classes = index["class"].fill_null(other).to_numpy().copy()
+    classes[column.is_null().to_numpy()] = -1
+    names = (*labels.to_list(), "other") if attribute.top is not None else tuple(labels.to_list())
+    if len(names) < 2:
+        raise DataError(
+            file, "has fewer than two classes among the training users", column=attribute.name
+        )
+    return EncodedAttribute(attribute.name, torch.from_numpy(classes.astype(np.int64)), names)

@@ -1,0 +1,64 @@
+"""Social relation detection (SRD): UPRec section 3.3.3, eq. 13-14.
+
+Legend: S sequences of this process, B queries, C candidates of all processes, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastrec.data.relations import SocialPairs
+from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
+
+
+class SocialRelationDetection(nn.Module):
+    """Mean over the queries of -log softmax_j(s(u_query, u_j))[friend], j over the drawn friends of
+    the batch that are allowed as negatives, s(q, c) = -(sum_d w_d (q_d - c_d)^2 + b).
+
+    w may take any sign, as in the paper; b cancels in the softmax, so its gradient is 0. The paper
+    does not say where w starts. At 1 the first logits are sums over D features of normalised
+    states, far from each other; the loss starts at many times log C and its gradient first draws
+    all users together. 1 / D starts near log C.
+
+    Args:
+        width: D.
+        initial: the first value of all w; None is 1 / D.
+    """
+
+    def __init__(self, width: int, initial: float | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 1 / width if initial is None else initial))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, users: Tensor, pairs: SocialPairs | None, backend=None) -> Tensor:
+        """A scalar from user vectors [S, D]; 0 with a live graph when no user has a friend.
+
+        With several processes the candidates of all of them take part: the loss is the mean over
+        the queries of this process, and candidates collect gradients from all processes.
+        """
+        if pairs is None:
+            raise ValueError("the batch has no pairs: give the loader a FriendSampler")
+        candidates = users[pairs.candidate_rows]
+        if len(pairs.candidates_per_rank) > 1:
+            candidates = _of_all_ranks(candidates, pairs.candidates_per_rank)
+        loss = in_batch_cross_entropy(
+            users[pairs.query_rows],
+            candidates,
+            similarity="weighted_l2",
+            weight=self.weight,
+            positive=pairs.positive,
+            query_group=pairs.query_profile,
+            candidate_group=pairs.candidate_profile,
+            exclude=pairs.exclude,
+            backend=backend,
+        )
+        return loss + 0.0 * self.bias
+
+
+def _of_all_ranks(candidates: Tensor, per_rank: tuple[int, ...]) -> Tensor:
+    """[C, D]: the candidates of all ranks end to end. The sum of zero-padded parts, because ranks
+    hold different numbers of them; its backward pass sums the gradients of all ranks."""
+    from torch.distributed.nn.functional import all_reduce
+
+    before = sum(per_rank[: torch.distributed.get_rank()])
+    after = sum(per_rank) - before - len(candidates)
+    return all_reduce(nn.functional.pad(candidates, (0, 0, before, after)))
