@@ -38,9 +38,14 @@ LISTS = (torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 4]))
         (dict(similarity="cosine"), [1, 1, math.sqrt(0.5)], [0, 1, 0]),
         (dict(similarity="weighted_l2"), [-2, -1, -1], [1, 1, 1]),
         (
+            dict(similarity="weighted_l2", weight=torch.tensor([-1.0, 1.0])),
+            [4, 5, 3],
+            [0, 0, 0],
+        ),
+        (
             dict(similarity="weighted_l2", weight=torch.tensor([1.0, -1.0])),
-            [0, 5, 0],
-            [1, 0, 1],
+            [0, 1, -1],
+            [1, 1, 1],
         ),
     ],
 )
