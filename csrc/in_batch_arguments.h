@@ -2,36 +2,16 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 #include <vector>
 
 #include "in_batch_pairs.h"
+#include "scored.h"
 
 namespace fastrec {
 namespace {
-
-using torch::stable::Tensor;
-
-template <class T>
-constexpr ScalarType dtype_of() {
-  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-}
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Workers draw tasks from a counter: tasks own their outputs, so the order does not matter.
-template <class Args>
-void run(Args& args, int64_t tasks, void (*worker)(const Args&)) {
-  std::atomic<int64_t> next{0};
-  args.next = &next;
-  int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(args); });
-}
 
 // The tensors behind Pairs, without the rows that have no positive where a positive is asked for.
 template <class T>
@@ -43,7 +23,7 @@ class Batch {
         const std::optional<Tensor>& positive, const std::optional<Tensor>& query_group,
         const std::optional<Tensor>& candidate_group, const std::optional<Tensor>& exclude_values,
         const std::optional<Tensor>& exclude_offsets)
-      : candidate_(torch::stable::contiguous(candidate)) {
+      : candidate_(with_contiguous_rows(candidate)) {
     int64_t items = candidate.size(0), width = candidate.size(1), ld = padded<T>(width);
     Tensor y = positive ? torch::stable::contiguous(*positive) : candidate;
     for (int64_t i = 0; i < query.size(0); ++i) {
@@ -56,19 +36,18 @@ class Batch {
     int64_t count = static_cast<int64_t>(row.size());
     constexpr int64_t after = 12;  // the kernels read whole register tiles, at most 12 rows
     x_ = std::make_unique<Buffer<T>>((count + after) * ld);
-    Tensor source = torch::stable::contiguous(query);
-    const T* data = static_cast<const T*>(source.data_ptr());
+    Tensor source = with_contiguous_rows(query);
+    Rows rows = rows_of(source);
     torch::stable::parallel_for(0, count + after, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         std::fill_n(*x_ + i * ld, ld, T(0));
-        if (i < count) std::copy_n(data + row[i] * width, width, *x_ + i * ld);
+        if (i < count) rows.load(row[i], *x_ + i * ld, width);
       }
     });
     pairs = {};
     pairs.rows = count, pairs.items = items, pairs.width = width, pairs.ld = ld;
     pairs.x = *x_;
-    pairs.candidate = {static_cast<const char*>(candidate_.data_ptr()),
-                       width * static_cast<int64_t>(sizeof(T)), candidate_.scalar_type()};
+    pairs.candidate = rows_of(candidate_);
     pairs.positive = item_.data();
     if (bias) {
       bias_ = torch::stable::contiguous(*bias);

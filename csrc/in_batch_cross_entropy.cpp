@@ -35,7 +35,7 @@ void combine(const InBatchForward<T>& a, int64_t i, T& loss, T& lse, T* directio
     const T* weighted = a.weighted + (r * q.rows + i) * q.width;
     for (int64_t d = 0; d < q.width; ++d) direction[d] += factor * weighted[d];
   }
-  const T* c = reinterpret_cast<const T*>(q.candidate.data) + q.positive[i] * q.width;
+  const T* c = reinterpret_cast<const T*>(q.candidate.data + q.positive[i] * q.candidate.stride);
   for (int64_t d = 0; d < q.width; ++d) direction[d] -= static_cast<T>(rest) * c[d];
 }
 

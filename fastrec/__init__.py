@@ -3,6 +3,7 @@
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
+from fastrec.ops.in_batch_hardest import in_batch_hardest
 from fastrec.ops.jagged_attention import jagged_attention
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
@@ -12,6 +13,7 @@ __all__ = [
     "bias_gelu_dropout",
     "dropout_add_layer_norm",
     "in_batch_cross_entropy",
+    "in_batch_hardest",
     "jagged_attention",
     "jagged_embedding",
     "linear_cross_entropy",

@@ -188,7 +188,7 @@ def _padded(tensor, fill, shift):
     """A view inside a larger buffer: `shift` elements off the alignment, `fill` all around, and in
     two dimensions a row stride that is wider than the row."""
     if tensor.dim() == 0:
-        return tensor
+        return _padded(tensor[None], fill, shift)[0]
     wide = [tensor.shape[0] + 2] + [size + 5 for size in tensor.shape[1:]]
     size = 1
     for extent in wide:

@@ -142,8 +142,9 @@ def in_batch_cross_entropy_ref(
     loss = biased.masked_fill(~allowed, -math.inf).logsumexp(1) - target
     if symmetric:
         # The candidate of each query against all queries.
-        turned, allowed = logits[:, positive].T, allowed[:, positive].T
-        loss = loss + turned.masked_fill(~allowed, -math.inf).logsumexp(1) - turned.diagonal()
+        turned = similarity_ref(candidate[positive], query, similarity, weight) / temperature
+        masked = turned.masked_fill(~allowed[:, positive].T, -math.inf)
+        loss = loss + masked.logsumexp(1) - turned.diagonal()
         loss = loss / 2
     return _reduce(loss, reduction)
 
@@ -281,7 +282,8 @@ def in_batch_cross_entropy(
         weight = None if weight is None else weight.to(accumulate)
         if similarity == "cosine":
             query, candidate = F.normalize(query, dim=1), F.normalize(candidate, dim=1)
-        query_group, candidate_group = as_columns(query_group), as_columns(candidate_group)
+        if query_group is not None and candidate_group is not None:
+            query_group, candidate_group = as_columns(query_group), as_columns(candidate_group)
         if backend == "cpp":
             dtype = accumulate
         count, size = len(query), len(candidate)

@@ -28,12 +28,11 @@ def operands(
     """
     shift = candidate.detach().mean(0) if len(candidate) else 0.0
     c = candidate - shift
-    scale = None if weight is None else weight
-    if isinstance(temperature, Tensor) or temperature != 1.0 or similarity == "weighted_l2":
-        ones = query.new_ones(query.shape[1])
-        scale = (ones if scale is None else scale) / temperature
+    if similarity != "weighted_l2" and isinstance(temperature, float) and temperature == 1.0:
+        return query, c, None
+    scale = (query.new_ones(query.shape[1]) if weight is None else weight) / temperature
     if similarity != "weighted_l2":
-        return query if scale is None else query * scale, c, None
+        return query * scale, c, None
     return (query - shift) * (2 * scale), c, -(c.square() * scale).sum(1)
 
 
@@ -46,8 +45,8 @@ def transposed_lists(exclude: Lists, candidates: int) -> Lists:
     return rows[order], torch.searchsorted(by_candidate, bounds)
 
 
-def as_columns(ids: Tensor | None) -> Tensor | None:
-    return ids[:, None] if ids is not None and ids.dim() == 1 else ids
+def as_columns(ids: Tensor) -> Tensor:
+    return ids[:, None] if ids.dim() == 1 else ids
 
 
 def similarity_ref(query, candidate, similarity, weight):

@@ -6,6 +6,8 @@
 from op_db import (
     bias_gelu_dropout,
     dropout_add_layer_norm,
+    in_batch_cross_entropy,
+    in_batch_hardest,
     jagged_attention,
     jagged_embedding,
     linear_cross_entropy,
@@ -14,6 +16,8 @@ from op_db import (
 OPS = [
     bias_gelu_dropout.OP,
     dropout_add_layer_norm.OP,
+    in_batch_cross_entropy.OP,
+    in_batch_hardest.OP,
     jagged_attention.OP,
     jagged_embedding.OP,
     linear_cross_entropy.OP,

@@ -147,6 +147,8 @@ def excess(actual: Tensor, low: Tensor, exact: Tensor, floor: float = 0.0) -> tu
     float64, where the oracle is the reference in the same dtype and its own error is not seen."""
     if actual.numel() == 0:
         return 0.0, 0.0
+    if not actual.is_floating_point():
+        return float((actual != exact).sum()), 0.0
     error = (actual.double() - exact).abs()
     same = actual.double() == exact  # infinities
     error = error.masked_fill(same, 0).max().item()

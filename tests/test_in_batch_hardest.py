@@ -1,0 +1,90 @@
+"""What the generated tests of in_batch_hardest cannot express: an exact table and error texts."""
+
+import math
+
+import pytest
+import torch
+
+from fastrec import in_batch_hardest
+from fastrec.backend import unavailable_reason
+
+WHY = unavailable_reason("cpp", "in_batch_hardest", torch.device("cpu"))
+every_backend = pytest.mark.parametrize(
+    "backend",
+    ["reference", pytest.param("cpp", marks=pytest.mark.skipif(WHY is not None, reason=str(WHY)))],
+)
+
+
+def table(**options):
+    query = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], requires_grad=True)
+    candidate = torch.tensor([[3.0, 0.0], [0.0, 1.0], [3.0, 0.0]], requires_grad=True)
+    return dict(query=query, candidate=candidate) | options
+
+
+LISTS = (torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 4]))
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "options, values, indices",
+    [
+        (dict(), [3, 2, 3], [0, 1, 0]),  # candidates 0 and 2 are equal
+        (dict(exclude=LISTS), [3, 2, -math.inf], [2, 1, -1]),
+        (
+            dict(query_group=torch.tensor([7, 1, 5]), candidate_group=torch.tensor([7, 1, 5])),
+            [3, 0, 3],
+            [2, 0, 0],
+        ),
+        (dict(similarity="cosine"), [1, 1, math.sqrt(0.5)], [0, 1, 0]),
+        (dict(similarity="weighted_l2"), [-2, -1, -1], [1, 1, 1]),
+        (
+            dict(similarity="weighted_l2", weight=torch.tensor([-1.0, 1.0])),
+            [4, 5, 3],
+            [0, 0, 0],
+        ),
+        (
+            dict(similarity="weighted_l2", weight=torch.tensor([1.0, -1.0])),
+            [0, 1, -1],
+            [1, 1, 1],
+        ),
+    ],
+)
+def test_hand_computed_table(backend, options, values, indices):
+    got = in_batch_hardest(**table(**options), backend=backend)
+    assert got.indices.tolist() == indices
+    assert got.values.tolist() == pytest.approx(values, rel=1e-6)
+
+
+@every_backend
+def test_gradient_goes_to_the_selected_pairs_only(backend):
+    case = table(exclude=LISTS)
+    values, _ = in_batch_hardest(**case, backend=backend)
+    grads = torch.autograd.grad(values[:2].sum(), (case["query"], case["candidate"]))
+    assert grads[0].tolist() == [[3, 0], [0, 1], [0, 0]]  # the candidates 2 and 1, none
+    assert grads[1].tolist() == [[0, 0], [0, 2], [1, 0]]  # the queries 1 and 0
+
+
+@every_backend
+def test_several_queries_select_one_candidate(backend):
+    query = torch.ones(500, 1, requires_grad=True)
+    candidate = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    values, indices = in_batch_hardest(query, candidate, backend=backend)
+    assert indices.tolist() == [1] * 500
+    (grad,) = torch.autograd.grad(values.sum(), candidate)
+    assert grad.tolist() == [[0.0], [500.0]]
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(candidate=torch.zeros(0, 2)), ValueError, "candidate has no rows"),
+        (dict(candidate=torch.zeros(3, 4)), ValueError, r"got \[3, 2\] and \[3, 4\]"),
+        (dict(similarity="l1"), ValueError, "got 'l1'"),
+        (dict(query_group=torch.zeros(3).long()), ValueError, "go together"),
+        (dict(exclude=(LISTS[1], LISTS[0][:3])), ValueError, r"offsets must be \[4\]"),
+    ],
+)
+def test_wrong_arguments(backend, change, error, message):
+    with pytest.raises(error, match=message):
+        in_batch_hardest(**(table() | change), backend=backend)
