@@ -31,10 +31,12 @@ def poisoned_memory():
 
 
 class OpCases:
-    """Counts the tests that have a `backend` parameter and the marker `op_case`."""
+    """Counts the tests that have a `backend` parameter and the marker `op_case`. With several
+    processes (-n 2) the reports bring the backend to the one that counts."""
 
     def __init__(self):
-        self.selected, self.ran, self.skipped = Counter(), Counter(), Counter()
+        self.defined, self.selected = set(), Counter()
+        self.ran, self.skipped = Counter(), Counter()
 
     @staticmethod
     def backend(item) -> str | None:
@@ -42,25 +44,25 @@ class OpCases:
             return None
         return item.callspec.params["backend"]
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = yield
-        backend = self.backend(item)
-        if backend is None:
-            return report
-        if report.skipped and call.when in ("setup", "call"):
-            self.skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
-        elif call.when == "call":
-            self.ran[backend] += 1
-        return report
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items):
         # Before -k and -m deselect: what the files define, not what this run was asked for.
-        self.defined = {self.backend(item) for item in items} - {None}
+        self.defined |= {self.backend(item) for item in items} - {None}
 
     def pytest_collection_finish(self, session):
-        self.selected.update(filter(None, map(self.backend, session.items)))
+        for item in session.items:
+            if backend := self.backend(item):
+                self.selected[backend] += 1
+                item.user_properties.append(("op_case_backend", backend))
+
+    def pytest_runtest_logreport(self, report):
+        backend = dict(report.user_properties).get("op_case_backend")
+        if backend is None:
+            return
+        if report.skipped:
+            self.skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
+        elif report.when == "call":
+            self.ran[backend] += 1
 
     def missing(self) -> list[str]:
         """Backends that can run here, were not filtered out, and yet ran no case."""
