@@ -35,7 +35,7 @@ def build(kernel: str, types: str, width: int, rules: str, capability: int) -> B
     """The kernel as the launcher specialises it. `rules`: none, or two columns of ids and lists."""
     dtype, matrix = TYPES[types]
     vector, ids = "*fp32:16", "*i64:16"
-    config = kernels.config_of(width, dtype)["bwd" if kernel == "bwd" else "fwd"]
+    config = kernels.config_of(width, dtype, capability)["bwd" if kernel == "bwd" else "fwd"]
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     shared = dict(x=matrix, c=matrix, bias=vector, positive=ids, n="i32", d="i32:16")
     if kernel == "combine":
