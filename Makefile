@@ -1,7 +1,9 @@
 # One virtual environment, pinned; every target works from a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
-TRITON_TESTS := tests/test_ops.py
+TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py
+# A worker process per core; tests of threads and of several processes bring their own.
+WORKERS := -n auto --dist worksteal
 
 .PHONY: help demo test smoke lint bench install clean
 help:  ## list the targets
@@ -23,11 +25,11 @@ demo: .venv/installed  ## generate data, pre-train, fine-tune, evaluate, plot (a
 	$(BIN)/fastrec demo
 
 test: .venv/installed  ## the whole suite; the Triton kernels run in the interpreter
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TRITON_TESTS) -k triton
+	$(BIN)/python -m pytest $(WORKERS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton
 
 smoke: .venv/installed  ## the suite without the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .

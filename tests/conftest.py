@@ -35,45 +35,30 @@ class OpCases:
     processes (-n 2) the reports bring the backend to the one that counts."""
 
     def __init__(self):
-        self.defined, self.selected = set(), Counter()
-        self.ran, self.skipped = Counter(), Counter()
-
-    @staticmethod
-    def backend(item) -> str | None:
-        if item.get_closest_marker("op_case") is None:
-            return None
-        return item.callspec.params["backend"]
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, items):
-        # Before -k and -m deselect: what the files define, not what this run was asked for.
-        self.defined |= {self.backend(item) for item in items} - {None}
+        self.selected, self.ran, self.skipped = Counter(), Counter(), Counter()
 
     def pytest_collection_finish(self, session):
         for item in session.items:
-            if backend := self.backend(item):
-                self.selected[backend] += 1
-                item.user_properties.append(("op_case_backend", backend))
+            if item.get_closest_marker("op_case"):
+                item.user_properties.append(("op_case_backend", item.callspec.params["backend"]))
 
     def pytest_runtest_logreport(self, report):
         backend = dict(report.user_properties).get("op_case_backend")
         if backend is None:
             return
+        self.selected[backend] += report.when == "setup"
         if report.skipped:
             self.skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
         elif report.when == "call":
             self.ran[backend] += 1
 
     def missing(self) -> list[str]:
-        """Backends that can run here, were not filtered out, and yet ran no case."""
-        if not self.defined:
-            return []
-        filtered = set(self.defined) - set(self.selected)
+        """Backends that can run here, were selected, and yet ran no case."""
         return [
             backend
             for backend in ("cpp", "triton")
             if unavailable_reason(backend, "linear_cross_entropy", torch.device("cpu")) is None
-            and backend not in filtered
+            and self.selected[backend]
             and not self.ran[backend]
         ]
 
