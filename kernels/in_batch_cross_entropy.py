@@ -287,7 +287,7 @@ TILES = {
         256: ((64, 64, 8, 3), (64, 64, 8, 2)),
     },
     "float32": {
-        64: ((32, 32, 4, 2), (16, 32, 4, 2)),
+        64: ((32, 32, 8, 2), (16, 32, 4, 2)),
         128: ((32, 32, 4, 2), (32, 32, 8, 2)),
         256: ((16, 32, 4, 2), (16, 32, 8, 2)),
     },
@@ -297,7 +297,8 @@ TILES = {
 def config_of(width: int, dtype: torch.dtype, capability: int = 90) -> dict:
     """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor."""
     if width > 256:  # in chunks of 64 columns, with the products of all chunks recomputed for each
-        block_d, tiles = 64, ((32, 32, 4, 1), (32, 32, 8, 1))
+        block_d, block_b = 64, 16 if dtype == torch.float32 else 32
+        tiles = ((32, 32, 4, 1), (block_b, 32, 8, 1))
     else:
         block_d = max(triton.next_power_of_2(width), 16)
         tiles = TILES["float32" if dtype == torch.float32 else "half"][max(block_d, 64)]

@@ -186,19 +186,25 @@ def _bwd_kernel(
 
 def _config(kernel: str, width: int, dtype: torch.dtype, max_seq_len: int) -> dict:
     """Tile shape and launch options of the "fwd" or "bwd" kernel, as large as no target spills."""
-    block_d = max(triton.next_power_of_2(width), 16)
-    if dtype == torch.float32:  # no tensor cores: operands are registers
-        largest = 32 if block_d <= 128 else 16
+    block_d, full = max(triton.next_power_of_2(width), 16), dtype == torch.float32
+    longest = max(triton.next_power_of_2(max_seq_len), 16)
+    # float32 has no tensor cores: its operands are registers. Backward keeps three accumulators and,
+    # above one tile, two loops of products.
+    if kernel == "fwd":
+        largest = (32 if block_d <= 128 else 16) if full else (64 if block_d <= 128 else 32)
+    elif full:
+        largest = 32 if block_d <= 32 else 16
     else:
-        largest = 64 if block_d <= 64 else 32
-    block = min(max(triton.next_power_of_2(max_seq_len), 16), largest)
-    one_tile = max_seq_len <= block
+        largest = 64 if block_d <= 64 and longest <= 64 else 32 if block_d <= 128 else 16
+    block = min(longest, largest)
+    if kernel == "fwd" and not full and block_d == 128:
+        block = largest  # 32 x 128 spills 8 bytes on sm_80 (4 warps) or sm_100 (8 warps)
     if block * max(block, block_d) <= 512:
         warps = 1
-    elif block_d >= 128 or (kernel == "bwd" and block == 64 and not (one_tile and block_d <= 32)):
-        warps = 8
+    elif kernel == "fwd":
+        warps = 8 if block_d >= 128 else 4
     else:
-        warps = 4
+        warps = 4 if not full and block_d <= (32 if block == 64 else 64) else 8
     return {
         "BLOCK": block,
         "BLOCK_D": block_d,
