@@ -188,8 +188,8 @@ def _config(kernel: str, width: int, dtype: torch.dtype, max_seq_len: int) -> di
     """Tile shape and launch options of the "fwd" or "bwd" kernel, as large as no target spills."""
     block_d, full = max(triton.next_power_of_2(width), 16), dtype == torch.float32
     longest = max(triton.next_power_of_2(max_seq_len), 16)
-    # float32 has no tensor cores: its operands are registers. Backward keeps three accumulators and,
-    # above one tile, two loops of products.
+    # float32 has no tensor cores, its operands are registers. Backward has three accumulators, and
+    # two loops of products above one tile.
     if kernel == "fwd":
         largest = (32 if block_d <= 128 else 16) if full else (64 if block_d <= 128 else 32)
     elif full:
@@ -227,7 +227,7 @@ def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop):
         options["PRECISION"] = "tf32"
     # Sequences on x: the other axes end at 65,535.
     grid = (offsets.shape[0] - 1, triton.cdiv(max_seq_len, options["BLOCK"]))
-    return grid, options, 256 / (256 - drop), sample_ids if drop else None
+    return grid, options, 256 / (256 - drop), sample_ids.contiguous() if drop else None
 
 
 def jagged_attention_fwd(

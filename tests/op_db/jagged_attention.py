@@ -96,8 +96,8 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         yield Sample(
             name,
             case,
-            floor={"query": 80.0, "key": 128.0},
-            why="a difference of two rounded values of dP, times K of size 80 (Q of size 128)",
+            floor={"query": 10240.0 * 80, "key": 10240.0 * 128, "value": 10240.0},
+            why="p = exp(s - lse) inherits the rounding of lse, of size 1e4; times K (Q) in dS",
         )
     case = problem("peaked", short, width=16)
     yield Sample("peaked", case | {"key": 10 * case["query"]})
