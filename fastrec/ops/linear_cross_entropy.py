@@ -384,7 +384,11 @@ def linear_cross_entropy(
         target, rows = torch.where(rows, target, ignore_index), None
     plain = reduction != "none" and not label_smoothing and not z_loss
     full = input.dtype in (torch.float32, torch.float64)
-    if backend == "cpp" and plain and full and linear_weight.shape[0] <= STORED_ITEMS:
+    # Under no_grad a Function is still told that its inputs need gradients.
+    learns = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (input, linear_weight, linear_bias)
+    )
+    if backend == "cpp" and plain and full and learns and linear_weight.shape[0] <= STORED_ITEMS:
         scored = input if rows is None else input.index_select(0, rows)
         class_weight = None if weight is None else weight.detach().to(input.dtype).contiguous()
         return _PlainLoss.apply(
