@@ -1,7 +1,7 @@
 """Measure the operators, write the numbers as JSON, render them as tables.
 
 python -m benchmarks.run --output benchmarks/results/cpu.json --table
-python -m benchmarks.run --smoke --output /tmp/smoke.json
+python -m benchmarks.run --smoke --output smoke.json
 """
 
 import argparse

@@ -44,11 +44,6 @@ FASTREC_INLINE void convert_row(const Source* __restrict source, T* __restrict o
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(source[i]));
 }
 
-template <class T>
-constexpr ScalarType dtype_of() {
-  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-}
-
 // A [rows, width] matrix with contiguous rows, of a dtype known at run time.
 struct Rows {
   const char* data;

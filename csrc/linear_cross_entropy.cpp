@@ -26,9 +26,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(const Tensor& input, const Tens
   Scored<T> scored(input, linear_weight, linear_bias, target);
   const Problem<T>& q = scored.problem;
   int64_t rows = input.size(0), mean_rows = with_weight_mean ? rows : 0;
-  Tensor lse = torch::stable::new_zeros(input, {rows}, dtype_of<T>());
-  Tensor target_logit = torch::stable::new_zeros(input, {rows}, dtype_of<T>());
-  Tensor weight_mean = torch::stable::new_zeros(input, {mean_rows, q.width}, dtype_of<T>());
+  Tensor lse = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
+  Tensor target_logit = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
+  Tensor weight_mean = torch::stable::new_zeros(input, {mean_rows, q.width}, compute_dtype<T>());
   forward_sweep(q, with_weight_mean, [&](int64_t i, const ForwardArgs<T>& a) {
     int64_t row = scored.row[i];
     T* mean = with_weight_mean ? data<T>(weight_mean) + row * q.width : nullptr;

@@ -1,7 +1,7 @@
 // Loss and gradients in one go, with the exponentials of a chunk of rows stored: three products and
 // one exponential per logit, where the two sweeps of linear_cross_entropy.h need four and two.
 //
-// It pays while [V, CHUNK] stays in a cache, see `stored_chunk`. Per chunk of rows: `score` tasks own
+// It pays while [V, CHUNK] stays in a cache (STORED_ITEMS of the op file). Per chunk of rows: `score` tasks own
 // tiles of items and store exp(s - maximum of the tile); then lse is known, and `spread` tasks own
 // ranges of items, scale the stored tile to p, and add to both gradients.
 #pragma once
@@ -38,7 +38,7 @@ template <class G, class T>
 FASTREC_INLINE const T* item_rows(const Problem<T>& q, int64_t first, int64_t count, T* tile,
                                   int64_t& ld) {
   bool whole = q.width % G::NR == 0 && first + round_up(count, G::MR) <= q.items;
-  if (whole && q.weight.dtype == dtype_of<T>()) {
+  if (whole && q.weight.dtype == compute_dtype<T>()) {
     ld = q.weight.stride / int64_t(sizeof(T));
     return reinterpret_cast<const T*>(q.weight.data + first * q.weight.stride);
   }

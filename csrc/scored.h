@@ -64,7 +64,7 @@ struct Scored {
       }
     });
     if (linear_bias)
-      bias = torch::stable::contiguous(torch::stable::to(*linear_bias, dtype_of<T>()));
+      bias = torch::stable::contiguous(torch::stable::to(*linear_bias, compute_dtype<T>()));
     problem = {count, items, width, ld, *x, item.data(), rows_of(weight),
                bias ? static_cast<const T*>(bias->data_ptr()) : nullptr};
   }
