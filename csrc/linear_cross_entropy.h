@@ -15,6 +15,9 @@
 #include "simd.h"
 
 namespace fastrec {
+namespace bf16 {
+struct Tile;
+}
 
 // N scored rows, V items, D width, ld = padded<T>(D).
 template <class T>
@@ -24,6 +27,11 @@ struct Problem {
   const int64_t* target;  // [N]
   Rows weight;            // [V, D]
   const T* bias;          // [V] or null
+  bool bf16;              // the values of x are bfloat16
+
+  Rows x_rows() const {
+    return {reinterpret_cast<const char*>(x), ld * int64_t(sizeof(T)), compute_dtype<T>()};
+  }
 };
 
 template <class T>
@@ -57,6 +65,7 @@ struct BackwardArgs {
   void* grad_weight;           // [V, D]
   void* grad_bias;             // [V] or null
   ScalarType weight_dtype, bias_dtype;
+  const bf16::Tile* rows_in_pairs;  // x for linear_cross_entropy_bf16.h, else null
   std::atomic<int64_t>* next;
 };
 

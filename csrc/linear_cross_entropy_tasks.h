@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "linear_cross_entropy_bf16.h"
 #include "linear_cross_entropy_stored.h"
 #include "scored.h"
 
@@ -13,9 +14,9 @@ namespace {
 // Splits the sweep into row blocks x ranges of items. Depends on shapes only, never on the number
 // of threads: the ranges decide the order of the additions.
 template <class T>
-void plan(ForwardArgs<T>& a) {
+void plan(ForwardArgs<T>& a, int64_t block) {
   const Problem<T>& q = a.problem;
-  int64_t blocks = std::max<int64_t>(1, divide_up(q.rows, BLOCK));
+  int64_t blocks = std::max<int64_t>(1, divide_up(q.rows, block));
   a.block = round_up(divide_up(q.rows, blocks), 12);  // equal blocks, whole register tiles
   a.blocks = a.block ? divide_up(q.rows, a.block) : 0;
   if (!a.blocks) return;
@@ -59,12 +60,18 @@ void forward_sweep(const Problem<T>& q, bool with_weight_mean, const Row& row) {
   ForwardArgs<T> a{};
   a.problem = q;
   a.with_weight_mean = with_weight_mean;
-  plan(a);
+  void (*kernel)(const ForwardArgs<T>&) = forward<T>;
+  int64_t block = BLOCK;
+#ifdef FASTREC_BF16
+  if constexpr (sizeof(T) == 4)
+    if (q.bf16 && has_bf16()) kernel = bf16::forward, block = bf16::BLOCK;
+#endif
+  plan(a, block);
   int64_t partials = a.ranges * q.rows;
   Buffer<T> top(partials), weighted(with_weight_mean ? partials * q.width : 0), logit(q.rows);
   Buffer<double> sum(partials);
   a.top = top, a.sum = sum, a.weighted = weighted, a.target_logit = logit;
-  run(a, a.blocks * a.ranges, forward<T>);
+  run(a, a.blocks * a.ranges, kernel);
   torch::stable::parallel_for(0, q.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) row(i, a);
   });
@@ -81,14 +88,27 @@ void backward_sweep(const Problem<T>& q, std::vector<T> lse, const T* grad_lse,
 
   BackwardArgs<T> a{};
   a.problem = q;
-  a.block = q.items < 32 * BLOCK ? BLOCK / 2 : BLOCK;  // few items: more tasks to share
-  a.blocks = divide_up(q.items, a.block);
   a.shift = lse.data(), a.grad_lse = grad_lse, a.grad_target_logit = grad_target_logit;
   a.one_hot = one_hot.data();
   a.grad_weight = grad_weight.data_ptr(), a.weight_dtype = grad_weight.scalar_type();
   a.grad_bias = grad_bias ? grad_bias->data_ptr() : nullptr;
   a.bias_dtype = grad_bias ? grad_bias->scalar_type() : a.weight_dtype;
-  run(a, a.blocks, backward<T>);
+  auto sweep = [&](int64_t block, void (*kernel)(const BackwardArgs<T>&)) {
+    a.block = q.items < 32 * block ? block / 2 : block;  // few items: more tasks to share
+    a.blocks = divide_up(q.items, a.block);
+    run(a, a.blocks, kernel);
+  };
+#ifdef FASTREC_BF16
+  if constexpr (sizeof(T) == 4) {
+    if (q.bf16 && has_bf16()) {
+      bf16::Tile x(q.rows, q.width);
+      bf16::load_rows(q, x);
+      a.rows_in_pairs = &x;
+      return sweep(bf16::BLOCK, bf16::backward);
+    }
+  }
+#endif
+  sweep(BLOCK, backward<T>);
 }
 
 // Losses lse - target_logit of the scored rows, and for the gradients grad_row of them the gradients

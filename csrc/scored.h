@@ -66,7 +66,8 @@ struct Scored {
     if (linear_bias)
       bias = torch::stable::contiguous(torch::stable::to(*linear_bias, compute_dtype<T>()));
     problem = {count, items, width, ld, *x, item.data(), rows_of(weight),
-               bias ? static_cast<const T*>(bias->data_ptr()) : nullptr};
+               bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
+               input.scalar_type() == ScalarType::BFloat16};
   }
 
   Tensor weight;

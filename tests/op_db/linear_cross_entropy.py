@@ -224,12 +224,13 @@ def _private(device: str, op: str) -> Iterator[tuple]:
 
 
 def _rounding_band(backend: str, sample: Sample) -> float:
-    """Where activations are low-precision and the table float32, the products of triton take the
-    table and the probabilities rounded to the dtype of the activations (one eps of it), though the
-    results are float32."""
+    """Where activations are low-precision and the table float32, the products of triton, and of cpp
+    on a processor with AVX512_BF16, take the table and the probabilities rounded to the dtype of the
+    activations (one eps of it), though the results are float32."""
     input = sample.kwargs["input"]
     mixed = sample.kwargs["linear_weight"].dtype != input.dtype
-    return torch.finfo(input.dtype).eps if backend == "triton" and mixed else 0.0
+    rounds = backend == "triton" or (backend == "cpp" and input.dtype == torch.bfloat16)
+    return torch.finfo(input.dtype).eps if rounds and mixed else 0.0
 
 
 OP = Op(
