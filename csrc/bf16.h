@@ -20,11 +20,6 @@
 
 namespace fastrec {
 
-inline bool has_bf16() {
-  static const bool has = vector_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
-  return has;
-}
-
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
 namespace bf16 {

@@ -22,20 +22,20 @@ T* data(const Tensor& tensor) {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_typed(const Tensor& input, const Tensor& linear_weight,
                                                  const std::optional<Tensor>& linear_bias,
-                                                 const Tensor& target, bool with_weight_mean) {
+                                                 const Tensor& target, bool with_offset) {
   Scored<T> scored(input, linear_weight, linear_bias, target);
   const Problem<T>& q = scored.problem;
-  int64_t rows = input.size(0), mean_rows = with_weight_mean ? rows : 0;
+  int64_t rows = input.size(0), mean_rows = with_offset ? rows : 0;
   Tensor lse = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
   Tensor target_logit = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
-  Tensor weight_mean = torch::stable::new_zeros(input, {mean_rows, q.width}, compute_dtype<T>());
-  forward_sweep(q, with_weight_mean, [&](int64_t i, const ForwardArgs<T>& a) {
+  Tensor mean_offset = torch::stable::new_zeros(input, {mean_rows, q.width}, compute_dtype<T>());
+  forward_sweep(q, with_offset, [&](int64_t i, const ForwardArgs<T>& a) {
     int64_t row = scored.row[i];
-    T* mean = with_weight_mean ? data<T>(weight_mean) + row * q.width : nullptr;
+    T* mean = with_offset ? data<T>(mean_offset) + row * q.width : nullptr;
     combine(a, i, data<T>(lse)[row], mean);
     data<T>(target_logit)[row] = a.target_logit[i];
   });
-  return {lse, target_logit, weight_mean};
+  return {lse, target_logit, mean_offset};
 }
 
 template <class T>
@@ -104,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_and_grad_typed(
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_fwd(Tensor input, Tensor linear_weight,
                                                             std::optional<Tensor> linear_bias,
-                                                            Tensor target, bool with_weight_mean) {
+                                                            Tensor target, bool with_offset) {
   auto* typed = input.scalar_type() == ScalarType::Double ? forward_typed<double>
                                                           : forward_typed<float>;
-  return typed(input, linear_weight, linear_bias, target, with_weight_mean);
+  return typed(input, linear_weight, linear_bias, target, with_offset);
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_bwd(Tensor input, Tensor linear_weight,

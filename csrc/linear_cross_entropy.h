@@ -27,7 +27,7 @@ struct Problem {
   const int64_t* target;  // [N]
   Rows weight;            // [V, D]
   const T* bias;          // [V] or null
-  bool bf16;              // the values of x are bfloat16
+  bool bf16;              // x is bfloat16 and has kernels that round the table to it
 
   Rows x_rows() const {
     return {reinterpret_cast<const char*>(x), ld * int64_t(sizeof(T)), compute_dtype<T>()};
@@ -37,7 +37,7 @@ struct Problem {
 template <class T>
 struct ForwardArgs {
   Problem<T> problem;
-  bool with_weight_mean;
+  bool with_mean;
   int64_t block, blocks, range, ranges;  // rows per task, items per task
   // Per range of items and row: running maximum, sum of exp(s - max), sum of exp(s - max) W.
   T* top;           // [ranges, N]
@@ -172,13 +172,13 @@ FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
         }
         sum[r] += column_sum[r];
       }
-      if (a.with_weight_mean) G::accumulate(rows, count, q.width, s, tile, q.ld, acc, q.ld);
+      if (a.with_mean) G::accumulate(rows, count, q.width, s, tile, q.ld, acc, q.ld);
     }
     for (int64_t r = 0; r < rows; ++r) {
       int64_t at = range * q.rows + first + r;
       a.top[at] = top[r];
       a.sum[at] = sum[r];
-      if (a.with_weight_mean) std::copy_n(acc + r * q.ld, q.width, a.weighted + at * q.width);
+      if (a.with_mean) std::copy_n(acc + r * q.ld, q.width, a.weighted + at * q.width);
     }
   }
 }

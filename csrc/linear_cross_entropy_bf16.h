@@ -115,7 +115,7 @@ inline void forward(const ForwardArgs<float>& a) {
         }
         sum[r] += column_sum[r];
       }
-      if (!a.with_weight_mean) continue;
+      if (!a.with_mean) continue;
       accumulate(rows, pairs_of(count), q.width, p, w.columns, w.column_ld, acc, q.ld);
       for (int64_t h = 0; h < hots; ++h) {
         int64_t r = hot[h], y = q.target[first + r] - v;
@@ -128,7 +128,7 @@ inline void forward(const ForwardArgs<float>& a) {
       int64_t at = range * q.rows + first + r;
       a.top[at] = top[r];
       a.sum[at] = sum[r];
-      if (a.with_weight_mean) std::copy_n(acc + r * q.ld, q.width, a.weighted + at * q.width);
+      if (a.with_mean) std::copy_n(acc + r * q.ld, q.width, a.weighted + at * q.width);
     }
   }
 }

@@ -33,7 +33,7 @@ void plan(ForwardArgs<T>& a, int64_t block) {
 }
 
 template <class T>
-void combine(const ForwardArgs<T>& a, int64_t i, T& lse, T* weight_mean) {
+void combine(const ForwardArgs<T>& a, int64_t i, T& lse, T* mean_offset) {
   const Problem<T>& q = a.problem;
   T top = -std::numeric_limits<T>::infinity();
   for (int64_t r = 0; r < a.ranges; ++r) top = std::max(top, a.top[r * q.rows + i]);
@@ -44,31 +44,33 @@ void combine(const ForwardArgs<T>& a, int64_t i, T& lse, T* weight_mean) {
   }
   lse = static_cast<T>(top + std::log(sum));
   if (lse < a.target_logit[i]) lse = a.target_logit[i];
-  if (!a.with_weight_mean) return;
-  std::fill_n(weight_mean, q.width, T(0));
+  if (!a.with_mean) return;
+  q.weight.load(q.target[i], mean_offset, q.width);  // as the kernel multiplied it
+  for (int64_t d = 0; d < q.width; ++d)
+    mean_offset[d] = q.bf16 ? -widen(BFloat16(mean_offset[d])) : -mean_offset[d];
   for (int64_t r = 0; r < a.ranges; ++r) {
     double scale = std::exp(double(a.top[r * q.rows + i]) - finite_shift(top));
     T factor = static_cast<T>(sum == 0 ? 0 : scale / sum);
     const T* weighted = a.weighted + (r * q.rows + i) * q.width;
-    for (int64_t d = 0; d < q.width; ++d) weight_mean[d] += factor * weighted[d];
+    for (int64_t d = 0; d < q.width; ++d) mean_offset[d] += factor * weighted[d];
   }
 }
 
 // Calls row(i, args) for every scored row, see `combine`.
 template <class T, class Row>
-void forward_sweep(const Problem<T>& q, bool with_weight_mean, const Row& row) {
+void forward_sweep(const Problem<T>& q, bool with_mean, const Row& row) {
   ForwardArgs<T> a{};
   a.problem = q;
-  a.with_weight_mean = with_weight_mean;
+  a.with_mean = with_mean;
   void (*kernel)(const ForwardArgs<T>&) = forward<T>;
   int64_t block = BLOCK;
 #ifdef FASTREC_BF16
   if constexpr (sizeof(T) == 4)
-    if (q.bf16 && has_bf16()) kernel = bf16::forward, block = bf16::BLOCK;
+    if (q.bf16) kernel = bf16::forward, block = bf16::BLOCK;
 #endif
   plan(a, block);
   int64_t partials = a.ranges * q.rows;
-  Buffer<T> top(partials), weighted(with_weight_mean ? partials * q.width : 0), logit(q.rows);
+  Buffer<T> top(partials), weighted(with_mean ? partials * q.width : 0), logit(q.rows);
   Buffer<double> sum(partials);
   a.top = top, a.sum = sum, a.weighted = weighted, a.target_logit = logit;
   run(a, a.blocks * a.ranges, kernel);
@@ -100,7 +102,7 @@ void backward_sweep(const Problem<T>& q, std::vector<T> lse, const T* grad_lse,
   };
 #ifdef FASTREC_BF16
   if constexpr (sizeof(T) == 4) {
-    if (q.bf16 && has_bf16()) {
+    if (q.bf16) {
       bf16::Tile x(q.rows, q.width);
       bf16::load_rows(q, x);
       a.rows_in_pairs = &x;

@@ -67,7 +67,7 @@ struct Scored {
       bias = torch::stable::contiguous(torch::stable::to(*linear_bias, compute_dtype<T>()));
     problem = {count, items, width, ld, *x, item.data(), rows_of(weight),
                bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
-               input.scalar_type() == ScalarType::BFloat16};
+               input.scalar_type() == ScalarType::BFloat16 && has_bf16()};
   }
 
   Tensor weight;

@@ -98,6 +98,15 @@ inline int vector_bytes() {
     return 64;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
 }
+// clang has no pragma that compiles the kernels of bf16.h for their instructions.
+inline bool has_bf16() {
+#ifdef __clang__
+  return false;
+#else
+  static const bool has = vector_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#endif
+}
 }  // namespace fastrec
 
 // Defines `template <class T> void name(const Arguments<T>&)`, which runs body<Simd<T, BYTES>>.

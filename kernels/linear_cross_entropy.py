@@ -141,12 +141,12 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=["n", "v", "slots"])
 def _combine_kernel(
-    x, w, bias, target, order, count, shift_in, sum_in, mean_in, lse_out, logit_out, mean_out,
+    x, w, bias, target, order, count, shift_in, sum_in, mean_in, lse_out, logit_out, offset_out,
     n, v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr, WITH_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """lse, target_logit and weight_mean of BLOCK_R rows; 0 for rows that are not scored."""
+    """lse, target_logit and mean_offset of BLOCK_R rows; 0 for rows that are not scored."""
     blocks, ranges, _ = _schedule(count, v, slots, BLOCK_N, BLOCK_V)
     at = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = tl.load(order + at, mask=at < n, other=0)
@@ -180,9 +180,10 @@ def _combine_kernel(
                 scale = _exp(tl.load(shift_in + here, mask=live, other=-1e30), shift, "ieee")
                 part = _load_rows(mean_in, here, live, d, 1, c * BLOCK_D, d, BLOCK_D)
                 mean += scale[:, None] * part
-            mean = tl.where(live[:, None], mean / rounded[:, None], 0.0)
+            offset = mean / rounded[:, None] - w_tile.to(tl.float32)
+            offset = tl.where(live[:, None], offset, 0.0)
             keep = (at < n)[:, None] & (col < d)[None, :]
-            tl.store(mean_out + row[:, None] * d + col[None, :], mean, mask=keep)
+            tl.store(offset_out + row[:, None] * d + col[None, :], offset, mask=keep)
     if bias is not None:
         logit += tl.load(bias + y * stride_b, mask=live, other=0.0).to(tl.float32)
 
@@ -197,7 +198,7 @@ def _bwd_kernel(
     x, w, bias, target, lse, grad_lse, grad_logit, offsets, count, scale, grad_w, grad_bias,
     v, d, stride_wv, stride_wd, stride_b,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
-    HEADROOM: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr,
+    HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW and db of BLOCK_V items. x and the [N] vectors are contiguous, in the order of `_plan`."""
     tile = tl.program_id(0).to(tl.int64)
@@ -212,6 +213,9 @@ def _bwd_kernel(
     acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     acc_bias = tl.zeros([BLOCK_V], tl.float32)
 
+    # Rows are sorted by target: those of this tile are neighbours.
+    hit = tl.load(offsets + tile).to(tl.int32)
+    end = tl.load(offsets + tile + 1).to(tl.int32)
     rows = tl.load(count).to(tl.int32)
     for first in range(0, rows, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
@@ -231,26 +235,14 @@ def _bwd_kernel(
             s += b[:, None]
         p = _exp(s, shift[None, :], PRECISION)
         p *= tl.load(grad_lse + at, mask=live, other=0.0)[None, :]
+        if (first < end) & (first + BLOCK_N > hit):
+            # Before p is rounded: at p_y near 1 the sum is smaller than the rounding of p_y.
+            y = tl.load(target + at, mask=live, other=-1)
+            grad = tl.load(grad_logit + at, mask=live, other=0.0)
+            p += tl.where(item[:, None] == y[None, :], grad[None, :], 0.0)
         if bias is not None:
             acc_bias += tl.sum(p, 1)
         acc = _dot(_round(p, x.dtype.element_ty), x_tile, acc, PRECISION)
-
-    # One-hot term. Rows are sorted by target: those of this tile are neighbours. The gradient is
-    # split into TERMS values of the dtype of x, so the tensor cores add it without rounding it.
-    last = tl.load(offsets + tile + 1).to(tl.int32)
-    for first in range(tl.load(offsets + tile).to(tl.int32), last, BLOCK_N):
-        at = first + tl.arange(0, BLOCK_N)
-        live = at < last
-        hit = item[:, None] == tl.load(target + at, mask=live, other=-1)[None, :]
-        g = tl.load(grad_logit + at, mask=live, other=0.0)
-        x_tile = _load_rows(x, at, live, d, 1, own, d, BLOCK_D)
-        if bias is not None:
-            acc_bias += tl.sum(tl.where(hit, g[None, :], 0.0), 1)
-        for _ in range(TERMS):
-            part = _round(g, x.dtype.element_ty)
-            g -= part.to(tl.float32)
-            one_hot = tl.where(hit, part[None, :], 0.0).to(x.dtype.element_ty)
-            acc = _dot(one_hot, x_tile, acc, PRECISION)
 
     unit = tl.load(scale)
     col = own + tl.arange(0, BLOCK_D)
@@ -267,8 +259,8 @@ def _bwd_kernel(
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # the largest found that spill on none of sm_80, sm_90, sm_100. Registers on sm_90, of 255:
-#   bf16: forward 252, 174, 254, backward 154, 204, 220 (D = 64, 128, 256)
-#   fp32: forward 104, 128, 104, backward 80, 74, 105 (no tensor cores: operands are registers)
+#   bf16: forward 252, 174, 254, backward 174, 213, 163 (D = 64, 128, 256)
+#   fp32: forward 104, 128, 104, backward 80, 68, 112 (no tensor cores: operands are registers)
 TILES = {
     "half": {
         64: ((64, 128, 4, 3), (64, 128, 8, 3)),
@@ -291,7 +283,8 @@ TILES = {
 def _config(width: int, dtype: torch.dtype, table: torch.dtype, capability: int = 90) -> dict:
     """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor."""
     if width > 256:  # in chunks of 64 columns, with the products of all chunks recomputed for each
-        block_d, tiles = 64, ((32, 32, 4, 1), (32, 32, 4, 1))
+        warps = 8 if dtype == torch.float32 else 4  # 4 spill 8 bytes on sm_80; 8 do so in bf16
+        block_d, tiles = 64, ((32, 32, 4, 1), (32, 32, warps, 1))
     else:
         block_d = max(triton.next_power_of_2(width), 16)
         kind = "float32" if dtype == torch.float32 else "half" if dtype == table else "mixed"
@@ -341,14 +334,14 @@ def _plan(target: torch.Tensor, items: int) -> tuple[torch.Tensor, torch.Tensor,
     return by_item, order, (target >= 0).sum()
 
 
-def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_weight_mean):
+def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_offset):
     config = _options(input, linear_weight)["fwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
     vector = {"dtype": torch.float32, "device": input.device}
     lse, logit = torch.empty(n, **vector), torch.empty(n, **vector)
-    mean = torch.empty(n if with_weight_mean else 0, d, **vector)
+    offset = torch.empty(n if with_offset else 0, d, **vector)
     if n == 0:
-        return lse, logit, mean
+        return lse, logit, offset
     _, order, count = _plan(target, v)
     processors = 1
     if input.is_cuda:
@@ -357,22 +350,22 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_wei
     slots = max(4 * processors, triton.cdiv(n, config["BLOCK_N"]))
     places = slots * config["BLOCK_N"]
     shift, sums = torch.empty(places, **vector), torch.empty(places, 2, **vector)
-    means = torch.empty(places if with_weight_mean else 0, d, **vector)
+    means = torch.empty(places if with_offset else 0, d, **vector)
     strides = (*input.stride(), *linear_weight.stride())
     strides += (0 if linear_bias is None else linear_bias.stride(0),)
     with torch.cuda.device_of(input):
-        _fwd_kernel[(slots, config["CHUNKS"] if with_weight_mean else 1)](
+        _fwd_kernel[(slots, config["CHUNKS"] if with_offset else 1)](
             input, linear_weight, linear_bias, order, count, shift, sums, means,
-            v, d, slots, *strides, WITH_MEAN=with_weight_mean, **config,
+            v, d, slots, *strides, WITH_MEAN=with_offset, **config,
         )  # fmt: skip
         block_r = _combine_rows(config["BLOCK_D"])
         _combine_kernel[(triton.cdiv(n, block_r),)](
             input, linear_weight, linear_bias, target, order, count, shift, sums, means,
-            lse, logit, mean, n, v, d, slots, *strides, BLOCK_R=block_r,
+            lse, logit, offset, n, v, d, slots, *strides, BLOCK_R=block_r,
             **{k: config[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D", "CHUNKS")},
-            WITH_MEAN=with_weight_mean,
+            WITH_MEAN=with_offset,
         )  # fmt: skip
-    return lse, logit, mean
+    return lse, logit, offset
 
 
 def linear_cross_entropy_bwd(
@@ -400,6 +393,6 @@ def linear_cross_entropy_bwd(
             input.index_select(0, order), linear_weight, linear_bias, by_item, *vectors, offsets,
             count, scale, grad_weight, grad_bias, v, d, *linear_weight.stride(),
             0 if linear_bias is None else linear_bias.stride(0),
-            TERMS=1 if input.dtype == torch.float32 else 3, **config,
+            **config,
         )  # fmt: skip
     return grad_weight, grad_bias

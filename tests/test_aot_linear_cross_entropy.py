@@ -52,7 +52,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
             stride_xn="i32:16", stride_xd=1, WITH_MEAN=True,
         )  # fmt: skip
     elif kernel == "combine":
-        outputs = ("shift_in", "sum_in", "mean_in", "lse_out", "logit_out", "mean_out")
+        outputs = ("shift_in", "sum_in", "mean_in", "lse_out", "logit_out", "offset_out")
         arguments = dict.fromkeys(outputs, vector) | dict(
             target=ids, order=ids, n="i32", slots="i32", stride_xn="i32:16", stride_xd=1
         )
@@ -60,7 +60,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
         # The [N] vectors are rows of one [3, N] tensor: aligned only when N is a multiple of 4.
         arguments = dict(
             target=ids, lse=vector, grad_lse="*fp32", grad_logit="*fp32", offsets=ids,
-            scale=vector, grad_w=w, grad_bias=vector, TERMS=1 if dtype == torch.float32 else 3,
+            scale=vector, grad_w=w, grad_bias=vector,
         )  # fmt: skip
     function = getattr(kernels, f"_{kernel}_kernel")
     return compile_for(capability, function, shared | arguments, **options)

@@ -9,7 +9,9 @@ The kernels know one function of the logits s_ij = x_i . W_j + b_j and its deriv
     dW_j = sum_i grad_lse_i * p_ij * x_i + sum_{i: y_i = j} grad_target_i * x_i,  db_j without x_i
 
 Class weights, smoothing, z-loss and reductions are arithmetic on these [N] vectors. The forward
-kernel also returns weight_mean_i = sum_j p_ij W_j, so dx needs no second sweep over the items.
+kernel also returns mean_offset_i = sum_j p_ij (W_j - W_y), so dx needs no second sweep over the
+items. As an offset, because W_y cancels in the gradient of the usual loss: kernels that round the
+table subtract the row that they multiplied with, which the caller does not have.
 
 A mean or a sum without smoothing and z-loss is known up to the scalar that backward gets. For few
 items one cpp kernel computes that loss and its gradients in forward, and backward scales them: the
@@ -26,11 +28,11 @@ from fastrec.backend import resolve
 OP = "linear_cross_entropy"
 
 # target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse,
-# target_logit [N] and weight_mean [N, D] ([0, D] if not asked for) are float32 or float64 with it.
+# target_logit [N] and mean_offset [N, D] ([0, D] if not asked for) are float32 or float64 with it.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
-    " bool with_weight_mean) -> (Tensor lse, Tensor target_logit, Tensor weight_mean)",
+    " bool with_offset) -> (Tensor lse, Tensor target_logit, Tensor mean_offset)",
 )
 # grad_weight [V, D] and grad_bias [V] ([0] if None) have the dtypes of the table and its bias.
 torch.library.define(
@@ -56,10 +58,10 @@ def _accumulate_dtype(input: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
-def _(input, linear_weight, linear_bias, target, with_weight_mean):
+def _(input, linear_weight, linear_bias, target, with_offset):
     rows, width = input.shape
     out = input.new_empty(rows, dtype=_accumulate_dtype(input))
-    return out, torch.empty_like(out), out.new_empty(rows if with_weight_mean else 0, width)
+    return out, torch.empty_like(out), out.new_empty(rows if with_offset else 0, width)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
@@ -113,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, input, linear_weight, linear_bias, target, rows, class_weight, backend):
         fwd, _ = _launchers(backend, input.device)
         x = input if rows is None else input.index_select(0, rows)
-        lse, target_logit, weight_mean = fwd(
+        lse, target_logit, mean_offset = fwd(
             x, linear_weight, linear_bias, target, ctx.needs_input_grad[0]
         )
         class_mean, class_sum = None, torch.zeros_like(lse)
@@ -125,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if linear_bias is not None:
                 class_sum = class_sum + (class_weight @ linear_bias.to(lse.dtype)) * (target >= 0)
         ctx.save_for_backward(
-            x, linear_weight, linear_bias, target, rows, class_weight, lse, weight_mean, class_mean
+            x, linear_weight, linear_bias, target, rows, class_weight, lse, mean_offset, class_mean
         )
         ctx.backend, ctx.input_shape = backend, input.shape
         return lse, target_logit, class_sum
@@ -141,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows,
             class_weight,
             lse,
-            weight_mean,
+            mean_offset,
             class_mean,
         ) = ctx.saved_tensors
         _, bwd = _launchers(ctx.backend, x.device)
@@ -151,9 +153,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_class_sum = grad_class_sum * scored
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad = weight_mean * grad_lse[:, None]
+            grad = mean_offset * grad_lse[:, None]
             target_rows = linear_weight.index_select(0, target.clamp_min(0)).to(lse.dtype)
-            grad = torch.addcmul(grad, target_rows, grad_target_logit[:, None])
+            grad = torch.addcmul(grad, target_rows, (grad_lse + grad_target_logit)[:, None])
             if class_mean is not None:
                 grad = torch.addcmul(grad, class_mean, grad_class_sum[:, None])
             grad = grad.to(x.dtype)

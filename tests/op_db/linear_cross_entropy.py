@@ -31,6 +31,16 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         accumulate = torch.float64 if types.input == torch.float64 else torch.float32
         return vector(name, v, accumulate).abs() + 0.1
 
+    def aligned(case, logit):
+        """Every row has another target, whose score is `logit`."""
+        rows, items = len(case["input"]), len(case["linear_weight"])
+        g = generator("aligned", device)
+        case["target"] = torch.randperm(items, generator=g, device=device)[:rows]
+        direction = case["linear_weight"][case["target"]].double()
+        direction = direction / direction.square().sum(1, keepdim=True)
+        case["input"] = (logit * direction).to(types.input)
+        return case
+
     # One size per kind of tail: below, just below and above the tiles of rows, items and width.
     n, v, d = (7, 45, 20) if interpret_small else (63, 1009, 50)
 
@@ -168,11 +178,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     # p_y -> 1: the target row of the table is aligned with the input. In low precision logits of
     # size 16 are rounded by up to 0.06 in the reference, which is its own (large) error.
     for name, logit in (("peaked", 10.0), ("saturated", 64.0)):
-        case = problem(name, n, v, d)
-        case["target"] = torch.randperm(v, generator=generator(name, device), device=device)[:n]
-        direction = case["linear_weight"][case["target"]].double()
-        direction = direction / direction.square().sum(1, keepdim=True)
-        case["input"] = (logit * direction).to(types.input)
+        case = aligned(problem(name, n, v, d), logit)
         yield Sample(
             name,
             case,
@@ -186,11 +192,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         )
     if low_precision:  # 1 - p is below the spacing of bfloat16 at 1: p - 1 must be taken in float32
         case = problem("almost_one", n, v, d, reduction="none")
-        case["input"] = (6.0 * direction).to(types.input)
-        case["target"] = torch.randperm(v, generator=generator("saturated", device), device=device)[
-            :n
-        ]
-        yield Sample("almost_one", case)
+        yield Sample("almost_one", aligned(case, math.log(v) + 6.5))  # 1 - p is about 0.0015
 
 
 def _private(device: str, op: str) -> Iterator[tuple]:
@@ -225,8 +227,8 @@ def _private(device: str, op: str) -> Iterator[tuple]:
 
 def _rounding_band(backend: str, sample: Sample) -> float:
     """Where activations are low-precision and the table float32, the products of triton, and of cpp
-    on a processor with AVX512_BF16, take the table and the probabilities rounded to the dtype of the
-    activations (one eps of it), though the results are float32."""
+    on a processor with AVX512_BF16, take the table and the probabilities rounded to the dtype of
+    the activations (one eps of it), though the results are float32."""
     input = sample.kwargs["input"]
     mixed = sample.kwargs["linear_weight"].dtype != input.dtype
     rounds = backend == "triton" or (backend == "cpp" and input.dtype == torch.bfloat16)
