@@ -30,7 +30,7 @@ SHARES = {
     "in_batch": 4,
     "attention": 4,
     "encoder": 2,
-    "step": 4,
+    "step": 6,
     "memory": 2,
     "graphs": 2,
     "compile": 3,

@@ -1,9 +1,10 @@
 """The results file, and what a section is given: a device, a deadline, and where to put rows."""
 
+import gc
+import hashlib
 import json
 import os
 import platform
-import subprocess
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +38,7 @@ def environment(device: str) -> dict:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "commit": _commit(),
+        "code": _code(),
     }
     for name in PEERS:
         try:
@@ -47,15 +48,12 @@ def environment(device: str) -> dict:
     return found
 
 
-def _commit() -> str | None:
-    """Revision of the code, with a mark where files differ from it; None outside a repository."""
-    try:
-        command = ["git", "describe", "--always", "--dirty"]
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _code() -> str:
+    """A digest of the sources whose times are measured; the results file is no part of it."""
+    digest = hashlib.sha256()
+    for path in sorted((*ROOT.glob("kernels/*.py"), *ROOT.glob("fastrec/[onr]*/*.py"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 class Results:
@@ -136,6 +134,12 @@ class Context:
         self.finished.add((self.section, key))
         print(f"#{self.section}\t{key}", flush=True)
 
+    def release(self) -> None:
+        """Give back memory of a failed call; not inside `except`, which holds its frames."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
     def rescue(self, error: BaseException) -> dict:
         """The row of something that failed. Raises DeviceLost if nothing can run after it."""
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -143,7 +147,6 @@ class Context:
         if self.cuda:
             try:
                 torch.cuda.synchronize()
-                torch.cuda.empty_cache()
             except Exception as lost:
                 raise DeviceLost(why) from lost
         return {"failed": f"{type(error).__name__}: {why}"[:300]}

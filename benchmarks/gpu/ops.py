@@ -5,7 +5,6 @@ beside an error against float64. Where fastrec is wrong beyond the limit no time
 """
 
 import functools
-import gc
 import time
 from collections.abc import Callable
 
@@ -63,7 +62,8 @@ def _first_calls(context, key, table, run, inputs, clock) -> tuple[dict, dict, d
         except Exception as error:
             results.pop(name, None)
             failed[name] = context.rescue(error)
-            gc.collect()
+        if name in failed:
+            context.release()
     return results, peaks, failed
 
 
@@ -142,7 +142,7 @@ def section_of(name: str) -> Callable[[Context], None]:
             except Exception as error:
                 row = {"implementations": {"fastrec": context.rescue(error)}}
             context.save(entry.key, row)
-            gc.collect()
+            context.release()
 
     return section
 
@@ -163,7 +163,7 @@ def memory(context: Context) -> None:
                 context.save(key, _memory(op, entry, context, clock))
             except Exception as error:
                 context.save(key, context.rescue(error))
-            gc.collect()
+            context.release()
 
 
 def _memory(op, entry: Entry, context: Context, clock: Clock) -> dict:

@@ -7,7 +7,6 @@ Legend: B sequences, L padded length, T events, N masked positions, V items, D w
 """
 
 import copy
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -193,6 +192,7 @@ def _difference(model: UserModel, batch: Batch) -> float:
 
 def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
     torch.manual_seed(0)
+    torch._dynamo.reset()  # static shapes again, not the dynamic ones of a second size
     config = ModelConfig(width=sizes.width, max_len=sizes.length, use_cls=False, use_sep=False)
     model = UserModel(sizes.items, config).to(context.device)
     batch = batch_of(sizes, model, context.device)
@@ -249,4 +249,4 @@ def step(context: Context) -> None:
         except Exception as error:
             row = context.rescue(error)
         context.save(sizes.name, row)
-        gc.collect()
+        context.release()

@@ -5,13 +5,10 @@ compiled ahead of time, or differ from one that has in `num_stages` alone.
 """
 
 import functools
-import gc
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
 
 from benchmarks.bench import PASS, Entry, module
 from benchmarks.gpu.cases import _attention, _in_batch, _linear_ce
@@ -118,7 +115,7 @@ def section_of(name: str) -> Callable[[Context], None]:
                 entry = module(tuned.op).SMOKE[0]
                 candidates = tuple({"num_stages": tile["num_stages"]} for tile in candidates[:1])
             _candidates(context, tuned, clock, entry, kernel, candidates)
-            gc.collect()
+            context.release()
 
     return section
 
@@ -152,7 +149,6 @@ def _candidates(context, tuned: Tuned, clock: Clock, entry: Entry, kernel: str, 
             seconds[name] = []
         except Exception as error:
             rows[name] = context.rescue(error)
-        torch.cuda.empty_cache()
     for _ in range(1 if context.tiny else 7):
         for name in seconds:
             with changed(tuned.op, tuned.config, kernel, table[name]):
