@@ -23,7 +23,8 @@ class Measured:
     floor: counts by pass, of the cheapest known way that stores nothing of the size of a product.
     formula: the same in words.
     memory: the big shape whose peak memory the section `memory` takes, fastrec alone.
-    peers: more implementations, functions or reasons for their absence.
+    designs: other designs of the op itself, not chosen (yet).
+    peers: implementations of others that need CUDA. Functions, or reasons for their absence.
     columns: of the summary: names of implementations of which the fastest counts.
     """
 
@@ -32,6 +33,7 @@ class Measured:
     floor: Callable[[Entry], dict[str, Counts]]
     formula: str
     memory: tuple[Entry, ...] = ()
+    designs: Callable[[Entry], others.Peers] = lambda entry: {}
     peers: Callable[[Entry], others.Peers] = lambda entry: {}
     columns: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("eager", ("eager",)),
@@ -61,11 +63,19 @@ def _linear_ce_floor(entry: Entry) -> dict[str, Counts]:
     }
 
 
+def _stored(entry: Entry) -> others.Peers:
+    from benchmarks.gpu.stored import stored
+
+    fits = entry.dtype == "bfloat16" and entry.sizes["D"] <= 256
+    return {"stored": stored if fits else "bfloat16 only"}
+
+
 _LIGER = tuple(f"liger chunk {rows}" for rows in ("512", "1024", "512 fp32"))
 _NO_COMPILER = (
-    "fastrec", "eager", "liger", *_LIGER, "cce", "cce exact", "quack", "quack largest chunk",
-    "quack chunk 1024",
+    "fastrec", "stored", "eager", "liger", *_LIGER, "cce", "cce exact", "quack",
+    "quack largest chunk", "quack chunk 1024",
 )  # fmt: skip
+_FEW = ("fastrec", "stored", "cce", "cce exact")
 _CHUNKED = tuple(name for name in _NO_COMPILER if name not in ("eager", "liger"))
 
 LINEAR_CE = Measured(
@@ -75,7 +85,9 @@ LINEAR_CE = Measured(
         _linear_ce(4096, 1_000_000, 128, only=_NO_COMPILER),
         _linear_ce(4096, 1_000_000, 256, only=_NO_COMPILER),
         _linear_ce(4096, 100_000, 128),
-        _linear_ce(4096, 1_000_000, 64, case="peaked", only=("fastrec", "cce", "cce exact")),
+        _linear_ce(
+            4096, 1_000_000, 64, case="peaked", only=("fastrec", "stored", "cce", "cce exact")
+        ),
         _linear_ce(2560, 141_939, 64),
         _linear_ce(4096, 10_000_000, 64, rounds=3, only=_CHUNKED),
         _linear_ce(1317, 20_033, 64, "float32", only=(*_NO_COMPILER, "torch.compile")),
@@ -84,8 +96,10 @@ LINEAR_CE = Measured(
     "forward 2 N V D operations, N V exponentials, the table read once; with backward 8 N V D,"
     " 2 N V, the table read twice and its gradient written once",
     memory=(_linear_ce(4096, 10_000_000, 64), _linear_ce(10_000, 10_000_000, 128)),
+    designs=_stored,
     peers=others.linear_cross_entropy,
     columns=(
+        ("stored exponentials", ("stored",)),
         ("eager", ("eager",)),
         ("torch.compile", ("torch.compile",)),
         ("liger, defaults", ("liger",)),

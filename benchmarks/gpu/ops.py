@@ -34,6 +34,7 @@ def implementations(measured: Measured, entry: Entry, context: Context) -> dict:
     """Name -> function, or the reason why there is none."""
     compiler = "eager" if context.tiny else "inductor"
     table = dict(module(measured.op).implementations(entry, compiler))
+    table |= measured.designs(entry)
     if context.cuda:
         table |= measured.peers(entry)
     elif measured.peers(entry):
