@@ -1,6 +1,7 @@
 """The calls that gpu_evidence makes on CUDA only, with CUDA and the peers replaced by objects that
 accept what the real ones accept."""
 
+import importlib
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks.gpu.cases import MEASURED
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.context import device_name
 from benchmarks.gpu.ops import floor_seconds
+from benchmarks.gpu.tune import TUNED, changed
 
 
 class Event:
@@ -103,6 +105,29 @@ def test_floors_of_the_note():
         {"bf16": 989e12, "copy": 4.8e12, "exp": 3.87e12}, "bfloat16", *counts
     )
     assert limit == "bf16" and seconds == pytest.approx(2.12e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_candidates_name_what_the_kernel_has(name):
+    tuned, half = TUNED[name], torch.bfloat16
+    kernels = importlib.import_module(f"fastrec.kernels.{tuned.op}")
+    arguments = {
+        "linear_cross_entropy": lambda kernel: (64, half, half, 90),
+        "in_batch_cross_entropy": lambda kernel: (64, half, 90),
+        "jagged_attention": lambda kernel: (kernel, 32, half, 50),
+    }[tuned.op]
+
+    def configuration(kernel: str) -> dict:
+        found = getattr(kernels, tuned.config)(*arguments(kernel))
+        return found.get(kernel, found)
+
+    for entry, kernel, candidates in tuned.candidates:
+        before = configuration(kernel)
+        for change in candidates:
+            assert change.keys() <= before.keys()
+            with changed(tuned.op, tuned.config, kernel, change):
+                assert configuration(kernel) == before | change
+        assert configuration(kernel) == before and entry.op == tuned.op
 
 
 def fake(monkeypatch, path, **contents):
