@@ -10,7 +10,7 @@ The module of an op (`benchmarks/<op>.py`, listed in OPS) provides
     PEERS                     {column of the summary: names of implementations, the best counts}
     GRADIENT_LIMIT            {dtype: largest accepted error}: beyond it no time is reported
     implementations(entry, compiler) -> {name: function(*inputs)}, "fastrec" first
-    problem(entry) -> inputs; gradients are taken of those that require one
+    problem(entry, device) -> inputs; gradients are taken of those that require one
     errors(entry, inputs, results) -> {name: {"output_error", "gradient_error"}}
     work(entry) -> {"elements", "exps", "bytes", "materialised", "forward", "both"}: counts of the
         mathematical function, whatever an implementation spends on it; "materialised": bytes of
@@ -68,19 +68,20 @@ def forward(function: Callable, inputs: tuple) -> Tensor:
         return function(*inputs)
 
 
-@functools.cache
-def _upstream(shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+@functools.lru_cache(maxsize=4)
+def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """Gradient of an output: none for a scalar; not constant, which a softmax would cancel."""
     if not shape:
         return None
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def both(function: Callable, inputs: tuple) -> tuple[Tensor, ...]:
     """(output, gradients of the inputs that require one)."""
     output = function(*inputs)
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    upstream = _upstream(output.shape, output.dtype)
+    upstream = _upstream(output.shape, output.dtype, output.device)
     return output.detach(), *torch.autograd.grad(output, leaves, upstream)
 
 

@@ -70,7 +70,7 @@ def _sdpa(packed: Tensor, offsets: Tensor, slots: Tensor, longest: int, p: float
     q, k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)
     mask = None
     if events < padded.shape[0] * longest:
-        valid = torch.arange(longest) < offsets.diff()[:, None]
+        valid = torch.arange(longest, device=packed.device) < offsets.diff()[:, None]
         mask = valid[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, mask, p)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
@@ -84,7 +84,7 @@ def _fastrec(function: Callable, p: float = P, **options) -> Callable:
             max_seq_len=longest,
             dropout_p=p,
             rng=Rng(5, 7),
-            sample_ids=torch.arange(len(offsets) - 1),
+            sample_ids=torch.arange(len(offsets) - 1, device=offsets.device),
             **options,
         )
 
@@ -101,12 +101,12 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
     }
 
 
-def problem(entry: Entry) -> tuple:
+def problem(entry: Entry, device: str = "cpu") -> tuple:
     lengths, (_, n, h, d) = lengths_of(entry), entry.sizes.values()
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    slots = (torch.arange(n) < lengths[:, None]).flatten().nonzero().squeeze(1)
-    generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(len(slots), 3, h, d, generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device)
+    slots = (torch.arange(n) < lengths[:, None]).flatten().nonzero().squeeze(1).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    packed = torch.randn(len(slots), 3, h, d, generator=generator, device=device)
     return packed.to(getattr(torch, entry.dtype)).requires_grad_(), offsets, slots, n
 
 

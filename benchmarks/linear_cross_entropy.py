@@ -82,14 +82,14 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
     return table
 
 
-def problem(entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
+def problem(entry: Entry, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """flat: logits of standard deviation 1. peaked: the logit of the target is 14 higher."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, entry.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    dtype, options = getattr(torch, entry.dtype), {"generator": generator, "device": device}
     n, v, d = entry.sizes.values()
-    w = torch.randn(v, d, generator=generator).mul_(d**-0.5).to(dtype)
-    y = torch.randint(v, (n,), generator=generator)
-    x = torch.randn(n, d, generator=generator)
+    w = torch.randn(v, d, **options).mul_(d**-0.5).to(dtype)
+    y = torch.randint(v, (n,), **options)
+    x = torch.randn(n, d, **options)
     if entry.case == "peaked":
         x = 14 * F.normalize(w[y].float(), dim=1) + x * 0.1
     return x.to(dtype).requires_grad_(), w.requires_grad_(), y
@@ -101,9 +101,9 @@ def errors(
     """Relative error of the loss, and of each gradient max |error| / max |exact| (the larger one),
     against float64 computed in pieces of the table."""
     x, w, y = inputs[0].detach().double(), inputs[1].detach(), inputs[2]
-    rows = torch.arange(len(y))
+    rows = torch.arange(len(y), device=y.device)
     starts = range(0, len(w), 16384)
-    lse = torch.full((len(y),), -torch.inf, dtype=torch.float64)
+    lse = x.new_full((len(y),), -torch.inf)
     for start in starts:
         logits = x @ w[start : start + 16384].double().T
         lse = torch.logaddexp(lse, torch.logsumexp(logits, 1))

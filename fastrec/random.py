@@ -46,15 +46,24 @@ def _mul_hi_lo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
-def _word(value: Tensor | int) -> Tensor:
+def _word(value: Tensor | int, device: torch.device | None = None) -> Tensor:
+    """A word as a tensor, on `device` if given: there a number is filled in, not copied from the
+    host, because a copy waits for the device and cannot be captured in a CUDA graph."""
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device, non_blocking=True)
+    if device is not None and device.type != "cpu":
+        return torch.full((), value, dtype=torch.int64, device=device)
     # Not torch.as_tensor: compiled, with an int that varies, it keeps 32 of 64 bits (torch 2.13).
-    return value if isinstance(value, Tensor) else torch.tensor(value)
+    return torch.tensor(value)
 
 
 def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-7. Words are int64 tensors (or ints) holding unsigned 32-bit values, broadcast."""
     k0, k1 = key
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(_word(word) for word in counter))
+    # Expanded words must share a device; those without dimensions could stay on the host.
+    places = (word.device for word in counter if isinstance(word, Tensor) and not word.is_cpu)
+    device = next(places, None)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(_word(word, device) for word in counter))
     for _ in range(ROUNDS):
         high0, low0 = _mul_hi_lo(0xD2511F53, c0)
         high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
@@ -155,9 +164,10 @@ def keep_mask(
     seed, step = _word(rng.seed), _word(rng.step)
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (8 << 16), (seed >> 32) & _MASK32)
     groups = torch.arange((columns + 15) // 16, device=sample_ids.device)
+    head = head.unsqueeze(-1) if isinstance(head, Tensor) else head
     counter = (
         (row.unsqueeze(-1) << 16) | groups,
-        (rng.view << 16) | (layer << 8) | torch.as_tensor(head).unsqueeze(-1),
+        (rng.view << 16) | (layer << 8) | head,
         (sample_ids & _MASK32).unsqueeze(-1),
         step & _MASK32,
     )
@@ -211,8 +221,10 @@ def dropout_arguments(
     if not (0 <= rng.view < 65536 and 0 <= layer < 256):
         raise ValueError(f"out of range: view {rng.view}, layer {layer}")
     _check_positions("positions", positions)
-    if isinstance(rng.seed, Tensor) or isinstance(rng.step, Tensor):
-        key = torch.stack([_word(word).to(sample_ids.device) for word in (rng.seed, rng.step)])
+    device = sample_ids.device
+    on_host = not isinstance(rng.seed, Tensor) and not isinstance(rng.step, Tensor)
+    if on_host and device.type == "cpu":
+        key = torch.tensor([rng.seed, rng.step])
     else:
-        key = torch.tensor([rng.seed, rng.step], device=sample_ids.device)
+        key = torch.stack([_word(word, device) for word in (rng.seed, rng.step)])
     return sample_ids, positions, key, drop, SITES[site], layer, rng.view

@@ -161,8 +161,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = grad.to(x.dtype)
             if rows is None:
                 grad_input = grad
-            else:
+            elif grad.is_cpu:
                 grad_input = grad.new_zeros(ctx.input_shape).index_add_(0, rows, grad)
+            else:  # sorts and adds in a fixed order; index_add there is atomic
+                grad_input = grad.new_zeros(ctx.input_shape)
+                grad_input.index_put_((rows,), grad, accumulate=True)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_weight, grad_bias = bwd(
                 x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit

@@ -1,0 +1,236 @@
+"""What the sections that time an op measure: an op is one `Measured` here and a module of
+`benchmarks/` (see benchmarks/bench.py), a shape is one entry.
+
+Legend: N rows, V items, D width, B queries or sequences, L padded length, H heads, T events.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks import encoder_pieces as pieces
+from benchmarks import peers as others
+from benchmarks.bench import Entry, module
+
+# (operations, bytes, exponentials) of one pass.
+Counts = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A section.
+
+    entries: shapes for a GPU; the tests run those of the module's SMOKE.
+    floor: counts by pass, of the cheapest known way that stores nothing of the size of a product.
+    formula: the same in words.
+    memory: the big shape whose peak memory the section `memory` takes, fastrec alone.
+    designs: other designs of the op itself, not chosen (yet).
+    peers: implementations of others that need CUDA. Functions, or reasons for their absence.
+    columns: of the summary: names of implementations of which the fastest counts.
+    """
+
+    op: str
+    entries: tuple[Entry, ...]
+    floor: Callable[[Entry], dict[str, Counts]]
+    formula: str
+    memory: tuple[Entry, ...] = ()
+    designs: Callable[[Entry], others.Peers] = lambda entry: {}
+    peers: Callable[[Entry], others.Peers] = lambda entry: {}
+    columns: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("eager", ("eager",)),
+        ("torch.compile", ("torch.compile",)),
+    )
+
+
+def _item(entry: Entry) -> int:
+    return 4 if entry.dtype == "float32" else 2
+
+
+# Softmax over a table: products of N x V x D, an exponential a logit and sweep.
+
+
+def _linear_ce(
+    n: int, v: int, d: int, dtype: str = "bfloat16", case: str = "flat", **more
+) -> Entry:
+    return Entry("linear_cross_entropy", dict(N=n, V=v, D=d), dtype, case, **more)
+
+
+def _linear_ce_floor(entry: Entry) -> dict[str, Counts]:
+    n, v, d = entry.sizes.values()
+    table = v * d * _item(entry)
+    return {
+        "forward": (2 * n * v * d, table, n * v),
+        "both": (8 * n * v * d, 3 * table, 2 * n * v),
+    }
+
+
+def _stored(entry: Entry) -> others.Peers:
+    from benchmarks.gpu.stored import stored
+
+    fits = entry.dtype == "bfloat16" and entry.sizes["D"] <= 256
+    return {"stored": stored if fits else "bfloat16 only"}
+
+
+_LIGER = tuple(f"liger chunk {rows}" for rows in ("512", "1024", "512 fp32"))
+_NO_COMPILER = (
+    "fastrec", "stored", "eager", "liger", *_LIGER, "cce", "cce exact", "quack",
+    "quack largest chunk", "quack chunk 1024",
+)  # fmt: skip
+_FEW = ("fastrec", "stored", "cce", "cce exact")
+_CHUNKED = tuple(name for name in _NO_COMPILER if name not in ("eager", "liger"))
+
+LINEAR_CE = Measured(
+    "linear_cross_entropy",
+    (
+        _linear_ce(4096, 1_000_000, 64, only=_NO_COMPILER),
+        _linear_ce(4096, 1_000_000, 128, only=_NO_COMPILER),
+        _linear_ce(4096, 1_000_000, 256, only=_NO_COMPILER),
+        _linear_ce(4096, 100_000, 128),
+        _linear_ce(
+            4096, 1_000_000, 64, case="peaked", only=("fastrec", "stored", "cce", "cce exact")
+        ),
+        _linear_ce(2560, 141_939, 64),
+        _linear_ce(4096, 10_000_000, 64, rounds=3, only=_CHUNKED),
+        _linear_ce(1317, 20_033, 64, "float32", only=(*_NO_COMPILER, "torch.compile")),
+    ),
+    _linear_ce_floor,
+    "forward 2 N V D operations, N V exponentials, the table read once; with backward 8 N V D,"
+    " 2 N V, the table read twice and its gradient written once",
+    memory=(_linear_ce(4096, 10_000_000, 64), _linear_ce(10_000, 10_000_000, 128)),
+    designs=_stored,
+    peers=others.linear_cross_entropy,
+    columns=(
+        ("stored exponentials", ("stored",)),
+        ("eager", ("eager",)),
+        ("torch.compile", ("torch.compile",)),
+        ("liger, defaults", ("liger",)),
+        ("liger, best", ("liger", *_LIGER)),
+        ("cce, defaults (filters)", ("cce",)),
+        ("cce, exact", ("cce exact",)),
+        ("quack, defaults", ("quack",)),
+        ("quack, best", ("quack", "quack largest chunk", "quack chunk 1024")),
+    ),
+)
+
+
+# Softmax over the candidates of a batch.
+
+
+def _in_batch(b: int, d: int, case: str, dtype: str = "bfloat16", **more) -> Entry:
+    return Entry("in_batch_cross_entropy", dict(B=b, D=d), dtype, case, **more)
+
+
+def _in_batch_floor(entry: Entry) -> dict[str, Counts]:
+    b, d = entry.sizes.values()
+    table = b * d * _item(entry)
+    return {
+        "forward": (2 * b * b * d, 2 * table, b * b),
+        "both": (8 * b * b * d, 6 * table, 2 * b * b),
+    }
+
+
+IN_BATCH = Measured(
+    "in_batch_cross_entropy",
+    (
+        _in_batch(8192, 64, "dot"),
+        _in_batch(8192, 64, "dot groups"),
+        _in_batch(8192, 64, "dot lists"),
+        _in_batch(8192, 64, "weighted_l2 groups"),
+        _in_batch(8192, 64, "dot", "float32"),
+        _in_batch(8192, 128, "dot", only=("fastrec", "eager", "cce exact", "inf-cl")),
+        _in_batch(1024, 64, "dot groups", only=("fastrec", "eager")),
+        _in_batch(32768, 64, "dot groups", only=("fastrec", "eager")),
+    ),
+    _in_batch_floor,
+    "forward 2 B B D operations, B B exponentials, both operands read; with backward 8 B B D,"
+    " 2 B B, operands read twice and both gradients written",
+    memory=(_in_batch(65536, 64, "dot groups"),),
+    peers=others.in_batch_cross_entropy,
+    columns=(
+        ("eager", ("eager",)),
+        ("torch.compile", ("torch.compile",)),
+        ("inf-cl", ("inf-cl",)),
+        ("cce, exact", ("cce exact",)),
+        ("liger", ("liger",)),
+    ),
+)
+
+
+# Attention inside sequences.
+
+
+def _attention(b: int, n: int, h: int, d: int, case: str = "full", **more) -> Entry:
+    dtype = more.pop("dtype", "bfloat16")
+    return Entry("jagged_attention", dict(B=b, N=n, H=h, D=d), dtype, case, **more)
+
+
+def _attention_floor(entry: Entry) -> dict[str, Counts]:
+    from benchmarks.jagged_attention import lengths_of
+
+    lengths, (_, _, h, d) = lengths_of(entry), entry.sizes.values()
+    pairs = int(lengths.square().sum()) * h
+    tensor = int(lengths.sum()) * h * d * _item(entry)
+    return {
+        "forward": (4 * pairs * d, 4 * tensor, pairs),
+        "both": (14 * pairs * d, 11 * tensor, 2 * pairs),
+    }
+
+
+_WITHOUT_REFERENCE = ("fastrec", "sdpa", "sdpa efficient", "flash varlen", "efficient varlen")
+ATTENTION = Measured(
+    "jagged_attention",
+    (
+        _attention(4096, 50, 2, 32, only=(*_WITHOUT_REFERENCE, "torch.compile")),
+        _attention(4096, 50, 2, 32, "yelp", only=_WITHOUT_REFERENCE),
+        _attention(768, 30, 2, 32, "yelp", only=_WITHOUT_REFERENCE),
+        _attention(8192, 30, 2, 32, only=_WITHOUT_REFERENCE),
+        _attention(8192, 50, 2, 16, only=_WITHOUT_REFERENCE),
+        _attention(1024, 128, 2, 32, only=_WITHOUT_REFERENCE),
+        _attention(1024, 200, 2, 32, only=_WITHOUT_REFERENCE),
+        _attention(512, 200, 4, 64, only=_WITHOUT_REFERENCE),
+        _attention(4096, 50, 2, 32, dtype="float32", only=_WITHOUT_REFERENCE),
+    ),
+    _attention_floor,
+    "forward 4 operations an element of P and feature, one exponential, Q, K, V read and O written;"
+    " with backward 14, two, and seven more tensors; the draws of the masks are not counted",
+    memory=(_attention(8192, 200, 4, 64),),
+    peers=others.jagged_attention,
+    columns=(
+        ("padded SDPA", ("sdpa",)),
+        ("padded, memory-efficient kernel", ("sdpa efficient",)),
+        ("padded, torch.compile", ("torch.compile",)),
+        ("flash varlen", ("flash varlen",)),
+        ("efficient varlen", ("efficient varlen",)),
+    ),
+)
+
+
+# Elementwise ops of the encoder: bytes only.
+
+
+def _bytes_only(entry: Entry) -> dict[str, Counts]:
+    t, d, _ = entry.sizes.values()
+    share = {pieces.NORM: 4, pieces.GELU: 2, pieces.EMBEDDING: 2}[entry.case]
+    total = module("encoder_pieces").work(entry)["bytes"]
+    return {"forward": (0, share * t * d * _item(entry), 0), "both": (0, total, 0)}
+
+
+ENCODER = Measured(
+    "encoder_pieces",
+    (
+        pieces.entry(pieces.NORM, 204_800, 64, dtype="bfloat16"),
+        pieces.entry(pieces.GELU, 204_800, 256, dtype="bfloat16"),
+        pieces.entry(pieces.EMBEDDING, 204_800, 64, 141_939, dtype="bfloat16"),
+        pieces.entry(pieces.NORM, 204_800, 64),
+        pieces.entry(pieces.EMBEDDING, 204_800, 64, 141_939),
+    ),
+    _bytes_only,
+    "bytes alone: what is read and written once forward and once backward",
+    memory=(pieces.entry(pieces.EMBEDDING, 2_000_000, 64, 10_000_000, dtype="bfloat16"),),
+)
+
+MEASURED = {
+    "linear_ce": LINEAR_CE,
+    "in_batch": IN_BATCH,
+    "attention": ATTENTION,
+    "encoder": ENCODER,
+}

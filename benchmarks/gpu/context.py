@@ -1,0 +1,157 @@
+"""The results file, and what a section is given: a device, a deadline, and where to put rows."""
+
+import gc
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ("liger-kernel", "cut-cross-entropy", "inf-cl", "quack-kernels")
+
+
+class DeviceLost(Exception):
+    """The CUDA context of this process is broken: only a new process can go on."""
+
+
+def device_name(device: str) -> str:
+    """Name of the results file: "h200" for "NVIDIA H200", "h100" for "NVIDIA H100 80GB HBM3"."""
+    if device == "cpu":
+        return "cpu_tensors"
+    words = torch.cuda.get_device_name().lower().replace("nvidia", "").split()
+    return words[0] if words else "cuda"
+
+
+def environment(device: str) -> dict:
+    """What the rows of a section depend on. No host names, no paths."""
+    import triton
+
+    found = {
+        "device": "CPU tensors, tiny shapes" if device == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "code": _code(),
+    }
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _code() -> str:
+    """A digest of the sources whose times are measured; the results file is no part of it."""
+    digest = hashlib.sha256()
+    for path in sorted((*ROOT.glob("kernels/*.py"), *ROOT.glob("fastrec/[onr]*/*.py"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+class Results:
+    """{"sections": {section: {"environment", "date", "rows": {key: row}}}}, written as it grows."""
+
+    def __init__(self, path: Path):
+        self.path, self.data = path, {"sections": {}}
+        if path.exists():
+            self.data = json.loads(path.read_text())
+
+    def write(self) -> None:
+        """In one step: a reader, or a run that is killed here, sees the old file or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        other = self.path.with_suffix(".partial")
+        other.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(other, self.path)
+
+    def rows(self, section: str) -> dict:
+        return self.data["sections"].get(section, {}).get("rows", {})
+
+    def begin(self, section: str, environment: dict) -> None:
+        """Rows of an earlier run stay if they are of the same environment."""
+        old = self.data["sections"].get(section, {})
+        rows = old.get("rows", {}) if old.get("environment") == environment else {}
+        self.data["sections"][section] = {
+            "environment": environment,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "rows": rows,
+        }
+
+    def put(self, section: str, key: str, row: dict) -> None:
+        self.data["sections"][section]["rows"][key] = row
+        self.write()
+
+
+@dataclass
+class Context:
+    """What a section gets.
+
+    crashed: (section, key, name) of measurements that ended an earlier process of this run.
+    finished: (section, key) of rows that this run already has.
+    """
+
+    device: str
+    tiny: bool
+    results: Results
+    section: str = ""
+    deadline: float = float("inf")
+    crashed: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    finished: set[tuple[str, str]] = field(default_factory=set)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda"
+
+    def over(self) -> bool:
+        """Whether the share of the section is used up: start nothing more."""
+        return time.time() >= self.deadline
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.time()
+
+    def announce(self, key: str, name: str) -> str | None:
+        """Say what comes next, so that the supervisor knows what ended this process. Returns why
+        it must not be tried again, if so."""
+        print(f"@{self.section}\t{key}\t{name}", flush=True)
+        return self.crashed.get((self.section, key, name))
+
+    def alive(self) -> None:
+        """Tell the supervisor that something goes on."""
+        print("@", flush=True)
+
+    def have(self, key: str) -> bool:
+        return (self.section, key) in self.finished
+
+    def save(self, key: str, row: dict) -> None:
+        self.results.put(self.section, key, row)
+        self.finished.add((self.section, key))
+        print(f"#{self.section}\t{key}", flush=True)
+
+    def release(self) -> None:
+        """Give back memory of a failed call; not inside `except`, which holds its frames."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def rescue(self, error: BaseException) -> dict:
+        """The row of something that failed. Raises DeviceLost if nothing can run after it."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = "out of memory" if isinstance(error, torch.cuda.OutOfMemoryError) else lines[0]
+        if self.cuda:
+            try:
+                torch.cuda.synchronize()
+            except Exception as lost:
+                raise DeviceLost(why) from lost
+        return {"failed": f"{type(error).__name__}: {why}"[:300]}
+
+    def ceilings(self) -> dict[str, float]:
+        """Measured rates by name, without unit prefixes; empty where probe has not run."""
+        rows = self.results.rows("probe")
+        return {name: row["rate"] for name, row in rows.items() if "rate" in row}

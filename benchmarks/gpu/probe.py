@@ -1,0 +1,102 @@
+"""Section `probe`: the ceilings that floors are computed from, measured on this device.
+
+Rates are per second: bytes of a copy (read and written), floating point operations of a matrix
+product, exponentials of a kernel that does nothing else.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.gpu.clock import Clock, rate
+from benchmarks.gpu.context import Context
+
+# How a dtype is multiplied by default: float32 to float32 accuracy.
+MATRIX = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
+
+
+@triton.jit
+def _exp_kernel(out, CALLS: tl.constexpr, BLOCK: tl.constexpr):
+    """CALLS exponentials for each of BLOCK numbers, each of the one before."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = index.to(tl.float32) * 1e-9
+    for _ in range(CALLS):
+        x = tl.exp2(-x)
+    tl.store(out + index, x)
+
+
+def _exponentials(context: Context, clock: Clock, rounds: int) -> dict:
+    programs, calls, block = (2, 3, 16) if context.tiny else (132 * 64, 512, 1024)
+    out = torch.empty(programs * block, device=context.device)
+
+    def call():
+        _exp_kernel[(programs,)](out, CALLS=calls, BLOCK=block, num_warps=4)
+
+    row = rate(clock, call, programs * calls * block, rounds)
+    # x = 2^-x has one fixed point, 0.6412, that every lane approaches.
+    if not context.tiny and not (out - 0.641186).abs().max() < 1e-3:
+        return {"failed": "wrong result"}
+    return row
+
+
+def _product(context: Context, clock: Clock, kind: str, rounds: int) -> dict:
+    size = 32 if context.tiny else {"bf16": 8192, "tf32": 8192, "fp32": 4096}[kind]
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    generator = torch.Generator(context.device).manual_seed(0)
+    a, b = (
+        torch.randn(size, size, generator=generator, device=context.device).to(dtype)
+        for _ in range(2)
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        return rate(clock, lambda: a @ b, 2 * size**3, rounds)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _copy(context: Context, clock: Clock, rounds: int) -> dict:
+    size = 1024 if context.tiny else 2**32
+    source = torch.empty(size, dtype=torch.int8, device=context.device).random_(0, 100)
+    target = torch.empty_like(source)
+    return rate(clock, lambda: target.copy_(source), 2 * size, rounds)
+
+
+def _properties(context: Context) -> dict:
+    if not context.cuda:
+        return {"name": "CPU tensors"}
+    found = torch.cuda.get_device_properties(0)
+    row = {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    for name in ("L2_cache_size", "clock_rate", "memory_clock_rate"):
+        if hasattr(found, name):
+            row[name] = getattr(found, name)
+    return row
+
+
+def probe(context: Context) -> None:
+    clock, rounds = Clock(context.device), 2 if context.tiny else 15
+    measurements = {
+        "device": lambda: _properties(context),
+        "copy": lambda: _copy(context, clock, rounds),
+        "bf16": lambda: _product(context, clock, "bf16", rounds),
+        "tf32": lambda: _product(context, clock, "tf32", rounds),
+        "fp32": lambda: _product(context, clock, "fp32", rounds),
+        "exp": lambda: _exponentials(context, clock, rounds),
+    }
+    for key, measurement in measurements.items():
+        if context.over() or context.have(key):
+            continue
+        if why := context.announce(key, ""):
+            context.save(key, {"failed": why})
+            continue
+        try:
+            row = measurement()
+        except Exception as error:
+            row = context.rescue(error)
+        context.save(key, row)

@@ -1,0 +1,252 @@
+"""Section `step`: a whole pre-training step: masked items, forward, backward, AdamW, bf16 autocast.
+
+All implementations train the same model of fastrec.nn.user_model on the same masked batch:
+"padded" is the encoder in plain PyTorch on a padded batch, as BERT4Rec code does it.
+
+Legend: B sequences, L padded length, T events, N masked positions, V items, D width.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.bench import Entry
+from benchmarks.gpu.checks import captured
+from benchmarks.gpu.clock import Clock, spread
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.native import native
+from benchmarks.jagged_attention import lengths_of
+from fastrec.backend import NATIVE
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.corruptions import mask_items
+from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.random import Rng
+
+TABLE = ("padded eager", "padded torch.compile", "reference", "fastrec", "fastrec in a CUDA graph")
+NEVER = -100  # target of a position that is not scored
+
+
+@dataclass(frozen=True)
+class Step:
+    """Sizes of a step; `lengths` is a case of benchmarks/jagged_attention.py."""
+
+    name: str
+    sequences: int
+    length: int
+    items: int
+    lengths: str
+    width: int = 64
+    dropout: float = 0.5
+    masked: float = 0.2
+
+
+STEPS = (
+    Step("Yelp sizes", 768, 30, 20_033, "yelp"),
+    Step("WeChat sizes", 256, 50, 141_939, "full"),
+    Step("large batch", 4096, 50, 141_939, "yelp"),
+)
+TINY = (Step("tiny", 5, 6, 40, "yelp", width=16),)
+
+
+@dataclass
+class Batch:
+    jagged: JaggedBatch
+    rows: Tensor  # int64 [N] of the events
+    targets: Tensor  # int64 [N]
+    padded: Tensor  # int64 [B, L]
+    mask: Tensor  # bool [B, L], where an event is
+    slots: Tensor  # int64 [N] of the padded positions
+
+
+def batch_of(sizes: Step, model: UserModel, device: str) -> Batch:
+    shape = dict(B=sizes.sequences, N=sizes.length, H=1, D=1)
+    lengths = lengths_of(Entry("jagged_attention", shape, case=sizes.lengths)).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    events = int(lengths.sum())
+    values = torch.randint(sizes.items, (events,), generator=generator, device=device)
+    ids = torch.arange(sizes.sequences, device=device)
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    jagged = JaggedBatch(values, offsets, ids, sizes.length)
+    masked, rows, targets = mask_items(
+        jagged, seed=0, step=0, probability=sizes.masked, num_items=sizes.items,
+        mask_id=model.token("mask"),
+    )  # fmt: skip
+    mask = torch.arange(sizes.length, device=device) < lengths[:, None]
+    slot_of = mask.flatten().nonzero().squeeze(1)
+    padded = values.new_zeros(mask.shape)
+    padded[mask] = masked.values
+    return Batch(masked, rows, targets, padded, mask, slot_of[rows])
+
+
+def padded_loss(model: UserModel, batch: Batch, p: float) -> Tensor:
+    """The same model without fastrec: padded, softmax over logits that are stored."""
+    encoder, width = model.encoder, model.config.width
+    weight = model.item_embedding.weight
+    x = F.embedding(batch.padded, weight) + encoder.positions.weight[: batch.padded.shape[1]]
+    x = F.dropout(encoder.embedding_norm(x), p)
+    allowed = batch.mask[:, None, None, :]
+    for block in encoder.layers:
+        packed = block.query_key_value(x).unflatten(-1, (3, block.heads, -1))
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, allowed, p)
+        out = block.attention_output(out.transpose(1, 2).flatten(2))
+        x = block.attention_norm(x + F.dropout(out, p))
+        inner = F.gelu(block.ffn_inner(x))
+        x = block.ffn_norm(x + F.dropout(block.ffn_output(inner), p))
+    states = x.reshape(-1, width).index_select(0, batch.slots)
+    logits = F.linear(model.item_head.query(states), model.item_table, model.item_head.bias)
+    return F.cross_entropy(logits.float(), batch.targets)
+
+
+def jagged_loss(model: UserModel, batch: Batch, rng: Rng | None) -> Tensor:
+    states = model.encode(batch.jagged, rng)
+    return model.item_head.loss(states.index_select(0, batch.rows), model.item_table, batch.targets)
+
+
+def trainer(model: UserModel, loss: Callable[[UserModel], Tensor], device: str) -> Callable:
+    """One step of training, which returns {"loss"}."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, fused=True, capturable=device == "cuda"
+    )
+
+    def step() -> dict[str, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            value = loss(model)
+        value.backward()
+        optimizer.step()
+        return {"loss": value.detach()}
+
+    return step
+
+
+def _steps(sizes: Step, model: UserModel, batch: Batch, context: Context) -> dict[str, Callable]:
+    """Name -> a function that makes one step, after what the first step has to prepare."""
+    device, counter = context.device, torch.zeros((), dtype=torch.int64, device=context.device)
+    rng, p = Rng(torch.full_like(counter, 7), counter), sizes.dropout
+    compiled = torch.compile(padded_loss, backend="inductor" if context.cuda else "aot_eager")
+
+    def jagged(own: UserModel) -> Tensor:
+        counter.add_(1)
+        return jagged_loss(own, batch, rng)
+
+    def one(loss: Callable[[UserModel], Tensor]) -> Callable:
+        return trainer(copy.deepcopy(model), loss, device)
+
+    plain = one(jagged)
+
+    def reference() -> dict[str, Tensor]:
+        with native(device, "reference"):
+            return slow()
+
+    slow = one(jagged)
+
+    def in_graph() -> Callable:
+        graph, _ = captured(one(jagged), context.cuda)
+        return graph.replay
+
+    lazy: list[Callable] = []
+
+    def replay() -> None:
+        if not lazy:
+            lazy.append(in_graph())
+        lazy[0]()
+
+    return {
+        "padded eager": one(lambda own: padded_loss(own, batch, p)),
+        "padded torch.compile": one(lambda own: compiled(own, batch, p)),
+        "reference": reference,
+        "fastrec": plain,
+        "fastrec in a CUDA graph": replay,
+    }
+
+
+def _kernels(call: Callable, cuda: bool) -> dict:
+    """Device time of the kernels of one step, and the ten that take most of it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in found.events():
+        on_device = str(event.device_type).endswith("CUDA")
+        taken = event.device_time_total if on_device else event.self_cpu_time_total
+        if on_device == cuda and taken:
+            times[event.name] = times.get(event.name, 0.0) + taken / 1e6
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:10]
+    return {"seconds": sum(times.values()), "largest": {name[:80]: times[name] for name in largest}}
+
+
+def _difference(model: UserModel, batch: Batch) -> float:
+    """Relative difference of the loss of both encoders without dropout, in float32."""
+    with torch.no_grad():
+        padded, jagged = padded_loss(model, batch, 0.0), jagged_loss(model, batch, None)
+    return ((padded - jagged).abs() / padded.abs()).item()
+
+
+def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # static shapes again, not the dynamic ones of a second size
+    config = ModelConfig(width=sizes.width, max_len=sizes.length, use_cls=False, use_sep=False)
+    model = UserModel(sizes.items, config).to(context.device)
+    batch = batch_of(sizes, model, context.device)
+    difference = _difference(model, batch)
+    if not difference < 1e-4:
+        return {"failed": f"the losses of both encoders differ by {difference:.2g}"}
+    steps, rows, taken = _steps(sizes, model, batch, context), {}, {}
+    for name in TABLE:
+        why = context.announce(sizes.name, name) or ("out of time" if context.over() else None)
+        try:
+            if not why:
+                for _ in range(2):
+                    steps[name]()
+                rows[name], taken[name] = {"peak_bytes": clock.peak_bytes(steps[name])}, []
+        except Exception as error:
+            rows[name] = context.rescue(error)
+        if why:
+            rows[name] = {"failed": why}
+    context.announce(sizes.name, "times")
+    for done in range(rounds):
+        if done >= 3 and context.over():
+            break
+        for name in taken:
+            taken[name].append(clock.seconds(steps[name], lead=False))
+    for name, times in taken.items():
+        rows[name]["step"] = spread(times)
+    if "fastrec" in taken:
+        context.announce(sizes.name, "kernels")
+        ours = rows["fastrec"]["step"]["median"]
+        for name in taken:
+            rows[name]["ratio"] = rows[name]["step"]["median"] / ours
+        try:
+            rows["fastrec"]["kernels"] = _kernels(steps["fastrec"], context.cuda)
+        except Exception as error:
+            rows["fastrec"]["kernels"] = context.rescue(error)
+    return {
+        "sequences": sizes.sequences,
+        "events": len(batch.jagged.values),
+        "masked": len(batch.rows),
+        "items": sizes.items,
+        "loss_difference": difference,
+        "implementations": rows,
+    }
+
+
+def step(context: Context) -> None:
+    assert NATIVE[context.device] == "triton", "the step is measured on the Triton kernels"
+    clock, rounds = Clock(context.device), 1 if context.tiny else 31
+    for sizes in TINY if context.tiny else STEPS:
+        if context.over() or context.have(sizes.name):
+            continue
+        try:
+            row = _measure(sizes, context, clock, rounds)
+        except Exception as error:
+            row = context.rescue(error)
+        context.save(sizes.name, row)
+        context.release()

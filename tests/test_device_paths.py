@@ -1,0 +1,106 @@
+"""What a host tensor in the wrong place would break on a GPU, seen without one: launchers and
+references run on meta tensors, and kernel launches are checked and counted instead of made.
+
+PyTorch refuses to mix host and meta tensors as it refuses to mix host and CUDA tensors. The
+recorder refuses what a launch would: host tensors, float64, a grid axis that is too long.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+
+import pytest
+import torch
+from op_db import OPS
+from op_db.case import TYPES, run
+
+from fastrec.random import Rng, draws, dropout_arguments, keep_mask
+
+pytest.importorskip("triton")
+WRITTEN = [t for t in TYPES if t.name in ("float32", "bfloat16", "bfloat16_input_float32_table")]
+
+
+class Recorder:
+    """Stands in for a jitted kernel: `kernel[grid](*arguments)`."""
+
+    def __init__(self, kernel, launches: list):
+        self.name, self.launches = kernel.__name__, launches
+        self.signature = inspect.signature(kernel.fn)
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid, *arguments, num_warps=4, num_stages=3, **constants):
+        assert 1 <= len(grid) <= 3 and all(type(size) is int for size in grid)
+        assert 0 <= grid[0] < 2**31 and all(0 <= size < 2**16 for size in grid[1:]), grid
+        self.signature.bind(*arguments, **constants)
+        for value in arguments:
+            if isinstance(value, torch.Tensor):
+                assert value.device.type == "meta", "a kernel got a host tensor"
+                assert value.dtype != torch.float64, "a kernel got a float64 tensor"
+            else:
+                assert value is None or type(value) in (int, float), type(value)
+        self.launches.append(self.name)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched; backend "triton" on meta tensors reaches the launchers."""
+    seen: list = []
+    for op in OPS:
+        kernels = importlib.import_module(f"fastrec.kernels.{op.name}")
+        for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+            monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), seen))
+    monkeypatch.setattr("fastrec.backend.interpreting", lambda: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    return seen
+
+
+def on_meta(value):
+    if isinstance(value, tuple):
+        return tuple(map(on_meta, value))
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def cases():
+    return [
+        pytest.param(op, sample, backend, id=f"{op.name}-{backend}-{types}-{sample.name}")
+        for op in OPS
+        for types in WRITTEN
+        if types in op.types
+        for sample in op.samples("cpu", types, True)
+        for backend in ("triton", "reference")
+        # The reference of attention reads the lengths on the host.
+        if backend == "triton" or (op.name != "jagged_attention" and types == TYPES[0])
+    ]
+
+
+@pytest.mark.parametrize("op, sample, backend", cases())
+def test_everything_stays_on_the_device(op, sample, backend, launches):
+    # An Rng stays as it is: seed and step may be numbers or host tensors.
+    moved = {name: on_meta(value) for name, value in sample.kwargs.items()}
+    function = functools.partial(op.function, backend=backend)
+    results = run(function, dataclasses.replace(sample, kwargs=moved), op.differentiable)
+    assert all(value.device.type == "meta" for value in results.values())
+    assert backend == "triton" or not launches
+
+
+def test_the_recorder_refuses_a_host_tensor(launches):
+    from fastrec.kernels import bias_gelu_dropout as kernels
+
+    with pytest.raises(AssertionError, match="host tensor"):
+        kernels.bias_gelu_dropout_fwd(torch.ones(3, 4), None, None, None, None, 0, 0, 0, 0)
+    assert not launches
+
+
+@pytest.mark.parametrize("seed", [5, -5, torch.tensor(5)])
+def test_draws_from_host_words(seed):
+    ids = torch.arange(3, device="meta")
+    assert draws(seed, 7, ids[:, None], 0, ids, site="mask_item").device.type == "meta"
+    mask, _ = keep_mask(Rng(seed, 7), 0.5, ids, ids, 20, site="embedding")
+    assert mask.device.type == "meta" and mask.shape == (3, 20)
+    arguments = dropout_arguments(Rng(seed, 7), 0.5, ids, ids, 3, site="embedding")
+    assert arguments[2].device.type == "meta"
