@@ -53,7 +53,8 @@ def test(context: Context) -> None:
     """tests/test_ops.py on CUDA tensors (of tiny shapes on CPU tensors: one op, on triton)."""
     if find_spec("pytest") is None:
         return _without_pytest(context)
-    wanted = "cuda" if context.cuda else "within_budget and bias_gelu and triton and bfloat16"
+    tiny = "within_budget and bias_gelu and triton and bfloat16"
+    wanted = "cuda and triton" if context.cuda else tiny
     command = [sys.executable, "-m", "pytest", "tests/test_ops.py", "-k", wanted, "-v", "-o"]
     command += ["addopts=", "-p", "no:cacheprovider", "--tb=line", "--no-header"]
     if context.cuda and find_spec("xdist"):
