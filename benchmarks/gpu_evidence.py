@@ -142,17 +142,17 @@ def main(argv: list[str] | None = None) -> None:
         render.update(arguments.table_root, arguments.output or render.newest(results))
         return
     device = "cpu" if arguments.tiny else "cuda"
-    if arguments.tiny:
-        os.environ["TRITON_INTERPRET"] = "1"
-        if arguments.output is None:
-            raise SystemExit("--tiny needs --output: its numbers are no results")
-    else:
+    if arguments.tiny and arguments.output is None:
+        raise SystemExit("--tiny needs --output: its numbers are no results")
+    if not arguments.tiny:
         import torch
 
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device is available; --tiny runs everything on CPU tensors")
         arguments.output = arguments.output or results / f"{device_name(device)}.json"
     if arguments.child:
+        if arguments.tiny:
+            os.environ["TRITON_INTERPRET"] = "1"
         child(arguments, device)
         return
     more = ["--tiny"] * arguments.tiny
