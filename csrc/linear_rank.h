@@ -13,15 +13,15 @@ struct LinearRank {
   std::atomic<int64_t>* next;
 };
 
-// Adds up, in every lane, how often `ahead` is true of the items from ... to of a panel.
+// Adds up ahead(item, vector, score), 1 or 0 in every lane, over the items from ... to of a panel.
 template <class S, class T = typename S::T, class Ahead>
 FASTREC_INLINE void count_ahead(int64_t from, int64_t to, const T* s, const T* bias,
                                 typename S::I (&count)[Gemm<S>::NV], const Ahead& ahead) {
   constexpr int NV = Gemm<S>::NV;
   for (int64_t i = from; i < to; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j)  // true is -1
-      count[j] -= ahead(i, j, S::load(s + i * Gemm<S>::NR + j * S::lanes) + bias[i]);
+    for (int j = 0; j < NV; ++j)
+      count[j] += ahead(i, j, S::load(s + i * Gemm<S>::NR + j * S::lanes) + bias[i]);
   }
 }
 
@@ -31,6 +31,7 @@ FASTREC_INLINE void linear_rank_tasks(const LinearRank<T>& a) {
   using I = typename S::I;
   using Id = typename S::C::Bits;
   constexpr int NV = Gemm<S>::NV, NR = Gemm<S>::NR;
+  const I one = I{} + Id(1);
   const T nan = std::numeric_limits<T>::quiet_NaN();
   const Scores<T>& q = a.scores;
   Sweep<S> sweep(q);
@@ -59,7 +60,7 @@ FASTREC_INLINE void linear_rank_tasks(const LinearRank<T>& a) {
       int64_t to = std::clamp<int64_t>(target[last] + 1 - v, 0, count);
       count_ahead<S>(0, from, s, bias, sum,
                      [&](int64_t, int j, V x) __attribute__((always_inline)) -> I {
-                       return x >= limit[j];
+                       return x >= limit[j] ? one : I{};
                      });
       if (from < to) {
         Id place[NR];
@@ -70,14 +71,17 @@ FASTREC_INLINE void linear_rank_tasks(const LinearRank<T>& a) {
         std::memcpy(y, place, sizeof(y));
         count_ahead<S>(from, to, s, bias, sum,
                        [&](int64_t i, int j, V x) __attribute__((always_inline)) -> I {
-                         I here = I{} + static_cast<Id>(i);
-                         return ((x > limit[j]) & (here != y[j])) |
-                                ((x == limit[j]) & (here < y[j]));
+                         // Selections: the compiler takes & and | of comparisons apart.
+                         const I here = I{} + static_cast<Id>(i);
+                         const I greater = x > limit[j] ? one : I{};
+                         const I not_less = x >= limit[j] ? one : I{};
+                         const I before = here < y[j] ? not_less : greater;
+                         return here == y[j] ? I{} : before;
                        });
       }
       count_ahead<S>(to, count, s, bias, sum,
                      [&](int64_t, int j, V x) __attribute__((always_inline)) -> I {
-                       return x > limit[j];
+                       return x > limit[j] ? one : I{};
                      });
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) std::memcpy(counts + n + j * S::lanes, &sum[j], sizeof(I));

@@ -42,30 +42,30 @@ def score_tile(
     return s
 
 
-# (BLOCK_N, BLOCK_V, num_warps, num_stages) by BLOCK_D, the largest found that spill on none of
-# sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program are one tile.
+# (BLOCK_N, BLOCK_V, num_warps, num_stages) by BLOCK_D, 0 for chunks: the largest found that spill on
+# none of sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program are one
+# tile. A float32 table is multiplied in float32, without tensor cores: rounding it to the 16 bits of
+# the rows would reorder items, and three products of tf32 need too many registers.
 TILES = {
-    "half": {64: (64, 128, 4, 3), 128: (64, 128, 4, 3), 256: (64, 128, 8, 2)},
-    # A float32 table: the products are three of tf32 each, in which 16-bit rows are exact.
-    "mixed": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
-    "float32": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 2)},
+    "half": {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (64, 64, 4, 2), 0: (64, 64, 4, 2)},
+    "float32": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 2), 0: (32, 32, 4, 2)},
 }
 
 
-def config_of(width: int, dtype: torch.dtype, table: torch.dtype) -> dict:
-    """Tile shapes and launch options."""
-    kind = "float32" if dtype == torch.float32 else "half" if dtype == table else "mixed"
-    if width > 256:  # in chunks of 64 columns
-        block_d, (block_n, block_v, warps, stages) = 64, (32, 32, 4, 2)
-    else:
-        block_d = max(triton.next_power_of_2(width), 16)
-        block_n, block_v, warps, stages = TILES[kind][max(block_d, 64)]
+def config_of(width: int, table: torch.dtype, capability: int = 90) -> dict:
+    """Tile shapes and launch options, for `capability` 10 * major + minor."""
+    kind = "float32" if table == torch.float32 else "half"
+    block_d = max(triton.next_power_of_2(width), 16) if width <= 256 else 64
+    tiles = TILES[kind][max(block_d, 64) if width <= 256 else 0]
+    block_n, block_v, warps, stages = tiles
+    if kind == "half" and block_d == 256 and capability < 90:
+        warps = 8  # 4 spill 120 bytes there, 8 spill 16 bytes on sm_100
     return {
         "BLOCK_N": block_n,
         "BLOCK_V": block_v,
         "BLOCK_D": block_d,
         "CHUNKS": triton.cdiv(width, block_d),
-        "PRECISION": {"float32": "ieee", "mixed": "tf32x3", "half": "tf32"}[kind],
+        "PRECISION": "ieee" if kind == "float32" else "tf32",
         "num_warps": warps,
         "num_stages": stages,
     }
@@ -74,10 +74,13 @@ def config_of(width: int, dtype: torch.dtype, table: torch.dtype) -> dict:
 def options_of(op: str, input: torch.Tensor, linear_weight: torch.Tensor) -> dict:
     if input.dtype == torch.float64:
         raise RuntimeError(f"{op} has no float64 triton kernel, input is float64")
-    config = config_of(input.shape[1], input.dtype, linear_weight.dtype)
-    if linear_weight.dtype == torch.float32:
-        if torch.backends.cuda.matmul.fp32_precision == "tf32":
-            config["PRECISION"] = "tf32"
+    capability = 90
+    if input.is_cuda:
+        major, minor = torch.cuda.get_device_capability(input.device)
+        capability = 10 * major + minor
+    config = config_of(input.shape[1], linear_weight.dtype, capability)
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        config["PRECISION"] = "tf32"
     return config
 
 

@@ -65,8 +65,9 @@ def linear_rank(
         rank_i = 1 + #{j: s_ij > s_iy} + #{j < y: s_ij = s_iy}    over the items j not excluded
 
     The position of the target in a stable descending sort: HR@k, NDCG@k and MRR of full-catalogue
-    evaluation are functions of it. Items with equal vectors and biases tie exactly. A NaN score is
-    behind every number; a target whose own score is NaN has rank V.
+    evaluation are functions of it. Items with equal vectors and biases tie exactly (on the
+    reference: as far as torch.matmul treats equal columns alike). A NaN score is behind every
+    number; a target whose own score is NaN has rank V.
 
     Args:
         input: [N, D], float64, float32, bfloat16 or float16.
