@@ -1,5 +1,5 @@
-"""Scores of rows against all items, one tile at a time: what the Triton kernels of `linear_rank` and
-`linear_topk` share.
+"""Scores of rows against all items, one tile at a time, for the Triton kernels of `linear_rank` and
+`linear_topk`.
 
 Legend: N rows, V items, D width.
 """
@@ -42,13 +42,13 @@ def score_tile(
     return s
 
 
-# (BLOCK_N, BLOCK_V, num_warps, num_stages) by BLOCK_D, 0 for chunks: the largest found that spill on
-# none of sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program are one
-# tile. A float32 table is multiplied in float32, without tensor cores: rounding it to the 16 bits of
-# the rows would reorder items, and three products of tf32 need too many registers.
+# (BLOCK_N, BLOCK_V, num_warps, num_stages) by BLOCK_D, 0 for chunks: the largest found that spill
+# on none of sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program are
+# one tile. A float32 table is multiplied in float32, without tensor cores: rounding it to the 16
+# bits of the rows would reorder items, and three products of tf32 need too many registers.
 TILES = {
     "half": {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (64, 64, 4, 2), 0: (64, 64, 4, 2)},
-    "float32": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 2), 0: (32, 32, 4, 2)},
+    "float32": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 2), 0: (16, 32, 4, 2)},
 }
 
 

@@ -1,5 +1,5 @@
-"""What the generated tests of linear_rank cannot express: an exact table, ties of equal vectors under
-rounding, error texts, autocast, sizes beyond 2^31."""
+"""What the generated tests of linear_rank cannot express: an exact table, ties of equal vectors
+under rounding, error texts, autocast, sizes beyond 2^31."""
 
 import pytest
 import torch

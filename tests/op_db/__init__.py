@@ -12,6 +12,7 @@ from op_db import (
     jagged_embedding,
     linear_cross_entropy,
     linear_rank,
+    linear_topk,
 )
 
 OPS = [
@@ -23,4 +24,5 @@ OPS = [
     jagged_embedding.OP,
     linear_cross_entropy.OP,
     linear_rank.OP,
+    linear_topk.OP,
 ]

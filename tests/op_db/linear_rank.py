@@ -4,10 +4,10 @@ Legend: N rows, V items, D width, E listed exclusions.
 
 Ranks are integers and must be those of the float64 oracle, so no sample may leave an order to the
 rounding of float32. Two kinds of data do not:
-- `whole`: embeddings that are small whole numbers. Scores are whole numbers below 2^24 and exact in
-  every order of additions; a row has only some dozens of different scores, so ties are everywhere.
-- `spread`: normal embeddings. The target of a row is the item of 16 whose score is farthest from all
-  others; the distance is asserted to be beyond the rounding of float32.
+- `whole`: embeddings that are small whole numbers. Scores are whole numbers below 2^24 and exact
+  in every order of additions; a row has only some dozens of different scores: ties everywhere.
+- `spread`: normal embeddings. The target of a row is the item of 16 whose score is farthest from
+  all others; the distance is asserted to be beyond the rounding of float32.
 """
 
 import math
