@@ -42,30 +42,37 @@ def score_tile(
     return s
 
 
-# (BLOCK_N, BLOCK_V, num_warps, num_stages) by BLOCK_D, 0 for chunks: the largest found that spill
-# on none of sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program are
-# one tile. A float32 table is multiplied in float32, without tensor cores: rounding it to the 16
-# bits of the rows would reorder items, and three products of tf32 need too many registers.
-TILES = {
-    "half": {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (64, 64, 4, 2), 0: (64, 64, 4, 2)},
-    "float32": {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 2), 0: (16, 32, 4, 2)},
-}
+# (BLOCK_N, BLOCK_V, num_warps, num_stages) of a 16-bit table by BLOCK_D, the largest found that
+# spill on none of sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program
+# are one tile.
+TILES = {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (64, 64, 4, 2)}
+# A float32 table is multiplied in float32, without tensor cores: rounding it to the 16 bits of the
+# rows would reorder items, and three products of tf32 need too many registers. In chunks of 32
+# columns, because the compiler takes a product of float32 apart into its single terms.
+FLOAT32, FLOAT32_WIDTH = (32, 32, 4, 2), 32
+CHUNKED, CHUNK_WIDTH = (64, 64, 4, 2), 64  # of a 16-bit table wider than 256
 
 
 def config_of(width: int, table: torch.dtype, capability: int = 90) -> dict:
     """Tile shapes and launch options, for `capability` 10 * major + minor."""
-    kind = "float32" if table == torch.float32 else "half"
-    block_d = max(triton.next_power_of_2(width), 16) if width <= 256 else 64
-    tiles = TILES[kind][max(block_d, 64) if width <= 256 else 0]
-    block_n, block_v, warps, stages = tiles
-    if kind == "half" and block_d == 256 and capability < 90:
-        warps = 8  # 4 spill 120 bytes there, 8 spill 16 bytes on sm_100
+    block_d = max(triton.next_power_of_2(width), 16)
+    if table == torch.float32:
+        block_d, tile = min(block_d, FLOAT32_WIDTH), FLOAT32
+    elif width > 256:
+        block_d, tile = CHUNK_WIDTH, CHUNKED
+    else:
+        tile = TILES[max(block_d, 64)]
+        if capability < 90 and block_d == 128:
+            tile = (64, 64, 8, 3)  # 128 items spill 40 bytes there
+        elif capability < 90 and block_d == 256:
+            tile = (64, 64, 8, 2)  # 4 warps spill 120 bytes there, 8 spill 16 bytes on sm_100
+    block_n, block_v, warps, stages = tile
     return {
         "BLOCK_N": block_n,
         "BLOCK_V": block_v,
         "BLOCK_D": block_d,
         "CHUNKS": triton.cdiv(width, block_d),
-        "PRECISION": "ieee" if kind == "float32" else "tf32",
+        "PRECISION": "ieee" if table == torch.float32 else "tf32",
         "num_warps": warps,
         "num_stages": stages,
     }

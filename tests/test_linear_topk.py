@@ -1,5 +1,5 @@
-"""What the generated tests of linear_topk cannot express: an exact table, ties under rounding, large
-k, error texts, autocast, sizes beyond 2^31, peak memory."""
+"""What the generated tests of linear_topk cannot express: an exact table, ties under rounding,
+large k, error texts, autocast, sizes beyond 2^31, peak memory."""
 
 import math
 import subprocess
