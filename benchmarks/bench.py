@@ -35,7 +35,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = 10.0  # seconds; an implementation slower than this per call is measured once
-OPS = ("linear_cross_entropy", "jagged_attention")
+OPS = ("linear_cross_entropy", "linear_rank", "linear_topk", "jagged_attention")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def entries(kind: str) -> list[Entry]:
     return [entry for op in OPS for entry in getattr(module(op), kind)]
 
 
-def forward(function: Callable, inputs: tuple) -> Tensor:
+def forward(function: Callable, inputs: tuple):
     with torch.no_grad():
         return function(*inputs)
 

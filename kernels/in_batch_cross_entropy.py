@@ -51,12 +51,12 @@ def seek(values, place, end, first):
 
 
 @triton.jit
-def leave_out_listed(s, column, values, place, end, last):
-    """-inf for the listed columns below `last`; also the position of every row after them."""
+def leave_out_listed(s, column, values, place, end, last, OUT: tl.constexpr = float("-inf")):
+    """OUT for the listed columns below `last`; also the position of every row after them."""
     value = tl.load(values + place, mask=place < end, other=last)
     if tl.min(value, 0) < last:  # the compiler pipelines no loop that holds a bare `while`
         while tl.min(value, 0) < last:
-            s = tl.where(value[:, None] == column[None, :], float("-inf"), s)
+            s = tl.where(value[:, None] == column[None, :], OUT, s)
             place += (value < last).to(tl.int64)
             value = tl.load(values + place, mask=place < end, other=last)
     return s, place

@@ -10,7 +10,7 @@ import torch
 from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.protocols import Evaluator, Protocol, popularity_negatives
-from fastrec.evaluation.ranking import rank_all, rank_candidates, top_items
+from fastrec.evaluation.ranking import rank_candidates
 
 
 def dataset_of(sequences: list[list[int]], num_items: int) -> SequenceDataset:
@@ -44,37 +44,30 @@ def test_candidates_share_ties():
     assert rank_candidates(query, table, bias, torch.tensor([[0, 1, 2, 3]])).tolist() == [2.5]
 
 
-@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
-def test_full_ranks_and_top_items_equal_a_stable_sort(tile):
-    query, bias = torch.randn(9, 4), torch.randn(53)
-    table = torch.randn(53, 4)
-    table[20], bias[20] = table[5], bias[5]  # duplicated items must tie exactly
-    targets = torch.tensor([5, 20, 0, 52, 7, 8, 9, 10, 11])
-    rows, items = torch.tensor([0, 0, 1, 3]), torch.tensor([1, 5, 5, 52])  # (0, 5) is a target
-    scores = (query.double() @ table.double().T + bias.double()).numpy()
-    allowed = scores.copy()
-    allowed[rows.numpy(), items.numpy()] = -np.inf
-    ranks = rank_all(query, table, bias, targets, exclude=(rows, items), tile=tile)
-    best, ids = top_items(query, table, bias, 6, exclude=(rows, items), tile=tile)
-    for n in range(9):
-        mine = allowed[n].copy()
-        mine[targets[n]] = scores[n, targets[n]]
-        order = np.lexsort((np.arange(53), -mine))
-        assert ranks[n] == 1 + order.tolist().index(int(targets[n]))
-        assert ids[n].tolist() == np.lexsort((np.arange(53), -allowed[n]))[:6].tolist()
-    assert (best.diff(dim=1) <= 0).all()
-
-
-def test_top_items_says_where_nothing_is_left():
-    query, table, bias = torch.ones(1, 1), torch.ones(3, 1), torch.zeros(3)
-    scores, items = top_items(query, table, bias, 5, exclude=(torch.tensor([0]), torch.tensor([1])))
-    assert items.tolist() == [[0, 2, -1, -1, -1]]
-    assert scores[0, 2:].tolist() == [-math.inf] * 3
+@pytest.mark.parametrize("seen", ["none", "exclude"])
+def test_full_ranks_equal_a_stable_sort(seen):
+    dataset = dataset_of([[5, 1, 1, 9], [20, 3, 20], [7, 7, 7], [0, 52, 30, 5], [2, 51, 52]], 53)
+    users = torch.tensor([3, 0, 4, 1, 2])
+    evaluator = Evaluator(dataset, users, "test", Protocol(candidates="full", seen=seen))
+    query, table, bias = torch.randn(5, 4), torch.randn(53, 4), torch.randn(53)
+    table[20], bias[20] = table[5], bias[5]  # equal items: the smaller id is ahead
+    ranks = torch.cat(
+        [evaluator._rank(query[:2], table, bias, slice(0, 2)),
+         evaluator._rank(query[2:], table, bias, slice(2, 5))]
+    )  # fmt: skip
+    scores = query.double() @ table.double().T + bias.double()
+    scores[:, 20] = scores[:, 5]
+    for n, user in enumerate(users.tolist()):
+        sequence = dataset.values[dataset.offsets[user] : dataset.offsets[user + 1]].tolist()
+        target, items = sequence[-1], list(range(53))
+        if seen == "exclude":
+            items = [item for item in items if item == target or item not in sequence[:-1]]
+        items.sort(key=lambda item: (-scores[n, item].item(), item))
+        assert ranks[n] == 1 + items.index(target)
 
 
 def test_nan_target_ranks_last():
     query, table = torch.tensor([[float("nan")]]), torch.ones(4, 1)
-    assert rank_all(query, table, torch.zeros(4), torch.tensor([2])).tolist() == [4]
     assert rank_candidates(query, table, torch.zeros(4), torch.tensor([[2, 1]])).tolist() == [2]
 
 

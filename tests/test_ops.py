@@ -90,7 +90,8 @@ def check(op, name, backend, device, types, replace=None):
     torch.set_num_threads(1)
     assert_within_budget(sample, actual, exact, low, op.rounding_band(backend, sample))
     for key, value in before.items():
-        assert torch.equal(given.kwargs[key], value), f"{key} was written"
+        now = given.kwargs[key]
+        assert ((now == value) | (now.isnan() & value.isnan())).all(), f"{key} was written"
 
 
 def cases(types=TYPES, backends=BACKENDS, only=None):
@@ -136,6 +137,10 @@ def representative(op):
     return op.representative
 
 
+def with_gradient(op):
+    return op.representative if op.differentiable else ()
+
+
 each_representative = pytest.mark.parametrize(
     "op, backend, device, types, name",
     cases(types=[t for t in TYPES if t.name in ("float32", "bfloat16")], only=representative),
@@ -144,7 +149,7 @@ each_representative = pytest.mark.parametrize(
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    cases(types=(FLOAT64,), backends=("reference", "cpp"), only=representative),
+    cases(types=(FLOAT64,), backends=("reference", "cpp"), only=with_gradient),
 )
 def test_gradcheck(op, backend, device, types, name):
     need(op, backend, device)
@@ -260,7 +265,10 @@ def test_second_call_has_the_same_bits(op, backend, device, types, name):
     _same_bits(first, run(on(op, backend), sample, op.differentiable))
 
 
-@each_representative
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=[t for t in TYPES if t.name in ("float32", "bfloat16")], only=with_gradient),
+)
 def test_retained_graph_gives_the_same_gradients(op, backend, device, types, name):
     """Backward twice from one forward, the second time after other work: no state, no buffer that
     is consumed."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.ranking import rank_all, rank_candidates
+from fastrec.evaluation.ranking import rank_candidates
+from fastrec.ops.linear_rank import linear_rank
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tenso
     return torch.from_numpy(out)
 
 
-def seen_pairs(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
-    """(rows, items) int64: the items in the input of each user, for `exclude` of the rankings."""
+def seen_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    """(items, offsets [N + 1]) int64: the items in the input of each user, sorted, for `exclude` of
+    linear_rank and linear_topk."""
     batch = dataset.gather(users, split, max_len=None)
-    return batch.segment_ids(), batch.values
+    rows = batch.segment_ids()
+    order = (rows * dataset.num_items + batch.values).argsort()
+    return batch.values[order], batch.offsets
 
 
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
@@ -141,7 +145,8 @@ class Evaluator:
             return rank_candidates(query, table, bias, self.candidates[rows].to(query.device))
         exclude = None
         if self.protocol.seen == "exclude":
-            pairs = seen_pairs(self.dataset, self.users[rows], self.split)
-            exclude = (pairs[0].to(query.device), pairs[1].to(query.device))
+            items, offsets = seen_items(self.dataset, self.users[rows], self.split)
+            exclude = (items.to(query.device), offsets.to(query.device))
         targets = self.targets[rows].to(query.device)
-        return rank_all(query, table, bias, targets, exclude=exclude)
+        ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=exclude)
+        return ranks.double()

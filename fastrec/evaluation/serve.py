@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrec.evaluation.protocols import next_item_queries, seen_pairs
-from fastrec.evaluation.ranking import top_items
+from fastrec.evaluation.protocols import next_item_queries, seen_items
 from fastrec.nn.pool import max_pool
+from fastrec.ops.linear_topk import linear_topk
 
 BATCH = 512
 
@@ -69,10 +69,11 @@ def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
         for start in range(0, len(indices), BATCH):
             users = torch.as_tensor(indices[start : start + BATCH])
             query = next_item_queries(model, dataset, users, "all")
-            exclude = seen_pairs(dataset, users, "all") if seen == "exclude" else None
-            scores, items = top_items(query, table, bias, k, exclude=exclude)
+            exclude = seen_items(dataset, users, "all") if seen == "exclude" else None
+            best = min(k, len(table))
+            scores, items = linear_topk(query, table, best, linear_bias=bias, exclude=exclude)
             kept = (items >= 0).numpy()
-            ranks = np.broadcast_to(np.arange(1, k + 1), kept.shape)
+            ranks = np.broadcast_to(np.arange(1, best + 1), kept.shape)
             owners = np.broadcast_to(indices[start : start + BATCH, None], kept.shape)
             parts.append(
                 polars.DataFrame(

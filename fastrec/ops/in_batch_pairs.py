@@ -117,10 +117,10 @@ def check_pairs(query, candidate, similarity, weight, query_group, candidate_gro
                 expected = [rows, *columns] if ids.dim() < 3 and len(columns) < 2 else [rows, "G"]
                 raise ValueError(f"{name} must be {expected}, got {list(ids.shape)}")
     if exclude is not None:
-        _check_exclude(exclude, len(query), len(candidate))
+        check_exclude(exclude, len(query), len(candidate))
 
 
-def _check_exclude(exclude, queries: int, candidates: int) -> None:
+def check_exclude(exclude, queries: int, candidates: int) -> None:
     if not isinstance(exclude, tuple | list) or len(exclude) != 2:
         raise TypeError("exclude must be a pair (values, offsets)")
     values, offsets = exclude

@@ -11,6 +11,8 @@ from op_db import (
     jagged_attention,
     jagged_embedding,
     linear_cross_entropy,
+    linear_rank,
+    linear_topk,
 )
 
 OPS = [
@@ -21,4 +23,6 @@ OPS = [
     jagged_attention.OP,
     jagged_embedding.OP,
     linear_cross_entropy.OP,
+    linear_rank.OP,
+    linear_topk.OP,
 ]

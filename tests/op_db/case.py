@@ -118,6 +118,8 @@ def gradients(
     outputs: dict[str, Tensor], leaves: dict[str, Tensor], scale: float = 1.0, **options
 ) -> dict[str, Tensor]:
     """Gradients of the leaves for `scale` times `upstream_of` every differentiable output."""
+    if not leaves:
+        return {}
     roots = [value for value in outputs.values() if value.requires_grad]
     upstream = [scale * upstream_of(value).to(value.dtype) for value in roots]
     grads = torch.autograd.grad(roots, list(leaves.values()), upstream, **options)

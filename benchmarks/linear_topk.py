@@ -1,0 +1,97 @@
+"""Entries of linear_topk: the k best items of each row, against PyTorch's ways.
+
+Legend: N rows, V items, D width, K results a row; a score is one (row, item) pair. There is no
+gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench import Entry
+from benchmarks.linear_rank import TILE, work
+from fastrec import linear_topk
+from fastrec.ops.linear_topk import linear_topk_ref
+
+__all__ = ["work"]
+
+
+def _entry(n: int, v: int, d: int, k: int, **options) -> Entry:
+    return Entry("linear_topk", dict(N=n, V=v, D=d, K=k), **options)
+
+
+ENTRIES = (
+    _entry(512, 20_033, 64, 10, rounds=15),
+    _entry(512, 141_939, 64, 10, rounds=5),
+    _entry(512, 141_939, 64, 100, rounds=5),
+    _entry(512, 141_939, 64, 10, dtype="bfloat16", rounds=1, only=("fastrec", "eager")),
+    _entry(512, 500_000, 128, 10, rounds=3),
+    _entry(512, 10_000_000, 64, 10, rounds=1, only=("fastrec",)),
+)
+SMOKE = (
+    _entry(33, 257, 16, 5, rounds=2),
+    _entry(33, 257, 16, 5, dtype="bfloat16", rounds=2, only=("fastrec", "eager", "reference")),
+)
+QUICK = (_entry(512, 20_033, 64, 10),)
+ELEMENT = "score"
+PASSES = ("forward",)
+PEERS = {"eager": ("eager",), "`torch.compile`": ("torch.compile",), "eager tiles": ("tiles",)}
+GRADIENT_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
+
+
+def eager(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return torch.topk(x @ w.T, k)
+
+
+def tiles(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What recommend did before there was an op: the best so far join the scores of a tile."""
+    values, indices = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64)
+    for start in range(0, len(w), TILE):
+        scores = x @ w[start : start + TILE].T
+        ids = torch.arange(start, start + scores.shape[1]).expand(len(x), -1)
+        scores, ids = torch.cat([values, scores], 1), torch.cat([indices, ids], 1)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+        values, indices = scores.gather(1, order), ids.gather(1, order)
+    return values, indices
+
+
+def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
+    """Name -> (values, indices)(input, linear_weight, k)."""
+    return {
+        "fastrec": linear_topk,
+        "eager": eager,
+        "torch.compile": torch.compile(eager, dynamic=False, backend=compiler),
+        "tiles": tiles,
+        "reference": linear_topk_ref,
+    }
+
+
+def problem(entry: Entry) -> tuple[Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, entry.dtype)
+    n, v, d, k = entry.sizes.values()
+    w = torch.randn(v, d, generator=generator).mul_(d**-0.5).to(dtype)
+    return torch.randn(n, d, generator=generator).to(dtype), w, k
+
+
+def errors(
+    entry: Entry, inputs: tuple[Tensor, Tensor, int], results: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """max |error| / max |exact| of the scores, in float64, of the items that were found: 0 for the
+    best items in their order."""
+    x, w, k = inputs[0].double(), inputs[1], inputs[2]
+    best = x.new_empty(len(x), 0)
+    for start in range(0, len(w), TILE):
+        scores = x @ w[start : start + TILE].double().T
+        best = torch.cat([best, scores.topk(min(k, scores.shape[1])).values], 1)
+        best = best.topk(min(k, best.shape[1])).values
+
+    def error(indices: Tensor) -> float:
+        found = torch.stack([(x * w[column].double()).sum(1) for column in indices.T], 1)
+        return ((found - best).abs().max() / best.abs().max()).item()
+
+    return {
+        name: {"output_error": error(indices), "gradient_error": 0.0}
+        for name, (_, indices) in results.items()
+    }

@@ -1,0 +1,110 @@
+// Scores of rows against all items, one tile at a time: what linear_rank and linear_topk share.
+//
+// Legend: N rows, V items, D width, ld = padded<T>(D). A block of rows stays, items stream by. A
+// panel is the scores of a tile for the rows in NR vector lanes: [items, NR], as in gemm.h.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+
+#include "convert.h"
+#include "gemm.h"
+#include "simd.h"
+
+namespace fastrec {
+
+// Items of a tile. The rows of a block, a tile and a panel together fill the L1 cache at D = 64.
+constexpr int64_t SWEEP = 48;
+static_assert(SWEEP % 12 == 0 && SWEEP >= 32, "whole register tiles, at least a panel of rows");
+
+template <class T>
+struct Scores {
+  int64_t rows, items, width, ld;
+  const T* x;     // [N, ld]
+  Rows weight;    // [V, D]
+  const T* bias;  // [V] or null
+  // Excluded items of row i: listed[list_begin[i] ... list_end[i]], sorted. Null: none.
+  const int64_t* listed;
+  const int64_t* list_begin;
+  const int64_t* list_end;
+  int64_t block, blocks, range, ranges;  // rows per task, items per task
+};
+
+// A task: a block of rows against a range of items.
+template <class S>
+struct Sweep {
+  using T = typename S::T;
+  using G = Gemm<S>;
+
+  explicit Sweep(const Scores<T>& scores)
+      : q(scores), packed(q.width * BLOCK), tile(SWEEP * q.ld), s(SWEEP * G::NR) {
+    std::fill_n(static_cast<T*>(tile), SWEEP * q.ld, T(0));
+  }
+
+  FASTREC_INLINE void start(int64_t task) {
+    // Neighbouring tasks are row blocks of one range of items, which then is shared in the L3.
+    range = task / q.blocks, first = task % q.blocks * q.block;
+    rows = std::min(q.block, q.rows - first);
+    begin = range * q.range, end = std::min(begin + q.range, q.items);
+    G::pack_transposed(rows, q.width, q.x + first * q.ld, q.ld, packed);
+    if (!q.listed) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      next[r] = std::lower_bound(q.listed + q.list_begin[first + r],
+                                 q.listed + q.list_end[first + r], begin) - q.listed;
+    }
+  }
+
+  FASTREC_INLINE void load(int64_t item, int64_t i) {
+    q.weight.load(item, tile + i * q.ld, q.width);
+    bias[i] = q.bias ? q.bias[item] : T(0);
+  }
+
+  FASTREC_INLINE void multiply(int64_t count, int64_t n) {
+    G::template scores<G::NR>(count, q.width, tile, q.ld, packed + n * q.width, s);
+  }
+
+  // out[r] = score of item[r] for row r of the block: the additions are those of the sweep in the
+  // same order, so equal item vectors have equal scores.
+  FASTREC_INLINE void own_scores(const int64_t* item, T* out) {
+    for (int64_t n = 0; n < rows; n += G::NR) {
+      int64_t count = std::min<int64_t>(G::NR, rows - n);
+      for (int64_t i = 0; i < count; ++i) load(item[n + i], i);
+      multiply(count, n);
+      for (int64_t i = 0; i < count; ++i) out[n + i] = s[i * G::NR + i] + bias[i];
+    }
+  }
+
+  // panel(v, count, n, s, bias): `s` holds the products of items v ... v + count with the rows from
+  // n on, `left_out` for the listed pairs; the score is s + bias.
+  template <class Panel>
+  FASTREC_INLINE void run(T left_out, const Panel& panel) {
+    for (int64_t v = begin; v < end; v += SWEEP) {
+      int64_t count = std::min(SWEEP, end - v);
+      for (int64_t i = 0; i < count; ++i) load(v + i, i);
+      for (int64_t n = 0; n < rows; n += G::NR) {
+        multiply(count, n);
+        if (q.listed) leave_out(v, count, n, left_out);
+        panel(v, count, n, static_cast<const T*>(s), static_cast<const T*>(bias));
+      }
+    }
+  }
+
+  FASTREC_INLINE void leave_out(int64_t v, int64_t count, int64_t n, T left_out) {
+    for (int64_t r = n; r < std::min<int64_t>(n + G::NR, rows); ++r) {
+      int64_t at = next[r], last = q.list_end[first + r];
+      for (; at < last && q.listed[at] < v + count; ++at)
+        s[(q.listed[at] - v) * G::NR + r - n] = left_out;
+      next[r] = at;
+    }
+  }
+
+  const Scores<T>& q;
+  Buffer<T> packed, tile, s;
+  T bias[SWEEP];
+  int64_t next[BLOCK];
+  int64_t range, first, rows, begin, end;
+};
+
+}  // namespace fastrec

@@ -1,0 +1,103 @@
+"""Rank of the target of each row among all items, without the N x V scores.
+
+Legend: N rows, V items, D width, E listed exclusions.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrec.backend import resolve
+from fastrec.ops.in_batch_pairs import Lists, check_range
+from fastrec.ops.linear_scores import allowed_items_ref, check_scores, scores_ref
+
+OP = "linear_rank"
+
+# Rank [N] int64 of target [N] among the scores input_i . linear_weight_j + linear_bias_j.
+torch.library.define(
+    f"fastrec::{OP}_fwd",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " Tensor? exclude_values, Tensor? exclude_offsets) -> Tensor",
+)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_fwd")
+def _(input, linear_weight, linear_bias, target, exclude_values, exclude_offsets):
+    return input.new_empty(input.shape[0], dtype=torch.int64)
+
+
+@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
+def _(*args):
+    from fastrec.kernels import linear_rank as kernels
+
+    return kernels.linear_rank_fwd(*args)
+
+
+def _launcher(backend: str, device: torch.device):
+    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
+        from fastrec.kernels import linear_rank as kernels
+
+        return kernels.linear_rank_fwd
+    return torch.ops.fastrec.linear_rank_fwd
+
+
+def linear_rank_ref(input, linear_weight, target, *, linear_bias=None, exclude=None):
+    """The oracle: plain PyTorch, any dtype, materialises the scores."""
+    scores = scores_ref(input, linear_weight, linear_bias)
+    own = scores.gather(1, target[:, None])
+    before = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
+    ahead = (scores > own) | ((scores == own) & before)
+    rank = 1 + (ahead & allowed_items_ref(scores, exclude)).sum(1)
+    return torch.where(own.squeeze(1).isnan(), scores.shape[1], rank)
+
+
+def linear_rank(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    exclude: Lists | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Rank, from 1, of the target of each row among all items; the N x V scores never stored.
+
+        s = input @ linear_weight.T + linear_bias,  y = target
+        rank_i = 1 + #{j: s_ij > s_iy} + #{j < y: s_ij = s_iy}    over the items j not excluded
+
+    The position of the target in a stable descending sort: HR@k, NDCG@k and MRR of full-catalogue
+    evaluation are functions of it. Items with equal vectors and biases tie exactly (on the
+    reference: as far as torch.matmul treats equal columns alike). A NaN score is behind every
+    number; a target whose own score is NaN has rank V.
+
+    Args:
+        input: [N, D], float64, float32, bfloat16 or float16.
+        linear_weight: item table [V, D], V > 0, same dtype, or float32 beside a low-precision
+            input.
+        target: int64 item ids in [0, V), [N].
+        linear_bias: [V]. -inf puts an item behind all items of a finite score.
+        exclude: (values [E], offsets [N + 1]), int64: the items values[offsets[i]:offsets[i + 1]],
+            sorted within the row, are left out of the ranking of row i; the target never is.
+        backend: None (native to the device), "reference", "cpp" or "triton".
+
+    Returns:
+        int64 [N], without a gradient. Scores are compared in float32 (float64 for float64 input),
+        also under autocast: coarser ones would tie.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype is wrong. IndexError: a target or a value of
+        `exclude` is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+    """
+    check_scores(input, linear_weight, linear_bias, exclude)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 item ids, got {target.dtype}")
+    if target.shape != (input.shape[0],):
+        raise ValueError(f"target must be [{input.shape[0]}], got {list(target.shape)}")
+    check_range("target", target, linear_weight.shape[0])
+    backend = resolve(backend, OP, input.device)
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+        if backend == "reference":
+            return linear_rank_ref(
+                input, linear_weight, target, linear_bias=linear_bias, exclude=exclude
+            )
+        fwd = _launcher(backend, input.device)
+        return fwd(input, linear_weight, linear_bias, target, *(exclude or (None, None)))

@@ -1,0 +1,149 @@
+"""What the generated tests of linear_topk cannot express: an exact table, ties under rounding,
+large k, error texts, autocast, sizes beyond 2^31, peak memory."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastrec import linear_topk
+from fastrec.backend import unavailable_reason
+
+WHY = unavailable_reason("cpp", "linear_topk", torch.device("cpu"))
+needs_cpp = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+every_backend = pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("cpp", marks=needs_cpp)]
+)
+INF, NAN = math.inf, math.nan
+
+
+def table(**options):
+    """Scores: 3 1 3 -1; 0 2 0 0; 3 3 3 -1."""
+    input = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 2.0]])
+    weight = torch.tensor([[3.0, 0.0], [1.0, 1.0], [3.0, 0.0], [-1.0, 0.0]])
+    return dict(input=input, linear_weight=weight, k=3) | options
+
+
+LISTS = (torch.tensor([0, 2, 1]), torch.tensor([0, 2, 2, 3]))  # 0 and 2; none; 1
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "options, values, indices",
+    [
+        (dict(), [[3, 3, 1], [2, 0, 0], [3, 3, 3]], [[0, 2, 1], [1, 0, 2], [0, 1, 2]]),
+        (dict(k=1), [[3], [2], [3]], [[0], [1], [0]]),
+        (
+            dict(exclude=LISTS),
+            [[1, -1, -INF], [2, 0, 0], [3, 3, -1]],
+            [[1, 3, -1], [1, 0, 2], [0, 2, 3]],
+        ),
+        (
+            dict(linear_bias=torch.tensor([NAN, -INF, 5, 0]), k=4),
+            [[8, -1, -INF, -INF], [5, 0, -INF, -INF], [8, -1, -INF, -INF]],
+            [[2, 3, -1, -1]] * 3,
+        ),
+    ],
+)
+def test_hand_computed_table(backend, options, values, indices):
+    best = linear_topk(**table(**options), backend=backend)
+    assert best.indices.tolist() == indices
+    assert best.values.tolist() == values
+
+
+@pytest.mark.parametrize("backend, device", [("cpp", "cpu"), ("triton", "cuda")])
+@pytest.mark.parametrize("d", [3, 64, 200])
+@pytest.mark.parametrize("k", [1, 5, 33])
+def test_equal_vectors_tie_whatever_their_scores_round_to(backend, device, d, k):
+    """Five copies of 331 vectors: ids of equal vectors follow each other in ascending order. Not on
+    the reference and in Triton's interpreter: torch and numpy may add up the products of equal
+    columns in different orders."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("triton runs on cuda, no device")
+    if why := unavailable_reason(backend, "linear_topk", torch.device(device)):
+        pytest.skip(why)
+    vectors, copies, n = 331, 5, 70
+    distinct = torch.randn(vectors, d, device=device)
+    input = torch.randn(n, d, device=device)
+    best = linear_topk(input, distinct.repeat(copies, 1), k, backend=backend)
+    one = linear_topk(input, distinct, -(-k // copies), backend=backend)
+    steps = torch.arange(copies, device=device) * vectors
+    assert torch.equal(best.indices, (one.indices[:, :, None] + steps).flatten(1)[:, :k])
+    assert torch.equal(best.values, one.values.repeat_interleave(copies, 1)[:, :k])
+
+
+@needs_cpp
+@pytest.mark.parametrize("k", [1, 10, 500, 3000, 20_000])
+def test_any_k_equals_a_stable_sort(k):
+    """More items than a range, up to the whole table; the scores of the oracle are those of cpp."""
+    v = 20_000
+    input, weight = torch.randn(3, 4), torch.randn(v, 4)
+    best = linear_topk(input, weight, k, backend="cpp")
+    scores = input.double() @ weight.double().T
+    assert (best.values.diff(dim=1) <= 0).all()
+    for row in range(3):
+        assert len(set(best.indices[row].tolist())) == k
+    torch.testing.assert_close(scores.gather(1, best.indices).float(), best.values)
+    torch.testing.assert_close(scores.topk(k).values.float(), best.values)
+
+
+@every_backend
+def test_no_gradient_and_no_autocast(backend):
+    """bfloat16 scores of 256.5 and 257 would be one number."""
+    case = table(input=torch.ones(3, 2, requires_grad=True), k=2)
+    case["linear_weight"] = torch.tensor([[256.5, 0], [257, 0], [256, 0.25], [0, 0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        best = linear_topk(**case, backend=backend)
+    assert best.indices.tolist() == [[1, 0]] * 3 and best.values.dtype == torch.float32
+    assert not best.values.requires_grad and not best.indices.requires_grad
+
+
+@needs_cpp
+def test_sizes_beyond_2_31():
+    """N x V and V x D: a table of equal rows without its memory, so the ids decide."""
+    v, n, d, k = 2**27 + 5, 17, 17, 3
+    assert v * n > 2**31 and v * d > 2**31
+    weight = torch.ones(1, d).expand(v, d)
+    bias = torch.zeros(v, dtype=torch.float16)
+    bias[[v - 2, v // 2]] = 1
+    best = linear_topk(torch.ones(n, d), weight, k, linear_bias=bias.float(), backend="cpp")
+    assert best.indices.tolist() == [[v // 2, v - 2, 0]] * n
+    assert best.values.tolist() == [[d + 1, d + 1, d]] * n
+
+
+@needs_cpp
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_peak_memory():
+    """The scores would take 400 MB."""
+    script = """
+import torch, fastrec
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+input, weight, y = torch.randn(1000, 16), torch.randn(100_000, 16), torch.arange(1000)
+for k in (10, 100):
+    fastrec.linear_topk(input[:2], weight[:50], 3), fastrec.linear_rank(input[:2], weight, y[:2])
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    fastrec.linear_topk(input, weight, k)
+    fastrec.linear_rank(input, weight, y)
+    print(status("VmHWM") - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert max(map(int, run.stdout.split())) < 40_000, run.stdout
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(linear_weight=torch.zeros(4, 3)), ValueError, r"got \[3, 2\] and \[4, 3\]"),
+        (dict(k=0), ValueError, "k must be from 1 to 4, the items, got 0"),
+        (dict(k=5), ValueError, "got 5"),
+        (dict(exclude=(LISTS[0] + 2, LISTS[1])), IndexError, r"values\[1\] is 4"),
+    ],
+)
+def test_wrong_arguments(backend, change, error, message):
+    with pytest.raises(error, match=message):
+        linear_topk(**table(**change), backend=backend)
