@@ -7,6 +7,7 @@ from fastrec.ops.in_batch_hardest import in_batch_hardest
 from fastrec.ops.jagged_attention import jagged_attention
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
+from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "jagged_attention",
     "jagged_embedding",
     "linear_cross_entropy",
+    "sampled_linear_cross_entropy",
 ]

@@ -11,6 +11,7 @@ from op_db import (
     jagged_attention,
     jagged_embedding,
     linear_cross_entropy,
+    sampled_linear_cross_entropy,
 )
 
 OPS = [
@@ -21,4 +22,5 @@ OPS = [
     jagged_attention.OP,
     jagged_embedding.OP,
     linear_cross_entropy.OP,
+    sampled_linear_cross_entropy.OP,
 ]
