@@ -6,6 +6,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <tuple>
 
 #include "arguments.h"
@@ -151,6 +155,16 @@ void sort_keys(std::vector<uint64_t>& key, int low, int bits) {
   }
 }
 
+// A gradient of a large table is new memory, whose pages of 4 KiB take longer to get than to fill.
+void prefer_huge_pages(const Tensor& tensor, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t first = (at + page - 1) / page * page, last = (at + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward_typed(Sampled<T> sampled, const Tensor& linear_weight,
                                                   const std::optional<Tensor>& linear_bias,
@@ -204,9 +218,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Sampled<T> sampled, const Tens
   Tensor index = torch::stable::new_empty(sampled.target, {sparse ? distinct : 0});
   for (int64_t u = 0; sparse && u < distinct; ++u)
     data<int64_t>(index)[u] = static_cast<int64_t>(key[start[u]] >> entry_bits);
-  Tensor grad_weight = torch::stable::new_zeros(linear_weight, {out_rows, a.width});
-  Tensor grad_bias = torch::stable::new_zeros(linear_bias ? *linear_bias : lse,
+  Tensor grad_weight = torch::stable::new_empty(linear_weight, {out_rows, a.width});
+  Tensor grad_bias = torch::stable::new_empty(linear_bias ? *linear_bias : lse,
                                               {linear_bias ? out_rows : 0});
+  const int64_t item_size = static_cast<int64_t>(grad_weight.element_size());
+  prefer_huge_pages(grad_weight, out_rows * a.width * item_size);
   SumArgs<T> all{};
   all.width = a.width, all.ld = a.ld, all.negatives = K, all.rows = N;
   all.key = key.data(), all.start = start.data();
@@ -217,6 +233,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Sampled<T> sampled, const Tens
   all.grad_weight = grad_weight.data_ptr(), all.weight_dtype = grad_weight.scalar_type();
   all.grad_bias = linear_bias ? grad_bias.data_ptr() : nullptr;
   all.bias_dtype = grad_bias.scalar_type();
+  all.weight_size = item_size, all.bias_size = static_cast<int64_t>(grad_bias.element_size());
+  all.items = items, all.distinct = distinct;
+  if (distinct == 0) zero_between(all, 0, out_rows);
   torch::stable::parallel_for(0, distinct, 256, [&](int64_t begin, int64_t end) {
     SumArgs<T> mine = all;
     mine.begin = begin, mine.end = end;

@@ -450,7 +450,20 @@ struct SumArgs {
   bool sparse;
   void *grad_weight, *grad_bias;          // grad_bias may be null
   ScalarType weight_dtype, bias_dtype;
+  int64_t weight_size, bias_size, items, distinct;
+
+  int64_t item(int64_t u) const {
+    return u < distinct ? static_cast<int64_t>(key[start[u]] >> entry_bits) : items;
+  }
 };
+
+template <class T>
+FASTREC_INLINE void zero_between(const SumArgs<T>& a, int64_t begin, int64_t end) {
+  const int64_t row = a.width * a.weight_size;
+  std::memset(static_cast<char*>(a.grad_weight) + begin * row, 0, (end - begin) * row);
+  if (!a.grad_bias) return;
+  std::memset(static_cast<char*>(a.grad_bias) + begin * a.bias_size, 0, (end - begin) * a.bias_size);
+}
 
 template <class S, class T = typename S::T>
 FASTREC_INLINE void sum_entries(const SumArgs<T>& a) {
@@ -485,7 +498,10 @@ FASTREC_INLINE void sum_entries(const SumArgs<T>& a) {
       if (sum == link)
         for (int64_t d = 0; d < width; ++d) total[d] += link[d];
     }
-    const int64_t out = a.sparse ? u : static_cast<int64_t>(a.key[a.start[u]] >> a.entry_bits);
+    const int64_t out = a.sparse ? u : a.item(u);
+    // Whoever owns an item owns the items after it that do not occur, the first one also those before.
+    if (!a.sparse) zero_between(a, out + 1, a.item(u + 1));
+    if (!a.sparse && u == 0) zero_between(a, 0, out);
     store_row<T>(total, a.grad_weight, a.weight_dtype, out * a.width, a.width);
     if (a.grad_bias) store_row<double>(&bias, a.grad_bias, a.bias_dtype, out, 1);
   }
