@@ -1,5 +1,4 @@
-"""Triton kernels of `sampled_linear_cross_entropy`: the gathered rows of the table exist one tile at
-a time.
+"""Triton kernels of `sampled_linear_cross_entropy`: gathered rows exist one tile at a time.
 
 Legend: N rows, V items, K negatives, D width. Negatives of every row: a program owns one row and
 gathers its negatives in tiles. Shared ones are gathered once ([K, D]), and the scores are products
@@ -257,19 +256,21 @@ def _own_config(width: int) -> dict:
     return {"BLOCK_K": max(2048 // block_d, 1), "BLOCK_D": block_d, "num_warps": 4}
 
 
-def _shared_config(width: int, dtype: torch.dtype) -> dict:
-    """Tiles of the products; above 256 columns in chunks of 64."""
+def _shared_config(width: int, dtype: torch.dtype, backward: bool) -> dict:
+    """Tiles of the products, that spill on none of sm_80, sm_90, sm_100; above 256 columns in
+    chunks of 64."""
     block_d = 64 if width > 256 else max(triton.next_power_of_2(width), 16)
     full = dtype == torch.float32
-    small = full or block_d == 256
+    block = 32 if full or block_d == 256 else 64
+    small = full and width > 64 and not (backward and width > 256)
     return {
-        "BLOCK_N": 16 if full and block_d == 256 else 32 if small else 64,
-        "BLOCK_K": 32 if small else 64,
+        "BLOCK_N": 16 if small else block,
+        "BLOCK_K": block,
         "BLOCK_D": block_d,
         "CHUNKS": triton.cdiv(width, block_d),
-        "num_warps": 8 if full or block_d >= 128 else 4,
+        "num_warps": 8,
         "num_stages": 1 if width > 256 else 2,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if full else "tf32",
     }
 
 
@@ -328,7 +329,7 @@ def sampled_linear_cross_entropy_fwd(
             y = target.clamp_min(0)
             target_rows = linear_weight.index_select(0, y)
             score = (target_rows.float() * input.float()).sum(1) + _offsets(linear_bias, log_q, y)
-            config = _shared_config(d, input.dtype)
+            config = _shared_config(d, input.dtype, backward=False)
             grid = (triton.cdiv(n, config["BLOCK_N"]), config["CHUNKS"] if with_input else 1)
             _shared_fwd_kernel[grid](
                 input, rows, offset, negatives, target, target_rows, score, loss, grad_input,
@@ -355,7 +356,7 @@ def _sums(x, coefficient, per_row, ids, rows, dtype):
     with torch.cuda.device_of(x):
         _sum_kernel[grid](
             x, coefficient, order, index, out, head, tail, t, per_row, d, *x.stride(),
-            BLOCK_T=BLOCK_T, BLOCK_D=block_d,
+            BLOCK_T=BLOCK_T, BLOCK_D=block_d, num_warps=8,
         )  # fmt: skip
         _carry_kernel[grid](
             index, out, head, tail, t, d, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
@@ -381,7 +382,7 @@ def sampled_linear_cross_entropy_bwd(
         offsets = coefficient[:, None]
     else:
         rows, offset = _shared_operands(linear_weight, linear_bias, log_q, negatives)
-        config = _shared_config(d, input.dtype)
+        config = _shared_config(d, input.dtype, backward=True)
         grad_rows = input.new_empty(k, d, dtype=torch.float32)
         grad_offset = input.new_empty(k, dtype=torch.float32)
         scale, upstream = torch.ones((), device=input.device), grad_loss
