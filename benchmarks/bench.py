@@ -35,7 +35,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = 10.0  # seconds; an implementation slower than this per call is measured once
-OPS = ("linear_cross_entropy", "linear_rank", "linear_topk", "jagged_attention")
+OPS = (
+    "linear_cross_entropy",
+    "linear_rank",
+    "linear_topk",
+    "sampled_linear_cross_entropy",
+    "jagged_attention",
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 from fastrec.ops.linear_rank import linear_rank
 from fastrec.ops.linear_topk import linear_topk
+from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_rank",
     "linear_topk",
+    "sampled_linear_cross_entropy",
 ]

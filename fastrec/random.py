@@ -33,6 +33,8 @@ SITES = {
     "mask_random_item": 19,
     "epoch_order": 20,
     "draw_friend": 21,
+    "negatives_shared": 28,
+    "negatives_own": 29,
 }
 
 ROUNDS = 7
@@ -186,6 +188,35 @@ def sort_keys(seed: int, step: int, sample_ids: Tensor, *, site: str) -> Tensor:
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
     c0, c1, _, _ = philox(key, (0, 0, sample_ids & _MASK32, step & _MASK32))
     return (c0 >> 1) << 31 | (c1 >> 1)
+
+
+def draw_words(
+    seed: Tensor | int,
+    step: Tensor | int,
+    sample_ids: Tensor,
+    row: Tensor,
+    groups: int,
+    *,
+    site: str,
+) -> Tensor:
+    """The 32-bit words of groups 0, 1, ... (bits 16; view, layer, head 0): int64 [..., 4 groups].
+
+    `sample_ids` and `row` broadcast to the leading shape. Word i holds the 16-bit draws of columns
+    2 i (its low half) and 2 i + 1.
+    """
+    _check_positions("row", row)
+    if not 0 < groups <= 65536:
+        raise ValueError(f"groups must be in [1, 65536], got {groups}")
+    seed, step = _word(seed), _word(step)
+    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
+    group = torch.arange(groups, device=sample_ids.device)
+    counter = (
+        (row.unsqueeze(-1) << 16) | group,
+        0,
+        (sample_ids & _MASK32).unsqueeze(-1),
+        step & _MASK32,
+    )
+    return torch.stack(philox(key, counter), dim=-1).flatten(-2)
 
 
 def dropout_arguments(

@@ -12,13 +12,15 @@ from test_evaluation import dataset_of
 from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.loader import SequenceLoader
+from fastrec.data.negatives import NegativeSampler
 from fastrec.data.relations import FriendSampler, SocialGraph
 from fastrec.nn.pool import max_pool
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.objectives.joint import JointObjective, Objectives, total_loss
-from fastrec.objectives.masked_item import Masking
+from fastrec.objectives.masked_item import ItemLoss, Masking
 from fastrec.objectives.social_relation import SocialRelationDetection
 from fastrec.objectives.user_attribute import UserAttributePrediction
+from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 from fastrec.random import Rng
 
 AGE = EncodedAttribute("age", torch.tensor([0.5, -3.0, float("nan"), 1.0, 0.0, 0.25]))
@@ -226,3 +228,44 @@ def test_errors_name_the_problem():
         JointObjective(Objectives(masked_item=0.0), model, [])
     with pytest.raises(ValueError, match="'cls' needs a model with use_cls"):
         JointObjective(replace(WEIGHTS, attribute_pool="cls"), model_of(use_cls=False), [AGE])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("loss", ["softmax", "gbce"])
+def test_sampled_item_loss_in_the_joint_objective(shared, loss):
+    """The negatives depend on seed, step, sequence and position: not on the rest of the batch."""
+    how = ItemLoss(
+        kind="sampled", loss=loss, negatives=6, sampler="popularity", alpha=0.5, shared=shared
+    )
+    model, counts = model_of(dropout=0.0), torch.arange(20)
+    joint = JointObjective(Objectives(item_loss=how), model, [], counts)
+    batch = loader_of(model, friends=None, columns={}).batch_at(0)
+    (term,) = joint(model, batch, Masking(last_only=True), seed=3, step=5)
+    _, rows, targets = Masking(last_only=True)(batch, model, 3, 5)
+    masked = replace(batch, values=batch.values.index_fill(0, rows, model.token("mask")))
+    states = model.encode(masked)[rows]
+    sampler = NegativeSampler.popularity(counts, 0.5)
+    position = batch.positions()[rows]
+    if shared:
+        negatives = sampler.shared(6, 3, 5)
+    else:
+        negatives = torch.cat(
+            [
+                sampler.own(6, 3, 5, batch.sample_ids[i : i + 1], position[i : i + 1])
+                for i in range(6)
+            ]
+        )
+    expected = sampled_linear_cross_entropy(
+        model.item_head.query(states), model.item_table, targets, negatives,
+        linear_bias=model.item_head.bias, loss=loss, backend="reference",
+        log_q=sampler.log_q if loss == "softmax" else None,
+    )  # fmt: skip
+    torch.testing.assert_close(term.loss, expected)
+    (other,) = joint(model, batch, Masking(last_only=True), seed=3, step=6)
+    assert other.loss.item() != term.loss.item()
+
+
+def test_negatives_by_popularity_need_the_counts():
+    how = ItemLoss(kind="sampled", sampler="popularity")
+    with pytest.raises(ValueError, match="needs the item counts"):
+        JointObjective(Objectives(item_loss=how), model_of(), [])

@@ -17,7 +17,7 @@ from fastrec.data.synthetic import generate
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.objectives.joint import Objectives
-from fastrec.objectives.masked_item import Masking
+from fastrec.objectives.masked_item import ItemLoss, Masking
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.fit import fit
 
@@ -127,6 +127,50 @@ def test_all_three_losses_of_the_joint_training_fall(data, tmp_path):
     # One numeric attribute and six regions; w and b of the similarity.
     assert heads["user_attribute.linear.weight"].shape == (7, 16)
     assert heads["social_relation.bias"] == 0 and heads["social_relation.weight"].std() > 0
+
+
+@pytest.mark.parametrize(
+    "loss, sampler, shared, steps",
+    [
+        ("softmax", "popularity", True, 40),
+        ("softmax", "uniform", False, 40),
+        ("gbce", "uniform", False, 120),  # must first learn how rare a positive is
+    ],
+)
+def test_training_with_sampled_negatives_lowers_the_full_softmax(
+    data, tmp_path, loss, sampler, shared, steps
+):
+    how = ItemLoss(kind="sampled", loss=loss, negatives=20, sampler=sampler, shared=shared)
+    chosen = recipe(
+        objectives=Objectives(item_loss=how), steps=steps, validate_every=steps, batch_size=400,
+        learning_rate=5e-3,
+    )  # fmt: skip
+    dataset = SequenceDataset.load(data)
+    torch.manual_seed(chosen.pretraining.seed)
+    start = UserModel(dataset.num_items, MODEL)
+    trained = run(data, tmp_path / "run", chosen.pretraining)
+    batch = dataset.gather(dataset.users("train"), "train", max_len=12, **start.sequence_tokens)
+    masked, rows, targets = Masking()(batch, start, 99, 0)
+
+    def full(model):
+        with torch.no_grad():
+            states = model.encode(masked)
+            return model.item_head.loss(states[rows], model.item_table, targets).item()
+
+    assert full(trained) < full(start) - 0.05, (full(trained), full(start))
+
+
+def test_an_interrupted_run_with_sampled_negatives_resumes_to_the_same_bits(data, tmp_path):
+    how = ItemLoss(kind="sampled", negatives=20, sampler="popularity", shared=False)
+    options = dict(objectives=Objectives(item_loss=how), validate_every=10, checkpoint_every=10)
+    whole = recipe(steps=20, **options).pretraining
+    run(data, tmp_path / "whole", whole)
+    run(data, tmp_path / "cut", recipe(steps=10, **options).pretraining)
+    run(data, tmp_path / "cut", whole, resume=True)
+    expected, resumed = (trained_weights(tmp_path / name) for name in ("whole", "cut"))
+    assert expected.keys() == resumed.keys() and expected["step"] == resumed["step"] == 20
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed[name])), name
 
 
 def test_backends_train_alike(data, tmp_path):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
+from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
 
 class ItemHead(nn.Module):
@@ -29,4 +30,13 @@ class ItemHead(nn.Module):
         """Mean cross-entropy over all items; 0 with a live graph when there are no rows."""
         return linear_cross_entropy(
             self.query(states), item_table, targets, linear_bias=self.bias, backend=backend
+        )
+
+    def sampled_loss(
+        self, states: Tensor, item_table: Tensor, targets: Tensor, negatives: Tensor, **options
+    ) -> Tensor:
+        """The same over the targets and sampled `negatives`, int64 [K] or [N, K]; `options` as in
+        `sampled_linear_cross_entropy`."""
+        return sampled_linear_cross_entropy(
+            self.query(states), item_table, targets, negatives, linear_bias=self.bias, **options
         )

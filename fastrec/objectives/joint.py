@@ -1,6 +1,6 @@
 """The weighted sum of objectives that a stage trains (UPRec eq. 15), from one encoder pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.batch import JaggedBatch
 from fastrec.nn.pool import max_pool
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.masked_item import MaskedItemPrediction, Masking
+from fastrec.objectives.masked_item import ItemLoss, MaskedItemPrediction, Masking
 from fastrec.objectives.social_relation import SocialRelationDetection
 from fastrec.objectives.user_attribute import UserAttributePrediction
 from fastrec.random import Rng
@@ -30,6 +30,7 @@ class Objectives:
             1 / model.width.
         friends_in_all: drawn friends also take part in the other objectives; otherwise only in
             social relation detection.
+        item_loss: the loss of masked item prediction.
     """
 
     masked_item: float = 1.0
@@ -38,6 +39,7 @@ class Objectives:
     attribute_pool: Literal["max", "cls"] = "max"
     similarity_weight: float | None = None
     friends_in_all: bool = True
+    item_loss: ItemLoss = field(default_factory=ItemLoss)
 
 
 class Term(NamedTuple):
@@ -56,10 +58,15 @@ class JointObjective(nn.Module):
         objectives: the weights.
         model: only its sizes are read.
         attributes: of user attribute prediction.
+        item_counts: [V] training events of each item, for negatives by popularity.
     """
 
     def __init__(
-        self, objectives: Objectives, model: UserModel, attributes: list[EncodedAttribute]
+        self,
+        objectives: Objectives,
+        model: UserModel,
+        attributes: list[EncodedAttribute],
+        item_counts: Tensor | None = None,
     ):
         super().__init__()
         self.objectives, width = objectives, model.config.width
@@ -67,7 +74,10 @@ class JointObjective(nn.Module):
             raise ValueError("no objective has a positive weight")
         if objectives.attribute_pool == "cls" and not model.config.use_cls:
             raise ValueError("attribute_pool 'cls' needs a model with use_cls")
-        self.masked_item = MaskedItemPrediction() if objectives.masked_item else None
+        self.masked_item = None
+        if objectives.masked_item:
+            sampler = objectives.item_loss.make_sampler(model.num_items, item_counts)
+            self.masked_item = MaskedItemPrediction(objectives.item_loss, sampler)
         self.user_attribute = (
             UserAttributePrediction(width, attributes) if objectives.user_attribute else None
         )
@@ -106,7 +116,9 @@ class JointObjective(nn.Module):
         states = model.encode(masked, Rng(seed, step))
         vectors = self.user_vectors(model, states, batch)
         if self.masked_item is not None:
-            loss = self.masked_item(model, states, rows, targets, backend=backend)
+            loss = self.masked_item(
+                model, states, rows, targets, masked, seed, step, backend=backend
+            )
             terms.append(Term("masked_item", weights.masked_item, loss, len(rows)))
         if self.user_attribute is not None:
             users = vectors[weights.attribute_pool][:own]

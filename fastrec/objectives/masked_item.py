@@ -1,14 +1,16 @@
 """Masked item prediction (MIP): UPRec section 3.3, eq. 6-7; also BERT4Rec's objective.
 
-Legend: T events, N masked positions, V items, D width.
+Legend: T events, N masked positions, V items, D width, K negatives.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.corruptions import mask_items, mask_last
+from fastrec.data.negatives import NegativeSampler
 from fastrec.nn.user_model import UserModel
 
 
@@ -47,13 +49,82 @@ class Masking:
         )
 
 
+@dataclass(frozen=True)
+class ItemLoss:
+    """The loss of a predicted item: over all items, or over it and sampled negatives.
+
+    Attributes:
+        kind: "full", the softmax over all items, or "sampled". The others are of "sampled".
+        loss: "softmax", "bce" or "gbce", see `sampled_linear_cross_entropy`.
+        negatives: K, drawn with replacement.
+        sampler: "uniform", or "popularity": by (number of training events)^alpha.
+        alpha: exponent of the popularity.
+        shared: the same negatives for all predicted items of a step; otherwise each has its own.
+        log_q: correct the scores of the softmax by the log of the sampling probability.
+        gbce_t: calibration of gbce.
+    """
+
+    kind: Literal["full", "sampled"] = "full"
+    loss: Literal["softmax", "bce", "gbce"] = "softmax"
+    negatives: int = 256
+    sampler: Literal["uniform", "popularity"] = "uniform"
+    alpha: float = 1.0
+    shared: bool = True
+    log_q: bool = True
+    gbce_t: float = 0.75
+
+    def make_sampler(self, num_items: int, item_counts: Tensor | None) -> NegativeSampler | None:
+        """None for the full softmax. Raises ValueError where the counts [V] are needed and None."""
+        if self.kind == "full":
+            return None
+        if self.sampler == "uniform":
+            return NegativeSampler.uniform(num_items)
+        if item_counts is None:
+            raise ValueError("item_loss.sampler is 'popularity', which needs the item counts")
+        return NegativeSampler.popularity(item_counts, self.alpha)
+
+
 class MaskedItemPrediction(nn.Module):
-    """Mean over the masked positions of the batch of -log softmax(query(h_j) . E + b)[item_j]."""
+    """Mean over the masked positions of the batch of -log softmax(query(h_j) . E + b)[item_j], or
+    of the sampled loss in its place."""
+
+    def __init__(self, item_loss: ItemLoss | None = None, sampler: NegativeSampler | None = None):
+        super().__init__()
+        self.item_loss, self.sampler = item_loss or ItemLoss(), sampler
 
     def forward(
-        self, model: UserModel, states: Tensor, rows: Tensor, targets: Tensor, backend=None
+        self,
+        model: UserModel,
+        states: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        batch: JaggedBatch | None = None,
+        seed: int = 0,
+        step: int = 0,
+        backend=None,
     ) -> Tensor:
-        """A scalar loss from states [T, D]; 0 with a live graph when nothing is masked."""
-        return model.item_head.loss(
-            states.index_select(0, rows), model.item_table, targets, backend=backend
+        """A scalar loss from states [T, D]; 0 with a live graph when nothing is masked. Sampled
+        negatives are a function of (seed, step) and, if not shared, of the sequence in `batch` and
+        the position that a row is."""
+        masked = states.index_select(0, rows)
+        if self.sampler is None:
+            return model.item_head.loss(masked, model.item_table, targets, backend=backend)
+        how, self.sampler = self.item_loss, self.sampler.to(states.device)
+        if how.shared:
+            negatives = self.sampler.shared(how.negatives, seed, step)
+        elif batch is None:
+            raise ValueError("negatives of each row need the batch that the rows are of")
+        else:
+            sample_ids = batch.sample_ids[batch.segment_ids()[rows]]
+            positions = batch.positions()[rows]
+            negatives = self.sampler.own(how.negatives, seed, step, sample_ids, positions)
+        return model.item_head.sampled_loss(
+            masked,
+            model.item_table,
+            targets,
+            negatives,
+            log_q=self.sampler.log_q if how.log_q and how.loss == "softmax" else None,
+            loss=how.loss,
+            gbce_t=how.gbce_t,
+            backend=backend,
         )

@@ -13,6 +13,7 @@ from op_db import (
     linear_cross_entropy,
     linear_rank,
     linear_topk,
+    sampled_linear_cross_entropy,
 )
 
 OPS = [
@@ -25,4 +26,5 @@ OPS = [
     linear_cross_entropy.OP,
     linear_rank.OP,
     linear_topk.OP,
+    sampled_linear_cross_entropy.OP,
 ]

@@ -1,0 +1,77 @@
+"""What ptxas makes of the kernels of sampled_linear_cross_entropy: no GPU is needed."""
+
+import pytest
+import torch
+from aot import SHARED_LIMIT, compile_for, needs_compiler
+
+from fastrec.kernels import sampled_linear_cross_entropy as kernels
+
+pytestmark = needs_compiler
+
+TYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+POINTER = {torch.bfloat16: "*bf16:16", torch.float32: "*fp32:16"}
+VECTOR, IDS = "*fp32:16", "*i64:16"
+# The plain suite compiles the target device; the other architectures, types and widths are slow.
+CASES = [
+    pytest.param(
+        kernel, types, width, capability, softmax,
+        marks=[]
+        if (types, width, capability, softmax) == ("bf16", 64, 90, True)
+        else [pytest.mark.slow],
+    )
+    for kernel in ("own_fwd", "shared_fwd", "shared_bwd", "sum")
+    for types in TYPES
+    for width in (64, 128, 256, 1024)
+    for capability in SHARED_LIMIT
+    for softmax in (True, False)
+    if softmax or kernel != "sum"
+]  # fmt: skip
+
+
+def build(kernel, types, width, capability, softmax):
+    """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
+    dtype, table = TYPES[types]
+    if kernel == "sum":
+        config = {"BLOCK_T": kernels.BLOCK_T, "BLOCK_D": min(width, 64), "num_warps": 8}
+    elif kernel == "own_fwd":
+        config = kernels._own_config(width)
+    else:
+        config = kernels._shared_config(width, dtype, kernel == "shared_bwd")
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages") if key in config}
+    x, w = POINTER[dtype], POINTER[table]
+    shared = dict(x=x, d="i32:16", stride_xn="i32:16", stride_xd=1, **config)
+    vectors = dict.fromkeys(("loss_out", "grad_x", "grad_target", "lse_out"), VECTOR)
+    if kernel == "own_fwd":
+        arguments = vectors | dict(
+            w=w, bias=w, log_q=VECTOR, target=IDS, negatives=IDS, grad_negatives=VECTOR,
+            k="i32:16", beta="fp32", stride_wv="i32:16", stride_wd=1,
+            SOFTMAX=softmax, WITH_INPUT=True, WITH_WEIGHT=True,
+        )  # fmt: skip
+    elif kernel == "shared_fwd":
+        arguments = vectors | dict(
+            w=w, offset=VECTOR, negatives=IDS, target=IDS, w_target=w, s_target=VECTOR, n="i32",
+            k="i32", beta="fp32", stride_td="i32:16", SOFTMAX=softmax, WITH_INPUT=True,
+        )  # fmt: skip
+    elif kernel == "shared_bwd":
+        names = ("offset", "lse", "grad_loss", "scale", "grad_w", "grad_offset")
+        arguments = dict.fromkeys(names, VECTOR)
+        arguments |= dict(w=w, negatives=IDS, target=IDS, n="i32", k="i32", SOFTMAX=softmax)
+    else:
+        arguments = dict.fromkeys(("coefficient", "head", "tail"), VECTOR)
+        arguments |= dict(order=IDS, index=IDS, out=w, t="i32", per_row="i32")
+    function = getattr(kernels, f"_{kernel}_kernel")
+    return compile_for(capability, function, shared | arguments, **options)
+
+
+@pytest.mark.parametrize(("kernel", "types", "width", "capability", "softmax"), CASES)
+def test_no_spill(kernel, types, width, capability, softmax):
+    binary = build(kernel, types, width, capability, softmax)
+    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
+    assert binary.shared <= SHARED_LIMIT[capability]
+    products = kernel.startswith("shared") and types != "fp32" and width <= 128
+    if capability == 90 and products:
+        assert binary.count("HGMMA") > 0, "the products do not use wgmma"

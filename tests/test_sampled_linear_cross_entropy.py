@@ -1,0 +1,179 @@
+"""What the reference cannot express: exact values by hand, sparse gradients, error texts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastrec import linear_cross_entropy, sampled_linear_cross_entropy
+from fastrec.backend import unavailable_reason
+
+BACKENDS = [
+    name
+    for name in ("reference", "cpp", "triton")
+    if not unavailable_reason(name, "sampled_linear_cross_entropy", torch.device("cpu"))
+]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+LOG2, LOG3 = math.log(2.0), math.log(3.0)
+
+
+def table(*scores):
+    """Scores of the items for an input of 1."""
+    return torch.tensor(scores, dtype=torch.float32)[:, None]
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "negatives, expected",
+    [
+        ([1], math.log(1 + 2 / 3)),  # item 0 scores log 3, item 1 log 2
+        ([1, 1], math.log(1 + 4 / 3)),  # drawn twice, counted twice
+        ([1, 0, 2], math.log(1 + 3 / 3)),  # the hit of item 0 is left out
+        ([0, 0], 0.0),  # nothing but hits
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_softmax_by_hand(backend, negatives, expected, own):
+    drawn = torch.tensor([negatives] if own else negatives)
+    loss = sampled_linear_cross_entropy(
+        torch.ones(1, 1), table(LOG3, LOG2, 0.0), torch.tensor([0]), drawn, backend=backend
+    )
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("own", [True, False])
+def test_binary_losses_by_hand(backend, own):
+    # sigmoid(log 3) = 3/4, sigmoid(log 2) = 2/3, sigmoid(0) = 1/2; the hit counts in K + 1 only.
+    drawn = torch.tensor([1, 0, 2])
+    arguments = (torch.ones(1, 1), table(LOG3, LOG2, 0.0, 7.0, 7.0, 7.0, 7.0), torch.tensor([0]))
+    drawn = drawn[None] if own else drawn
+    negative = -math.log(1 / 3) - math.log(1 / 2)
+    positive = -math.log(3 / 4)
+    for options, beta in (
+        (dict(loss="bce"), 1.0),
+        (dict(loss="gbce", gbce_t=0.0), 1.0),
+        (dict(loss="gbce", gbce_t=1.0), 3 / 6),  # K / (V - 1)
+        (dict(loss="gbce", gbce_t=0.5), 0.75),
+    ):
+        loss = sampled_linear_cross_entropy(*arguments, drawn, **options, backend=backend)
+        assert loss.item() == pytest.approx((beta * positive + negative) / 4, rel=1e-6)
+
+
+@each_backend
+def test_power_of_gbce_is_that_of_the_paper(backend):
+    items, drawn, t = 1000, 5, 0.75
+    alpha = drawn / (items - 1)
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+    weight = torch.zeros(items, 1)
+    negatives = torch.arange(1, drawn + 1)
+    loss = sampled_linear_cross_entropy(
+        torch.ones(1, 1), weight, torch.tensor([0]), negatives, loss="gbce", gbce_t=t,
+        backend=backend,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx((beta + drawn) * LOG2 / (drawn + 1), rel=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("own", [True, False])
+def test_all_items_once_is_the_full_softmax(backend, own):
+    """With every item as a negative, and no correction, the loss and its gradients are those of
+    the whole table; a constant log_q changes nothing."""
+    items = 40
+    x = torch.randn(9, 12, requires_grad=True)
+    w = torch.randn(items, 12, requires_grad=True)
+    bias = torch.randn(items, requires_grad=True)
+    y = torch.randint(items, (9,))
+    full = linear_cross_entropy(x, w, y, linear_bias=bias, backend="reference")
+    expected = torch.autograd.grad(full, (x, w, bias))
+    drawn = torch.randperm(items)
+    for log_q in (None, torch.full((items,), 3.0)):
+        loss = sampled_linear_cross_entropy(
+            x, w, y, drawn.expand(9, -1) if own else drawn, linear_bias=bias, log_q=log_q,
+            backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(loss, full)
+        for grad, exact in zip(torch.autograd.grad(loss, (x, w, bias)), expected, strict=True):
+            torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-5)
+
+
+@each_backend
+def test_log_q_corrects_target_and_negatives(backend):
+    scores, log_q = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([-1.0, -3.0, -0.5])
+    loss = sampled_linear_cross_entropy(
+        torch.ones(1, 1), table(*scores.tolist()), torch.tensor([0]), torch.tensor([1, 2]),
+        log_q=log_q, backend=backend,
+    )  # fmt: skip
+    expected = F.cross_entropy((scores - log_q)[None], torch.tensor([0]))
+    torch.testing.assert_close(loss, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("own", [True, False])
+def test_sparse_gradients_train_like_dense_ones(backend, own):
+    """SparseAdam on the touched rows equals Adam on a table in which every row is touched; rows
+    that do not occur are not in the gradient and do not move."""
+    items, occurring = 60, torch.arange(0, 40, 2)
+    start, x = torch.randn(items, 8), torch.randn(6, 8)
+    y = occurring[torch.randint(20, (6,))]
+    negatives = torch.stack([occurring[torch.randperm(20)] for _ in range(6)])
+    negatives = negatives if own else negatives[0]
+    moved = {}
+    for sparse, kind in ((True, torch.optim.SparseAdam), (False, torch.optim.Adam)):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = kind([weight], lr=0.1, eps=1e-12)  # added at different places
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = sampled_linear_cross_entropy(
+                x, weight, y, negatives, sparse_grad=sparse, backend=backend
+            )
+            (grad,) = torch.autograd.grad(loss, weight)
+            assert grad.is_sparse == sparse
+            if sparse:
+                assert grad.is_coalesced() or backend == "reference"
+                assert grad.coalesce().indices().tolist() == [occurring.tolist()]
+            weight.grad = grad
+            optimizer.step()
+        moved[sparse] = weight.detach()
+    assert torch.equal(moved[True][1::2], start[1::2]) and torch.equal(moved[True][40:], start[40:])
+    torch.testing.assert_close(moved[True], moved[False], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built")
+def test_bits_of_a_row_do_not_depend_on_its_batch():
+    x, w = torch.randn(300, 24), torch.randn(500, 24)
+    y, own = torch.randint(500, (300,)), torch.randint(500, (300, 70))
+    for negatives in (own, own[0]):
+        options = dict(reduction="none", backend="cpp")
+        whole = sampled_linear_cross_entropy(x, w, y, negatives, **options)
+        some = torch.tensor([299, 7, 120])
+        part = sampled_linear_cross_entropy(
+            x[some], w, y[some], negatives if negatives.dim() == 1 else negatives[some], **options
+        )
+        assert torch.equal(part, whole[some])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(negatives=torch.zeros(3, dtype=torch.int32)), TypeError, "negatives must be int64"),
+        (dict(negatives=torch.zeros(3, 0, dtype=torch.int64)), ValueError, r"K > 0, got \[3, 0\]"),
+        (dict(negatives=torch.zeros(2, 4, dtype=torch.int64)), ValueError, r"\[K\] or \[3, K\]"),
+        (dict(negatives=torch.tensor([1, 9])), IndexError, r"negatives\[1\] is 9"),
+        (dict(target=torch.tensor([0, -3, 1])), IndexError, r"target\[1\] is -3"),
+        (dict(log_q=torch.zeros(4)), ValueError, r"log_q must be \[5\], got \[4\]"),
+        (dict(log_q=torch.zeros(5, dtype=torch.int64)), TypeError, "log_q must be a floating"),
+        (dict(loss="hinge"), ValueError, "loss must be one of"),
+        (dict(gbce_t=1.5), ValueError, r"gbce_t must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    arguments = dict(
+        input=torch.zeros(3, 2),
+        linear_weight=torch.zeros(5, 2),
+        target=torch.zeros(3, dtype=torch.int64),
+        negatives=torch.zeros(4, dtype=torch.int64),
+    )
+    with pytest.raises(error, match=message):
+        sampled_linear_cross_entropy(**arguments | change)
