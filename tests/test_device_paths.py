@@ -49,8 +49,8 @@ class Recorder:
 def launches(monkeypatch):
     """Names of the kernels launched; backend "triton" on meta tensors reaches the launchers."""
     seen: list = []
-    for op in OPS:
-        kernels = importlib.import_module(f"fastrec.kernels.{op.name}")
+    # All of them first: one imports kernels of another, which must not be recorders by then.
+    for kernels in [importlib.import_module(f"fastrec.kernels.{op.name}") for op in OPS]:
         for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
             monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), seen))
     monkeypatch.setattr("fastrec.backend.interpreting", lambda: True)
@@ -72,6 +72,8 @@ def cases():
         for types in WRITTEN
         if types in op.types
         for sample in op.samples("cpu", types, True)
+        # A sparse gradient has as many rows as the data says: meta tensors cannot.
+        if not sample.kwargs.get("sparse_grad")
         for backend in ("triton", "reference")
         # The reference of attention reads the lengths on the host.
         if backend == "triton" or (op.name != "jagged_attention" and types == TYPES[0])
