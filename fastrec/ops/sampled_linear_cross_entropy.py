@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.linear_cross_entropy import _accumulate_dtype, _check, _check_range, _reduce
+from fastrec.ops.item_losses import accumulate_dtype as _accumulate_dtype
+from fastrec.ops.item_losses import check_arguments as _check
+from fastrec.ops.item_losses import check_range as _check_range
+from fastrec.ops.item_losses import reduce_loss as _reduce
 
 OP = "sampled_linear_cross_entropy"
 LOSSES = ("softmax", "bce", "gbce")
