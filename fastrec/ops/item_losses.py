@@ -22,15 +22,24 @@ def reduce_loss(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
 
 
 def check_arguments(
-    input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows
+    input,
+    linear_weight,
+    target,
+    linear_bias,
+    weight,
+    reduction,
+    label_smoothing,
+    rows,
+    sharded=False,
 ):
+    """`sharded`: the table is a part of one, and may have no rows."""
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
             "input must be [T, D] and linear_weight [V, D], got"
             f" {list(input.shape)} and {list(linear_weight.shape)}"
         )
     items = linear_weight.shape[0]
-    if items == 0:
+    if items == 0 and not sharded:
         raise ValueError("linear_weight has no rows: there is no item to score")
     for name, tensor in (("input", input), ("linear_bias", linear_bias)):
         if tensor is not None and not tensor.is_floating_point():

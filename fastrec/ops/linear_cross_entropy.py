@@ -67,12 +67,13 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     rows: Tensor | None = None,
     z_loss: float = 0.0,
+    group=None,
     backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of `input[rows] @ linear_weight.T + linear_bias`, logits never stored.
 
-    Arguments and semantics are those of `torch.nn.functional.linear_cross_entropy`, plus `rows`
-    and `z_loss`. With a_i = weight[target_i] (1 without `weight`), and 0 for ignored rows:
+    Arguments and semantics are those of `torch.nn.functional.linear_cross_entropy`, plus `rows`,
+    `z_loss` and `group`. With a_i = weight[target_i] (1 without `weight`), and 0 for ignored rows:
 
         loss_i = (1 - label_smoothing) a_i (lse_i - s_i,y) + z_loss a_i lse_i^2
                  + label_smoothing / V * sum_j weight_j (lse_i - s_ij)
@@ -90,28 +91,48 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         rows: positions of `input` to score: int64 [N] (repeats allowed) or a bool mask [T].
         z_loss: weight of the squared log-partition term.
+        group: a torch.distributed process group (or one-dimensional DeviceMesh) whose ranks hold
+            consecutive slices of the items: `linear_weight`, `linear_bias` and `weight` are those
+            of this rank, of any length, also 0. `target` counts in all items. A `linear_weight`
+            that is a DTensor, Shard(0) over one mesh dimension, brings its group. Everything else
+            must be the same on all ranks, the upstream gradient of the loss included.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
         float32 (float64 for float64 input): a scalar, or per scored row for "none" ([T] for a mask,
         0 where it is False). Gradients have the dtype of their tensor; products accumulate in
-        float32. Not twice differentiable, except on the reference backend.
+        float32. Not twice differentiable, except on the reference backend without `group`.
+
+        With `group` the loss is that of the whole table and the same on all ranks. It is counted
+        once: every rank gets the whole gradient of `input` (summed over the ranks in backward) and
+        that of its own items, neither scaled by the number of ranks. Two collectives forward, a
+        few integers and at most four numbers a row; one backward, [N, D], if `input` needs a
+        gradient.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a target or a row is
+        ValueError, TypeError: a shape, dtype or option is wrong, or sizes, targets or options
+        differ between the ranks (a device assertion on a GPU). IndexError: a target or a row is
         out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
         input = input.to(torch.get_autocast_dtype(device))
+    sharded = group is not None or hasattr(linear_weight, "device_mesh")
+    if sharded:
+        from fastrec.ops.linear_cross_entropy_group import local_tensors, sharded_rows
+
+        linear_weight, group, linear_bias, weight = local_tensors(
+            input, linear_weight, group, linear_bias, weight
+        )
     check_arguments(
-        input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows
+        input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows, sharded
     )
-    check_range("target", target, linear_weight.shape[0], ignore_index)
+    if not sharded:
+        check_range("target", target, linear_weight.shape[0], ignore_index)
     if rows is not None and rows.dtype == torch.int64:
         check_range("rows", rows, input.shape[0])
     backend = resolve(backend, OP, input.device)
-    if backend == "reference":
+    if backend == "reference" and not sharded:
         return linear_cross_entropy_ref(
             input,
             linear_weight,
@@ -126,7 +147,7 @@ def linear_cross_entropy(
         )
     if rows is not None and rows.dtype == torch.bool:
         target, rows = torch.where(rows, target, ignore_index), None
-    plain = reduction != "none" and not label_smoothing and not z_loss
+    plain = reduction != "none" and not label_smoothing and not z_loss and not sharded
     full = input.dtype in (torch.float32, torch.float64)
     # Under no_grad a Function is still told that its inputs need gradients.
     learns = torch.is_grad_enabled() and any(
@@ -153,16 +174,23 @@ def linear_cross_entropy(
         smoothed = class_weight
         if smoothed is None:
             smoothed = input.new_ones(linear_weight.shape[0], dtype=accumulate)
-    lse, target_logit, class_sum = LinearCrossEntropy.apply(
-        input, linear_weight, linear_bias, y, rows, smoothed, backend
-    )
-    row_weight = kept.to(accumulate)
-    if class_weight is not None:
-        row_weight = row_weight * class_weight[y.clamp_min(0)]
-    loss = (1 - label_smoothing) * row_weight * (lse - target_logit)
-    if smoothed is not None:
-        smoothing = smoothed.sum() * lse - class_sum
-        loss = loss + (label_smoothing / linear_weight.shape[0]) * (kept * smoothing)
+    if sharded:
+        lse, nll, smoothing, row_weight = sharded_rows(
+            input, linear_weight, linear_bias, y, rows, class_weight, smoothed, backend, group
+        )
+    else:
+        lse, target_logit, class_sum = LinearCrossEntropy.apply(
+            input, linear_weight, linear_bias, y, rows, smoothed, backend
+        )
+        nll = lse - target_logit
+        row_weight = kept.to(accumulate)
+        if class_weight is not None:
+            row_weight = row_weight * class_weight[y.clamp_min(0)]
+        if smoothed is not None:
+            smoothing = (smoothed.sum() * lse - class_sum) / linear_weight.shape[0]
+    loss = (1 - label_smoothing) * row_weight * nll
+    if label_smoothing:
+        loss = loss + label_smoothing * (kept * smoothing)
     if z_loss:
         loss = loss + z_loss * row_weight * lse.square()
     return reduce_loss(loss, row_weight, reduction)
