@@ -194,6 +194,13 @@ def behaviour(group):
     table = distribute_tensor(w.detach(), mesh, [Shard(0)])
     error("other", linear_weight=table, linear_bias=None, group=alone[rank])
 
+    step = functools.partial(call, target=case["target"], label_smoothing=0.1)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    arguments = {name: case[name] for name in OP.differentiable}
+    seen["compiled"] = [
+        *map(torch.equal, *(grads(f(**arguments), x, w, b) for f in (step, compiled)))
+    ]
+
     plain = linear_cross_entropy(**case)
     one = linear_cross_entropy(**case, group=alone[rank])
     seen["one_rank"] = [*grads(plain, x, w, b), *grads(one, x, w, b)]
@@ -222,6 +229,10 @@ def leaves():
 
 def test_twice_the_same_bits_also_from_one_graph(seen):
     assert all(all(rank["same_bits"]) and len(rank["same_bits"]) == 6 for rank in seen)
+
+
+def test_compiled_without_a_graph_break(seen):
+    assert all(rank["compiled"] == [True] * 3 for rank in seen)
 
 
 def test_two_losses_of_one_table(seen):
