@@ -1,5 +1,5 @@
-"""in_batch_cross_entropy with the candidates of 2 and 3 gloo processes, against one process with all
-pairs of the batch.
+"""in_batch_cross_entropy with the candidates of 2 and 3 gloo processes, against one with the
+whole batch.
 
 The generated samples of the op run split, within the op's own error budget.
 """

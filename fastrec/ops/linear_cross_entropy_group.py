@@ -5,18 +5,17 @@ selection, R ranks. Rows are the same on all ranks.
 
 Every rank runs the kernels of the plain op on its items, with its first item as the target of rows
 whose target another rank holds: such a row has weight 0 in everything that its target logit enters.
-One collective brings lse_r and the logit of the target to all ranks, where y is the rank that
-holds the target of the row:
+One collective brings lse_r and the logit of the target y to all ranks:
 
-    lse = log sum_r exp(lse_r),    P_r = exp(lse_r - lse),    1 - P_y = sum_{r != y} P_r
-    loss = lse - target_logit = (lse_y - target_logit) + log(1 + sum_{r != y} exp(lse_r - lse_y))
+    lse = log sum_r exp(lse_r),    P_r = exp(lse_r - lse),    loss = lse - target_logit
 
 With m_r = sum_j p_j W_j / P_r over the items of rank r, which the forward kernel returns as an
-offset o_r = m_r - W_t from the row t that it took for the target,
+offset o_r = m_r - W_t from the row t that it took for the target, and h the rank that holds y,
 
-    dx = sum_r P_r m_r - W_y = sum_r P_r o_r + sum_{r != y} P_r W_t - (1 - P_y) W_y
+    dx = sum_r P_r m_r - W_y = sum_r P_r o_r + sum_{r != h} P_r W_t - (1 - P_h) W_y
 
-in which nothing cancels when p is almost 1. The rows of dW need lse only, and stay where they are.
+1 - P_h is the sum of the other P_r: nothing cancels when p_y is almost 1. The rows of dW need lse
+only, and stay where they are.
 """
 
 from typing import NamedTuple
@@ -177,18 +176,15 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         sent = gather(torch.cat([*parts, total]), part.group)
         every = sent[:, :-1].unflatten(1, (len(parts), -1))  # [R, parts, N]
 
-        owner = torch.searchsorted(part.ends, target.clamp_min(0), right=True)[None]
-        of_owner = every[:, 0].gather(0, owner)[0]
-        others = every[:, 0].scatter(0, owner, -torch.inf).logsumexp(0)
         whole = every[:, 0].logsumexp(0)
+        holder = torch.searchsorted(part.ends, target.clamp_min(0), right=True)[None]
+        others = every[:, 0].scatter(0, holder, -torch.inf).logsumexp(0)
         logit = every[:, 1].sum(0)
-        more = torch.logaddexp(torch.zeros_like(others), others - of_owner)
-        nll = torch.where(logit == -torch.inf, torch.inf, of_owner - logit + more)
         rest = list(every[:, 2:].sum(0))
         class_sum = torch.zeros_like(lse) if class_weight is None else rest.pop(0)
         row_weight = scored.to(lse.dtype) if weight is None else rest.pop(0)
 
-        whole, nll = whole.masked_fill(~scored, 0), nll.masked_fill(~scored, 0)
+        whole = whole.masked_fill(~scored, 0)
         ctx.save_for_backward(
             x, linear_weight, linear_bias, target, local, mine, rows, class_weight, whole,
             (lse - whole).exp(), (others - whole).exp(), offset, class_mean,
@@ -196,7 +192,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         ctx.backend, ctx.input_shape, ctx.part = backend, input.shape, part
         class_total = sent[:, -1].sum()
         ctx.mark_non_differentiable(row_weight, class_total)
-        return whole, nll, class_sum, row_weight, class_total
+        return whole, whole - logit, class_sum, row_weight, class_total
 
     @staticmethod
     @once_differentiable
