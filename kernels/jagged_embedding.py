@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
 from fastrec.kernels.dropout_add_layer_norm import WIDEST, _dense, _programs, _rows
-from fastrec.kernels.linear_cross_entropy import _round
+from fastrec.kernels.tiles import round_to
 
 BLOCK_T = 32  # events of a program of `scatter`: as many products per event and column
 
@@ -67,7 +67,7 @@ def _fwd_kernel(
         )
         z = tl.where(mask, z * scale, 0.0)
     place = output + row[:, None] * d + col[None, :]
-    tl.store(place, _round(z, output.dtype.element_ty), mask=live[:, None] & real[None, :])
+    tl.store(place, round_to(z, output.dtype.element_ty), mask=live[:, None] & real[None, :])
 
 
 @triton.jit(do_not_specialize=["t", "per_program", "drop", "layer", "view"])
@@ -144,7 +144,7 @@ def _scatter_kernel(
     is_tail = (lane == runs - 1) & (target == following) & (is_head == 0)
     whole = (lane < runs) & (is_head == 0) & (is_tail == 0)
     place = target[:, None] * d + col[None, :]
-    tl.store(out + place, _round(sums, out.dtype.element_ty), mask=whole[:, None] & real[None, :])
+    tl.store(out + place, round_to(sums, out.dtype.element_ty), mask=whole[:, None] & real[None, :])
     edge = program * d + col[None, :] + lane[:, None] * 0
     tl.store(head + edge, sums, mask=is_head[:, None] & real[None, :])
     tl.store(tail + edge, sums, mask=is_tail[:, None] & real[None, :])
@@ -179,7 +179,7 @@ def _carry_kernel(
         total += tl.sum(tl.load(parts, mask=same[:, None] & real[None, :], other=0.0), 0)
         found = tl.sum(same.to(tl.int32), 0)
         at += BLOCK_K
-    tl.store(out + row * d + col, _round(total, out.dtype.element_ty), mask=real)
+    tl.store(out + row * d + col, round_to(total, out.dtype.element_ty), mask=real)
 
 
 def _check(weight):
