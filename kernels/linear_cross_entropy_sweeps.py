@@ -129,9 +129,7 @@ def _combine_kernel(
     for c in range(CHUNKS):
         x_tile = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
         w_tile = load_rows(w, y, live, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-        w_tile = round_to(
-            w_tile, x.dtype.element_ty
-        )  # the value that forward multiplies
+        w_tile = round_to(w_tile, x.dtype.element_ty)  # the value that forward multiplies
         logit += tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
         if WITH_MEAN:
             col = c * BLOCK_D + tl.arange(0, BLOCK_D)
