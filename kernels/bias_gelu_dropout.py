@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
 from fastrec.kernels.linear_cross_entropy import _round
+from fastrec.kernels.rows import dense, row_ranges, rows_of
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -84,24 +85,9 @@ def _config(width: int) -> dict:
     return {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
 
 
-def _programs(rows: int, block_n: int) -> tuple[int, int]:
-    """(programs, row blocks of each): at most 1,024 partial sums."""
-    blocks = triton.cdiv(rows, block_n)
-    per_program = max(triton.cdiv(blocks, 1024), 1)
-    return triton.cdiv(blocks, per_program), per_program
-
-
 def _check(input):
     if input.dtype == torch.float64:
         raise RuntimeError("bias_gelu_dropout has no float64 triton kernel")
-
-
-def _rows(matrix):
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _dense(*tensors):
-    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, layer, view):
@@ -110,10 +96,10 @@ def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, l
     output = input.new_empty(n, d)
     if n == 0 or d == 0:
         return output
-    input, config = _rows(input), _config(d)
+    input, config = rows_of(input), _config(d)
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(d, config["BLOCK_D"]))](
-            input, *_dense(bias, sample_ids, positions, key), output,
+            input, *dense(bias, sample_ids, positions, key), output,
             n, d, input.stride(0), 256 / (256 - drop), drop, layer, view, SITE=site, **config,
         )  # fmt: skip
     return output
@@ -125,13 +111,13 @@ def bias_gelu_dropout_bwd(
     _check(input)
     n, d = input.shape
     grad_input, config = input.new_empty(n, d), _config(max(d, 1))
-    programs, per_program = _programs(n, config["BLOCK_N"])
+    programs, per_program = row_ranges(n, config["BLOCK_N"])
     partials = input.new_zeros(programs, d, dtype=torch.float32)
     if n > 0 and d > 0:
-        grad_output, input = _rows(grad_output), _rows(input)
+        grad_output, input = rows_of(grad_output), rows_of(input)
         with torch.cuda.device_of(input):
             _bwd_kernel[(programs, triton.cdiv(d, config["BLOCK_D"]))](
-                grad_output, input, *_dense(bias, sample_ids, positions, key), grad_input, partials,
+                grad_output, input, *dense(bias, sample_ids, positions, key), grad_input, partials,
                 n, d, per_program, grad_output.stride(0), input.stride(0),
                 256 / (256 - drop), drop, layer, view, SITE=site, **config,
             )  # fmt: skip

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.dropout_add_layer_norm import WIDEST, _dense, _programs, _rows
 from fastrec.kernels.linear_cross_entropy import _round
+from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
 
 BLOCK_T = 32  # events of a program of `scatter`: as many products per event and column
 
@@ -215,9 +215,9 @@ def jagged_embedding_fwd(
     if t == 0 or d == 0:
         return output, mean.fill_(0), rstd.fill_(0)
     config = _config(d)
-    weight = _rows(weight)
-    position_weight = None if position_weight is None else _rows(position_weight)
-    values, positions, *vectors = _dense(values, positions, norm_weight, norm_bias, sample_ids, key)
+    weight = rows_of(weight)
+    position_weight = None if position_weight is None else rows_of(position_weight)
+    values, positions, *vectors = dense(values, positions, norm_weight, norm_bias, sample_ids, key)
     with torch.cuda.device_of(weight):
         _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
             values, weight, position_weight, positions, *vectors, output, mean, rstd,
@@ -234,13 +234,13 @@ def jagged_embedding_bwd(
     _check(weight)
     t, d = grad_output.shape
     config = _config(max(d, 1))
-    programs, per_program = _programs(t, config["BLOCK_N"])
+    programs, per_program = row_ranges(t, config["BLOCK_N"])
     grad_z = mean.new_empty(t, d)
     partials = mean.new_zeros(programs, 2, d)
     if t > 0 and d > 0:
-        grad_output, weight = _rows(grad_output), _rows(weight)
-        position_weight = None if position_weight is None else _rows(position_weight)
-        values, positions, scale, mean, rstd, sample_ids, key = _dense(
+        grad_output, weight = rows_of(grad_output), rows_of(weight)
+        position_weight = None if position_weight is None else rows_of(position_weight)
+        values, positions, scale, mean, rstd, sample_ids, key = dense(
             values, positions, norm_weight, mean, rstd, sample_ids, key
         )
         with torch.cuda.device_of(weight):
@@ -262,7 +262,7 @@ def jagged_embedding_scatter(grad, index, rows, dtype):
     (t, d), out = grad.shape, grad.new_zeros(rows, grad.shape[1], dtype=dtype)
     if t == 0 or d == 0:
         return out
-    grad = _rows(grad)
+    grad = rows_of(grad)
     index, order = index.sort(stable=True)
     block_d = min(max(triton.next_power_of_2(d), 16), 64)
     grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(d, block_d))
