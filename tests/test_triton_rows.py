@@ -1,6 +1,7 @@
-"""Kernels whose programs sum ranges of rows: what the small samples of op_db leave at one block."""
+"""Kernels that sum over rows: more blocks and programs than the small samples of op_db have."""
 
 import pytest
+import torch
 from op_db import bias_gelu_dropout, dropout_add_layer_norm, jagged_embedding
 from op_db.case import TYPES
 from test_ops import check
@@ -35,3 +36,15 @@ def seen(function, results):
         return results[-1]
 
     return wrapper
+
+
+@pytest.mark.parametrize("before", [0, 5, 32])
+def test_triton_scatter_of_a_row_with_more_events_than_a_step_of_the_carry(before):
+    from fastrec.kernels.jagged_embedding import BLOCK_T, jagged_embedding_scatter
+
+    # The events of item 2 fill two steps of 32 programs and begin a third one.
+    index = torch.tensor([1] * before + [2] * (70 * BLOCK_T) + [4] * 3)
+    grad = torch.ones(len(index), 3)  # sums of ones are exact
+    grad[:, 1] = torch.arange(len(index)) % 3
+    total = jagged_embedding_scatter(grad, index, 6, torch.float32)
+    assert torch.equal(total, torch.zeros(6, 3).index_add(0, index, grad))
