@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.native import kernels_of, register_cuda
 from fastrec.random import Rng, dropout_arguments, keep_mask
 
 OP = "bias_gelu_dropout"
@@ -42,32 +43,13 @@ def _(grad_output, input, bias, *dropout):
     return input.new_empty(input.shape), grad_bias
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import bias_gelu_dropout as kernels
-
-    return kernels.bias_gelu_dropout_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import bias_gelu_dropout as kernels
-
-    return kernels.bias_gelu_dropout_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import bias_gelu_dropout as kernels
-
-        return kernels.bias_gelu_dropout_fwd, kernels.bias_gelu_dropout_bwd
-    return torch.ops.fastrec.bias_gelu_dropout_fwd, torch.ops.fastrec.bias_gelu_dropout_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, bias, sample_ids, positions, key, numbers, backend):
-        fwd, _ = _launchers(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).bias_gelu_dropout_fwd
         ctx.save_for_backward(input, bias, sample_ids, positions, key)
         ctx.numbers, ctx.backend = numbers, backend  # drop, site, layer, view
         return fwd(input, bias, sample_ids, positions, key, *numbers)
@@ -76,7 +58,7 @@ class _BiasGeluDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         input, bias, *key = ctx.saved_tensors
-        _, bwd = _launchers(ctx.backend, input.device)
+        bwd = kernels_of(OP, ctx.backend, input.device).bias_gelu_dropout_bwd
         grad_input, grad_bias = bwd(grad_output, input, bias, *key, *ctx.numbers)
         return (
             grad_input if ctx.needs_input_grad[0] else None,

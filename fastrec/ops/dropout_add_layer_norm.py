@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.native import kernels_of, register_cuda
 from fastrec.random import Rng, dropout_arguments, keep_mask
 
 OP = "dropout_add_layer_norm"
@@ -70,27 +71,7 @@ def _(
     )
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import dropout_add_layer_norm as kernels
-
-    return kernels.dropout_add_layer_norm_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import dropout_add_layer_norm as kernels
-
-    return kernels.dropout_add_layer_norm_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import dropout_add_layer_norm as kernels
-
-        return kernels.dropout_add_layer_norm_fwd, kernels.dropout_add_layer_norm_bwd
-    ops = torch.ops.fastrec
-    return ops.dropout_add_layer_norm_fwd, ops.dropout_add_layer_norm_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
@@ -98,7 +79,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     def forward(
         ctx, input, residual, weight, bias, sample_ids, positions, key, numbers, eps, backend
     ):
-        fwd, _ = _launchers(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).dropout_add_layer_norm_fwd
         output, sum, mean, rstd = fwd(
             input, residual, weight, bias, eps, sample_ids, positions, key, *numbers
         )
@@ -115,7 +96,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output, grad_sum):
         sum, mean, rstd, weight, bias, *dropout = ctx.saved_tensors
-        _, bwd = _launchers(ctx.backend, sum.device)
+        bwd = kernels_of(OP, ctx.backend, sum.device).dropout_add_layer_norm_bwd
         if sum.shape[0] > 0 and grad_sum is not None and grad_sum.shape[0] == 0:
             grad_sum = None  # of the [0, D] that stands for an input that is its own sum
         grad_input, grad_residual, grad_weight, grad_bias = bwd(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.native import kernels_of, register_cuda
 from fastrec.random import Rng, keep_mask, threshold
 
 OP = "jagged_attention"
@@ -54,32 +55,13 @@ def _(grad_out, query, *args):
     return query.new_empty(events, 3, heads, width)
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_attention as kernels
-
-    return kernels.jagged_attention_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_attention as kernels
-
-    return kernels.jagged_attention_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import jagged_attention as kernels
-
-        return kernels.jagged_attention_fwd, kernels.jagged_attention_bwd
-    return torch.ops.fastrec.jagged_attention_fwd, torch.ops.fastrec.jagged_attention_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _JaggedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, offsets, sample_ids, rng, settings, backend):
-        fwd, _ = _launchers(backend, query.device)
+        fwd = kernels_of(OP, backend, query.device).jagged_attention_fwd
         out, lse = fwd(query, key, value, offsets, sample_ids, rng, *settings)
         kept = out if backend == "triton" else None
         ctx.save_for_backward(query, key, value, kept, lse, offsets, sample_ids, rng)
@@ -89,7 +71,7 @@ class _JaggedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        _, bwd = _launchers(ctx.backend, grad_out.device)
+        bwd = kernels_of(OP, ctx.backend, grad_out.device).jagged_attention_bwd
         grad = bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
         return *grad.unbind(1), None, None, None, None, None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.native import kernels_of, register_cuda
 from fastrec.random import Rng, dropout_arguments, keep_mask
 
 OP = "jagged_embedding"
@@ -73,38 +74,7 @@ def _(grad, index, rows, dtype):
     return grad.new_empty(rows, grad.shape[1], dtype=dtype)
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_embedding as kernels
-
-    return kernels.jagged_embedding_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_embedding as kernels
-
-    return kernels.jagged_embedding_bwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_scatter", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_embedding as kernels
-
-    return kernels.jagged_embedding_scatter(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import jagged_embedding as kernels
-
-        return (
-            kernels.jagged_embedding_fwd,
-            kernels.jagged_embedding_bwd,
-            kernels.jagged_embedding_scatter,
-        )
-    ops = torch.ops.fastrec
-    return ops.jagged_embedding_fwd, ops.jagged_embedding_bwd, ops.jagged_embedding_scatter
+register_cuda(OP, "fwd", "bwd", "scatter")
 
 
 class _JaggedEmbedding(torch.autograd.Function):
@@ -113,7 +83,7 @@ class _JaggedEmbedding(torch.autograd.Function):
         ctx, weight, position_weight, norm_weight, norm_bias, values, positions, sample_ids, key,
         numbers, eps, sparse, backend,
     ):  # fmt: skip
-        fwd, _, _ = _launchers(backend, weight.device)
+        fwd = kernels_of(OP, backend, weight.device).jagged_embedding_fwd
         output, mean, rstd = fwd(
             values, weight, position_weight, positions, norm_weight, norm_bias, eps,
             sample_ids, key, *numbers,
@@ -129,7 +99,9 @@ class _JaggedEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         values, weight, position_weight, positions, norm_weight, *_ = ctx.saved_tensors
-        _, bwd, scatter = _launchers(ctx.backend, weight.device)
+        kernels = kernels_of(OP, ctx.backend, weight.device)
+        bwd = kernels.jagged_embedding_bwd
+        scatter = kernels.jagged_embedding_scatter
         grad_z, grad_norm_weight, grad_norm_bias = grad_output, None, None
         if norm_weight is not None or ctx.numbers[0]:
             grad_z, grad_norm_weight, grad_norm_bias = bwd(

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.linear_cross_entropy import _accumulate_dtype, _check, _check_range, _reduce
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "sampled_linear_cross_entropy"
 LOSSES = ("softmax", "bce", "gbce")
@@ -74,27 +75,7 @@ def _(
     return index, linear_weight.new_empty(items, width), bias
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import sampled_linear_cross_entropy as kernels
-
-    return kernels.sampled_linear_cross_entropy_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import sampled_linear_cross_entropy as kernels
-
-    return kernels.sampled_linear_cross_entropy_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import sampled_linear_cross_entropy as kernels
-
-        return kernels.sampled_linear_cross_entropy_fwd, kernels.sampled_linear_cross_entropy_bwd
-    ops = torch.ops.fastrec
-    return ops.sampled_linear_cross_entropy_fwd, ops.sampled_linear_cross_entropy_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _SampledLoss(torch.autograd.Function):
@@ -105,7 +86,7 @@ class _SampledLoss(torch.autograd.Function):
         ctx, input, linear_weight, linear_bias, log_q, target, negatives, rows, beta, sparse,
         learns, backend,
     ):  # fmt: skip
-        fwd, _ = _launchers(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).sampled_linear_cross_entropy_fwd
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x = input if rows is None else input.index_select(0, rows)
         loss, *grads = fwd(
@@ -121,7 +102,7 @@ class _SampledLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         x, linear_weight, linear_bias, log_q, target, negatives, rows, *grads = ctx.saved_tensors
         per_row, grad_target, grad_negatives, lse = grads
-        _, bwd = _launchers(ctx.backend, x.device)
+        bwd = kernels_of(OP, ctx.backend, x.device).sampled_linear_cross_entropy_bwd
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if needs_input:
