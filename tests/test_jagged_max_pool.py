@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from test_device_paths import launches  # noqa: F401
 
 from fastrec import jagged_max_pool
 from fastrec.backend import unavailable_reason
-from test_device_paths import launches  # noqa: F401
 
 CPU = torch.device("cpu")
 
