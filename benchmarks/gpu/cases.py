@@ -209,7 +209,7 @@ ATTENTION = Measured(
 
 def _bytes_only(entry: Entry) -> dict[str, Counts]:
     t, d, _ = entry.sizes.values()
-    share = {pieces.NORM: 4, pieces.GELU: 2, pieces.EMBEDDING: 2}[entry.case]
+    share = {pieces.NORM: 4, pieces.GELU: 2, pieces.EMBEDDING: 2, pieces.POOL: 1}[entry.case]
     total = module("encoder_pieces").work(entry)["bytes"]
     return {"forward": (0, share * t * d * _item(entry), 0), "both": (0, total, 0)}
 
@@ -220,6 +220,7 @@ ENCODER = Measured(
         pieces.entry(pieces.NORM, 204_800, 64, dtype="bfloat16"),
         pieces.entry(pieces.GELU, 204_800, 256, dtype="bfloat16"),
         pieces.entry(pieces.EMBEDDING, 204_800, 64, 141_939, dtype="bfloat16"),
+        pieces.entry(pieces.POOL, 204_800, 64, dtype="bfloat16"),
         pieces.entry(pieces.NORM, 204_800, 64),
         pieces.entry(pieces.EMBEDDING, 204_800, 64, 141_939),
     ),
