@@ -37,28 +37,25 @@ class SocialRelationDetection(nn.Module):
         """
         if pairs is None:
             raise ValueError("the batch has no pairs: give the loader a FriendSampler")
-        candidates = users[pairs.candidate_rows]
-        if len(pairs.candidates_per_rank) > 1:
-            candidates = _of_all_ranks(candidates, pairs.candidates_per_rank)
+        group, profile, counts = None, pairs.candidate_profile, pairs.candidates_per_rank
+        if len(counts) > 1:
+            group, before = (
+                torch.distributed.group.WORLD,
+                sum(counts[: torch.distributed.get_rank()]),
+            )
+            if profile is not None:
+                profile = profile[before : before + len(pairs.candidate_rows)]
         loss = in_batch_cross_entropy(
             users[pairs.query_rows],
-            candidates,
+            users[pairs.candidate_rows],
             similarity="weighted_l2",
             weight=self.weight,
             positive=pairs.positive,
             query_group=pairs.query_profile,
-            candidate_group=pairs.candidate_profile,
+            candidate_group=profile,
             exclude=pairs.exclude,
+            group=group,
+            candidates_per_rank=None if group is None else counts,
             backend=backend,
         )
         return loss + 0.0 * self.bias
-
-
-def _of_all_ranks(candidates: Tensor, per_rank: tuple[int, ...]) -> Tensor:
-    """[C, D]: the candidates of all ranks end to end. The sum of zero-padded parts, because ranks
-    hold different numbers of them; its backward pass sums the gradients of all ranks."""
-    from torch.distributed.nn.functional import all_reduce
-
-    before = sum(per_rank[: torch.distributed.get_rank()])
-    after = sum(per_rank) - before - len(candidates)
-    return all_reduce(nn.functional.pad(candidates, (0, 0, before, after)))

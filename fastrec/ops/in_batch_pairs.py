@@ -3,6 +3,8 @@
 Legend: B queries, C candidates, D width, G id columns, E listed exclusions.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,6 +120,51 @@ def check_pairs(query, candidate, similarity, weight, query_group, candidate_gro
                 raise ValueError(f"{name} must be {expected}, got {list(ids.shape)}")
     if exclude is not None:
         check_exclude(exclude, len(query), len(candidate))
+
+
+def check_loss(query, candidate, temperature, candidate_bias, positive, reduction):
+    """What in_batch_cross_entropy asks besides; the range of `positive` is `check_positive`'s."""
+    rows, candidates = len(query), len(candidate)
+    if isinstance(temperature, Tensor):
+        if temperature.dim() != 0 or not temperature.is_floating_point():
+            raise ValueError(
+                "temperature must be a number or a floating point tensor without dimensions, got"
+                f" {temperature.dtype} {list(temperature.shape)}"
+            )
+    elif not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if candidate_bias is not None:
+        if candidate_bias.shape != (candidates,):
+            raise ValueError(
+                f"candidate_bias must be [{candidates}], got {list(candidate_bias.shape)}"
+            )
+        if not candidate_bias.is_floating_point():
+            raise TypeError(
+                f"candidate_bias must be a floating point tensor, got {candidate_bias.dtype}"
+            )
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if positive is None:
+        if candidates < rows:
+            raise ValueError(
+                f"{candidates} candidates for {rows} queries: pass `positive`, the candidate of"
+                " each query"
+            )
+        return
+    if positive.dtype != torch.int64:
+        raise TypeError(f"positive must be int64 candidate positions, got {positive.dtype}")
+    if positive.shape != (rows,):
+        raise ValueError(f"positive must be [{rows}], got {list(positive.shape)}")
+
+
+def check_positive(positive: Tensor, candidates: int, symmetric: bool) -> None:
+    check_range("positive", positive, candidates)
+    if symmetric:
+        ordered = positive.sort().values
+        require(
+            (ordered.diff() > 0).all(),
+            "symmetric needs a different positive for each query, got one twice",
+        )
 
 
 def check_exclude(exclude, queries: int, candidates: int) -> None:

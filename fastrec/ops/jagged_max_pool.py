@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "jagged_max_pool"
 
@@ -39,32 +40,13 @@ def _(grad_output, index, offsets, events):
     return grad_output.new_empty(events, grad_output.shape[1])
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_max_pool as kernels
-
-    return kernels.jagged_max_pool_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_max_pool as kernels
-
-    return kernels.jagged_max_pool_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import jagged_max_pool as kernels
-
-        return kernels.jagged_max_pool_fwd, kernels.jagged_max_pool_bwd
-    return torch.ops.fastrec.jagged_max_pool_fwd, torch.ops.fastrec.jagged_max_pool_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _JaggedMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, offsets, mask, backend):
-        fwd, _ = _launchers(backend, values.device)
+        fwd = kernels_of(OP, backend, values.device).jagged_max_pool_fwd
         output, index = fwd(values, offsets, mask)
         ctx.save_for_backward(index, offsets)
         ctx.events, ctx.backend = values.shape[0], backend
@@ -74,7 +56,7 @@ class _JaggedMaxPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         index, offsets = ctx.saved_tensors
-        _, bwd = _launchers(ctx.backend, grad_output.device)
+        bwd = kernels_of(OP, ctx.backend, grad_output.device).jagged_max_pool_bwd
         return bwd(grad_output, index, offsets, ctx.events), None, None, None
 
 

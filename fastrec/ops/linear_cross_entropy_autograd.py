@@ -1,0 +1,213 @@
+"""Schemas and autograd of `linear_cross_entropy`.
+
+Legend: N scored rows, V items, D width, T rows of `input` before selection.
+
+The kernels know one function of the logits s_ij = x_i . W_j + b_j and its derivative:
+
+    lse_i = logsumexp_j s_ij,   target_logit_i = s_i,y_i,   p_ij = exp(s_ij - lse_i)
+    dx_i = grad_lse_i * sum_j p_ij W_j + grad_target_i * W_y
+    dW_j = sum_i grad_lse_i * p_ij * x_i + sum_{i: y_i = j} grad_target_i * x_i,  db_j without x_i
+
+Class weights, smoothing, z-loss and reductions are arithmetic on these [N] vectors. The forward
+kernel also returns mean_offset_i = sum_j p_ij (W_j - W_y), so dx needs no second sweep over the
+items. As an offset, because W_y cancels in the gradient of the usual loss: kernels that round the
+table subtract the row that they multiplied with, which the caller does not have.
+
+A mean or a sum without smoothing and z-loss is known up to the scalar that backward gets. For few
+items one cpp kernel computes that loss and its gradients in forward, and backward scales them: the
+exponentials of a chunk of rows stay in a cache, so the scores need not be computed twice.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrec.ops.item_losses import accumulate_dtype
+from fastrec.ops.native import kernels_of, register_cuda
+
+OP = "linear_cross_entropy"
+
+# target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse,
+# target_logit [N] and mean_offset [N, D] ([0, D] if not asked for) are float32 or float64 with it.
+torch.library.define(
+    f"fastrec::{OP}_fwd",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+    " bool with_offset) -> (Tensor lse, Tensor target_logit, Tensor mean_offset)",
+)
+# grad_weight [V, D] and grad_bias [V] ([0] if None) have the dtypes of the table and its bias.
+torch.library.define(
+    f"fastrec::{OP}_bwd",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor lse,"
+    " Tensor grad_lse, Tensor grad_target_logit) -> (Tensor grad_weight, Tensor grad_bias)",
+)
+# Beyond this many items the stored exponentials leave the caches: see docs/kernels.
+STORED_ITEMS = 32768
+
+# The plain sum or mean of class weight x (lse - target_logit) over the rows with target !=
+# ignore_index, and its gradients ([0, D] or [0] for those that are not asked for). cpp only.
+torch.library.define(
+    f"fastrec::{OP}_value_and_grad",
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+    " int ignore_index, bool mean, bool with_input, bool with_weight)"
+    " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_fwd")
+def _(input, linear_weight, linear_bias, target, with_offset):
+    rows, width = input.shape
+    out = input.new_empty(rows, dtype=accumulate_dtype(input))
+    return out, torch.empty_like(out), out.new_empty(rows if with_offset else 0, width)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_bwd")
+def _(input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit):
+    # Contiguous, whatever the strides of the inputs are.
+    grad_bias = (
+        lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(linear_bias.shape)
+    )
+    return linear_weight.new_empty(linear_weight.shape), grad_bias
+
+
+@torch.library.register_fake(f"fastrec::{OP}_value_and_grad")
+def _(
+    input, linear_weight, linear_bias, target, weight, ignore_index, mean, with_input, with_weight
+):
+    rows, (items, width) = input.shape[0], linear_weight.shape
+    return (
+        input.new_empty(()),
+        input.new_empty(rows if with_input else 0, width),
+        linear_weight.new_empty(items if with_weight else 0, width),
+        linear_weight.new_empty(items if with_weight and linear_bias is not None else 0),
+    )
+
+
+register_cuda(OP, "fwd", "bwd")
+
+
+def class_sums(x, linear_weight, linear_bias, target, class_weight) -> tuple[Tensor, Tensor]:
+    """(sum_j class_weight_j W_j [D], sum_j class_weight_j s_ij [N], 0 where not scored)."""
+    dtype = class_weight.dtype
+    # In pieces: a sum over the items overflows float16, a whole table in float32 is large.
+    pieces = zip(class_weight.split(65536), linear_weight.split(65536), strict=True)
+    class_mean = sum(a @ w.to(dtype) for a, w in pieces)
+    class_sum = (x.to(dtype) @ class_mean).masked_fill(target < 0, 0)
+    if linear_bias is not None:
+        class_sum = class_sum + (class_weight @ linear_bias.to(dtype)) * (target >= 0)
+    return class_mean, class_sum
+
+
+def add_class_gradient(
+    grad_weight, grad_bias, x, linear_bias, class_weight, grad_class_sum
+) -> Tensor:
+    """Adds the gradient of `class_sums` to grad_weight; returns grad_bias with its own."""
+    # The same rank-1 term for every row: no second [V, D] buffer. Not addr_, whose bits depend on
+    # the number of threads.
+    direction = (grad_class_sum @ x.to(class_weight.dtype)).to(grad_weight.dtype)
+    grad_weight.addcmul_(class_weight[:, None].to(grad_weight.dtype), direction)
+    if linear_bias is None:
+        return grad_bias
+    return grad_bias + (class_weight * grad_class_sum.sum()).to(grad_bias.dtype)
+
+
+def spread_rows(grad: Tensor, rows: Tensor | None, shape) -> Tensor:
+    """The gradient of input[rows] as the gradient of the input, in a fixed order of additions."""
+    if rows is None:
+        return grad
+    if grad.is_cpu:
+        return grad.new_zeros(shape).index_add_(0, rows, grad)
+    # Sorts; index_add there is atomic.
+    return grad.new_zeros(shape).index_put_((rows,), grad, accumulate=True)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(lse, target_logit, class_sum) with class_sum_i = sum_j class_weight_j s_ij (0 if None)."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, rows, class_weight, backend):
+        fwd = kernels_of(OP, backend, input.device).linear_cross_entropy_fwd
+        x = input if rows is None else input.index_select(0, rows)
+        lse, target_logit, mean_offset = fwd(
+            x, linear_weight, linear_bias, target, ctx.needs_input_grad[0]
+        )
+        class_mean, class_sum = None, torch.zeros_like(lse)
+        if class_weight is not None:
+            class_mean, class_sum = class_sums(x, linear_weight, linear_bias, target, class_weight)
+        ctx.save_for_backward(
+            x, linear_weight, linear_bias, target, rows, class_weight, lse, mean_offset, class_mean
+        )
+        ctx.backend, ctx.input_shape = backend, input.shape
+        return lse, target_logit, class_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_lse, grad_target_logit, grad_class_sum):
+        (
+            x,
+            linear_weight,
+            linear_bias,
+            target,
+            rows,
+            class_weight,
+            lse,
+            mean_offset,
+            class_mean,
+        ) = ctx.saved_tensors
+        bwd = kernels_of(OP, ctx.backend, x.device).linear_cross_entropy_bwd
+        scored = (target >= 0).to(lse.dtype)
+        grad_lse = (grad_lse * scored).contiguous()
+        grad_target_logit = (grad_target_logit * scored).contiguous()
+        grad_class_sum = grad_class_sum * scored
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad = mean_offset * grad_lse[:, None]
+            target_rows = linear_weight.index_select(0, target.clamp_min(0)).to(lse.dtype)
+            grad = torch.addcmul(grad, target_rows, (grad_lse + grad_target_logit)[:, None])
+            if class_mean is not None:
+                grad = torch.addcmul(grad, class_mean, grad_class_sum[:, None])
+            grad_input = spread_rows(grad.to(x.dtype), rows, ctx.input_shape)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_weight, grad_bias = bwd(
+                x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit
+            )
+            if class_weight is not None:
+                grad_bias = add_class_gradient(
+                    grad_weight, grad_bias, x, linear_bias, class_weight, grad_class_sum
+                )
+        return (
+            grad_input,
+            grad_weight if ctx.needs_input_grad[1] else None,
+            grad_bias if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class PlainLoss(torch.autograd.Function):
+    """The sum or mean of the losses; float32 or float64 throughout, so that scaling the gradients
+    in backward neither overflows nor underflows."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, ignore_index, mean):
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        loss, *grads = torch.ops.fastrec.linear_cross_entropy_value_and_grad(
+            input,
+            linear_weight,
+            linear_bias,
+            target,
+            weight,
+            ignore_index,
+            mean,
+            needs_input,
+            needs_weight or needs_bias,
+        )
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grads = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(grad * grad_loss if needed else None for grad, needed in grads), *[None] * 4

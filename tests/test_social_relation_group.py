@@ -1,0 +1,56 @@
+"""Social relation detection over 2 and 3 gloo processes: every rank sees the friends of all."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from groups import run_ranks
+
+from fastrec.data.relations import FriendSampler, SocialGraph
+from fastrec.objectives.joint import Term, total_loss
+from fastrec.objectives.social_relation import SocialRelationDetection
+
+USERS, WIDTH = 12, 5
+
+
+def sampler(profiles: bool) -> FriendSampler:
+    links = np.random.default_rng(0).integers(USERS + 4, size=(20, 2))
+    links = links[links[:, 0] != links[:, 1]]
+    profile = np.arange(USERS + 4) % 5 - 1 if profiles else None
+    return FriendSampler(SocialGraph.from_pairs(links, USERS + 4), hops=1, profile=profile)
+
+
+def losses(group, profiles=True):
+    """(loss of all ranks, gradient of the user vectors, gradient of w), averaged like DDP does."""
+    world = 1 if group is None else dist.get_world_size(group)
+    rank = 0 if group is None else dist.get_rank(group)
+    sequences, pairs = sampler(profiles).pairs_at(np.arange(USERS), 0, 0, rank, world)
+    torch.manual_seed(0)
+    vectors = torch.randn(USERS + 4, WIDTH, requires_grad=True)
+    head = SocialRelationDetection(WIDTH, initial=0.4)
+    loss = head(vectors[torch.from_numpy(sequences)], pairs)
+    total = total_loss([Term("social_relation", 1.0, loss, len(pairs.positive))], world)
+    total.backward()
+    found = [total.detach(), vectors.grad, head.weight.grad]
+    if group is not None:
+        for value in found:
+            dist.all_reduce(value)
+    return [value / world for value in found]
+
+
+def both(group):
+    return [losses(group, profiles) for profiles in (True, False)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_ranks_together_are_one_process(tmp_path, world):
+    for found in run_ranks(tmp_path / "ranks", world, both):
+        for got, profiles in zip(found, (True, False), strict=True):
+            for value, expected in zip(got, losses(None, profiles), strict=True):
+                torch.testing.assert_close(value, expected)
+
+
+def test_the_exclusions_and_the_sizes_of_the_ranks_matter():
+    counts = sampler(True).pairs_at(np.arange(USERS), 0, 0, 0, 3)[1].candidates_per_rank
+    assert len(set(counts)) > 1 and min(counts) > 0
+    assert not torch.equal(losses(None, True)[0], losses(None, False)[0])
