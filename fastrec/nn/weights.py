@@ -110,8 +110,8 @@ def torch_encoder_state(encoder: TransformerEncoder) -> dict[str, Tensor]:
     """Copies of the weights, as `torch.nn.TransformerEncoder.load_state_dict` takes them.
 
     The peer is made of `nn.TransformerEncoderLayer(D, H, F, activation="gelu", batch_first=True,
-    norm_first=pre_norm)` with our `norm_eps` as `layer_norm_eps`, and has `norm=nn.LayerNorm(D)` where
-    the encoder is pre-norm. It embeds nothing: `encoder.positions` and
+    norm_first=pre_norm)` with our `norm_eps` as `layer_norm_eps`, and has `norm=nn.LayerNorm(D)`
+    where the encoder is pre-norm. It embeds nothing: `encoder.positions` and
     `encoder.embedding_norm` are not in it.
     """
     return _export(_torch_entries(encoder))
