@@ -26,9 +26,10 @@ def _load_biased(input, bias, row, col, keep, d, stride_input):
     return z
 
 
-@triton.jit(do_not_specialize=["n", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "drop", "layer", "view", "per_view"])
 def _fwd_kernel(
-    input, bias, sample_ids, positions, key, output, n, d, stride_input, scale, drop, layer, view,
+    input, bias, sample_ids, positions, key, output,
+    n, d, stride_input, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -41,6 +42,7 @@ def _fwd_kernel(
     if sample_ids is not None:
         mask = row_mask(
             sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
+                per_view,
             SITE, BLOCK_D // 16,
         )  # fmt: skip
         y = tl.where(mask, y * scale, 0.0)
@@ -48,10 +50,10 @@ def _fwd_kernel(
     tl.store(output + place, _round(y, output.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view", "per_view"])
 def _bwd_kernel(
     grad_output, input, bias, sample_ids, positions, key, grad_input, partials,
-    n, d, per_program, stride_output, stride_input, scale, drop, layer, view,
+    n, d, per_program, stride_output, stride_input, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -67,6 +69,7 @@ def _bwd_kernel(
         if sample_ids is not None:
             mask = row_mask(
                 sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
+                per_view,
                 SITE, BLOCK_D // 16,
             )  # fmt: skip
             grad = tl.where(mask, grad * scale, 0.0)
@@ -90,7 +93,7 @@ def _check(input):
         raise RuntimeError("bias_gelu_dropout has no float64 triton kernel")
 
 
-def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, layer, view):
+def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, layer, view, views):
     _check(input)
     n, d = input.shape
     output = input.new_empty(n, d)
@@ -100,13 +103,14 @@ def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, l
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(d, config["BLOCK_D"]))](
             input, *dense(bias, sample_ids, positions, key), output,
-            n, d, input.stride(0), 256 / (256 - drop), drop, layer, view, SITE=site, **config,
+            n, d, input.stride(0), 256 / (256 - drop), drop, layer, view, max(n // views, 1),
+            SITE=site, **config,
         )  # fmt: skip
     return output
 
 
 def bias_gelu_dropout_bwd(
-    grad_output, input, bias, sample_ids, positions, key, drop, site, layer, view
+    grad_output, input, bias, sample_ids, positions, key, drop, site, layer, view, views
 ):
     _check(input)
     n, d = input.shape
@@ -119,7 +123,7 @@ def bias_gelu_dropout_bwd(
             _bwd_kernel[(programs, triton.cdiv(d, config["BLOCK_D"]))](
                 grad_output, input, *dense(bias, sample_ids, positions, key), grad_input, partials,
                 n, d, per_program, grad_output.stride(0), input.stride(0),
-                256 / (256 - drop), drop, layer, view, SITE=site, **config,
+                256 / (256 - drop), drop, layer, view, max(n // views, 1), SITE=site, **config,
             )  # fmt: skip
     grad_bias = input.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
     return grad_input, grad_bias

@@ -12,10 +12,10 @@ from fastrec.kernels.linear_cross_entropy import _round
 from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
 
 
-@triton.jit(do_not_specialize=["n", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "drop", "layer", "view", "per_view"])
 def _fwd_kernel(
     input, residual, weight, bias, sample_ids, positions, key, output, sum_out, mean_out, rstd_out,
-    n, d, stride_input, stride_residual, eps, scale, drop, layer, view,
+    n, d, stride_input, stride_residual, eps, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -26,7 +26,18 @@ def _fwd_kernel(
     z = z.to(tl.float32)
     if sample_ids is not None:
         mask = row_mask(
-            sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
+            sample_ids,
+            positions,
+            key,
+            row,
+            live,
+            0,
+            drop,
+            layer,
+            view,
+            per_view,
+            SITE,
+            BLOCK_D // 16,
         )
         z = tl.where(mask, z * scale, 0.0)
     if residual is not None:
@@ -51,11 +62,11 @@ def _fwd_kernel(
     tl.store(rstd_out + row, rstd, mask=live)
 
 
-@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view", "per_view"])
 def _bwd_kernel(
     grad_output, grad_sum, sum, mean, rstd, weight, sample_ids, positions, key,
     grad_input, grad_residual, partials,
-    n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer, view,
+    n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -89,7 +100,18 @@ def _bwd_kernel(
         if grad_input is not None:
             if sample_ids is not None:
                 mask = row_mask(
-                    sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
+                    sample_ids,
+                    positions,
+                    key,
+                    row,
+                    live,
+                    0,
+                    drop,
+                    layer,
+                    view,
+                    per_view,
+                    SITE,
+                    BLOCK_D // 16,
                 )
                 grad = tl.where(mask, grad * scale, 0.0)
             tl.store(grad_input + place, _round(grad, grad_input.dtype.element_ty), mask=keep)
@@ -115,7 +137,7 @@ def _check(input):
 
 
 def dropout_add_layer_norm_fwd(
-    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view
+    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view, views
 ):
     _check(input)
     n, d = input.shape
@@ -132,14 +154,14 @@ def dropout_add_layer_norm_fwd(
             input, residual, *dense(weight, bias, sample_ids, positions, key),
             output, sum if sum.shape[0] else None, mean, rstd,
             n, d, input.stride(0), 0 if residual is None else residual.stride(0), eps,
-            256 / (256 - drop), drop, layer, view, SITE=site, **config,
+            256 / (256 - drop), drop, layer, view, max(n // views, 1), SITE=site, **config,
         )  # fmt: skip
     return output, sum, mean, rstd
 
 
 def dropout_add_layer_norm_bwd(
     grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype,
-    sample_ids, positions, key, drop, site, layer, view,
+    sample_ids, positions, key, drop, site, layer, view, views,
 ):  # fmt: skip
     _check(sum)
     n, d = sum.shape
@@ -157,6 +179,7 @@ def dropout_add_layer_norm_bwd(
                 grad_output, grad_sum, sum, *dense(mean, rstd, weight, sample_ids, positions, key),
                 None if both else grad_input, grad_residual, partials,
                 n, d, per_program, *strides, 256 / (256 - drop), drop, layer, view,
+                max(n // views, 1),
                 SITE=site, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)

@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.native import kernels_of, register_cuda
-from fastrec.random import Rng, dropout_arguments, keep_mask
+from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views_of
 
 OP = "bias_gelu_dropout"
 _DROPOUT = (
-    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view"
+    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
+    " int views"
 )
 
 # output and grad_input [T, D] have the dtype of input, grad_bias [D] ([0] if None) that of bias.
@@ -51,7 +52,7 @@ class _BiasGeluDropout(torch.autograd.Function):
     def forward(ctx, input, bias, sample_ids, positions, key, numbers, backend):
         fwd = kernels_of(OP, backend, input.device).bias_gelu_dropout_fwd
         ctx.save_for_backward(input, bias, sample_ids, positions, key)
-        ctx.numbers, ctx.backend = numbers, backend  # drop, site, layer, view
+        ctx.numbers, ctx.backend = numbers, backend  # drop, site, layer, view, views
         return fwd(input, bias, sample_ids, positions, key, *numbers)
 
     @staticmethod
@@ -77,13 +78,15 @@ def bias_gelu_dropout_ref(
     positions=None,
     site="ffn_inner",
     layer=0,
+    views=1,
 ):
     """The oracle: plain PyTorch, the mask materialised."""
     output = F.gelu(input if bias is None else input + bias.to(input.dtype))
     if dropout_p > 0.0:
         width = input.shape[1]
+        view = views_of(rng, input.shape[0], views, input.device)
         keep, scale = keep_mask(
-            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer
+            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer, view=view
         )
         output = output * (keep.to(output.dtype) * scale)
     return output
@@ -99,6 +102,7 @@ def bias_gelu_dropout(
     positions: Tensor | None = None,
     site: str = "ffn_inner",
     layer: int = 0,
+    views: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """dropout(GELU(input + bias)) with the exact GELU, z P(z) (Hendrycks and Gimpel, 2016).
@@ -112,6 +116,8 @@ def bias_gelu_dropout(
         rng, site, layer: the key of the mask, see `fastrec.random`.
         sample_ids: int64 [T], the sample that each row belongs to.
         positions: int64 [T], the place of each row in its sample, below 65,536.
+        views: the rows are that many blocks of equal size, and block i is dropped as view
+            `rng.view` + i.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -130,8 +136,9 @@ def bias_gelu_dropout(
         raise ValueError(f"bias must be [{input.shape[1]}], got {list(bias.shape)}")
     if bias is not None and (bias.dtype == torch.float64) != (input.dtype == torch.float64):
         raise TypeError(f"input and bias must both be float64, got {input.dtype} and {bias.dtype}")
+    check_views(input.shape[0], views, "rows")
     dropout = dropout_arguments(
-        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer
+        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer, views=views
     )
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
@@ -145,5 +152,6 @@ def bias_gelu_dropout(
             positions=positions,
             site=site,
             layer=layer,
+            views=views,
         )
     return _BiasGeluDropout.apply(input, bias, *dropout[:3], dropout[3:], backend)
