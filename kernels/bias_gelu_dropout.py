@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.linear_cross_entropy import _round
 from fastrec.kernels.rows import dense, row_ranges, rows_of
+from fastrec.kernels.tiles import round_to
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -47,7 +47,7 @@ def _fwd_kernel(
         )  # fmt: skip
         y = tl.where(mask, y * scale, 0.0)
     place = row[:, None] * d + col[None, :]
-    tl.store(output + place, _round(y, output.dtype.element_ty), mask=keep)
+    tl.store(output + place, round_to(y, output.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view", "per_view"])
@@ -78,7 +78,7 @@ def _bwd_kernel(
         grad *= cdf + z * tl.exp(-0.5 * z * z) * INVERSE_SQRT_2PI
         acc += tl.sum(grad, 0)
         place = row[:, None] * d + col[None, :]
-        tl.store(grad_input + place, _round(grad, grad_input.dtype.element_ty), mask=keep)
+        tl.store(grad_input + place, round_to(grad, grad_input.dtype.element_ty), mask=keep)
     tl.store(partials + program * d + col, acc, mask=col < d)
 
 

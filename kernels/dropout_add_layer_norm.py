@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.linear_cross_entropy import _round
 from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.tiles import round_to
 
 
 @triton.jit(do_not_specialize=["n", "drop", "layer", "view", "per_view"])
@@ -46,7 +46,7 @@ def _fwd_kernel(
     place = row[:, None] * d + col[None, :]
     if sum_out is not None:
         # Backward sees the rounded sum: statistics of another would not belong to it.
-        rounded = _round(z, sum_out.dtype.element_ty)
+        rounded = round_to(z, sum_out.dtype.element_ty)
         tl.store(sum_out + place, rounded, mask=keep)
         z = rounded.to(tl.float32)
     mean = tl.sum(z, 1) / d
@@ -57,7 +57,7 @@ def _fwd_kernel(
         y *= tl.load(weight + col, mask=real, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         y += tl.load(bias + col, mask=real, other=0.0).to(tl.float32)[None, :]
-    tl.store(output + place, _round(y, output.dtype.element_ty), mask=keep)
+    tl.store(output + place, round_to(y, output.dtype.element_ty), mask=keep)
     tl.store(mean_out + row, mean, mask=live)
     tl.store(rstd_out + row, rstd, mask=live)
 
@@ -96,25 +96,15 @@ def _bwd_kernel(
             more = grad_sum + row[:, None] * stride_gsum + col[None, :]
             grad += tl.load(more, mask=keep, other=0.0).to(tl.float32)
         place = row[:, None] * d + col[None, :]
-        tl.store(grad_residual + place, _round(grad, grad_residual.dtype.element_ty), mask=keep)
+        tl.store(grad_residual + place, round_to(grad, grad_residual.dtype.element_ty), mask=keep)
         if grad_input is not None:
             if sample_ids is not None:
                 mask = row_mask(
-                    sample_ids,
-                    positions,
-                    key,
-                    row,
-                    live,
-                    0,
-                    drop,
-                    layer,
-                    view,
-                    per_view,
-                    SITE,
+                    sample_ids, positions, key, row, live, 0, drop, layer, view, per_view, SITE,
                     BLOCK_D // 16,
-                )
+                )  # fmt: skip
                 grad = tl.where(mask, grad * scale, 0.0)
-            tl.store(grad_input + place, _round(grad, grad_input.dtype.element_ty), mask=keep)
+            tl.store(grad_input + place, round_to(grad, grad_input.dtype.element_ty), mask=keep)
     tl.store(partials + 2 * program * d + col, acc_weight, mask=real)
     tl.store(partials + (2 * program + 1) * d + col, acc_bias, mask=real)
 

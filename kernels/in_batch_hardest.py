@@ -8,16 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.in_batch_cross_entropy import (
+from fastrec.kernels.in_batch_cross_entropy import options_of
+from fastrec.kernels.in_batch_pairs import (
     by_column,
     leave_out_groups,
     leave_out_listed,
     list_bounds,
-    options_of,
     ranges_of,
     seek,
 )
-from fastrec.kernels.linear_cross_entropy import _dot, _load_rows
+from fastrec.kernels.tiles import dot, load_rows
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -37,21 +37,21 @@ def _fwd_kernel(
         if begin > 0:
             place = seek(listed, place, end, begin)
     if CHUNKS == 1:
-        x_tile = _load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
+        x_tile = load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
     best = tl.full([BLOCK_B], float("-inf"), tl.float32)
     index = tl.full([BLOCK_B], -1, tl.int32)
     for first in range(begin, tl.minimum(begin + per_range * BLOCK_C, v), BLOCK_C):
         item = first + tl.arange(0, BLOCK_C)
         real = item < v
         if CHUNKS == 1:
-            c_tile = _load_rows(c, item, real, d, 1, 0, d, BLOCK_D)
-            s = _dot(x_tile, tl.trans(c_tile), None, PRECISION)
+            c_tile = load_rows(c, item, real, d, 1, 0, d, BLOCK_D)
+            s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
         else:
             s = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
             for k in range(CHUNKS):
-                x_part = _load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
-                c_part = _load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
-                s = _dot(x_part, tl.trans(c_part), s, PRECISION)
+                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
+                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
+                s = dot(x_part, tl.trans(c_part), s, PRECISION)
         if bias is not None:
             s += tl.load(bias + item, mask=real, other=float("-inf"))[None, :]
         elif first + BLOCK_C > v:

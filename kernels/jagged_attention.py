@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.linear_cross_entropy import LOG2E, _dot, _round
 from fastrec.kernels.philox import draws, philox_key
+from fastrec.kernels.tiles import LOG2E, dot, round_to
 
 SITE = tl.constexpr(1)  # "attention" of fastrec.random.SITES
 
@@ -36,13 +36,13 @@ def _store_tile(
     col = tl.arange(0, BLOCK_D)
     offset = (t + row)[:, None] * stride_t + (t * 0 + h) * stride_h + col[None, :]
     keep = (row < length)[:, None] & (col < d)[None, :]
-    tl.store(base + offset, _round(value, base.dtype.element_ty), mask=keep)
+    tl.store(base + offset, round_to(value, base.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def _scores(q, k, row, col, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     """scale * q k^T, -inf where a query does not see a key."""
-    s = _dot(q, tl.trans(k), None, PRECISION) * scale
+    s = dot(q, tl.trans(k), None, PRECISION) * scale
     seen = (col < length)[None, :]
     if CAUSAL:
         seen = seen & (col[None, :] <= row[:, None])
@@ -96,7 +96,7 @@ def _fwd_kernel(
             if sample_ids is not None:
                 kept = _kept(rng, sample_ids, b, row, start, view, layer, h, drop, BLOCK)
                 p = tl.where(kept, p, 0.0)
-            acc = _dot(_round(p, q.dtype.element_ty), v_tile, acc * fade[:, None], PRECISION)
+            acc = dot(round_to(p, q.dtype.element_ty), v_tile, acc * fade[:, None], PRECISION)
         acc *= (keep_scale / total)[:, None]
         _store_tile(out, acc, t, h, row, length, (t * 0 + heads) * d, d, d, BLOCK_D)
         tl.store(lse + (t + row) * heads + h, peak + tl.log(total), mask=row < length)
@@ -129,15 +129,15 @@ def _bwd_kernel(
             s = _scores(q_own, k_own, own, own, length, scale, CAUSAL, PRECISION)
             p = tl.exp2((s - tl.max(s, 1)[:, None]) * LOG2E)
             p = p / tl.sum(p, 1)[:, None]
-            dp = _dot(g_own, tl.trans(v_own), None, PRECISION) * keep_scale
+            dp = dot(g_own, tl.trans(v_own), None, PRECISION) * keep_scale
             a = p
             if sample_ids is not None:
                 kept = _kept(rng, sample_ids, b, own, first, view, layer, h, drop, BLOCK)
                 a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
-            ds = _round(p * (dp - tl.sum(p * dp, 1)[:, None]), dtype)
-            dv = _dot(tl.trans(_round(a, dtype)), g_own, None, PRECISION)
-            dk = _dot(tl.trans(ds), q_own, None, PRECISION)
-            dq = _dot(ds, k_own, None, PRECISION)
+            ds = round_to(p * (dp - tl.sum(p * dp, 1)[:, None]), dtype)
+            dv = dot(tl.trans(round_to(a, dtype)), g_own, None, PRECISION)
+            dk = dot(tl.trans(ds), q_own, None, PRECISION)
+            dq = dot(ds, k_own, None, PRECISION)
         else:
             dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
             dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -156,14 +156,14 @@ def _bwd_kernel(
                 shift = tl.load(lse + (t + row) * heads + h, mask=row < length, other=0.0)
                 s = _scores(q_tile, k_own, row, own, length, scale, CAUSAL, PRECISION)
                 p = tl.exp2((s - shift[:, None]) * LOG2E)
-                dp = _dot(g_tile, tl.trans(v_own), None, PRECISION) * keep_scale
+                dp = dot(g_tile, tl.trans(v_own), None, PRECISION) * keep_scale
                 a = p
                 if sample_ids is not None:
                     kept = _kept(rng, sample_ids, b, row, first, view, layer, h, drop, BLOCK)
                     a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
-                ds = _round(p * (dp - delta[:, None]), dtype)
-                dv = _dot(tl.trans(_round(a, dtype)), g_tile, dv, PRECISION)
-                dk = _dot(tl.trans(ds), q_tile, dk, PRECISION)
+                ds = round_to(p * (dp - delta[:, None]), dtype)
+                dv = dot(tl.trans(round_to(a, dtype)), g_tile, dv, PRECISION)
+                dk = dot(tl.trans(ds), q_tile, dk, PRECISION)
             o_own = _load_tile(out, t, h, own, length, third, d, d, BLOCK_D)
             delta = tl.sum(g_own.to(tl.float32) * o_own.to(tl.float32), 1)
             shift = tl.load(lse + (t + own) * heads + h, mask=own < length, other=0.0)
@@ -173,12 +173,12 @@ def _bwd_kernel(
                 v_tile = _load_tile(v, t, h, col, length, stride_vt, stride_vh, d, BLOCK_D)
                 s = _scores(q_own, k_tile, own, col, length, scale, CAUSAL, PRECISION)
                 p = tl.exp2((s - shift[:, None]) * LOG2E)
-                dp = _dot(g_own, tl.trans(v_tile), None, PRECISION) * keep_scale
+                dp = dot(g_own, tl.trans(v_tile), None, PRECISION) * keep_scale
                 if sample_ids is not None:
                     kept = _kept(rng, sample_ids, b, own, start, view, layer, h, drop, BLOCK)
                     dp = tl.where(kept, dp, 0.0)
-                ds = _round(p * (dp - delta[:, None]), dtype)
-                dq = _dot(ds, k_tile, dq, PRECISION)
+                ds = round_to(p * (dp - delta[:, None]), dtype)
+                dq = dot(ds, k_tile, dq, PRECISION)
         _store_tile(grad, dq * scale, t, h, own, length, 3 * third, d, d, BLOCK_D)
         _store_tile(grad + third, dk * scale, t, h, own, length, 3 * third, d, d, BLOCK_D)
         _store_tile(

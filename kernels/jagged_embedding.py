@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.linear_cross_entropy import _round
 from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.tiles import round_to
 
 BLOCK_T = 32  # events of a program of `scatter`: as many products per event and column
 
@@ -70,7 +70,7 @@ def _fwd_kernel(
             )  # fmt: skip
             kept = tl.where(mask, z * scale, 0.0)
         place = output + (row[:, None] + one * t.to(tl.int64)) * d + col[None, :]
-        tl.store(place, _round(kept, output.dtype.element_ty), mask=live[:, None] & real[None, :])
+        tl.store(place, round_to(kept, output.dtype.element_ty), mask=live[:, None] & real[None, :])
 
 
 @triton.jit(do_not_specialize=["t", "per_program", "drop", "layer", "view", "views"])
@@ -152,7 +152,7 @@ def _scatter_kernel(
     is_tail = (lane == runs - 1) & (target == following) & (is_head == 0)
     whole = (lane < runs) & (is_head == 0) & (is_tail == 0)
     place = target[:, None] * d + col[None, :]
-    tl.store(out + place, _round(sums, out.dtype.element_ty), mask=whole[:, None] & real[None, :])
+    tl.store(out + place, round_to(sums, out.dtype.element_ty), mask=whole[:, None] & real[None, :])
     edge = program * d + col[None, :] + lane[:, None] * 0
     tl.store(head + edge, sums, mask=is_head[:, None] & real[None, :])
     tl.store(tail + edge, sums, mask=is_tail[:, None] & real[None, :])
@@ -187,7 +187,7 @@ def _carry_kernel(
         total += tl.sum(tl.load(parts, mask=same[:, None] & real[None, :], other=0.0), 0)
         found = tl.sum(same.to(tl.int32), 0)
         at += BLOCK_K
-    tl.store(out + row * d + col, _round(total, out.dtype.element_ty), mask=real)
+    tl.store(out + row * d + col, round_to(total, out.dtype.element_ty), mask=real)
 
 
 def _check(weight):

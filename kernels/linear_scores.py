@@ -8,14 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.linear_cross_entropy import _dot, _load_rows
+from fastrec.kernels.tiles import dot, load_rows
 
 
 @triton.jit
 def load_x(x, row, live, d, stride_xn, stride_xd, TYPE: tl.constexpr, BLOCK_D: tl.constexpr):
     """The rows of a program in TYPE, the type of the table, which holds them exactly. Only the
     first chunk of columns, which nobody reads where there are several."""
-    return _load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D).to(TYPE)
+    return load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D).to(TYPE)
 
 
 @triton.jit
@@ -28,14 +28,14 @@ def score_tile(
     """[BLOCK_N, BLOCK_V] scores, x_tile from `load_x`. Always the same products of the same shapes:
     equal rows of w give equal bits, wherever they stand."""
     if CHUNKS == 1:
-        w_tile = _load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
-        s = _dot(x_tile, tl.trans(w_tile), None, PRECISION)
+        w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
+        s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
     else:
         s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for c in range(CHUNKS):
-            x_part = _load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-            w_part = _load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-            s = _dot(x_part.to(w.dtype.element_ty), tl.trans(w_part), s, PRECISION)
+            x_part = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
+            w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+            s = dot(x_part.to(w.dtype.element_ty), tl.trans(w_part), s, PRECISION)
     if bias is not None:
         b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=0.0)
         s += b.to(tl.float32)[None, :]

@@ -13,7 +13,9 @@ import triton.language as tl
 
 from fastrec.kernels.dropout_add_layer_norm import WIDEST
 from fastrec.kernels.jagged_embedding import BLOCK_T, _carry_kernel, jagged_embedding_scatter
-from fastrec.kernels.linear_cross_entropy import _dot, _load_rows, _round
+from fastrec.kernels.tiles import dot as _dot
+from fastrec.kernels.tiles import load_rows as _load_rows
+from fastrec.kernels.tiles import round_to as _round
 
 
 @triton.jit

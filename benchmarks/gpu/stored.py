@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrec.kernels.linear_cross_entropy import LOG2E, _dot, _load_rows, _round
+from fastrec.kernels.tiles import LOG2E, dot, load_rows, round_to
 
 BUFFER_BYTES = 9 * 2**30
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) by BLOCK_D; no spills on sm_90 (Triton 3.6, 3.9).
@@ -32,12 +32,12 @@ def _exp_kernel(
     row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     item = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     live, real = row < n, item < v
-    x_tile = _load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
-    w_tile = _load_rows(w, item, real, d, 1, 0, d, BLOCK_D)
-    s = _dot(x_tile, tl.trans(w_tile), None, "tf32")
+    x_tile = load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
+    w_tile = load_rows(w, item, real, d, 1, 0, d, BLOCK_D)
+    s = dot(x_tile, tl.trans(w_tile), None, "tf32")
     bound = tl.load(shift + row, mask=live, other=float("inf"))
     p = tl.exp2(tl.fma(s, LOG2E, -(bound * LOG2E)[:, None]))
-    q = _round(tl.where(real[None, :], p, 0.0), out.dtype.element_ty)
+    q = round_to(tl.where(real[None, :], p, 0.0), out.dtype.element_ty)
     place = row.to(tl.int64)[:, None] * v + item[None, :]
     tl.store(out + place, q, mask=live[:, None] & real[None, :])
     tl.store(sums + tile * n + row, tl.sum(q.to(tl.float32), 1), mask=live)

@@ -1,0 +1,227 @@
+"""Triton kernels of `in_batch_cross_entropy`: the B x C logits exist one tile at a time.
+
+Legend: B queries, C candidates, D width, G id columns.
+
+Forward: a program owns BLOCK_B queries and a range of candidates, and keeps sum_j p_ij and
+sum_j p_ij c_j without the positive, relative to a running row shift; `_combine_kernel` adds the
+ranges in a fixed order and puts the positive in. Backward: a program owns BLOCK_C candidates and a
+range of queries; the ranges are added by torch. No atomics and no locks: equal inputs give equal
+bits. The tiles are those of `linear_cross_entropy`, with the exclusions applied to the scores:
+
+    ids      one comparison per logit and column
+    lists    every row keeps the position in its sorted list; tiles without an entry cost nothing
+    positive in the few tiles that hold one
+"""
+
+import triton
+import triton.language as tl
+
+from fastrec.kernels.in_batch_pairs import leave_out_groups, leave_out_listed, list_bounds, seek
+from fastrec.kernels.tiles import LOG2E, SLACK, dot, exp_shifted, load_rows, round_to
+
+
+@triton.jit(do_not_specialize=["n", "v", "per_range"])
+def _fwd_kernel(
+    x, c, bias, positive, row_group, item_group, listed, offsets, shift_out, sum_out, mean_out,
+    n, v, d, per_range,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr, WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs read the same candidates.
+    blocks = tl.cdiv(n, BLOCK_B)
+    slot = tl.program_id(0)
+    own = tl.program_id(1) * BLOCK_D  # columns of c whose mean this program accumulates
+    row = ((slot % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    live = row < n
+    begin = (slot // blocks) * per_range * BLOCK_C
+    y = tl.load(positive + row, mask=live, other=-1)
+    if listed is not None:
+        place, end = list_bounds(offsets, row, live)
+        if begin > 0:
+            place = seek(listed, place, end, begin)
+    if CHUNKS == 1:
+        x_tile = load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
+
+    # p = exp(s - shift) stays below e^(SLACK + HEADROOM).
+    shift = tl.full([BLOCK_B], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_B], tl.float32)
+    rounded = tl.zeros([BLOCK_B], tl.float32)
+    mean = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    for first in range(begin, tl.minimum(begin + per_range * BLOCK_C, v), BLOCK_C):
+        item = first + tl.arange(0, BLOCK_C)
+        real = item < v
+        c_tile = load_rows(c, item, real, d, 1, own, d, BLOCK_D)
+        if CHUNKS == 1:
+            s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
+        else:
+            s = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+            for k in range(CHUNKS):
+                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
+                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
+                s = dot(x_part, tl.trans(c_part), s, PRECISION)
+        if bias is not None:
+            s += tl.load(bias + item, mask=real, other=float("-inf"))[None, :]
+        elif first + BLOCK_C > v:
+            s = tl.where(real[None, :], s, float("-inf"))
+        s = leave_out_groups(s, row, item, live, real, row_group, item_group, n, v, COLUMNS)
+        if listed is not None:
+            s, place = leave_out_listed(s, item, listed, place, end, first + BLOCK_C)
+        inside = (y >= first) & (y < first + BLOCK_C)
+        if tl.max(inside.to(tl.int32), 0) > 0:
+            s = tl.where(y[:, None] == item[None, :], float("-inf"), s)
+        peak = tl.max(s, 1)
+        grown = peak > shift + (SLACK + HEADROOM)
+        if tl.max(grown.to(tl.int32), 0) > 0:
+            new = tl.where(grown, peak - HEADROOM, shift)
+            fade = tl.exp2((shift - new) * LOG2E)
+            total *= fade
+            if WITH_MEAN:
+                rounded *= fade
+                mean *= fade[:, None]
+            shift = new
+        p = exp_shifted(s, shift[:, None], PRECISION)
+        total += tl.sum(p, 1)
+        if WITH_MEAN:
+            q = round_to(p, x.dtype.element_ty)
+            rounded += tl.sum(q.to(tl.float32), 1)
+            mean = dot(q, c_tile, mean, PRECISION)
+
+    at = slot.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    if own == 0:
+        tl.store(shift_out + at, shift)
+        tl.store(sum_out + 2 * at, total)
+        tl.store(sum_out + 2 * at + 1, rounded)
+    if WITH_MEAN:
+        col = own + tl.arange(0, BLOCK_D)
+        tl.store(mean_out + at[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, also where 1 + x rounds."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit(do_not_specialize=["n", "ranges"])
+def _combine_kernel(
+    x, c, bias, positive, shift_in, sum_in, mean_in, loss_out, lse_out, direction_out, n, d, ranges,
+    BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+):  # fmt: skip
+    """loss, lse and direction of BLOCK_R queries; 0 for those without a positive."""
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    y = tl.load(positive + row, mask=row < n, other=-1)
+    live = y >= 0
+    y = tl.where(live, y, 0)
+    step = tl.cdiv(n, BLOCK_B).to(tl.int64) * BLOCK_B  # places of one range
+
+    shift = tl.full([BLOCK_R], -1e30, tl.float32)
+    for r in range(ranges):
+        shift = tl.maximum(shift, tl.load(shift_in + row + r * step, mask=live, other=-1e30))
+    total = tl.zeros([BLOCK_R], tl.float32)
+    rounded = tl.zeros([BLOCK_R], tl.float32)
+    for r in range(ranges):
+        at = row + r * step
+        scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
+        total += scale * tl.load(sum_in + 2 * at, mask=live, other=1.0)
+        rounded += scale * tl.load(sum_in + 2 * at + 1, mask=live, other=1.0)
+
+    logit = tl.zeros([BLOCK_R], tl.float32)
+    for k in range(CHUNKS):
+        x_tile = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D).to(tl.float32)
+        logit += tl.sum(x_tile * load_rows(c, y, live, d, 1, k * BLOCK_D, d, BLOCK_D), 1)
+    if bias is not None:
+        logit += tl.load(bias + y, mask=live, other=0.0)
+
+    # others = log(sum of the others / exp(logit)), -inf when all are left out.
+    alone = total == 0.0
+    peak = shift + tl.log(tl.where(alone, 1.0, total))
+    others = tl.where(alone, float("-inf"), peak - logit)
+    small = tl.exp(-tl.abs(others))
+    extra = _log1p(small)
+    loss = tl.where(others > 0, others, 0.0) + extra
+    lse = tl.where(others > 0, peak, logit) + extra
+    rest = tl.where(others > 0, 1.0, small) / (1.0 + small)  # 1 - p of the positive
+    tl.store(loss_out + row, tl.where(live, loss, 0.0), mask=row < n)
+    tl.store(lse_out + row, tl.where(live, lse, 0.0), mask=row < n)
+
+    if WITH_MEAN:
+        share = tl.where(rounded > 0, rest / tl.where(rounded > 0, rounded, 1.0), 0.0)
+        for k in range(CHUNKS):
+            col = k * BLOCK_D + tl.arange(0, BLOCK_D)
+            mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+            for r in range(ranges):
+                at = row + r * step
+                scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
+                mean += scale[:, None] * load_rows(mean_in, at, live, d, 1, k * BLOCK_D, d, BLOCK_D)
+            c_tile = load_rows(c, y, live, d, 1, k * BLOCK_D, d, BLOCK_D).to(tl.float32)
+            direction = mean * share[:, None] - c_tile * rest[:, None]
+            direction = tl.where(live[:, None], direction, 0.0)
+            keep = (row < n)[:, None] & (col < d)[None, :]
+            tl.store(direction_out + row[:, None] * d + col[None, :], direction, mask=keep)
+
+
+@triton.jit(do_not_specialize=["n", "v", "per_range"])
+def _bwd_kernel(
+    x, c, bias, positive, row_group, item_group, listed, offsets, lse, grad, grad_positive, scale,
+    grad_c, grad_bias, n, v, d, per_range,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dc and db of BLOCK_C candidates from a range of queries: [ranges, C, D] and [ranges, C].
+    `listed` holds the queries that leave a candidate out, `offsets` [C + 1]."""
+    blocks = tl.cdiv(v, BLOCK_C)
+    slot = tl.program_id(0)
+    own = tl.program_id(1) * BLOCK_D
+    item = ((slot % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    real = item < v
+    begin = (slot // blocks) * per_range * BLOCK_B
+    if listed is not None:
+        place, end = list_bounds(offsets, item, real)
+        if begin > 0:
+            place = seek(listed, place, end, begin)
+    if CHUNKS == 1:
+        c_tile = load_rows(c, item, real, d, 1, 0, d, BLOCK_D)
+    if bias is not None:
+        b = tl.load(bias + item, mask=real, other=0.0)
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    acc_bias = tl.zeros([BLOCK_C], tl.float32)
+
+    for first in range(begin, tl.minimum(begin + per_range * BLOCK_B, n), BLOCK_B):
+        row = first + tl.arange(0, BLOCK_B)
+        live = row < n
+        x_tile = load_rows(x, row, live, d, 1, own, d, BLOCK_D)
+        if CHUNKS == 1:
+            s = dot(c_tile, tl.trans(x_tile), None, PRECISION)
+        else:
+            s = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
+            for k in range(CHUNKS):
+                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
+                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
+                s = dot(c_part, tl.trans(x_part), s, PRECISION)
+        if bias is not None:
+            s += b[:, None]
+        s = leave_out_groups(s, item, row, real, live, item_group, row_group, v, n, COLUMNS)
+        if listed is not None:
+            s, place = leave_out_listed(s, row, listed, place, end, first + BLOCK_B)
+        shift = tl.load(lse + row, mask=live, other=float("inf")) - HEADROOM
+        p = exp_shifted(s, shift[None, :], PRECISION)
+        p *= tl.load(grad + row, mask=live, other=0.0)[None, :]
+        y = tl.load(positive + row, mask=live, other=-1)
+        hit = item[:, None] == y[None, :]
+        if tl.max(tl.max(hit.to(tl.int32), 1), 0) > 0:
+            g = tl.load(grad_positive + row, mask=live, other=0.0)
+            p = tl.where(hit, g[None, :], p)
+        if bias is not None:
+            acc_bias += tl.sum(p, 1)
+        acc = dot(round_to(p, x.dtype.element_ty), x_tile, acc, PRECISION)
+
+    unit = tl.load(scale)
+    at = (slot // blocks).to(tl.int64) * v + item
+    col = own + tl.arange(0, BLOCK_D)
+    keep = real[:, None] & (col < d)[None, :]
+    tl.store(grad_c + at[:, None] * d + col[None, :], acc * unit, mask=keep)
+    if bias is not None and own == 0:
+        tl.store(grad_bias + at, acc_bias * unit, mask=real)

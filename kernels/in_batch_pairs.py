@@ -1,0 +1,73 @@
+"""The pairs of the in-batch kernels: exclusions on a tile of scores, and how ranges are cut.
+
+Legend: B queries, C candidates, G id columns.
+
+    ids      one comparison per logit and column
+    lists    every row keeps the position in its sorted list; tiles without an entry cost nothing
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def leave_out_groups(
+    s, row, column, row_live, column_live, row_group, column_group, rows, columns,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """-inf where an id of the row equals the id of the column; negative ids equal none."""
+    for g in tl.static_range(COLUMNS):
+        i = tl.load(row_group + g * rows + row, mask=row_live, other=-1)
+        j = tl.load(column_group + g * columns + column, mask=column_live, other=-1)
+        i = tl.where(i < 0, -1, i)
+        j = tl.where(j < 0, -2, j)
+        s = tl.where(i[:, None] == j[None, :], float("-inf"), s)
+    return s
+
+
+@triton.jit
+def seek(values, place, end, first):
+    """The first position from `place` on whose value is not below `first`, for every row."""
+    high = end
+    while tl.max((place < high).to(tl.int32), 0) > 0:
+        searching = place < high
+        middle = (place + high) // 2
+        value = tl.load(values + middle, mask=searching, other=0)
+        place = tl.where(searching & (value < first), middle + 1, place)
+        high = tl.where(searching & (value >= first), middle, high)
+    return place
+
+
+@triton.jit
+def leave_out_listed(s, column, values, place, end, last, OUT: tl.constexpr = float("-inf")):
+    """OUT for the listed columns below `last`; also the position of every row after them."""
+    value = tl.load(values + place, mask=place < end, other=last)
+    if tl.min(value, 0) < last:  # the compiler pipelines no loop that holds a bare `while`
+        while tl.min(value, 0) < last:
+            s = tl.where(value[:, None] == column[None, :], OUT, s)
+            place += (value < last).to(tl.int64)
+            value = tl.load(values + place, mask=place < end, other=last)
+    return s, place
+
+
+@triton.jit
+def list_bounds(offsets, row, live):
+    return tl.load(offsets + row, mask=live, other=0), tl.load(
+        offsets + row + 1, mask=live, other=0
+    )
+
+
+def ranges_of(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
+    """(ranges, tiles per range) of the streamed side: about four programs a processor, because two
+    fit at a time and two rounds even out the last one."""
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    ranges = max(1, min(4 * processors // max(blocks, 1), tiles, 32))
+    per_range = max(1, triton.cdiv(tiles, ranges))
+    return max(1, triton.cdiv(tiles, per_range)), per_range
+
+
+def by_column(ids: torch.Tensor | None) -> torch.Tensor | None:
+    return None if ids is None else ids.t().contiguous()

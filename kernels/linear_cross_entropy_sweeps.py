@@ -1,0 +1,216 @@
+"""Triton kernels of `linear_cross_entropy`: the N x V logits exist one tile at a time.
+
+Legend: N rows, V items, D width. Rows are visited in the order of `_plan`: the scored ones first,
+sorted by target.
+
+Forward: a program owns BLOCK_N rows and a range of items. It streams tiles of W and keeps
+sum_j p_ij and sum_j p_ij W_j relative to a running row shift; `_combine_kernel` adds the ranges in
+a fixed order. Backward: a program owns BLOCK_V items, streams all rows and writes its rows of dW
+once. No atomics and no locks: equal inputs give equal bits.
+
+The number of scored rows stays on the device, so the host never waits; programs without work exit.
+"""
+
+import triton
+import triton.language as tl
+
+from fastrec.kernels.tiles import LOG2E, SLACK, dot, exp_shifted, load_rows, round_to
+
+
+@triton.jit
+def _schedule(count, v, slots, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(row blocks, item ranges, tiles per range) that spread the scored rows over `slots`."""
+    blocks = tl.cdiv(tl.load(count).to(tl.int32), BLOCK_N)
+    tiles = tl.cdiv(v, BLOCK_V)
+    ranges = tl.maximum(tl.minimum(slots // tl.maximum(blocks, 1), tl.minimum(tiles, 128)), 1)
+    per_range = tl.cdiv(tiles, ranges)
+    return blocks, tl.cdiv(tiles, per_range), per_range
+
+
+@triton.jit(do_not_specialize=["v", "slots"])
+def _fwd_kernel(
+    x, w, bias, order, count, shift_out, sum_out, mean_out,
+    v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs read the same items, so that a W tile comes from HBM once.
+    blocks, ranges, per_range = _schedule(count, v, slots, BLOCK_N, BLOCK_V)
+    slot = tl.program_id(0)
+    if slot >= blocks * ranges:
+        return
+    own = tl.program_id(1) * BLOCK_D  # columns of W whose mean this program accumulates
+    at = (slot % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = at < tl.load(count)
+    row = tl.load(order + at, mask=live, other=0)
+    if CHUNKS == 1:
+        x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
+
+    # p = exp(s - shift) stays below e^(SLACK + HEADROOM).
+    shift = tl.full([BLOCK_N], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    rounded = tl.zeros([BLOCK_N], tl.float32)
+    mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    begin = (slot // blocks) * per_range * BLOCK_V
+    for first in range(begin, tl.minimum(begin + per_range * BLOCK_V, v), BLOCK_V):
+        item = first + tl.arange(0, BLOCK_V)
+        real = item < v
+        w_tile = load_rows(w, item, real, stride_wv, stride_wd, own, d, BLOCK_D)
+        w_tile = round_to(w_tile, x.dtype.element_ty)
+        if CHUNKS == 1:
+            s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
+        else:
+            s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            for c in range(CHUNKS):
+                x_part = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
+                w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+                w_part = round_to(w_part, x.dtype.element_ty)
+                s = dot(x_part, tl.trans(w_part), s, PRECISION)
+        if bias is not None:
+            b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
+            s += b.to(tl.float32)[None, :]
+        elif first + BLOCK_V > v:
+            s = tl.where(real[None, :], s, float("-inf"))
+        peak = tl.max(s, 1)
+        grown = peak > shift + (SLACK + HEADROOM)
+        if tl.max(grown.to(tl.int32), 0) > 0:
+            new = tl.where(grown, peak - HEADROOM, shift)
+            fade = tl.exp2((shift - new) * LOG2E)
+            total *= fade
+            if WITH_MEAN:
+                rounded *= fade
+                mean *= fade[:, None]
+            shift = new
+        p = exp_shifted(s, shift[:, None], PRECISION)
+        total += tl.sum(p, 1)
+        if WITH_MEAN:
+            q = round_to(p, x.dtype.element_ty)
+            rounded += tl.sum(q.to(tl.float32), 1)
+            mean = dot(q, w_tile, mean, PRECISION)
+
+    place = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if own == 0:
+        tl.store(shift_out + place, shift)
+        tl.store(sum_out + 2 * place, total)
+        tl.store(sum_out + 2 * place + 1, rounded)
+    if WITH_MEAN:
+        col = own + tl.arange(0, BLOCK_D)
+        tl.store(mean_out + place[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "v", "slots"])
+def _combine_kernel(
+    x, w, bias, target, order, count, shift_in, sum_in, mean_in, lse_out, logit_out, offset_out,
+    n, v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr, WITH_MEAN: tl.constexpr,
+):  # fmt: skip
+    """lse, target_logit and mean_offset of BLOCK_R rows; 0 for rows that are not scored."""
+    blocks, ranges, _ = _schedule(count, v, slots, BLOCK_N, BLOCK_V)
+    at = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.load(order + at, mask=at < n, other=0)
+    live = at < tl.load(count)
+    place = (at // BLOCK_N).to(tl.int64) * BLOCK_N + at % BLOCK_N
+    step = blocks.to(tl.int64) * BLOCK_N
+
+    shift = tl.full([BLOCK_R], -1e30, tl.float32)
+    for r in range(ranges):
+        shift = tl.maximum(shift, tl.load(shift_in + place + r * step, mask=live, other=-1e30))
+    total = tl.zeros([BLOCK_R], tl.float32)
+    rounded = tl.zeros([BLOCK_R], tl.float32)
+    for r in range(ranges):
+        here = place + r * step
+        scale = exp_shifted(tl.load(shift_in + here, mask=live, other=-1e30), shift, "ieee")
+        total += scale * tl.load(sum_in + 2 * here, mask=live, other=1.0)
+        rounded += scale * tl.load(sum_in + 2 * here + 1, mask=live, other=1.0)
+
+    y = tl.load(target + row, mask=live, other=0)
+    logit = tl.zeros([BLOCK_R], tl.float32)
+    for c in range(CHUNKS):
+        x_tile = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
+        w_tile = load_rows(w, y, live, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+        w_tile = round_to(w_tile, x.dtype.element_ty)  # the value that forward multiplies
+        logit += tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
+        if WITH_MEAN:
+            col = c * BLOCK_D + tl.arange(0, BLOCK_D)
+            mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+            for r in range(ranges):
+                here = place + r * step
+                scale = exp_shifted(tl.load(shift_in + here, mask=live, other=-1e30), shift, "ieee")
+                part = load_rows(mean_in, here, live, d, 1, c * BLOCK_D, d, BLOCK_D)
+                mean += scale[:, None] * part
+            offset = mean / rounded[:, None] - w_tile.to(tl.float32)
+            offset = tl.where(live[:, None], offset, 0.0)
+            keep = (at < n)[:, None] & (col < d)[None, :]
+            tl.store(offset_out + row[:, None] * d + col[None, :], offset, mask=keep)
+    if bias is not None:
+        logit += tl.load(bias + y * stride_b, mask=live, other=0.0).to(tl.float32)
+
+    lse = shift + tl.log(total)
+    lse = tl.where(lse < logit, logit, lse)  # p_y <= 1 and loss >= 0 in spite of rounding
+    tl.store(lse_out + row, tl.where(live, lse, 0.0), mask=at < n)
+    tl.store(logit_out + row, tl.where(live, logit, 0.0), mask=at < n)
+
+
+@triton.jit(do_not_specialize=["v"])
+def _bwd_kernel(
+    x, w, bias, target, lse, grad_lse, grad_logit, offsets, count, scale, grad_w, grad_bias,
+    v, d, stride_wv, stride_wd, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW and db of BLOCK_V items. x and the [N] vectors are contiguous, in the order of `_plan`."""
+    tile = tl.program_id(0).to(tl.int64)
+    own = tl.program_id(1) * BLOCK_D
+    item = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    real = item < v
+    if CHUNKS == 1:
+        w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
+        w_tile = round_to(w_tile, x.dtype.element_ty)
+    if bias is not None:
+        b = tl.load(bias + item * stride_b, mask=real, other=0.0).to(tl.float32)
+    acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    acc_bias = tl.zeros([BLOCK_V], tl.float32)
+
+    # Rows are sorted by target: those of this tile are neighbours.
+    hit = tl.load(offsets + tile).to(tl.int32)
+    end = tl.load(offsets + tile + 1).to(tl.int32)
+    rows = tl.load(count).to(tl.int32)
+    for first in range(0, rows, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        live = at < rows
+        x_tile = load_rows(x, at, live, d, 1, own, d, BLOCK_D)
+        if CHUNKS == 1:
+            s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
+        else:
+            s = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
+            for c in range(CHUNKS):
+                x_part = load_rows(x, at, live, d, 1, c * BLOCK_D, d, BLOCK_D)
+                w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
+                w_part = round_to(w_part, x.dtype.element_ty)
+                s = dot(w_part, tl.trans(x_part), s, PRECISION)
+        shift = tl.load(lse + at, mask=live, other=float("inf")) - HEADROOM
+        if bias is not None:
+            s += b[:, None]
+        p = exp_shifted(s, shift[None, :], PRECISION)
+        p *= tl.load(grad_lse + at, mask=live, other=0.0)[None, :]
+        if (first < end) & (first + BLOCK_N > hit):
+            # Before p is rounded: at p_y near 1 the sum is smaller than the rounding of p_y.
+            y = tl.load(target + at, mask=live, other=-1)
+            grad = tl.load(grad_logit + at, mask=live, other=0.0)
+            p += tl.where(item[:, None] == y[None, :], grad[None, :], 0.0)
+        if bias is not None:
+            acc_bias += tl.sum(p, 1)
+        acc = dot(round_to(p, x.dtype.element_ty), x_tile, acc, PRECISION)
+
+    unit = tl.load(scale)
+    col = own + tl.arange(0, BLOCK_D)
+    keep = real[:, None] & (col < d)[None, :]
+    tl.store(
+        grad_w + item[:, None] * d + col[None, :],
+        round_to(acc * unit, grad_w.dtype.element_ty),
+        mask=keep,
+    )
+    if bias is not None and own == 0:
+        grad_b = round_to(acc_bias * unit, grad_bias.dtype.element_ty)
+        tl.store(grad_bias + item, grad_b, mask=real)
