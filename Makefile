@@ -1,7 +1,7 @@
 # One virtual environment, pinned; every target works from a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
-TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
+TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py tests/test_triton_rows.py \
   tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py
 # A worker process per core; tests of threads and of several processes bring their own.
 WORKERS := -n auto --dist worksteal

@@ -1,7 +1,7 @@
 """Entries of the elementwise ops of the encoder against eager PyTorch and its compiler.
 
 Legend: T events, D width (of the tensor that is read), V items of the table of the embedding.
-The case is the name of the op; dropout 0.5.
+The case is the name of the op; dropout 0.5, and none in the pooling.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,16 @@ from fastrec.random import Rng
 P = 0.5
 LENGTH = 16  # events of a sequence
 NORM, GELU, EMBEDDING = "dropout_add_layer_norm", "bias_gelu_dropout", "jagged_embedding"
+POOL = "jagged_max_pool"
 
 
 def entry(case: str, t: int, d: int, v: int = 0, **options) -> Entry:
     return Entry("encoder_pieces", dict(T=t, D=d, V=v), case=case, **options)
 
 
-SMOKE = tuple(entry(case, 37, 20, 50 * (case == EMBEDDING)) for case in (NORM, GELU, EMBEDDING))
+SMOKE = tuple(
+    entry(case, 37, 20, 50 * (case == EMBEDDING)) for case in (NORM, GELU, EMBEDDING, POOL)
+)
 ELEMENT = "element"
 PASSES = ("forward", "both")
 GRADIENT_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -41,6 +44,9 @@ def problem(entry: Entry, device: str = "cpu") -> tuple:
         return tensor(t, d), tensor(d)
     if entry.case == NORM:
         return tensor(t, d), tensor(t, d), tensor(d), tensor(d)
+    if entry.case == POOL:
+        ends = torch.arange(LENGTH, t + LENGTH, LENGTH, device=device).clamp_max(t)
+        return tensor(t, d), torch.cat([ends.new_zeros(1), ends])
     ids = torch.randint(v, (t,), **options)
     return ids, tensor(v, d), tensor(LENGTH, d), tensor(d), tensor(d)
 
@@ -48,6 +54,9 @@ def problem(entry: Entry, device: str = "cpu") -> tuple:
 def _call(case: str, reference: bool = False, p: float = P) -> Callable:
     """The op, or its reference, with the masks of sequences of LENGTH events."""
     function = getattr(import_module(f"fastrec.ops.{case}"), case + "_ref" * reference)
+
+    if case == POOL:
+        return function
 
     def run(*inputs):
         events, device = len(inputs[0]), inputs[0].device
@@ -79,7 +88,14 @@ def _eager(case: str, p: float = P) -> Callable:
         z = F.embedding(values, weight) + F.embedding(place, position_weight)
         return F.dropout(F.layer_norm(z, z.shape[1:], norm_weight, norm_bias), p)
 
-    return {NORM: norm, GELU: gelu, EMBEDDING: embedding}[case]
+    def pool(values, offsets):
+        index = torch.arange(len(offsets) - 1, device=values.device)
+        owner = torch.repeat_interleave(index, offsets.diff(), output_size=len(values))
+        lowest = values.new_full((len(index), values.shape[1]), -torch.inf)
+        owner = owner.unsqueeze(1).expand_as(values)
+        return lowest.scatter_reduce(0, owner, values, "amax")
+
+    return {NORM: norm, GELU: gelu, EMBEDDING: embedding, POOL: pool}[case]
 
 
 def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
@@ -96,7 +112,7 @@ def work(entry: Entry) -> dict[str, int]:
     saved and writes the gradients, that of a table as a whole."""
     t, d, v = entry.sizes.values()
     item = getattr(torch, entry.dtype).itemsize
-    tensors = {NORM: 8, GELU: 5, EMBEDDING: 4}[entry.case]
+    tensors = {NORM: 8, GELU: 5, EMBEDDING: 4, POOL: 2}[entry.case]
     return {
         "elements": t * d,
         "exps": 0,

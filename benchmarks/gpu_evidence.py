@@ -30,6 +30,8 @@ SHARES = {
     "in_batch": 4,
     "attention": 4,
     "encoder": 2,
+    "rank_topk": 3,
+    "sampled": 2,
     "step": 6,
     "memory": 2,
     "graphs": 2,

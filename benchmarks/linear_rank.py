@@ -58,8 +58,8 @@ def eager(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 def tiles(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     """What evaluation did before there was an op: two passes, the scores of the targets first."""
-    own, ids = torch.empty(len(x), 1, dtype=x.dtype), torch.arange(len(w))
-    ranks = torch.ones(len(x), dtype=torch.int64)
+    own, ids = x.new_empty(len(x), 1), torch.arange(len(w), device=x.device)
+    ranks = torch.ones_like(y)
     for count in (False, True):
         for start in range(0, len(w), TILE):
             scores = x @ w[start : start + TILE].T
@@ -83,13 +83,13 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
     }
 
 
-def problem(entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, entry.dtype)
+def problem(entry: Entry, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    dtype, options = getattr(torch, entry.dtype), {"generator": generator, "device": device}
     n, v, d = entry.sizes.values()
-    w = torch.randn(v, d, generator=generator).mul_(d**-0.5).to(dtype)
-    x = torch.randn(n, d, generator=generator).to(dtype)
-    return x, w, torch.randint(v, (n,), generator=generator)
+    w = torch.randn(v, d, **options).mul_(d**-0.5).to(dtype)
+    x = torch.randn(n, d, **options).to(dtype)
+    return x, w, torch.randint(v, (n,), **options)
 
 
 def errors(
@@ -99,9 +99,9 @@ def errors(
     closer than the rounding of float32."""
     x, w, y = inputs[0].double(), inputs[1], inputs[2]
     own = (x * w[y].double()).sum(1, keepdim=True)
-    exact = torch.ones(len(x), dtype=torch.int64)
+    exact = torch.ones_like(y)
     for start in range(0, len(w), TILE):
-        ids = torch.arange(start, min(start + TILE, len(w)))
+        ids = torch.arange(start, min(start + TILE, len(w)), device=y.device)
         ahead = x @ w[start : start + TILE].double().T > own
         exact += (ahead & (ids != y[:, None])).sum(1)
     return {

@@ -46,10 +46,11 @@ def eager(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def tiles(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What recommend did before there was an op: the best so far join the scores of a tile."""
-    values, indices = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64)
+    values = x.new_empty(len(x), 0)
+    indices = torch.empty_like(values, dtype=torch.int64)
     for start in range(0, len(w), TILE):
         scores = x @ w[start : start + TILE].T
-        ids = torch.arange(start, start + scores.shape[1]).expand(len(x), -1)
+        ids = torch.arange(start, start + scores.shape[1], device=x.device).expand(len(x), -1)
         scores, ids = torch.cat([values, scores], 1), torch.cat([indices, ids], 1)
         order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
         values, indices = scores.gather(1, order), ids.gather(1, order)
@@ -67,12 +68,12 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
     }
 
 
-def problem(entry: Entry) -> tuple[Tensor, Tensor, int]:
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, entry.dtype)
+def problem(entry: Entry, device: str = "cpu") -> tuple[Tensor, Tensor, int]:
+    generator = torch.Generator(device).manual_seed(0)
+    dtype, options = getattr(torch, entry.dtype), {"generator": generator, "device": device}
     n, v, d, k = entry.sizes.values()
-    w = torch.randn(v, d, generator=generator).mul_(d**-0.5).to(dtype)
-    return torch.randn(n, d, generator=generator).to(dtype), w, k
+    w = torch.randn(v, d, **options).mul_(d**-0.5).to(dtype)
+    return torch.randn(n, d, **options).to(dtype), w, k
 
 
 def errors(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench import OPS, ROOT, SLOW, Entry, entries, measure, module, peak_memory
+from benchmarks.roofline import ceilings, plot
 
 
 def environment() -> dict:
@@ -164,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         previous = json.loads(arguments.output.read_text())
         results["ops"] = previous["ops"]
         if arguments.render:
-            results["environment"] = previous["environment"]
+            results = previous
+    if not (arguments.render or arguments.smoke):
+        results["ceilings"] = ceilings()
     for entry in () if arguments.render else entries("SMOKE" if arguments.smoke else "ENTRIES"):
         if arguments.op not in (None, entry.op) or (arguments.shape or "") not in entry.key:
             continue
@@ -180,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
             for name, rendered in TABLES.items():
                 if not update(arguments.table_root / name, op, rendered(results, op)):
                     print(f"{name} has no block for {op}")
+    if arguments.table and "ceilings" in results:
+        plot(results, arguments.table_root / "docs" / "roofline.png")
 
 
 def measured(entry: Entry, arguments: argparse.Namespace) -> dict:

@@ -34,25 +34,26 @@ SMOKE = (
     _entry(9, 5, 257, 16, "own", rounds=2),
     _entry(9, 5, 257, 16, "sparse", rounds=2, only=_NO_COMPILER),
     _entry(9, 5, 257, 16, "shared", rounds=2),
+    _entry(9, 5, 257, 16, "own", rounds=2, dtype="bfloat16", only=("fastrec", "eager")),
 )
 QUICK = (_entry(2560, 256, 100_000, 64, "own"),)
 ELEMENT = "pair"
 PASSES = ("forward", "both")
 PEERS = {"eager": ("eager",), "`torch.compile`": ("torch.compile",)}
-GRADIENT_LIMIT = {"float32": 1e-5}
+GRADIENT_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
 
 
 def work(entry: Entry) -> dict[str, int]:
     """A product for the scores and one for each gradient; the row of a pair is read once, that of
     the gradient written once for every distinct item (here: for all pairs)."""
     n, k, _, d = entry.sizes.values()
-    pairs = n * (k + 1)
+    pairs, item = n * (k + 1), getattr(torch, entry.dtype).itemsize
     shared = entry.case == "shared"
     return {
         "elements": pairs,
         "exps": pairs * (2 if shared else 1),
-        "bytes": 2 * 4 * d * (n + k if shared else pairs),
-        "materialised": 4 * (pairs if shared else pairs * d),
+        "bytes": 2 * item * d * (n + k if shared else pairs),
+        "materialised": item * (pairs if shared else pairs * d),
         "forward": 2 * pairs * d,
         "both": 6 * pairs * d,
     }
@@ -87,14 +88,15 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
     }
 
 
-def problem(entry: Entry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def problem(entry: Entry, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    dtype, options = getattr(torch, entry.dtype), {"generator": generator, "device": device}
     n, k, v, d = entry.sizes.values()
-    w = torch.randn(v, d, generator=generator).mul_(d**-0.5)
-    x = torch.randn(n, d, generator=generator)
-    y = torch.randint(v, (n,), generator=generator)
+    w = torch.randn(v, d, **options).mul_(d**-0.5).to(dtype)
+    x = torch.randn(n, d, **options).to(dtype)
+    y = torch.randint(v, (n,), **options)
     shape = (k,) if entry.case == "shared" else (n, k)
-    negatives = torch.randint(v, shape, generator=generator)
+    negatives = torch.randint(v, shape, **options)
     return x.requires_grad_(), w.requires_grad_(), y, negatives
 
 

@@ -38,14 +38,14 @@ template <class T>
 struct Problem {
   Problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& offsets,
           const std::optional<Tensor>& sample_ids, const std::optional<Tensor>& rng, int64_t drop,
-          bool causal, double scale, int64_t view, int64_t layer)
+          bool causal, double scale, int64_t view, int64_t views, int64_t layer)
       : q(with_contiguous_features(query)),
         k(with_contiguous_features(key)),
         v(with_contiguous_features(value)),
         bounds(torch::stable::contiguous(offsets)),
         args{query.size(1), query.size(2), 0,
              static_cast<const int64_t*>(bounds.data_ptr()), nullptr,
-             PhiloxKey(0, 0, Site::attention, view, layer), static_cast<int>(drop), causal,
+             PhiloxKey(0, 0, Site::attention, view, layer), 1, static_cast<int>(drop), causal,
              static_cast<T>(scale), heads_of(q), heads_of(k), heads_of(v),
              {}, {}, {}, {}, {}, nullptr, nullptr, nullptr, 0, nullptr} {
     sequences = offsets.size(0) - 1;
@@ -57,6 +57,7 @@ struct Problem {
       ids = torch::stable::contiguous(*sample_ids);
       STD_TORCH_CHECK(ids->size(0) == sequences, "sample_ids must have one id per sequence");
       args.sample_ids = static_cast<const int64_t*>(ids->data_ptr());
+      args.block = std::max<int64_t>(1, sequences / views);
     }
     const int64_t* at = args.offsets;
     for (int64_t b = 0; b < sequences; ++b) {
@@ -152,11 +153,12 @@ std::tuple<Tensor, Tensor> jagged_attention_fwd(Tensor query, Tensor key, Tensor
                                                 Tensor offsets, std::optional<Tensor> sample_ids,
                                                 std::optional<Tensor> rng, int64_t max_seq_len,
                                                 bool causal, double scale, int64_t drop,
-                                                int64_t view, int64_t layer) {
+                                                int64_t view, int64_t views, int64_t layer) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return forward_typed(
-        Problem<T>(query, key, value, offsets, sample_ids, rng, drop, causal, scale, view, layer),
+        Problem<T>(query, key, value, offsets, sample_ids, rng, drop, causal, scale, view, views,
+                   layer),
         query);
   };
   return query.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
@@ -166,11 +168,12 @@ Tensor jagged_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor va
                             std::optional<Tensor> out, Tensor lse, Tensor offsets,
                             std::optional<Tensor> sample_ids, std::optional<Tensor> rng,
                             int64_t max_seq_len, bool causal, double scale, int64_t drop,
-                            int64_t view, int64_t layer) {
+                            int64_t view, int64_t views, int64_t layer) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward_typed(
-        Problem<T>(query, key, value, offsets, sample_ids, rng, drop, causal, scale, view, layer),
+        Problem<T>(query, key, value, offsets, sample_ids, rng, drop, causal, scale, view, views,
+                   layer),
         grad_out, query, lse);
   };
   return query.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

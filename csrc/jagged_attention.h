@@ -48,6 +48,7 @@ struct AttentionArgs {
   const int64_t* offsets;     // [B + 1]
   const int64_t* sample_ids;  // [B], null without dropout
   PhiloxKey key;
+  int64_t block;  // sequences of one view
   int drop;  // an element is dropped where its draw is below; 0: no dropout
   bool causal;
   T scale;
@@ -249,7 +250,7 @@ struct Attention {
   }
 
   FASTREC_INLINE PhiloxKey key_of(int64_t b, int64_t h) const {
-    return a.drop ? a.key.of(a.sample_ids[b], h) : a.key;
+    return a.drop ? a.key.of(a.sample_ids[b], h, b / a.block) : a.key;
   }
   FASTREC_INLINE int64_t keys_of(int64_t first, int64_t rows, int64_t length) const {
     return a.causal ? std::min(length, first + rows) : length;

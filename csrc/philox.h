@@ -37,9 +37,10 @@ struct PhiloxKey {
         c2(0),
         c3(uint32_t(step)) {}
 
-  FASTREC_INLINE PhiloxKey of(int64_t sample_id, int64_t head = 0) const {
+  // `block` counts views on from the first one.
+  FASTREC_INLINE PhiloxKey of(int64_t sample_id, int64_t head = 0, int64_t block = 0) const {
     PhiloxKey key = *this;
-    key.c1 |= uint32_t(head);
+    key.c1 = (key.c1 + (uint32_t(block) << 16)) | uint32_t(head);
     key.c2 = uint32_t(sample_id);
     return key;
   }

@@ -144,6 +144,20 @@ class Rng:
     view: int = 0
 
 
+def views_of(rng: Rng, rows: int, views: int, device: torch.device) -> Tensor | int:
+    """View number of each of `rows` rows (or sequences) that are `views` blocks of equal size:
+    block i has `rng.view` + i. int64 [rows], or the number itself for one block."""
+    if views == 1:
+        return rng.view
+    return rng.view + torch.arange(rows, device=device) // max(rows // views, 1)
+
+
+def check_views(rows: int, views: int, what: str) -> None:
+    """Raises ValueError unless `rows` are `views` blocks of equal size."""
+    if views < 1 or rows % views:
+        raise ValueError(f"{rows} {what} are not {views} views of equal size")
+
+
 def keep_mask(
     rng: Rng,
     p: float,
@@ -154,10 +168,12 @@ def keep_mask(
     site: str,
     layer: int = 0,
     head: Tensor | int = 0,
+    view: Tensor | int | None = None,
 ) -> tuple[Tensor, float]:
     """Dropout mask of whole rows, 8 bits a draw: (bool [..., columns], scale of the kept values).
 
-    `sample_ids`, `row` and `head` broadcast to the leading shape. The probability is quantised to
+    `sample_ids`, `row`, `head` and `view` (`rng.view` if None) broadcast to the leading shape. The
+    probability is quantised to
     1/256 and the scale is exact for the quantised one. p = 1 is rejected.
     """
     drop = threshold(p, 8)
@@ -167,9 +183,11 @@ def keep_mask(
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (8 << 16), (seed >> 32) & _MASK32)
     groups = torch.arange((columns + 15) // 16, device=sample_ids.device)
     head = head.unsqueeze(-1) if isinstance(head, Tensor) else head
+    view = rng.view if view is None else view
+    view = view.unsqueeze(-1) if isinstance(view, Tensor) else view
     counter = (
         (row.unsqueeze(-1) << 16) | groups,
-        (rng.view << 16) | (layer << 8) | head,
+        (view << 16) | (layer << 8) | head,
         (sample_ids & _MASK32).unsqueeze(-1),
         step & _MASK32,
     )
@@ -228,9 +246,10 @@ def dropout_arguments(
     *,
     site: str,
     layer: int = 0,
+    views: int = 1,
 ) -> tuple:
     """What a kernel needs to draw the mask of `keep_mask` for [rows, D]: (sample_ids, positions,
-    key, drop, site, layer, view), all of it None or 0 where p quantises to 0.
+    key, drop, site, layer, view, views), all but `views` None or 0 where p quantises to 0.
 
     `key` is an int64 [2] copy of (seed, step): a step counter that is advanced in place between
     forward and backward does not change the mask. Raises ValueError for a missing argument.
@@ -239,7 +258,7 @@ def dropout_arguments(
     if drop == 256:
         raise ValueError(f"dropout probability {p} leaves nothing to keep")
     if drop == 0:
-        return None, None, None, 0, 0, 0, 0
+        return None, None, None, 0, 0, 0, 0, views
     if rng is None or sample_ids is None or positions is None:
         raise ValueError(
             "dropout_p > 0 needs rng, sample_ids and positions: the mask is a function of them"
@@ -249,8 +268,8 @@ def dropout_arguments(
             raise ValueError(
                 f"{name} must be int64 [{rows}], got {index.dtype} {list(index.shape)}"
             )
-    if not (0 <= rng.view < 65536 and 0 <= layer < 256):
-        raise ValueError(f"out of range: view {rng.view}, layer {layer}")
+    if not (0 <= rng.view <= 65536 - views and 0 <= layer < 256):
+        raise ValueError(f"out of range: view {rng.view + views - 1}, layer {layer}")
     _check_positions("positions", positions)
     device = sample_ids.device
     on_host = not isinstance(rng.seed, Tensor) and not isinstance(rng.step, Tensor)
@@ -258,4 +277,4 @@ def dropout_arguments(
         key = torch.tensor([rng.seed, rng.step])
     else:
         key = torch.stack([_word(word, device) for word in (rng.seed, rng.step)])
-    return sample_ids, positions, key, drop, SITES[site], layer, rng.view
+    return sample_ids, positions, key, drop, SITES[site], layer, rng.view, views

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
+from fastrec.kernels.rows import dense, row_ranges, rows_of
 from fastrec.kernels.tiles import round_to
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
@@ -25,9 +26,10 @@ def _load_biased(input, bias, row, col, keep, d, stride_input):
     return z
 
 
-@triton.jit(do_not_specialize=["n", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "drop", "layer", "view", "per_view"])
 def _fwd_kernel(
-    input, bias, sample_ids, positions, key, output, n, d, stride_input, scale, drop, layer, view,
+    input, bias, sample_ids, positions, key, output,
+    n, d, stride_input, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -40,6 +42,7 @@ def _fwd_kernel(
     if sample_ids is not None:
         mask = row_mask(
             sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
+                per_view,
             SITE, BLOCK_D // 16,
         )  # fmt: skip
         y = tl.where(mask, y * scale, 0.0)
@@ -47,10 +50,10 @@ def _fwd_kernel(
     tl.store(output + place, round_to(y, output.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view", "per_view"])
 def _bwd_kernel(
     grad_output, input, bias, sample_ids, positions, key, grad_input, partials,
-    n, d, per_program, stride_output, stride_input, scale, drop, layer, view,
+    n, d, per_program, stride_output, stride_input, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -66,6 +69,7 @@ def _bwd_kernel(
         if sample_ids is not None:
             mask = row_mask(
                 sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
+                per_view,
                 SITE, BLOCK_D // 16,
             )  # fmt: skip
             grad = tl.where(mask, grad * scale, 0.0)
@@ -84,56 +88,42 @@ def _config(width: int) -> dict:
     return {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
 
 
-def _programs(rows: int, block_n: int) -> tuple[int, int]:
-    """(programs, row blocks of each): at most 1,024 partial sums."""
-    blocks = triton.cdiv(rows, block_n)
-    per_program = max(triton.cdiv(blocks, 1024), 1)
-    return triton.cdiv(blocks, per_program), per_program
-
-
 def _check(input):
     if input.dtype == torch.float64:
         raise RuntimeError("bias_gelu_dropout has no float64 triton kernel")
 
 
-def _rows(matrix):
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _dense(*tensors):
-    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, layer, view):
+def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, layer, view, views):
     _check(input)
     n, d = input.shape
     output = input.new_empty(n, d)
     if n == 0 or d == 0:
         return output
-    input, config = _rows(input), _config(d)
+    input, config = rows_of(input), _config(d)
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(d, config["BLOCK_D"]))](
-            input, *_dense(bias, sample_ids, positions, key), output,
-            n, d, input.stride(0), 256 / (256 - drop), drop, layer, view, SITE=site, **config,
+            input, *dense(bias, sample_ids, positions, key), output,
+            n, d, input.stride(0), 256 / (256 - drop), drop, layer, view, max(n // views, 1),
+            SITE=site, **config,
         )  # fmt: skip
     return output
 
 
 def bias_gelu_dropout_bwd(
-    grad_output, input, bias, sample_ids, positions, key, drop, site, layer, view
+    grad_output, input, bias, sample_ids, positions, key, drop, site, layer, view, views
 ):
     _check(input)
     n, d = input.shape
     grad_input, config = input.new_empty(n, d), _config(max(d, 1))
-    programs, per_program = _programs(n, config["BLOCK_N"])
+    programs, per_program = row_ranges(n, config["BLOCK_N"])
     partials = input.new_zeros(programs, d, dtype=torch.float32)
     if n > 0 and d > 0:
-        grad_output, input = _rows(grad_output), _rows(input)
+        grad_output, input = rows_of(grad_output), rows_of(input)
         with torch.cuda.device_of(input):
             _bwd_kernel[(programs, triton.cdiv(d, config["BLOCK_D"]))](
-                grad_output, input, *_dense(bias, sample_ids, positions, key), grad_input, partials,
+                grad_output, input, *dense(bias, sample_ids, positions, key), grad_input, partials,
                 n, d, per_program, grad_output.stride(0), input.stride(0),
-                256 / (256 - drop), drop, layer, view, SITE=site, **config,
+                256 / (256 - drop), drop, layer, view, max(n // views, 1), SITE=site, **config,
             )  # fmt: skip
     grad_bias = input.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
     return grad_input, grad_bias

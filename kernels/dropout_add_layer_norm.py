@@ -1,7 +1,6 @@
 """Triton kernels of `dropout_add_layer_norm`: a program owns whole rows, every tensor is read once.
 
-Legend: N rows, D width. Weight gradients are partial sums of `_programs` row ranges, added in
-order: no atomics, and the ranges depend on the shape only.
+Legend: N rows, D width. Weight gradients are partial sums of `row_ranges`.
 """
 
 import torch
@@ -9,15 +8,14 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
+from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
 from fastrec.kernels.tiles import round_to
 
-WIDEST = 2048
 
-
-@triton.jit(do_not_specialize=["n", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "drop", "layer", "view", "per_view"])
 def _fwd_kernel(
     input, residual, weight, bias, sample_ids, positions, key, output, sum_out, mean_out, rstd_out,
-    n, d, stride_input, stride_residual, eps, scale, drop, layer, view,
+    n, d, stride_input, stride_residual, eps, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -28,7 +26,18 @@ def _fwd_kernel(
     z = z.to(tl.float32)
     if sample_ids is not None:
         mask = row_mask(
-            sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
+            sample_ids,
+            positions,
+            key,
+            row,
+            live,
+            0,
+            drop,
+            layer,
+            view,
+            per_view,
+            SITE,
+            BLOCK_D // 16,
         )
         z = tl.where(mask, z * scale, 0.0)
     if residual is not None:
@@ -53,11 +62,11 @@ def _fwd_kernel(
     tl.store(rstd_out + row, rstd, mask=live)
 
 
-@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view", "per_view"])
 def _bwd_kernel(
     grad_output, grad_sum, sum, mean, rstd, weight, sample_ids, positions, key,
     grad_input, grad_residual, partials,
-    n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer, view,
+    n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer, view, per_view,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -91,8 +100,9 @@ def _bwd_kernel(
         if grad_input is not None:
             if sample_ids is not None:
                 mask = row_mask(
-                    sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
-                )
+                    sample_ids, positions, key, row, live, 0, drop, layer, view, per_view, SITE,
+                    BLOCK_D // 16,
+                )  # fmt: skip
                 grad = tl.where(mask, grad * scale, 0.0)
             tl.store(grad_input + place, round_to(grad, grad_input.dtype.element_ty), mask=keep)
     tl.store(partials + 2 * program * d + col, acc_weight, mask=real)
@@ -106,13 +116,6 @@ def _config(width: int) -> dict:
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4 if block_d <= 1024 else 8}
 
 
-def _programs(rows: int, block_n: int) -> tuple[int, int]:
-    """(programs, row blocks of each): at most 1,024 partial sums."""
-    blocks = triton.cdiv(rows, block_n)
-    per_program = max(triton.cdiv(blocks, 1024), 1)
-    return triton.cdiv(blocks, per_program), per_program
-
-
 def _check(input):
     if input.dtype == torch.float64:
         raise RuntimeError("dropout_add_layer_norm has no float64 triton kernel")
@@ -123,16 +126,8 @@ def _check(input):
         )
 
 
-def _rows(matrix):
-    return matrix if matrix is None or matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _dense(*tensors):
-    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
 def dropout_add_layer_norm_fwd(
-    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view
+    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view, views
 ):
     _check(input)
     n, d = input.shape
@@ -143,20 +138,20 @@ def dropout_add_layer_norm_fwd(
     rstd = torch.empty_like(mean)
     if n == 0 or d == 0:
         return output, sum, mean.fill_(0), rstd.fill_(0)
-    input, residual, config = _rows(input), _rows(residual), _config(d)
+    input, residual, config = rows_of(input), rows_of(residual), _config(d)
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
-            input, residual, *_dense(weight, bias, sample_ids, positions, key),
+            input, residual, *dense(weight, bias, sample_ids, positions, key),
             output, sum if sum.shape[0] else None, mean, rstd,
             n, d, input.stride(0), 0 if residual is None else residual.stride(0), eps,
-            256 / (256 - drop), drop, layer, view, SITE=site, **config,
+            256 / (256 - drop), drop, layer, view, max(n // views, 1), SITE=site, **config,
         )  # fmt: skip
     return output, sum, mean, rstd
 
 
 def dropout_add_layer_norm_bwd(
     grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype,
-    sample_ids, positions, key, drop, site, layer, view,
+    sample_ids, positions, key, drop, site, layer, view, views,
 ):  # fmt: skip
     _check(sum)
     n, d = sum.shape
@@ -164,16 +159,17 @@ def dropout_add_layer_norm_bwd(
     grad_input = sum.new_empty(0 if both else n, d, dtype=input_dtype)
     grad_residual = sum.new_empty(n, d)
     config = _config(max(d, 1))
-    programs, per_program = _programs(n, config["BLOCK_N"])
+    programs, per_program = row_ranges(n, config["BLOCK_N"])
     partials = mean.new_zeros(programs, 2, d)
     if n > 0 and d > 0:
-        grad_output, grad_sum, sum = _rows(grad_output), _rows(grad_sum), _rows(sum)
+        grad_output, grad_sum, sum = rows_of(grad_output), rows_of(grad_sum), rows_of(sum)
         strides = (0 if t is None else t.stride(0) for t in (grad_output, grad_sum, sum))
         with torch.cuda.device_of(sum):
             _bwd_kernel[(programs,)](
-                grad_output, grad_sum, sum, *_dense(mean, rstd, weight, sample_ids, positions, key),
+                grad_output, grad_sum, sum, *dense(mean, rstd, weight, sample_ids, positions, key),
                 None if both else grad_input, grad_residual, partials,
                 n, d, per_program, *strides, 256 / (256 - drop), drop, layer, view,
+                max(n // views, 1),
                 SITE=site, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)

@@ -60,14 +60,15 @@ def _kept(
     return drawn.to(tl.int32) >= drop
 
 
-@triton.jit(do_not_specialize=["drop", "view", "layer"])
+@triton.jit(do_not_specialize=["drop", "view", "per_view", "layer"])
 def _fwd_kernel(
     q, k, v, offsets, sample_ids, rng, out, lse,
-    heads, d, scale, keep_scale, drop, view, layer,
+    heads, d, scale, keep_scale, drop, view, per_view, layer,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
+    view += (b // per_view).to(tl.int32)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
@@ -101,15 +102,16 @@ def _fwd_kernel(
         tl.store(lse + (t + row) * heads + h, peak + tl.log(total), mask=row < length)
 
 
-@triton.jit(do_not_specialize=["drop", "view", "layer"])
+@triton.jit(do_not_specialize=["drop", "view", "per_view", "layer"])
 def _bwd_kernel(
     g, q, k, v, out, lse, offsets, sample_ids, rng, grad,
-    heads, d, scale, keep_scale, drop, view, layer,
+    heads, d, scale, keep_scale, drop, view, per_view, layer,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ONE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
+    view += (b // per_view).to(tl.int32)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
@@ -231,8 +233,9 @@ def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop):
 
 
 def jagged_attention_fwd(
-    query, key, value, offsets, sample_ids, rng, max_seq_len, causal, scale, drop, view, layer
-):
+    query, key, value, offsets, sample_ids, rng, max_seq_len, causal, scale, drop, view, views,
+    layer,
+):  # fmt: skip
     grid, options, keep_scale, ids = _launch("fwd", query, offsets, sample_ids, max_seq_len, drop)
     query, key, value = map(_features_contiguous, (query, key, value))
     events, heads, width = query.shape
@@ -244,14 +247,15 @@ def jagged_attention_fwd(
     with torch.cuda.device_of(query):
         _fwd_kernel[grid](
             query, key, value, offsets.contiguous(), ids, rng, out, lse,
-            heads, width, scale, keep_scale, drop, view, layer, *strides, CAUSAL=causal, **options,
+            heads, width, scale, keep_scale, drop, view, max(grid[0] // views, 1), layer, *strides,
+            CAUSAL=causal, **options,
         )  # fmt: skip
     return out, lse
 
 
 def jagged_attention_bwd(
     grad_out, query, key, value, out, lse, offsets, sample_ids, rng,
-    max_seq_len, causal, scale, drop, view, layer,
+    max_seq_len, causal, scale, drop, view, views, layer,
 ):  # fmt: skip
     grid, options, keep_scale, ids = _launch("bwd", query, offsets, sample_ids, max_seq_len, drop)
     grad_out, query, key, value = map(_features_contiguous, (grad_out, query, key, value))
@@ -263,7 +267,7 @@ def jagged_attention_bwd(
     with torch.cuda.device_of(query):
         _bwd_kernel[grid](
             grad_out, query, key, value, out, lse, offsets.contiguous(), ids, rng, grad,
-            heads, width, scale, keep_scale, drop, view, layer, *strides,
+            heads, width, scale, keep_scale, drop, view, max(grid[0] // views, 1), layer, *strides,
             CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], **options,
         )  # fmt: skip
     return grad

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.dropout_add_layer_norm import WIDEST, _dense, _programs, _rows
+from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
 from fastrec.kernels.tiles import round_to
 
 BLOCK_T = 32  # events of a program of `scatter`: as many products per event and column
@@ -37,11 +37,11 @@ def _gather(
     return z
 
 
-@triton.jit(do_not_specialize=["t", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["t", "drop", "layer", "view", "views"])
 def _fwd_kernel(
     values, weight, position_weight, positions, norm_weight, norm_bias, sample_ids, key,
     output, mean_out, rstd_out,
-    t, d, stride_weight, stride_position, eps, scale, drop, layer, view,
+    t, d, stride_weight, stride_position, eps, scale, drop, layer, view, views,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,20 +61,24 @@ def _fwd_kernel(
             z += tl.load(norm_bias + col, mask=real, other=0.0).to(tl.float32)[None, :]
         tl.store(mean_out + row, mean, mask=live)
         tl.store(rstd_out + row, rstd, mask=live)
-    if sample_ids is not None:
-        mask = row_mask(
-            sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
-        )
-        z = tl.where(mask, z * scale, 0.0)
-    place = output + row[:, None] * d + col[None, :]
-    tl.store(place, round_to(z, output.dtype.element_ty), mask=live[:, None] & real[None, :])
+    for one in range(views):  # of one z
+        kept = z
+        if sample_ids is not None:
+            mask = row_mask(
+                sample_ids, positions, key, row, live, 0, drop, layer, view + one, t, SITE,
+                BLOCK_D // 16,
+            )  # fmt: skip
+            kept = tl.where(mask, z * scale, 0.0)
+        place = output + (row[:, None] + one * t.to(tl.int64)) * d + col[None, :]
+        tl.store(place, round_to(kept, output.dtype.element_ty), mask=live[:, None] & real[None, :])
 
 
-@triton.jit(do_not_specialize=["t", "per_program", "drop", "layer", "view"])
+@triton.jit(do_not_specialize=["t", "per_program", "drop", "layer", "view", "views"])
 def _bwd_kernel(
     grad_output, values, weight, position_weight, positions, norm_weight, mean, rstd,
     sample_ids, key, grad_z, partials,
-    t, d, per_program, stride_output, stride_weight, stride_position, scale, drop, layer, view,
+    t, d, per_program, stride_output, stride_weight, stride_position, scale, drop, layer,
+    view, views,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -86,13 +90,17 @@ def _bwd_kernel(
         row = (program * per_program + block) * BLOCK_N + tl.arange(0, BLOCK_N)
         live = row < t
         keep = live[:, None] & real[None, :]
-        grad = grad_output + row[:, None] * stride_output + col[None, :]
-        grad = tl.load(grad, mask=keep, other=0.0).to(tl.float32)
-        if sample_ids is not None:
-            mask = row_mask(
-                sample_ids, positions, key, row, live, 0, drop, layer, view, SITE, BLOCK_D // 16
-            )
-            grad = tl.where(mask, grad * scale, 0.0)
+        grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for one in range(views):
+            place = (row[:, None] + one * t.to(tl.int64)) * stride_output + col[None, :]
+            part = tl.load(grad_output + place, mask=keep, other=0.0).to(tl.float32)
+            if sample_ids is not None:
+                mask = row_mask(
+                    sample_ids, positions, key, row, live, 0, drop, layer, view + one, t, SITE,
+                    BLOCK_D // 16,
+                )  # fmt: skip
+                part = tl.where(mask, part * scale, 0.0)
+            grad += part
         if norm_weight is not None:
             z = _gather(
                 values, weight, position_weight, positions, row, live, real, col,
@@ -205,23 +213,24 @@ def _strides(weight, position_weight):
 
 def jagged_embedding_fwd(
     values, weight, position_weight, positions, norm_weight, norm_bias, eps,
-    sample_ids, key, drop, site, layer, view,
+    sample_ids, key, drop, site, layer, view, views,
 ):  # fmt: skip
     _check(weight)
     t, d = weight.shape[0] if values is None else values.shape[0], weight.shape[1]
-    output = weight.new_empty(t, d)
+    output = weight.new_empty(views * t, d)
     mean = weight.new_empty(0 if norm_weight is None else t, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if t == 0 or d == 0:
         return output, mean.fill_(0), rstd.fill_(0)
     config = _config(d)
-    weight = _rows(weight)
-    position_weight = None if position_weight is None else _rows(position_weight)
-    values, positions, *vectors = _dense(values, positions, norm_weight, norm_bias, sample_ids, key)
+    weight = rows_of(weight)
+    position_weight = None if position_weight is None else rows_of(position_weight)
+    values, positions, *vectors = dense(values, positions, norm_weight, norm_bias, sample_ids, key)
     with torch.cuda.device_of(weight):
         _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
             values, weight, position_weight, positions, *vectors, output, mean, rstd,
             t, d, *_strides(weight, position_weight), eps, 256 / (256 - drop), drop, layer, view,
+            views,
             SITE=site, **config,
         )  # fmt: skip
     return output, mean, rstd
@@ -229,18 +238,18 @@ def jagged_embedding_fwd(
 
 def jagged_embedding_bwd(
     grad_output, values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
-    sample_ids, key, drop, site, layer, view,
+    sample_ids, key, drop, site, layer, view, views,
 ):  # fmt: skip
     _check(weight)
-    t, d = grad_output.shape
+    t, d = grad_output.shape[0] // views, grad_output.shape[1]
     config = _config(max(d, 1))
-    programs, per_program = _programs(t, config["BLOCK_N"])
+    programs, per_program = row_ranges(t, config["BLOCK_N"])
     grad_z = mean.new_empty(t, d)
     partials = mean.new_zeros(programs, 2, d)
     if t > 0 and d > 0:
-        grad_output, weight = _rows(grad_output), _rows(weight)
-        position_weight = None if position_weight is None else _rows(position_weight)
-        values, positions, scale, mean, rstd, sample_ids, key = _dense(
+        grad_output, weight = rows_of(grad_output), rows_of(weight)
+        position_weight = None if position_weight is None else rows_of(position_weight)
+        values, positions, scale, mean, rstd, sample_ids, key = dense(
             values, positions, norm_weight, mean, rstd, sample_ids, key
         )
         with torch.cuda.device_of(weight):
@@ -248,7 +257,7 @@ def jagged_embedding_bwd(
                 grad_output, values, weight, position_weight, positions, scale, mean, rstd,
                 sample_ids, key, grad_z, partials, t, d, per_program, grad_output.stride(0),
                 *_strides(weight, position_weight), 256 / (256 - drop), drop, layer, view,
-                SITE=site, **config,
+                views, SITE=site, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (
@@ -262,7 +271,7 @@ def jagged_embedding_scatter(grad, index, rows, dtype):
     (t, d), out = grad.shape, grad.new_zeros(rows, grad.shape[1], dtype=dtype)
     if t == 0 or d == 0:
         return out
-    grad = _rows(grad)
+    grad = rows_of(grad)
     index, order = index.sort(stable=True)
     block_d = min(max(triton.next_power_of_2(d), 16), 64)
     grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(d, block_d))

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks import roofline  # noqa: E402
 from benchmarks.bench import OPS, module  # noqa: E402
 
 
@@ -65,6 +66,29 @@ def test_table_replaces_the_marked_block(output, tmp_path):
     assert text.count("<!-- bench:") == text.count("<!-- /bench -->") == 1
     entries = json.loads(output.read_text())["ops"].values()
     assert "float64" in text and out.count("| fastrec |") == sum(map(len, entries))
+
+
+def test_roofline(output, tmp_path):
+    results = json.loads(output.read_text())
+    assert "ceilings" not in results, "a smoke run measures no ceiling"
+    results["ceilings"] = {"gflops": 100.0, "gbytes_per_s": 10.0}
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    benchmark("--render", "--table", "--table-root", tmp_path, "--output", path)
+    assert (tmp_path / "docs" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    rows = [key for op in OPS for key in results["ops"][op] if "float32" in key]
+    assert len(roofline.points(results)) == len(rows)
+    _, label, intensity, rate = roofline.points(results)[0]
+    assert label == "33 257 16 flat" and rate > 0
+    assert intensity == 6 * 33 * 257 * 16 / (3 * 257 * 16 * 4)
+
+
+def test_ceilings(monkeypatch):
+    monkeypatch.setattr(roofline, "SIZES", (64, 128))
+    monkeypatch.setattr(roofline, "COPIED", 1 << 16)
+    found = roofline.ceilings()
+    assert set(found) == {"gflops", "gbytes_per_s"} and min(found.values()) > 0
 
 
 def test_pytest_benchmark_entries_are_collected():

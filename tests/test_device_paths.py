@@ -94,7 +94,7 @@ def test_the_recorder_refuses_a_host_tensor(launches):
     from fastrec.kernels import bias_gelu_dropout as kernels
 
     with pytest.raises(AssertionError, match="host tensor"):
-        kernels.bias_gelu_dropout_fwd(torch.ones(3, 4), None, None, None, None, 0, 0, 0, 0)
+        kernels.bias_gelu_dropout_fwd(torch.ones(3, 4), None, None, None, None, 0, 0, 0, 0, 1)
     assert not launches
 
 

@@ -1,10 +1,15 @@
 """The jagged encoder: equal to torch.nn.TransformerEncoder, batch-invariant, length-agnostic."""
 
+import dataclasses
+
 import pytest
 import torch
+from op_db.case import excess
 from torch import nn
 
+import fastrec.backend
 from fastrec.data.batch import JaggedBatch
+from fastrec.nn.pool import max_pool
 from fastrec.nn.transformer import EventDropout, TransformerEncoder
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.ops.jagged_attention import jagged_attention
@@ -159,3 +164,77 @@ def test_broken_model_folder_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"format": 1, "num_items": 11, "wdith": 8}')
     with pytest.raises(ValueError, match=r"config\.json.*wdith"):
         UserModel.from_pretrained(tmp_path)
+
+
+def on_backend(monkeypatch, backend):
+    """The encoder asks for no backend: make its native one `backend`."""
+    monkeypatch.setitem(fastrec.backend.NATIVE, "cpu", backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_views_are_separate_calls(backend, pre_norm, monkeypatch):
+    """Bit for bit forward; the gradient is the sum of theirs, up to the order of its additions."""
+    on_backend(monkeypatch, backend)
+    config = ModelConfig(width=32, max_len=70, dropout=0.4, pre_norm=pre_norm, ffn_width=48)
+    model = UserModel(50, config)
+    batch, views, first = jagged([5, 1, 33, 8, 0, 9, 60], first_id=2**33), 3, 7
+    upstream = torch.randn(views, len(batch.values), 32)
+
+    def gradients(*states):
+        for state, up in zip(states, upstream.flatten(0, 1).chunk(len(states)), strict=True):
+            state.backward(up)
+        grads = [parameter.grad for parameter in model.encoder.parameters()]
+        grads.append(model.item_embedding.weight.grad)
+        model.zero_grad(set_to_none=True)
+        return grads
+
+    together = model.encode(batch, Rng(3, 4, view=first), views=views)
+    alone = [model.encode(batch, Rng(3, 4, view=first + i)) for i in range(views)]
+    assert together.shape == (views * len(batch.values), 32)
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(alone[0], alone[1])
+    exact = UserModel(50, config).double()
+    exact.load_state_dict(model.state_dict())
+    wide = exact.encode(batch, Rng(3, 4, view=first), views=views)
+    wide.backward(upstream.flatten(0, 1).double())
+    expected = [p.grad for p in exact.encoder.parameters()] + [exact.item_embedding.weight.grad]
+    for one, sum_of, truth in zip(gradients(together), gradients(*alone), expected, strict=True):
+        error, budget = excess(one, sum_of, truth)
+        assert error <= budget
+
+
+def test_views_without_dropout_are_copies():
+    model, batch = UserModel(50, ModelConfig(width=16)), jagged([3, 0, 7])
+    states = model.encode(batch)
+    assert torch.equal(model.encode(batch, views=2), torch.cat([states, states]))
+    pooled = max_pool(model.encode(batch, views=2), batch.repeat(2), 50)
+    assert torch.equal(pooled, max_pool(states, batch, 50).repeat(2, 1))
+
+
+def test_views_launch_every_kernel_once(monkeypatch):
+    model, batch = UserModel(50, ModelConfig(width=16)), jagged([3, 1, 7])
+    counts = []
+    for views in (1, 4):
+        with torch.profiler.profile() as profile:
+            model.encode(batch, Rng(1, 2), views=views).sum().backward()
+        names = [event.key for event in profile.key_averages() if event.key.startswith("fastrec::")]
+        counts.append({e.key: e.count for e in profile.key_averages() if e.key in names})
+    assert counts[0] == counts[1] and len(counts[0]) >= 8
+
+
+def test_repeated_batch():
+    batch = dataclasses.replace(jagged([2, 0, 3], first_id=5), columns={"age": torch.arange(3)})
+    twice = batch.repeat(2)
+    assert twice.offsets.tolist() == [0, 2, 2, 5, 7, 7, 10]
+    assert twice.positions().tolist() == batch.positions().tolist() * 2
+    assert twice.sample_ids.tolist() == [5, 6, 7] * 2 and len(twice) == 6
+    assert twice.columns["age"].tolist() == [0, 1, 2] * 2 and batch.repeat(1) is batch
+
+
+@pytest.mark.parametrize(
+    "views, view, message", [(0, 0, "views must be at least 1"), (3, 65534, "view 65536")]
+)
+def test_views_out_of_range(views, view, message):
+    with pytest.raises(ValueError, match=message):
+        UserModel(50, ModelConfig(width=8)).encode(jagged([3]), Rng(1, 2, view), views=views)

@@ -107,6 +107,21 @@ def test_floors_of_the_note():
     assert limit == "bf16" and seconds == pytest.approx(2.12e-3, rel=0.01)
 
 
+def test_floors_of_ranking_and_of_drawn_items():
+    rates = {"bf16": 989e12, "copy": 4.8e12, "exp": 3.87e12}
+    for entry in MEASURED["rank_topk"].entries[:3]:
+        counts = MEASURED["rank_topk"].floor(entry)["forward"]
+        seconds, limit = floor_seconds(rates, "bfloat16", *counts)
+        assert limit == "bf16" and seconds == pytest.approx(0.53e-3, rel=0.01)
+    assert MEASURED["rank_topk"].ops == ("linear_rank", "linear_topk")
+    dense, _, sparse = (
+        MEASURED["sampled"].floor(entry)["both"] for entry in MEASURED["sampled"].entries[:3]
+    )
+    pairs = 2560 * 257  # of them 482 K distinct items
+    assert dense == (6 * pairs * 64, 128 * (pairs + 10**6), pairs)
+    assert sparse[1] == pytest.approx(256 * (pairs + 482_000), rel=1e-3)
+
+
 @pytest.mark.parametrize("name", TUNED)
 def test_candidates_name_what_the_kernel_has(name):
     tuned, half = TUNED[name], torch.bfloat16

@@ -1,49 +1,14 @@
-"""What the sections that time an op measure: an op is one `Measured` here and a module of
-`benchmarks/` (see benchmarks/bench.py), a shape is one entry.
+"""What the sections that time an op measure: a section is one `Measured` here, an op a module of
+`benchmarks/` (see benchmarks/bench.py), a shape one entry.
 
 Legend: N rows, V items, D width, B queries or sequences, L padded length, H heads, T events.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from benchmarks import encoder_pieces as pieces
 from benchmarks import peers as others
 from benchmarks.bench import Entry, module
-
-# (operations, bytes, exponentials) of one pass.
-Counts = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A section.
-
-    entries: shapes for a GPU; the tests run those of the module's SMOKE.
-    floor: counts by pass, of the cheapest known way that stores nothing of the size of a product.
-    formula: the same in words.
-    memory: the big shape whose peak memory the section `memory` takes, fastrec alone.
-    designs: other designs of the op itself, not chosen (yet).
-    peers: implementations of others that need CUDA. Functions, or reasons for their absence.
-    columns: of the summary: names of implementations of which the fastest counts.
-    """
-
-    op: str
-    entries: tuple[Entry, ...]
-    floor: Callable[[Entry], dict[str, Counts]]
-    formula: str
-    memory: tuple[Entry, ...] = ()
-    designs: Callable[[Entry], others.Peers] = lambda entry: {}
-    peers: Callable[[Entry], others.Peers] = lambda entry: {}
-    columns: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("eager", ("eager",)),
-        ("torch.compile", ("torch.compile",)),
-    )
-
-
-def _item(entry: Entry) -> int:
-    return 4 if entry.dtype == "float32" else 2
-
+from benchmarks.gpu.measured import Counts, Measured, item_bytes
+from benchmarks.gpu.ranked_cases import RANK_TOPK, SAMPLED
 
 # Softmax over a table: products of N x V x D, an exponential a logit and sweep.
 
@@ -56,7 +21,7 @@ def _linear_ce(
 
 def _linear_ce_floor(entry: Entry) -> dict[str, Counts]:
     n, v, d = entry.sizes.values()
-    table = v * d * _item(entry)
+    table = v * d * item_bytes(entry)
     return {
         "forward": (2 * n * v * d, table, n * v),
         "both": (8 * n * v * d, 3 * table, 2 * n * v),
@@ -79,7 +44,6 @@ _FEW = ("fastrec", "stored", "cce", "cce exact")
 _CHUNKED = tuple(name for name in _NO_COMPILER if name not in ("eager", "liger"))
 
 LINEAR_CE = Measured(
-    "linear_cross_entropy",
     (
         _linear_ce(4096, 1_000_000, 64, only=_NO_COMPILER),
         _linear_ce(4096, 1_000_000, 128, only=_NO_COMPILER),
@@ -121,7 +85,7 @@ def _in_batch(b: int, d: int, case: str, dtype: str = "bfloat16", **more) -> Ent
 
 def _in_batch_floor(entry: Entry) -> dict[str, Counts]:
     b, d = entry.sizes.values()
-    table = b * d * _item(entry)
+    table = b * d * item_bytes(entry)
     return {
         "forward": (2 * b * b * d, 2 * table, b * b),
         "both": (8 * b * b * d, 6 * table, 2 * b * b),
@@ -129,7 +93,6 @@ def _in_batch_floor(entry: Entry) -> dict[str, Counts]:
 
 
 IN_BATCH = Measured(
-    "in_batch_cross_entropy",
     (
         _in_batch(8192, 64, "dot"),
         _in_batch(8192, 64, "dot groups"),
@@ -168,7 +131,7 @@ def _attention_floor(entry: Entry) -> dict[str, Counts]:
 
     lengths, (_, _, h, d) = lengths_of(entry), entry.sizes.values()
     pairs = int(lengths.square().sum()) * h
-    tensor = int(lengths.sum()) * h * d * _item(entry)
+    tensor = int(lengths.sum()) * h * d * item_bytes(entry)
     return {
         "forward": (4 * pairs * d, 4 * tensor, pairs),
         "both": (14 * pairs * d, 11 * tensor, 2 * pairs),
@@ -177,7 +140,6 @@ def _attention_floor(entry: Entry) -> dict[str, Counts]:
 
 _WITHOUT_REFERENCE = ("fastrec", "sdpa", "sdpa efficient", "flash varlen", "efficient varlen")
 ATTENTION = Measured(
-    "jagged_attention",
     (
         _attention(4096, 50, 2, 32, only=(*_WITHOUT_REFERENCE, "torch.compile")),
         _attention(4096, 50, 2, 32, "yelp", only=_WITHOUT_REFERENCE),
@@ -209,17 +171,17 @@ ATTENTION = Measured(
 
 def _bytes_only(entry: Entry) -> dict[str, Counts]:
     t, d, _ = entry.sizes.values()
-    share = {pieces.NORM: 4, pieces.GELU: 2, pieces.EMBEDDING: 2}[entry.case]
+    share = {pieces.NORM: 4, pieces.GELU: 2, pieces.EMBEDDING: 2, pieces.POOL: 1}[entry.case]
     total = module("encoder_pieces").work(entry)["bytes"]
-    return {"forward": (0, share * t * d * _item(entry), 0), "both": (0, total, 0)}
+    return {"forward": (0, share * t * d * item_bytes(entry), 0), "both": (0, total, 0)}
 
 
 ENCODER = Measured(
-    "encoder_pieces",
     (
         pieces.entry(pieces.NORM, 204_800, 64, dtype="bfloat16"),
         pieces.entry(pieces.GELU, 204_800, 256, dtype="bfloat16"),
         pieces.entry(pieces.EMBEDDING, 204_800, 64, 141_939, dtype="bfloat16"),
+        pieces.entry(pieces.POOL, 204_800, 64, dtype="bfloat16"),
         pieces.entry(pieces.NORM, 204_800, 64),
         pieces.entry(pieces.EMBEDDING, 204_800, 64, 141_939),
     ),
@@ -233,4 +195,6 @@ MEASURED = {
     "in_batch": IN_BATCH,
     "attention": ATTENTION,
     "encoder": ENCODER,
+    "rank_topk": RANK_TOPK,
+    "sampled": SAMPLED,
 }

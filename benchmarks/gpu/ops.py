@@ -33,7 +33,7 @@ def floor_seconds(ceilings: dict, dtype: str, operations: float, bytes_: float, 
 def implementations(measured: Measured, entry: Entry, context: Context) -> dict:
     """Name -> function, or the reason why there is none."""
     compiler = "eager" if context.tiny else "inductor"
-    table = dict(module(measured.op).implementations(entry, compiler))
+    table = dict(module(entry.op).implementations(entry, compiler))
     table |= measured.designs(entry)
     if context.cuda:
         table |= measured.peers(entry)
@@ -86,7 +86,7 @@ def measure(
     measured: Measured, entry: Entry, context: Context, clock: Clock, rounds: int, until: float
 ) -> dict:
     """{"floor", "implementations": {name: row}, ...} of one shape."""
-    op, key = module(measured.op), entry.key
+    op, key = module(entry.op), entry.key
     table = implementations(measured, entry, context)
     inputs, main = op.problem(entry, context.device), op.PASSES[-1]
     results, peaks, rows = _first_calls(context, key, table, PASS[main], inputs, clock)
@@ -130,7 +130,9 @@ def measure(
 def section_of(name: str) -> Callable[[Context], None]:
     def section(context: Context) -> None:
         measured, clock = MEASURED[name], Clock(context.device)
-        entries = module(measured.op).SMOKE if context.tiny else measured.entries
+        entries = measured.entries
+        if context.tiny:
+            entries = tuple(entry for op in measured.ops for entry in module(op).SMOKE)
         for index, entry in enumerate(entries):
             if context.over() or context.have(entry.key):
                 continue
@@ -152,22 +154,23 @@ def memory(context: Context) -> None:
     """Peak memory of forward + backward of every op at its big shape, beyond the inputs."""
     clock = Clock(context.device)
     for measured in MEASURED.values():
-        op = module(measured.op)
-        for entry in op.SMOKE[:1] if context.tiny else measured.memory:
-            key = f"{measured.op} {entry.key}"
+        tiny = tuple(module(op).SMOKE[0] for op in measured.ops)
+        for entry in tiny if context.tiny else measured.memory:
+            key = f"{entry.op} {entry.key}"
             if context.over() or context.have(key):
                 continue
             if why := context.announce(key, "fastrec"):
                 context.save(key, {"failed": why})
                 continue
             try:
-                context.save(key, _memory(op, entry, context, clock))
+                context.save(key, _memory(entry, context, clock))
             except Exception as error:
                 context.save(key, context.rescue(error))
             context.release()
 
 
-def _memory(op, entry: Entry, context: Context, clock: Clock) -> dict:
+def _memory(entry: Entry, context: Context, clock: Clock) -> dict:
+    op = module(entry.op)
     function = op.implementations(entry, "eager")["fastrec"]
     inputs, run = op.problem(entry, context.device), PASS[op.PASSES[-1]]
     leaves = [x for x in inputs if getattr(x, "requires_grad", False)]

@@ -62,20 +62,23 @@ def _measured(section: str, rows: dict) -> str:
     for key, row in rows.items():
         found = row.get("implementations", {})
         ours, eager = found.get("fastrec", {}), found.get("eager", {})
-        if "both" not in ours:
+        main = "both" if "both" in ours else "forward"
+        if main not in ours:
             why = ours.get("failed") or row.get("failed") or "not measured"
             lines.append([key, why[:80], *["-"] * (len(head) - 2)])
             continue
         errors = f"{ours['output_error']:.1e}, {ours['gradient_error']:.1e}"
         if "output_error" in eager:
             errors += f" ({eager['output_error']:.1e}, {eager['gradient_error']:.1e})"
-        shares = f"{_share(ours['forward'])}, {_share(ours['both'])}"
-        times = [_ms(ours["forward"]), _ms(ours["both"]), f"{ours['both']['ps_per_element']:.3g}"]
+        shares = ", ".join(_share(ours[kind]) for kind in ("forward", "both") if kind in ours)
+        times = [_ms(ours.get("forward")), _ms(ours.get("both"))]
+        times.append(f"{ours[main]['ps_per_element']:.3g}")
         peers = [_best(found, columns) for _, columns in measured.columns]
         lines.append([key, *times, shares, *peers, _mib(ours.get("peak_bytes")), errors])
     notes = (
         "Median (20 to 80 %), device time with a cold L2 cache. Columns of peers: their time over"
-        " that of fastrec, forward + backward, alternating in one process on the same inputs."
+        " that of fastrec, forward + backward where there is one, alternating in one process on the"
+        " same inputs."
         f" Floor, from the rates of `probe`: {measured.formula}."
     )
     return f"{_grid(head, lines)}\n\n{notes}"

@@ -50,6 +50,23 @@ class JaggedBatch:
         index = torch.arange(len(self), device=self.values.device)
         return torch.repeat_interleave(index, self.lengths, output_size=self.values.shape[0])
 
+    def repeat(self, times: int) -> "JaggedBatch":
+        """The batch `times` times, end to end: what `views` of an encoder belong to. `own` and
+        `pairs` speak of one copy and are left out."""
+        if times == 1:
+            return self
+        shift = self.values.shape[0] * torch.arange(times, device=self.values.device)
+        ends = (self.offsets[1:] + shift.unsqueeze(1)).flatten()
+        return replace(
+            self,
+            values=self.values.repeat(times),
+            offsets=torch.cat([self.offsets[:1], ends]),
+            sample_ids=self.sample_ids.repeat(times),
+            columns={k: v.repeat(times, *[1] * (v.dim() - 1)) for k, v in self.columns.items()},
+            own=None,
+            pairs=None,
+        )
+
     def to(self, device) -> "JaggedBatch":
         return replace(
             self,

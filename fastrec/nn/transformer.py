@@ -11,15 +11,18 @@ from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
-from fastrec.random import Rng, keep_mask
+from fastrec.random import Rng, keep_mask, views_of
 
 
 class EventDropout:
     """Dropout of [T, D] activations by the Philox contract: the key of an element is its sample id,
-    its position in the sequence and its feature. Without `rng` it is the identity."""
+    its position in the sequence and its feature. Without `rng` it is the identity.
 
-    def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None):
-        self.rng = rng if p > 0.0 else None
+    `batch` may be `views` copies of one batch (`JaggedBatch.repeat`): copy i is view rng.view + i.
+    """
+
+    def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None, views: int = 1):
+        self.rng, self.views = rng if p > 0.0 else None, views
         self.p = p if self.rng else 0.0
         self.positions = batch.positions()
         self.sample_ids = batch.sample_ids[batch.segment_ids()] if self.rng else None
@@ -33,14 +36,16 @@ class EventDropout:
             positions=self.positions,
             site=site,
             layer=layer,
+            views=self.views,
         )
 
     def __call__(self, x: Tensor, site: str, layer: int = 0) -> Tensor:
         if self.rng is None or self.sample_ids is None:
             return x
         keep, scale = keep_mask(
-            self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer
-        )
+            self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer,
+            view=views_of(self.rng, x.shape[0], self.views, x.device),
+        )  # fmt: skip
         return x * (keep * scale).to(x.dtype)
 
 
@@ -65,15 +70,17 @@ class TransformerLayer(nn.Module):
     one operation with the LayerNorm that comes next, in whichever module that is.
     """
 
-    def __init__(self, width: int, heads: int, ffn_width: int, pre_norm: bool):
+    def __init__(
+        self, width: int, heads: int, ffn_width: int, pre_norm: bool, norm_eps: float = 1e-5
+    ):
         super().__init__()
         self.heads, self.pre_norm = heads, pre_norm
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention_output = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width, norm_eps)
         self.ffn_inner = nn.Linear(width, ffn_width)
         self.ffn_output = nn.Linear(ffn_width, width)
-        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn_norm = nn.LayerNorm(width, norm_eps)
 
     def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
         packed = self.query_key_value(x).unflatten(1, (3, self.heads, -1))
@@ -89,6 +96,7 @@ class TransformerLayer(nn.Module):
             rng=dropout.rng,
             sample_ids=batch.sample_ids,
             layer=layer,
+            views=dropout.views,
         )
         return self.attention_output(out.flatten(1))
 
@@ -136,6 +144,7 @@ class TransformerEncoder(nn.Module):
         dropout: probability at every site, applied only where `forward` receives an `rng`.
         causal: each event sees itself and earlier events.
         pre_norm: LayerNorm before each sublayer and once at the end, instead of after each sum.
+        norm_eps: added to the variance in every LayerNorm.
     """
 
     def __init__(
@@ -148,16 +157,18 @@ class TransformerEncoder(nn.Module):
         dropout: float = 0.5,
         causal: bool = False,
         pre_norm: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by heads {heads}")
         self.dropout, self.causal = dropout, causal
         self.positions = nn.Embedding(max_positions, width)
-        self.embedding_norm = nn.Identity() if pre_norm else nn.LayerNorm(width)
-        self.final_norm = nn.LayerNorm(width) if pre_norm else nn.Identity()
+        self.embedding_norm = nn.Identity() if pre_norm else nn.LayerNorm(width, norm_eps)
+        self.final_norm = nn.LayerNorm(width, norm_eps) if pre_norm else nn.Identity()
         self.layers = nn.ModuleList(
-            TransformerLayer(width, heads, ffn_width or 4 * width, pre_norm) for _ in range(layers)
+            TransformerLayer(width, heads, ffn_width or 4 * width, pre_norm, norm_eps)
+            for _ in range(layers)
         )
 
     def forward(
@@ -166,10 +177,13 @@ class TransformerEncoder(nn.Module):
         batch: JaggedBatch,
         rng: Rng | None = None,
         values: Tensor | None = None,
+        views: int = 1,
     ) -> Tensor:
-        """[T, D] item embeddings to [T, D] states. `rng` turns dropout on and is its key.
+        """[T, D] item embeddings to [views T, D] states. `rng` turns dropout on and is its key.
 
         With `values` int64 [T], `embedded` is a table [V, D] and event t has its row values_t.
+        Block i of the states is, bit for bit, what a call with view `rng.view` + i gives; events
+        are gathered and normalised once, and every later kernel runs once over all views.
         Raises ValueError when a sequence is longer than `max_positions`.
         """
         if batch.max_seq_len > self.positions.num_embeddings:
@@ -178,6 +192,7 @@ class TransformerEncoder(nn.Module):
                 f" {self.positions.num_embeddings}"
             )
         dropout = EventDropout(batch, self.dropout, rng)
+        key = dropout.at("embedding") | dict(views=views)
         norm = self.embedding_norm if isinstance(self.embedding_norm, nn.LayerNorm) else None
         x = jagged_embedding(
             values,
@@ -186,8 +201,11 @@ class TransformerEncoder(nn.Module):
             norm_weight=norm.weight if norm else None,
             norm_bias=norm.bias if norm else None,
             eps=norm.eps if norm else 0.0,
-            **dropout.at("embedding"),
+            **key,
         )
+        if views > 1:
+            batch = batch.repeat(views)
+            dropout = EventDropout(batch, self.dropout, rng, views)
         pending = None
         for layer, block in enumerate(self.layers):
             x, pending = block(x, batch, self.causal, dropout, layer, pending)

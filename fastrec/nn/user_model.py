@@ -28,6 +28,7 @@ class ModelConfig:
         dropout: probability at every dropout site.
         causal: left-to-right instead of bidirectional attention.
         pre_norm: LayerNorm before the sublayers instead of after.
+        norm_eps: added to the variance in the LayerNorms of the encoder.
         head_transform: dense-GELU-LayerNorm between state and item scores (BERT).
         use_cls, use_sep: put [CLS] before and [SEP] after the items.
     """
@@ -40,6 +41,7 @@ class ModelConfig:
     dropout: float = 0.5
     causal: bool = False
     pre_norm: bool = False
+    norm_eps: float = 1e-5
     head_transform: bool = True
     use_cls: bool = True
     use_sep: bool = True
@@ -67,6 +69,7 @@ class UserModel(nn.Module):
             dropout=config.dropout,
             causal=config.causal,
             pre_norm=config.pre_norm,
+            norm_eps=config.norm_eps,
         )
         self.item_head = ItemHead(config.width, num_items, transform=config.head_transform)
         self.apply(_init_bert)
@@ -88,9 +91,12 @@ class UserModel(nn.Module):
         """[V, D], the rows of the embedding that are items."""
         return self.item_embedding.weight[: self.num_items]
 
-    def encode(self, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
-        """States [T, D] of a batch. `rng` turns dropout on and is its key."""
-        return self.encoder(self.item_embedding.weight, batch, rng, values=batch.values)
+    def encode(self, batch: JaggedBatch, rng: Rng | None = None, views: int = 1) -> Tensor:
+        """States [views T, D] of a batch. `rng` turns dropout on and is its key.
+
+        Several views are those of `batch.repeat(views)`: block i is dropped as view `rng.view` + i.
+        """
+        return self.encoder(self.item_embedding.weight, batch, rng, batch.values, views)
 
     def save_pretrained(self, path: Path | str) -> None:
         """Write `model.safetensors` and `config.json` into the folder `path`."""

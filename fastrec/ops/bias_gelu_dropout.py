@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.random import Rng, dropout_arguments, keep_mask
+from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views_of
 
 OP = "bias_gelu_dropout"
 _DROPOUT = (
-    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view"
+    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
+    " int views"
 )
 
 # output and grad_input [T, D] have the dtype of input, grad_bias [D] ([0] if None) that of bias.
@@ -42,41 +44,22 @@ def _(grad_output, input, bias, *dropout):
     return input.new_empty(input.shape), grad_bias
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import bias_gelu_dropout as kernels
-
-    return kernels.bias_gelu_dropout_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import bias_gelu_dropout as kernels
-
-    return kernels.bias_gelu_dropout_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import bias_gelu_dropout as kernels
-
-        return kernels.bias_gelu_dropout_fwd, kernels.bias_gelu_dropout_bwd
-    return torch.ops.fastrec.bias_gelu_dropout_fwd, torch.ops.fastrec.bias_gelu_dropout_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, bias, sample_ids, positions, key, numbers, backend):
-        fwd, _ = _launchers(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).bias_gelu_dropout_fwd
         ctx.save_for_backward(input, bias, sample_ids, positions, key)
-        ctx.numbers, ctx.backend = numbers, backend  # drop, site, layer, view
+        ctx.numbers, ctx.backend = numbers, backend  # drop, site, layer, view, views
         return fwd(input, bias, sample_ids, positions, key, *numbers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         input, bias, *key = ctx.saved_tensors
-        _, bwd = _launchers(ctx.backend, input.device)
+        bwd = kernels_of(OP, ctx.backend, input.device).bias_gelu_dropout_bwd
         grad_input, grad_bias = bwd(grad_output, input, bias, *key, *ctx.numbers)
         return (
             grad_input if ctx.needs_input_grad[0] else None,
@@ -95,13 +78,15 @@ def bias_gelu_dropout_ref(
     positions=None,
     site="ffn_inner",
     layer=0,
+    views=1,
 ):
     """The oracle: plain PyTorch, the mask materialised."""
     output = F.gelu(input if bias is None else input + bias.to(input.dtype))
     if dropout_p > 0.0:
         width = input.shape[1]
+        view = views_of(rng, input.shape[0], views, input.device)
         keep, scale = keep_mask(
-            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer
+            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer, view=view
         )
         output = output * (keep.to(output.dtype) * scale)
     return output
@@ -117,6 +102,7 @@ def bias_gelu_dropout(
     positions: Tensor | None = None,
     site: str = "ffn_inner",
     layer: int = 0,
+    views: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """dropout(GELU(input + bias)) with the exact GELU, z P(z) (Hendrycks and Gimpel, 2016).
@@ -130,6 +116,8 @@ def bias_gelu_dropout(
         rng, site, layer: the key of the mask, see `fastrec.random`.
         sample_ids: int64 [T], the sample that each row belongs to.
         positions: int64 [T], the place of each row in its sample, below 65,536.
+        views: the rows are that many blocks of equal size, and block i is dropped as view
+            `rng.view` + i.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -148,8 +136,9 @@ def bias_gelu_dropout(
         raise ValueError(f"bias must be [{input.shape[1]}], got {list(bias.shape)}")
     if bias is not None and (bias.dtype == torch.float64) != (input.dtype == torch.float64):
         raise TypeError(f"input and bias must both be float64, got {input.dtype} and {bias.dtype}")
+    check_views(input.shape[0], views, "rows")
     dropout = dropout_arguments(
-        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer
+        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer, views=views
     )
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
@@ -163,5 +152,6 @@ def bias_gelu_dropout(
             positions=positions,
             site=site,
             layer=layer,
+            views=views,
         )
     return _BiasGeluDropout.apply(input, bias, *dropout[:3], dropout[3:], backend)

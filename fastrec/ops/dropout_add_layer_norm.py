@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.random import Rng, dropout_arguments, keep_mask
+from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views_of
 
 OP = "dropout_add_layer_norm"
 _DROPOUT = (
-    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view"
+    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
+    " int views"
 )
 
 # output and sum [T, D] have the promoted dtype of input and residual; sum is [0, D] where it would
@@ -46,7 +48,9 @@ def _accumulate_dtype(input: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
-def _(input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view):
+def _(
+    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view, views
+):
     rows, width = input.shape
     dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     output = input.new_empty(rows, width, dtype=dtype)
@@ -58,7 +62,7 @@ def _(input, residual, weight, bias, eps, sample_ids, positions, key, drop, site
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
 def _(
     grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype,
-    sample_ids, positions, key, drop, site, layer, view,
+    sample_ids, positions, key, drop, site, layer, view, views,
 ):  # fmt: skip
     rows, width = sum.shape
     both = drop == 0 and input_dtype == sum.dtype
@@ -70,27 +74,7 @@ def _(
     )
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import dropout_add_layer_norm as kernels
-
-    return kernels.dropout_add_layer_norm_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import dropout_add_layer_norm as kernels
-
-    return kernels.dropout_add_layer_norm_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import dropout_add_layer_norm as kernels
-
-        return kernels.dropout_add_layer_norm_fwd, kernels.dropout_add_layer_norm_bwd
-    ops = torch.ops.fastrec
-    return ops.dropout_add_layer_norm_fwd, ops.dropout_add_layer_norm_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
@@ -98,11 +82,11 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     def forward(
         ctx, input, residual, weight, bias, sample_ids, positions, key, numbers, eps, backend
     ):
-        fwd, _ = _launchers(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).dropout_add_layer_norm_fwd
         output, sum, mean, rstd = fwd(
             input, residual, weight, bias, eps, sample_ids, positions, key, *numbers
         )
-        ctx.numbers = numbers  # drop, site, layer, view
+        ctx.numbers = numbers  # drop, site, layer, view, views
         plain = residual is None and numbers[0] == 0
         saved = input if plain else sum
         ctx.save_for_backward(saved, mean, rstd, weight, bias, sample_ids, positions, key)
@@ -115,7 +99,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output, grad_sum):
         sum, mean, rstd, weight, bias, *dropout = ctx.saved_tensors
-        _, bwd = _launchers(ctx.backend, sum.device)
+        bwd = kernels_of(OP, ctx.backend, sum.device).dropout_add_layer_norm_bwd
         if sum.shape[0] > 0 and grad_sum is not None and grad_sum.shape[0] == 0:
             grad_sum = None  # of the [0, D] that stands for an input that is its own sum
         grad_input, grad_residual, grad_weight, grad_bias = bwd(
@@ -154,12 +138,14 @@ def dropout_add_layer_norm_ref(
     positions=None,
     site="attention_output",
     layer=0,
+    views=1,
 ):
     """The oracle: plain PyTorch, the mask materialised."""
     sum, width = input, input.shape[1]
     if dropout_p > 0.0:
+        view = views_of(rng, input.shape[0], views, input.device)
         keep, scale = keep_mask(
-            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer
+            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer, view=view
         )
         sum = input * (keep.to(input.dtype) * scale)
     if residual is not None:
@@ -196,6 +182,7 @@ def dropout_add_layer_norm(
     positions: Tensor | None = None,
     site: str = "attention_output",
     layer: int = 0,
+    views: int = 1,
     backend: str | None = None,
 ) -> DropoutAddLayerNorm:
     """LayerNorm(residual + dropout(input)) over the last dimension, and the sum itself.
@@ -212,6 +199,8 @@ def dropout_add_layer_norm(
         rng, site, layer: the key of the mask, see `fastrec.random`.
         sample_ids: int64 [T], the sample that each row belongs to.
         positions: int64 [T], the place of each row in its sample, below 65,536.
+        views: the rows are that many blocks of equal size, and block i is dropped as view
+            `rng.view` + i.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -224,8 +213,9 @@ def dropout_add_layer_norm(
         RuntimeError: `backend` cannot run.
     """
     _check(input, residual, weight, bias)
+    check_views(input.shape[0], views, "rows")
     dropout = dropout_arguments(
-        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer
+        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer, views=views
     )
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
@@ -242,6 +232,7 @@ def dropout_add_layer_norm(
             positions=positions,
             site=site,
             layer=layer,
+            views=views,
         )
     key, numbers = dropout[:3], dropout[3:]
     output, sum = _DropoutAddLayerNorm.apply(

@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastrec.ops.in_batch_pairs import accumulate_dtype
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "in_batch_cross_entropy"
 
@@ -52,27 +53,7 @@ def _(query, candidate, bias, positive, qg, cg, values, offsets, loss, lse, grad
     return loss.new_empty(candidate.shape), grad_bias
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import in_batch_cross_entropy as kernels
-
-    return kernels.in_batch_cross_entropy_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import in_batch_cross_entropy as kernels
-
-    return kernels.in_batch_cross_entropy_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import in_batch_cross_entropy as kernels
-
-        return kernels.in_batch_cross_entropy_fwd, kernels.in_batch_cross_entropy_bwd
-    ops = torch.ops.fastrec
-    return ops.in_batch_cross_entropy_fwd, ops.in_batch_cross_entropy_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class InBatchCrossEntropy(torch.autograd.Function):
@@ -80,7 +61,7 @@ class InBatchCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, candidate, bias, positive, dtype, backend, *rules):
-        fwd, _ = _launchers(backend, query.device)
+        fwd = kernels_of(OP, backend, query.device).in_batch_cross_entropy_fwd
         pairs = (query.to(dtype), candidate.to(dtype), bias, positive, *rules)
         loss, lse, direction = fwd(*pairs, ctx.needs_input_grad[0])
         ctx.save_for_backward(*pairs, loss, lse, direction)
@@ -95,7 +76,7 @@ class InBatchCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_query = direction * grad_loss[:, None]
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            _, bwd = _launchers(ctx.backend, grad_loss.device)
+            bwd = kernels_of(OP, ctx.backend, grad_loss.device).in_batch_cross_entropy_bwd
             grad_candidate, grad_bias = bwd(*pairs, loss, lse, grad_loss.contiguous())
             grad_bias = grad_bias if ctx.needs_input_grad[2] else None
         return grad_query, grad_candidate, grad_bias, *[None] * 7

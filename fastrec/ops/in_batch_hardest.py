@@ -22,6 +22,7 @@ from fastrec.ops.in_batch_pairs import (
     operands,
     similarity_ref,
 )
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "in_batch_hardest"
 
@@ -55,26 +56,7 @@ def _(grad, index, candidates):
     return grad.new_empty(candidates, grad.shape[1])
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import in_batch_hardest as kernels
-
-    return kernels.in_batch_hardest_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import in_batch_hardest as kernels
-
-    return kernels.in_batch_hardest_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import in_batch_hardest as kernels
-
-        return kernels.in_batch_hardest_fwd, kernels.in_batch_hardest_bwd
-    return torch.ops.fastrec.in_batch_hardest_fwd, torch.ops.fastrec.in_batch_hardest_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _Select(torch.autograd.Function):
@@ -90,7 +72,7 @@ class _Select(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
-        _, bwd = _launchers(ctx.backend, grad.device)
+        bwd = kernels_of(OP, ctx.backend, grad.device).in_batch_hardest_bwd
         return bwd(grad.contiguous(), index, ctx.candidates), None, None
 
 
@@ -188,7 +170,7 @@ def in_batch_hardest(
         weight = None if weight is None else weight.to(dtype)
         if query_group is not None and candidate_group is not None:
             query_group, candidate_group = as_columns(query_group), as_columns(candidate_group)
-        fwd, _ = _launchers(backend, query.device)
+        fwd = kernels_of(OP, backend, query.device).in_batch_hardest_fwd
         with torch.no_grad():
             pairs = operands(q, c, similarity, weight, 1.0)
             index = fwd(*pairs, query_group, candidate_group, *(exclude or (None, None)))

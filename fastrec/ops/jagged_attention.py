@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.random import Rng, keep_mask, threshold
+from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.random import Rng, check_views, keep_mask, threshold, views_of
 
 OP = "jagged_attention"
 
@@ -26,7 +27,7 @@ OP = "jagged_attention"
 # no dropout, and rng and sample_ids may be None. lse [T, H] float32 (float64 for float64 inputs).
 _COMMON = (
     "Tensor offsets, Tensor? sample_ids, Tensor? rng, int max_seq_len, bool causal, float scale,"
-    " int drop, int view, int layer"
+    " int drop, int view, int views, int layer"
 )
 torch.library.define(
     f"fastrec::{OP}_fwd",
@@ -54,32 +55,13 @@ def _(grad_out, query, *args):
     return query.new_empty(events, 3, heads, width)
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_attention as kernels
-
-    return kernels.jagged_attention_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_attention as kernels
-
-    return kernels.jagged_attention_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import jagged_attention as kernels
-
-        return kernels.jagged_attention_fwd, kernels.jagged_attention_bwd
-    return torch.ops.fastrec.jagged_attention_fwd, torch.ops.fastrec.jagged_attention_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _JaggedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, offsets, sample_ids, rng, settings, backend):
-        fwd, _ = _launchers(backend, query.device)
+        fwd = kernels_of(OP, backend, query.device).jagged_attention_fwd
         out, lse = fwd(query, key, value, offsets, sample_ids, rng, *settings)
         kept = out if backend == "triton" else None
         ctx.save_for_backward(query, key, value, kept, lse, offsets, sample_ids, rng)
@@ -89,7 +71,7 @@ class _JaggedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        _, bwd = _launchers(ctx.backend, grad_out.device)
+        bwd = kernels_of(OP, ctx.backend, grad_out.device).jagged_attention_bwd
         grad = bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
         return *grad.unbind(1), None, None, None, None, None
 
@@ -139,12 +121,14 @@ def jagged_attention_ref(
     rng=None,
     sample_ids=None,
     layer=0,
+    views=1,
 ):
     """The oracle: plain PyTorch, probabilities materialised per length group."""
     heads, width = query.shape[1:]
     events, device = query.shape[0], query.device
     scale = width**-0.5 if scale is None else scale
     lengths = offsets.diff()
+    view = views_of(rng, lengths.shape[0], views, device) if dropout_p > 0.0 else 0
     groups = list(_length_groups(lengths))
     if not groups:
         return query + key + value  # no event: empty, with a live graph
@@ -183,6 +167,7 @@ def jagged_attention_ref(
                 site="attention",
                 layer=layer,
                 head=torch.arange(heads, device=device)[None, :, None],
+                view=view[sequences, None, None] if isinstance(view, Tensor) else view,
             )
             probabilities = probabilities * keep * keep_scale
         outputs.append((probabilities @ v).transpose(1, 2).reshape(count * size, heads * width))
@@ -240,7 +225,7 @@ def _rng_state(rng: Rng, device: torch.device) -> Tensor:
     return torch.stack(list(words))
 
 
-def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer):
+def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer, views):
     if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
             "query, key and value must be [T, H, D] alike, got"
@@ -266,6 +251,7 @@ def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer
                 f" = {max_seq_len}, got {int(offsets[0])} to {int(offsets[-1])} in steps of"
                 f" {int(low)} to {int(high)}"
             )
+    check_views(offsets.shape[0] - 1, views, "sequences")
     if drop == 0:
         return
     if rng is None or sample_ids is None:
@@ -282,8 +268,8 @@ def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer
             "with dropout at most 65536 events a sequence, 256 heads and layers 0 to 255, got"
             f" max_seq_len {max_seq_len}, {query.shape[1]} heads, layer {layer}"
         )
-    if not 0 <= rng.view < 65536:
-        raise ValueError(f"view must be in [0, 65536), got {rng.view}")
+    if not 0 <= rng.view <= 65536 - views:
+        raise ValueError(f"view must be in [0, 65536), got {rng.view} to {rng.view + views - 1}")
 
 
 def jagged_attention(
@@ -299,6 +285,7 @@ def jagged_attention(
     rng: Rng | None = None,
     sample_ids: Tensor | None = None,
     layer: int = 0,
+    views: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(scale * Q K^T) V inside each sequence, dropout on the probabilities.
@@ -311,6 +298,8 @@ def jagged_attention(
         scale: D^-0.5 unless given.
         dropout_p: probability, quantised to 1/256; needs `rng` and `sample_ids` int64 [B].
         rng, sample_ids, layer: the key of the mask (`fastrec.random`): the same in any batch.
+        views: the sequences are that many blocks of equal size, and block i is dropped as view
+            `rng.view` + i.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -326,7 +315,7 @@ def jagged_attention(
     if torch.is_autocast_enabled(device) and query.dtype == torch.float32:
         low = torch.get_autocast_dtype(device)
         query, key, value = query.to(low), key.to(low), value.to(low)
-    _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer)
+    _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer, views)
     backend = resolve(backend, OP, query.device)
     if backend == "reference":
         return jagged_attention_ref(
@@ -341,10 +330,11 @@ def jagged_attention(
             rng=rng,
             sample_ids=sample_ids,
             layer=layer,
+            views=views,
         )
     scale = query.shape[2] ** -0.5 if scale is None else scale
     state, view = None, 0
     if drop > 0 and rng is not None:
         state, view = _rng_state(rng, query.device), rng.view
-    settings = (max_seq_len, causal, scale, drop, view, layer)
+    settings = (max_seq_len, causal, scale, drop, view, views, layer)
     return _JaggedAttention.apply(query, key, value, offsets, sample_ids, state, settings, backend)

@@ -4,6 +4,8 @@ Legend: T events, V rows of the item table, P rows of the position table, D widt
 
     z_t = weight[values_t] + position_weight[positions_t]      output = dropout(LayerNorm(z))
 
+Several views share z and its LayerNorm and differ in the dropout alone.
+
 Backward gathers z again, turns grad_output into grad_z [T, D], and sums its rows by item and by
 position in the order of the events: sorted by index, no atomics on floats.
 """
@@ -14,17 +16,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.random import Rng, dropout_arguments, keep_mask
+from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.random import Rng, dropout_arguments, keep_mask, views_of
 
 OP = "jagged_embedding"
 _INPUTS = (
     "Tensor? values, Tensor weight, Tensor? position_weight, Tensor? positions,"
     " Tensor? norm_weight, Tensor? norm_bias"
 )
-_DROPOUT = " Tensor? sample_ids, Tensor? key, int drop, int site, int layer, int view"
+_DROPOUT = " Tensor? sample_ids, Tensor? key, int drop, int site, int layer, int view, int views"
 
-# output [T, D] has the dtype of weight; mean and rstd [T] ([0] without norm_weight) are float32, or
-# float64 with it. Without norm_weight there is no LayerNorm; without values event t has row t.
+# output [views T, D] has the dtype of weight; mean and rstd [T] ([0] without norm_weight) are
+# float32, or float64 with it. Without norm_weight there is no LayerNorm; without values event t has
+# row t.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     f"({_INPUTS}, float eps,{_DROPOUT}) -> (Tensor output, Tensor mean, Tensor rstd)",
@@ -52,9 +56,9 @@ def _events(values: Tensor | None, weight: Tensor) -> int:
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
 def _(values, weight, position_weight, positions, norm_weight, norm_bias, eps, *dropout):
-    events = _events(values, weight)
+    events, views = _events(values, weight), dropout[-1]
     mean = weight.new_empty(0 if norm_weight is None else events, dtype=_accumulate_dtype(weight))
-    return weight.new_empty(events, weight.shape[1]), mean, torch.empty_like(mean)
+    return weight.new_empty(views * events, weight.shape[1]), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
@@ -65,7 +69,8 @@ def _(
     def like(vector):
         return mean.new_empty(0) if vector is None else vector.new_empty(vector.shape)
 
-    return mean.new_empty(grad_output.shape), like(norm_weight), like(norm_bias)
+    size = (_events(values, weight), grad_output.shape[1])
+    return mean.new_empty(size), like(norm_weight), like(norm_bias)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_scatter")
@@ -73,38 +78,7 @@ def _(grad, index, rows, dtype):
     return grad.new_empty(rows, grad.shape[1], dtype=dtype)
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_embedding as kernels
-
-    return kernels.jagged_embedding_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_embedding as kernels
-
-    return kernels.jagged_embedding_bwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_scatter", "CUDA")
-def _(*args):
-    from fastrec.kernels import jagged_embedding as kernels
-
-    return kernels.jagged_embedding_scatter(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import jagged_embedding as kernels
-
-        return (
-            kernels.jagged_embedding_fwd,
-            kernels.jagged_embedding_bwd,
-            kernels.jagged_embedding_scatter,
-        )
-    ops = torch.ops.fastrec
-    return ops.jagged_embedding_fwd, ops.jagged_embedding_bwd, ops.jagged_embedding_scatter
+register_cuda(OP, "fwd", "bwd", "scatter")
 
 
 class _JaggedEmbedding(torch.autograd.Function):
@@ -113,7 +87,7 @@ class _JaggedEmbedding(torch.autograd.Function):
         ctx, weight, position_weight, norm_weight, norm_bias, values, positions, sample_ids, key,
         numbers, eps, sparse, backend,
     ):  # fmt: skip
-        fwd, _, _ = _launchers(backend, weight.device)
+        fwd = kernels_of(OP, backend, weight.device).jagged_embedding_fwd
         output, mean, rstd = fwd(
             values, weight, position_weight, positions, norm_weight, norm_bias, eps,
             sample_ids, key, *numbers,
@@ -122,16 +96,22 @@ class _JaggedEmbedding(torch.autograd.Function):
             values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
             sample_ids, key,
         )  # fmt: skip
-        ctx.numbers, ctx.sparse, ctx.backend = numbers, sparse, backend  # drop, site, layer, view
+        ctx.numbers, ctx.sparse, ctx.backend = (
+            numbers,
+            sparse,
+            backend,
+        )  # drop, site, layer, view, views
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         values, weight, position_weight, positions, norm_weight, *_ = ctx.saved_tensors
-        _, bwd, scatter = _launchers(ctx.backend, weight.device)
+        kernels = kernels_of(OP, ctx.backend, weight.device)
+        bwd = kernels.jagged_embedding_bwd
+        scatter = kernels.jagged_embedding_scatter
         grad_z, grad_norm_weight, grad_norm_bias = grad_output, None, None
-        if norm_weight is not None or ctx.numbers[0]:
+        if norm_weight is not None or ctx.numbers[0] or ctx.numbers[-1] > 1:
             grad_z, grad_norm_weight, grad_norm_bias = bwd(
                 grad_output, *ctx.saved_tensors, *ctx.numbers
             )
@@ -174,6 +154,7 @@ def jagged_embedding_ref(
     sample_ids=None,
     site="embedding",
     layer=0,
+    views=1,
     sparse=False,
 ):
     """The oracle: plain PyTorch, the mask materialised."""
@@ -183,9 +164,12 @@ def jagged_embedding_ref(
     if norm_weight is not None:
         bias = None if norm_bias is None else norm_bias.to(z.dtype)
         z = F.layer_norm(z, z.shape[1:], norm_weight.to(z.dtype), bias, eps)
+    z = z.repeat(views, 1)
     if dropout_p > 0.0:
+        sample_ids, positions = sample_ids.repeat(views), positions.repeat(views)
+        view = views_of(rng, z.shape[0], views, z.device)
         keep, scale = keep_mask(
-            rng, dropout_p, sample_ids, positions, z.shape[1], site=site, layer=layer
+            rng, dropout_p, sample_ids, positions, z.shape[1], site=site, layer=layer, view=view
         )
         z = z * (keep.to(z.dtype) * scale)
     return z
@@ -251,6 +235,7 @@ def jagged_embedding(
     sample_ids: Tensor | None = None,
     site: str = "embedding",
     layer: int = 0,
+    views: int = 1,
     sparse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -269,23 +254,27 @@ def jagged_embedding(
         dropout_p: probability, quantised to 1/256; needs `rng`, `sample_ids` and `positions`.
         rng, site, layer: the key of the mask, see `fastrec.random`.
         sample_ids: int64 [T], the sample that each event belongs to.
+        views: how many times the events are written, block i dropped as view `rng.view` + i.
         sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, as
             that of `torch.nn.functional.embedding`: for tables much larger than a batch.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
-        [T, D] in the dtype of `weight`, computed in float32 (float64 for float64). A gradient has
-        the dtype of its tensor; its rows are summed in float32 in the order of the events, the same
-        bits on every call. Not twice differentiable, except on the reference backend.
+        [views T, D] in the dtype of `weight`, computed in float32 (float64 for float64). A gradient
+        has the dtype of its tensor; its rows are summed in float32 in the order of the events, the
+        same bits on every call. Not twice differentiable, except on the reference backend.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value or a position
         is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
     _check(values, weight, position_weight, positions, norm_weight, norm_bias)
+    if views < 1:
+        raise ValueError(f"views must be at least 1, got {views}")
     sample_ids, _, key, *numbers = dropout_arguments(
-        rng, dropout_p, sample_ids, positions, _events(values, weight), site=site, layer=layer
-    )
+        rng, dropout_p, sample_ids, positions, _events(values, weight), site=site, layer=layer,
+        views=views,
+    )  # fmt: skip
     backend = resolve(backend, OP, weight.device)
     if backend == "reference":
         return jagged_embedding_ref(
@@ -301,6 +290,7 @@ def jagged_embedding(
             sample_ids=sample_ids,
             site=site,
             layer=layer,
+            views=views,
             sparse=sparse,
         )
     return _JaggedEmbedding.apply(

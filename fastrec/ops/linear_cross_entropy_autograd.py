@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.ops.item_losses import accumulate_dtype
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "linear_cross_entropy"
 
@@ -81,26 +82,7 @@ def _(
     )
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import linear_cross_entropy as kernels
-
-    return kernels.linear_cross_entropy_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import linear_cross_entropy as kernels
-
-    return kernels.linear_cross_entropy_bwd(*args)
-
-
-def launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import linear_cross_entropy as kernels
-
-        return kernels.linear_cross_entropy_fwd, kernels.linear_cross_entropy_bwd
-    return torch.ops.fastrec.linear_cross_entropy_fwd, torch.ops.fastrec.linear_cross_entropy_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 def class_sums(x, linear_weight, linear_bias, target, class_weight) -> tuple[Tensor, Tensor]:
@@ -143,7 +125,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, target, rows, class_weight, backend):
-        fwd, _ = launchers(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).linear_cross_entropy_fwd
         x = input if rows is None else input.index_select(0, rows)
         lse, target_logit, mean_offset = fwd(
             x, linear_weight, linear_bias, target, ctx.needs_input_grad[0]
@@ -171,7 +153,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             mean_offset,
             class_mean,
         ) = ctx.saved_tensors
-        _, bwd = launchers(ctx.backend, x.device)
+        bwd = kernels_of(OP, ctx.backend, x.device).linear_cross_entropy_bwd
         scored = (target >= 0).to(lse.dtype)
         grad_lse = (grad_lse * scored).contiguous()
         grad_target_logit = (grad_target_logit * scored).contiguous()

@@ -31,9 +31,9 @@ from fastrec.ops.item_losses import accumulate_dtype, check_range
 from fastrec.ops.linear_cross_entropy_autograd import (
     add_class_gradient,
     class_sums,
-    launchers,
     spread_rows,
 )
+from fastrec.ops.native import kernels_of
 
 
 class Part(NamedTuple):
@@ -125,7 +125,10 @@ def _logits_ref(x, linear_weight, linear_bias):
 
 
 def _kernels(backend: str, device: torch.device):
-    return (_fwd_ref, _bwd_ref) if backend == "reference" else launchers(backend, device)
+    if backend == "reference":
+        return _fwd_ref, _bwd_ref
+    kernels = kernels_of("linear_cross_entropy", backend, device)
+    return kernels.linear_cross_entropy_fwd, kernels.linear_cross_entropy_bwd
 
 
 def _local_lse(x, linear_weight, linear_bias, target, with_offset, backend):

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastrec.backend import resolve
 from fastrec.ops.in_batch_pairs import Lists, check_range
 from fastrec.ops.linear_scores import allowed_items_ref, check_scores, scores_ref
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "linear_rank"
 
@@ -25,19 +26,7 @@ def _(input, linear_weight, linear_bias, target, exclude_values, exclude_offsets
     return input.new_empty(input.shape[0], dtype=torch.int64)
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import linear_rank as kernels
-
-    return kernels.linear_rank_fwd(*args)
-
-
-def _launcher(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import linear_rank as kernels
-
-        return kernels.linear_rank_fwd
-    return torch.ops.fastrec.linear_rank_fwd
+register_cuda(OP, "fwd")
 
 
 def linear_rank_ref(input, linear_weight, target, *, linear_bias=None, exclude=None):
@@ -99,5 +88,5 @@ def linear_rank(
             return linear_rank_ref(
                 input, linear_weight, target, linear_bias=linear_bias, exclude=exclude
             )
-        fwd = _launcher(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).linear_rank_fwd
         return fwd(input, linear_weight, linear_bias, target, *(exclude or (None, None)))

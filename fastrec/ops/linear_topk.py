@@ -16,6 +16,7 @@ from fastrec.ops.linear_scores import (
     check_scores,
     scores_ref,
 )
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "linear_topk"
 
@@ -42,19 +43,7 @@ def _(input, linear_weight, linear_bias, k, exclude_values, exclude_offsets):
     return values, values.new_empty(values.shape, dtype=torch.int64)
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import linear_topk as kernels
-
-    return kernels.linear_topk_fwd(*args)
-
-
-def _launcher(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import linear_topk as kernels
-
-        return kernels.linear_topk_fwd
-    return torch.ops.fastrec.linear_topk_fwd
+register_cuda(OP, "fwd")
 
 
 def linear_topk_ref(input, linear_weight, k, *, linear_bias=None, exclude=None):
@@ -112,5 +101,5 @@ def linear_topk(
             return linear_topk_ref(
                 input, linear_weight, k, linear_bias=linear_bias, exclude=exclude
             )
-        fwd = _launcher(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).linear_topk_fwd
         return TopK(*fwd(input, linear_weight, linear_bias, k, *(exclude or (None, None))))

@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.item_losses import accumulate_dtype as _accumulate_dtype
-from fastrec.ops.item_losses import check_arguments as _check
-from fastrec.ops.item_losses import check_range as _check_range
-from fastrec.ops.item_losses import reduce_loss as _reduce
+from fastrec.ops.item_losses import (
+    accumulate_dtype,
+    check_arguments,
+    check_range,
+    reduce_loss,
+)
+from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "sampled_linear_cross_entropy"
 LOSSES = ("softmax", "bce", "gbce")
@@ -53,7 +56,7 @@ torch.library.define(
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
 def _(input, linear_weight, linear_bias, log_q, target, negatives, beta, with_input, with_weight):
     rows, width = input.shape
-    loss = input.new_empty(rows, dtype=_accumulate_dtype(input))
+    loss = input.new_empty(rows, dtype=accumulate_dtype(input))
     kept = rows if with_weight and negatives.dim() == 2 else 0
     return (
         loss,
@@ -77,27 +80,7 @@ def _(
     return index, linear_weight.new_empty(items, width), bias
 
 
-@torch.library.impl(f"fastrec::{OP}_fwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import sampled_linear_cross_entropy as kernels
-
-    return kernels.sampled_linear_cross_entropy_fwd(*args)
-
-
-@torch.library.impl(f"fastrec::{OP}_bwd", "CUDA")
-def _(*args):
-    from fastrec.kernels import sampled_linear_cross_entropy as kernels
-
-    return kernels.sampled_linear_cross_entropy_bwd(*args)
-
-
-def _launchers(backend: str, device: torch.device):
-    if backend == "triton" and device.type != "cuda":  # the interpreter, see backend.interpreting
-        from fastrec.kernels import sampled_linear_cross_entropy as kernels
-
-        return kernels.sampled_linear_cross_entropy_fwd, kernels.sampled_linear_cross_entropy_bwd
-    ops = torch.ops.fastrec
-    return ops.sampled_linear_cross_entropy_fwd, ops.sampled_linear_cross_entropy_bwd
+register_cuda(OP, "fwd", "bwd")
 
 
 class _SampledLoss(torch.autograd.Function):
@@ -108,7 +91,7 @@ class _SampledLoss(torch.autograd.Function):
         ctx, input, linear_weight, linear_bias, log_q, target, negatives, rows, beta, sparse,
         learns, backend,
     ):  # fmt: skip
-        fwd, _ = _launchers(backend, input.device)
+        fwd = kernels_of(OP, backend, input.device).sampled_linear_cross_entropy_fwd
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x = input if rows is None else input.index_select(0, rows)
         loss, *grads = fwd(
@@ -124,7 +107,7 @@ class _SampledLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         x, linear_weight, linear_bias, log_q, target, negatives, rows, *grads = ctx.saved_tensors
         per_row, grad_target, grad_negatives, lse = grads
-        _, bwd = _launchers(ctx.backend, x.device)
+        bwd = kernels_of(OP, ctx.backend, x.device).sampled_linear_cross_entropy_bwd
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -191,7 +174,7 @@ def sampled_linear_cross_entropy_ref(
     drawn = negatives.expand(len(y), -1) if negatives.dim() == 1 else negatives
     candidates = torch.cat([y[:, None], drawn], 1)
     table = F.embedding(candidates, linear_weight, sparse=sparse_grad)
-    scores = (table.to(input.dtype) @ input[:, :, None]).squeeze(2).to(_accumulate_dtype(input))
+    scores = (table.to(input.dtype) @ input[:, :, None]).squeeze(2).to(accumulate_dtype(input))
     if linear_bias is not None:
         bias = linear_bias.gather(0, candidates.flatten(), sparse_grad=sparse_grad)
         scores = scores + bias.view(candidates.shape).to(scores.dtype)
@@ -209,7 +192,7 @@ def sampled_linear_cross_entropy_ref(
     row_weight = kept.to(losses.dtype)
     if weight is not None:
         row_weight = row_weight * weight.detach().to(losses.dtype)[y]
-    return _reduce(torch.where(kept, losses * row_weight, 0), row_weight, reduction)
+    return reduce_loss(torch.where(kept, losses * row_weight, 0), row_weight, reduction)
 
 
 def _check_sampled(linear_weight, target, negatives, log_q, loss, gbce_t):
@@ -299,12 +282,12 @@ def sampled_linear_cross_entropy(
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
         input = input.to(torch.get_autocast_dtype(device))
-    _check(input, linear_weight, target, linear_bias, weight, reduction, 0.0, rows)
+    check_arguments(input, linear_weight, target, linear_bias, weight, reduction, 0.0, rows)
     _check_sampled(linear_weight, target, negatives, log_q, loss, gbce_t)
-    _check_range("target", target, linear_weight.shape[0], ignore_index)
-    _check_range("negatives", negatives.flatten(), linear_weight.shape[0])
+    check_range("target", target, linear_weight.shape[0], ignore_index)
+    check_range("negatives", negatives.flatten(), linear_weight.shape[0])
     if rows is not None and rows.dtype == torch.int64:
-        _check_range("rows", rows, input.shape[0])
+        check_range("rows", rows, input.shape[0])
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
         return sampled_linear_cross_entropy_ref(
@@ -335,4 +318,4 @@ def sampled_linear_cross_entropy(
     if weight is not None:
         row_weight = row_weight * weight.detach().to(losses.dtype)[y.clamp_min(0)]
         losses = losses * row_weight
-    return _reduce(losses, row_weight, reduction)
+    return reduce_loss(losses, row_weight, reduction)

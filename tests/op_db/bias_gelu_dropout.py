@@ -24,6 +24,14 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     yield problem("plain")
     yield problem("no_bias", bias=False, **drop)
     yield problem("p_half", **(drop | dict(dropout_p=0.5, site="ffn_output")))
+    # Three blocks of rows with the same keys, and with them consecutive places across a border.
+    key = events("views", t, device)
+    same = {name: key[name].repeat(3) for name in ("sample_ids", "positions")}
+    yield problem("views", t=3 * t, **(drop | same | dict(views=3)))
+    same["positions"] = torch.arange(3 * t, device=device)
+    same["sample_ids"] = torch.zeros_like(same["sample_ids"])
+    yield problem("views_of_one_sample", t=3 * t, **(drop | same | dict(views=3)))
+    yield problem("views_without_dropout", t=2 * t, views=2)
     yield problem("one_row", t=1)
     yield problem("zero_rows", t=0, **(drop | events("none", 0, device)))
     for width in (1, 16, 64, 150):
@@ -51,10 +59,10 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         x, grad = (torch.randn(5, 18, generator=g, device=device).to(dtype) for _ in range(2))
         b = torch.randn(18, generator=g, device=device) if bias else None
         key = events("private", 5, device)
-        dropout = (None, None, None, 0, 0, 0, 0)
+        dropout = (None, None, None, 0, 0, 0, 0, 1)
         if p:
             seed = torch.tensor([9, 4], device=device)
-            dropout = (key["sample_ids"], key["positions"], seed, 77, 4, 1, 0)
+            dropout = (key["sample_ids"], key["positions"], seed, 77, 4, 1, 0, 5)
         if op.endswith("_fwd"):
             yield x, b, *dropout
         else:

@@ -67,6 +67,9 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     rows = 70 if interpret_small else 1200
     many = dict(dropout_p=0.3, **events("many_rows", rows, device))
     yield problem("many_rows", t=rows, d=16, residual=stream, **many)
+    key = events("views", t, device)
+    same = {name: key[name].repeat(3) for name in ("sample_ids", "positions")}
+    yield problem("views", t=3 * t, residual=stream, **(drop | same | dict(views=3)))
     # The same sample twice, positions in no order: the mask follows the key, not the place.
     shuffled = dict(drop, positions=drop["positions"].flip(0), sample_ids=drop["sample_ids"] % 3)
     yield problem("shuffled_rows", residual=stream, **shuffled)
@@ -86,10 +89,10 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         x, r = (torch.randn(5, 18, generator=g, device=device).to(dtype) for _ in range(2))
         w = torch.randn(18, generator=g, device=device) if affine else None
         key = events("private", 5, device)
-        dropout = (None, None, None, 0, 0, 0, 0)
+        dropout = (None, None, None, 0, 0, 0, 0, 1)
         if p:
             seed = torch.tensor([9, 4], device=device)
-            dropout = (key["sample_ids"], key["positions"], seed, 77, 3, 1, 0)
+            dropout = (key["sample_ids"], key["positions"], seed, 77, 3, 1, 0, 5)
         if op.endswith("_fwd"):
             yield x, r, w, w, 1e-5, *dropout
             yield x, None, w, None, 1e-5, *dropout

@@ -144,6 +144,14 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     gone[positive] = False
     case = l2("gone", c=c, candidate_bias=bias.masked_fill(gone, -math.inf), positive=positive)
     yield sample("bias_minus_inf", case)
+    # The maximum grows from tile to tile, also where 4 programs share the candidates of a query.
+    rising = 80 * torch.arange(300, device=device) / 300
+    yield Sample(
+        "growing",
+        problem("growing", c=300, fixed_temperature=math.sqrt(d), candidate_bias=rising),
+        floor={"output": 80.0},
+        why="the loss is the difference of two logits of this size",
+    )
     temperature = torch.tensor(0.7, device=device, dtype=types.table)
     yield sample("temperature", l2("temperature", c=c, temperature=temperature))
 

@@ -68,6 +68,10 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     case = dropout("large_ids", [4, 4, 17, 4], ids=ids, view=65535, layer=255)
     yield Sample("large_ids", case | {"rng": Rng(-5, 2**40 + 1, 65535)})
 
+    blocks, ids = (3, [3, 8]) if interpret_small else (3, [3, 8, 40, 0])
+    case = dropout("views", ids * blocks, ids=[5, 2**33, 7, 1][: len(ids)] * blocks)
+    yield Sample("views", case | dict(views=blocks))
+
     for name, scale in {"scale_1": 1.0, "scale_negative": -0.7, "scale_0": 0.0}.items():
         yield Sample(name, problem(name, short, scale=scale))
     for width in (1, 8, 16, 33, 64, 130, 256):
@@ -110,7 +114,18 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         q, k, v = (torch.randn(7, 2, 5, generator=g, device=device).to(dtype) for _ in range(3))
         offsets = torch.tensor([0, 3, 3, 7], device=device)
         ids, rng = torch.arange(3, device=device), torch.tensor([5, 9], device=device)
-        common = (offsets, ids if drop else None, rng if drop else None, 4, True, 0.4, drop, 2, 1)
+        common = (
+            offsets,
+            ids if drop else None,
+            rng if drop else None,
+            4,
+            True,
+            0.4,
+            drop,
+            2,
+            1,
+            1,
+        )
         if op.endswith("_fwd"):
             yield q, k, v, *common
         else:

@@ -43,6 +43,9 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     # Vectors made elsewhere: row t of the "table" is event t.
     yield problem("identity", v=t, values=None)
     yield problem("identity_plain", v=t, values=None, norm=False, place=False, drop=False)
+    yield problem("views", views=3)
+    yield problem("views_plain", views=3, norm=False, place=False, drop=False)
+    yield problem("views_no_norm", views=2, norm=False)
     yield problem("sparse_rows", v=20 * v)  # most rows of the table have no event
     yield problem("one_event", t=1)
     yield problem("zero_events", t=0)
@@ -73,9 +76,9 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         scale = torch.randn(18, generator=g, device=device) if norm else None
         mean = torch.randn(5 if norm else 0, generator=g, device=device)
         inputs = (values, weight, places, key["positions"], scale, scale)
-        dropout = (None, None, 0, 0, 0, 0)
+        dropout = (None, None, 0, 0, 0, 0, 1)
         if norm:
-            dropout = (key["sample_ids"], torch.tensor([9, 4], device=device), 77, 2, 1, 0)
+            dropout = (key["sample_ids"], torch.tensor([9, 4], device=device), 77, 2, 1, 0, 1)
         if op.endswith("_fwd"):
             yield *inputs, 1e-5, *dropout
             yield None, weight, None, key["positions"], scale, None, 1e-5, *dropout

@@ -61,6 +61,8 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "whole_lines": (n, v, 32, 64),
         "many_rows": (40 if interpret_small else 507, v, d, k),
         "many_negatives": (n, v, 16, 5 * k),
+        # Ids of more bits than one pass of the sort on cpp.
+        "large_table": (n, (10 if interpret_small else 20) * v, 8, k),
     }
     for form, own in forms.items():
         for name, size in sizes.items():

@@ -1,0 +1,138 @@
+"""The largest value of each feature over the events of a sequence.
+
+Legend: B sequences, T events, D width.
+
+    output_bd = max over the events t of sequence b that count of values_td
+
+The gradient of output_bd goes to the first event that attains the maximum; the kernels save which
+one that is. Backward writes every element of the gradient once: no atomics, no scatter-add.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrec.backend import resolve
+from fastrec.ops.native import kernels_of, register_cuda
+
+OP = "jagged_max_pool"
+
+# output [B, D]; index int32 [B, D]: the event inside its sequence, from 0; -1 where none counts.
+torch.library.define(
+    f"fastrec::{OP}_fwd",
+    "(Tensor values, Tensor offsets, Tensor? mask) -> (Tensor output, Tensor index)",
+)
+# grad_values [events, D] has the dtype of grad_output.
+torch.library.define(
+    f"fastrec::{OP}_bwd",
+    "(Tensor grad_output, Tensor index, Tensor offsets, SymInt events) -> Tensor",
+)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_fwd")
+def _(values, offsets, mask):
+    size = (offsets.shape[0] - 1, values.shape[1])
+    return values.new_empty(size), values.new_empty(size, dtype=torch.int32)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_bwd")
+def _(grad_output, index, offsets, events):
+    return grad_output.new_empty(events, grad_output.shape[1])
+
+
+register_cuda(OP, "fwd", "bwd")
+
+
+class _JaggedMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, offsets, mask, backend):
+        fwd = kernels_of(OP, backend, values.device).jagged_max_pool_fwd
+        output, index = fwd(values, offsets, mask)
+        ctx.save_for_backward(index, offsets)
+        ctx.events, ctx.backend = values.shape[0], backend
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        index, offsets = ctx.saved_tensors
+        bwd = kernels_of(OP, ctx.backend, grad_output.device).jagged_max_pool_bwd
+        return bwd(grad_output, index, offsets, ctx.events), None, None, None
+
+
+def jagged_max_pool_ref(values, offsets, mask=None):
+    """The oracle: plain PyTorch, any dtype."""
+    events, sequences = values.shape[0], offsets.shape[0] - 1
+    event = torch.arange(events, device=values.device).unsqueeze(1).expand_as(values)
+    ends = offsets[1:].contiguous()
+    segment = torch.searchsorted(ends, event[:, :1].contiguous(), right=True)
+    segment = segment.expand_as(values)
+    counted = values.detach()
+    if mask is not None:
+        counted = counted.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    top = counted.new_full((sequences, values.shape[1]), -torch.inf)
+    top = top.scatter_reduce(0, segment, counted, "amax")
+    largest = (counted == top.gather(0, segment)) | counted.isnan()
+    if mask is not None:
+        largest = largest & mask.unsqueeze(1)
+    first = event.new_full(top.shape, events)
+    first = first.scatter_reduce(0, segment, event.masked_fill(~largest, events), "amin")
+    # Row T stands for nothing to choose from: a zero without a gradient.
+    return torch.cat([values, values.new_zeros(1, values.shape[1])]).gather(0, first)
+
+
+def _check(values, offsets, mask):
+    if values.dim() != 2 or not values.is_floating_point():
+        raise ValueError(
+            f"values must be floating point [T, D], got {values.dtype} {list(values.shape)}"
+        )
+    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ValueError(
+            f"offsets must be int64 [B + 1], got {offsets.dtype} {list(offsets.shape)}"
+        )
+    events = values.shape[0]
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (events,)):
+        raise ValueError(f"mask must be bool [{events}], got {mask.dtype} {list(mask.shape)}")
+    # No host synchronisation on a GPU.
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        falls = offsets.diff().lt(0).any()
+        if offsets[0] != 0 or offsets[-1] != events or falls:
+            raise ValueError(
+                f"offsets must rise from 0 to T = {events}, got {int(offsets[0])} to"
+                f" {int(offsets[-1])}" + (" with a fall between" if falls else "")
+            )
+
+
+def jagged_max_pool(
+    values: Tensor,
+    offsets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Largest value of each feature over the events of each sequence (UPRec, Xiao et al., eq. 8).
+
+        output_bd = max over offsets_b <= t < offsets_b+1 with mask_t of values_td
+
+    Of equal values the first one gets the whole gradient, as in `torch.max(dim)`. A NaN that counts
+    is the maximum, as in PyTorch. A sequence without an event that counts gives 0 and no gradient.
+
+    Args:
+        values: [T, D], float64, float32, bfloat16 or float16.
+        offsets: int64 [B + 1], from 0 to T; sequence b is rows offsets[b] to offsets[b + 1].
+        mask: bool [T], the events that count; None: all.
+        backend: None (native to the device), "reference", "cpp" or "triton".
+
+    Returns:
+        [B, D] in the dtype of `values`: an element of it or 0, exact in every dtype. Equal
+        arguments give equal bits. Not twice differentiable, except on the reference backend.
+
+    Raises:
+        ValueError: a shape or dtype is wrong, or `offsets` (on a CPU) do not rise from 0 to T.
+        RuntimeError: `backend` cannot run.
+    """
+    _check(values, offsets, mask)
+    backend = resolve(backend, OP, values.device)
+    if backend == "reference":
+        return jagged_max_pool_ref(values, offsets, mask)
+    return _JaggedMaxPool.apply(values, offsets, mask, backend)

@@ -1,0 +1,57 @@
+"""What ptxas makes of the kernels of jagged_max_pool: no GPU is needed.
+
+The table of docs/kernels/jagged_max_pool.md is what this file prints when run as a script.
+"""
+
+import sys
+
+import pytest
+from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+
+from fastrec.kernels import jagged_max_pool as kernels
+
+pytestmark = needs_compiler
+
+# The plain suite compiles the target device; the other architectures are slow.
+CASES = [
+    pytest.param(
+        kernel, dtype, width, capability,
+        marks=[] if (capability, dtype, width) == (90, "fp32", 64) else [pytest.mark.slow],
+    )
+    for kernel in ("fwd", "bwd")
+    for dtype in ("bf16", "fp32", "fp64")
+    for width in (16, 64)
+    for capability in SHARED_LIMIT
+]  # fmt: skip
+
+
+def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
+    config = kernels._config(width)
+    options = {"num_warps": config.pop("num_warps")}
+    values, ids = f"*{dtype}:16", "*i64:16"
+    arguments = dict(offsets=ids, index="*i32:16", d="i32:16", stride="i32:16", **config)
+    if kernel == "fwd":
+        arguments |= dict(values=values, counted="*u8:16", output=values)
+    else:
+        arguments |= dict(grad_output=values, grad=values)
+    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
+def test_no_spill(kernel, dtype, width, capability):
+    binary = build(kernel, dtype, width, capability)
+    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
+    assert binary.shared <= SHARED_LIMIT[capability]
+
+
+def main() -> None:
+    print("| kernel | dtype | D | sm | registers | stack | shared, bytes |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        binary = build(*case.values)
+        cells = [*case.values, binary.registers, binary.stack, binary.shared]
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Kernels that sum over rows: more blocks and programs than the small samples of op_db have."""
+
+import pytest
+import torch
+from op_db import bias_gelu_dropout, dropout_add_layer_norm, jagged_embedding
+from op_db.case import TYPES
+from test_ops import check
+
+from fastrec.backend import interpreting
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize("types", TYPES[:1] + TYPES[2:3], ids=str)
+@pytest.mark.parametrize(
+    "op, name",
+    [
+        pytest.param(bias_gelu_dropout.OP, "width_150", id="bias_gelu_dropout-triton"),
+        pytest.param(dropout_add_layer_norm.OP, "width_130", id="dropout_add_layer_norm-triton"),
+        pytest.param(jagged_embedding.OP, "width_130", id="jagged_embedding-triton"),
+    ],
+)
+def test_programs_of_several_blocks(op, name, types, monkeypatch):
+    from fastrec.kernels import rows
+
+    ranges = []
+    monkeypatch.setattr(rows, "MOST_PARTIALS", 2)
+    monkeypatch.setattr(f"fastrec.kernels.{op.name}.row_ranges", seen(rows.row_ranges, ranges))
+    check(op, name, "triton", "cpu", types)
+    assert ranges and all(programs == 2 and blocks > 1 for programs, blocks in ranges)
+
+
+def seen(function, results):
+    def wrapper(*arguments):
+        results.append(function(*arguments))
+        return results[-1]
+
+    return wrapper
+
+
+@pytest.mark.parametrize("before", [0, 5, 32])
+def test_triton_scatter_of_a_row_with_more_events_than_a_step_of_the_carry(before):
+    from fastrec.kernels.jagged_embedding import BLOCK_T, jagged_embedding_scatter
+
+    # The events of item 2 fill two steps of 32 programs and begin a third one.
+    index = torch.tensor([1] * before + [2] * (70 * BLOCK_T) + [4] * 3)
+    grad = torch.ones(len(index), 3)  # sums of ones are exact
+    grad[:, 1] = torch.arange(len(index)) % 3
+    total = jagged_embedding_scatter(grad, index, 6, torch.float32)
+    assert torch.equal(total, torch.zeros(6, 3).index_add(0, index, grad))
