@@ -1,8 +1,10 @@
 // CPU kernels of fastrec::sampled_linear_cross_entropy_fwd and _bwd: tensors in and out, the sort of
-// the pairs by item. The arithmetic is in sampled_linear_cross_entropy.h.
+// the pairs by item. The arithmetic is in sampled_linear_cross_entropy*.h.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
-#include "sampled_linear_cross_entropy.h"
+#include "sampled_linear_cross_entropy_own.h"
+#include "sampled_linear_cross_entropy_shared.h"
+#include "sampled_linear_cross_entropy_sums.h"
 
 #include <torch/csrc/stable/library.h>
 

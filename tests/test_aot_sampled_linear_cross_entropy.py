@@ -38,9 +38,9 @@ def build(kernel, types, width, capability, softmax):
     if kernel == "sum":
         config = {"BLOCK_T": kernels.BLOCK_T, "BLOCK_D": min(width, 64), "num_warps": 8}
     elif kernel == "own_fwd":
-        config = kernels._own_config(width)
+        config = kernels.own_config(width)
     else:
-        config = kernels._shared_config(width, dtype, kernel == "shared_bwd")
+        config = kernels.shared_config(width, dtype, kernel == "shared_bwd")
     options = {key: config.pop(key) for key in ("num_warps", "num_stages") if key in config}
     x, w = POINTER[dtype], POINTER[table]
     shared = dict(x=x, d="i32:16", stride_xn="i32:16", stride_xd=1, **config)

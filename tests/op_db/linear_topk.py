@@ -111,6 +111,10 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     case["input"][::3] = math.nan
     case["linear_weight"][1::5] = math.nan
     yield Sample("nan", case)
+    # More tiles of nothing but NaN than results.
+    case = tied("nan_tiles", v=9 * v if interpret_small else v, k=2)
+    case["linear_weight"][:256] = math.nan
+    yield Sample("nan_tiles", case)
 
 
 def _private(device: str, op: str) -> Iterator[tuple]:
