@@ -1,5 +1,6 @@
 """The user's path: a killed run resumes to the same bits, broken checkpoints are named."""
 
+import json
 import os
 import signal
 import subprocess
@@ -195,6 +196,15 @@ def test_masking_the_last_item_and_starting_from_a_model(data, tmp_path):
     stage = recipe(masking=Masking(last_only=True), learning_rate=1e-5, steps=10).pretraining
     tuned = run(data, tmp_path / "finetune", stage, initial=pretrained)
     assert (tuned.item_table - pretrained.item_table).abs().max() < 1e-3
+
+
+def test_a_start_that_training_only_spoils_is_kept(data, tmp_path):
+    pretrained = run(data, tmp_path / "pretrain", recipe(steps=60).pretraining)
+    stage = recipe(learning_rate=3.0, steps=10).pretraining
+    tuned = run(data, tmp_path / "finetune", stage, initial=pretrained)
+    assert torch.equal(tuned.item_table, pretrained.item_table)
+    summary = json.loads((tmp_path / "finetune" / "summary.json").read_text())
+    assert summary["steps"] == 10
 
 
 def test_early_stopping_keeps_the_best(data, tmp_path):

@@ -66,7 +66,8 @@ def fit(
     Args:
         task: what validation measures, and with it which users are trained, see `task_data`.
         initial_heads: folder of a model whose social relation head is taken over, if it has one.
-        initial: start from this model instead of random weights; it is not changed.
+        initial: start from this model instead of random weights; it is not changed. It is validated
+            first, and kept if training does not improve on it.
         resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run.
 
     Raises:
@@ -152,6 +153,8 @@ def fit(
         use_distributed_sampler=False,
     )
     start = time.perf_counter()
+    if initial is not None and not resume:
+        trainer.validate(module, verbose=False)
     trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
     summary = {
         "steps": trainer.global_step,
