@@ -8,39 +8,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-#include <vector>
 
-#include "arguments.h"
-#include "small_gemm.h"
+#include "pack.h"
 
 namespace fastrec {
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 96;  // of a product: its output stays in the caches nearby
 constexpr int64_t LINK = 128;       // rows of a chain of additions of grad_weight
-constexpr int64_t LANES = 16;       // rows are padded to whole vectors of any instruction set
-
-// Element (k, n) of a [depth, columns] matrix at source[k * row + n * column], into panels.
-template <class T>
-struct PackArgs {
-  const T* source;
-  int64_t row, column, depth, columns;
-  T* panels;
-};
-
-template <class S, class T = typename S::T>
-FASTREC_INLINE void pack(const PackArgs<T>& a) {
-  constexpr int64_t NR = SmallGemm<S>::NR;
-  for (int64_t first = 0; first < a.columns; first += NR) {
-    const int64_t valid = std::min(NR, a.columns - first);
-    T* out = a.panels + first * a.depth;
-    for (int64_t k = 0; k < a.depth; ++k, out += NR) {
-      const T* from = a.source + k * a.row + first * a.column;
-      for (int64_t n = 0; n < valid; ++n) out[n] = from[n * a.column];
-      for (int64_t n = valid; n < NR; ++n) out[n] = T(0);
-    }
-  }
-}
 
 // out[i] = a[i] * panels + bias for the rows [begin, end).
 template <class T>
@@ -92,7 +67,7 @@ FASTREC_INLINE void sum_rows(const SumsArgs<T>& a) {
     const int64_t rows = std::min(LINK, a.end - t);
     const T* grad = a.grad + t * a.grad_row;
     if (a.weight) {
-      pack<S>({a.input + t * a.input_row, a.input_row, 1, rows, a.k, panels});
+      pack<S, T>({a.input + t * a.input_row, a.input_row, 1, rows, a.k, panels});
       product<S>({a.n, rows, a.k, grad, 1, a.grad_row, panels, NR, rows * NR, a.weight, a.width,
                   &one, 0, t > a.begin, nullptr});
     }
@@ -107,7 +82,6 @@ FASTREC_INLINE void sum_rows(const SumsArgs<T>& a) {
   }
 }
 
-FASTREC_DEFINE_PER_ISA(pack_panels, PackArgs, pack)
 FASTREC_DEFINE_PER_ISA(linear_rows, RowsArgs, multiply_rows)
 FASTREC_DEFINE_PER_ISA(linear_sums, SumsArgs, sum_rows)
 
@@ -127,16 +101,12 @@ Tensor times(const Tensor& a, const T* b, int64_t b_row, int64_t b_column, int64
     }
     return out;
   }
-  Buffer<T> panels(depth * round_up(columns, 64)), padded(round_up(columns, 64));
-  pack_panels<T>({b, b_row, b_column, depth, columns, panels});
-  if (bias) {
-    std::fill_n(static_cast<T*>(padded), round_up(columns, 64), T(0));
-    std::copy_n(static_cast<const T*>(Vector<T>(bias, columns)), columns,
-                static_cast<T*>(padded));
-  }
+  Buffer<T> panels = packed(b, b_row, b_column, depth, columns);
+  std::optional<Buffer<T>> bias_row;
+  if (bias) bias_row.emplace(padded<T>(*bias, columns));
   RowsArgs<T> all{0, count, depth, columns, reinterpret_cast<const T*>(rows.rows.data),
                   rows.rows.stride / int64_t(sizeof(T)), panels,
-                  bias ? static_cast<const T*>(padded) : nullptr, static_cast<T*>(out.data_ptr())};
+                  bias ? static_cast<const T*>(*bias_row) : nullptr, static_cast<T*>(out.data_ptr())};
   torch::stable::parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
     RowsArgs<T> mine = all;
     mine.begin = begin, mine.end = end;
@@ -150,8 +120,7 @@ void sums(const Tensor& grad, const Tensor& input, Tensor& weight, Tensor& bias,
           bool bias_needed) {
   Matrix g(grad), x(input);
   int64_t count = grad.size(0), n = grad.size(1), k = input.size(1), width = round_up(k, LANES);
-  // At most 32 ranges, a function of the number of rows alone: it decides the order of additions.
-  int64_t range = round_up(std::max<int64_t>(1024, (count + 31) / 32), LINK);
+  int64_t range = rows_of_a_range(count);
   int64_t ranges = (count + range - 1) / range, size = n * (width + 1);
   Buffer<T> partials(std::max<int64_t>(1, ranges) * size);
   SumsArgs<T> all{0, 0, n, k, width, reinterpret_cast<const T*>(g.rows.data),
@@ -166,16 +135,12 @@ void sums(const Tensor& grad, const Tensor& input, Tensor& weight, Tensor& bias,
       linear_sums<T>(mine);
     }
   });
-  auto add = [&](int64_t at, int64_t length, T* out) {
-    std::fill_n(out, length, T(0));
-    for (int64_t r = 0; r < ranges; ++r) {
-      const T* part = partials + r * size + at;
-      for (int64_t i = 0; i < length; ++i) out[i] += part[i];
-    }
-  };
+  const T* from = partials;
   if (weight_needed)
-    for (int64_t i = 0; i < n; ++i) add(i * width, k, static_cast<T*>(weight.data_ptr()) + i * k);
-  if (bias_needed) add(n * width, n, static_cast<T*>(bias.data_ptr()));
+    for (int64_t i = 0; i < n; ++i)
+      add_ranges(from + i * width, ranges, size, k, static_cast<T*>(weight.data_ptr()) + i * k);
+  if (bias_needed)
+    add_ranges(from + n * width, ranges, size, n, static_cast<T*>(bias.data_ptr()));
 }
 
 Tensor linear_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias) {

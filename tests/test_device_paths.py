@@ -21,7 +21,7 @@ from fastrec.random import Rng, draws, dropout_arguments, keep_mask
 
 pytest.importorskip("triton")
 WRITTEN = [t for t in TYPES if t.name in ("float32", "bfloat16", "bfloat16_input_float32_table")]
-# On a GPU `linear` is PyTorch's own.
+# On a GPU `linear` is PyTorch's own, and `gelu_ffn` is made of other ops.
 WITH_KERNELS = [op for op in OPS if importlib.util.find_spec(f"fastrec.kernels.{op.name}")]
 
 

@@ -6,8 +6,8 @@ Legend: T events of a batch, D width, H heads.
 from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
+from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear import linear
@@ -102,8 +102,8 @@ class TransformerLayer(nn.Module):
         return linear(out.flatten(1), output.weight, output.bias)
 
     def ffn(self, x: Tensor):
-        inner = bias_gelu_dropout(linear(x, self.ffn_inner.weight), self.ffn_inner.bias)
-        return linear(inner, self.ffn_output.weight, self.ffn_output.bias)
+        inner, output = self.ffn_inner, self.ffn_output
+        return gelu_ffn(x, inner.weight, inner.bias, output.weight, output.bias)
 
     def forward(
         self,

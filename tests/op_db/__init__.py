@@ -6,6 +6,7 @@
 from op_db import (
     bias_gelu_dropout,
     dropout_add_layer_norm,
+    gelu_ffn,
     in_batch_cross_entropy,
     in_batch_hardest,
     jagged_attention,
@@ -21,6 +22,7 @@ from op_db import (
 OPS = [
     bias_gelu_dropout.OP,
     dropout_add_layer_norm.OP,
+    gelu_ffn.OP,
     in_batch_cross_entropy.OP,
     in_batch_hardest.OP,
     jagged_attention.OP,
