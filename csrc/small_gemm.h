@@ -14,8 +14,9 @@ namespace fastrec {
 
 // c[i, j] (+)= scale[i] * sum_k a[i, k] b[k, j], with element (i, k) of a at a[i * a_row + k * a_step]
 // and scale[i] at scale[i * scale_step]. b is cut into panels of `SmallGemm::NR` columns, b_panel
-// elements apart (NR where rows are stored as they are). Columns are computed in whole vectors: rows
-// of b and c extend to the next multiple of the lanes.
+// elements apart (NR where rows are stored as they are). With `bias` that vector is added to every
+// row. Columns are computed in whole vectors: rows of b and c, and bias, extend to the next multiple
+// of the lanes.
 template <class T>
 struct ProductArgs {
   int64_t rows, depth, columns;
@@ -28,6 +29,7 @@ struct ProductArgs {
   const T* scale;
   int64_t scale_step;
   bool add;
+  const T* bias;
 };
 
 template <class S>
@@ -67,6 +69,7 @@ struct SmallGemm {
       for (int j = 0; j < N; ++j) {
         T* at = out + i * p.c_row + j * S::lanes;
         V value = c[i][j] * scale;
+        if (p.bias && first == 0) value += S::load(p.bias + column + j * S::lanes);
         S::store(at, add ? S::load(at) + value : value);
       }
     }

@@ -60,15 +60,15 @@ def _kept(
     return drawn.to(tl.int32) >= drop
 
 
-@triton.jit(do_not_specialize=["drop", "view", "per_view", "layer"])
+@triton.jit(do_not_specialize=["drop", "view", "layer"])
 def _fwd_kernel(
     q, k, v, offsets, sample_ids, rng, out, lse,
-    heads, d, scale, keep_scale, drop, view, per_view, layer,
+    heads, d, scale, keep_scale, drop, view, layer,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    view += (b // per_view).to(tl.int32)
+    b = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    view += tl.program_id(2)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
@@ -102,16 +102,16 @@ def _fwd_kernel(
         tl.store(lse + (t + row) * heads + h, peak + tl.log(total), mask=row < length)
 
 
-@triton.jit(do_not_specialize=["drop", "view", "per_view", "layer"])
+@triton.jit(do_not_specialize=["drop", "view", "layer"])
 def _bwd_kernel(
     g, q, k, v, out, lse, offsets, sample_ids, rng, grad,
-    heads, d, scale, keep_scale, drop, view, per_view, layer,
+    heads, d, scale, keep_scale, drop, view, layer,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ONE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    view += (b // per_view).to(tl.int32)
+    b = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    view += tl.program_id(2)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
@@ -220,15 +220,15 @@ def _features_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop):
+def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop, views):
     """(grid, options, keep scale, sample ids or None) of a kernel."""
     if query.dtype == torch.float64:
         raise RuntimeError("jagged_attention has no float64 triton kernel, query is float64")
     options = _config(kernel, query.shape[2], query.dtype, max_seq_len)
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         options["PRECISION"] = "tf32"
-    # Sequences on x: the other axes end at 65,535.
-    grid = (offsets.shape[0] - 1, triton.cdiv(max_seq_len, options["BLOCK"]))
+    # Sequences of a view on x: the other axes end at 65,535.
+    grid = ((offsets.shape[0] - 1) // views, triton.cdiv(max_seq_len, options["BLOCK"]), views)
     return grid, options, 256 / (256 - drop), sample_ids.contiguous() if drop else None
 
 
@@ -236,7 +236,9 @@ def jagged_attention_fwd(
     query, key, value, offsets, sample_ids, rng, max_seq_len, causal, scale, drop, view, views,
     layer,
 ):  # fmt: skip
-    grid, options, keep_scale, ids = _launch("fwd", query, offsets, sample_ids, max_seq_len, drop)
+    grid, options, keep_scale, ids = _launch(
+        "fwd", query, offsets, sample_ids, max_seq_len, drop, views
+    )
     query, key, value = map(_features_contiguous, (query, key, value))
     events, heads, width = query.shape
     out = query.new_empty(query.shape)
@@ -247,7 +249,7 @@ def jagged_attention_fwd(
     with torch.cuda.device_of(query):
         _fwd_kernel[grid](
             query, key, value, offsets.contiguous(), ids, rng, out, lse,
-            heads, width, scale, keep_scale, drop, view, max(grid[0] // views, 1), layer, *strides,
+            heads, width, scale, keep_scale, drop, view, layer, *strides,
             CAUSAL=causal, **options,
         )  # fmt: skip
     return out, lse
@@ -257,7 +259,9 @@ def jagged_attention_bwd(
     grad_out, query, key, value, out, lse, offsets, sample_ids, rng,
     max_seq_len, causal, scale, drop, view, views, layer,
 ):  # fmt: skip
-    grid, options, keep_scale, ids = _launch("bwd", query, offsets, sample_ids, max_seq_len, drop)
+    grid, options, keep_scale, ids = _launch(
+        "bwd", query, offsets, sample_ids, max_seq_len, drop, views
+    )
     grad_out, query, key, value = map(_features_contiguous, (grad_out, query, key, value))
     events, heads, width = query.shape
     grad = query.new_empty(events, 3, heads, width)
@@ -267,7 +271,7 @@ def jagged_attention_bwd(
     with torch.cuda.device_of(query):
         _bwd_kernel[grid](
             grad_out, query, key, value, out, lse, offsets.contiguous(), ids, rng, grad,
-            heads, width, scale, keep_scale, drop, view, max(grid[0] // views, 1), layer, *strides,
+            heads, width, scale, keep_scale, drop, view, layer, *strides,
             CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], **options,
         )  # fmt: skip
     return grad

@@ -43,7 +43,7 @@ def build(kernel: str, dtype: str, width: int, length: int, capability: int) -> 
     arguments = dict.fromkeys((*tensors, "out"), x) | dict.fromkeys(("offsets", "sample_ids"), ids)
     arguments |= dict(
         rng=ids, lse="*fp32:16", heads="i32", d="i32:16", scale="fp32", keep_scale="fp32",
-        drop="i32", view="i32", per_view="i32", layer="i32", CAUSAL=False, **config,
+        drop="i32", view="i32", layer="i32", CAUSAL=False, **config,
     )  # fmt: skip
     if kernel == "bwd":
         tensors += ("g",)

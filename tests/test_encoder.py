@@ -13,7 +13,7 @@ from fastrec.nn.pool import max_pool
 from fastrec.nn.transformer import EventDropout, TransformerEncoder
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.ops.jagged_attention import jagged_attention
-from fastrec.random import Rng
+from fastrec.random import Rng, keep_mask
 
 
 def jagged(lengths: list[int], num_items: int = 50, first_id: int = 0) -> JaggedBatch:
@@ -238,3 +238,135 @@ def test_repeated_batch():
 def test_views_out_of_range(views, view, message):
     with pytest.raises(ValueError, match=message):
         UserModel(50, ModelConfig(width=8)).encode(jagged([3]), Rng(1, 2, view), views=views)
+
+
+def shuffled(batch: JaggedBatch, seed: int) -> tuple[JaggedBatch, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return take(batch, torch.randperm(len(batch), generator=g).tolist())
+
+
+LENGTHS = [5, 1, 33, 8, 0, 9, 60, 2, 17, 31, 1, 4, 12]
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bits_do_not_depend_on_the_batch(pre_norm, causal):
+    """With the native kernels: any order, any part, one sequence alone; dropout on."""
+    config = ModelConfig(
+        width=24, max_len=70, dropout=0.4, pre_norm=pre_norm, causal=causal, use_cls=not causal
+    )
+    model, batch, rng = UserModel(50, config), jagged(LENGTHS, first_id=2**33), Rng(2**40 + 3, 7)
+    whole = model.encode(batch, rng)
+    for seed in (0, 1):
+        part, events = shuffled(batch, seed)
+        assert torch.equal(model.encode(part, rng), whole[events])
+    for order in ([2], [1], [0, 1, 2, 3, 4, 5], list(range(6, 13)), [12, 6]):
+        part, events = take(batch, order)
+        assert torch.equal(model.encode(part, rng), whole[events]), order
+
+
+def padded(batch: JaggedBatch, length: int, fill: int) -> tuple[JaggedBatch, torch.Tensor]:
+    """Every sequence filled up to `length` events, and where the real ones are."""
+    real = torch.arange(length) < batch.lengths[:, None]
+    values = torch.full(real.shape, fill)
+    values[real] = batch.values
+    offsets = torch.arange(len(batch) + 1) * length
+    return JaggedBatch(values.flatten(), offsets, batch.sample_ids, length), real.flatten()
+
+
+def test_padding_behind_changes_no_bit_where_nobody_looks_ahead():
+    """Causal: what stands behind an event is not seen, whatever it is."""
+    config = ModelConfig(width=24, max_len=70, dropout=0.4, causal=True, use_cls=False)
+    model, batch, rng = UserModel(50, config), jagged(LENGTHS), Rng(5, 7)
+    whole = model.encode(batch, rng)
+    for fill in (0, 49):
+        wide, real = padded(batch, 60, fill)
+        assert torch.equal(model.encode(wide, rng)[real], whole)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_jagged_is_padded(pre_norm):
+    """An eager padded encoder with the same masks: [B, L, D] with keys beyond the end left out."""
+    config = ModelConfig(width=24, max_len=70, dropout=0.4, pre_norm=pre_norm)
+    model = UserModel(50, config).double()
+    batch, rng = jagged(LENGTHS), Rng(5, 7)
+    wide, real = padded(batch, 60, 0)
+    encoder, events = model.encoder, EventDropout(wide, 0.4, rng)
+    inside = real.view(len(batch), 1, 1, 60)
+
+    def attend(layer, x, index):
+        qkv = torch.nn.functional.linear(
+            x, layer.query_key_value.weight, layer.query_key_value.bias
+        )
+        q, k, v = qkv.view(len(batch), 60, 3, 2, 12).permute(2, 0, 3, 1, 4)
+        p = (q @ k.transpose(2, 3) / 12**0.5).masked_fill(~inside, -torch.inf).softmax(-1)
+        place = torch.arange(60)
+        keep, scale = keep_mask(
+            rng, 0.4, batch.sample_ids[:, None, None], place, 60, site="attention", layer=index,
+            head=torch.arange(2)[:, None],
+        )  # fmt: skip
+        mixed = (p.nan_to_num() * keep * scale) @ v
+        return layer.attention_output(mixed.transpose(1, 2).reshape(-1, 24))
+
+    def forward(layer, x):
+        inner = torch.nn.functional.gelu(layer.ffn_inner(x))
+        return layer.ffn_output(inner)
+
+    x = model.item_embedding.weight[wide.values] + encoder.positions.weight[events.positions]
+    x = events(encoder.embedding_norm(x), "embedding")
+    for i, layer in enumerate(encoder.layers):
+        if pre_norm:
+            x = x + events(attend(layer, layer.attention_norm(x), i), "attention_output", i)
+            x = x + events(forward(layer, layer.ffn_norm(x)), "ffn_output", i)
+        else:
+            x = layer.attention_norm(x + events(attend(layer, x, i), "attention_output", i))
+            x = layer.ffn_norm(x + events(forward(layer, x), "ffn_output", i))
+    expected = encoder.final_norm(x)[real]
+    torch.testing.assert_close(model.encode(batch, rng), expected, rtol=1e-10, atol=1e-10)
+
+
+def gradients(model: UserModel, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    up = torch.cos(torch.arange(states.numel(), dtype=torch.float64)).view(states.shape)
+    states.backward(up.to(states.dtype))
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_autocast_on_a_cpu(backend, pre_norm, monkeypatch):
+    """bfloat16 products: states within 8 eps of bfloat16 of the largest float32 state (a product
+    rounds its operands and result, 2 layers have 8 of them in a row), gradients within 16 of the
+    largest of their tensor; parameters and their gradients stay float32."""
+    on_backend(monkeypatch, backend)
+    config = ModelConfig(width=32, max_len=70, dropout=0.4, pre_norm=pre_norm)
+    model, batch, rng = UserModel(50, config), jagged(LENGTHS), Rng(5, 7)
+    plain = model.encode(batch, rng)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.encode(batch, rng)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert mixed.dtype == torch.float32
+    difference = (mixed - plain).abs().max()
+    assert 0 < difference < 8 * eps * plain.abs().max()
+    expected, actual = gradients(model, plain), gradients(model, mixed)
+    assert expected.keys() == actual.keys()
+    for name, grad in expected.items():
+        assert actual[name].dtype == torch.float32, name
+        error = (actual[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-3)
+        assert error < 16 * eps, f"{name}: {error / eps:.1f} eps"
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("views", [1, 2])
+def test_compiled_without_graph_break(pre_norm, views):
+    config = ModelConfig(width=16, max_len=70, dropout=0.4, pre_norm=pre_norm)
+    model, rng = UserModel(50, config), Rng(5, 7)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.encode, fullgraph=True, backend="aot_eager")
+    for batch in (jagged(LENGTHS), jagged([4, 7, 2])):
+        expected, actual = model.encode(batch, rng, views), compiled(batch, rng, views)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        wanted, found = gradients(model, expected), gradients(model, actual)
+        assert wanted.keys() == found.keys()
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=name)

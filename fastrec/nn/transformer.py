@@ -4,13 +4,13 @@ Legend: T events of a batch, D width, H heads.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
+from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
+from fastrec.ops.linear import linear
 from fastrec.random import Rng, keep_mask, views_of
 
 
@@ -83,7 +83,8 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, norm_eps)
 
     def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
-        packed = self.query_key_value(x).unflatten(1, (3, self.heads, -1))
+        projection, output = self.query_key_value, self.attention_output
+        packed = linear(x, projection.weight, projection.bias).unflatten(1, (3, self.heads, -1))
         query, key, value = split_packed(packed)
         out = jagged_attention(
             query,
@@ -98,11 +99,11 @@ class TransformerLayer(nn.Module):
             layer=layer,
             views=dropout.views,
         )
-        return self.attention_output(out.flatten(1))
+        return linear(out.flatten(1), output.weight, output.bias)
 
     def ffn(self, x: Tensor):
-        inner = F.linear(x, self.ffn_inner.weight)
-        return self.ffn_output(bias_gelu_dropout(inner, self.ffn_inner.bias))
+        inner, output = self.ffn_inner, self.ffn_output
+        return gelu_ffn(x, inner.weight, inner.bias, output.weight, output.bias)
 
     def forward(
         self,

@@ -1,0 +1,106 @@
+"""input @ weight.T + bias for many rows and a small matrix: the linear layers of an encoder.
+
+Legend: T rows, K input width, N output width. With G = grad_output [T, N]:
+
+    grad_input = G weight        grad_weight = G^T input        grad_bias = sum over the rows of G
+
+The C++ kernels compute a row from this row alone and in one order, so its bits depend on neither
+the other rows nor their number, and a matrix of a few hundred columns keeps the widest vectors of
+the processor busy, whoever made it. On a GPU, and for 16-bit types, the library that PyTorch calls
+is the right one: there is no Triton kernel.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrec.backend import resolve
+
+OP = "linear"
+
+torch.library.define(
+    f"fastrec::{OP}_fwd", "(Tensor input, Tensor weight, Tensor? bias) -> Tensor output"
+)
+# A gradient that is not needed is empty.
+torch.library.define(
+    f"fastrec::{OP}_bwd",
+    "(Tensor grad_output, Tensor input, Tensor weight, bool input_needed, bool weight_needed,"
+    " bool bias_needed) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_fwd")
+def _(input, weight, bias):
+    return input.new_empty(input.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake(f"fastrec::{OP}_bwd")
+def _(grad_output, input, weight, input_needed, weight_needed, bias_needed):
+    return (
+        input.new_empty(input.shape if input_needed else (0, input.shape[1])),
+        weight.new_empty(weight.shape if weight_needed else (0, weight.shape[1])),
+        weight.new_empty(weight.shape[0] if bias_needed else 0),
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias):
+        ctx.save_for_backward(input, weight)
+        return torch.ops.fastrec.linear_fwd(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        needed = ctx.needs_input_grad
+        grads = torch.ops.fastrec.linear_bwd(grad_output, *ctx.saved_tensors, *needed)
+        return tuple(grad if asked else None for grad, asked in zip(grads, needed, strict=True))
+
+
+def linear_ref(input, weight, bias=None):
+    """The oracle."""
+    return F.linear(input, weight, bias)
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """`torch.nn.functional.linear` of the rows of a matrix.
+
+    Args:
+        input: [T, K].
+        weight: [N, K].
+        bias: [N]; None adds nothing.
+        backend: None ("cpp" for float32 and float64 on a CPU outside autocast, else PyTorch's own
+            product, which is "reference"), "reference" or "cpp".
+
+    Returns:
+        [T, N] in the dtype of `input`. On cpp a row of the output or of the gradient of `input` has
+        the same bits in any batch, and all gradients have for any number of threads. Not twice
+        differentiable, except on the reference backend.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.
+    """
+    if input.dim() != 2 or weight.dim() != 2 or input.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "input and weight must be [T, K] and [N, K], got"
+            f" {list(input.shape)} and {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    device = input.device
+    wide = input.dtype in (torch.float32, torch.float64)
+    if backend is None:
+        own = device.type == "cpu" and wide and not torch.is_autocast_enabled("cpu")
+        backend = resolve(None, OP, device) if own else "reference"
+    if resolve(backend, OP, device) == "reference":
+        return linear_ref(input, weight, bias)
+    dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
+    if not wide or len(dtypes) > 1:
+        raise TypeError(
+            "the cpp kernel of linear takes float32 or float64 tensors of one dtype, got"
+            f" {', '.join(sorted(map(str, dtypes)))}"
+        )
+    return _Linear.apply(input, weight, bias)
