@@ -15,7 +15,8 @@
 
 namespace fastrec {
 
-constexpr int64_t LINE = 64;   // negatives of a row that are scored, or whose losses are multiplied, at once
+constexpr int64_t LINE = 64;   // negatives of a row that are scored before they are used
+constexpr int64_t AHEAD = 32;  // negatives, or pairs of a sum, whose rows are prefetched
 
 // A negative that is the target of a row.
 struct Hit {

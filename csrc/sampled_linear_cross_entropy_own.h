@@ -7,8 +7,6 @@
 
 namespace fastrec {
 
-constexpr int64_t AHEAD = 32;  // negatives whose rows are prefetched
-
 // out += sum_j p[j] row_j
 template <int N, class S, class T = typename S::T>
 FASTREC_INLINE void add_rows_tile(int64_t count, const T* p, const T* const* row, int64_t d,

@@ -45,6 +45,8 @@ FASTREC_INLINE void sum_entries(const SumArgs<T>& a) {
   const int64_t width = round_up(a.width, S::lanes);
   const uint64_t place_mask = (uint64_t{1} << a.place_bits) - 1;
   const uint64_t entry_mask = (uint64_t{1} << a.entry_bits) - 1;
+  const int64_t entries = a.grad_negatives ? a.start[a.distinct] : 0;
+  const int64_t bytes = std::min<int64_t>(a.width * sizeof(T), 4096);
   Buffer<T> sums(2 * width);
   T *total = sums, *link = sums + width;
   for (int64_t u = a.begin; u < a.end; ++u) {
@@ -54,6 +56,13 @@ FASTREC_INLINE void sum_entries(const SumArgs<T>& a) {
       T* sum = at == a.start[u] ? total : link;
       if (sum == link) std::fill_n(sum, width, T(0));
       for (int64_t stop = std::min(at + LINK, a.start[u + 1]); at < stop; ++at) {
+        if (at + AHEAD < entries) {  // own negatives: rows and coefficients are all over the place
+          const uint64_t later = a.key[at + AHEAD] & entry_mask;
+          const int64_t row = later >> a.place_bits, place = later & place_mask;
+          __builtin_prefetch(a.grad_negatives + row * a.negatives + place);
+          const char* next = reinterpret_cast<const char*>(a.x + row * a.ld);
+          for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + b);
+        }
         const uint64_t entry = a.key[at] & entry_mask;
         const int64_t row = entry >> a.place_bits, place = entry & place_mask;
         const T* source = row < a.rows ? a.x + row * a.ld : a.grad_shared + place * a.ld;
