@@ -96,6 +96,7 @@ PASS = {"forward": forward, "both": both}
 
 def measure(entry: Entry, rounds: int | None = None, compiler: str = "inductor") -> dict:
     """{implementation: row}; see `row` for the fields."""
+    torch.compiler.reset()  # beyond 8 shapes of one function the compiler runs it eagerly
     op = module(entry.op)
     table = op.implementations(entry, compiler)
     table = {k: f for k, f in table.items() if not entry.only or k in entry.only}
