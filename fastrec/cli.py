@@ -205,9 +205,7 @@ def _evaluate_recommendation(recipe: Recipe, dataset, trained: UserModel, split:
 
 def _evaluate_profile(recipe: Recipe, dataset, trained: UserModel, path: Path) -> dict:
     users, attributes = held_out_users(dataset, recipe), encoded_attributes(dataset, recipe)
-    objective = JointObjective(
-        recipe.profile.objectives, trained, attributes, dataset.item_counts()
-    )
+    objective = JointObjective(recipe.profile.objectives, trained, attributes, dataset.item_counts)
     load_heads(objective, path)
     evaluator = ProfileEvaluator(dataset, users, "all", attributes, select_users(dataset, recipe))
     scores = _all_scores(evaluator, trained, objective)
@@ -223,7 +221,7 @@ def _evaluate_profile(recipe: Recipe, dataset, trained: UserModel, path: Path) -
 def _evaluate_relation(recipe: Recipe, dataset, trained: UserModel, path: Path) -> dict:
     users, social = held_out_users(dataset, recipe), recipe.social
     evaluator = RelationEvaluator(dataset, users, "all", social.negatives, social.seed)
-    objective = JointObjective(recipe.relation.objectives, trained, [], dataset.item_counts())
+    objective = JointObjective(recipe.relation.objectives, trained, [], dataset.item_counts)
     taken = load_heads(objective, path, only="social_relation.")
     rows = {
         "shared items (Sim)": evaluator.shared_items(),

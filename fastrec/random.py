@@ -173,8 +173,8 @@ def keep_mask(
     """Dropout mask of whole rows, 8 bits a draw: (bool [..., columns], scale of the kept values).
 
     `sample_ids`, `row`, `head` and `view` (`rng.view` if None) broadcast to the leading shape. The
-    probability is quantised to
-    1/256 and the scale is exact for the quantised one. p = 1 is rejected.
+    probability is quantised to 1/256 and the scale is exact for the quantised one. p = 1 is
+    rejected.
     """
     drop = threshold(p, 8)
     if drop == 256:

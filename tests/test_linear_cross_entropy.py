@@ -190,7 +190,7 @@ def test_nothing_scored_is_zero_with_a_live_graph(backend, reduction, kind):
         (dict(target=[0, 1, 2**40, 1]), IndexError, rf"target\[2\] is {2**40}"),
         (dict(rows=[0, 4, 1, 1]), IndexError, r"rows\[1\] is 4, expected .* \[0, 4\)"),
         (dict(rows=[0, 1, 1, -1]), IndexError, r"rows\[3\] is -1"),
-        (dict(input=torch.zeros(4)), ValueError, r"input must be \[T, D\].* got \[4\]"),
+        (dict(input=torch.zeros(4)), ValueError, r"input must be \[rows, D\].* got \[4\]"),
         (dict(input=torch.zeros(4, 2)), ValueError, r"got \[4, 2\] and \[5, 3\]"),
         (dict(linear_weight=torch.zeros(5, 3, 1)), ValueError, r"and \[5, 3, 1\]"),
         (dict(linear_weight=torch.zeros(0, 3)), ValueError, "no item to score"),

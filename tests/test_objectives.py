@@ -238,7 +238,7 @@ def test_sampled_item_loss_in_the_joint_objective(shared, loss):
         kind="sampled", loss=loss, negatives=6, sampler="popularity", alpha=0.5, shared=shared
     )
     model, counts = model_of(dropout=0.0), torch.arange(20)
-    joint = JointObjective(Objectives(item_loss=how), model, [], counts)
+    joint = JointObjective(Objectives(item_loss=how), model, [], lambda: counts)
     batch = loader_of(model, friends=None, columns={}).batch_at(0)
     (term,) = joint(model, batch, Masking(last_only=True), seed=3, step=5)
     _, rows, targets = Masking(last_only=True)(batch, model, 3, 5)

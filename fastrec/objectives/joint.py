@@ -1,5 +1,6 @@
 """The weighted sum of objectives that a stage trains (UPRec eq. 15), from one encoder pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -58,7 +59,7 @@ class JointObjective(nn.Module):
         objectives: the weights.
         model: only its sizes are read.
         attributes: of user attribute prediction.
-        item_counts: [V] training events of each item, for negatives by popularity.
+        item_counts: the training events of each item [V], asked for negatives by popularity.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class JointObjective(nn.Module):
         objectives: Objectives,
         model: UserModel,
         attributes: list[EncodedAttribute],
-        item_counts: Tensor | None = None,
+        item_counts: Callable[[], Tensor] | None = None,
     ):
         super().__init__()
         self.objectives, width = objectives, model.config.width

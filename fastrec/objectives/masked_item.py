@@ -3,6 +3,7 @@
 Legend: T events, N masked positions, V items, D width, K negatives.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +74,9 @@ class ItemLoss:
     log_q: bool = True
     gbce_t: float = 0.75
 
-    def make_sampler(self, num_items: int, item_counts: Tensor | None) -> NegativeSampler | None:
+    def make_sampler(
+        self, num_items: int, item_counts: Callable[[], Tensor] | None
+    ) -> NegativeSampler | None:
         """None for the full softmax. Raises ValueError where the counts [V] are needed and None."""
         if self.kind == "full":
             return None
@@ -81,7 +84,7 @@ class ItemLoss:
             return NegativeSampler.uniform(num_items)
         if item_counts is None:
             raise ValueError("item_loss.sampler is 'popularity', which needs the item counts")
-        return NegativeSampler.popularity(item_counts, self.alpha)
+        return NegativeSampler.popularity(item_counts(), self.alpha)
 
 
 class MaskedItemPrediction(nn.Module):

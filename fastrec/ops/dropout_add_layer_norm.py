@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.arguments import accumulate_dtype
 from fastrec.ops.native import kernels_of, register_cuda
 from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views_of
 
@@ -43,10 +44,6 @@ torch.library.define(
 )
 
 
-def _accumulate_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
 def _(
     input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view, views
@@ -54,7 +51,7 @@ def _(
     rows, width = input.shape
     dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     output = input.new_empty(rows, width, dtype=dtype)
-    mean = input.new_empty(rows, dtype=_accumulate_dtype(output))
+    mean = input.new_empty(rows, dtype=accumulate_dtype(output))
     plain = residual is None and drop == 0
     return output, output.new_empty(0 if plain else rows, width), mean, torch.empty_like(mean)
 

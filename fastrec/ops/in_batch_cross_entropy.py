@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
+from fastrec.ops.arguments import accumulate_dtype
 from fastrec.ops.in_batch_cross_entropy_autograd import OP, InBatchCrossEntropy
 from fastrec.ops.in_batch_pairs import (
-    accumulate_dtype,
     allowed_ref,
     as_columns,
     check_loss,
@@ -186,9 +186,8 @@ def in_batch_cross_entropy(
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or options differ between the
-        ranks. IndexError: `positive` or a value
-        of `exclude` is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot
-        run.
+        ranks. IndexError: `positive` or a value of `exclude` is out of range (a device assertion on
+        a GPU). RuntimeError: `backend` cannot run.
     """
     # With a group, `positive` and `exclude` count in candidates that are not here yet.
     own = exclude if group is None else None

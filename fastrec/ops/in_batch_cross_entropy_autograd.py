@@ -16,7 +16,7 @@ exactly 0. The forward kernel returns dx_i / g_i, so that it needs no second swe
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrec.ops.in_batch_pairs import accumulate_dtype
+from fastrec.ops.arguments import accumulate_dtype
 from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "in_batch_cross_entropy"

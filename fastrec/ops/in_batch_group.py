@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrec.ops.arguments import accumulate_dtype
 from fastrec.ops.collectives import Group, agree, gather, gather_rows, process_group
 from fastrec.ops.in_batch_pairs import (
     Lists,
-    accumulate_dtype,
     as_columns,
     check_exclude,
     check_positive,

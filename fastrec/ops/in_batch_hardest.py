@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.arguments import accumulate_dtype
 from fastrec.ops.in_batch_pairs import (
-    accumulate_dtype,
     allowed_ref,
     as_columns,
     check_pairs,

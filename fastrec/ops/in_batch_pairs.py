@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrec.ops.arguments import accumulate_dtype, check_range, require
+
 SIMILARITIES = ("dot", "cosine", "weighted_l2")
 Lists = tuple[Tensor, Tensor]
-
-
-def accumulate_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def operands(
@@ -187,21 +185,3 @@ def check_exclude(exclude, queries: int, candidates: int) -> None:
     starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)
     rises = (values.diff() >= 0) | starts[1 : len(values)]
     require(rises.all(), "exclude values must be sorted within each query")
-
-
-def require(condition: Tensor, message: str) -> None:
-    """Raise ValueError unless `condition`. No host synchronisation on a GPU: there, as in PyTorch's
-    own losses, the failure is a device assertion."""
-    if condition.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ValueError(message)
-
-
-def check_range(name: str, index: Tensor, size: int) -> None:
-    wrong = (index < 0) | (index >= size)
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~wrong.any(), f"{name} outside [0, {size})")
-    elif wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise IndexError(f"{name}[{at}] is {int(index[at])}, expected a value in [0, {size})")

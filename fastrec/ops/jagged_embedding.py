@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.arguments import accumulate_dtype, check_range
 from fastrec.ops.native import kernels_of, register_cuda
 from fastrec.random import Rng, dropout_arguments, keep_mask, views_of
 
@@ -46,10 +47,6 @@ torch.library.define(
 )
 
 
-def _accumulate_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 def _events(values: Tensor | None, weight: Tensor) -> int:
     return weight.shape[0] if values is None else values.shape[0]
 
@@ -57,7 +54,7 @@ def _events(values: Tensor | None, weight: Tensor) -> int:
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
 def _(values, weight, position_weight, positions, norm_weight, norm_bias, eps, *dropout):
     events, views = _events(values, weight), dropout[-1]
-    mean = weight.new_empty(0 if norm_weight is None else events, dtype=_accumulate_dtype(weight))
+    mean = weight.new_empty(0 if norm_weight is None else events, dtype=accumulate_dtype(weight))
     return weight.new_empty(views * events, weight.shape[1]), mean, torch.empty_like(mean)
 
 
@@ -96,11 +93,8 @@ class _JaggedEmbedding(torch.autograd.Function):
             values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
             sample_ids, key,
         )  # fmt: skip
-        ctx.numbers, ctx.sparse, ctx.backend = (
-            numbers,
-            sparse,
-            backend,
-        )  # drop, site, layer, view, views
+        ctx.numbers = numbers  # drop, site, layer, view, views
+        ctx.sparse, ctx.backend = sparse, backend
         return output
 
     @staticmethod
@@ -204,21 +198,9 @@ def _check(values, weight, position_weight, positions, norm_weight, norm_bias):
         if tensor is not None and (tensor.dtype == torch.float64) != double:
             raise TypeError(f"weight and {name} must both be float64 or neither")
     if values is not None:
-        _check_range("values", values, weight.shape[0])
+        check_range("values", values, weight.shape[0])
     if position_weight is not None:
-        _check_range("positions", positions, position_weight.shape[0])
-
-
-def _check_range(name: str, index: Tensor, size: int) -> None:
-    # No host synchronisation on a GPU: there, as in PyTorch, the failure is a device assertion.
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
-        inside = ((index >= 0) & (index < size)).all()
-        torch._assert_async(inside, f"jagged_embedding: {name} outside [0, {size})")
-    elif index.numel():
-        low, high = index.aminmax()
-        if low < 0 or high >= size:
-            at = int(((index < 0) | (index >= size)).nonzero()[0])
-            raise IndexError(f"{name}[{at}] is {int(index[at])}, expected a value in [0, {size})")
+        check_range("positions", positions, position_weight.shape[0])
 
 
 def jagged_embedding(

@@ -92,9 +92,9 @@ def linear(
         raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     device = input.device
     wide = input.dtype in (torch.float32, torch.float64)
-    if backend is None:
-        own = device.type == "cpu" and wide and not torch.is_autocast_enabled("cpu")
-        backend = resolve(None, OP, device) if own else "reference"
+    own = device.type == "cpu" and wide and not torch.is_autocast_enabled("cpu")
+    if backend is None and not own:
+        backend = "reference"
     if resolve(backend, OP, device) == "reference":
         return linear_ref(input, weight, bias)
     dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.item_losses import accumulate_dtype, check_arguments, check_range, reduce_loss
+from fastrec.ops.arguments import accumulate_dtype, check_range
+from fastrec.ops.item_losses import check_arguments, reduce_loss
 from fastrec.ops.linear_cross_entropy_autograd import (
     OP,
     STORED_ITEMS,

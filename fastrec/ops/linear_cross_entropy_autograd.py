@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrec.ops.item_losses import accumulate_dtype
+from fastrec.ops.arguments import accumulate_dtype
+from fastrec.ops.item_losses import spread_rows
 from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "linear_cross_entropy"
@@ -108,16 +109,6 @@ def add_class_gradient(
     if linear_bias is None:
         return grad_bias
     return grad_bias + (class_weight * grad_class_sum.sum()).to(grad_bias.dtype)
-
-
-def spread_rows(grad: Tensor, rows: Tensor | None, shape) -> Tensor:
-    """The gradient of input[rows] as the gradient of the input, in a fixed order of additions."""
-    if rows is None:
-        return grad
-    if grad.is_cpu:
-        return grad.new_zeros(shape).index_add_(0, rows, grad)
-    # Sorts; index_add there is atomic.
-    return grad.new_zeros(shape).index_put_((rows,), grad, accumulate=True)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

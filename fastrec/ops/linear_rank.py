@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.in_batch_pairs import Lists, check_range
+from fastrec.ops.arguments import check_range
+from fastrec.ops.in_batch_pairs import Lists
 from fastrec.ops.linear_scores import allowed_items_ref, check_scores, scores_ref
 from fastrec.ops.native import kernels_of, register_cuda
 

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import resolve
+from fastrec.ops.arguments import accumulate_dtype
 from fastrec.ops.in_batch_pairs import Lists
-from fastrec.ops.linear_scores import (
-    accumulate_dtype,
-    allowed_items_ref,
-    check_scores,
-    scores_ref,
-)
+from fastrec.ops.linear_scores import allowed_items_ref, check_scores, scores_ref
 from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "linear_topk"

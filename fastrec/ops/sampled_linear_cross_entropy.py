@@ -20,12 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.item_losses import (
-    accumulate_dtype,
-    check_arguments,
-    check_range,
-    reduce_loss,
-)
+from fastrec.ops.arguments import accumulate_dtype, check_range
+from fastrec.ops.item_losses import check_arguments, reduce_loss, spread_rows
 from fastrec.ops.native import kernels_of, register_cuda
 
 OP = "sampled_linear_cross_entropy"
@@ -112,9 +108,7 @@ class _SampledLoss(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             grad_input = (per_row * grad_loss[:, None]).to(x.dtype)
-            if rows is not None:
-                zeros = grad_input.new_zeros(ctx.shape)
-                grad_input = zeros.index_add_(0, rows, grad_input)
+            grad_input = spread_rows(grad_input, rows, ctx.shape)
         if needs_weight or needs_bias:
             index, grad_weight, grad_bias = bwd(
                 x, linear_weight, linear_bias, log_q, target, negatives, grad_target,

@@ -97,9 +97,7 @@ def fit(
     torch.manual_seed(stage.seed)
     model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)
     data = task_data(dataset, recipe, stage.objectives, task)
-    by_popularity = stage.objectives.item_loss.sampler == "popularity"
-    counts = dataset.item_counts() if by_popularity else None
-    objective = JointObjective(stage.objectives, model, data.attributes, counts)
+    objective = JointObjective(stage.objectives, model, data.attributes, dataset.item_counts)
     if not stage.objectives.masked_item:
         model.item_head.requires_grad_(False)  # DDP waits for the gradient of every parameter
     if initial_heads is not None:
