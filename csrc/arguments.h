@@ -15,6 +15,11 @@ namespace {
 
 using torch::stable::Tensor;
 
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 inline ScalarType promote(ScalarType a, ScalarType b) {
   if (a == b) return a;
   bool wide = a == ScalarType::Double || b == ScalarType::Double;
@@ -33,6 +38,21 @@ struct Matrix {
   std::optional<Tensor> tensor;
   Rows rows{nullptr, 0, ScalarType::Float};  // data stays null for no matrix
 };
+
+// Rows of a matrix, those at `at` or the first `count`, as [count + AFTER, ld] of T with zeros beyond
+// `width` and after the last: kernels read whole vectors, and register tiles of at most AFTER rows.
+constexpr int64_t AFTER = 12;
+
+template <class T>
+void load_rows(const Rows& from, int64_t count, const int64_t* at, int64_t width, int64_t ld,
+               T* out) {
+  torch::stable::parallel_for(0, count + AFTER, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill_n(out + i * ld, ld, T(0));
+      if (i < count) from.load(at ? at[i] : i, out + i * ld, width);
+    }
+  });
+}
 
 template <class T>
 class Vector {

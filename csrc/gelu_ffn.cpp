@@ -16,7 +16,6 @@
 namespace fastrec {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 96;  // 8 tiles of 12 rows
 constexpr int64_t WIDE = 128;
 constexpr int64_t LD = WIDE + 16;  // 9 cache lines: rows of a block are spread over the sets
 
@@ -132,14 +131,7 @@ FASTREC_INLINE void backward_rows(const FfnArgs<T>& a) {
       for (int64_t n = 0; n < count; ++n) a.sum_in[f + n] = (add ? a.sum_in[f + n] : 0) + sum[n];
     }
     if (a.out) copy_block<S, T>(dx, d_width, rows, a.d, a.out + t * a.d);
-    if (!a.weight_in) continue;
-    T* sum = g_sum;
-    std::fill_n(sum, a.e, T(0));
-    for (int64_t r = 0; r < rows; ++r) {
-#pragma omp simd
-      for (int64_t n = 0; n < a.e; ++n) sum[n] += g[r * a.g_row + n];
-    }
-    for (int64_t n = 0; n < a.e; ++n) a.sum_out[n] = (add ? a.sum_out[n] : 0) + sum[n];
+    if (a.weight_in) add_link<T>(g, a.g_row, rows, a.e, add, g_sum, a.sum_out);
   }
 }
 
@@ -156,14 +148,13 @@ struct Layer {
         d(weight_in.size(1)),
         f(weight_in.size(0)),
         e(weight_out.size(0)),
-        in_panels(packed<T>(data(w_in), 1, d, d, f)),
+        in_panels(packed<T>(data<T>(w_in), 1, d, d, f)),
         b_in(padded<T>(bias_in, f)) {
     args.end = input.size(0), args.d = d, args.f = f, args.e = e;
     args.x = reinterpret_cast<const T*>(x.rows.data);
     args.x_row = x.rows.stride / int64_t(sizeof(T));
     args.in_panels = in_panels, args.bias_in = b_in;
   }
-  static const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.data_ptr()); }
 
   Matrix x;
   Tensor w_in, w_out;
@@ -178,10 +169,10 @@ Tensor forward_typed(const Tensor& input, const Tensor& weight_in, const Tensor&
   Layer<T> layer(input, weight_in, bias_in, weight_out);
   int64_t count = input.size(0);
   Tensor out = torch::stable::new_empty(input, {count, layer.e});
-  Buffer<T> out_panels = packed<T>(layer.data(layer.w_out), 1, layer.f, layer.f, layer.e);
+  Buffer<T> out_panels = packed<T>(data<T>(layer.w_out), 1, layer.f, layer.f, layer.e);
   Buffer<T> b_out = padded<T>(bias_out, layer.e);
   layer.args.out_panels = out_panels, layer.args.bias_out = b_out;
-  layer.args.out = static_cast<T*>(out.data_ptr());
+  layer.args.out = data<T>(out);
   torch::stable::parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
     FfnArgs<T> mine = layer.args;
     mine.begin = begin, mine.end = end;
@@ -200,13 +191,13 @@ Gradients backward_typed(const Tensor& grad_output, const Tensor& input, const T
   Matrix g(grad_output);
   int64_t count = input.size(0), d = layer.d, f = layer.f, e = layer.e;
   Tensor grad_input = torch::stable::new_empty(input, {input_needed ? count : 0, d});
-  Buffer<T> grad_panels = packed<T>(layer.data(layer.w_out), f, 1, e, f);
-  Buffer<T> back_panels = packed<T>(layer.data(layer.w_in), d, 1, f, d);
+  Buffer<T> grad_panels = packed<T>(data<T>(layer.w_out), f, 1, e, f);
+  Buffer<T> back_panels = packed<T>(data<T>(layer.w_in), d, 1, f, d);
   FfnArgs<T>& all = layer.args;
   all.g = reinterpret_cast<const T*>(g.rows.data);
   all.g_row = g.rows.stride / int64_t(sizeof(T));
   all.grad_panels = grad_panels, all.back_panels = back_panels;
-  all.out = input_needed ? static_cast<T*>(grad_input.data_ptr()) : nullptr;
+  all.out = input_needed ? data<T>(grad_input) : nullptr;
   int64_t d_width = round_up(d, LANES), f_width = round_up(f, LANES);
   const int64_t range = rows_of_a_range(count), ranges = (count + range - 1) / range;
   const int64_t at_sum = f * d_width, at_out = at_sum + f, at_last = at_out + e * f_width;
@@ -228,7 +219,7 @@ Gradients backward_typed(const Tensor& grad_output, const Tensor& input, const T
     Tensor out = torch::stable::new_empty(weight_in, {weights_needed ? rows : 0, columns});
     for (int64_t i = 0; i < out.size(0); ++i)
       add_ranges(partials + at + i * width, ranges, size, columns,
-                 static_cast<T*>(out.data_ptr()) + i * columns);
+                 data<T>(out) + i * columns);
     return out;
   };
   return {grad_input, joined(0, f, d_width, d), joined(at_sum, 1, f, f),

@@ -23,7 +23,7 @@ class Batch {
         const std::optional<Tensor>& positive, const std::optional<Tensor>& query_group,
         const std::optional<Tensor>& candidate_group, const std::optional<Tensor>& exclude_values,
         const std::optional<Tensor>& exclude_offsets)
-      : candidate_(with_contiguous_rows(candidate)) {
+      : candidate_(candidate) {
     int64_t items = candidate.size(0), width = candidate.size(1), ld = padded<T>(width);
     Tensor y = positive ? torch::stable::contiguous(*positive) : candidate;
     for (int64_t i = 0; i < query.size(0); ++i) {
@@ -34,20 +34,12 @@ class Batch {
       item_.push_back(item);
     }
     int64_t count = static_cast<int64_t>(row.size());
-    constexpr int64_t after = 12;  // the kernels read whole register tiles, at most 12 rows
-    x_ = std::make_unique<Buffer<T>>((count + after) * ld);
-    Tensor source = with_contiguous_rows(query);
-    Rows rows = rows_of(source);
-    torch::stable::parallel_for(0, count + after, 1024, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        std::fill_n(*x_ + i * ld, ld, T(0));
-        if (i < count) rows.load(row[i], *x_ + i * ld, width);
-      }
-    });
+    x_ = std::make_unique<Buffer<T>>((count + AFTER) * ld);
+    load_rows<T>(Matrix(query).rows, count, row.data(), width, ld, *x_);
     pairs = {};
     pairs.rows = count, pairs.items = items, pairs.width = width, pairs.ld = ld;
     pairs.x = *x_;
-    pairs.candidate = rows_of(candidate_);
+    pairs.candidate = candidate_.rows;
     pairs.positive = item_.data();
     if (bias) {
       bias_ = torch::stable::contiguous(*bias);
@@ -111,7 +103,7 @@ class Batch {
     if (values_->size(0) == 0) pairs.listed = nullptr;
   }
 
-  Tensor candidate_;
+  Matrix candidate_;
   std::optional<Tensor> bias_, values_;
   std::unique_ptr<Buffer<T>> x_;
   std::vector<int64_t> item_, list_begin_, list_end_;

@@ -14,8 +14,7 @@
 namespace fastrec {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 96;  // of a product: its output stays in the caches nearby
-constexpr int64_t LINK = 128;       // rows of a chain of additions of grad_weight
+constexpr int64_t LINK = 128;  // rows of a chain of additions of grad_weight
 
 // out[i] = a[i] * panels + bias for the rows [begin, end).
 template <class T>
@@ -62,7 +61,6 @@ FASTREC_INLINE void sum_rows(const SumsArgs<T>& a) {
   constexpr int64_t NR = SmallGemm<S>::NR;
   Buffer<T> panels(LINK * round_up(a.k, NR)), link(a.n);
   const T one = 1;
-  if (a.bias) std::fill_n(a.bias, a.n, T(0));
   for (int64_t t = a.begin; t < a.end; t += LINK) {
     const int64_t rows = std::min(LINK, a.end - t);
     const T* grad = a.grad + t * a.grad_row;
@@ -71,14 +69,7 @@ FASTREC_INLINE void sum_rows(const SumsArgs<T>& a) {
       product<S>({a.n, rows, a.k, grad, 1, a.grad_row, panels, NR, rows * NR, a.weight, a.width,
                   &one, 0, t > a.begin, nullptr});
     }
-    if (!a.bias) continue;
-    T* sums = link;
-    std::fill_n(sums, a.n, T(0));
-    for (int64_t i = 0; i < rows; ++i) {
-#pragma omp simd
-      for (int64_t n = 0; n < a.n; ++n) sums[n] += grad[i * a.grad_row + n];
-    }
-    for (int64_t n = 0; n < a.n; ++n) a.bias[n] += sums[n];
+    if (a.bias) add_link<T>(grad, a.grad_row, rows, a.n, t > a.begin, link, a.bias);
   }
 }
 
@@ -94,11 +85,10 @@ Tensor times(const Tensor& a, const T* b, int64_t b_row, int64_t b_column, int64
   int64_t count = a.size(0), depth = a.size(1);
   Tensor out = torch::stable::new_empty(a, {count, columns});
   if (depth == 0) {  // no product: the bias alone
-    for (int64_t i = 0; i < count; ++i) {
-      T* row = static_cast<T*>(out.data_ptr()) + i * columns;
-      Vector<T> fill(bias, columns);
-      std::copy_n(static_cast<const T*>(fill), columns, row);
-    }
+    Vector<T> row(bias, columns);
+    for (int64_t i = 0; i < count; ++i)
+      std::copy_n(static_cast<const T*>(row), columns,
+                  static_cast<T*>(out.data_ptr()) + i * columns);
     return out;
   }
   Buffer<T> panels = packed(b, b_row, b_column, depth, columns);

@@ -15,11 +15,6 @@ namespace fastrec {
 namespace {
 
 template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_typed(const Tensor& input, const Tensor& linear_weight,
                                                  const std::optional<Tensor>& linear_bias,
                                                  const Tensor& target, bool with_offset) {

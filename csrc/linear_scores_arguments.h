@@ -20,19 +20,15 @@ class Ranked {
   Ranked(const Tensor& input, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias,
          const std::optional<Tensor>& exclude_values, const std::optional<Tensor>& exclude_offsets,
          const std::vector<int64_t>& order)
-      : weight_(with_contiguous_rows(linear_weight)) {
+      : weight_(linear_weight) {
     scores = {};
-    scores.rows = input.size(0), scores.items = weight_.size(0), scores.width = weight_.size(1);
+    scores.rows = input.size(0), scores.items = linear_weight.size(0);
+    scores.width = linear_weight.size(1);
     scores.ld = padded<T>(scores.width);
-    x_ = std::make_unique<Buffer<T>>(scores.rows * scores.ld);
-    Tensor source = with_contiguous_rows(input);
-    Rows rows = rows_of(source);
-    torch::stable::parallel_for(0, scores.rows, 1024, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        rows.load(order[i], *x_ + i * scores.ld, scores.width);
-    });
+    x_ = std::make_unique<Buffer<T>>((scores.rows + AFTER) * scores.ld);
+    load_rows<T>(Matrix(input).rows, scores.rows, order.data(), scores.width, scores.ld, *x_);
     scores.x = *x_;
-    scores.weight = rows_of(weight_);
+    scores.weight = weight_.rows;
     if (linear_bias) {
       bias_ = torch::stable::contiguous(torch::stable::to(*linear_bias, compute_dtype<T>()));
       scores.bias = static_cast<const T*>(bias_->data_ptr());
@@ -73,7 +69,7 @@ class Ranked {
   Scores<T> scores;
 
  private:
-  Tensor weight_;
+  Matrix weight_;
   std::optional<Tensor> bias_, values_;
   std::unique_ptr<Buffer<T>> x_;
   std::vector<int64_t> list_begin_, list_end_;

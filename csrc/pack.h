@@ -11,6 +11,7 @@ namespace fastrec {
 namespace {
 
 constexpr int64_t LANES = 16;  // rows are padded to whole vectors of any instruction set
+constexpr int64_t BLOCK_ROWS = 96;  // of a product, 8 tiles of 12: its output stays in the caches
 
 // Element (k, n) of a [depth, columns] matrix is source[k * row + n * column].
 template <class T>
@@ -50,6 +51,18 @@ Buffer<T> padded(const Tensor& vector, int64_t n) {
   std::fill_n(static_cast<T*>(out), round_up(n, 4 * LANES), T(0));
   std::copy_n(static_cast<const T*>(Vector<T>(vector, n)), n, static_cast<T*>(out));
   return out;
+}
+
+// sums [n] (+)= the sum of `count` rows, `stride` apart, which is one link of a chain of additions.
+template <class T>
+FASTREC_INLINE void add_link(const T* rows, int64_t stride, int64_t count, int64_t n, bool add,
+                             T* link, T* sums) {
+  std::fill_n(link, n, T(0));
+  for (int64_t r = 0; r < count; ++r) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) link[i] += rows[r * stride + i];
+  }
+  for (int64_t i = 0; i < n; ++i) sums[i] = (add ? sums[i] : 0) + link[i];
 }
 
 // Rows whose weight gradient is one chain of links: at most 32 ranges, a function of the number of

@@ -19,11 +19,6 @@
 namespace fastrec {
 namespace {
 
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
 // [size] in T, or null.
 template <class T>
 struct MaybeVector {
@@ -62,14 +57,14 @@ struct Sampled {
         shared_offset(own ? 0 : K) {
     check_ids("target", data<int64_t>(target), rows, -1, linear_weight.size(0));
     check_ids("negative", data<int64_t>(negatives), own ? rows * K : K, 0, linear_weight.size(0));
-    load(source.rows, rows, nullptr, x);
+    load_rows<T>(source.rows, rows, nullptr, width, ld, x);
     args = {};
     args.rows = rows, args.negatives = K, args.width = width, args.ld = ld;
     args.beta = static_cast<T>(beta);
     args.x = x, args.target = data<int64_t>(target), args.drawn = data<int64_t>(negatives);
     args.weight = weight.rows, args.bias = bias, args.log_q = correction;
     if (own) return;
-    load(weight.rows, K, args.drawn, shared);
+    load_rows<T>(weight.rows, K, args.drawn, width, ld, shared);
     for (int64_t k = 0; k < K; ++k) {
       shared_offset[k] = args.offset(args.drawn[k]);
       sorted.push_back({args.drawn[k], k});
@@ -78,17 +73,6 @@ struct Sampled {
     args.shared = shared, args.shared_offset = shared_offset, args.sorted = sorted.data();
   }
 
-  // Rows `at` of a matrix, or the first ones, in T; the kernels read whole register tiles.
-  void load(const Rows& from, int64_t count, const int64_t* at, T* out) const {
-    torch::stable::parallel_for(0, count + AFTER, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        std::fill_n(out + i * ld, ld, T(0));
-        if (i < count) from.load(at ? at[i] : i, out + i * ld, width);
-      }
-    });
-  }
-
-  static constexpr int64_t AFTER = 12;
   Tensor target, negatives;
   Matrix source, weight;
   MaybeVector<T> bias, correction;
