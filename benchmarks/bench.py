@@ -6,7 +6,7 @@ stands beside the error of its result against float64. Peak memory comes from a 
 The module of an op (`benchmarks/<op>.py`, listed in OPS) provides
     ENTRIES, SMOKE, QUICK     entries of `make bench`, of the suite, of pytest-benchmark
     ELEMENT                   what the table counts ("logit", "pair", ...)
-    PASSES                    ("forward", "both"), or one of them
+    PASSES                    ("forward", "both"), one of them, or ("step",): training changes state
     PEERS                     {column of the summary: names of implementations, the best counts}
     GRADIENT_LIMIT            {dtype: largest accepted error}: beyond it no time is reported
     implementations(entry, compiler) -> {name: function(*inputs)}, "fastrec" first
@@ -14,7 +14,7 @@ The module of an op (`benchmarks/<op>.py`, listed in OPS) provides
     errors(entry, inputs, results) -> {name: {"output_error", "gradient_error"}}
     work(entry) -> {"elements", "exps", "bytes", "materialised", "forward", "both"}: counts of the
         mathematical function, whatever an implementation spends on it; "materialised": bytes of
-        what a plain implementation stores; "forward" and "both": floating point operations
+        what a plain implementation stores; one of every pass: floating point operations
 """
 
 import functools
@@ -41,6 +41,7 @@ OPS = (
     "linear_topk",
     "sampled_linear_cross_entropy",
     "jagged_attention",
+    "uprec_step",
 )
 
 
@@ -91,7 +92,11 @@ def both(function: Callable, inputs: tuple) -> tuple[Tensor, ...]:
     return output.detach(), *torch.autograd.grad(output, leaves, upstream)
 
 
-PASS = {"forward": forward, "both": both}
+def step(function: Callable, inputs: tuple):
+    return function(*inputs)
+
+
+PASS = {"forward": forward, "both": both, "step": step}
 
 
 def measure(entry: Entry, rounds: int | None = None, compiler: str = "inductor") -> dict:

@@ -51,7 +51,7 @@ def _milliseconds(values: dict | None) -> str:
     return f"{scale[0]} ({scale[1]} to {scale[2]})"
 
 
-TITLE = {"forward": "forward", "both": "forward + backward"}
+TITLE = {"forward": "forward", "both": "forward + backward", "step": "step of training"}
 
 
 def render(results: dict, op: str) -> str:

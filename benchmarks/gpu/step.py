@@ -20,6 +20,7 @@ from benchmarks.gpu.clock import Clock, spread
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.native import native
 from benchmarks.jagged_attention import lengths_of
+from benchmarks.padded import item_loss, padded_states
 from fastrec.backend import NATIVE
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.corruptions import mask_items
@@ -83,23 +84,9 @@ def batch_of(sizes: Step, model: UserModel, device: str) -> Batch:
 
 
 def padded_loss(model: UserModel, batch: Batch, p: float) -> Tensor:
-    """The same model without fastrec: padded, softmax over logits that are stored."""
-    encoder, width = model.encoder, model.config.width
-    weight = model.item_embedding.weight
-    x = F.embedding(batch.padded, weight) + encoder.positions.weight[: batch.padded.shape[1]]
-    x = F.dropout(encoder.embedding_norm(x), p)
-    allowed = batch.mask[:, None, None, :]
-    for block in encoder.layers:
-        packed = block.query_key_value(x).unflatten(-1, (3, block.heads, -1))
-        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, allowed, p)
-        out = block.attention_output(out.transpose(1, 2).flatten(2))
-        x = block.attention_norm(x + F.dropout(out, p))
-        inner = F.gelu(block.ffn_inner(x))
-        x = block.ffn_norm(x + F.dropout(block.ffn_output(inner), p))
-    states = x.reshape(-1, width).index_select(0, batch.slots)
-    logits = F.linear(model.item_head.query(states), model.item_table, model.item_head.bias)
-    return F.cross_entropy(logits.float(), batch.targets)
+    """The same model without fastrec."""
+    states = padded_states(model, batch.padded, batch.mask, p).flatten(0, 1)
+    return item_loss(model, states.index_select(0, batch.slots), batch.targets)
 
 
 def jagged_loss(model: UserModel, batch: Batch, rng: Rng | None) -> Tensor:

@@ -1,0 +1,221 @@
+"""Entries of a whole pre-training step of UPRec: the three losses, backward and AdamW.
+
+The peer is the same model on padded sequences in careful PyTorch: logits at the masked positions
+only, similarities as one product, fused AdamW. Batches are ready for all (fastrec masks its own
+inside the step). Extra memory holds parameters, gradients and moments, the same for all.
+
+Legend: B users of a batch, L items read of a user, V items, D width, U users in all, S sequences of
+the batch (its users and their drawn friends), T their tokens, N masked items, Q pairs of friends.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.bench import Entry
+from benchmarks.padded import item_loss, padded_states
+from benchmarks.relations import power_law_graph
+from fastrec.data.attributes import EncodedAttribute
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.relations import FriendSampler
+from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.objectives.joint import JointObjective, Objectives, total_loss
+from fastrec.objectives.masked_item import Masking
+
+WEIGHTS = Objectives(masked_item=1.0, user_attribute=0.3, social_relation=0.5)
+MASKING, SEED, STEP = Masking(), 0, 0
+P = 0.5
+LINKS = 8  # friendships a user, before repeated ones are dropped
+
+
+def _entry(b: int, length: int, v: int, d: int, u: int, **options) -> Entry:
+    return Entry("uprec_step", dict(B=b, L=length, V=v, D=d, U=u), **options)
+
+
+ENTRIES = (
+    _entry(768, 30, 20_033, 64, 30_431, case="Yelp sizes", rounds=7),
+    _entry(256, 50, 141_939, 64, 30_431, case="WeChat items", rounds=3),
+)
+SMOKE = (_entry(9, 6, 50, 16, 40, rounds=2),)
+QUICK = (ENTRIES[0],)
+ELEMENT = "token"
+PASSES = ("step",)
+PEERS = {"eager": ("eager",), "`torch.compile`": ("torch.compile",)}
+GRADIENT_LIMIT = {"float32": 1e-4}
+
+
+@dataclass
+class Problem:
+    """A model, its heads and one batch; the padded form and the optimisers are made when asked."""
+
+    model: UserModel
+    joint: JointObjective
+    batch: JaggedBatch
+    steps: dict[str, Callable] = field(default_factory=dict)
+
+    @functools.cached_property
+    def padded(self) -> "Padded":
+        return Padded(self.model, self.batch)
+
+
+class Padded:
+    """What a padded step reads: the batch masked as fastrec masks it, dense exclusions."""
+
+    def __init__(self, model: UserModel, batch: JaggedBatch):
+        masked, rows, self.targets = MASKING(batch, model, SEED, STEP)
+        self.mask = torch.arange(int(batch.lengths.max())) < batch.lengths[:, None]
+        self.values = masked.values.new_zeros(self.mask.shape)
+        self.values[self.mask] = masked.values
+        self.slots = self.mask.flatten().nonzero().squeeze(1)[rows]
+        self.not_items = torch.ones_like(self.mask)
+        self.not_items[self.mask] = batch.values >= model.num_items
+        self.columns, pairs = batch.columns, batch.pairs
+        assert pairs is not None
+        self.queries, self.candidates = pairs.query_rows, pairs.candidate_rows
+        self.positive, (listed, offsets) = pairs.positive, pairs.exclude
+        owner = torch.repeat_interleave(offsets.diff())
+        self.excluded = torch.zeros(len(self.queries), len(self.candidates), dtype=torch.bool)
+        self.excluded[owner, listed] = True
+        self.excluded.scatter_(1, self.positive[:, None], False)
+
+
+def padded_loss(model: UserModel, joint: JointObjective, batch: Padded, p: float) -> Tensor:
+    states = padded_states(model, batch.values, batch.mask, p)
+    loss = item_loss(model, states.flatten(0, 1).index_select(0, batch.slots), batch.targets)
+    users = states.masked_fill(batch.not_items[:, :, None], -torch.inf).amax(1)
+    for part, _ in joint.user_attribute(users, batch.columns).values():
+        loss = loss + WEIGHTS.user_attribute * part
+    weight = joint.social_relation.weight
+    query, candidate = users[batch.queries], users[batch.candidates]
+    similarity = 2 * (query * weight) @ candidate.T - candidate.square() @ weight
+    similarity = similarity.masked_fill(batch.excluded, -torch.inf)
+    return loss + WEIGHTS.social_relation * F.cross_entropy(similarity, batch.positive)
+
+
+def fastrec_loss(model: UserModel, joint: JointObjective, batch: JaggedBatch) -> Tensor:
+    return total_loss(joint(model, batch, MASKING, SEED, STEP))
+
+
+@functools.lru_cache(maxsize=2)
+def _problem(b: int, length: int, v: int, d: int, u: int) -> Problem:
+    torch.manual_seed(0)
+    config = ModelConfig(width=d, max_len=length, dropout=P)
+    model, generator = UserModel(v, config), np.random.default_rng(0)
+    region = EncodedAttribute(
+        "region", torch.from_numpy(generator.integers(6, size=u)), tuple("nesw-o")
+    )
+    rating = EncodedAttribute("rating", torch.randn(u))
+    joint = JointObjective(WEIGHTS, model, [region, rating])
+    sampler = FriendSampler(power_law_graph(u, LINKS * u))
+    users, pairs = sampler.pairs_at(generator.choice(u, b, replace=False), SEED, STEP)
+    # Lengths as in the Yelp data: from 5, median 7, cut at L; [CLS] and [SEP] around the items.
+    lengths = np.minimum(5 + np.exp(1 + 1.2 * generator.standard_normal(len(users))), length)
+    lengths = lengths.astype(np.int64) + 2
+    offsets = np.concatenate(([0], lengths.cumsum()))
+    values = generator.integers(v, size=offsets[-1])
+    values[offsets[:-1]], values[offsets[1:] - 1] = model.token("cls"), model.token("sep")
+    values, offsets, users = (torch.from_numpy(part) for part in (values, offsets, users))
+    columns = {part.name: part.values[users] for part in (region, rating)}
+    batch = JaggedBatch(values, offsets, users, int(lengths.max()), columns, b, pairs)
+    return Problem(model, joint, batch)
+
+
+def problem(entry: Entry, device: str = "cpu") -> tuple[Problem]:
+    return (_problem(*entry.sizes.values()),)
+
+
+def trained(problem: Problem, loss: Callable[[UserModel, JointObjective], Tensor]) -> Callable:
+    """One step of training a copy of the model; returns the loss before it."""
+    model, joint = copy.deepcopy((problem.model, problem.joint))
+    parameters = [*model.parameters(), *joint.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(model, joint)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def implementations(entry: Entry, compiler: str = "inductor") -> dict[str, Callable]:
+    compiled = torch.compile(padded_loss, backend=compiler)
+    losses: dict[str, Callable] = {
+        "fastrec": lambda p: lambda model, joint: fastrec_loss(model, joint, p.batch),
+        "eager": lambda p: lambda model, joint: padded_loss(model, joint, p.padded, P),
+        "torch.compile": lambda p: lambda model, joint: compiled(model, joint, p.padded, P),
+    }
+
+    def one(name: str) -> Callable:
+        def step(problem: Problem) -> Tensor:
+            if name not in problem.steps:
+                problem.steps[name] = trained(problem, losses[name](problem))
+            return problem.steps[name]()
+
+        return step
+
+    return {name: one(name) for name in losses}
+
+
+def errors(entry: Entry, inputs: tuple, results: dict) -> dict[str, dict[str, float]]:
+    """Of the loss and of the gradients of all parameters, relative, without dropout: masks of
+    PyTorch's generator are others. torch.compile runs the eager code, so it has its error."""
+    (problem,) = inputs
+
+    def gradients(loss: Callable, dtype: torch.dtype) -> list[Tensor]:
+        model, joint = copy.deepcopy((problem.model, problem.joint))
+        model.encoder.dropout = 0.0
+        parameters = [*model.to(dtype).parameters(), *joint.to(dtype).parameters()]
+        value = loss(model, joint)
+        grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+        return [value.detach(), *grads]
+
+    def padded(model, joint):
+        return padded_loss(model, joint, problem.padded, 0.0)
+
+    exact = gradients(padded, torch.float64)
+    largest = max(grad.abs().max() for grad in exact[1:])
+    measured = {
+        "fastrec": gradients(lambda m, j: fastrec_loss(m, j, problem.batch), torch.float32),
+        "eager": gradients(padded, torch.float32),
+    }
+    measured["torch.compile"] = measured["eager"]
+    return {
+        name: {
+            "output_error": ((measured[name][0] - exact[0]).abs() / exact[0].abs()).item(),
+            "gradient_error": max(
+                ((a - b).abs().max() / largest).item()
+                for a, b in zip(measured[name][1:], exact[1:], strict=True)
+            ),
+        }
+        for name in results
+    }
+
+
+def work(entry: Entry) -> dict[str, int]:
+    """Products of the layers, of attention, of the losses; every parameter, its gradient and its
+    moments moved as often as AdamW needs."""
+    at = _problem(*entry.sizes.values())
+    batch, d, v = at.batch, entry.sizes["D"], entry.sizes["V"]
+    tokens, masked = len(batch.values), len(at.padded.targets)
+    pairs, squares = len(at.padded.queries), int(batch.lengths.square().sum())
+    layers, heads = at.model.config.layers, at.model.config.heads
+    products = layers * (12 * tokens * d * d + 2 * squares * d)
+    products += masked * (v + d) * d + pairs * pairs * d
+    stored = masked * v + pairs * pairs + layers * heads * squares
+    parameters = sum(p.numel() for p in at.model.parameters())
+    return {
+        "elements": tokens,
+        "exps": stored,
+        "bytes": 4 * 7 * parameters,
+        "materialised": 4 * stored,
+        "step": 3 * 2 * products,
+    }
