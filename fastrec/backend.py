@@ -34,10 +34,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_FOUND: set[tuple[str, str]] = set()  # asking the dispatcher takes 3 us, 5 % of a small call
+
+
 def _has_kernel(op: str, key: str) -> bool:
+    if (op, key) in _FOUND:
+        return True
     name = f"fastrec::{op}_fwd"  # an op with a reference only has no schema either
     defined = hasattr(torch.ops.fastrec, f"{op}_fwd")
-    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    if not (defined and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)):
+        return False
+    _FOUND.add((op, key))
+    return True
 
 
 # torch.compile takes the answer as a constant: torch.compiler.assume_constant_result, without its
