@@ -40,6 +40,7 @@ OPS = (
     "linear_rank",
     "linear_topk",
     "sampled_linear_cross_entropy",
+    "in_batch_cross_entropy",
     "jagged_attention",
     "uprec_step",
 )

@@ -1,8 +1,8 @@
 """Entries of in_batch_cross_entropy: softmax over the candidates of a batch against PyTorch's ways.
 
 Legend: B queries and candidates, D width; a pair is one (query, candidate) logit.
-Cases: "dot", "dot groups" (every id is shared by 2 on average and excludes), "dot lists" (8 listed
-exclusions a query on average), "weighted_l2 groups" (UPRec's similarity).
+Cases: a similarity ("weighted_l2" is UPRec's), and what it leaves out: nothing, "groups" (every id
+is shared by 2 on average) or "lists" (8 listed candidates a query on average).
 """
 
 from collections.abc import Callable
@@ -22,14 +22,28 @@ def _entry(b: int, d: int, case: str, **options) -> Entry:
     return Entry("in_batch_cross_entropy", dict(B=b, D=d), case=case, **options)
 
 
+ENTRIES = (
+    _entry(768, 64, "weighted_l2 lists", rounds=15),
+    _entry(768, 64, "weighted_l2 groups", rounds=15),
+    _entry(4096, 64, "weighted_l2 lists", only=("fastrec", "eager", "torch.compile")),
+    _entry(4096, 64, "dot", only=("fastrec", "eager", "torch.compile")),
+    _entry(8192, 64, "weighted_l2 lists", rounds=5, only=("fastrec", "eager", "torch.compile")),
+    _entry(32768, 64, "weighted_l2 lists", rounds=2, only=("fastrec", "eager")),
+)
 SMOKE = (
     _entry(19, 16, "dot", rounds=2),
     _entry(19, 16, "dot groups", rounds=2),
     _entry(19, 16, "dot lists", rounds=2),
     _entry(19, 16, "weighted_l2 groups", dtype="bfloat16", rounds=2),
 )
+QUICK = (ENTRIES[0],)
 ELEMENT = "pair"
 PASSES = ("forward", "both")
+PEERS = {
+    "eager": ("eager",),
+    "`torch.compile`": ("torch.compile",),
+    "broadcast": ("broadcast",),
+}
 GRADIENT_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
@@ -50,6 +64,10 @@ def problem(entry: Entry, device: str = "cpu") -> tuple:
     return q.requires_grad_(), c.requires_grad_(), ids, values, offsets
 
 
+def _broadcast(q: Tensor, c: Tensor) -> Tensor:
+    return -(q[:, None] - c).square().sum(2) / TEMPERATURE
+
+
 def _logits(entry: Entry, q: Tensor, c: Tensor) -> Tensor:
     if "weighted_l2" in entry.case:
         return (2 * q @ c.T - c.square().sum(1)) / TEMPERATURE
@@ -57,7 +75,7 @@ def _logits(entry: Entry, q: Tensor, c: Tensor) -> Tensor:
 
 
 def _left_out(rows: slice, size: int, device, ids, values, offsets) -> Tensor | None:
-    """[len(rows), B] bool, without the positives."""
+    """[len(rows), B] bool, without the positives; the lists are those of the rows."""
     if ids is None and values is None:
         return None
     every = torch.arange(size, device=device)
@@ -65,9 +83,8 @@ def _left_out(rows: slice, size: int, device, ids, values, offsets) -> Tensor | 
         out = ids[rows, None] == ids
     else:
         owner = torch.repeat_interleave(offsets.diff(), output_size=len(values))
-        out = torch.zeros(size, size, dtype=torch.bool, device=device)
+        out = torch.zeros(len(offsets) - 1, size, dtype=torch.bool, device=device)
         out[owner, values] = True
-        out = out[rows]
     return out & (every[rows, None] != every)
 
 
@@ -86,18 +103,23 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
             exclude=None if values is None else (values, offsets),
         )
 
-    def eager(q, c, ids, values, offsets):
-        logits = _logits(entry, q, c).float()
+    def masked(logits, q, ids, values, offsets):
         out = _left_out(slice(None), len(q), q.device, ids, values, offsets)
         if out is not None:
             logits = logits.masked_fill(out, -torch.inf)
         return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
 
-    return {
+    def eager(q, c, *left_out):
+        return masked(_logits(entry, q, c).float(), q, *left_out)
+
+    table = {
         "fastrec": fastrec,
         "eager": eager,
         "torch.compile": torch.compile(eager, dynamic=False, backend=compiler),
     }
+    if similarity == "weighted_l2":
+        table["broadcast"] = lambda q, c, *left_out: masked(_broadcast(q, c).float(), q, *left_out)
+    return table
 
 
 def work(entry: Entry) -> dict[str, int]:
@@ -124,7 +146,11 @@ def errors(
     for start in range(0, len(q), CHUNK):
         rows = slice(start, min(start + CHUNK, len(q)))
         logits = _logits(entry, q[rows], c)
-        out = _left_out(rows, len(q), q.device, ids, values, offsets)
+        listed = (None, None)
+        if values is not None:
+            bounds = offsets[rows.start : rows.stop + 1]
+            listed = values[bounds[0] : bounds[-1]], bounds
+        out = _left_out(rows, len(q), q.device, ids, *listed)
         if out is not None:
             logits = logits.masked_fill(out, -torch.inf)
         target = torch.arange(rows.start, rows.stop, device=q.device)
