@@ -14,6 +14,7 @@ from fastrec.kernels.in_batch_pairs import (
     leave_out_groups,
     leave_out_listed,
     list_bounds,
+    lists_of,
     ranges_of,
     seek,
 )
@@ -81,13 +82,11 @@ def in_batch_hardest_fwd(
     ranges, per_range = ranges_of(query.device, blocks, triton.cdiv(v, config["BLOCK_C"]))
     best = torch.empty(ranges, n, dtype=torch.float32, device=query.device)
     index = torch.empty(ranges, n, dtype=torch.int32, device=query.device)
-    lists = (None, None)
-    if exclude_values is not None:
-        lists = (exclude_values.contiguous(), exclude_offsets.contiguous())
     with torch.cuda.device_of(query):
         _fwd_kernel[(ranges * blocks,)](
             query, candidate, None if bias is None else bias.contiguous(), by_column(query_group),
-            by_column(candidate_group), *lists, best, index, n, v, d, per_range,
+            by_column(candidate_group), *lists_of(exclude_values, exclude_offsets), best, index,
+            n, v, d, per_range,
             COLUMNS=0 if query_group is None else query_group.shape[1], **config,
         )  # fmt: skip
     chosen = best.max(0).indices  # the first of equal maxima: the range of lower indices

@@ -94,10 +94,3 @@ def options_of(op: str, input: torch.Tensor, linear_weight: torch.Tensor) -> dic
 def strides_of(input, linear_weight, linear_bias) -> tuple[int, ...]:
     bias = 0 if linear_bias is None else linear_bias.stride(0)
     return (*input.stride(), *linear_weight.stride(), bias)
-
-
-def lists_of(exclude_values, exclude_offsets):
-    """The excluded items as the kernels read them; (None, None) for none."""
-    if exclude_values is None:
-        return None, None
-    return exclude_values.contiguous(), exclude_offsets.contiguous()
