@@ -224,7 +224,7 @@ def jagged_embedding_fwd(
         return output, mean.fill_(0), rstd.fill_(0)
     config = _config(d)
     weight = rows_of(weight)
-    position_weight = None if position_weight is None else rows_of(position_weight)
+    position_weight = rows_of(position_weight)
     values, positions, *vectors = dense(values, positions, norm_weight, norm_bias, sample_ids, key)
     with torch.cuda.device_of(weight):
         _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
@@ -248,7 +248,7 @@ def jagged_embedding_bwd(
     partials = mean.new_zeros(programs, 2, d)
     if t > 0 and d > 0:
         grad_output, weight = rows_of(grad_output), rows_of(weight)
-        position_weight = None if position_weight is None else rows_of(position_weight)
+        position_weight = rows_of(position_weight)
         values, positions, scale, mean, rstd, sample_ids, key = dense(
             values, positions, norm_weight, mean, rstd, sample_ids, key
         )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.jagged_embedding import BLOCK_T, _carry_kernel, jagged_embedding_scatter
-from fastrec.kernels.rows import WIDEST
+from fastrec.kernels.rows import WIDEST, dense
 from fastrec.kernels.sampled_linear_cross_entropy_own import _own_fwd_kernel, own_config
 from fastrec.kernels.sampled_linear_cross_entropy_shared import (
     _shared_bwd_kernel,
@@ -83,10 +83,6 @@ def _offsets(linear_bias, log_q, items):
     return offset
 
 
-def _dense(*vectors):
-    return (None if vector is None else vector.contiguous() for vector in vectors)
-
-
 def sampled_linear_cross_entropy_fwd(
     input, linear_weight, linear_bias, log_q, target, negatives, beta, with_input, with_weight
 ):
@@ -101,7 +97,7 @@ def sampled_linear_cross_entropy_fwd(
     if n == 0:
         return outputs
     softmax = beta < 0
-    linear_bias, log_q, target, negatives = _dense(linear_bias, log_q, target, negatives)
+    linear_bias, log_q, target, negatives = dense(linear_bias, log_q, target, negatives)
     with torch.cuda.device_of(input):
         if own:
             _own_fwd_kernel[(n,)](
@@ -154,7 +150,7 @@ def sampled_linear_cross_entropy_bwd(
     grad_loss, beta, sparse,
 ):  # fmt: skip
     (n, d), k, own = input.shape, negatives.shape[-1], negatives.dim() == 2
-    linear_bias, log_q, target, negatives = _dense(linear_bias, log_q, target, negatives)
+    linear_bias, log_q, target, negatives = dense(linear_bias, log_q, target, negatives)
     y = target.clamp_min(0)  # rows that are not scored have coefficients of 0
     c_target = torch.where(target < 0, 0, grad_target * grad_loss)
     if own:
