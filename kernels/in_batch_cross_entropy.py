@@ -11,6 +11,7 @@ import triton
 
 from fastrec.kernels.in_batch_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
 from fastrec.kernels.in_batch_pairs import by_column, lists_of, ranges_of
+from fastrec.kernels.tiles import allow_tf32, capability_of
 
 # (BLOCK_B, BLOCK_C, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # found by compiling: no spills on sm_80, sm_90 and sm_100 with every kind of exclusion.
@@ -57,14 +58,8 @@ def config_of(width: int, dtype: torch.dtype, capability: int = 90) -> dict:
 def options_of(query: torch.Tensor) -> dict[str, dict]:
     if query.dtype == torch.float64:
         raise RuntimeError("in_batch ops have no float64 triton kernel, query is float64")
-    capability = 90
-    if query.is_cuda:
-        major, minor = torch.cuda.get_device_capability(query.device)
-        capability = 10 * major + minor
-    config = config_of(query.shape[1], query.dtype, capability)
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        for options in config.values():
-            options["PRECISION"] = "tf32"
+    config = config_of(query.shape[1], query.dtype, capability_of(query.device))
+    allow_tf32(*config.values())
     return config
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import dot, load_rows
+from fastrec.kernels.tiles import allow_tf32, capability_of, dot, load_rows
 
 
 @triton.jit
@@ -81,13 +81,8 @@ def config_of(width: int, table: torch.dtype, capability: int = 90) -> dict:
 def options_of(op: str, input: torch.Tensor, linear_weight: torch.Tensor) -> dict:
     if input.dtype == torch.float64:
         raise RuntimeError(f"{op} has no float64 triton kernel, input is float64")
-    capability = 90
-    if input.is_cuda:
-        major, minor = torch.cuda.get_device_capability(input.device)
-        capability = 10 * major + minor
-    config = config_of(input.shape[1], linear_weight.dtype, capability)
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        config["PRECISION"] = "tf32"
+    config = config_of(input.shape[1], linear_weight.dtype, capability_of(input.device))
+    allow_tf32(config)
     return config
 
 

@@ -1,5 +1,7 @@
-"""What the kernels do to a tile: load it, multiply it, round it, take its exponential."""
+"""What the kernels do to a tile: load it, multiply it, round it, take its exponential. And what
+their launch options depend on beside the shapes."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -42,3 +44,18 @@ def load_rows(base, row, keep, stride_row, stride_col, first, d, BLOCK_D: tl.con
     col = first + tl.arange(0, BLOCK_D)
     offset = row.to(tl.int64)[:, None] * stride_row + col.to(tl.int64)[None, :] * stride_col
     return tl.load(base + offset, mask=keep[:, None] & (col < d)[None, :], other=0.0)
+
+
+def capability_of(device: torch.device) -> int:
+    """10 * major + minor; without a GPU (interpreter, meta tensors) that of the target device."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def allow_tf32(*configs: dict) -> None:
+    """Products of float32 lose digits only where torch's own may."""
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        for config in configs:
+            config["PRECISION"] = "tf32"
