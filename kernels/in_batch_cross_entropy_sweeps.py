@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.in_batch_pairs import leave_out_groups, leave_out_listed, list_bounds, seek
-from fastrec.kernels.tiles import LOG2E, SLACK, dot, exp_shifted, load_rows, round_to
+from fastrec.kernels.tiles import (
+    LOG2E,
+    SLACK,
+    dot,
+    exp_shifted,
+    load_rows,
+    product_in_chunks,
+    round_to,
+)
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -55,11 +63,10 @@ def _fwd_kernel(
         if CHUNKS == 1:
             s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-            for k in range(CHUNKS):
-                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
-                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
-                s = dot(x_part, tl.trans(c_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, d, 1, c, item, real, d, 1, d,
+                x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             s += tl.load(bias + item, mask=real, other=float("-inf"))[None, :]
         elif first + BLOCK_C > v:
@@ -196,11 +203,10 @@ def _bwd_kernel(
         if CHUNKS == 1:
             s = dot(c_tile, tl.trans(x_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
-            for k in range(CHUNKS):
-                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
-                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
-                s = dot(c_part, tl.trans(x_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, d, 1, c, item, real, d, 1, d,
+                x.dtype.element_ty, True, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             s += b[:, None]
         s = leave_out_groups(s, item, row, real, live, item_group, row_group, v, n, COLUMNS)

@@ -18,7 +18,7 @@ from fastrec.kernels.in_batch_pairs import (
     ranges_of,
     seek,
 )
-from fastrec.kernels.tiles import dot, load_rows
+from fastrec.kernels.tiles import dot, load_rows, product_in_chunks
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -48,11 +48,10 @@ def _fwd_kernel(
             c_tile = load_rows(c, item, real, d, 1, 0, d, BLOCK_D)
             s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-            for k in range(CHUNKS):
-                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
-                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
-                s = dot(x_part, tl.trans(c_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, d, 1, c, item, real, d, 1, d,
+                x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             s += tl.load(bias + item, mask=real, other=float("-inf"))[None, :]
         elif first + BLOCK_C > v:

@@ -14,7 +14,15 @@ The number of scored rows stays on the device, so the host never waits; programs
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import LOG2E, SLACK, dot, exp_shifted, load_rows, round_to
+from fastrec.kernels.tiles import (
+    LOG2E,
+    SLACK,
+    dot,
+    exp_shifted,
+    load_rows,
+    product_in_chunks,
+    round_to,
+)
 
 
 @triton.jit
@@ -60,12 +68,10 @@ def _fwd_kernel(
         if CHUNKS == 1:
             s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            for c in range(CHUNKS):
-                x_part = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-                w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-                w_part = round_to(w_part, x.dtype.element_ty)
-                s = dot(x_part, tl.trans(w_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
+                x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
             s += b.to(tl.float32)[None, :]
@@ -183,12 +189,10 @@ def _bwd_kernel(
         if CHUNKS == 1:
             s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
-            for c in range(CHUNKS):
-                x_part = load_rows(x, at, live, d, 1, c * BLOCK_D, d, BLOCK_D)
-                w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-                w_part = round_to(w_part, x.dtype.element_ty)
-                s = dot(w_part, tl.trans(x_part), s, PRECISION)
+            s = product_in_chunks(
+                x, at, live, d, 1, w, item, real, stride_wv, stride_wd, d,
+                x.dtype.element_ty, True, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         shift = tl.load(lse + at, mask=live, other=float("inf")) - HEADROOM
         if bias is not None:
             s += b[:, None]

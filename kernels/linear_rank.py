@@ -48,7 +48,7 @@ def _fwd_kernel(
     own_item = tl.load(target + block + column, mask=mine, other=0)
     s = score_tile(
         x_tile, x, w, bias, row, live, own_item, mine, d, stride_xn, stride_xd, stride_wv,
-        stride_wd, stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+        stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
     )  # fmt: skip
     own = tl.sum(tl.where(lane[:, None] == column[None, :], s, 0.0), 1)
 
@@ -63,7 +63,7 @@ def _fwd_kernel(
         real = item < v
         s = score_tile(
             x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv,
-            stride_wd, stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+            stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
         )  # fmt: skip
         # What is left out is NaN: not even a target of score -inf equals it.
         if first + BLOCK_V > v:

@@ -76,7 +76,7 @@ def _maxima_kernel(
         real = item < v
         s = score_tile(
             x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv,
-            stride_wd, stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+            stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
         )  # fmt: skip
         s = _no_result(s, real)
         if listed is not None:
@@ -104,7 +104,7 @@ def _select_kernel(
     x_tile = load_x(x, row, live, d, stride_xn, stride_xd, w.dtype.element_ty, BLOCK_D)
     s = score_tile(
         x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv, stride_wd,
-        stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+        stride_b, BLOCK_D, CHUNKS, PRECISION,
     )  # fmt: skip
     s = _no_result(s, real)
     if listed is not None:

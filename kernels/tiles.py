@@ -46,6 +46,30 @@ def load_rows(base, row, keep, stride_row, stride_col, first, d, BLOCK_D: tl.con
     return tl.load(base + offset, mask=keep[:, None] & (col < d)[None, :], other=0.0)
 
 
+@triton.jit
+def product_in_chunks(
+    x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
+    TYPE: tl.constexpr, BY_ITEM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[len(row), len(item)] products of rows of x and rows of w in TYPE, BLOCK_D columns at a time;
+    [len(item), len(row)] if BY_ITEM. The order of the loads is the same: it decides registers."""
+    if BY_ITEM:
+        s = tl.zeros([item.shape[0], row.shape[0]], tl.float32)
+    else:
+        s = tl.zeros([row.shape[0], item.shape[0]], tl.float32)
+    for chunk in range(CHUNKS):
+        first = chunk * BLOCK_D
+        x_part = load_rows(x, row, live, stride_xn, stride_xd, first, d, BLOCK_D)
+        w_part = load_rows(w, item, real, stride_wv, stride_wd, first, d, BLOCK_D)
+        x_part, w_part = round_to(x_part, TYPE), round_to(w_part, TYPE)
+        if BY_ITEM:
+            s = dot(w_part, tl.trans(x_part), s, PRECISION)
+        else:
+            s = dot(x_part, tl.trans(w_part), s, PRECISION)
+    return s
+
+
 def capability_of(device: torch.device) -> int:
     """10 * major + minor; without a GPU (interpreter, meta tensors) that of the target device."""
     if device.type != "cuda":
