@@ -70,6 +70,79 @@ def product_in_chunks(
     return s
 
 
+@triton.jit
+def softmax_step(
+    s, values, shift, total, rounded, mean,
+    WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the scores s [R, C] of `values` [C, D] to the sums of p = exp(s - shift): total, and, of
+    p rounded as the product takes it, rounded and mean. p stays below e^(SLACK + HEADROOM): only
+    where a maximum outgrows that do shift and sums change."""
+    peak = tl.max(s, 1)
+    grown = peak > shift + (SLACK + HEADROOM)
+    if tl.max(grown.to(tl.int32), 0) > 0:
+        new = tl.where(grown, peak - HEADROOM, shift)
+        fade = tl.exp2((shift - new) * LOG2E)
+        total *= fade
+        if WITH_MEAN:
+            rounded *= fade
+            mean *= fade[:, None]
+        shift = new
+    p = exp_shifted(s, shift[:, None], PRECISION)
+    total += tl.sum(p, 1)
+    if WITH_MEAN:
+        q = round_to(p, values.dtype)
+        rounded += tl.sum(q.to(tl.float32), 1)
+        mean = dot(q, values, mean, PRECISION)
+    return shift, total, rounded, mean
+
+
+@triton.jit
+def store_sums(
+    shift_out, sum_out, mean_out, at, own, shift, total, rounded, mean, d,
+    WITH_MEAN: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sums of one range at the places `at`, for `join_sums`; of mean the columns from `own`."""
+    if own == 0:
+        tl.store(shift_out + at, shift)
+        tl.store(sum_out + 2 * at, total)
+        tl.store(sum_out + 2 * at + 1, rounded)
+    if WITH_MEAN:
+        col = own + tl.arange(0, BLOCK_D)
+        tl.store(mean_out + at[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
+
+
+@triton.jit
+def join_sums(shift_in, sum_in, place, step, ranges, live, BLOCK_R: tl.constexpr):
+    """(shift, total, rounded) of BLOCK_R rows from those of the ranges, which lie `step` apart from
+    `place` on; added in order."""
+    shift = tl.full([BLOCK_R], -1e30, tl.float32)
+    for r in range(ranges):
+        shift = tl.maximum(shift, tl.load(shift_in + place + r * step, mask=live, other=-1e30))
+    total = tl.zeros([BLOCK_R], tl.float32)
+    rounded = tl.zeros([BLOCK_R], tl.float32)
+    for r in range(ranges):
+        at = place + r * step
+        scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
+        total += scale * tl.load(sum_in + 2 * at, mask=live, other=1.0)
+        rounded += scale * tl.load(sum_in + 2 * at + 1, mask=live, other=1.0)
+    return shift, total, rounded
+
+
+@triton.jit
+def join_means(
+    shift_in, mean_in, shift, place, step, ranges, live, first, d,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_D] weighted sums of the same rows, columns from `first`, `shift` joined."""
+    mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for r in range(ranges):
+        at = place + r * step
+        scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
+        mean += scale[:, None] * load_rows(mean_in, at, live, d, 1, first, d, BLOCK_D)
+    return mean
+
+
 def capability_of(device: torch.device) -> int:
     """10 * major + minor; without a GPU (interpreter, meta tensors) that of the target device."""
     if device.type != "cuda":
