@@ -172,8 +172,7 @@ def jagged_embedding_fwd(
         _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
             values, weight, position_weight, positions, *vectors, output, mean, rstd,
             t, d, *_strides(weight, position_weight), eps, 256 / (256 - drop), drop, layer, view,
-            views,
-            SITE=site, **config,
+            views, SITE=site, **config,
         )  # fmt: skip
     return output, mean, rstd
 
