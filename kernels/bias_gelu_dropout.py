@@ -42,8 +42,7 @@ def _fwd_kernel(
     if sample_ids is not None:
         mask = row_mask(
             sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
-                per_view,
-            SITE, BLOCK_D // 16,
+            per_view, SITE, BLOCK_D // 16,
         )  # fmt: skip
         y = tl.where(mask, y * scale, 0.0)
     place = row[:, None] * d + col[None, :]
@@ -69,8 +68,7 @@ def _bwd_kernel(
         if sample_ids is not None:
             mask = row_mask(
                 sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
-                per_view,
-                SITE, BLOCK_D // 16,
+                per_view, SITE, BLOCK_D // 16,
             )  # fmt: skip
             grad = tl.where(mask, grad * scale, 0.0)
         z = _load_biased(input, bias, row, col, keep, d, stride_input)

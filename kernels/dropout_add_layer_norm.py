@@ -26,19 +26,9 @@ def _fwd_kernel(
     z = z.to(tl.float32)
     if sample_ids is not None:
         mask = row_mask(
-            sample_ids,
-            positions,
-            key,
-            row,
-            live,
-            0,
-            drop,
-            layer,
-            view,
-            per_view,
-            SITE,
+            sample_ids, positions, key, row, live, 0, drop, layer, view, per_view, SITE,
             BLOCK_D // 16,
-        )
+        )  # fmt: skip
         z = tl.where(mask, z * scale, 0.0)
     if residual is not None:
         more = residual + row[:, None] * stride_residual + col[None, :]
@@ -169,8 +159,7 @@ def dropout_add_layer_norm_bwd(
                 grad_output, grad_sum, sum, *dense(mean, rstd, weight, sample_ids, positions, key),
                 None if both else grad_input, grad_residual, partials,
                 n, d, per_program, *strides, 256 / (256 - drop), drop, layer, view,
-                max(n // views, 1),
-                SITE=site, **config,
+                max(n // views, 1), SITE=site, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (

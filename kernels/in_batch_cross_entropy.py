@@ -10,7 +10,8 @@ import torch
 import triton
 
 from fastrec.kernels.in_batch_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
-from fastrec.kernels.in_batch_pairs import by_column, ranges_of
+from fastrec.kernels.in_batch_pairs import by_column, lists_of, ranges_of
+from fastrec.kernels.tiles import allow_tf32, capability_of
 
 # (BLOCK_B, BLOCK_C, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # found by compiling: no spills on sm_80, sm_90 and sm_100 with every kind of exclusion.
@@ -57,14 +58,8 @@ def config_of(width: int, dtype: torch.dtype, capability: int = 90) -> dict:
 def options_of(query: torch.Tensor) -> dict[str, dict]:
     if query.dtype == torch.float64:
         raise RuntimeError("in_batch ops have no float64 triton kernel, query is float64")
-    capability = 90
-    if query.is_cuda:
-        major, minor = torch.cuda.get_device_capability(query.device)
-        capability = 10 * major + minor
-    config = config_of(query.shape[1], query.dtype, capability)
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        for options in config.values():
-            options["PRECISION"] = "tf32"
+    config = config_of(query.shape[1], query.dtype, capability_of(query.device))
+    allow_tf32(*config.values())
     return config
 
 
@@ -90,13 +85,10 @@ def in_batch_cross_entropy_fwd(
     places = ranges * blocks * config["BLOCK_B"]
     shift, sums = torch.empty(places, **vector), torch.empty(places, 2, **vector)
     means = torch.empty(places if with_direction else 0, d, **vector)
-    lists = (None, None)
-    if exclude_values is not None:
-        lists = (exclude_values.contiguous(), exclude_offsets.contiguous())
     with torch.cuda.device_of(query):
         _fwd_kernel[(ranges * blocks, config["CHUNKS"] if with_direction else 1)](
             query, candidate, bias, positive, by_column(query_group), by_column(candidate_group),
-            *lists, shift, sums, means, n, v, d, per_range,
+            *lists_of(exclude_values, exclude_offsets), shift, sums, means, n, v, d, per_range,
             COLUMNS=0 if query_group is None else query_group.shape[1],
             WITH_MEAN=with_direction, **config,
         )  # fmt: skip
@@ -111,7 +103,9 @@ def in_batch_cross_entropy_fwd(
 
 
 def _by_candidate(values, offsets, candidates: int):
-    """Listed candidates by query -> listed queries by candidate."""
+    """Listed candidates by query -> listed queries by candidate; (None, None) for none."""
+    if values is None:
+        return None, None
     rows = torch.repeat_interleave(offsets.diff(), output_size=values.shape[0])
     sorted_values, order = values.sort(stable=True)
     bounds = torch.arange(candidates + 1, device=values.device)
@@ -139,9 +133,7 @@ def in_batch_cross_entropy_bwd(
     ranges, per_range = ranges_of(query.device, blocks, triton.cdiv(n, config["BLOCK_B"]))
     grad_candidate = loss.new_empty(ranges, v, d)
     grad_bias = loss.new_empty(ranges, 0 if bias is None else v)
-    lists = (None, None)
-    if exclude_values is not None:
-        lists = _by_candidate(exclude_values, exclude_offsets, v)
+    lists = _by_candidate(exclude_values, exclude_offsets, v)
     with torch.cuda.device_of(query):
         _bwd_kernel[(ranges * blocks, config["CHUNKS"])](
             query, candidate, None if bias is None else bias.contiguous(), positive,

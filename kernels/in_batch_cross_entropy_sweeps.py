@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.in_batch_pairs import leave_out_groups, leave_out_listed, list_bounds, seek
-from fastrec.kernels.tiles import LOG2E, SLACK, dot, exp_shifted, load_rows, round_to
+from fastrec.kernels.tiles import (
+    dot,
+    exp_shifted,
+    join_means,
+    join_sums,
+    load_rows,
+    product_in_chunks,
+    round_to,
+    softmax_step,
+    store_sums,
+)
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -43,7 +53,6 @@ def _fwd_kernel(
     if CHUNKS == 1:
         x_tile = load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
 
-    # p = exp(s - shift) stays below e^(SLACK + HEADROOM).
     shift = tl.full([BLOCK_B], -1e30, tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
     rounded = tl.zeros([BLOCK_B], tl.float32)
@@ -55,11 +64,10 @@ def _fwd_kernel(
         if CHUNKS == 1:
             s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-            for k in range(CHUNKS):
-                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
-                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
-                s = dot(x_part, tl.trans(c_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, d, 1, c, item, real, d, 1, d,
+                x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             s += tl.load(bias + item, mask=real, other=float("-inf"))[None, :]
         elif first + BLOCK_C > v:
@@ -70,31 +78,14 @@ def _fwd_kernel(
         inside = (y >= first) & (y < first + BLOCK_C)
         if tl.max(inside.to(tl.int32), 0) > 0:
             s = tl.where(y[:, None] == item[None, :], float("-inf"), s)
-        peak = tl.max(s, 1)
-        grown = peak > shift + (SLACK + HEADROOM)
-        if tl.max(grown.to(tl.int32), 0) > 0:
-            new = tl.where(grown, peak - HEADROOM, shift)
-            fade = tl.exp2((shift - new) * LOG2E)
-            total *= fade
-            if WITH_MEAN:
-                rounded *= fade
-                mean *= fade[:, None]
-            shift = new
-        p = exp_shifted(s, shift[:, None], PRECISION)
-        total += tl.sum(p, 1)
-        if WITH_MEAN:
-            q = round_to(p, x.dtype.element_ty)
-            rounded += tl.sum(q.to(tl.float32), 1)
-            mean = dot(q, c_tile, mean, PRECISION)
+        shift, total, rounded, mean = softmax_step(
+            s, c_tile, shift, total, rounded, mean, WITH_MEAN, HEADROOM, PRECISION
+        )  # fmt: skip
 
     at = slot.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    if own == 0:
-        tl.store(shift_out + at, shift)
-        tl.store(sum_out + 2 * at, total)
-        tl.store(sum_out + 2 * at + 1, rounded)
-    if WITH_MEAN:
-        col = own + tl.arange(0, BLOCK_D)
-        tl.store(mean_out + at[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
+    store_sums(
+        shift_out, sum_out, mean_out, at, own, shift, total, rounded, mean, d, WITH_MEAN, BLOCK_D
+    )  # fmt: skip
 
 
 @triton.jit
@@ -117,16 +108,7 @@ def _combine_kernel(
     y = tl.where(live, y, 0)
     step = tl.cdiv(n, BLOCK_B).to(tl.int64) * BLOCK_B  # places of one range
 
-    shift = tl.full([BLOCK_R], -1e30, tl.float32)
-    for r in range(ranges):
-        shift = tl.maximum(shift, tl.load(shift_in + row + r * step, mask=live, other=-1e30))
-    total = tl.zeros([BLOCK_R], tl.float32)
-    rounded = tl.zeros([BLOCK_R], tl.float32)
-    for r in range(ranges):
-        at = row + r * step
-        scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
-        total += scale * tl.load(sum_in + 2 * at, mask=live, other=1.0)
-        rounded += scale * tl.load(sum_in + 2 * at + 1, mask=live, other=1.0)
+    shift, total, rounded = join_sums(shift_in, sum_in, row, step, ranges, live, BLOCK_R)
 
     logit = tl.zeros([BLOCK_R], tl.float32)
     for k in range(CHUNKS):
@@ -151,11 +133,9 @@ def _combine_kernel(
         share = tl.where(rounded > 0, rest / tl.where(rounded > 0, rounded, 1.0), 0.0)
         for k in range(CHUNKS):
             col = k * BLOCK_D + tl.arange(0, BLOCK_D)
-            mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-            for r in range(ranges):
-                at = row + r * step
-                scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
-                mean += scale[:, None] * load_rows(mean_in, at, live, d, 1, k * BLOCK_D, d, BLOCK_D)
+            mean = join_means(
+                shift_in, mean_in, shift, row, step, ranges, live, k * BLOCK_D, d, BLOCK_R, BLOCK_D
+            )  # fmt: skip
             c_tile = load_rows(c, y, live, d, 1, k * BLOCK_D, d, BLOCK_D).to(tl.float32)
             direction = mean * share[:, None] - c_tile * rest[:, None]
             direction = tl.where(live[:, None], direction, 0.0)
@@ -196,11 +176,10 @@ def _bwd_kernel(
         if CHUNKS == 1:
             s = dot(c_tile, tl.trans(x_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
-            for k in range(CHUNKS):
-                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
-                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
-                s = dot(c_part, tl.trans(x_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, d, 1, c, item, real, d, 1, d,
+                x.dtype.element_ty, True, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             s += b[:, None]
         s = leave_out_groups(s, item, row, real, live, item_group, row_group, v, n, COLUMNS)

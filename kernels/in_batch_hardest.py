@@ -14,10 +14,11 @@ from fastrec.kernels.in_batch_pairs import (
     leave_out_groups,
     leave_out_listed,
     list_bounds,
+    lists_of,
     ranges_of,
     seek,
 )
-from fastrec.kernels.tiles import dot, load_rows
+from fastrec.kernels.tiles import dot, load_rows, product_in_chunks
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -47,11 +48,10 @@ def _fwd_kernel(
             c_tile = load_rows(c, item, real, d, 1, 0, d, BLOCK_D)
             s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-            for k in range(CHUNKS):
-                x_part = load_rows(x, row, live, d, 1, k * BLOCK_D, d, BLOCK_D)
-                c_part = load_rows(c, item, real, d, 1, k * BLOCK_D, d, BLOCK_D)
-                s = dot(x_part, tl.trans(c_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, d, 1, c, item, real, d, 1, d,
+                x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             s += tl.load(bias + item, mask=real, other=float("-inf"))[None, :]
         elif first + BLOCK_C > v:
@@ -81,13 +81,11 @@ def in_batch_hardest_fwd(
     ranges, per_range = ranges_of(query.device, blocks, triton.cdiv(v, config["BLOCK_C"]))
     best = torch.empty(ranges, n, dtype=torch.float32, device=query.device)
     index = torch.empty(ranges, n, dtype=torch.int32, device=query.device)
-    lists = (None, None)
-    if exclude_values is not None:
-        lists = (exclude_values.contiguous(), exclude_offsets.contiguous())
     with torch.cuda.device_of(query):
         _fwd_kernel[(ranges * blocks,)](
             query, candidate, None if bias is None else bias.contiguous(), by_column(query_group),
-            by_column(candidate_group), *lists, best, index, n, v, d, per_range,
+            by_column(candidate_group), *lists_of(exclude_values, exclude_offsets), best, index,
+            n, v, d, per_range,
             COLUMNS=0 if query_group is None else query_group.shape[1], **config,
         )  # fmt: skip
     chosen = best.max(0).indices  # the first of equal maxima: the range of lower indices

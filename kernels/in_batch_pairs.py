@@ -71,3 +71,10 @@ def ranges_of(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
 
 def by_column(ids: torch.Tensor | None) -> torch.Tensor | None:
     return None if ids is None else ids.t().contiguous()
+
+
+def lists_of(exclude_values, exclude_offsets):
+    """The excluded items as the kernels read them; (None, None) for none."""
+    if exclude_values is None:
+        return None, None
+    return exclude_values.contiguous(), exclude_offsets.contiguous()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.philox import draws, philox_key
-from fastrec.kernels.tiles import LOG2E, dot, round_to
+from fastrec.kernels.tiles import LOG2E, allow_tf32, dot, round_to
 
 SITE = tl.constexpr(1)  # "attention" of fastrec.random.SITES
 
@@ -225,8 +225,7 @@ def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop, views):
     if query.dtype == torch.float64:
         raise RuntimeError("jagged_attention has no float64 triton kernel, query is float64")
     options = _config(kernel, query.shape[2], query.dtype, max_seq_len)
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        options["PRECISION"] = "tf32"
+    allow_tf32(options)
     # Sequences of a view on x: the other axes end at 65,535.
     grid = ((offsets.shape[0] - 1) // views, triton.cdiv(max_seq_len, options["BLOCK"]), views)
     return grid, options, 256 / (256 - drop), sample_ids.contiguous() if drop else None

@@ -1,10 +1,7 @@
 """Triton kernels of `jagged_embedding`.
 
 Legend: T events, V rows of a table, D width. Forward and backward own whole rows, as the kernels of
-`dropout_add_layer_norm` do. `scatter` sorts the events by row. A program owns BLOCK_T sorted events
-and adds those of one row with a product by a 0/1 matrix; rows that no other program has are written
-at once, the first and the last one may go on next door and are joined by `_carry_kernel`. No
-atomics, and the order of the additions depends on the indices only.
+`dropout_add_layer_norm` do. `scatter` sorts the events by row and adds those of one row (`runs`).
 """
 
 import torch
@@ -13,9 +10,8 @@ import triton.language as tl
 
 from fastrec.kernels.dropout import row_mask
 from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.runs import BLOCK_T, add_runs, carry_kernel
 from fastrec.kernels.tiles import round_to
-
-BLOCK_T = 32  # events of a program of `scatter`: as many products per event and column
 
 
 @triton.jit
@@ -125,69 +121,15 @@ def _scatter_kernel(
     grad, order, index, out, head, tail, t, d, stride_grad,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`index` is sorted. head and tail [programs, D]: sums of the first row where it began before,
-    and of the last one where it begins here and goes on."""
+    """Sums of the events of equal `index`, which is sorted; `order` their rows of grad."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    real = col < d
-    lane = tl.arange(0, BLOCK_T)
-    at = program * BLOCK_T + lane
+    at = program * BLOCK_T + tl.arange(0, BLOCK_T)
     live = at < t
-    row = tl.load(index + at, mask=live, other=-1)
-    before = tl.load(index + at - 1, mask=live & (at > 0), other=-1)
-    starts = live & ((lane == 0) | (row != before))
-    run = tl.cumsum(starts.to(tl.int32), 0) - 1  # rank of the row among those of this program
-    runs = tl.max(run, 0) + 1
-    member = (run[None, :] == lane[:, None]) & live[None, :]  # [run, event]
-
     event = tl.load(order + at, mask=live, other=0)
     source = grad + event[:, None] * stride_grad + col[None, :]
-    x = tl.load(source, mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
-    sums = tl.dot(member.to(tl.float32), x, input_precision="ieee")
-
-    target = tl.sum(tl.where(member & starts[None, :], row[None, :], 0), 1)
-    after = program * BLOCK_T + BLOCK_T
-    following = tl.load(index + after, mask=after < t, other=-1)
-    is_head = (lane == 0) & live & (row == before)
-    is_tail = (lane == runs - 1) & (target == following) & (is_head == 0)
-    whole = (lane < runs) & (is_head == 0) & (is_tail == 0)
-    place = target[:, None] * d + col[None, :]
-    tl.store(out + place, round_to(sums, out.dtype.element_ty), mask=whole[:, None] & real[None, :])
-    edge = program * d + col[None, :] + lane[:, None] * 0
-    tl.store(head + edge, sums, mask=is_head[:, None] & real[None, :])
-    tl.store(tail + edge, sums, mask=is_tail[:, None] & real[None, :])
-
-
-@triton.jit(do_not_specialize=["t"])
-def _carry_kernel(
-    index, out, head, tail, t, d,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The row that begins as the last one of this program and ends in another."""
-    program = tl.program_id(0).to(tl.int64)
-    first = program * BLOCK_T
-    after = first + BLOCK_T
-    if after >= t:
-        return
-    row = tl.load(index + after - 1)
-    if tl.load(index + after) != row:
-        return
-    if first > 0 and tl.load(index + first - 1, mask=first > 0, other=-1) == row:
-        return  # it began before; all events of this program have it
-    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    real = col < d
-    total = tl.load(tail + program * d + col, mask=real, other=0.0)
-    at = program + 1
-    found = BLOCK_K
-    while found == BLOCK_K:
-        k = at + tl.arange(0, BLOCK_K)
-        inside = k * BLOCK_T < t
-        same = inside & (tl.load(index + k * BLOCK_T, mask=inside, other=-1) == row)
-        parts = head + k[:, None] * d + col[None, :]
-        total += tl.sum(tl.load(parts, mask=same[:, None] & real[None, :], other=0.0), 0)
-        found = tl.sum(same.to(tl.int32), 0)
-        at += BLOCK_K
-    tl.store(out + row * d + col, round_to(total, out.dtype.element_ty), mask=real)
+    x = tl.load(source, mask=live[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+    add_runs(x, index, out, head, tail, program, col, t, d, BLOCK_T)
 
 
 def _check(weight):
@@ -224,14 +166,13 @@ def jagged_embedding_fwd(
         return output, mean.fill_(0), rstd.fill_(0)
     config = _config(d)
     weight = rows_of(weight)
-    position_weight = None if position_weight is None else rows_of(position_weight)
+    position_weight = rows_of(position_weight)
     values, positions, *vectors = dense(values, positions, norm_weight, norm_bias, sample_ids, key)
     with torch.cuda.device_of(weight):
         _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
             values, weight, position_weight, positions, *vectors, output, mean, rstd,
             t, d, *_strides(weight, position_weight), eps, 256 / (256 - drop), drop, layer, view,
-            views,
-            SITE=site, **config,
+            views, SITE=site, **config,
         )  # fmt: skip
     return output, mean, rstd
 
@@ -248,7 +189,7 @@ def jagged_embedding_bwd(
     partials = mean.new_zeros(programs, 2, d)
     if t > 0 and d > 0:
         grad_output, weight = rows_of(grad_output), rows_of(weight)
-        position_weight = None if position_weight is None else rows_of(position_weight)
+        position_weight = rows_of(position_weight)
         values, positions, scale, mean, rstd, sample_ids, key = dense(
             values, positions, norm_weight, mean, rstd, sample_ids, key
         )
@@ -281,7 +222,7 @@ def jagged_embedding_scatter(grad, index, rows, dtype):
             grad, order, index, out, head, tail, t, d, grad.stride(0),
             BLOCK_T=BLOCK_T, BLOCK_D=block_d,
         )  # fmt: skip
-        _carry_kernel[grid](
+        carry_kernel[grid](
             index, out, head, tail, t, d, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
         )
     return out

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastrec.kernels.rows import rows_of
+
 BLOCK_T = 16  # events at a time: most sequences of a recommender are shorter
 NONE: tl.constexpr = tl.constexpr(2**31 - 1)  # above every place
 
@@ -76,10 +78,6 @@ def _config(width: int) -> dict:
     return {"BLOCK_T": BLOCK_T, "BLOCK_D": block_d, "num_warps": 1 if block_d <= 32 else 2}
 
 
-def _rows(matrix):
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _grid(sequences: int, width: int, block_d: int) -> tuple[int, int]:
     return sequences, triton.cdiv(width, block_d)
 
@@ -90,7 +88,7 @@ def jagged_max_pool_fwd(values, offsets, mask):
     index = values.new_empty(sequences, width, dtype=torch.int32)
     if sequences == 0 or width == 0:
         return output, index
-    values, config = _rows(values), _config(width)
+    values, config = rows_of(values), _config(width)
     counted = None if mask is None else mask.contiguous().view(torch.uint8)
     with torch.cuda.device_of(values):
         _fwd_kernel[_grid(sequences, width, config["BLOCK_D"])](
@@ -104,7 +102,7 @@ def jagged_max_pool_bwd(grad_output, index, offsets, events):
     grad = grad_output.new_empty(events, width)
     if sequences == 0 or width == 0 or events == 0:
         return grad
-    grad_output, config = _rows(grad_output), _config(width)
+    grad_output, config = rows_of(grad_output), _config(width)
     with torch.cuda.device_of(grad):
         _bwd_kernel[_grid(sequences, width, config["BLOCK_D"])](
             grad_output, index.contiguous(), offsets.contiguous(), grad, width,

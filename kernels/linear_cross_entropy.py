@@ -10,6 +10,7 @@ import torch
 import triton
 
 from fastrec.kernels.linear_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
+from fastrec.kernels.tiles import allow_tf32, capability_of
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # the largest found that spill on none of sm_80, sm_90, sm_100. Registers on sm_90, of 255:
@@ -71,14 +72,9 @@ def _options(input: torch.Tensor, linear_weight: torch.Tensor) -> dict[str, dict
             raise RuntimeError(
                 f"linear_cross_entropy has no float64 triton kernel, {name} is float64"
             )
-    capability = 90
-    if input.is_cuda:
-        major, minor = torch.cuda.get_device_capability(input.device)
-        capability = 10 * major + minor
+    capability = capability_of(input.device)
     config = _config(input.shape[1], input.dtype, linear_weight.dtype, capability)
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        for options in config.values():
-            options["PRECISION"] = "tf32"
+    allow_tf32(*config.values())
     return config
 
 

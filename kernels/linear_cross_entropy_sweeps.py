@@ -14,7 +14,17 @@ The number of scored rows stays on the device, so the host never waits; programs
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import LOG2E, SLACK, dot, exp_shifted, load_rows, round_to
+from fastrec.kernels.tiles import (
+    dot,
+    exp_shifted,
+    join_means,
+    join_sums,
+    load_rows,
+    product_in_chunks,
+    round_to,
+    softmax_step,
+    store_sums,
+)
 
 
 @triton.jit
@@ -46,7 +56,6 @@ def _fwd_kernel(
     if CHUNKS == 1:
         x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
 
-    # p = exp(s - shift) stays below e^(SLACK + HEADROOM).
     shift = tl.full([BLOCK_N], -1e30, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     rounded = tl.zeros([BLOCK_N], tl.float32)
@@ -60,42 +69,23 @@ def _fwd_kernel(
         if CHUNKS == 1:
             s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            for c in range(CHUNKS):
-                x_part = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-                w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-                w_part = round_to(w_part, x.dtype.element_ty)
-                s = dot(x_part, tl.trans(w_part), s, PRECISION)
+            s = product_in_chunks(
+                x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
+                x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
             s += b.to(tl.float32)[None, :]
         elif first + BLOCK_V > v:
             s = tl.where(real[None, :], s, float("-inf"))
-        peak = tl.max(s, 1)
-        grown = peak > shift + (SLACK + HEADROOM)
-        if tl.max(grown.to(tl.int32), 0) > 0:
-            new = tl.where(grown, peak - HEADROOM, shift)
-            fade = tl.exp2((shift - new) * LOG2E)
-            total *= fade
-            if WITH_MEAN:
-                rounded *= fade
-                mean *= fade[:, None]
-            shift = new
-        p = exp_shifted(s, shift[:, None], PRECISION)
-        total += tl.sum(p, 1)
-        if WITH_MEAN:
-            q = round_to(p, x.dtype.element_ty)
-            rounded += tl.sum(q.to(tl.float32), 1)
-            mean = dot(q, w_tile, mean, PRECISION)
+        shift, total, rounded, mean = softmax_step(
+            s, w_tile, shift, total, rounded, mean, WITH_MEAN, HEADROOM, PRECISION
+        )  # fmt: skip
 
     place = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if own == 0:
-        tl.store(shift_out + place, shift)
-        tl.store(sum_out + 2 * place, total)
-        tl.store(sum_out + 2 * place + 1, rounded)
-    if WITH_MEAN:
-        col = own + tl.arange(0, BLOCK_D)
-        tl.store(mean_out + place[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
+    store_sums(
+        shift_out, sum_out, mean_out, place, own, shift, total, rounded, mean, d, WITH_MEAN, BLOCK_D
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "v", "slots"])
@@ -113,16 +103,7 @@ def _combine_kernel(
     place = (at // BLOCK_N).to(tl.int64) * BLOCK_N + at % BLOCK_N
     step = blocks.to(tl.int64) * BLOCK_N
 
-    shift = tl.full([BLOCK_R], -1e30, tl.float32)
-    for r in range(ranges):
-        shift = tl.maximum(shift, tl.load(shift_in + place + r * step, mask=live, other=-1e30))
-    total = tl.zeros([BLOCK_R], tl.float32)
-    rounded = tl.zeros([BLOCK_R], tl.float32)
-    for r in range(ranges):
-        here = place + r * step
-        scale = exp_shifted(tl.load(shift_in + here, mask=live, other=-1e30), shift, "ieee")
-        total += scale * tl.load(sum_in + 2 * here, mask=live, other=1.0)
-        rounded += scale * tl.load(sum_in + 2 * here + 1, mask=live, other=1.0)
+    shift, total, rounded = join_sums(shift_in, sum_in, place, step, ranges, live, BLOCK_R)
 
     y = tl.load(target + row, mask=live, other=0)
     logit = tl.zeros([BLOCK_R], tl.float32)
@@ -133,12 +114,10 @@ def _combine_kernel(
         logit += tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
         if WITH_MEAN:
             col = c * BLOCK_D + tl.arange(0, BLOCK_D)
-            mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-            for r in range(ranges):
-                here = place + r * step
-                scale = exp_shifted(tl.load(shift_in + here, mask=live, other=-1e30), shift, "ieee")
-                part = load_rows(mean_in, here, live, d, 1, c * BLOCK_D, d, BLOCK_D)
-                mean += scale[:, None] * part
+            mean = join_means(
+                shift_in, mean_in, shift, place, step, ranges, live, c * BLOCK_D, d,
+                BLOCK_R, BLOCK_D,
+            )  # fmt: skip
             offset = mean / rounded[:, None] - w_tile.to(tl.float32)
             offset = tl.where(live[:, None], offset, 0.0)
             keep = (at < n)[:, None] & (col < d)[None, :]
@@ -183,12 +162,10 @@ def _bwd_kernel(
         if CHUNKS == 1:
             s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
         else:
-            s = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
-            for c in range(CHUNKS):
-                x_part = load_rows(x, at, live, d, 1, c * BLOCK_D, d, BLOCK_D)
-                w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-                w_part = round_to(w_part, x.dtype.element_ty)
-                s = dot(w_part, tl.trans(x_part), s, PRECISION)
+            s = product_in_chunks(
+                x, at, live, d, 1, w, item, real, stride_wv, stride_wd, d,
+                x.dtype.element_ty, True, BLOCK_D, CHUNKS, PRECISION,
+            )  # fmt: skip
         shift = tl.load(lse + at, mask=live, other=float("inf")) - HEADROOM
         if bias is not None:
             s += b[:, None]

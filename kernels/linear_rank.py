@@ -12,8 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.in_batch_pairs import leave_out_listed, list_bounds, ranges_of, seek
-from fastrec.kernels.linear_scores import lists_of, load_x, options_of, score_tile, strides_of
+from fastrec.kernels.in_batch_pairs import (
+    leave_out_listed,
+    list_bounds,
+    lists_of,
+    ranges_of,
+    seek,
+)
+from fastrec.kernels.linear_scores import load_x, options_of, score_tile, strides_of
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -42,7 +48,7 @@ def _fwd_kernel(
     own_item = tl.load(target + block + column, mask=mine, other=0)
     s = score_tile(
         x_tile, x, w, bias, row, live, own_item, mine, d, stride_xn, stride_xd, stride_wv,
-        stride_wd, stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+        stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
     )  # fmt: skip
     own = tl.sum(tl.where(lane[:, None] == column[None, :], s, 0.0), 1)
 
@@ -57,7 +63,7 @@ def _fwd_kernel(
         real = item < v
         s = score_tile(
             x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv,
-            stride_wd, stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+            stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
         )  # fmt: skip
         # What is left out is NaN: not even a target of score -inf equals it.
         if first + BLOCK_V > v:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import dot, load_rows
+from fastrec.kernels.tiles import allow_tf32, capability_of, dot, load_rows, product_in_chunks
 
 
 @triton.jit
@@ -22,20 +22,18 @@ def load_x(x, row, live, d, stride_xn, stride_xd, TYPE: tl.constexpr, BLOCK_D: t
 def score_tile(
     x_tile, x, w, bias, row, live, item, real, d,
     stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, BLOCK_V] scores, x_tile from `load_x`. Always the same products of the same shapes:
-    equal rows of w give equal bits, wherever they stand."""
+    """[len(row), len(item)] scores, x_tile from `load_x`. Always the same products of the same
+    shapes: equal rows of w give equal bits, wherever they stand."""
     if CHUNKS == 1:
         w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
         s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
     else:
-        s = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for c in range(CHUNKS):
-            x_part = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-            w_part = load_rows(w, item, real, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-            s = dot(x_part.to(w.dtype.element_ty), tl.trans(w_part), s, PRECISION)
+        s = product_in_chunks(
+            x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
+            w.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+        )  # fmt: skip
     if bias is not None:
         b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=0.0)
         s += b.to(tl.float32)[None, :]
@@ -81,23 +79,11 @@ def config_of(width: int, table: torch.dtype, capability: int = 90) -> dict:
 def options_of(op: str, input: torch.Tensor, linear_weight: torch.Tensor) -> dict:
     if input.dtype == torch.float64:
         raise RuntimeError(f"{op} has no float64 triton kernel, input is float64")
-    capability = 90
-    if input.is_cuda:
-        major, minor = torch.cuda.get_device_capability(input.device)
-        capability = 10 * major + minor
-    config = config_of(input.shape[1], linear_weight.dtype, capability)
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        config["PRECISION"] = "tf32"
+    config = config_of(input.shape[1], linear_weight.dtype, capability_of(input.device))
+    allow_tf32(config)
     return config
 
 
 def strides_of(input, linear_weight, linear_bias) -> tuple[int, ...]:
     bias = 0 if linear_bias is None else linear_bias.stride(0)
     return (*input.stride(), *linear_weight.stride(), bias)
-
-
-def lists_of(exclude_values, exclude_offsets):
-    """The excluded items as the kernels read them; (None, None) for none."""
-    if exclude_values is None:
-        return None, None
-    return exclude_values.contiguous(), exclude_offsets.contiguous()

@@ -16,8 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.in_batch_pairs import leave_out_listed, list_bounds, ranges_of, seek
-from fastrec.kernels.linear_scores import lists_of, load_x, options_of, score_tile, strides_of
+from fastrec.kernels.in_batch_pairs import (
+    leave_out_listed,
+    list_bounds,
+    lists_of,
+    ranges_of,
+    seek,
+)
+from fastrec.kernels.linear_scores import load_x, options_of, score_tile, strides_of
 
 LOW = tl.constexpr(2**32 - 1)
 BUDGET = 2**28  # bytes of keys: rows are taken in chunks that need no more
@@ -70,7 +76,7 @@ def _maxima_kernel(
         real = item < v
         s = score_tile(
             x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv,
-            stride_wd, stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+            stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
         )  # fmt: skip
         s = _no_result(s, real)
         if listed is not None:
@@ -98,7 +104,7 @@ def _select_kernel(
     x_tile = load_x(x, row, live, d, stride_xn, stride_xd, w.dtype.element_ty, BLOCK_D)
     s = score_tile(
         x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv, stride_wd,
-        stride_b, BLOCK_N, BLOCK_V, BLOCK_D, CHUNKS, PRECISION,
+        stride_b, BLOCK_D, CHUNKS, PRECISION,
     )  # fmt: skip
     s = _no_result(s, real)
     if listed is not None:

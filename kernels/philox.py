@@ -18,8 +18,8 @@ def philox_key(seed, site: tl.constexpr):
 def draws(key, row, first_group, view, layer, head, sample_id, step, GROUPS: tl.constexpr):
     """uint8 draws [R, 16 * GROUPS] of the rows `row` [R], columns from 16 * first_group.
 
-    `key` is from `philox_key`. `sample_id` and `step` are int64; `sample_id`, `view`
-    and `head` are scalars or [R].
+    `key` is from `philox_key`. `sample_id` and `step` are int64; `sample_id`, `view` and `head` are
+    scalars or [R].
     """
     row = row.to(tl.uint32)
     none = row * 0

@@ -9,15 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.jagged_embedding import BLOCK_T, _carry_kernel, jagged_embedding_scatter
-from fastrec.kernels.rows import WIDEST
+from fastrec.kernels.jagged_embedding import jagged_embedding_scatter
+from fastrec.kernels.rows import WIDEST, dense
+from fastrec.kernels.runs import BLOCK_T, add_runs, carry_kernel
 from fastrec.kernels.sampled_linear_cross_entropy_own import _own_fwd_kernel, own_config
 from fastrec.kernels.sampled_linear_cross_entropy_shared import (
     _shared_bwd_kernel,
     _shared_fwd_kernel,
     shared_config,
 )
-from fastrec.kernels.tiles import round_to
 
 
 @triton.jit(do_not_specialize=["t", "per_row"])
@@ -25,38 +25,16 @@ def _sum_kernel(
     x, coefficient, order, index, out, head, tail, t, per_row, d, stride_xn, stride_xd,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums of coefficient[pair] x[pair // per_row] over BLOCK_T pairs of sorted `index`; head and
-    tail as in `jagged_embedding`, whose _carry_kernel joins them."""
+    """Sums of coefficient[pair] x[pair // per_row] over pairs of equal `index`, which is sorted."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    real = col < d
-    lane = tl.arange(0, BLOCK_T)
-    at = program * BLOCK_T + lane
+    at = program * BLOCK_T + tl.arange(0, BLOCK_T)
     live = at < t
-    row = tl.load(index + at, mask=live, other=-1)
-    before = tl.load(index + at - 1, mask=live & (at > 0), other=-1)
-    starts = live & ((lane == 0) | (row != before))
-    run = tl.cumsum(starts.to(tl.int32), 0) - 1  # rank of the row among those of this program
-    runs = tl.max(run, 0) + 1
-    member = (run[None, :] == lane[:, None]) & live[None, :]  # [run, pair]
-
     pair = tl.load(order + at, mask=live, other=0)
     c = tl.load(coefficient + pair, mask=live, other=0.0)
     source = x + (pair // per_row)[:, None] * stride_xn + col[None, :] * stride_xd
-    values = tl.load(source, mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
-    sums = tl.dot(member.to(tl.float32), c[:, None] * values, input_precision="ieee")
-
-    place = tl.sum(tl.where(member & starts[None, :], row[None, :], 0), 1)
-    after = program * BLOCK_T + BLOCK_T
-    following = tl.load(index + after, mask=after < t, other=-1)
-    is_head = (lane == 0) & live & (row == before)
-    is_tail = (lane == runs - 1) & (place == following) & (is_head == 0)
-    whole = (lane < runs) & (is_head == 0) & (is_tail == 0)
-    target = out + place[:, None] * d + col[None, :]
-    tl.store(target, round_to(sums, out.dtype.element_ty), mask=whole[:, None] & real[None, :])
-    edge = program * d + col[None, :] + lane[:, None] * 0
-    tl.store(head + edge, sums, mask=is_head[:, None] & real[None, :])
-    tl.store(tail + edge, sums, mask=is_tail[:, None] & real[None, :])
+    values = tl.load(source, mask=live[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+    add_runs(c[:, None] * values, index, out, head, tail, program, col, t, d, BLOCK_T)
 
 
 def _check(input, linear_weight):
@@ -83,10 +61,6 @@ def _offsets(linear_bias, log_q, items):
     return offset
 
 
-def _dense(*vectors):
-    return (None if vector is None else vector.contiguous() for vector in vectors)
-
-
 def sampled_linear_cross_entropy_fwd(
     input, linear_weight, linear_bias, log_q, target, negatives, beta, with_input, with_weight
 ):
@@ -101,7 +75,7 @@ def sampled_linear_cross_entropy_fwd(
     if n == 0:
         return outputs
     softmax = beta < 0
-    linear_bias, log_q, target, negatives = _dense(linear_bias, log_q, target, negatives)
+    linear_bias, log_q, target, negatives = dense(linear_bias, log_q, target, negatives)
     with torch.cuda.device_of(input):
         if own:
             _own_fwd_kernel[(n,)](
@@ -143,7 +117,7 @@ def _sums(x, coefficient, per_row, ids, rows, dtype):
             x, coefficient, order, index, out, head, tail, t, per_row, d, *x.stride(),
             BLOCK_T=BLOCK_T, BLOCK_D=block_d, num_warps=8,
         )  # fmt: skip
-        _carry_kernel[grid](
+        carry_kernel[grid](
             index, out, head, tail, t, d, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
         )
     return out
@@ -154,7 +128,7 @@ def sampled_linear_cross_entropy_bwd(
     grad_loss, beta, sparse,
 ):  # fmt: skip
     (n, d), k, own = input.shape, negatives.shape[-1], negatives.dim() == 2
-    linear_bias, log_q, target, negatives = _dense(linear_bias, log_q, target, negatives)
+    linear_bias, log_q, target, negatives = dense(linear_bias, log_q, target, negatives)
     y = target.clamp_min(0)  # rows that are not scored have coefficients of 0
     c_target = torch.where(target < 0, 0, grad_target * grad_loss)
     if own:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.sampled_linear_cross_entropy_own import binary, finish
-from fastrec.kernels.tiles import dot, load_rows, round_to
+from fastrec.kernels.tiles import dot, load_rows, product_in_chunks, round_to
 
 
 @triton.jit(do_not_specialize=["n", "k", "beta"])
@@ -32,11 +32,10 @@ def _shared_fwd_kernel(
         place = first + tl.arange(0, BLOCK_K)
         real = place < k
         item = tl.load(negatives + place, mask=real, other=-2)
-        s = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for c in range(CHUNKS):
-            x_part = load_rows(x, at, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-            w_part = load_rows(w, place, real, d, 1, c * BLOCK_D, d, BLOCK_D)
-            s = dot(x_part, tl.trans(round_to(w_part, x.dtype.element_ty)), s, PRECISION)
+        s = product_in_chunks(
+            x, at, live, stride_xn, stride_xd, w, place, real, d, 1, d,
+            x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
+        )  # fmt: skip
         s += tl.load(offset + place, mask=real, other=0.0)[None, :]
         s = tl.where(real[None, :] & (item[None, :] != y[:, None]), s, float("-inf"))
         if SOFTMAX:
@@ -87,11 +86,10 @@ def _shared_bwd_kernel(
         at = first + tl.arange(0, BLOCK_N)
         live = at < n
         y = tl.load(target + at, mask=live, other=-1)
-        s = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-        for c in range(CHUNKS):
-            x_part = load_rows(x, at, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-            w_part = load_rows(w, place, real, d, 1, c * BLOCK_D, d, BLOCK_D)
-            s = dot(round_to(w_part, x.dtype.element_ty), tl.trans(x_part), s, PRECISION)
+        s = product_in_chunks(
+            x, at, live, stride_xn, stride_xd, w, place, real, d, 1, d,
+            x.dtype.element_ty, True, BLOCK_D, CHUNKS, PRECISION,
+        )  # fmt: skip
         s += b[:, None]
         scored = live & (y >= 0)
         out = (item[:, None] == y[None, :]) | (real[:, None] & scored[None, :] == 0)

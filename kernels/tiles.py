@@ -1,5 +1,7 @@
-"""What the kernels do to a tile: load it, multiply it, round it, take its exponential."""
+"""What the kernels do to a tile: load it, multiply it, round it, take its exponential. And what
+their launch options depend on beside the shapes."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -42,3 +44,115 @@ def load_rows(base, row, keep, stride_row, stride_col, first, d, BLOCK_D: tl.con
     col = first + tl.arange(0, BLOCK_D)
     offset = row.to(tl.int64)[:, None] * stride_row + col.to(tl.int64)[None, :] * stride_col
     return tl.load(base + offset, mask=keep[:, None] & (col < d)[None, :], other=0.0)
+
+
+@triton.jit
+def product_in_chunks(
+    x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
+    TYPE: tl.constexpr, BY_ITEM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[len(row), len(item)] products of rows of x and rows of w in TYPE, BLOCK_D columns at a time;
+    [len(item), len(row)] if BY_ITEM. The order of the loads is the same: it decides registers."""
+    if BY_ITEM:
+        s = tl.zeros([item.shape[0], row.shape[0]], tl.float32)
+    else:
+        s = tl.zeros([row.shape[0], item.shape[0]], tl.float32)
+    for chunk in range(CHUNKS):
+        first = chunk * BLOCK_D
+        x_part = load_rows(x, row, live, stride_xn, stride_xd, first, d, BLOCK_D)
+        w_part = load_rows(w, item, real, stride_wv, stride_wd, first, d, BLOCK_D)
+        x_part, w_part = round_to(x_part, TYPE), round_to(w_part, TYPE)
+        if BY_ITEM:
+            s = dot(w_part, tl.trans(x_part), s, PRECISION)
+        else:
+            s = dot(x_part, tl.trans(w_part), s, PRECISION)
+    return s
+
+
+@triton.jit
+def softmax_step(
+    s, values, shift, total, rounded, mean,
+    WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the scores s [R, C] of `values` [C, D] to the sums of p = exp(s - shift): total, and, of
+    p rounded as the product takes it, rounded and mean. p stays below e^(SLACK + HEADROOM): only
+    where a maximum outgrows that do shift and sums change."""
+    peak = tl.max(s, 1)
+    grown = peak > shift + (SLACK + HEADROOM)
+    if tl.max(grown.to(tl.int32), 0) > 0:
+        new = tl.where(grown, peak - HEADROOM, shift)
+        fade = tl.exp2((shift - new) * LOG2E)
+        total *= fade
+        if WITH_MEAN:
+            rounded *= fade
+            mean *= fade[:, None]
+        shift = new
+    p = exp_shifted(s, shift[:, None], PRECISION)
+    total += tl.sum(p, 1)
+    if WITH_MEAN:
+        q = round_to(p, values.dtype)
+        rounded += tl.sum(q.to(tl.float32), 1)
+        mean = dot(q, values, mean, PRECISION)
+    return shift, total, rounded, mean
+
+
+@triton.jit
+def store_sums(
+    shift_out, sum_out, mean_out, at, own, shift, total, rounded, mean, d,
+    WITH_MEAN: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sums of one range at the places `at`, for `join_sums`; of mean the columns from `own`."""
+    if own == 0:
+        tl.store(shift_out + at, shift)
+        tl.store(sum_out + 2 * at, total)
+        tl.store(sum_out + 2 * at + 1, rounded)
+    if WITH_MEAN:
+        col = own + tl.arange(0, BLOCK_D)
+        tl.store(mean_out + at[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
+
+
+@triton.jit
+def join_sums(shift_in, sum_in, place, step, ranges, live, BLOCK_R: tl.constexpr):
+    """(shift, total, rounded) of BLOCK_R rows from those of the ranges, which lie `step` apart from
+    `place` on; added in order."""
+    shift = tl.full([BLOCK_R], -1e30, tl.float32)
+    for r in range(ranges):
+        shift = tl.maximum(shift, tl.load(shift_in + place + r * step, mask=live, other=-1e30))
+    total = tl.zeros([BLOCK_R], tl.float32)
+    rounded = tl.zeros([BLOCK_R], tl.float32)
+    for r in range(ranges):
+        at = place + r * step
+        scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
+        total += scale * tl.load(sum_in + 2 * at, mask=live, other=1.0)
+        rounded += scale * tl.load(sum_in + 2 * at + 1, mask=live, other=1.0)
+    return shift, total, rounded
+
+
+@triton.jit
+def join_means(
+    shift_in, mean_in, shift, place, step, ranges, live, first, d,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_D] weighted sums of the same rows, columns from `first`, `shift` joined."""
+    mean = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for r in range(ranges):
+        at = place + r * step
+        scale = exp_shifted(tl.load(shift_in + at, mask=live, other=-1e30), shift, "ieee")
+        mean += scale[:, None] * load_rows(mean_in, at, live, d, 1, first, d, BLOCK_D)
+    return mean
+
+
+def capability_of(device: torch.device) -> int:
+    """10 * major + minor; without a GPU (interpreter, meta tensors) that of the target device."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def allow_tf32(*configs: dict) -> None:
+    """Products of float32 lose digits only where torch's own may."""
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        for config in configs:
+            config["PRECISION"] = "tf32"

@@ -50,7 +50,8 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
         else:
             arguments |= dict(grad_output=table, mean=wide, rstd=wide, grad_z=wide, partials=wide)
             arguments |= dict(per_program="i32", stride_output=step)
-    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+    function = kernels.carry_kernel if kernel == "carry" else getattr(kernels, f"_{kernel}_kernel")
+    return compile_for(capability, function, arguments, **options)
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
