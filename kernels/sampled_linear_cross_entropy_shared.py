@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.sampled_linear_cross_entropy_own import binary, finish
-from fastrec.kernels.tiles import dot, load_rows, product_in_chunks, round_to
+from fastrec.kernels.tiles import allow_tf32, dot, load_rows, product_in_chunks, round_to
 
 
 @triton.jit(do_not_specialize=["n", "k", "beta"])
@@ -118,7 +118,7 @@ def shared_config(width: int, dtype: torch.dtype, backward: bool) -> dict:
     full = dtype == torch.float32
     block = 32 if full or block_d == 256 else 64
     small = full and width > 64 and not (backward and width > 256)
-    return {
+    config = {
         "BLOCK_N": 16 if small else block,
         "BLOCK_K": block,
         "BLOCK_D": block_d,
@@ -127,3 +127,5 @@ def shared_config(width: int, dtype: torch.dtype, backward: bool) -> dict:
         "num_stages": 1 if width > 256 else 2,
         "PRECISION": "ieee" if full else "tf32",
     }
+    allow_tf32(config)
+    return config
