@@ -4,6 +4,8 @@ A spill shows as STACK > 0 and as LDL/STL in the SASS (the LOCAL field of cuobjd
 must run without TRITON_INTERPRET: the decorator then returns kernels that cannot be compiled.
 """
 
+import gzip
+import hashlib
 import os
 import re
 import subprocess
@@ -17,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 # Shared memory that one program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -106,9 +109,20 @@ def compile_for(capability: int, kernel, arguments: dict[str, object], **options
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
-        sass = _tool("nvdisasm", "-c", cubin)
+        sass = _disassembled(cubin)
     field = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Binary(field["REG"], field["STACK"], compiled.metadata.shared, sass)
+
+
+def _disassembled(cubin: Path) -> str:
+    """Kept in Triton's cache: nvdisasm takes longer than Triton, which keeps what it compiled."""
+    content = cubin.read_bytes() + triton.__version__.encode()
+    cache = get_cache_manager(hashlib.sha256(content).hexdigest())
+    if (kept := cache.get_file("sass.gz")) is not None:
+        return gzip.decompress(Path(kept).read_bytes()).decode()
+    sass = _tool("nvdisasm", "--print-code", "--no-dataflow", cubin)
+    cache.put(gzip.compress(sass.encode()), "sass.gz")
+    return sass
 
 
 def print_table(names: str, cases: list, build: Callable[..., Binary], product: str = "") -> None:
