@@ -140,19 +140,26 @@ def measure(entry: Entry, rounds: int | None = None, compiler: str = "inductor")
     return rows | failures
 
 
+def spread(times: list[float]) -> dict:
+    """Median, 20 % and 80 % of the times, in seconds."""
+    cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return {
+        "median": statistics.median(times),
+        "p20": cuts[0],
+        "p80": cuts[3],
+        "rounds": len(times),
+    }
+
+
 def row(work: dict, seconds: dict[str, list[float]], errors: dict[str, float]) -> dict:
     values: dict = dict(errors)
     for kind, times in seconds.items():
         if not times:
             values[kind] = None
             continue
-        cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        median = statistics.median(times)
-        values[kind] = {
-            "median": median,
-            "p20": cuts[0],
-            "p80": cuts[3],
-            "rounds": len(times),
+        values[kind] = spread(times)
+        median = values[kind]["median"]
+        values[kind] |= {
             "gflops": work[kind] / median / 1e9,
             "ps_per_element": median / work["elements"] * 1e12,
             "gbytes_per_s": work["bytes"] / median / 1e9 if kind == "both" else None,
@@ -188,7 +195,8 @@ def _peak_here(entry: Entry, name: str) -> int:
     """High-water mark of this process during the last pass, beyond the inputs; the gradients are
     part of it. A small call before it creates the threads and the workspaces of libraries."""
     op = module(entry.op)
-    function, run = op.implementations(entry, "inductor")[name], PASS[op.PASSES[-1]]
+    compiler = "inductor" if name == "torch.compile" else "eager"  # imported also where not called
+    function, run = op.implementations(entry, compiler)[name], PASS[op.PASSES[-1]]
     if name != "torch.compile":
         run(function, op.problem(op.SMOKE[0]))
     inputs = op.problem(entry)

@@ -4,40 +4,31 @@ Intensity and rate of an op count the mathematical function (`work` of its modul
 makes an op look slower, not busier.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+import functools
 from pathlib import Path
 
 import torch
 
 from benchmarks.bench import Entry, module
+from benchmarks.gpu.clock import Clock, rate
 
 SIZES = (1024, 2048)  # of square products; the best counts
 COPIED = 1 << 26  # float32: beyond every cache
-
-
-def _seconds(function: Callable, rounds: int = 7) -> float:
-    function()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+ROUNDS = 7
 
 
 def ceilings() -> dict[str, float]:
     """gflops: of `torch.mm` in float32; gbytes_per_s: of a copy, both directions counted."""
-    rates = []
+    clock, rates = Clock("cpu"), []
     for size in SIZES:
         a, b = torch.randn(2, size, size)
         out = torch.empty(size, size)
-        rates.append(2 * size**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
+        product = functools.partial(torch.mm, a, b, out=out)
+        rates.append(rate(clock, product, 2 * size**3, ROUNDS)["rate"])
     source = torch.zeros(COPIED)
     target = torch.zeros(COPIED)
-    moved = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
-    return {"gflops": max(rates) / 1e9, "gbytes_per_s": moved / 1e9}
+    moved = rate(clock, lambda: target.copy_(source), 2 * source.nbytes, ROUNDS)
+    return {"gflops": max(rates) / 1e9, "gbytes_per_s": moved["rate"] / 1e9}
 
 
 def points(results: dict) -> list[tuple[str, str, float, float]]:
@@ -78,8 +69,8 @@ def plot(results: dict, path: Path) -> None:
         own = [point for point in measured if point[0] == op]
         if own:
             axes.plot([p[2] for p in own], [p[3] for p in own], "o", label=op)
-        for _, label, intensity, rate in own:
-            axes.annotate(label, (intensity, rate), fontsize=6, xytext=(3, 3),
+        for _, label, intensity, reached in own:
+            axes.annotate(label, (intensity, reached), fontsize=6, xytext=(3, 3),
                           textcoords="offset points")  # fmt: skip
     axes.set(
         xscale="log",

@@ -4,20 +4,33 @@ A spill shows as STACK > 0 and as LDL/STL in the SASS (the LOCAL field of cuobjd
 must run without TRITON_INTERPRET: the decorator then returns kernels that cannot be compiled.
 """
 
+import gzip
+import hashlib
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 # Shared memory that one program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Name: dtypes of the activations and of the table.
+TYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+POINTER = {torch.bfloat16: "*bf16:16", torch.float32: "*fp32:16"}
+WIDTHS = (64, 128, 256, 1024)  # above 256 in chunks
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -30,6 +43,16 @@ def missing_tools() -> str | None:
 
 
 needs_compiler = pytest.mark.skipif(missing_tools() is not None, reason=missing_tools() or "")
+
+
+def case(*values, plain: bool):
+    """A case of the plain suite, or one of those that together are slow."""
+    return pytest.param(*values, marks=[] if plain else [pytest.mark.slow])
+
+
+def take_options(config: dict) -> dict:
+    """What a configuration says to the compiler; the rest, left in it, are arguments."""
+    return {key: config.pop(key) for key in ("num_warps", "num_stages") if key in config}
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,23 @@ class Binary:
     @property
     def spills(self) -> bool:
         return self.stack > 0 or self.count("LDL") > 0 or self.count("STL") > 0
+
+    @property
+    def product(self) -> str:
+        """The instruction that multiplies matrices; empty where there is none."""
+        found = [name for name in ("HGMMA", "UTCHMMA", "HMMA", "FFMA") if self.count(name)]
+        return found[0] if found else ""
+
+    def assert_fits(self, capability: int) -> None:
+        """No register is spilled, and a program's memory is there."""
+        assert not self.spills, f"{self.registers} registers, {self.stack} bytes of stack"
+        limit = SHARED_LIMIT[capability]
+        assert self.shared <= limit, (
+            f"{self.shared} bytes of shared memory, sm_{capability}: {limit}"
+        )
+
+    def assert_wgmma(self) -> None:
+        assert self.count("HGMMA") > 0, "the products do not use wgmma"
 
 
 def compile_for(capability: int, kernel, arguments: dict[str, object], **options) -> Binary:
@@ -69,9 +109,32 @@ def compile_for(capability: int, kernel, arguments: dict[str, object], **options
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
-        sass = _tool("nvdisasm", "-c", cubin)
+        sass = _disassembled(cubin)
     field = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Binary(field["REG"], field["STACK"], compiled.metadata.shared, sass)
+
+
+def _disassembled(cubin: Path) -> str:
+    """Kept in Triton's cache: nvdisasm takes longer than Triton, which keeps what it compiled."""
+    content = cubin.read_bytes() + triton.__version__.encode()
+    cache = get_cache_manager(hashlib.sha256(content).hexdigest())
+    if (kept := cache.get_file("sass.gz")) is not None:
+        return gzip.decompress(Path(kept).read_bytes()).decode()
+    sass = _tool("nvdisasm", "--print-code", "--no-dataflow", cubin)
+    cache.put(gzip.compress(sass.encode()), "sass.gz")
+    return sass
+
+
+def print_table(names: str, cases: list, build: Callable[..., Binary], product: str = "") -> None:
+    """The rows of the documents: the values of a case, the last of them its capability, and what
+    `build` of them is. `names`: of the other values; `product`: of a column for the instruction."""
+    heads = [*names.split(), "sm", "registers", "stack", "shared, bytes", *filter(None, [product])]
+    print("|", " | ".join(heads), "|")
+    print("|" + "---|" * len(heads))
+    for values in (case.values for case in cases):
+        binary = build(*values)
+        cells = [*values, binary.registers, binary.stack, binary.shared, binary.product]
+        print("|", " | ".join(map(str, cells[: len(heads)])), "|", flush=True)
 
 
 def _tool(name: str, *arguments) -> str:

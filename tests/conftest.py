@@ -30,6 +30,28 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    """ranks(world, work, *arguments): what `work(group, *arguments)` returns on each of `world`
+    processes, which the tests of a module share."""
+    from groups import Ranks
+
+    pools: dict[int, Ranks] = {}
+
+    def run(world, work, *arguments):
+        if world not in pools:
+            pools[world] = Ranks(world)
+        try:
+            return pools[world].run(work, *arguments)
+        except BaseException:
+            pools.pop(world).close()
+            raise
+
+    yield run
+    for pool in pools.values():
+        pool.close()
+
+
 class OpCases:
     """Counts the tests that have a `backend` parameter and the marker `op_case`. With several
     processes (-n 2) the reports bring the backend to the one that counts."""

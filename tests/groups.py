@@ -1,30 +1,82 @@
 """Processes with a gloo group, for the tests of ops that take a `group`."""
 
 import datetime
+import multiprocessing
+import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from op_db.case import Op, Sample, excess
+
+from fastrec.backend import interpreting, unavailable_reason
 
 
-def _enter(rank: int, folder: str, world: int, work: Callable, arguments: tuple) -> None:
+def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
-    torch.save(work(dist.group.WORLD, *arguments), Path(folder) / f"{rank}.pt")
+    while (task := pipe.recv()) is not None:
+        work, arguments = task
+        torch.manual_seed(0)
+        try:
+            torch.save(work(dist.group.WORLD, *arguments), Path(folder) / f"{rank}.pt")
+            pipe.send("")
+        except BaseException:
+            pipe.send(f"rank {rank} of {world}:\n{traceback.format_exc()}")
+            raise
     dist.destroy_process_group()
 
 
-def run_ranks(folder: Path, world: int, work: Callable, *arguments) -> list:
-    """What `work(group, *arguments)` returns on each of `world` ranks."""
-    folder.mkdir()
-    mp.spawn(_enter, (str(folder), world, work, arguments), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+class Ranks:
+    """`world` processes with one group, which serve many calls: their start takes seconds."""
+
+    def __init__(self, world: int):
+        self.folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            arguments = (rank, world, self.folder.name, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that the end of the process is seen
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, work: Callable, *arguments) -> list:
+        """What `work(group, *arguments)` returns on each rank."""
+        for pipe in self.pipes:
+            pipe.send((work, arguments))
+        waiting = list(self.pipes)
+        while waiting:
+            for pipe in wait(waiting):
+                try:
+                    error = pipe.recv()
+                except EOFError:
+                    error = "a rank ended without an answer"
+                if error:  # the others wait for this rank
+                    for process in self.processes:
+                        process.kill()
+                        process.join()
+                    raise RuntimeError(error)
+                waiting.remove(pipe)
+        return [
+            torch.load(Path(self.folder.name) / f"{rank}.pt", weights_only=False)
+            for rank in range(len(self.pipes))
+        ]
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+            process.join(timeout=30)
+        self.folder.cleanup()
 
 
 def message_of(call: Callable) -> str:
@@ -34,3 +86,24 @@ def message_of(call: Callable) -> str:
     except Exception as error:
         return "".join(traceback.format_exception_only(error))
     return "no error"
+
+
+def backends_here(op: str) -> list[str]:
+    """In the interpreter triton alone: the others run without it."""
+    names = ("triton",) if interpreting() else ("reference", "cpp")
+    return [b for b in names if unavailable_reason(b, op, torch.device("cpu")) is None]
+
+
+def within_budget(
+    op: Op, backend: str, sample: Sample, expected: tuple[dict, dict], whole: dict, cut: str
+) -> None:
+    """`whole`: results put together from those of the ranks. `expected`: in float64 and in the
+    tested type, of one process."""
+    exact, low = expected
+    for key, value in whole.items():
+        assert value.dtype == low[key].dtype
+        floor = sample.floor.get(key, 0.0)
+        error, budget = excess(value, low[key], exact[key], floor)
+        if (band := op.rounding_band(backend, sample)) and value.numel():
+            budget += band * max(exact[key].abs().max().item(), floor)
+        assert error <= budget, f"{cut} {key}: error {error:.3g}, budget {budget:.3g}"

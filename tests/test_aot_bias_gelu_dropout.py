@@ -3,10 +3,8 @@
 The table of docs/kernels/bias_gelu_dropout.md is what this file prints when run as a script.
 """
 
-import sys
-
 import pytest
-from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
 
 from fastrec.kernels import bias_gelu_dropout as kernels
 
@@ -14,21 +12,18 @@ pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
-    pytest.param(
-        kernel, dtype, dropout, capability,
-        marks=[] if (capability, dtype) == (90, "bf16") else [pytest.mark.slow],
-    )
+    case(kernel, dtype, dropout, capability, plain=(capability, dtype) == (90, "bf16"))
     for kernel in ("fwd", "bwd")
     for dtype in ("bf16", "fp32")
     for dropout in (False, True)
     for capability in SHARED_LIMIT
-]  # fmt: skip
+]
 
 
 def build(kernel: str, dtype: str, dropout: bool, capability: int) -> Binary:
     """Every width of 128 and more has these tiles."""
     config = kernels._config(256)
-    options = {"num_warps": config.pop("num_warps")}
+    options = take_options(config)
     x, wide, step = f"*{dtype}:16", "*fp32:16", "i32:16"
     ids = "*i64:16" if dropout else None
     arguments = dict.fromkeys(("sample_ids", "positions", "key"), ids)
@@ -45,18 +40,8 @@ def build(kernel: str, dtype: str, dropout: bool, capability: int) -> Binary:
 @pytest.mark.parametrize(("kernel", "dtype", "dropout", "capability"), CASES)
 def test_no_spill(kernel, dtype, dropout, capability):
     binary = build(kernel, dtype, dropout, capability)
-    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
-    assert binary.shared <= SHARED_LIMIT[capability]
-
-
-def main() -> None:
-    print("| kernel | dtype | dropout | sm | registers | stack | shared, bytes |")
-    print("|---|---|---|---|---|---|---|")
-    for case in CASES:
-        binary = build(*case.values)
-        cells = [*case.values, binary.registers, binary.stack, binary.shared]
-        print("|", " | ".join(map(str, cells)), "|", flush=True)
+    binary.assert_fits(capability)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print_table("kernel dtype dropout", CASES, build)

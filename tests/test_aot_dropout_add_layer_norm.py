@@ -3,10 +3,8 @@
 The table of docs/kernels/dropout_add_layer_norm.md is what this file prints when run as a script.
 """
 
-import sys
-
 import pytest
-from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
 
 from fastrec.kernels import dropout_add_layer_norm as kernels
 
@@ -14,21 +12,20 @@ pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
-    pytest.param(
-        kernel, dtype, width, capability,
-        marks=[] if (capability, dtype) == (90, "bf16") and width != 256 else [pytest.mark.slow],
+    case(
+        kernel, dtype, width, capability, plain=(capability, dtype) == (90, "bf16") and width != 256
     )
     for kernel in ("fwd", "bwd")
     for dtype in ("bf16", "fp32")
     for width in (64, 256, kernels.WIDEST)
     for capability in SHARED_LIMIT
-]  # fmt: skip
+]
 
 
 def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
     """A low-precision sublayer beside a float32 residual stream, with dropout."""
     config = kernels._config(width)
-    options = {"num_warps": config.pop("num_warps")}
+    options = take_options(config)
     x, wide, ids, step = f"*{dtype}:16", "*fp32:16", "*i64:16", "i32:16"
     arguments = dict.fromkeys(("sample_ids", "positions", "key"), ids)
     arguments |= dict(weight=wide, n="i32", d=step, scale="fp32", drop="i32", layer="i32")
@@ -47,18 +44,8 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
 @pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
 def test_no_spill(kernel, dtype, width, capability):
     binary = build(kernel, dtype, width, capability)
-    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
-    assert binary.shared <= SHARED_LIMIT[capability]
-
-
-def main() -> None:
-    print("| kernel | sublayer | D | sm | registers | stack | shared, bytes |")
-    print("|---|---|---|---|---|---|---|")
-    for case in CASES:
-        binary = build(*case.values)
-        cells = [*case.values, binary.registers, binary.stack, binary.shared]
-        print("|", " | ".join(map(str, cells)), "|", flush=True)
+    binary.assert_fits(capability)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print_table("kernel sublayer D", CASES, build)

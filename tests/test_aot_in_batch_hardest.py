@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aot import SHARED_LIMIT, compile_for, needs_compiler
+from aot import SHARED_LIMIT, WIDTHS, case, compile_for, needs_compiler, take_options
 
 from fastrec.kernels import in_batch_hardest as kernels
 from fastrec.kernels.in_batch_cross_entropy import config_of
@@ -11,10 +11,8 @@ pytestmark = needs_compiler
 
 # The public function computes in float32.
 CASES = [
-    pytest.param(
-        width, capability, marks=[] if (width, capability) == (64, 90) else pytest.mark.slow
-    )
-    for width in (64, 128, 256, 1024)
+    case(width, capability, plain=(width, capability) == (64, 90))
+    for width in WIDTHS
     for capability in SHARED_LIMIT
 ]
 
@@ -22,12 +20,11 @@ CASES = [
 @pytest.mark.parametrize("width, capability", CASES)
 def test_no_spill(width, capability):
     config = config_of(width, torch.float32)["fwd"]
-    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    options = take_options(config)
     del config["HEADROOM"]
     vector, ids = "*fp32:16", "*i64:16"
     arguments = dict.fromkeys(("x", "c", "bias", "best_out"), vector) | config
     arguments |= dict.fromkeys(("row_group", "item_group", "listed", "offsets"), ids)
     arguments |= dict(index_out="*i32:16", n="i32", v="i32", d="i32:16", per_range="i32", COLUMNS=2)
     binary = compile_for(capability, kernels._fwd_kernel, arguments, **options)
-    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
-    assert binary.shared <= SHARED_LIMIT[capability]
+    binary.assert_fits(capability)

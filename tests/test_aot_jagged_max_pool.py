@@ -3,10 +3,8 @@
 The table of docs/kernels/jagged_max_pool.md is what this file prints when run as a script.
 """
 
-import sys
-
 import pytest
-from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
 
 from fastrec.kernels import jagged_max_pool as kernels
 
@@ -14,20 +12,17 @@ pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
-    pytest.param(
-        kernel, dtype, width, capability,
-        marks=[] if (capability, dtype, width) == (90, "fp32", 64) else [pytest.mark.slow],
-    )
+    case(kernel, dtype, width, capability, plain=(capability, dtype, width) == (90, "fp32", 64))
     for kernel in ("fwd", "bwd")
     for dtype in ("bf16", "fp32", "fp64")
     for width in (16, 64)
     for capability in SHARED_LIMIT
-]  # fmt: skip
+]
 
 
 def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
     config = kernels._config(width)
-    options = {"num_warps": config.pop("num_warps")}
+    options = take_options(config)
     values, ids = f"*{dtype}:16", "*i64:16"
     arguments = dict(offsets=ids, index="*i32:16", d="i32:16", stride="i32:16", **config)
     if kernel == "fwd":
@@ -40,18 +35,8 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
 @pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
 def test_no_spill(kernel, dtype, width, capability):
     binary = build(kernel, dtype, width, capability)
-    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
-    assert binary.shared <= SHARED_LIMIT[capability]
-
-
-def main() -> None:
-    print("| kernel | dtype | D | sm | registers | stack | shared, bytes |")
-    print("|---|---|---|---|---|---|---|")
-    for case in CASES:
-        binary = build(*case.values)
-        cells = [*case.values, binary.registers, binary.stack, binary.shared]
-        print("|", " | ".join(map(str, cells)), "|", flush=True)
+    binary.assert_fits(capability)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print_table("kernel dtype D", CASES, build)

@@ -3,35 +3,32 @@
 The table of docs/kernels/linear_cross_entropy_gpu.md is what this file prints when run as a script.
 """
 
-import sys
-
 import pytest
-import torch
-from aot import SHARED_LIMIT, Binary, compile_for, needs_compiler
+from aot import (
+    POINTER,
+    SHARED_LIMIT,
+    TYPES,
+    WIDTHS,
+    Binary,
+    case,
+    compile_for,
+    needs_compiler,
+    print_table,
+    take_options,
+)
 
 from fastrec.kernels import linear_cross_entropy as kernels
 
 pytestmark = needs_compiler
 
-# Name: dtypes of the activations and of the table.
-TYPES = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp32": (torch.float32, torch.float32),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-}
-POINTER = {torch.bfloat16: "*bf16:16", torch.float32: "*fp32:16"}
-WIDTHS = (64, 128, 256, 1024)  # above 256 in chunks
 # The plain suite compiles the target device; the other architectures and types are slow.
 CASES = [
-    pytest.param(
-        kernel, types, width, capability,
-        marks=[] if (capability, types) == (90, "bf16") else [pytest.mark.slow],
-    )
+    case(kernel, types, width, capability, plain=(capability, types) == (90, "bf16"))
     for kernel in ("fwd", "combine", "bwd")
     for types in TYPES
     for width in WIDTHS
     for capability in SHARED_LIMIT
-]  # fmt: skip
+]
 
 
 def build(kernel: str, types: str, width: int, capability: int) -> Binary:
@@ -39,7 +36,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     dtype, table = TYPES[types]
     x, w, vector, ids = POINTER[dtype], POINTER[table], "*fp32:16", "*i64:16"
     config = kernels._config(width, dtype, table, capability)["bwd" if kernel == "bwd" else "fwd"]
-    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    options = take_options(config)
     if kernel == "combine":
         options = {}
         config = {key: value for key, value in config.items() if "_" in key or key == "CHUNKS"}
@@ -69,21 +66,10 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
 @pytest.mark.parametrize(("kernel", "types", "width", "capability"), CASES)
 def test_no_spill(kernel, types, width, capability):
     binary = build(kernel, types, width, capability)
-    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
-    assert binary.shared <= SHARED_LIMIT[capability]
+    binary.assert_fits(capability)
     if capability == 90 and types != "fp32" and width <= 256 and kernel != "combine":
-        assert binary.count("HGMMA") > 0, "the products do not use wgmma"
-
-
-def main() -> None:
-    print("| kernel | types | D | sm | registers | stack | shared, bytes | matrix instruction |")
-    print("|---|---|---|---|---|---|---|---|")
-    for case in CASES:
-        binary = build(*case.values)
-        found = [o for o in ("HGMMA", "UTCHMMA", "HMMA", "FFMA") if binary.count(o)]
-        cells = [*case.values, binary.registers, binary.stack, binary.shared]
-        print("|", " | ".join(map(str, [*cells, *found[:1]])), "|", flush=True)
+        binary.assert_wgmma()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print_table("kernel types D", CASES, build, product="matrix instruction")

@@ -1,35 +1,39 @@
 """What ptxas makes of the kernels of sampled_linear_cross_entropy: no GPU is needed."""
 
 import pytest
-import torch
-from aot import SHARED_LIMIT, compile_for, needs_compiler
+from aot import (
+    POINTER,
+    SHARED_LIMIT,
+    TYPES,
+    WIDTHS,
+    case,
+    compile_for,
+    needs_compiler,
+    take_options,
+)
 
 from fastrec.kernels import sampled_linear_cross_entropy as kernels
 
 pytestmark = needs_compiler
 
-TYPES = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp32": (torch.float32, torch.float32),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-}
-POINTER = {torch.bfloat16: "*bf16:16", torch.float32: "*fp32:16"}
 VECTOR, IDS = "*fp32:16", "*i64:16"
 # The plain suite compiles the target device; the other architectures, types and widths are slow.
 CASES = [
-    pytest.param(
-        kernel, types, width, capability, softmax,
-        marks=[]
-        if (types, width, capability, softmax) == ("bf16", 64, 90, True)
-        else [pytest.mark.slow],
+    case(
+        kernel,
+        types,
+        width,
+        capability,
+        softmax,
+        plain=(types, width, capability, softmax) == ("bf16", 64, 90, True),
     )
     for kernel in ("own_fwd", "shared_fwd", "shared_bwd", "sum")
     for types in TYPES
-    for width in (64, 128, 256, 1024)
+    for width in WIDTHS
     for capability in SHARED_LIMIT
     for softmax in (True, False)
     if softmax or kernel != "sum"
-]  # fmt: skip
+]
 
 
 def build(kernel, types, width, capability, softmax):
@@ -41,7 +45,7 @@ def build(kernel, types, width, capability, softmax):
         config = kernels.own_config(width)
     else:
         config = kernels.shared_config(width, dtype, kernel == "shared_bwd")
-    options = {key: config.pop(key) for key in ("num_warps", "num_stages") if key in config}
+    options = take_options(config)
     x, w = POINTER[dtype], POINTER[table]
     shared = dict(x=x, d="i32:16", stride_xn="i32:16", stride_xd=1, **config)
     vectors = dict.fromkeys(("loss_out", "grad_x", "grad_target", "lse_out"), VECTOR)
@@ -70,8 +74,7 @@ def build(kernel, types, width, capability, softmax):
 @pytest.mark.parametrize(("kernel", "types", "width", "capability", "softmax"), CASES)
 def test_no_spill(kernel, types, width, capability, softmax):
     binary = build(kernel, types, width, capability, softmax)
-    assert not binary.spills, f"{binary.registers} registers, {binary.stack} bytes of stack"
-    assert binary.shared <= SHARED_LIMIT[capability]
+    binary.assert_fits(capability)
     products = kernel.startswith("shared") and types != "fp32" and width <= 128
     if capability == 90 and products:
-        assert binary.count("HGMMA") > 0, "the products do not use wgmma"
+        binary.assert_wgmma()

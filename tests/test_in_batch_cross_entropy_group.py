@@ -10,18 +10,14 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from groups import message_of, run_ranks
-from op_db.case import TYPES, excess, promote, run, upstream_of
+from groups import backends_here, message_of, within_budget
+from op_db.case import TYPES, promote, run, upstream_of
 from op_db.in_batch_cross_entropy import OP
 from torch.distributed.device_mesh import init_device_mesh
 
 from fastrec import in_batch_cross_entropy
-from fastrec.backend import interpreting, unavailable_reason
 
-CPU = torch.device("cpu")
-# In the interpreter triton alone: the others run without it.
-RUN = ("triton",) if interpreting() else ("reference", "cpp")
-BACKENDS = [b for b in RUN if unavailable_reason(b, OP.name, CPU) is None]
+BACKENDS = backends_here(OP.name)
 # Parts of the queries and of the candidates, by rank. Equal parts keep the default positives.
 CUTS = {
     2: {"even": ((0.5, 0.5), (0.5, 0.5)), "uneven": ((0.8, 0.2), (0.8, 0.2))},
@@ -106,9 +102,8 @@ def every_sample(group, backends):
 
 
 @pytest.fixture(scope="module", params=CUTS)
-def results(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("candidates") / "samples"
-    return request.param, run_ranks(folder, request.param, every_sample, BACKENDS)
+def results(request, ranks):
+    return request.param, ranks(request.param, every_sample, BACKENDS)
 
 
 @functools.cache
@@ -121,24 +116,19 @@ def expected(backend, types, name):
 @pytest.mark.parametrize("types", TESTED, ids=str)
 @pytest.mark.parametrize("backend, name", [(b, n) for b in BACKENDS for n in names_of(b)])
 def test_the_ranks_together_are_one_process(results, backend, types, name):
-    world, ranks = results
+    world, found = results
     if name not in samples(types, backend):
         pytest.skip(f"no such sample in {types}")
-    sample, (exact, low) = samples(types, backend)[name], expected(backend, types, name)
+    sample, one = samples(types, backend)[name], expected(backend, types, name)
     for cut in CUTS[world]:
-        parts = [found[backend, types.name, name, cut] for found in ranks]
+        parts, whole = [rank[backend, types.name, name, cut] for rank in found], {}
         for key in parts[0]:
             values = [part[key] for part in parts]
             if key == "output" and values[0].dim():
-                value = torch.cat(values)
+                whole[key] = torch.cat(values)
             else:  # a scalar, a parameter of all ranks, or zero but for the own rows
-                value = torch.stack(values).double().sum(0).to(values[0].dtype)
-            assert value.dtype == low[key].dtype
-            floor = sample.floor.get(key, 0.0)
-            error, budget = excess(value, low[key], exact[key], floor)
-            if band := OP.rounding_band(backend, sample):
-                budget += band * max(exact[key].abs().max().item(), floor)
-            assert error <= budget, f"{cut} {key}: error {error:.3g}, budget {budget:.3g}"
+                whole[key] = torch.stack(values).double().sum(0).to(values[0].dtype)
+        within_budget(OP, backend, sample, one, whole, cut)
 
 
 def problem(rows=7, columns=9, width=4):
@@ -233,8 +223,8 @@ def behaviour(group):
 
 
 @pytest.fixture(scope="module", params=CUTS)
-def seen(request, tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("behaviour") / "ranks", request.param, behaviour)
+def seen(request, ranks):
+    return ranks(request.param, behaviour)
 
 
 def one_process(names, **change):

@@ -4,15 +4,11 @@ import math
 
 import pytest
 import torch
+from backends import backends
 
 from fastrec import in_batch_hardest
-from fastrec.backend import unavailable_reason
 
-WHY = unavailable_reason("cpp", "in_batch_hardest", torch.device("cpu"))
-every_backend = pytest.mark.parametrize(
-    "backend",
-    ["reference", pytest.param("cpp", marks=pytest.mark.skipif(WHY is not None, reason=str(WHY)))],
-)
+every_backend = backends("in_batch_hardest", "reference", "cpp")
 
 
 def table(**options):

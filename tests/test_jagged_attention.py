@@ -2,25 +2,13 @@
 
 import pytest
 import torch
+from backends import backends, needs
 
-from fastrec.backend import unavailable_reason
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.random import Rng, draws, keep_mask
 
-CPU = torch.device("cpu")
-BACKENDS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            unavailable_reason(name, "jagged_attention", CPU) is not None,
-            reason=unavailable_reason(name, "jagged_attention", CPU) or "",
-        ),
-    )
-    for name in ("reference", "cpp", "triton")
-]
-needs_cpp = pytest.mark.skipif(
-    unavailable_reason("cpp", "jagged_attention", CPU) is not None, reason="no cpp backend"
-)
+each_backend = backends("jagged_attention", "reference", "cpp", "triton")
+needs_cpp = needs("cpp", "jagged_attention")
 LENGTHS = [5, 0, 17, 1, 33]
 
 
@@ -60,7 +48,7 @@ def masks(backend, lengths, ids, rng, p, layer=0, heads=2, grad=False):
     return [(part != 0).transpose(1, 2) if grad else part != 0 for part in parts]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 def test_masks_are_those_of_the_contract(backend, grad):
     ids, rng, p = [12, 3, -9, 2**33 + 1, 7], Rng(0x0123456789ABCDEF, 7, view=3), 0.3
@@ -81,7 +69,7 @@ def test_masks_are_those_of_the_contract(backend, grad):
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_every_part_of_the_key_changes_the_mask(backend):
     def mask(seed=1, step=2, view=0, sample_id=3, layer=0):
         return masks(backend, [20], [sample_id], Rng(seed, step, view), 0.5, layer)[0]
@@ -94,7 +82,7 @@ def test_every_part_of_the_key_changes_the_mask(backend):
         assert 0.3 < (mask(**change) == base).float().mean() < 0.7, change
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_repeated_ids_share_masks_and_views_do_not(backend):
     first, second, other = masks(backend, [9, 9, 9], [5, 5, 6], Rng(1, 2), 0.5)
     assert torch.equal(first, second)
@@ -102,7 +90,7 @@ def test_repeated_ids_share_masks_and_views_do_not(backend):
     assert not torch.equal(first, masks(backend, [9], [5], Rng(1, 2, view=1), 0.5)[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("causal", [False, True])
 def test_independent_of_the_batch(backend, causal):
     """A sequence alone, and the batch in another order, gives the same bits as the batch."""
@@ -136,7 +124,7 @@ def test_independent_of_the_batch(backend, causal):
             assert all(same(x, y) for x, y in zip(tensors, whole[i], strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_equals_padded_attention_with_the_same_mask(backend):
     lengths, p, rng = [4, 9, 1], 0.5, Rng(3, 4)
     ids, size = torch.tensor([10, 20, 30]), 9
@@ -184,7 +172,7 @@ def test_equals_padded_attention_with_the_same_mask(backend):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_step_may_be_advanced_in_place_before_the_backward_pass(backend):
     lengths = [9, 20]
 
@@ -212,14 +200,14 @@ def test_step_may_be_advanced_in_place_before_the_backward_pass(backend):
         assert torch.equal(kept, bumped)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_a_single_event_returns_its_value(backend):
     q, k, v = inputs([1, 0, 1])
     got = jagged_attention(q, k, v, offsets_of([1, 0, 1]), max_seq_len=1, backend=backend)
     assert torch.equal(got, v)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_hand_computed(backend):
     """Two events: scores (0, ln 3) and (0, 0), so P = (1/4, 3/4) and (1/2, 1/2)."""
     log3 = 1.0986122886681098

@@ -5,18 +5,14 @@ import math
 
 import pytest
 import torch
+from backends import params
 from test_device_paths import launches  # noqa: F401
 
 from fastrec import jagged_max_pool
-from fastrec.backend import unavailable_reason
-
-CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["reference", "cpp", "triton"])
+@pytest.fixture(params=params("jagged_max_pool", "reference", "cpp", "triton"))
 def backend(request):
-    if why := unavailable_reason(request.param, "jagged_max_pool", CPU):
-        pytest.skip(why)
     return request.param
 
 

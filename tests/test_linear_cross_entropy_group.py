@@ -9,26 +9,22 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from groups import message_of, run_ranks
-from op_db.case import TYPES, Sample, excess, promote, run
+from groups import Ranks, backends_here, message_of, within_budget
+from memory import needs_proc, peak_of
+from op_db.case import TYPES, Sample, promote, run
 from op_db.linear_cross_entropy import OP
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastrec import linear_cross_entropy
-from fastrec.backend import interpreting, unavailable_reason
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
 
-CPU = torch.device("cpu")
-# In the interpreter triton alone: the others run without it.
-NAMES = ("triton",) if interpreting() else ("reference", "cpp")
-BACKENDS = [b for b in NAMES if unavailable_reason(b, OP.name, CPU) is None]
+BACKENDS = backends_here(OP.name)
 # Parts of the items, by rank.
 CUTS = {2: {"even": (0.5, 0.5), "uneven": (0.9, 0.1)}, 3: {"empty": (0.3, 0.0, 0.7)}}
 SHARDED = ("linear_weight", "linear_bias", "weight")
@@ -82,9 +78,8 @@ def every_sample(group, backends):
 
 
 @pytest.fixture(scope="module", params=CUTS)
-def results(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded") / "samples"
-    return request.param, run_ranks(folder, request.param, every_sample, BACKENDS)
+def results(request, ranks):
+    return request.param, ranks(request.param, every_sample, BACKENDS)
 
 
 @functools.cache
@@ -99,22 +94,17 @@ def expected(backend, types, name):
     "backend, name", [(backend, name) for backend in BACKENDS for name in names_of(backend)]
 )
 def test_within_the_budget_of_one_process(results, backend, types, name):
-    world, ranks = results
-    sample, (exact, low) = samples(types, backend)[name], expected(backend, types, name)
+    world, found = results
+    sample, one = samples(types, backend)[name], expected(backend, types, name)
     for cut in CUTS[world]:
-        parts = [found[backend, types.name, name, cut] for found in ranks]
-        for key, value in parts[0].items():
+        parts = [rank[backend, types.name, name, cut] for rank in found]
+        whole = dict(parts[0])
+        for key, value in whole.items():
             if key in SHARDED:  # every rank filled its own items
-                value = torch.stack([part[key] for part in parts]).sum(0)
+                whole[key] = torch.stack([part[key] for part in parts]).sum(0)
             else:
                 assert all(torch.equal(part[key], value) for part in parts), f"{key} differs"
-            assert value.dtype == low[key].dtype
-            floor = sample.floor.get(key, 0.0)
-            error, budget = excess(value, low[key], exact[key], floor)
-            band = OP.rounding_band(backend, sample)
-            if band and value.numel():
-                budget += band * max(exact[key].abs().max().item(), floor)
-            assert error <= budget, f"{cut} {key}: error {error:.3g}, budget {budget:.3g}"
+        within_budget(OP, backend, sample, one, whole, cut)
 
 
 def problem(n=6, v=10, d=4):
@@ -224,9 +214,8 @@ def behaviour(group):
 
 
 @pytest.fixture(scope="module", params=CUTS)
-def seen(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("behaviour") / "ranks"
-    return run_ranks(folder, request.param, behaviour)
+def seen(request, ranks):
+    return ranks(request.param, behaviour)
 
 
 def whole(seen, name):
@@ -366,17 +355,14 @@ def peak(group, n, v, d):
     def step(rows, items):
         return linear_cross_entropy(x[:rows], w[:items], y[:rows] % 64, group=group).backward()
 
-    def status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
     step(64, 64)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = status("VmRSS")
-    linear_cross_entropy(x, w, y, group=group).backward()
-    return (status("VmHWM") - before - w.nbytes - x.nbytes) / (4 * n * len(w))
+    extra = peak_of(lambda: linear_cross_entropy(x, w, y, group=group).backward())
+    return (extra - w.nbytes - x.nbytes) / (4 * n * len(w))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_buffer_of_the_size_of_the_logits(tmp_path):
-    assert max(run_ranks(tmp_path / "peak", 2, peak, 4000, 100_000, 8)) < 0.03
+@needs_proc
+def test_no_buffer_of_the_size_of_the_logits():
+    """In new processes: memory that earlier work left would be used again."""
+    pool = Ranks(2)
+    assert max(pool.run(peak, 4000, 100_000, 8)) < 0.03
+    pool.close()

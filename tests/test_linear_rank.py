@@ -1,17 +1,15 @@
 """What the generated tests of linear_rank cannot express: an exact table, ties of equal vectors
-under rounding, error texts, autocast, sizes beyond 2^31."""
+under rounding, error texts, autocast."""
 
 import pytest
 import torch
+from backends import backends, needs
 
 from fastrec import linear_rank
 from fastrec.backend import unavailable_reason
 
-WHY = unavailable_reason("cpp", "linear_rank", torch.device("cpu"))
-needs_cpp = pytest.mark.skipif(WHY is not None, reason=str(WHY))
-every_backend = pytest.mark.parametrize(
-    "backend", ["reference", pytest.param("cpp", marks=needs_cpp)]
-)
+needs_cpp = needs("cpp", "linear_rank")
+every_backend = backends("linear_rank", "reference", "cpp")
 
 
 def table(**options):
@@ -73,19 +71,6 @@ def test_no_gradient_and_no_autocast(backend):
     with torch.autocast("cpu", torch.bfloat16):
         ranks = linear_rank(**case, backend=backend)
     assert ranks.tolist() == [3, 3, 1] and not ranks.requires_grad
-
-
-@needs_cpp
-def test_sizes_beyond_2_31():
-    """N x V and V x D: a table of equal rows without its memory."""
-    v, n, d = 2**27 + 5, 17, 17
-    assert v * n > 2**31 and v * d > 2**31
-    weight = torch.randn(1, d).expand(v, d)
-    y = torch.arange(n) * (v // n)
-    y[-1] = v - 1
-    exclude = (torch.tensor([0, v - 3, v - 2]), torch.tensor([0] * n + [3]))
-    ranks = linear_rank(torch.randn(n, d), weight, y, exclude=exclude, backend="cpp")
-    assert ranks[:-1].tolist() == (y[:-1] + 1).tolist() and ranks[-1] == v - 3
 
 
 @every_backend

@@ -1,21 +1,17 @@
 """What the generated tests of linear_topk cannot express: an exact table, ties under rounding,
-large k, error texts, autocast, sizes beyond 2^31, peak memory."""
+large k, error texts, autocast."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from backends import backends, needs
 
 from fastrec import linear_topk
 from fastrec.backend import unavailable_reason
 
-WHY = unavailable_reason("cpp", "linear_topk", torch.device("cpu"))
-needs_cpp = pytest.mark.skipif(WHY is not None, reason=str(WHY))
-every_backend = pytest.mark.parametrize(
-    "backend", ["reference", pytest.param("cpp", marks=needs_cpp)]
-)
+needs_cpp = needs("cpp", "linear_topk")
+every_backend = backends("linear_topk", "reference", "cpp")
 INF, NAN = math.inf, math.nan
 
 
@@ -98,40 +94,6 @@ def test_no_gradient_and_no_autocast(backend):
         best = linear_topk(**case, backend=backend)
     assert best.indices.tolist() == [[1, 0]] * 3 and best.values.dtype == torch.float32
     assert not best.values.requires_grad and not best.indices.requires_grad
-
-
-@needs_cpp
-def test_sizes_beyond_2_31():
-    """N x V and V x D: a table of equal rows without its memory, so the ids decide."""
-    v, n, d, k = 2**27 + 5, 17, 17, 3
-    assert v * n > 2**31 and v * d > 2**31
-    weight = torch.ones(1, d).expand(v, d)
-    bias = torch.zeros(v, dtype=torch.float16)
-    bias[[v - 2, v // 2]] = 1
-    best = linear_topk(torch.ones(n, d), weight, k, linear_bias=bias.float(), backend="cpp")
-    assert best.indices.tolist() == [[v // 2, v - 2, 0]] * n
-    assert best.values.tolist() == [[d + 1, d + 1, d]] * n
-
-
-@needs_cpp
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_peak_memory():
-    """The scores would take 400 MB."""
-    script = """
-import torch, fastrec
-def status(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-input, weight, y = torch.randn(1000, 16), torch.randn(100_000, 16), torch.arange(1000)
-for k in (10, 100):
-    fastrec.linear_topk(input[:2], weight[:50], 3), fastrec.linear_rank(input[:2], weight, y[:2])
-    open("/proc/self/clear_refs", "w").write("5")
-    before = status("VmRSS")
-    fastrec.linear_topk(input, weight, k)
-    fastrec.linear_rank(input, weight, y)
-    print(status("VmHWM") - before)
-"""
-    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert max(map(int, run.stdout.split())) < 40_000, run.stdout
 
 
 @every_backend

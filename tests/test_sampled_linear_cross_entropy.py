@@ -5,16 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import backends, needs
 
 from fastrec import linear_cross_entropy, sampled_linear_cross_entropy
-from fastrec.backend import unavailable_reason
 
-BACKENDS = [
-    name
-    for name in ("reference", "cpp", "triton")
-    if not unavailable_reason(name, "sampled_linear_cross_entropy", torch.device("cpu"))
-]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+OP = "sampled_linear_cross_entropy"
+each_backend = backends(OP, "reference", "cpp", "triton")
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
 
@@ -140,7 +136,7 @@ def test_sparse_gradients_train_like_dense_ones(backend, own):
     torch.testing.assert_close(moved[True], moved[False], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built")
+@needs("cpp", OP)
 def test_bits_of_a_row_do_not_depend_on_its_batch():
     x, w = torch.randn(300, 24), torch.randn(500, 24)
     y, own = torch.randint(500, (300,)), torch.randint(500, (300, 70))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from groups import run_ranks
 
 from fastrec.data.relations import FriendSampler, SocialGraph
 from fastrec.objectives.joint import Term, total_loss
@@ -43,8 +42,8 @@ def both(group):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_ranks_together_are_one_process(tmp_path, world):
-    for found in run_ranks(tmp_path / "ranks", world, both):
+def test_the_ranks_together_are_one_process(ranks, world):
+    for found in ranks(world, both):
         for got, profiles in zip(found, (True, False), strict=True):
             for value, expected in zip(got, losses(None, profiles), strict=True):
                 torch.testing.assert_close(value, expected)

@@ -13,7 +13,7 @@ from benchmarks.gpu.ranked_cases import RANK_TOPK, SAMPLED
 # Softmax over a table: products of N x V x D, an exponential a logit and sweep.
 
 
-def _linear_ce(
+def linear_ce_entry(
     n: int, v: int, d: int, dtype: str = "bfloat16", case: str = "flat", **more
 ) -> Entry:
     return Entry("linear_cross_entropy", dict(N=n, V=v, D=d), dtype, case, **more)
@@ -45,21 +45,21 @@ _CHUNKED = tuple(name for name in _NO_COMPILER if name not in ("eager", "liger")
 
 LINEAR_CE = Measured(
     (
-        _linear_ce(4096, 1_000_000, 64, only=_NO_COMPILER),
-        _linear_ce(4096, 1_000_000, 128, only=_NO_COMPILER),
-        _linear_ce(4096, 1_000_000, 256, only=_NO_COMPILER),
-        _linear_ce(4096, 100_000, 128),
-        _linear_ce(
+        linear_ce_entry(4096, 1_000_000, 64, only=_NO_COMPILER),
+        linear_ce_entry(4096, 1_000_000, 128, only=_NO_COMPILER),
+        linear_ce_entry(4096, 1_000_000, 256, only=_NO_COMPILER),
+        linear_ce_entry(4096, 100_000, 128),
+        linear_ce_entry(
             4096, 1_000_000, 64, case="peaked", only=("fastrec", "stored", "cce", "cce exact")
         ),
-        _linear_ce(2560, 141_939, 64),
-        _linear_ce(4096, 10_000_000, 64, rounds=3, only=_CHUNKED),
-        _linear_ce(1317, 20_033, 64, "float32", only=(*_NO_COMPILER, "torch.compile")),
+        linear_ce_entry(2560, 141_939, 64),
+        linear_ce_entry(4096, 10_000_000, 64, rounds=3, only=_CHUNKED),
+        linear_ce_entry(1317, 20_033, 64, "float32", only=(*_NO_COMPILER, "torch.compile")),
     ),
     _linear_ce_floor,
     "forward 2 N V D operations, N V exponentials, the table read once; with backward 8 N V D,"
     " 2 N V, the table read twice and its gradient written once",
-    memory=(_linear_ce(4096, 10_000_000, 64), _linear_ce(10_000, 10_000_000, 128)),
+    memory=(linear_ce_entry(4096, 10_000_000, 64), linear_ce_entry(10_000, 10_000_000, 128)),
     designs=_stored,
     peers=others.linear_cross_entropy,
     columns=(
@@ -79,7 +79,7 @@ LINEAR_CE = Measured(
 # Softmax over the candidates of a batch.
 
 
-def _in_batch(b: int, d: int, case: str, dtype: str = "bfloat16", **more) -> Entry:
+def in_batch_entry(b: int, d: int, case: str, dtype: str = "bfloat16", **more) -> Entry:
     return Entry("in_batch_cross_entropy", dict(B=b, D=d), dtype, case, **more)
 
 
@@ -94,19 +94,19 @@ def _in_batch_floor(entry: Entry) -> dict[str, Counts]:
 
 IN_BATCH = Measured(
     (
-        _in_batch(8192, 64, "dot"),
-        _in_batch(8192, 64, "dot groups"),
-        _in_batch(8192, 64, "dot lists"),
-        _in_batch(8192, 64, "weighted_l2 groups"),
-        _in_batch(8192, 64, "dot", "float32"),
-        _in_batch(8192, 128, "dot", only=("fastrec", "eager", "cce exact", "inf-cl")),
-        _in_batch(1024, 64, "dot groups", only=("fastrec", "eager")),
-        _in_batch(32768, 64, "dot groups", only=("fastrec", "eager")),
+        in_batch_entry(8192, 64, "dot"),
+        in_batch_entry(8192, 64, "dot groups"),
+        in_batch_entry(8192, 64, "dot lists"),
+        in_batch_entry(8192, 64, "weighted_l2 groups"),
+        in_batch_entry(8192, 64, "dot", "float32"),
+        in_batch_entry(8192, 128, "dot", only=("fastrec", "eager", "cce exact", "inf-cl")),
+        in_batch_entry(1024, 64, "dot groups", only=("fastrec", "eager")),
+        in_batch_entry(32768, 64, "dot groups", only=("fastrec", "eager")),
     ),
     _in_batch_floor,
     "forward 2 B B D operations, B B exponentials, both operands read; with backward 8 B B D,"
     " 2 B B, operands read twice and both gradients written",
-    memory=(_in_batch(65536, 64, "dot groups"),),
+    memory=(in_batch_entry(65536, 64, "dot groups"),),
     peers=others.in_batch_cross_entropy,
     columns=(
         ("eager", ("eager",)),
@@ -121,7 +121,7 @@ IN_BATCH = Measured(
 # Attention inside sequences.
 
 
-def _attention(b: int, n: int, h: int, d: int, case: str = "full", **more) -> Entry:
+def attention_entry(b: int, n: int, h: int, d: int, case: str = "full", **more) -> Entry:
     dtype = more.pop("dtype", "bfloat16")
     return Entry("jagged_attention", dict(B=b, N=n, H=h, D=d), dtype, case, **more)
 
@@ -141,20 +141,20 @@ def _attention_floor(entry: Entry) -> dict[str, Counts]:
 _WITHOUT_REFERENCE = ("fastrec", "sdpa", "sdpa efficient", "flash varlen", "efficient varlen")
 ATTENTION = Measured(
     (
-        _attention(4096, 50, 2, 32, only=(*_WITHOUT_REFERENCE, "torch.compile")),
-        _attention(4096, 50, 2, 32, "yelp", only=_WITHOUT_REFERENCE),
-        _attention(768, 30, 2, 32, "yelp", only=_WITHOUT_REFERENCE),
-        _attention(8192, 30, 2, 32, only=_WITHOUT_REFERENCE),
-        _attention(8192, 50, 2, 16, only=_WITHOUT_REFERENCE),
-        _attention(1024, 128, 2, 32, only=_WITHOUT_REFERENCE),
-        _attention(1024, 200, 2, 32, only=_WITHOUT_REFERENCE),
-        _attention(512, 200, 4, 64, only=_WITHOUT_REFERENCE),
-        _attention(4096, 50, 2, 32, dtype="float32", only=_WITHOUT_REFERENCE),
+        attention_entry(4096, 50, 2, 32, only=(*_WITHOUT_REFERENCE, "torch.compile")),
+        attention_entry(4096, 50, 2, 32, "yelp", only=_WITHOUT_REFERENCE),
+        attention_entry(768, 30, 2, 32, "yelp", only=_WITHOUT_REFERENCE),
+        attention_entry(8192, 30, 2, 32, only=_WITHOUT_REFERENCE),
+        attention_entry(8192, 50, 2, 16, only=_WITHOUT_REFERENCE),
+        attention_entry(1024, 128, 2, 32, only=_WITHOUT_REFERENCE),
+        attention_entry(1024, 200, 2, 32, only=_WITHOUT_REFERENCE),
+        attention_entry(512, 200, 4, 64, only=_WITHOUT_REFERENCE),
+        attention_entry(4096, 50, 2, 32, dtype="float32", only=_WITHOUT_REFERENCE),
     ),
     _attention_floor,
     "forward 4 operations an element of P and feature, one exponential, Q, K, V read and O written;"
     " with backward 14, two, and seven more tensors; the draws of the masks are not counted",
-    memory=(_attention(8192, 200, 4, 64),),
+    memory=(attention_entry(8192, 200, 4, 64),),
     peers=others.jagged_attention,
     columns=(
         ("padded SDPA", ("sdpa",)),

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -38,16 +39,7 @@ def samples(device: str, tiny: bool) -> Iterator[tuple]:
 
 def _each(context: Context, check: Callable[[object, object], dict]) -> None:
     for op, sample, key in samples(context.device, context.tiny):
-        if context.over() or context.have(key):
-            continue
-        if why := context.announce(key, ""):
-            context.save(key, {"failed": why})
-            continue
-        try:
-            row = check(op, sample)
-        except Exception as error:
-            row = context.rescue(error)
-        context.save(key, row)
+        context.attempt(key, functools.partial(check, op, sample))
 
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

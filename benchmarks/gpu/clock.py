@@ -6,11 +6,12 @@ without that lead (`lead=False`): there the launches count.
 """
 
 import gc
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
+
+from benchmarks.bench import spread
 
 L2_BYTES = 256 * 2**20  # several times the cache of any device
 LEAD_CYCLES = 2_000_000  # about a millisecond
@@ -52,17 +53,6 @@ class Clock:
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before
-
-
-def spread(times: list[float]) -> dict:
-    """Median, 20 % and 80 % of the times, in seconds."""
-    cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-    return {
-        "median": statistics.median(times),
-        "p20": cuts[0],
-        "p80": cuts[3],
-        "rounds": len(times),
-    }
 
 
 def rate(clock: Clock, call: Callable, amount: float, rounds: int) -> dict:

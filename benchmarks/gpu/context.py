@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -150,6 +151,21 @@ class Context:
             except Exception as lost:
                 raise DeviceLost(why) from lost
         return {"failed": f"{type(error).__name__}: {why}"[:300]}
+
+    def attempt(self, key: str, measure: Callable[[], dict], name: str | None = "") -> None:
+        """Save what `measure` returns, or why it failed; nothing where the row is there or the time
+        is used up. `name`: what is announced; None where `measure` announces its parts."""
+        if self.over() or self.have(key):
+            return
+        if name is not None and (why := self.announce(key, name)):
+            self.save(key, {"failed": why})
+            return
+        try:
+            row = measure()
+        except Exception as error:
+            row = self.rescue(error)
+        self.save(key, row)
+        self.release()
 
     def ceilings(self) -> dict[str, float]:
         """Measured rates by name, without unit prefixes; empty where probe has not run."""

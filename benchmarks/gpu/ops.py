@@ -8,9 +8,9 @@ import functools
 import time
 from collections.abc import Callable
 
-from benchmarks.bench import PASS, Entry, module
+from benchmarks.bench import PASS, Entry, module, spread
 from benchmarks.gpu.cases import MEASURED, Measured
-from benchmarks.gpu.clock import Clock, spread
+from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.probe import MATRIX
 
@@ -157,16 +157,8 @@ def memory(context: Context) -> None:
         tiny = tuple(module(op).SMOKE[0] for op in measured.ops)
         for entry in tiny if context.tiny else measured.memory:
             key = f"{entry.op} {entry.key}"
-            if context.over() or context.have(key):
-                continue
-            if why := context.announce(key, "fastrec"):
-                context.save(key, {"failed": why})
-                continue
-            try:
-                context.save(key, _memory(entry, context, clock))
-            except Exception as error:
-                context.save(key, context.rescue(error))
-            context.release()
+            call = functools.partial(_memory, entry, context, clock)
+            context.attempt(key, call, "fastrec")
 
 
 def _memory(entry: Entry, context: Context, clock: Clock) -> dict:

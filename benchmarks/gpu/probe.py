@@ -90,13 +90,4 @@ def probe(context: Context) -> None:
         "exp": lambda: _exponentials(context, clock, rounds),
     }
     for key, measurement in measurements.items():
-        if context.over() or context.have(key):
-            continue
-        if why := context.announce(key, ""):
-            context.save(key, {"failed": why})
-            continue
-        try:
-            row = measurement()
-        except Exception as error:
-            row = context.rescue(error)
-        context.save(key, row)
+        context.attempt(key, measurement)

@@ -7,6 +7,7 @@ Legend: B sequences, L padded length, T events, N masked positions, V items, D w
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench import Entry
+from benchmarks.bench import Entry, spread
 from benchmarks.gpu.checks import captured
-from benchmarks.gpu.clock import Clock, spread
+from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.native import native
 from benchmarks.jagged_attention import lengths_of
@@ -229,11 +230,5 @@ def step(context: Context) -> None:
     assert NATIVE[context.device] == "triton", "the step is measured on the Triton kernels"
     clock, rounds = Clock(context.device), 1 if context.tiny else 31
     for sizes in TINY if context.tiny else STEPS:
-        if context.over() or context.have(sizes.name):
-            continue
-        try:
-            row = _measure(sizes, context, clock, rounds)
-        except Exception as error:
-            row = context.rescue(error)
-        context.save(sizes.name, row)
-        context.release()
+        call = functools.partial(_measure, sizes, context, clock, rounds)
+        context.attempt(sizes.name, call, None)

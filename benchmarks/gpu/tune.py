@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from benchmarks.bench import PASS, Entry, module
-from benchmarks.gpu.cases import _attention, _in_batch, _linear_ce
-from benchmarks.gpu.clock import Clock, spread
+from benchmarks.bench import PASS, Entry, module, spread
+from benchmarks.gpu.cases import attention_entry, in_batch_entry, linear_ce_entry
+from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.context import Context
 
 
@@ -43,9 +43,9 @@ def _blocks(*tiles: tuple[int, ...]) -> tuple[dict[str, int], ...]:
     return tuple(_tile("BLOCK", *tile) for tile in tiles)
 
 
-_CE_64, _CE_128, _CE_256 = (_linear_ce(4096, 1_000_000, width) for width in (64, 128, 256))
-_DOT = _in_batch(8192, 64, "dot groups")
-_SHORT, _LONG = _attention(4096, 50, 2, 32), _attention(1024, 200, 2, 32)
+_CE_64, _CE_128, _CE_256 = (linear_ce_entry(4096, 1_000_000, width) for width in (64, 128, 256))
+_DOT = in_batch_entry(8192, 64, "dot groups")
+_SHORT, _LONG = attention_entry(4096, 50, 2, 32), attention_entry(1024, 200, 2, 32)
 
 # What each kernel is tried with, beside what it uses.
 _CE_64_FWD = ((64, 128, 4, 2), (64, 128, 4, 4), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3))

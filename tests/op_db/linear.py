@@ -18,8 +18,10 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         case = dict(input=random(t, k), weight=random(n, k), bias=random(n) if bias else None)
         return Sample(name, case)
 
-    yield problem("everything")
-    yield problem("no_bias", bias=False)
+    # Small: every element of every argument is moved for a numerical gradient.
+    sizes = (30, 20, 35) if interpret_small else (150, 50, 70)
+    yield problem("everything", *sizes)
+    yield problem("no_bias", *sizes, bias=False)
     yield problem("whole_vectors", t=193, k=64, n=192)
     yield problem("deep", t=97, k=300, n=64)  # more than one chain of additions
     for t in (0, 1, 11, 12, 13, 95, 129):
