@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,14 @@ def test_pytest_benchmark_entries_are_collected():
     )
     assert process.returncode == 0, process.stdout
     assert "test_bench.py" in process.stdout
+
+
+def test_steps_of_an_epoch_on_a_file(tmp_path):
+    """The peers of this command are in environments of their own."""
+    source = tmp_path / "Tiny.txt"
+    source.write_text("".join(f"{u} {u % 7 + 1} {u % 5 + 8} 20 21 22 23\n" for u in range(1, 301)))
+    printed = subprocess.run(
+        [sys.executable, "benchmarks/epoch.py", "fastrec", "--source", source, "--steps", "3"],
+        cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
+    ).stdout  # fmt: skip
+    assert re.search(r"^fastrec: [\d.]+ s a step .* 2 steps an epoch", printed), printed
