@@ -51,7 +51,8 @@ def test_smoke(output):
             for kind in module(op).PASSES:
                 assert row[kind]["p20"] <= row[kind]["median"] <= row[kind]["p80"]
         assert rows["fastrec"]["ratio"] == 1
-        assert rows["fastrec"]["extra_bytes"] >= 0
+        if key == module(op).SMOKE[0].key:
+            assert rows["fastrec"]["extra_bytes"] >= 0
 
 
 def test_table_replaces_the_marked_block(output, tmp_path):
