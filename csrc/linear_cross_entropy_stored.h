@@ -1,9 +1,9 @@
 // Loss and gradients in one go, with the exponentials of a chunk of rows stored: three products and
 // one exponential per logit, where the two sweeps of linear_cross_entropy.h need four and two.
 //
-// It pays while [V, CHUNK] stays in a cache (STORED_ITEMS of the op file). Per chunk of rows: `score` tasks own
-// tiles of items and store exp(s - maximum of the tile); then lse is known, and `spread` tasks own
-// ranges of items, scale the stored tile to p, and add to both gradients.
+// It pays while [V, CHUNK] stays in a cache (STORED_ITEMS of the op file). Per chunk of rows: `score`
+// tasks own tiles of items and store exp(s - maximum of the tile); then lse is known, and `spread`
+// tasks own ranges of items, scale the stored tile to p, and add to both gradients.
 #pragma once
 
 #include "linear_cross_entropy.h"
