@@ -44,6 +44,12 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     every = ids("every", device, b, c, 2, 5) | lists("every", device, b, c, c)
     yield Sample("groups_and_lists", l2("every", **every))
 
+    # The largest is listed, at every place of a tile.
+    case = problem("best_listed", 150, 150, 16)
+    case["query"] = 3 * case["candidate"]
+    itself = torch.arange(151, device=device)
+    yield Sample("best_listed", case | {"exclude_values": itself[:150], OFFSETS: itself})
+
     # Nothing is allowed for every second query: -inf, -1 and no gradient.
     half = dict(
         query_group=torch.arange(b, device=device) % 2,
