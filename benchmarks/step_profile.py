@@ -82,9 +82,7 @@ def plot(profiles: dict[str, dict[str, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: that it runs, not times")
-    parser.add_argument(
-        "--table", action="store_true", help="update docs/results.md and step.png"
-    )
+    parser.add_argument("--table", action="store_true", help="update docs/results.md and step.png")
     parser.add_argument("--table-root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     entries = uprec_step.SMOKE if arguments.smoke else uprec_step.ENTRIES

@@ -92,7 +92,8 @@ def padded_loss(model: UserModel, batch: Batch, p: float) -> Tensor:
 
 def jagged_loss(model: UserModel, batch: Batch, rng: Rng | None) -> Tensor:
     states = model.encode(batch.jagged, rng)
-    return model.item_head.loss(states.index_select(0, batch.rows), model.item_table, batch.targets)
+    masked, table = states.index_select(0, batch.rows), model.item_embedding.weight
+    return model.item_head.loss(masked, table, batch.targets)
 
 
 def trainer(model: UserModel, loss: Callable[[UserModel], Tensor], device: str) -> Callable:

@@ -26,10 +26,16 @@ class ItemHead(nn.Module):
             return states
         return self.norm(F.gelu(self.dense(states)))
 
-    def loss(self, states: Tensor, item_table: Tensor, targets: Tensor, backend=None) -> Tensor:
-        """Mean cross-entropy over all items; 0 with a live graph when there are no rows."""
+    def loss(self, states: Tensor, table: Tensor, targets: Tensor, backend=None) -> Tensor:
+        """Mean cross-entropy over all items; 0 with a live graph when there are no rows.
+
+        Rows of `table` after the V items, an embedding's special tokens, take no part. The backward
+        pass of a slice without them would fill and copy a second gradient of the table's size.
+        """
+        special = table.shape[0] - self.bias.shape[0]
+        bias = F.pad(self.bias, (0, special), value=-torch.inf) if special else self.bias
         return linear_cross_entropy(
-            self.query(states), item_table, targets, linear_bias=self.bias, backend=backend
+            self.query(states), table, targets, linear_bias=bias, backend=backend
         )
 
     def sampled_loss(

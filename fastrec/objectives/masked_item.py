@@ -111,7 +111,8 @@ class MaskedItemPrediction(nn.Module):
         the position that a row is."""
         masked = states.index_select(0, rows)
         if self.sampler is None:
-            return model.item_head.loss(masked, model.item_table, targets, backend=backend)
+            table = model.item_embedding.weight
+            return model.item_head.loss(masked, table, targets, backend=backend)
         how, self.sampler = self.item_loss, self.sampler.to(states.device)
         if how.shared:
             negatives = self.sampler.shared(how.negatives, seed, step)

@@ -118,6 +118,15 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     out[::5] = True
     out[case["target"]] = False
     yield Sample("bias_minus_inf", case | {"linear_bias": bias.masked_fill(out, -math.inf)})
+    # Four rows after whole tiles (of 192 and fewer, and of all chunks) that take no part: a table
+    # whose last rows are special tokens.
+    for name, items in {"tail_out": 388, "tail_out_not_stored": 32772}.items():
+        items = 132 if interpret_small else items
+        case = problem(name, n, items, 16)
+        case["target"] = case["target"] % (items - 4)
+        bias = vector(name, items)
+        bias[-4:] = -math.inf
+        yield Sample(name, case | {"linear_bias": bias})
 
     # Class weights, smoothing, z-loss.
     weight = class_weight("class_weight", v)
