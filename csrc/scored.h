@@ -36,8 +36,8 @@ struct Scored {
     const int64_t* y = static_cast<const int64_t*>(ids.data_ptr());
     int64_t items = linear_weight.size(0), width = linear_weight.size(1);
     for (int64_t i = 0; i < input.size(0); ++i) {
-      if (y[i] < 0 || y[i] == ignore_index) continue;
-      STD_TORCH_CHECK(y[i] < items, "target ", y[i], " is outside [0, ", items, ")");
+      if (y[i] == ignore_index) continue;
+      STD_TORCH_CHECK(y[i] >= 0 && y[i] < items, "target ", y[i], " is outside [0, ", items, ")");
       row.push_back(i);
       item.push_back(y[i]);
     }

@@ -124,9 +124,9 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         items = 132 if interpret_small else items
         case = problem(name, n, items, 16)
         case["target"] = case["target"] % (items - 4)
-        bias = vector(name, items)
-        bias[-4:] = -math.inf
-        yield Sample(name, case | {"linear_bias": bias})
+        tail = vector(name, items)
+        tail[-4:] = -math.inf
+        yield Sample(name, case | {"linear_bias": tail})
 
     # Class weights, smoothing, z-loss.
     weight = class_weight("class_weight", v)
@@ -214,7 +214,7 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         y = torch.tensor([0, 6, -1, 3, 3], device=device)
         if op.endswith("_value_and_grad"):
             if dtype == torch.float32:
-                yield x, w, b, y, None, 3, True, True, True
+                yield x, w, b, y.abs(), None, 3, True, True, True
                 yield (
                     x,
                     w,
