@@ -112,5 +112,6 @@ def test_steps_of_an_epoch_on_a_file(tmp_path):
     printed = subprocess.run(
         [sys.executable, "benchmarks/epoch.py", "fastrec", "--source", source, "--steps", "3"],
         cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     ).stdout  # fmt: skip
     assert re.search(r"^fastrec: [\d.]+ s a step .* 2 steps an epoch", printed), printed

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import polars
 import pytest
 import torch
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.synthetic import generate
+from fastrec.evaluation.profile import ProfileEvaluator
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.objectives.joint import Objectives
 from fastrec.objectives.masked_item import ItemLoss, Masking
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.fit import fit
+from fastrec.training.tasks import task_data
 
 MODEL = ModelConfig(width=16, layers=1, dropout=0.3, max_len=12)
 
@@ -247,3 +250,25 @@ def test_errors_name_the_problem(data, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
         run(data, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("fraction", [0.9, 1.0])
+def test_pretraining_does_not_see_the_users_that_choose_a_model_of_users(data, fraction):
+    """Else a model that remembered their attributes and friends would be chosen for it."""
+    dataset = SequenceDataset.load(data)
+    chosen = Recipe(users=Users(fraction=fraction), evaluation=Protocol(candidates="full"))
+    wanted = Objectives(user_attribute=0.3, social_relation=0.5)
+    pretraining = task_data(dataset, chosen, wanted, "recommendation")
+    profile = task_data(dataset, chosen, Objectives(0.0, 1.0), "profile")
+    assert isinstance(profile.evaluator, ProfileEvaluator)
+    judged = profile.evaluator.users
+    assert len(judged) == 40 * fraction and not torch.isin(judged, profile.users).any()
+    assert torch.isin(judged, pretraining.users).all(), "their sequences are trained on"
+    hidden = fraction < 1.0  # with no user held out there is nothing to choose a model for
+    rest = profile.users
+    for before, own in zip(pretraining.attributes, profile.attributes, strict=True):
+        assert before.known(judged).any() != hidden and own.known(judged).all()
+        assert torch.equal(before.values[rest], own.values[rest])
+    assert pretraining.friends is not None
+    degrees = np.diff(pretraining.friends.graph.offsets)
+    assert (degrees[judged].sum() == 0) == hidden and degrees[rest].sum() > 0

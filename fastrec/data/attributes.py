@@ -3,7 +3,7 @@
 Legend: U users.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -61,6 +61,11 @@ class EncodedAttribute:
     def outputs(self) -> int:
         """Width of the prediction: 1, or the number of classes."""
         return len(self.labels) or 1
+
+    def without(self, users: Tensor) -> "EncodedAttribute":
+        """The same with the values of these users missing."""
+        missing = -1 if self.labels else float("nan")
+        return replace(self, values=self.values.index_fill(0, users, missing))
 
     def known(self, users) -> Tensor:
         """bool [N]: which of the users have a value."""

@@ -66,9 +66,13 @@ def task_data(dataset, recipe: Recipe, objectives: Objectives, task: Task) -> Ta
 
     Recommendation trains all selected users and is validated on their second last items. Profile
     and relation leave a random tenth of the selected users out of the training and are validated
-    on it.
+    on it. Where users are held out to test these tasks, recommendation sees neither attributes nor
+    friends of that tenth either: a model that remembered them would be chosen for it.
     """
-    users = chosen = select_users(dataset, recipe)
+    users = labelled = select_users(dataset, recipe)
+    judged = _validation_users(users, recipe)
+    if task != "recommendation" or recipe.users.fraction < 1.0:
+        labelled = users[~torch.isin(users, judged)]
     social, attributes = recipe.social, []
     described = bool(recipe.attributes) or len(dataset.user_attributes().columns) > 2
     wants_profile = bool(objectives.social_relation) and social.same_profile and described
@@ -78,18 +82,20 @@ def task_data(dataset, recipe: Recipe, objectives: Objectives, task: Task) -> Ta
     if task == "recommendation":
         evaluator = Evaluator(dataset, users, "valid", recipe.evaluation)
     else:
-        judged = _validation_users(users, recipe)
-        users = users[~torch.isin(users, judged)]
+        users = labelled
         if task == "profile":
             evaluator = ProfileEvaluator(dataset, judged, "train", attributes, users)
         else:
             evaluator = RelationEvaluator(dataset, judged, "train", social.negatives, social.seed)
     friends = None
     if objectives.social_relation:
-        graph = SocialGraph.from_dataset(dataset, users)
+        graph = SocialGraph.from_dataset(dataset, labelled)
         if len(graph.values) == 0:
-            raise ValueError(f"no two of the {len(chosen)} trained users are friends")
+            raise ValueError(f"no two of the {len(labelled)} trained users are friends")
         friends = FriendSampler(
             graph, social.hops, profile_ids(attributes) if wants_profile else None
         )
-    return TaskData(users, evaluator, attributes if objectives.user_attribute else [], friends)
+    if not objectives.user_attribute:
+        attributes = []
+    hidden = users[~torch.isin(users, labelled)]
+    return TaskData(users, evaluator, [part.without(hidden) for part in attributes], friends)
