@@ -6,6 +6,7 @@ stands beside the error of its result against float64. Peak memory comes from a 
 The module of an op (`benchmarks/<op>.py`, listed in OPS) provides
     ENTRIES, SMOKE, QUICK     entries of `make bench`, of the suite, of pytest-benchmark
     ELEMENT                   what the table counts ("logit", "pair", ...)
+    STORED                    what a plain implementation stores, if not the elements
     PASSES                    ("forward", "both"), one of them, or ("step",): training changes state
     PEERS                     {column of the summary: names of implementations, the best counts}
     GRADIENT_LIMIT            {dtype: largest accepted error}: beyond it no time is reported

@@ -124,11 +124,12 @@ def summary(results: dict, op: str) -> str:
             f" {'-' if memory is None else format(memory / 2**20, ',.0f')} MiB"
             f" (stored {plain:,.0f}) | {errors(ours)} ({errors(peer)}) |"
         )
+    stored = getattr(module(op), "STORED", f"{module(op).ELEMENT}s")
     lines.append("")
     lines.append(
         "Ratios: time of the peer / time of fastrec, alternating in one process on the same inputs."
         f" Extra memory: peak beyond the inputs, gradients included; in brackets the size of the"
-        f" {module(op).ELEMENT}s, which a plain implementation stores. Errors against float64."
+        f" {stored}, which a plain implementation stores. Errors against float64."
         f" {_machine(results)}"
     )
     return "\n".join(lines)

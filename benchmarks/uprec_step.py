@@ -45,6 +45,7 @@ ENTRIES = (
 SMOKE = (_entry(9, 6, 50, 16, 40, rounds=2),)
 QUICK = (ENTRIES[0],)
 ELEMENT = "token"
+STORED = "logits, similarities and attention probabilities"
 PASSES = ("step",)
 PEERS = {"eager": ("eager",), "`torch.compile`": ("torch.compile",)}
 GRADIENT_LIMIT = {"float32": 1e-4}
