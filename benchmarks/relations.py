@@ -101,6 +101,28 @@ def friends_cost(graph: SocialGraph, options) -> float:
     return cost
 
 
+def social_batch(
+    model: UserModel,
+    sampler: FriendSampler,
+    attributes: list[EncodedAttribute],
+    size: int,
+    generator: np.random.Generator,
+    step: int,
+) -> JaggedBatch:
+    """`size` users and their drawn friends. Lengths as in the Yelp data: from 5, median 7, cut at
+    the length of the model; [CLS] and [SEP] around items without order."""
+    own = generator.choice(sampler.graph.num_users, size, False)
+    users, pairs = sampler.pairs_at(own, 0, step)
+    lengths = 5 + np.exp(1 + 1.2 * generator.standard_normal(len(users)))
+    lengths = np.minimum(lengths, model.config.max_len).astype(np.int64) + 2
+    offsets = np.concatenate(([0], lengths.cumsum()))
+    values = generator.integers(model.num_items, size=offsets[-1])
+    values[offsets[:-1]], values[offsets[1:] - 1] = model.token("cls"), model.token("sep")
+    values, offsets, users = (torch.from_numpy(part) for part in (values, offsets, users))
+    columns = {attribute.name: attribute.values[users] for attribute in attributes}
+    return JaggedBatch(values, offsets, users, int(lengths.max()), columns, size, pairs)
+
+
 def step_cost(graph: SocialGraph, options) -> float:
     """CPU milliseconds of forward + backward of the three objectives at D = 64, two layers."""
     model = UserModel(options.items, ModelConfig(dropout=0.3))
@@ -108,20 +130,12 @@ def step_cost(graph: SocialGraph, options) -> float:
     joint = JointObjective(Objectives(1.0, 0.3, 0.5), model, [region])
     sampler = FriendSampler(graph)
 
-    def batch(round: int) -> JaggedBatch:
-        generator = np.random.default_rng(round)
-        own = generator.choice(graph.num_users, options.batch_size, False)
-        users, pairs = sampler.pairs_at(own, 0, round)
-        lengths = np.minimum(5 + np.exp(1 + 1.2 * generator.standard_normal(len(users))), 30)
-        lengths = lengths.astype(np.int64) + 2
-        offsets = np.concatenate(([0], lengths.cumsum()))
-        values = generator.integers(options.items, size=offsets[-1])
-        values[offsets[:-1]], values[offsets[1:] - 1] = model.token("cls"), model.token("sep")
-        values, offsets, users = (torch.from_numpy(part) for part in (values, offsets, users))
-        columns = {"region": region.values[users]}
-        return JaggedBatch(values, offsets, users, int(lengths.max()), columns, len(own), pairs)
-
-    batches = [batch(round) for round in range(2)]
+    batches = [
+        social_batch(
+            model, sampler, [region], options.batch_size, np.random.default_rng(round), round
+        )
+        for round in range(2)
+    ]
 
     def step(round: int) -> None:
         total_loss(joint(model, batches[round % 2], Masking(), 0, round)).backward()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.bench import Entry
 from benchmarks.padded import item_loss, padded_states
-from benchmarks.relations import power_law_graph
+from benchmarks.relations import power_law_graph, social_batch
 from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.relations import FriendSampler
@@ -53,12 +53,14 @@ GRADIENT_LIMIT = {"float32": 1e-4}
 
 @dataclass
 class Problem:
-    """A model, its heads and one batch; the padded form and the optimisers are made when asked."""
+    """A model, its heads and one batch; the padded form and the optimisers are made when asked.
+    `compiled` is the padded loss that `torch.compile` made for the entry."""
 
     model: UserModel
     joint: JointObjective
     batch: JaggedBatch
     steps: dict[str, Callable] = field(default_factory=dict)
+    compiled: Callable | None = None
 
     @functools.cached_property
     def padded(self) -> "Padded":
@@ -114,16 +116,7 @@ def _problem(b: int, length: int, v: int, d: int, u: int) -> Problem:
     rating = EncodedAttribute("rating", torch.randn(u))
     joint = JointObjective(WEIGHTS, model, [region, rating])
     sampler = FriendSampler(power_law_graph(u, LINKS * u))
-    users, pairs = sampler.pairs_at(generator.choice(u, b, replace=False), SEED, STEP)
-    # Lengths as in the Yelp data: from 5, median 7, cut at L; [CLS] and [SEP] around the items.
-    lengths = np.minimum(5 + np.exp(1 + 1.2 * generator.standard_normal(len(users))), length)
-    lengths = lengths.astype(np.int64) + 2
-    offsets = np.concatenate(([0], lengths.cumsum()))
-    values = generator.integers(v, size=offsets[-1])
-    values[offsets[:-1]], values[offsets[1:] - 1] = model.token("cls"), model.token("sep")
-    values, offsets, users = (torch.from_numpy(part) for part in (values, offsets, users))
-    columns = {part.name: part.values[users] for part in (region, rating)}
-    batch = JaggedBatch(values, offsets, users, int(lengths.max()), columns, b, pairs)
+    batch = social_batch(model, sampler, [region, rating], b, generator, STEP)
     return Problem(model, joint, batch)
 
 
@@ -157,6 +150,7 @@ def implementations(entry: Entry, compiler: str = "inductor") -> dict[str, Calla
 
     def one(name: str) -> Callable:
         def step(problem: Problem) -> Tensor:
+            problem.compiled = compiled
             if name not in problem.steps:
                 problem.steps[name] = trained(problem, losses[name](problem))
             return problem.steps[name]()
@@ -168,7 +162,7 @@ def implementations(entry: Entry, compiler: str = "inductor") -> dict[str, Calla
 
 def errors(entry: Entry, inputs: tuple, results: dict) -> dict[str, dict[str, float]]:
     """Of the loss and of the gradients of all parameters, relative, without dropout: masks of
-    PyTorch's generator are others. torch.compile runs the eager code, so it has its error."""
+    PyTorch's generator are others."""
     (problem,) = inputs
 
     def gradients(loss: Callable, dtype: torch.dtype) -> list[Tensor]:
@@ -179,16 +173,17 @@ def errors(entry: Entry, inputs: tuple, results: dict) -> dict[str, dict[str, fl
         grads = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         return [value.detach(), *grads]
 
-    def padded(model, joint):
-        return padded_loss(model, joint, problem.padded, 0.0)
+    def padded(loss):
+        return lambda model, joint: loss(model, joint, problem.padded, 0.0)
 
-    exact = gradients(padded, torch.float64)
+    exact = gradients(padded(padded_loss), torch.float64)
     largest = max(grad.abs().max() for grad in exact[1:])
-    measured = {
-        "fastrec": gradients(lambda m, j: fastrec_loss(m, j, problem.batch), torch.float32),
-        "eager": gradients(padded, torch.float32),
+    losses = {
+        "fastrec": lambda model, joint: fastrec_loss(model, joint, problem.batch),
+        "eager": padded(padded_loss),
+        "torch.compile": padded(problem.compiled),
     }
-    measured["torch.compile"] = measured["eager"]
+    measured = {name: gradients(losses[name], torch.float32) for name in results}
     return {
         name: {
             "output_error": ((measured[name][0] - exact[0]).abs() / exact[0].abs()).item(),
