@@ -151,19 +151,19 @@ def recbole(source: Path, steps: int, folder: Path) -> tuple[Clock, int]:
 
 
 def main() -> None:
-    libraries = {"fastrec": fastrec, "rectools": rectools, "recbole": recbole}
+    packages = {"fastrec": fastrec, "rectools": rectools, "recbole": recbole}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", choices=libraries)
+    parser.add_argument("package", choices=packages)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     source = options.source.resolve()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # RecBole writes logs where it stands
-        clock, batches = libraries[options.library](source, options.steps, Path(folder))
+        clock, batches = packages[options.package](source, options.steps, Path(folder))
     wall, process = (median(times) for times in zip(*clock.steps[1:], strict=True))
     print(
-        f"{options.library}: {wall:.3f} s a step ({process:.3f} s of CPU), {batches} steps an"
+        f"{options.package}: {wall:.3f} s a step ({process:.3f} s of CPU), {batches} steps an"
         f" epoch, {batches * wall:,.0f} s an epoch"
     )
 
