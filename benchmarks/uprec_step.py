@@ -121,6 +121,8 @@ def _problem(b: int, length: int, v: int, d: int, u: int) -> Problem:
 
 
 def problem(entry: Entry, device: str = "cpu") -> tuple[Problem]:
+    if device != "cpu":
+        raise ValueError(f"uprec_step runs on a CPU, benchmarks/gpu/step.py is for {device}")
     return (_problem(*entry.sizes.values()),)
 
 
