@@ -93,10 +93,13 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "many_queries": (35 if interpret_small else 300, 2 * c, d),
         "width_1": (b, c, 1),
         "width_130": (b, c // 2, 130),
+        "width_300": (b, c // 2, 300),
         "full_tiles": (32, 32, 16) if interpret_small else (192, 384, 64),
     }
     for name, (rows, columns, width) in sizes.items():
-        yield sample(name, problem(name, rows, columns, width, fixed_temperature=math.sqrt(width)))
+        # Distances grow with the width, and p inherits their rounding.
+        temperature = math.sqrt(width) if width < 300 else float(width)
+        yield sample(name, problem(name, rows, columns, width, fixed_temperature=temperature))
     yield sample("one_pair", l2("one_pair", 1, 1))
     for reduction in ("mean", "none"):
         yield Sample(f"no_query_{reduction}", l2("none", 0, 3, reduction=reduction))

@@ -29,6 +29,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "fewer_candidates": (b, 3, d),
         "many": (40 if interpret_small else 300, 2 * c, d),
         "width_130": (b, c, 130),
+        "width_300": (b, c, 300),
         "full_tiles": (32, 64, 16) if interpret_small else (192, 384, 64),
     }
     for name, size in sizes.items():

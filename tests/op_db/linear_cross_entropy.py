@@ -54,6 +54,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "width_1": (n, v, 1),
         "width_64": (n, v, 64),
         "width_130": (n, v // 2, 130),
+        "width_300": (n, v // 2, 300),  # triton: beyond what a program holds
         "full_tiles": (64, 64, 16) if interpret_small else (128, 1024, 64),
         "many_items": (n, 3 * v, 16),
         # cpp stores the exponentials of 96 rows, of 32 rows, of none.

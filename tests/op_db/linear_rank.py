@@ -90,6 +90,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "one_row_one_item": (1, 1, 1),
         "width_64": (n, v, 64),
         "width_130": (n, v // 2, 130),
+        "width_300": (n, v // 2, 300),
         "full_tiles": (64, 128, 16) if interpret_small else (192, 1536, 64),
         # On cpp this is cut into ranges of items.
         "many_items": (n, 5 * v if interpret_small else 20011, 16),

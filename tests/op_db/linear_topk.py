@@ -48,6 +48,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "one_row_one_item": (1, 1, 1, 1),
         "width_64": (n, v, 64, 10),
         "width_130": (n, v // 2, 130, 10),
+        "width_300": (n, v // 2, 300, 10),
         "full_tiles": (64, 128, 16, 8) if interpret_small else (192, 1536, 64, 8),
         "best": (n, v, d, 1),
         # On cpp this is cut into ranges of items; on triton more tiles than k.

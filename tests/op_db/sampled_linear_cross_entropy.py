@@ -58,6 +58,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "width_1": (n, v, 1, k),
         "width_64": (n, v, 64, k),
         "width_130": (n, v, 130, k),
+        "width_300": (n, v, 300, k),
         "whole_lines": (n, v, 32, 64),
         "many_rows": (40 if interpret_small else 507, v, d, k),
         "many_negatives": (n, v, 16, 5 * k),
