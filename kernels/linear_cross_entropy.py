@@ -1,5 +1,5 @@
 """Tiles and launchers of the Triton kernels of `linear_cross_entropy`, which are in
-`linear_cross_entropy_sweeps`.
+`linear_cross_entropy_sweeps`, and for widths above 256 in `linear_cross_entropy_wide`.
 
 Legend: N rows, V items, D width.
 """
@@ -9,6 +9,7 @@ import math
 import torch
 import triton
 
+from fastrec.kernels import linear_cross_entropy_wide as wide
 from fastrec.kernels.linear_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
 from fastrec.kernels.tiles import allow_tf32, capability_of
 
@@ -35,29 +36,29 @@ TILES = {
 }
 
 
+WIDEST = max(TILES["half"])
+
+
 def _config(width: int, dtype: torch.dtype, table: torch.dtype, capability: int = 90) -> dict:
     """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor."""
-    if width > 256:  # in chunks of 64 columns, with the products of all chunks recomputed for each
-        warps = 8 if dtype == torch.float32 else 4  # 4 spill 8 bytes on sm_80; 8 do so in bf16
-        block_d, tiles = 64, ((32, 32, 4, 1), (32, 32, warps, 1))
-    else:
-        block_d = max(triton.next_power_of_2(width), 16)
-        kind = "float32" if dtype == torch.float32 else "half" if dtype == table else "mixed"
-        tiles = TILES[kind][max(block_d, 64)]
-    config = {}
+    precision = {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+    # float16 has 5 bits of exponent: p is kept near e^HEADROOM instead of near 1.
+    fwd, bwd = (4.5, 10.0) if dtype == torch.float16 else (0.0, 0.0)
+    config = {"fwd": {"HEADROOM": fwd, **precision}, "bwd": {"HEADROOM": bwd, **precision}}
+    if width > WIDEST:
+        return config
+    block_d = max(triton.next_power_of_2(width), 16)
+    kind = "float32" if dtype == torch.float32 else "half" if dtype == table else "mixed"
+    tiles = TILES[kind][max(block_d, 64)]
     for name, (block_n, block_v, warps, stages) in zip(("fwd", "bwd"), tiles, strict=True):
         if block_n == 128 and block_d == 256 and capability >= 100:
             block_n = 64  # 128 rows spill 120 bytes there
-        config[name] = {
+        config[name] |= {
             "BLOCK_N": block_n,
             "BLOCK_V": block_v,
             "BLOCK_D": block_d,
-            "CHUNKS": triton.cdiv(width, block_d),
             "num_warps": warps,
             "num_stages": stages,
-            # float16 has 5 bits of exponent: p is kept near e^HEADROOM instead of near 1.
-            "HEADROOM": {"fwd": 4.5, "bwd": 10.0}[name] if dtype == torch.float16 else 0.0,
-            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         }
     return config
 
@@ -92,6 +93,9 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_off
     offset = torch.empty(n if with_offset else 0, d, **vector)
     if n == 0:
         return lse, logit, offset
+    if d > WIDEST:
+        with torch.cuda.device_of(input):
+            return wide.forward(input, linear_weight, linear_bias, target, with_offset, config)
     _, order, count = _plan(target, v)
     processors = 1
     if input.is_cuda:
@@ -104,7 +108,7 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_off
     strides = (*input.stride(), *linear_weight.stride())
     strides += (0 if linear_bias is None else linear_bias.stride(0),)
     with torch.cuda.device_of(input):
-        _fwd_kernel[(slots, config["CHUNKS"] if with_offset else 1)](
+        _fwd_kernel[(slots,)](
             input, linear_weight, linear_bias, order, count, shift, sums, means,
             v, d, slots, *strides, WITH_MEAN=with_offset, **config,
         )  # fmt: skip
@@ -112,7 +116,7 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_off
         _combine_kernel[(triton.cdiv(n, block_r),)](
             input, linear_weight, linear_bias, target, order, count, shift, sums, means,
             lse, logit, offset, n, v, d, slots, *strides, BLOCK_R=block_r,
-            **{k: config[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D", "CHUNKS")},
+            **{k: config[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D")},
             WITH_MEAN=with_offset,
         )  # fmt: skip
     return lse, logit, offset
@@ -123,13 +127,7 @@ def linear_cross_entropy_bwd(
 ):
     config = _options(input, linear_weight)["bwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
-    grad_weight = linear_weight.new_empty(v, d)
-    grad_bias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(v)
-    by_item, order, count = _plan(target, v)
-    tiles = triton.cdiv(v, config["BLOCK_V"])
-    bounds = torch.arange(tiles + 1, device=input.device) * config["BLOCK_V"]
-    offsets = torch.searchsorted(by_item, bounds.clamp_max(v))
-    vectors = torch.stack([lse, grad_lse, grad_target_logit]).index_select(1, order)
+    vectors = torch.stack([lse, grad_lse, grad_target_logit])
     scale = torch.ones((), device=input.device)
     if input.dtype == torch.float16 and n > 0:
         # A power of two that brings the gradients of the rows to at most 1 (and back in the end).
@@ -138,11 +136,20 @@ def linear_cross_entropy_bwd(
         vectors[1:] /= scale
         vectors[2] *= math.exp(config["HEADROOM"])
         scale = scale * math.exp(-config["HEADROOM"])
+    if d > WIDEST:
+        with torch.cuda.device_of(input):
+            return wide.backward(input, linear_weight, linear_bias, target, vectors, scale, config)
+    grad_weight = linear_weight.new_empty(v, d)
+    grad_bias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(v)
+    by_item, order, count = _plan(target, v)
+    tiles = triton.cdiv(v, config["BLOCK_V"])
+    bounds = torch.arange(tiles + 1, device=input.device) * config["BLOCK_V"]
+    offsets = torch.searchsorted(by_item, bounds.clamp_max(v))
     with torch.cuda.device_of(input):
-        _bwd_kernel[(tiles, config["CHUNKS"])](
-            input.index_select(0, order), linear_weight, linear_bias, by_item, *vectors, offsets,
-            count, scale, grad_weight, grad_bias, v, d, *linear_weight.stride(),
-            0 if linear_bias is None else linear_bias.stride(0),
+        _bwd_kernel[(tiles,)](
+            input.index_select(0, order), linear_weight, linear_bias, by_item,
+            *vectors.index_select(1, order), offsets, count, scale, grad_weight, grad_bias,
+            v, d, *linear_weight.stride(), 0 if linear_bias is None else linear_bias.stride(0),
             **config,
         )  # fmt: skip
     return grad_weight, grad_bias

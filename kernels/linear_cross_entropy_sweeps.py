@@ -20,7 +20,6 @@ from fastrec.kernels.tiles import (
     join_means,
     join_sums,
     load_rows,
-    product_in_chunks,
     round_to,
     softmax_step,
     store_sums,
@@ -41,7 +40,7 @@ def _schedule(count, v, slots, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 def _fwd_kernel(
     x, w, bias, order, count, shift_out, sum_out, mean_out,
     v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs read the same items, so that a W tile comes from HBM once.
@@ -49,12 +48,10 @@ def _fwd_kernel(
     slot = tl.program_id(0)
     if slot >= blocks * ranges:
         return
-    own = tl.program_id(1) * BLOCK_D  # columns of W whose mean this program accumulates
     at = (slot % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = at < tl.load(count)
     row = tl.load(order + at, mask=live, other=0)
-    if CHUNKS == 1:
-        x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
+    x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
 
     shift = tl.full([BLOCK_N], -1e30, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -64,15 +61,9 @@ def _fwd_kernel(
     for first in range(begin, tl.minimum(begin + per_range * BLOCK_V, v), BLOCK_V):
         item = first + tl.arange(0, BLOCK_V)
         real = item < v
-        w_tile = load_rows(w, item, real, stride_wv, stride_wd, own, d, BLOCK_D)
+        w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
         w_tile = round_to(w_tile, x.dtype.element_ty)
-        if CHUNKS == 1:
-            s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
-        else:
-            s = product_in_chunks(
-                x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
-                x.dtype.element_ty, False, BLOCK_D, CHUNKS, PRECISION,
-            )  # fmt: skip
+        s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
         if bias is not None:
             b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
             s += b.to(tl.float32)[None, :]
@@ -84,7 +75,7 @@ def _fwd_kernel(
 
     place = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     store_sums(
-        shift_out, sum_out, mean_out, place, own, shift, total, rounded, mean, d, WITH_MEAN, BLOCK_D
+        shift_out, sum_out, mean_out, place, 0, shift, total, rounded, mean, d, WITH_MEAN, BLOCK_D
     )  # fmt: skip
 
 
@@ -93,7 +84,7 @@ def _combine_kernel(
     x, w, bias, target, order, count, shift_in, sum_in, mean_in, lse_out, logit_out, offset_out,
     n, v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNKS: tl.constexpr, WITH_MEAN: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
 ):  # fmt: skip
     """lse, target_logit and mean_offset of BLOCK_R rows; 0 for rows that are not scored."""
     blocks, ranges, _ = _schedule(count, v, slots, BLOCK_N, BLOCK_V)
@@ -106,22 +97,19 @@ def _combine_kernel(
     shift, total, rounded = join_sums(shift_in, sum_in, place, step, ranges, live, BLOCK_R)
 
     y = tl.load(target + row, mask=live, other=0)
-    logit = tl.zeros([BLOCK_R], tl.float32)
-    for c in range(CHUNKS):
-        x_tile = load_rows(x, row, live, stride_xn, stride_xd, c * BLOCK_D, d, BLOCK_D)
-        w_tile = load_rows(w, y, live, stride_wv, stride_wd, c * BLOCK_D, d, BLOCK_D)
-        w_tile = round_to(w_tile, x.dtype.element_ty)  # the value that forward multiplies
-        logit += tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
-        if WITH_MEAN:
-            col = c * BLOCK_D + tl.arange(0, BLOCK_D)
-            mean = join_means(
-                shift_in, mean_in, shift, place, step, ranges, live, c * BLOCK_D, d,
-                BLOCK_R, BLOCK_D,
-            )  # fmt: skip
-            offset = mean / rounded[:, None] - w_tile.to(tl.float32)
-            offset = tl.where(live[:, None], offset, 0.0)
-            keep = (at < n)[:, None] & (col < d)[None, :]
-            tl.store(offset_out + row[:, None] * d + col[None, :], offset, mask=keep)
+    x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
+    w_tile = load_rows(w, y, live, stride_wv, stride_wd, 0, d, BLOCK_D)
+    w_tile = round_to(w_tile, x.dtype.element_ty)  # the value that forward multiplies
+    logit = tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
+    if WITH_MEAN:
+        col = tl.arange(0, BLOCK_D)
+        mean = join_means(
+            shift_in, mean_in, shift, place, step, ranges, live, 0, d, BLOCK_R, BLOCK_D
+        )  # fmt: skip
+        offset = mean / rounded[:, None] - w_tile.to(tl.float32)
+        offset = tl.where(live[:, None], offset, 0.0)
+        keep = (at < n)[:, None] & (col < d)[None, :]
+        tl.store(offset_out + row[:, None] * d + col[None, :], offset, mask=keep)
     if bias is not None:
         logit += tl.load(bias + y * stride_b, mask=live, other=0.0).to(tl.float32)
 
@@ -135,17 +123,15 @@ def _combine_kernel(
 def _bwd_kernel(
     x, w, bias, target, lse, grad_lse, grad_logit, offsets, count, scale, grad_w, grad_bias,
     v, d, stride_wv, stride_wd, stride_b,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW and db of BLOCK_V items. x and the [N] vectors are contiguous, in the order of `_plan`."""
     tile = tl.program_id(0).to(tl.int64)
-    own = tl.program_id(1) * BLOCK_D
     item = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     real = item < v
-    if CHUNKS == 1:
-        w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
-        w_tile = round_to(w_tile, x.dtype.element_ty)
+    w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
+    w_tile = round_to(w_tile, x.dtype.element_ty)
     if bias is not None:
         b = tl.load(bias + item * stride_b, mask=real, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
@@ -158,14 +144,8 @@ def _bwd_kernel(
     for first in range(0, rows, BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         live = at < rows
-        x_tile = load_rows(x, at, live, d, 1, own, d, BLOCK_D)
-        if CHUNKS == 1:
-            s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
-        else:
-            s = product_in_chunks(
-                x, at, live, d, 1, w, item, real, stride_wv, stride_wd, d,
-                x.dtype.element_ty, True, BLOCK_D, CHUNKS, PRECISION,
-            )  # fmt: skip
+        x_tile = load_rows(x, at, live, d, 1, 0, d, BLOCK_D)
+        s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
         shift = tl.load(lse + at, mask=live, other=float("inf")) - HEADROOM
         if bias is not None:
             s += b[:, None]
@@ -181,13 +161,13 @@ def _bwd_kernel(
         acc = dot(round_to(p, x.dtype.element_ty), x_tile, acc, PRECISION)
 
     unit = tl.load(scale)
-    col = own + tl.arange(0, BLOCK_D)
+    col = tl.arange(0, BLOCK_D)
     keep = real[:, None] & (col < d)[None, :]
     tl.store(
         grad_w + item[:, None] * d + col[None, :],
         round_to(acc * unit, grad_w.dtype.element_ty),
         mask=keep,
     )
-    if bias is not None and own == 0:
+    if bias is not None:
         grad_b = round_to(acc_bias * unit, grad_bias.dtype.element_ty)
         tl.store(grad_bias + item, grad_b, mask=real)

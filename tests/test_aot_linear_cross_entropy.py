@@ -18,28 +18,56 @@ from aot import (
 )
 
 from fastrec.kernels import linear_cross_entropy as kernels
+from fastrec.kernels import linear_cross_entropy_wide as wide
 
 pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures and types are slow.
 CASES = [
     case(kernel, types, width, capability, plain=(capability, types) == (90, "bf16"))
-    for kernel in ("fwd", "combine", "bwd")
+    for kernel in ("fwd", "combine", "bwd", "softmax", "gradient")
     for types in TYPES
     for width in WIDTHS
+    if (kernel in ("softmax", "gradient")) == (width > kernels.WIDEST)
     for capability in SHARED_LIMIT
 ]
 
 
+def build_wide(kernel: str, types: str, width: int, capability: int) -> Binary:
+    """The same for the kernels between products; chunks hold a multiple of 16 items."""
+    dtype, table = TYPES[types]
+    config = kernels._config(width, dtype, table)["fwd" if kernel == "softmax" else "bwd"]
+    names = (
+        "scores",
+        "shift",
+        "sums",
+        "fade",
+        "logit",
+        "lse",
+        "grad_lse",
+        "grad_logit",
+        "bias_out",
+    )
+    arguments = dict.fromkeys(names, "*fp32:16") | config
+    arguments |= dict(bias=POINTER[table], target="*i64:16", p_out=POINTER[dtype], stride_b=1)
+    arguments |= dict(n="i32", first="i32", items="i32:16", WITH_MEAN=True, BLOCK=wide.BLOCK)
+    arguments |= dict(zip(("BLOCK_N", "BLOCK_V"), wide.TILE, strict=True))
+    function = getattr(wide, f"_{kernel}_kernel")
+    arguments = {name: arguments[name] for name in function.arg_names}
+    return compile_for(capability, function, arguments, num_warps=wide.WARPS[kernel])
+
+
 def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
+    if width > kernels.WIDEST:
+        return build_wide(kernel, types, width, capability)
     dtype, table = TYPES[types]
     x, w, vector, ids = POINTER[dtype], POINTER[table], "*fp32:16", "*i64:16"
     config = kernels._config(width, dtype, table, capability)["bwd" if kernel == "bwd" else "fwd"]
     options = take_options(config)
     if kernel == "combine":
         options = {}
-        config = {key: value for key, value in config.items() if "_" in key or key == "CHUNKS"}
+        config = {key: value for key, value in config.items() if "_" in key}
         config |= {"BLOCK_R": kernels._combine_rows(config["BLOCK_D"]), "WITH_MEAN": True}
     shared = dict(x=x, w=w, bias=None, count=ids, v="i32", d="i32:16", stride_wv="i32:16", **config)
     shared |= {"stride_wd": 1, "stride_b": "i32:16"}  # 0 without a bias
@@ -67,7 +95,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
 def test_no_spill(kernel, types, width, capability):
     binary = build(kernel, types, width, capability)
     binary.assert_fits(capability)
-    if capability == 90 and types != "fp32" and width <= 256 and kernel != "combine":
+    if capability == 90 and types != "fp32" and kernel in ("fwd", "bwd"):
         binary.assert_wgmma()
 
 

@@ -1,8 +1,13 @@
-"""Kernels that sum over rows: more blocks and programs than the small samples of op_db have."""
+"""Kernels with more blocks, programs and chunks than the small samples of op_db give them."""
 
 import pytest
 import torch
-from op_db import bias_gelu_dropout, dropout_add_layer_norm, jagged_embedding
+from op_db import (
+    bias_gelu_dropout,
+    dropout_add_layer_norm,
+    jagged_embedding,
+    linear_cross_entropy,
+)
 from op_db.case import TYPES
 from test_ops import check
 
@@ -36,6 +41,18 @@ def seen(function, results):
         return results[-1]
 
     return wrapper
+
+
+@pytest.mark.parametrize("types", TYPES[:1] + TYPES[2:], ids=str)
+@pytest.mark.parametrize("name", ["width_300", "width_300_everything", "width_300_extreme"])
+def test_triton_wide_table_of_several_chunks(name, types, monkeypatch):
+    from fastrec.kernels import linear_cross_entropy_wide as wide
+
+    monkeypatch.setattr(wide, "MOST", 7)
+    monkeypatch.setattr(wide, "BLOCK", 2)
+    monkeypatch.setattr(wide, "TILE", (4, 4))
+    assert len(wide._chunks(7, 45)) == 7
+    check(linear_cross_entropy.OP, name, "triton", "cpu", types)
 
 
 @pytest.mark.parametrize("before", [0, 5, 32])

@@ -49,6 +49,7 @@ LINEAR_CE = Measured(
         linear_ce_entry(4096, 1_000_000, 128, only=_NO_COMPILER),
         linear_ce_entry(4096, 1_000_000, 256, only=_NO_COMPILER),
         linear_ce_entry(4096, 100_000, 128),
+        linear_ce_entry(4096, 100_000, 512),  # beyond 256 fastrec stores the scores of a chunk
         linear_ce_entry(
             4096, 1_000_000, 64, case="peaked", only=("fastrec", "stored", "cce", "cce exact")
         ),

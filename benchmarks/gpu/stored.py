@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastrec.kernels.linear_cross_entropy_wide import product
 from fastrec.kernels.tiles import LOG2E, dot, load_rows, round_to
 
 BUFFER_BYTES = 9 * 2**30
@@ -58,11 +59,6 @@ def _exponentials(x: Tensor, w: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return out, sums.sum(0)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bfloat16 matrices, summed and returned in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
 class _Stored(torch.autograd.Function):
     """Mean loss; its gradients are computed with it, one chunk of rows at a time."""
 
@@ -84,8 +80,8 @@ class _Stored(torch.autograd.Function):
             total += (shift[part] + sums.log() - (wide[part] * target_rows[part]).sum(1)).sum()
             if grad_x is not None:
                 share = (1 / (n * sums))[:, None]
-                grad_x[part] = share * _product(e, w) - target_rows[part] / n
-                more = _product(e.t(), (share * wide[part]).to(x.dtype))
+                grad_x[part] = share * product(e, w) - target_rows[part] / n
+                more = product(e.t(), (share * wide[part]).to(x.dtype))
                 grad_w = more if grad_w is None else grad_w.add_(more)
         if grad_w is not None and grad_x is not None:
             grad_w.index_add_(0, y, wide, alpha=-1 / n)

@@ -153,6 +153,12 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         case["target"][n // 2] = -100
         yield Sample(name, case)
 
+    # The same arithmetic beyond what a triton program holds.
+    case = problem("width_300_everything", t, v, 300, rows=picked, **everything)
+    case["target"] = case["target"][:n].clone()
+    case["target"][n // 2] = -100
+    yield Sample("width_300_everything", case)
+
     # Reductions.
     yield Sample("sum", problem("sum", n, v, d, reduction="sum"))
     yield Sample("none", problem("none", n, v, d, reduction="none"))
@@ -164,15 +170,17 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     yield Sample("one_target", case | {"target": torch.full_like(case["target"], v - 1)})
 
     # Logits of +-1e4, exact in every dtype (small integers), so that they carry no rounding that
-    # differs between implementations: 2, then 1, then no item share the maximum.
-    for name, top in (("extreme_tied", 2), ("extreme_single", 1)):
-        case = problem(name, n, v, d, reduction="sum")
+    # differs between implementations: 2 items, 1 or all others share the maximum; a row is ignored.
+    extremes = (("extreme_tied", 2, d), ("extreme_single", 1, d), ("width_300_extreme", 2, 300))
+    for name, top, width in extremes:
+        case = problem(name, n, v, width, reduction="sum")
         x, w = torch.zeros_like(case["input"]), torch.zeros_like(case["linear_weight"])
         x[:, 0], w[:, 0] = 128.0, -80.0  # -10,240
         w[:top, 0] = 80.0
         x[1::2] *= -1  # these rows see the opposite sign: V - top items share the maximum
         target = torch.arange(n, device=device) % top
         target[1::2] = v - 1
+        target[3] = -100
         yield Sample(
             name,
             case | {"input": x, "linear_weight": w, "target": target},
