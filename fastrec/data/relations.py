@@ -30,6 +30,7 @@ class SocialPairs:
     exclude: (values int64 [E], offsets int64 [B + 1]), ascending positions of the candidates (of
         all processes) that are left out for each query.
     negatives: mean number of candidates that remain as negatives of a query.
+    real: (bool [B], bool [C]), the queries and candidates that are not padding; None: all.
     """
 
     query_rows: Tensor
@@ -40,12 +41,13 @@ class SocialPairs:
     candidate_profile: Tensor | None
     exclude: tuple[Tensor, Tensor]
     negatives: float
+    real: tuple[Tensor, Tensor] | None = None
 
     def to(self, device) -> "SocialPairs":
         def move(part):
             if isinstance(part, Tensor):
                 return part.to(device, non_blocking=True)
-            return (move(part[0]), move(part[1])) if part is self.exclude else part
+            return tuple(map(move, part)) if isinstance(part, tuple) else part
 
         return SocialPairs(**{name: move(part) for name, part in vars(self).items()})
 

@@ -1,7 +1,7 @@
 """The weighted sum of objectives that a stage trains (UPRec eq. 15), from one encoder pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,6 +50,28 @@ class Term(NamedTuple):
     weight: float
     loss: Tensor
     number: Tensor | int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch as the losses read it.
+
+    batch: before items were masked; columns hold the values that are predicted, missing ones
+        included (NaN or -1).
+    masked: int64 [T], its values with items masked.
+    rows, targets: int64 [N], the masked events and the items that stood there; -100 as a target
+        is not counted. Empty where no item is predicted.
+    """
+
+    batch: JaggedBatch
+    masked: Tensor
+    rows: Tensor
+    targets: Tensor
+
+
+def missing_value(column: Tensor) -> float:
+    """What stands in a column of attributes where a user has none."""
+    return float("nan") if column.is_floating_point() else -1
 
 
 class JointObjective(nn.Module):
@@ -106,14 +128,41 @@ class JointObjective(nn.Module):
         backend=None,
     ) -> list[Term]:
         """The terms of the loss: the sum of weight times loss, in one process."""
-        weights, terms = self.objectives, []
-        own = batch.own if batch.own is not None and not weights.friends_in_all else len(batch)
-        masked = batch
-        if self.masked_item is not None:
+        prepared = self.prepare(model, batch, masking, seed, step)
+        return self.losses(model, prepared, seed, step, backend)
+
+    def prepare(
+        self, model: UserModel, batch: JaggedBatch, masking: Masking, seed: int, step: int
+    ) -> Prepared:
+        """The batch with items masked. What depends on values, like the number of masked items, is
+        decided here; `losses` depends on shapes."""
+        if self.masked_item is None:
+            none = batch.values.new_empty(0)
+            masked, rows, targets = batch, none, none
+        else:
             masked, rows, targets = masking(batch, model, seed, step)
-            if own < len(batch):
-                kept = rows < batch.offsets[own]
-                rows, targets = rows[kept], targets[kept]
+        if batch.own is not None and not self.objectives.friends_in_all:
+            kept = rows < batch.offsets[batch.own]
+            rows, targets = rows[kept], targets[kept]
+            drawn = torch.arange(len(batch), device=rows.device) >= batch.own
+            columns = {
+                name: column.masked_fill(drawn, missing_value(column))
+                for name, column in batch.columns.items()
+            }
+            batch = replace(batch, columns=columns)
+        return Prepared(batch, masked.values, rows, targets)
+
+    def losses(
+        self,
+        model: UserModel,
+        prepared: Prepared,
+        seed: Tensor | int,
+        step: Tensor | int,
+        backend=None,
+    ) -> list[Term]:
+        weights, terms, batch = self.objectives, [], prepared.batch
+        rows, targets = prepared.rows, prepared.targets
+        masked = replace(batch, values=prepared.masked)
         states = model.encode(masked, Rng(seed, step))
         vectors = self.user_vectors(model, states, batch)
         if self.masked_item is not None:
@@ -122,9 +171,8 @@ class JointObjective(nn.Module):
             )
             terms.append(Term("masked_item", weights.masked_item, loss, len(rows)))
         if self.user_attribute is not None:
-            users = vectors[weights.attribute_pool][:own]
-            columns = {name: column[:own] for name, column in batch.columns.items()}
-            for loss, count in self.user_attribute(users, columns).values():
+            users = vectors[weights.attribute_pool]
+            for loss, count in self.user_attribute(users, batch.columns).values():
                 terms.append(Term("user_attribute", weights.user_attribute, loss, count))
         if self.social_relation is not None:
             loss = self.social_relation(vectors["max"], batch.pairs, backend=backend)

@@ -37,6 +37,9 @@ class SocialRelationDetection(nn.Module):
         """
         if pairs is None:
             raise ValueError("the batch has no pairs: give the loader a FriendSampler")
+        bias = None
+        if pairs.real is not None:
+            bias = torch.where(pairs.real[1], 0.0, -torch.inf)
         group, profile, counts = None, pairs.candidate_profile, pairs.candidates_per_rank
         if len(counts) > 1:
             group, before = (
@@ -50,12 +53,16 @@ class SocialRelationDetection(nn.Module):
             users[pairs.candidate_rows],
             similarity="weighted_l2",
             weight=self.weight,
+            candidate_bias=bias,
             positive=pairs.positive,
             query_group=pairs.query_profile,
             candidate_group=profile,
             exclude=pairs.exclude,
             group=group,
             candidates_per_rank=None if group is None else counts,
+            reduction="mean" if pairs.real is None else "none",
             backend=backend,
         )
+        if pairs.real is not None:
+            loss = (loss * pairs.real[0]).sum() / pairs.real[0].sum().clamp_min(1)
         return loss + 0.0 * self.bias

@@ -34,6 +34,8 @@ class Stage:
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
             one CPU process.
         backend: of the fused ops; None = native.
+        cuda_graph: replay forward and backward from CUDA graphs, batches padded to a budget. One
+            process on one GPU.
     """
 
     masking: Masking = field(default_factory=Masking)
@@ -53,6 +55,7 @@ class Stage:
     seed: int = 0
     devices: int | Literal["auto"] = "auto"
     backend: Literal["reference", "cpp", "triton"] | None = None
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)

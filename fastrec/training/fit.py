@@ -72,7 +72,7 @@ def fit(
 
     Raises:
         FileExistsError: `output` holds a run and `resume` is off. FileNotFoundError: nothing to
-        resume. ValueError: `last.ckpt` cannot be read.
+        resume. ValueError: `last.ckpt` cannot be read, or the stage cannot run as it says.
     """
     output = Path(output)
     checkpoint = output / "last.ckpt"
@@ -89,6 +89,8 @@ def fit(
             f"steps ({stage.steps}) must be a multiple of validate_every ({stage.validate_every}):"
             " the last steps would not be validated"
         )
+    if stage.cuda_graph:
+        _check_one_gpu(stage.devices)
     output.mkdir(parents=True, exist_ok=True)
     if first_process:
         text = json.dumps(dataclasses.asdict(recipe), indent=2)
@@ -171,6 +173,15 @@ def fit(
 def _next_version(folder: Path) -> int:
     versions = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*")]
     return max(versions, default=-1) + 1
+
+
+def _check_one_gpu(devices: int | str) -> None:
+    gpus = torch.cuda.device_count()
+    used = gpus if devices == "auto" else min(int(devices), gpus)
+    if used != 1:
+        raise ValueError(
+            f"cuda_graph needs one process on one GPU: devices is {devices}, {gpus} GPUs are here"
+        )
 
 
 def _check_checkpoint(path: Path) -> None:

@@ -9,6 +9,7 @@ from fastrec.data.loader import SequenceLoader
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.training.config import Stage
+from fastrec.training.graphed import GraphedObjective
 
 VALIDATION_BATCH = 512
 
@@ -35,6 +36,7 @@ class StageModule(lightning.LightningModule):
         self.model, self.stage, self.loader, self.evaluator = model, stage, loader, evaluator
         self.objective = objective
         self.validation_scores: list[torch.Tensor] = []
+        self.graphed: GraphedObjective | None = None
 
     def train_dataloader(self):
         self.loader.set_step(self.trainer.global_step)
@@ -47,11 +49,21 @@ class StageModule(lightning.LightningModule):
         rows = [(start, min(start + VALIDATION_BATCH, count)) for start in starts]
         return torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
 
+    def on_fit_start(self):
+        stage = self.stage
+        if stage.cuda_graph:
+            self.graphed = GraphedObjective(
+                self.model, self.objective, stage.masking, stage.seed, stage.backend
+            )
+
     def training_step(self, batch, batch_index):
         stage = self.stage
-        terms = self.objective(
-            self.model, batch, stage.masking, stage.seed, self.global_step, backend=stage.backend
-        )
+        if self.graphed is not None:
+            terms = self.graphed(batch, self.global_step)
+        else:
+            terms = self.objective(
+                self.model, batch, stage.masking, stage.seed, self.global_step, stage.backend
+            )
         loss = total_loss(terms, self.trainer.world_size)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         parts: dict[str, torch.Tensor] = {}
@@ -78,7 +90,9 @@ class StageModule(lightning.LightningModule):
         self.log("valid", metrics[self.stage.monitor], prog_bar=True, logger=False)
 
     def transfer_batch_to_device(self, batch, device, dataloader_index):
-        return batch.to(device) if hasattr(batch, "to") else batch
+        if self.graphed is not None or not hasattr(batch, "to"):
+            return batch  # a graph takes it from the host
+        return batch.to(device)
 
     def configure_optimizers(self):
         stage = self.stage

@@ -1,0 +1,248 @@
+"""Forward and backward of a training step as CUDA graphs, for batches of any size.
+
+A graph replays kernels of fixed shapes. So a batch is padded to a capacity, a budget of events,
+sequences, masked rows, queries and candidates, in a way that changes no loss: further sequences of
+special tokens, which are masked, pooled and predicted nowhere. The capacity has room for batches a
+tenth larger than those seen; one that does not fit is captured anew.
+
+Legend: S sequences, T events, N masked rows, Q queries, C candidates, E exclusions.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.relations import SocialPairs
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.joint import JointObjective, Prepared, Term, missing_value
+from fastrec.objectives.masked_item import Masking
+
+MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Sizes that padded batches have, but for the sequences that hold the padding."""
+
+    sequences: int
+    events: int
+    rows: int
+    queries: int = 0
+    candidates: int = 0
+    excluded: int = 0
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> "Capacity":
+        """What a batch needs: an event more than it has, so that no sequence begins after the end,
+        a query more, which has the spare exclusions, and a candidate where there is none."""
+        batch, pairs = prepared.batch, prepared.batch.pairs
+        own = (len(batch), len(batch.values) + 1, len(prepared.rows))
+        if pairs is None:
+            return cls(*own)
+        candidates = max(len(pairs.candidate_rows), 1)
+        return cls(*own, len(pairs.positive) + 1, candidates, len(pairs.exclude[0]))
+
+    def holds(self, other: "Capacity") -> bool:
+        return all(a >= b for a, b in zip(*map(dataclasses.astuple, (self, other)), strict=True))
+
+    def with_room_for(self, other: "Capacity") -> "Capacity":
+        both = zip(*map(dataclasses.astuple, (self, other)), strict=True)
+        return Capacity(*(max(a, int(b * MARGIN)) for a, b in both))
+
+
+def _to(tensor: Tensor, size: int, value: float) -> Tensor:
+    return F.pad(tensor, (0, size - len(tensor)), value=value)
+
+
+def padded(prepared: Prepared, capacity: Capacity, length: int, filler: int) -> Prepared:
+    """The batch in the sizes of `capacity`: same losses, same gradients.
+
+    length: of the longest sequence that the encoder takes. filler: a special token. The batch is
+    on the host and of one process.
+    """
+    batch, events = prepared.batch, len(prepared.batch.values)
+    full, rest = divmod(capacity.events - events, length)
+    sequences = capacity.sequences + -(-capacity.events // length)
+    added = batch.offsets.new_zeros(sequences - len(batch))
+    added[len(added) - full :] = length  # empty ones first: none begins where the events end
+    added[len(added) - full - 1] = rest
+    offsets = torch.cat([batch.offsets, events + added.cumsum(0)])
+    columns = {
+        name: _to(column, sequences, missing_value(column))
+        for name, column in batch.columns.items()
+    }
+    return Prepared(
+        JaggedBatch(
+            _to(batch.values, capacity.events, filler),
+            offsets,
+            _to(batch.sample_ids, sequences, 0),
+            length,
+            columns,
+            pairs=None if batch.pairs is None else _padded_pairs(batch.pairs, capacity),
+        ),
+        _to(prepared.masked, capacity.events, filler),
+        _to(prepared.rows, capacity.rows, 0),
+        _to(prepared.targets, capacity.rows, -100),
+    )
+
+
+def _padded_pairs(pairs: SocialPairs, capacity: Capacity) -> SocialPairs:
+    queries, candidates = len(pairs.positive), len(pairs.candidate_rows)
+    listed, offsets = pairs.exclude
+    # The spare exclusions are shared by the padding: one long list would be walked by one program.
+    share = torch.linspace(
+        len(listed), capacity.excluded, capacity.queries + 1 - queries, dtype=torch.float64
+    )
+    place = torch.arange(capacity.candidates)
+
+    def profiles(ids: Tensor | None, size: int) -> Tensor | None:
+        return None if ids is None else _to(ids, size, -1)
+
+    return SocialPairs(
+        query_rows=_to(pairs.query_rows, capacity.queries, 0),
+        candidate_rows=_to(pairs.candidate_rows, capacity.candidates, 0),
+        positive=_to(pairs.positive, capacity.queries, 0),
+        candidates_per_rank=(capacity.candidates,),
+        query_profile=profiles(pairs.query_profile, capacity.queries),
+        candidate_profile=profiles(pairs.candidate_profile, capacity.candidates),
+        exclude=(
+            _to(listed, capacity.excluded, 0),
+            torch.cat([offsets[:-1], share.long()]),
+        ),
+        negatives=0.0,  # of the batch; one number would be captured
+        # Candidate 0 is the friend of all padding, so it exists.
+        real=(torch.arange(capacity.queries) < queries, place < max(candidates, 1)),
+    )
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """The tensors in dataclasses, dicts and tuples, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _leaves(getattr(value, field.name))
+    elif isinstance(value, (dict, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+
+
+def _with_leaves(value: Any, leaves: Iterator[Tensor]) -> Any:
+    """`value` with its tensors taken from `leaves`."""
+    if isinstance(value, Tensor):
+        return next(leaves)
+    if is_dataclass(value):
+        parts = {f.name: _with_leaves(getattr(value, f.name), leaves) for f in fields(value)}
+        return replace(value, **parts)  # type: ignore[type-var]
+    if isinstance(value, dict):
+        return {name: _with_leaves(part, leaves) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_with_leaves(part, leaves) for part in value)
+    return value
+
+
+def _packed(inputs: Any) -> list[Tensor]:
+    """One vector per dtype: few copies to the device."""
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for leaf in _leaves(inputs):
+        by_type.setdefault(leaf.dtype, []).append(leaf.flatten())
+    return [torch.cat(parts) for parts in by_type.values()]
+
+
+def _unpacked(template: Any, packs: tuple[Tensor, ...]) -> Any:
+    """Inverse of `_packed`, as views; shapes and what is no tensor are those of `template`."""
+    by_type = {pack.dtype: pack for pack in packs}
+    begin = dict.fromkeys(by_type, 0)
+
+    def parts() -> Iterator[Tensor]:
+        for leaf in _leaves(template):
+            at = begin[leaf.dtype]
+            begin[leaf.dtype] = at + leaf.numel()
+            yield by_type[leaf.dtype][at : at + leaf.numel()].view(leaf.shape)
+
+    return _with_leaves(template, parts())
+
+
+class _Losses(nn.Module):
+    """The losses as a function of tensors: what is captured."""
+
+    def __init__(self, model: UserModel, objective: JointObjective, template: tuple, backend):
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.template, self.backend = template, backend
+        self.terms: list[Term] = []
+
+    def forward(self, *packs: Tensor) -> Tensor:
+        prepared, (seed, step) = _unpacked(self.template, packs)
+        terms = self.objective.losses(self.model, prepared, seed, step, self.backend)
+        self.terms = [term._replace(loss=term.loss.detach(), number=1) for term in terms]
+        return torch.stack([term.loss.float() for term in terms])
+
+
+def cuda_graph(losses: _Losses, packs: list[Tensor]) -> Callable:
+    """`losses` as a pair of graphs, forward and backward."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    # What autocast keeps between calls would be gone when the graph is replayed.
+    with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+        return torch.cuda.make_graphed_callables(losses, tuple(packs), allow_unused_input=True)
+
+
+class GraphedObjective:
+    """`JointObjective` with forward and backward replayed from CUDA graphs.
+
+    Items are masked on the host, where nothing waits for the device, and seed and step are inputs
+    of the graph: a replay draws the masks of its step. Gradients are those of the same batch
+    without padding, up to the order of sums.
+
+    Args:
+        model, objective: on a CUDA device. Their parameters may be updated in place.
+        masking, seed, backend: as in `JointObjective.forward`.
+        capture: makes the callable that is kept while batches fit; another one than `cuda_graph`
+            in tests.
+    """
+
+    def __init__(
+        self,
+        model: UserModel,
+        objective: JointObjective,
+        masking: Masking,
+        seed: int,
+        backend=None,
+        capture: Callable[[_Losses, list[Tensor]], Callable] = cuda_graph,
+    ):
+        self.model, self.objective, self.masking, self.seed = model, objective, masking, seed
+        self.backend, self.capture = backend, capture
+        self.capacity = Capacity(0, 0, 0)
+        self.captures = 0
+        self._losses: _Losses | None = None
+        self._call: Callable | None = None
+
+    def __call__(self, batch: JaggedBatch, step: int) -> list[Term]:
+        """The terms of a batch on the host. Call backward of their sum before the next call."""
+        prepared = self.objective.prepare(self.model, batch, self.masking, self.seed, step)
+        need = Capacity.of(prepared)
+        if not self.capacity.holds(need):
+            self.capacity = self.capacity.with_room_for(need)
+            self._losses = self._call = None  # frees the memory of the old graph
+        length = self.model.encoder.positions.num_embeddings
+        filler = self.model.token("mask")
+        words = (torch.tensor(self.seed), torch.tensor(step))
+        inputs = (padded(prepared, self.capacity, length, filler), words)
+        device = self.model.item_embedding.weight.device
+        packs = _packed(inputs)
+        if device.type == "cuda":
+            packs = [pack.pin_memory().to(device, non_blocking=True) for pack in packs]
+        if self._call is None or self._losses is None:
+            self._losses = _Losses(self.model, self.objective, inputs, self.backend)
+            self._call = self.capture(self._losses, packs)
+            self.captures += 1
+        losses = self._call(*packs)
+        return [
+            term._replace(loss=loss) for term, loss in zip(self._losses.terms, losses, strict=True)
+        ]
