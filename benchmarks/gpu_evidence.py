@@ -33,6 +33,7 @@ SHARES = {
     "rank_topk": 3,
     "sampled": 2,
     "step": 6,
+    "uprec_step": 5,
     "memory": 2,
     "graphs": 2,
     "compile": 3,
@@ -53,13 +54,14 @@ def make_importable() -> None:
 
 
 def functions() -> dict[str, Callable]:
-    from benchmarks.gpu import checks, ops, probe, programs, step, tune
+    from benchmarks.gpu import checks, ops, probe, programs, step, tune, uprec
     from benchmarks.gpu.cases import MEASURED
 
     table = {
         "probe": probe.probe,
         "test": programs.test,
         "step": step.step,
+        "uprec_step": uprec.uprec_step,
         "memory": ops.memory,
         "graphs": checks.graphs,
         "compile": checks.compile,

@@ -89,6 +89,8 @@ def test_every_section_runs(everything):
         "padded eager", "padded torch.compile", "reference", "fastrec", "fastrec in a CUDA graph",
     }  # fmt: skip
     assert step["implementations"]["fastrec"]["kernels"]["largest"]
+    uprec = sections["uprec_step"]["rows"]["UPRec, tiny"]
+    assert uprec["difference"] < 1e-3 and len(uprec["implementations"]) == 4
     assert any(row["seeded"] for row in sections["graphs"]["rows"].values())
     assert sections["test"]["rows"]["tests/test_ops.py"]["counts"]["PASSED"] > 0
     checked = sections["sanitize"]["rows"]

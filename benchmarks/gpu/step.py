@@ -28,7 +28,6 @@ from fastrec.data.corruptions import mask_items
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.random import Rng
 
-TABLE = ("padded eager", "padded torch.compile", "reference", "fastrec", "fastrec in a CUDA graph")
 NEVER = -100  # target of a position that is not scored
 
 
@@ -179,18 +178,14 @@ def _difference(model: UserModel, batch: Batch) -> float:
     return ((padded - jagged).abs() / padded.abs()).item()
 
 
-def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
-    torch.manual_seed(0)
-    torch._dynamo.reset()  # static shapes again, not the dynamic ones of a second size
-    config = ModelConfig(width=sizes.width, max_len=sizes.length, use_cls=False, use_sep=False)
-    model = UserModel(sizes.items, config).to(context.device)
-    batch = batch_of(sizes, model, context.device)
-    difference = _difference(model, batch)
-    if not difference < 1e-4:
-        return {"failed": f"the losses of both encoders differ by {difference:.2g}"}
-    steps, rows, taken = _steps(sizes, model, batch, context), {}, {}
-    for name in TABLE:
-        why = context.announce(sizes.name, name) or ("out of time" if context.over() else None)
+def timed(
+    key: str, steps: dict[str, Callable], context: Context, clock: Clock, rounds: int
+) -> dict[str, dict]:
+    """Rows of `steps`, timed in turn after two steps of each; the kernels of "fastrec"."""
+    rows: dict[str, dict] = {}
+    taken: dict[str, list[float]] = {}
+    for name in steps:
+        why = context.announce(key, name) or ("out of time" if context.over() else None)
         try:
             if not why:
                 for _ in range(2):
@@ -200,7 +195,7 @@ def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
             rows[name] = context.rescue(error)
         if why:
             rows[name] = {"failed": why}
-    context.announce(sizes.name, "times")
+    context.announce(key, "times")
     for done in range(rounds):
         if done >= 3 and context.over():
             break
@@ -209,7 +204,7 @@ def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
     for name, times in taken.items():
         rows[name]["step"] = spread(times)
     if "fastrec" in taken:
-        context.announce(sizes.name, "kernels")
+        context.announce(key, "kernels")
         ours = rows["fastrec"]["step"]["median"]
         for name in taken:
             rows[name]["ratio"] = rows[name]["step"]["median"] / ours
@@ -217,13 +212,26 @@ def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
             rows["fastrec"]["kernels"] = _kernels(steps["fastrec"], context.cuda)
         except Exception as error:
             rows["fastrec"]["kernels"] = context.rescue(error)
+    return rows
+
+
+def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # static shapes again, not the dynamic ones of a second size
+    config = ModelConfig(width=sizes.width, max_len=sizes.length, use_cls=False, use_sep=False)
+    model = UserModel(sizes.items, config).to(context.device)
+    batch = batch_of(sizes, model, context.device)
+    difference = _difference(model, batch)
+    if not difference < 1e-4:
+        return {"failed": f"the losses of both encoders differ by {difference:.2g}"}
+    steps = _steps(sizes, model, batch, context)
     return {
         "sequences": sizes.sequences,
         "events": len(batch.jagged.values),
         "masked": len(batch.rows),
         "items": sizes.items,
         "loss_difference": difference,
-        "implementations": rows,
+        "implementations": timed(sizes.name, steps, context, clock, rounds),
     }
 
 
