@@ -15,7 +15,7 @@ from op_db.case import TYPES, excess, gradients, outputs_of, promote, run
 from fastrec.backend import BACKENDS, unavailable_reason
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-FLOAT32, FLOAT64 = TYPES[0], TYPES[1]
+FLOAT32, FLOAT64, MIXED = TYPES[0], TYPES[1], TYPES[4]
 
 pytestmark = pytest.mark.op_case
 
@@ -335,11 +335,10 @@ def test_same_bits_for_any_number_of_threads(op, backend, device, types, name):
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    cases(
-        types=[t for t in TYPES if t.name in ("float32", "bfloat16_input_float32_table")],
-        backends=("reference", "cpp"),
-        only=representative,
-    ),
+    [
+        *cases(types=(FLOAT32,), backends=("reference",), only=representative),
+        *cases(types=(FLOAT32, MIXED), backends=("cpp",), only=representative),
+    ],
 )
 def test_compile_without_graph_break(op, backend, device, types, name):
     if backend not in op.compiles:
