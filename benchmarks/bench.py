@@ -42,6 +42,7 @@ OPS = (
     "linear_topk",
     "sampled_linear_cross_entropy",
     "in_batch_cross_entropy",
+    "in_batch_hardest",
     "jagged_attention",
     "uprec_step",
 )
