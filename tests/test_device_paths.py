@@ -11,12 +11,14 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 
 import pytest
 import torch
 from op_db import OPS
 from op_db.case import TYPES, run
 
+import fastrec.kernels
 from fastrec.random import Rng, draws, dropout_arguments, keep_mask
 
 pytest.importorskip("triton")
@@ -52,8 +54,9 @@ class Recorder:
 def launches(monkeypatch):
     """Names of the kernels launched; backend "triton" on meta tensors reaches the launchers."""
     seen: list = []
+    names = [found.name for found in pkgutil.iter_modules(fastrec.kernels.__path__)]
     # All of them first: one imports kernels of another, which must not be recorders by then.
-    for kernels in [importlib.import_module(f"fastrec.kernels.{op.name}") for op in WITH_KERNELS]:
+    for kernels in [importlib.import_module(f"fastrec.kernels.{name}") for name in names]:
         for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
             monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), seen))
     monkeypatch.setattr("fastrec.backend.interpreting", lambda: True)
