@@ -86,13 +86,13 @@ def render(results: dict, op: str) -> str:
         f" more than {SLOW:.0f} s is called once, without a separate forward. Extra memory: peak"
         " beyond the inputs, gradients included. Errors are relative to float64: max |error| / max"
         " |exact|. GFLOP/s: operations of the mathematical function, recomputation not counted."
-        f" {_machine(results)}"
+        f" {_machine(results, op)}"
     )
     return "\n\n".join(parts)
 
 
-def _machine(results: dict) -> str:
-    env = results["environment"]
+def _machine(results: dict, op: str) -> str:
+    env = results["environments"][op]
     return (
         f"{env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads, torch {env['torch']},"
         f" {env['date']}."
@@ -130,7 +130,7 @@ def summary(results: dict, op: str) -> str:
         "Ratios: time of the peer / time of fastrec, alternating in one process on the same inputs."
         f" Extra memory: peak beyond the inputs, gradients included; in brackets the size of the"
         f" {stored}, which a plain implementation stores. Errors against float64."
-        f" {_machine(results)}"
+        f" {_machine(results, op)}"
     )
     return "\n".join(lines)
 
@@ -161,10 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--render", action="store_true", help="measure nothing, tables from output")
     parser.add_argument("--table-root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    results: dict = {"environment": environment(), "ops": {}}
+    results: dict = {"environments": {}, "ops": {}}
     if arguments.output and arguments.output.exists():
         previous = json.loads(arguments.output.read_text())
-        results["ops"] = previous["ops"]
+        results |= {key: previous[key] for key in ("environments", "ops")}
         if arguments.render:
             results = previous
     if not (arguments.render or arguments.smoke):
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         print(entry.key, flush=True)
         results["ops"].setdefault(entry.op, {})[entry.key] = measured(entry, arguments)
+        results["environments"][entry.op] = environment()
         if arguments.output:  # after every entry: an interrupted run keeps what it has
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")

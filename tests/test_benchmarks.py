@@ -37,8 +37,10 @@ def output(tmp_path_factory):
 
 def test_smoke(output):
     results = json.loads(output.read_text())
-    assert {"cpu", "flags", "threads", "torch", "date"} <= set(results["environment"])
-    assert not str(results["environment"]).count("/"), "no machine paths"
+    assert set(results["environments"]) == set(OPS)
+    for found in results["environments"].values():
+        assert {"cpu", "flags", "threads", "torch", "date"} <= set(found)
+        assert not str(found).count("/"), "no machine paths"
     assert set(results["ops"]) == set(OPS)
     everything = results["ops"]["linear_cross_entropy"]["N=33 V=257 D=16 float32 flat"]
     assert {"fastrec", "eager", "torch.compile", "reference"} <= set(everything)
