@@ -105,10 +105,12 @@ def fastrec_loss(model: UserModel, joint: JointObjective, batch: JaggedBatch) ->
     return total_loss(joint(model, batch, MASKING, SEED, STEP))
 
 
-@functools.lru_cache(maxsize=2)
-def _problem(b: int, length: int, v: int, d: int, u: int) -> Problem:
+def setting(
+    b: int, length: int, v: int, d: int, u: int, batches: int = 1, layers: int = 2
+) -> tuple[UserModel, JointObjective, list[JaggedBatch]]:
+    """A model, its heads and the batches of the first steps."""
     torch.manual_seed(0)
-    config = ModelConfig(width=d, max_len=length, dropout=P)
+    config = ModelConfig(width=d, layers=layers, max_len=length, dropout=P)
     model, generator = UserModel(v, config), np.random.default_rng(0)
     region = EncodedAttribute(
         "region", torch.from_numpy(generator.integers(6, size=u)), tuple("nesw-o")
@@ -116,13 +118,22 @@ def _problem(b: int, length: int, v: int, d: int, u: int) -> Problem:
     rating = EncodedAttribute("rating", torch.randn(u))
     joint = JointObjective(WEIGHTS, model, [region, rating])
     sampler = FriendSampler(power_law_graph(u, LINKS * u))
-    batch = social_batch(model, sampler, [region, rating], b, generator, STEP)
+    made = [
+        social_batch(model, sampler, [region, rating], b, generator, step)
+        for step in range(STEP, STEP + batches)
+    ]
+    return model, joint, made
+
+
+@functools.lru_cache(maxsize=2)
+def _problem(*sizes: int) -> Problem:
+    model, joint, (batch,) = setting(*sizes)
     return Problem(model, joint, batch)
 
 
 def problem(entry: Entry, device: str = "cpu") -> tuple[Problem]:
     if device != "cpu":
-        raise ValueError(f"uprec_step runs on a CPU, benchmarks/gpu/step.py is for {device}")
+        raise ValueError(f"uprec_step runs on a CPU, benchmarks/gpu/uprec.py is for {device}")
     return (_problem(*entry.sizes.values()),)
 
 

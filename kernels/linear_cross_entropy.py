@@ -88,14 +88,14 @@ def _plan(target: torch.Tensor, items: int) -> tuple[torch.Tensor, torch.Tensor,
 def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_offset):
     config = _options(input, linear_weight)["fwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
+    if d > WIDEST and n > 0:
+        with torch.cuda.device_of(input):
+            return wide.forward(input, linear_weight, linear_bias, target, with_offset, config)
     vector = {"dtype": torch.float32, "device": input.device}
     lse, logit = torch.empty(n, **vector), torch.empty(n, **vector)
     offset = torch.empty(n if with_offset else 0, d, **vector)
     if n == 0:
         return lse, logit, offset
-    if d > WIDEST:
-        with torch.cuda.device_of(input):
-            return wide.forward(input, linear_weight, linear_bias, target, with_offset, config)
     _, order, count = _plan(target, v)
     processors = 1
     if input.is_cuda:

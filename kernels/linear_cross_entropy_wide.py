@@ -145,10 +145,10 @@ def forward(input, linear_weight, linear_bias, target, with_offset, options):
 def backward(input, linear_weight, linear_bias, target, vectors, scale, options):
     """As `linear_cross_entropy_bwd`, the gradients of the rows in `vectors` divided by `scale`."""
     (n, d), v = input.shape, linear_weight.shape[0]
-    grad_weight = linear_weight.new_zeros(v, d)
-    grad_bias = vectors.new_empty(0) if linear_bias is None else linear_bias.new_zeros(v)
+    grad_weight = linear_weight.new_empty(v, d)
+    grad_bias = vectors.new_empty(0) if linear_bias is None else linear_bias.new_empty(v)
     if n == 0:
-        return grad_weight, grad_bias
+        return grad_weight.zero_(), grad_bias.zero_()
     block_n, block_v = TILE
     blocks = triton.cdiv(n, block_n)
     for part in _chunks(n, v):

@@ -37,18 +37,8 @@ def build_wide(kernel: str, types: str, width: int, capability: int) -> Binary:
     """The same for the kernels between products; chunks hold a multiple of 16 items."""
     dtype, table = TYPES[types]
     config = kernels._config(width, dtype, table)["fwd" if kernel == "softmax" else "bwd"]
-    names = (
-        "scores",
-        "shift",
-        "sums",
-        "fade",
-        "logit",
-        "lse",
-        "grad_lse",
-        "grad_logit",
-        "bias_out",
-    )
-    arguments = dict.fromkeys(names, "*fp32:16") | config
+    vectors = ["shift", "sums", "fade", "logit", "lse", "grad_lse", "grad_logit"]
+    arguments = dict.fromkeys(["scores", *vectors, "bias_out"], "*fp32:16") | config
     arguments |= dict(bias=POINTER[table], target="*i64:16", p_out=POINTER[dtype], stride_b=1)
     arguments |= dict(n="i32", first="i32", items="i32:16", WITH_MEAN=True, BLOCK=wide.BLOCK)
     arguments |= dict(zip(("BLOCK_N", "BLOCK_V"), wide.TILE, strict=True))

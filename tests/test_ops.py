@@ -335,10 +335,7 @@ def test_same_bits_for_any_number_of_threads(op, backend, device, types, name):
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    [
-        *cases(types=(FLOAT32,), backends=("reference",), only=representative),
-        *cases(types=(FLOAT32, MIXED), backends=("cpp",), only=representative),
-    ],
+    cases(types=(FLOAT32, MIXED), backends=("reference", "cpp"), only=representative),
 )
 def test_compile_without_graph_break(op, backend, device, types, name):
     if backend not in op.compiles:

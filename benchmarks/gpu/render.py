@@ -148,8 +148,8 @@ def table(stored: dict, section: str) -> str:
     found = stored.get("sections", {}).get(section)
     if not found or not found["rows"]:
         return f"No GPU has been measured in section `{section}` yet."
-    rows, known = found["rows"], {"probe": _probe, "memory": _memory}
-    known |= {"step": _step, "uprec_step": _step}
+    rows = found["rows"]
+    known = {"probe": _probe, "step": _step, "uprec_step": _step, "memory": _memory}
     if section in MEASURED:
         text = _measured(section, rows)
     elif section.startswith("tune"):

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +21,8 @@ from benchmarks import uprec_step as cpu
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.step import timed, trainer
-from benchmarks.relations import power_law_graph, social_batch
-from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.relations import FriendSampler
-from fastrec.nn.user_model import ModelConfig, UserModel
-from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.objectives.joint import total_loss
 from fastrec.training.graphed import GraphedObjective, cuda_graph
 
 
@@ -53,25 +48,6 @@ TINY = (Sizes("UPRec, tiny", 3, 4, 50, 16, 40, batches=2, layers=1),)
 def _capture(context: Context) -> Callable:
     """Without CUDA the captured function itself."""
     return cuda_graph if context.cuda else lambda losses, packs: losses
-
-
-def _problem(sizes: Sizes) -> tuple[nn.ModuleList, list[JaggedBatch]]:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        width=sizes.width, layers=sizes.layers, max_len=sizes.length, dropout=cpu.P
-    )
-    model, generator = UserModel(sizes.items, config), np.random.default_rng(0)
-    region = torch.from_numpy(generator.integers(6, size=sizes.graph))
-    attributes = [
-        EncodedAttribute("region", region, tuple("nesw-o")),
-        EncodedAttribute("rating", torch.randn(sizes.graph)),
-    ]
-    sampler = FriendSampler(power_law_graph(sizes.graph, cpu.LINKS * sizes.graph))
-    batches = [
-        social_batch(model, sampler, attributes, sizes.users, generator, step)
-        for step in range(sizes.batches)
-    ]
-    return nn.ModuleList([model, JointObjective(cpu.WEIGHTS, model, attributes)]), batches
 
 
 def _eager(modules: nn.ModuleList, batch: JaggedBatch, step: int, device: str) -> Tensor:
@@ -112,7 +88,16 @@ def _padded(modules: nn.ModuleList, batch: JaggedBatch, device: str) -> cpu.Padd
 
 def _measure(sizes: Sizes, context: Context, clock: Clock, rounds: int) -> dict:
     torch._dynamo.reset()
-    modules, batches = _problem(sizes)
+    model, joint, batches = cpu.setting(
+        sizes.users,
+        sizes.length,
+        sizes.items,
+        sizes.width,
+        sizes.graph,
+        sizes.batches,
+        sizes.layers,
+    )
+    modules = nn.ModuleList([model, joint])
     padded = [_padded(modules, batch, context.device) for batch in batches]
     modules.to(context.device)
     difference = _difference(modules, batches, context)

@@ -64,13 +64,17 @@ class EncodedAttribute:
 
     def without(self, users: Tensor) -> "EncodedAttribute":
         """The same with the values of these users missing."""
-        missing = -1 if self.labels else float("nan")
-        return replace(self, values=self.values.index_fill(0, users, missing))
+        return replace(self, values=self.values.index_fill(0, users, missing_value(self.values)))
 
     def known(self, users) -> Tensor:
         """bool [N]: which of the users have a value."""
         values = self.values[torch.as_tensor(users)]
         return values >= 0 if self.labels else ~values.isnan()
+
+
+def missing_value(values: Tensor) -> float:
+    """What stands in a column of encoded values where a user has none."""
+    return float("nan") if values.is_floating_point() else -1
 
 
 def encode_attributes(dataset, attributes, users) -> list[EncodedAttribute]:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastrec.data.attributes import EncodedAttribute
+from fastrec.data.attributes import EncodedAttribute, missing_value
 from fastrec.data.batch import JaggedBatch
 from fastrec.nn.pool import max_pool
 from fastrec.nn.user_model import UserModel
@@ -67,11 +67,6 @@ class Prepared:
     masked: Tensor
     rows: Tensor
     targets: Tensor
-
-
-def missing_value(column: Tensor) -> float:
-    """What stands in a column of attributes where a user has none."""
-    return float("nan") if column.is_floating_point() else -1
 
 
 class JointObjective(nn.Module):
@@ -160,6 +155,7 @@ class JointObjective(nn.Module):
         step: Tensor | int,
         backend=None,
     ) -> list[Term]:
+        """The terms of a prepared batch. Seed and step may be tensors on the device."""
         weights, terms, batch = self.objectives, [], prepared.batch
         rows, targets = prepared.rows, prepared.targets
         masked = replace(batch, values=prepared.masked)

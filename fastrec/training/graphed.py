@@ -8,26 +8,25 @@ tenth larger than those seen; one that does not fit is captured anew.
 Legend: S sequences, T events, N masked rows, Q queries, C candidates, E exclusions.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrec.data.attributes import missing_value
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.relations import SocialPairs
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.joint import JointObjective, Prepared, Term, missing_value
+from fastrec.objectives.joint import JointObjective, Prepared, Term
 from fastrec.objectives.masked_item import Masking
 
 MARGIN = 1.1
 
 
-@dataclass(frozen=True)
-class Capacity:
+class Capacity(NamedTuple):
     """Sizes that padded batches have, but for the sequences that hold the padding."""
 
     sequences: int
@@ -49,11 +48,11 @@ class Capacity:
         return cls(*own, len(pairs.positive) + 1, candidates, len(pairs.exclude[0]))
 
     def holds(self, other: "Capacity") -> bool:
-        return all(a >= b for a, b in zip(*map(dataclasses.astuple, (self, other)), strict=True))
+        return all(a >= b for a, b in zip(self, other, strict=True))
 
     def with_room_for(self, other: "Capacity") -> "Capacity":
-        both = zip(*map(dataclasses.astuple, (self, other)), strict=True)
-        return Capacity(*(max(a, int(b * MARGIN)) for a, b in both))
+        pairs = zip(self, other, strict=True)
+        return Capacity(*(max(a, int(b * MARGIN)) for a, b in pairs))
 
 
 def _to(tensor: Tensor, size: int, value: float) -> Tensor:
@@ -93,13 +92,12 @@ def padded(prepared: Prepared, capacity: Capacity, length: int, filler: int) -> 
 
 
 def _padded_pairs(pairs: SocialPairs, capacity: Capacity) -> SocialPairs:
-    queries, candidates = len(pairs.positive), len(pairs.candidate_rows)
+    queries, candidates = len(pairs.positive), max(len(pairs.candidate_rows), 1)
     listed, offsets = pairs.exclude
     # The spare exclusions are shared by the padding: one long list would be walked by one program.
     share = torch.linspace(
         len(listed), capacity.excluded, capacity.queries + 1 - queries, dtype=torch.float64
     )
-    place = torch.arange(capacity.candidates)
 
     def profiles(ids: Tensor | None, size: int) -> Tensor | None:
         return None if ids is None else _to(ids, size, -1)
@@ -117,7 +115,10 @@ def _padded_pairs(pairs: SocialPairs, capacity: Capacity) -> SocialPairs:
         ),
         negatives=0.0,  # of the batch; one number would be captured
         # Candidate 0 is the friend of all padding, so it exists.
-        real=(torch.arange(capacity.queries) < queries, place < max(candidates, 1)),
+        real=(
+            torch.arange(capacity.queries) < queries,
+            torch.arange(capacity.candidates) < candidates,
+        ),
     )
 
 
@@ -219,9 +220,7 @@ class GraphedObjective:
         self.model, self.objective, self.masking, self.seed = model, objective, masking, seed
         self.backend, self.capture = backend, capture
         self.capacity = Capacity(0, 0, 0)
-        self.captures = 0
-        self._losses: _Losses | None = None
-        self._call: Callable | None = None
+        self._captured: tuple[_Losses, Callable] | None = None
 
     def __call__(self, batch: JaggedBatch, step: int) -> list[Term]:
         """The terms of a batch on the host. Call backward of their sum before the next call."""
@@ -229,7 +228,7 @@ class GraphedObjective:
         need = Capacity.of(prepared)
         if not self.capacity.holds(need):
             self.capacity = self.capacity.with_room_for(need)
-            self._losses = self._call = None  # frees the memory of the old graph
+            self._captured = None  # frees the memory of the old graph
         length = self.model.encoder.positions.num_embeddings
         filler = self.model.token("mask")
         words = (torch.tensor(self.seed), torch.tensor(step))
@@ -238,11 +237,9 @@ class GraphedObjective:
         packs = _packed(inputs)
         if device.type == "cuda":
             packs = [pack.pin_memory().to(device, non_blocking=True) for pack in packs]
-        if self._call is None or self._losses is None:
-            self._losses = _Losses(self.model, self.objective, inputs, self.backend)
-            self._call = self.capture(self._losses, packs)
-            self.captures += 1
-        losses = self._call(*packs)
-        return [
-            term._replace(loss=loss) for term, loss in zip(self._losses.terms, losses, strict=True)
-        ]
+        if self._captured is None:
+            losses = _Losses(self.model, self.objective, inputs, self.backend)
+            self._captured = losses, self.capture(losses, packs)
+        losses, call = self._captured
+        values = call(*packs)
+        return [term._replace(loss=loss) for term, loss in zip(losses.terms, values, strict=True)]
