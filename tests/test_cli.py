@@ -131,6 +131,11 @@ def test_uprec_from_pretraining_to_profiles_and_friends(tmp_path, capsys):
     with pytest.raises(SystemExit, match="the model was not trained for this task"):
         (model / "heads.safetensors").unlink()
         call("evaluate", "profile", pretrained=model)
+    with pytest.raises(SystemExit, match=r"it was trained to predict \{'name': 'mean_rating'"):
+        main(
+            ["evaluate", *config, "--attributes=[{name: region},{name: mean_rating}]",
+             "--task=profile", f"--pretrained={tmp_path / 'profile' / 'model'}"]
+        )  # fmt: skip
     with pytest.raises(SystemExit, match="users.fraction is 1.0: no user is held out"):
         main(
             ["evaluate", *config, "--users.fraction=1.0", "--task=relation",

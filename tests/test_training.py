@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.loader import SequenceLoader
+from fastrec.data.prepare import prepare
+from fastrec.data.readers import RawData
 from fastrec.data.synthetic import generate
 from fastrec.evaluation.profile import ProfileEvaluator
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.objectives.joint import Objectives
 from fastrec.objectives.masked_item import ItemLoss, Masking
+from fastrec.random import Rng
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.fit import fit
 from fastrec.training.tasks import task_data
@@ -177,28 +182,69 @@ def test_an_interrupted_run_with_sampled_negatives_resumes_to_the_same_bits(data
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed[name])), name
 
 
+def losses(run: Path) -> np.ndarray:
+    """The logged training losses: every tenth step."""
+    log = polars.read_csv(run / "metrics" / "version_0" / "metrics.csv")
+    return log["train_loss"].drop_nulls().to_numpy()
+
+
 def test_backends_train_alike(data, tmp_path):
     """The fused backend follows the reference's loss curve."""
     weights = {
         backend: run(data, tmp_path / str(backend), recipe(backend=backend).pretraining)
         for backend in ("reference", None)
     }
+    np.testing.assert_allclose(*(losses(tmp_path / str(b)) for b in weights), rtol=1e-3)
     fused, reference = weights[None].item_table, weights["reference"].item_table
     assert (fused - reference).abs().max() < 1e-2 * reference.abs().max()
 
 
 def test_bf16_mixed_trains(data, tmp_path):
-    start = UserModel(SequenceDataset.load(data).num_items, MODEL)
     model = run(data, tmp_path / "bf16", recipe(precision="bf16-mixed").pretraining)
-    assert model.item_table.dtype == torch.float32 and model.item_table.isfinite().all()
-    assert not torch.equal(model.item_table, start.item_table)
+    run(data, tmp_path / "float32")
+    assert model.item_table.dtype == torch.float32
+    coarse, exact = losses(tmp_path / "bf16"), losses(tmp_path / "float32")
+    np.testing.assert_allclose(coarse, exact, rtol=0.02)
+    assert (coarse != exact).any(), "it ran in float32"
 
 
 def test_masking_the_last_item_and_starting_from_a_model(data, tmp_path):
     pretrained = run(data, tmp_path / "pretrain")
-    stage = recipe(masking=Masking(last_only=True), learning_rate=1e-5, steps=10).pretraining
+    stage = recipe(masking=Masking(last_only=True), learning_rate=0.0, steps=10).pretraining
+    start = pretrained.item_table.clone()
     tuned = run(data, tmp_path / "finetune", stage, initial=pretrained)
-    assert (tuned.item_table - pretrained.item_table).abs().max() < 1e-3
+    assert torch.equal(tuned.item_table, start)
+    # The loss of its first step, by hand: one row a sequence, its last.
+    dataset = SequenceDataset.load(data)
+    loader = SequenceLoader(
+        dataset, "train", batch_size=64, max_len=12, users=torch.as_tensor(dataset.users("test")),
+        **pretrained.sequence_tokens,
+    )  # fmt: skip
+    step = 9  # the one that is logged
+    masked, rows, targets = stage.masking(loader.batch_at(step), pretrained, 0, step)
+    assert torch.equal(rows, masked.offsets[1:] - 1 - int(pretrained.config.use_sep))
+    states = pretrained.train().encode(masked, Rng(0, step))
+    expected = pretrained.item_head.loss(states[rows], pretrained.item_table, targets)
+    np.testing.assert_allclose(losses(tmp_path / "finetune"), [expected.item()], rtol=1e-4)
+
+
+def test_a_model_to_start_from_keeps_its_settings(data, tmp_path):
+    start = UserModel(150, ModelConfig(width=8, layers=1, dropout=0.1, max_len=20))
+    tuned = run(data, tmp_path / "run", initial=start)
+    assert tuned.config == start.config
+    written = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert written["model"] == asdict(start.config), "and not what the recipe says"
+
+
+def test_users_too_short_to_hold_anything_out_are_trained(tmp_path):
+    rows = [(user, item) for user in range(30) for item in range(2 if user % 3 else 7)]
+    frame = polars.DataFrame(rows, schema=["user_id", "item_id"], orient="row")
+    report = prepare(RawData("rows", frame, ordered=True), tmp_path / "data")
+    assert report.num_short_users == 20 and "train only" in str(report)
+    dataset = SequenceDataset.load(tmp_path / "data")
+    chosen = Recipe(evaluation=Protocol(candidates="full"))
+    found = task_data(dataset, chosen, Objectives(), "recommendation")
+    assert len(found.users) == 30 and len(found.evaluator) == 10
 
 
 def test_a_start_that_training_only_spoils_is_kept(data, tmp_path):
@@ -211,9 +257,17 @@ def test_a_start_that_training_only_spoils_is_kept(data, tmp_path):
 
 
 def test_early_stopping_keeps_the_best(data, tmp_path):
-    stage = recipe(learning_rate=0.0, steps=100, patience=2).pretraining
-    run(data, tmp_path / "run", stage)
-    assert trained_weights(tmp_path / "run")["step"] <= 30
+    stage = recipe(learning_rate=0.1, steps=100, patience=2).pretraining
+    model = run(data, tmp_path / "run", stage)
+    last = trained_weights(tmp_path / "run")
+    assert last["step"] == 30, "the first validation was the best"
+    evaluator = task_data(
+        SequenceDataset.load(data), recipe(), stage.objectives, "recommendation"
+    ).evaluator
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    kept = evaluator.metrics(evaluator.ranks(model))["NDCG@10"]
+    assert kept == pytest.approx(summary["valid NDCG@10"], rel=1e-5)
+    assert not torch.equal(last["model.item_head.bias"], model.item_head.bias)
 
 
 @pytest.mark.slow
@@ -240,7 +294,23 @@ def test_errors_name_the_problem(data, tmp_path):
     with pytest.raises(
         ValueError, match=r"steps \(30\) must be a multiple of validate_every \(8\)"
     ):
-        run(data, tmp_path / "steps", recipe(validate_every=8).pretraining)
+        recipe(validate_every=8)
+    for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            recipe(**{name: 0})
+    with pytest.raises(ValueError, match="learning_rate must not be negative, got nan"):
+        recipe(learning_rate=float("nan"))
+    for fraction in (-0.1, 0.0, 2.0):
+        with pytest.raises(ValueError, match=r"users.fraction must be in \(0, 1\], got"):
+            Users(fraction=fraction)
+    with pytest.raises(ValueError, match="score is nan after 10 steps: the training has diverged"):
+        weights = Objectives(masked_item=0.0, user_attribute=1.0)
+        stage = recipe(objectives=weights, learning_rate=1e38, monitor="score").pretraining
+        run(data, tmp_path / "diverges", stage, task="profile")
+    new = tmp_path / "free"
+    with pytest.raises(ValueError, match="monitor is 'NDCG@20', the metrics of this task are"):
+        run(data, new, recipe(monitor="NDCG@20").pretraining)
+    assert not new.exists(), "a corrected run can take the folder"
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         run(data, tmp_path / "new", resume=True)
     run(data, tmp_path / "run")

@@ -58,6 +58,12 @@ class EncodedAttribute:
     unit: float = 1.0
 
     @property
+    def scale(self) -> dict:
+        """What a prediction stands for, as it is stored beside trained heads."""
+        labels = [str(label) for label in self.labels]
+        return {"name": self.name, "labels": labels, "mean": self.mean, "std": self.std}
+
+    @property
     def outputs(self) -> int:
         """Width of the prediction: 1, or the number of classes."""
         return len(self.labels) or 1

@@ -58,6 +58,10 @@ class ProfileEvaluator:
         """The predictions of the constant: the mean, and the most frequent class, of training."""
         return torch.stack(self.majority).expand(len(self.users), -1)
 
+    @property
+    def metric_names(self) -> list[str]:
+        return list(self.metrics(self.baseline()))
+
     def metrics(self, scores: Tensor, objective=None) -> dict[str, float]:
         """Per attribute "NAME accuracy" or "NAME MSE" (in the unit of its `range`), over the users
         whose value is known; "score" is the mean over attributes of accuracy and of

@@ -110,6 +110,10 @@ class Evaluator:
         """`rank_rows`; the heads of the objective take no part."""
         return self.rank_rows(model, rows)
 
+    @property
+    def metric_names(self) -> list[str]:
+        return list(ranking_metrics(torch.ones(1)))
+
     def metrics(self, ranks: Tensor, objective=None) -> dict[str, float]:
         """`ranking_metrics` of what `score` gives for all rows."""
         return ranking_metrics(ranks)

@@ -64,6 +64,10 @@ class RelationEvaluator:
             ).to(model.item_table.device)
             return max_pool(model.encode(batch), batch, model.num_items).float().cpu()
 
+    @property
+    def metric_names(self) -> list[str]:
+        return list(friend_metrics(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.bool)))
+
     def metrics(self, vectors: Tensor, objective) -> dict[str, float]:
         """`friend_metrics` under the trained similarity (equal weights without one).
 

@@ -17,13 +17,14 @@ class UserAttributePrediction(nn.Module):
 
     Args:
         width: D.
-        attributes: their order is that of the outputs.
+        attributes: their order is that of the outputs; `scales` tells what these mean.
     """
 
     def __init__(self, width: int, attributes: list[EncodedAttribute]):
         super().__init__()
         self.names = [attribute.name for attribute in attributes]
         self.sizes = [attribute.outputs for attribute in attributes]
+        self.scales = [attribute.scale for attribute in attributes]
         self.linear = nn.Linear(width, sum(self.sizes))
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)

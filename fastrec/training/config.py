@@ -17,7 +17,7 @@ class Stage:
     Attributes:
         masking: the corruption.
         objectives: what is trained, with weights.
-        steps: optimiser steps.
+        steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
         learning_rate: of Adam, the peak of the schedule.
         schedule: "constant", or "cosine" or "linear" down to 0 at the last step, after warm-up.
@@ -33,7 +33,7 @@ class Stage:
         seed: of initialisation, order, masks and dropout.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
             one CPU process.
-        backend: of the fused ops; None = native.
+        backend: of the losses (items, friends); None = native.
         cuda_graph: replay forward and backward from CUDA graphs, batches padded to a budget. One
             process on one GPU.
     """
@@ -57,6 +57,24 @@ class Stage:
     backend: Literal["reference", "cpp", "triton"] | None = None
     cuda_graph: bool = False
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.steps % self.pass_steps:
+            raise ValueError(
+                f"steps ({self.steps}) must be a multiple of validate_every"
+                f" ({self.validate_every}): the last steps would not be validated"
+            )
+
+    @property
+    def pass_steps(self) -> int:
+        """Steps up to a validation."""
+        return min(self.validate_every, self.steps)
+
 
 @dataclass(frozen=True)
 class Users:
@@ -65,6 +83,10 @@ class Users:
 
     fraction: float = 1.0
     seed: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"users.fraction must be in (0, 1], got {self.fraction}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fastrec.data.loader import SequenceLoader
@@ -20,6 +21,7 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.heads import load_heads, save_heads
 from fastrec.training.module import StageModule
+from fastrec.training.run_folder import check_same_run, describe_run
 from fastrec.training.tasks import Task, task_data
 
 
@@ -38,11 +40,33 @@ class KeepBest(Callback):
 
     def on_validation_end(self, trainer, module) -> None:
         value = float(trainer.callback_metrics["valid"])
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{module.stage.monitor} is {value} after {trainer.global_step} steps: the training"
+                " has diverged; a smaller learning_rate or a gradient_clip may help"
+            )
         if value > self.best:
             self.best = value
             if trainer.is_global_zero:
                 module.model.save_pretrained(self.path)
                 save_heads(module.objective, self.path)
+
+
+class SaveToResume(Checkpoint):
+    """Write `path` every so many steps and after each validation: a resumed run does not repeat the
+    validation of its first step, whose outcome is the best so far and the patience left."""
+
+    def __init__(self, path: Path, every: int):
+        self.path, self.every = path, every
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        # The last batch of a pass is followed by a validation.
+        if trainer.global_step % self.every == 0 and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer, module) -> None:  # Lightning calls checkpoints last
+        if trainer.state.fn == "fit":
+            trainer.save_checkpoint(self.path)
 
 
 def fit(
@@ -61,18 +85,20 @@ def fit(
 
     Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`, with the heads
     of the objectives in heads.safetensors), `last.ckpt` (to resume from), `metrics/` (CSV),
-    `tensorboard/`, `recipe.json`, `summary.json`.
+    `tensorboard/`, `recipe.json` (the whole recipe), `stage.json` (the stage), `summary.json`.
 
     Args:
         task: what validation measures, and with it which users are trained, see `task_data`.
         initial_heads: folder of a model whose social relation head is taken over, if it has one.
-        initial: start from this model instead of random weights; it is not changed. It is validated
-            first, and kept if training does not improve on it.
-        resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run.
+        initial: start from this model instead of random weights; it is not changed and keeps its
+            own `recipe.model`. It is validated first, and kept if training does not improve on it.
+        resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run. What
+            the run was started with must be the same but for `run_folder.MAY_CHANGE`.
 
     Raises:
         FileExistsError: `output` holds a run and `resume` is off. FileNotFoundError: nothing to
-        resume. ValueError: `last.ckpt` cannot be read, or the stage cannot run as it says.
+        resume. ValueError: `last.ckpt` cannot be read, is of a run with other settings, or the
+        stage cannot run as it says. Nothing is written then.
     """
     output = Path(output)
     checkpoint = output / "last.ckpt"
@@ -81,20 +107,13 @@ def fit(
     first_process = int(os.environ.get("LOCAL_RANK", 0)) == 0  # DDP starts the others later
     if not resume and first_process and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder or resume the run")
+    if initial is not None:
+        recipe = dataclasses.replace(recipe, model=initial.config)
     if resume:
+        check_same_run(output, recipe, stage, task)
         _check_checkpoint(checkpoint)
-    passes, rest = divmod(stage.steps, min(stage.validate_every, stage.steps))
-    if rest:
-        raise ValueError(
-            f"steps ({stage.steps}) must be a multiple of validate_every ({stage.validate_every}):"
-            " the last steps would not be validated"
-        )
     if stage.cuda_graph:
         _check_one_gpu(stage.devices)
-    output.mkdir(parents=True, exist_ok=True)
-    if first_process:
-        text = json.dumps(dataclasses.asdict(recipe), indent=2)
-        (output / "recipe.json").write_text(text + "\n")
 
     torch.manual_seed(stage.seed)
     model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)
@@ -113,22 +132,24 @@ def fit(
         users=data.users,
         friends=data.friends,
         columns={attribute.name: attribute.values for attribute in data.attributes},
-        steps_per_pass=min(stage.validate_every, stage.steps),
+        steps_per_pass=stage.pass_steps,
         **model.sequence_tokens,  # type: ignore[arg-type]
     )
     module = StageModule(model, objective, stage, loader, data.evaluator)
+    output.mkdir(parents=True, exist_ok=True)
+    if first_process:
+        describe_run(output, recipe, stage, task)
     keep = KeepBest(output / "model")
-    callbacks: list[Callback] = [
-        keep,
-        ModelCheckpoint(
-            dirpath=output,
-            filename="last",
-            every_n_train_steps=stage.checkpoint_every,
-            enable_version_counter=False,
-        ),
-    ]
+    callbacks: list[Callback] = [keep, SaveToResume(checkpoint, stage.checkpoint_every)]
     if stage.patience:
-        callbacks.append(EarlyStopping("valid", mode="max", patience=stage.patience))
+        callbacks.append(
+            EarlyStopping(
+                "valid",
+                mode="max",
+                patience=stage.patience,
+                check_on_train_epoch_end=False,  # but after validation, before SaveToResume
+            )
+        )
     if progress:
         callbacks.append(RichProgressBar())
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -136,7 +157,7 @@ def fit(
         warnings.filterwarnings("ignore", noise)
     trainer = lightning.Trainer(
         max_steps=stage.steps,
-        max_epochs=passes,
+        max_epochs=stage.steps // stage.pass_steps,
         devices=stage.devices,
         precision=stage.precision,
         gradient_clip_val=stage.gradient_clip or None,

@@ -17,8 +17,11 @@ VALIDATION_BATCH = 512
 class StageModule(lightning.LightningModule):
     """Trains `model` and the heads of `objective` for one stage.
 
-    evaluator: has `len()`, `score(model, objective, rows)`, a tensor for a slice of its rows, and
-        `metrics(scores, objective)`, a dict of numbers from the scores of all rows.
+    evaluator: has `len()`, `score(model, objective, rows)`, a tensor for a slice of its rows,
+        `metrics(scores, objective)`, a dict of numbers from the scores of all rows, and their
+        `metric_names`.
+
+    Raises ValueError if `stage.monitor` is none of these.
 
     Batch, masks and dropout of a step depend on (seed, global step) only, so a resumed run repeats
     the interrupted one bit for bit without saving any generator state.
@@ -33,6 +36,11 @@ class StageModule(lightning.LightningModule):
         evaluator,
     ):
         super().__init__()
+        if stage.monitor not in evaluator.metric_names:
+            raise ValueError(
+                f"monitor is {stage.monitor!r}, the metrics of this task are"
+                f" {evaluator.metric_names}"
+            )
         self.model, self.stage, self.loader, self.evaluator = model, stage, loader, evaluator
         self.objective = objective
         self.validation_scores: list[torch.Tensor] = []
@@ -82,10 +90,6 @@ class StageModule(lightning.LightningModule):
     def on_validation_epoch_end(self):
         metrics = self.evaluator.metrics(torch.cat(self.validation_scores), self.objective)
         self.validation_scores.clear()
-        if self.stage.monitor not in metrics:
-            raise ValueError(
-                f"monitor is {self.stage.monitor!r}, the metrics of this task are {list(metrics)}"
-            )
         self.log_dict({f"valid/{name}": value for name, value in metrics.items()}, prog_bar=False)
         self.log("valid", metrics[self.stage.monitor], prog_bar=True, logger=False)
 

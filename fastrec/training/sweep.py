@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -9,6 +10,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.protocols import Evaluator
 from fastrec.evaluation.report import plot_sweep, print_table
+from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
 from fastrec.training.tasks import select_users
@@ -49,7 +51,7 @@ def sweep(
 ):
     """Compare values of one recipe key: pre-train, fine-tune, rank the test items; table and plot.
 
-    A finished point is not computed again, so the command can be repeated after an interruption,
+    A finished stage is not computed again, so the command can be repeated after an interruption,
     with more values or more seeds. UPRec's figures 4 to 6 are the keys pretraining.steps,
     pretraining.batch_size and model.width.
 
@@ -87,21 +89,26 @@ def sweep(
 
 def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]:
     folder = folder / f"seed-{seed}"
-    result = folder / "metrics.json"
-    described = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    result, started = folder / "metrics.json", folder / "recipe.json"
+    described = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
+    if started.is_file() and started.read_text() != described:
+        raise ValueError(f"{folder} is from another recipe; choose another output folder")
     if result.is_file():
-        known = json.loads(result.read_text())
-        if known["recipe"] != described:
-            raise ValueError(f"{result} is from another recipe; choose another output folder")
-        return known["metrics"]
+        return json.loads(result.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    started.write_text(described)
     stages = [dataclasses.replace(s, seed=seed) for s in (recipe.pretraining, recipe.finetuning)]
     model = None
     for name, stage in zip(("pretrain", "finetune"), stages, strict=True):
         run = folder / name
-        model = fit(
-            dataset, recipe, stage, run, initial=model, resume=(run / "last.ckpt").is_file()
-        )
+        if (run / "summary.json").is_file():
+            model = UserModel.from_pretrained(run / "model")
+            continue
+        resume = (run / "last.ckpt").is_file()
+        if not resume and run.is_dir():
+            shutil.rmtree(run)  # it ended before its first checkpoint
+        model = fit(dataset, recipe, stage, run, initial=model, resume=resume)
     evaluator = Evaluator(dataset, select_users(dataset, recipe), "test", recipe.evaluation)
     metrics = ranking_metrics(evaluator.ranks(model))
-    result.write_text(json.dumps({"metrics": metrics, "recipe": described}, indent=2) + "\n")
+    result.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,15 +65,19 @@ def encoded_attributes(dataset, recipe: Recipe) -> list[EncodedAttribute]:
 def task_data(dataset, recipe: Recipe, objectives: Objectives, task: Task) -> TaskData:
     """Users, validation and side data of a stage.
 
-    Recommendation trains all selected users and is validated on their second last items. Profile
+    Recommendation trains all selected users, and those whose sequences are too short to hold
+    anything out, and is validated on the second last items of the former. Profile
     and relation leave a random tenth of the selected users out of the training and are validated
     on it. Where users are held out to test these tasks, recommendation sees neither attributes nor
     friends of that tenth either: a model that remembered them would be chosen for it.
     """
-    users = labelled = select_users(dataset, recipe)
+    selected = users = labelled = select_users(dataset, recipe)
     judged = _validation_users(users, recipe)
     if task != "recommendation" or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
+    if task == "recommendation":
+        short = torch.as_tensor(np.setdiff1d(dataset.users("train"), dataset.users("test")))
+        users, labelled = (torch.cat([part, short]).sort().values for part in (users, labelled))
     social, attributes = recipe.social, []
     described = bool(recipe.attributes) or len(dataset.user_attributes().columns) > 2
     wants_profile = bool(objectives.social_relation) and social.same_profile and described
@@ -80,7 +85,7 @@ def task_data(dataset, recipe: Recipe, objectives: Objectives, task: Task) -> Ta
         attributes = encoded_attributes(dataset, recipe)
     evaluator: Evaluator | ProfileEvaluator | RelationEvaluator
     if task == "recommendation":
-        evaluator = Evaluator(dataset, users, "valid", recipe.evaluation)
+        evaluator = Evaluator(dataset, selected, "valid", recipe.evaluation)
     else:
         users = labelled
         if task == "profile":
