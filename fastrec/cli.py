@@ -22,8 +22,8 @@ from fastrec.evaluation.profile import ProfileEvaluator
 from fastrec.evaluation.protocols import Evaluator
 from fastrec.evaluation.relation import RelationEvaluator
 from fastrec.evaluation.report import print_metrics
+from fastrec.evaluation.serve import check_table_path, user_vectors, write_table
 from fastrec.evaluation.serve import recommend as recommend_items
-from fastrec.evaluation.serve import user_vectors, write_table
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Recipe
@@ -277,6 +277,7 @@ def recommend(
         k: items a user.
         seen: leave out or keep the items that a user already has.
     """
+    check_table_path(output)
     dataset = SequenceDataset.load(data)
     trained = _model_for(pretrained, dataset)
     write_table(recommend_items(trained, dataset, k, _read_users(users), seen), output)
@@ -292,7 +293,9 @@ def _model_for(path: Path, dataset: SequenceDataset) -> UserModel:
 
 
 def _read_users(path: Path | None) -> list[str] | None:
-    return None if path is None else path.read_text().split()
+    if path is None:
+        return None
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
 RECIPE_COMMANDS: dict[str, Callable[..., None]] = {

@@ -8,8 +8,11 @@ import numpy as np
 import polars
 import pytest
 
-from fastrec.cli import main
+from fastrec.cli import _read_users, main
+from fastrec.data.dataset import SequenceDataset
 from fastrec.data.synthetic import generate
+from fastrec.evaluation import serve
+from fastrec.nn.user_model import UserModel
 
 FLAGS = [
     "--model.width=16", "--model.layers=1", "--pretraining.steps=20",
@@ -79,6 +82,21 @@ def test_recommend_returns_original_ids_that_the_user_has_not_seen(runs, raw, tm
         recommended = frame.filter(polars.col("user_id") == user)["item_id"].to_list()
         assert len(set(recommended)) == 5 and not seen & set(recommended)
         assert all(item.startswith("item-") for item in recommended)
+
+
+def test_users_are_one_a_line_and_their_table_is_read_once(runs, tmp_path, monkeypatch):
+    assert _read_users(None) is None
+    (tmp_path / "users.txt").write_text("Ann Lee\r\n\n u7 \n")
+    assert _read_users(tmp_path / "users.txt") == ["Ann Lee", "u7"]
+    reads = []
+    monkeypatch.setattr(serve, "BATCH", 20)
+    original = SequenceDataset.user_ids
+    monkeypatch.setattr(SequenceDataset, "user_ids", lambda self: reads.append(1) or original(self))
+    dataset = SequenceDataset.load(runs / "data")
+    model = UserModel.from_pretrained(runs / "finetune" / "model")
+    whole = serve.recommend(model, dataset, 3)
+    assert whole["user_id"].to_list() == np.repeat(original(dataset), 3).tolist()
+    assert len(reads) <= 2, "once for the ids, once for the order"
 
 
 def test_embed_writes_one_finite_vector_a_user(runs, tmp_path):

@@ -102,6 +102,18 @@ def test_errors_name_the_column(attribute, values, message):
         encode_attributes(Users(a=pl.Series(values, strict=False)), [attribute], users)
 
 
+def test_any_name_and_missing_numbers_in_classes():
+    (counted,) = encode_attributes(
+        Users(count=pl.Series([1, 1, 2])), [Attribute("count")], range(3)
+    )
+    assert counted.labels == (1, 2)
+    values = pl.Series([1.0, float("nan"), 2.0])
+    (part,) = encode_attributes(Users(a=values), [Attribute("a", kind="discrete")], range(3))
+    assert part.labels == (1.0, 2.0) and part.values.tolist() == [0, -1, 1]
+    with pytest.raises(ValueError, match=r"attribute 'a': range must ascend, got \(5, 5\)"):
+        Attribute("a", range=(5, 5))
+
+
 def test_no_attributes_at_all():
     table = Users(a=[1])
     table.frame = table.frame.drop("a")

@@ -174,6 +174,15 @@ def test_attribute_frames_are_checked(tmp_path):
         prepare(raw(events, users=own), tmp_path / "d", user_attributes=own)
 
 
+def test_arguments_are_checked(tmp_path):
+    events = [(1, 10, 1), (2, 10, 1)]
+    for options in ({"max_users": 0}, {"max_users": -1}, {"k_core": -1}):
+        with pytest.raises(ValueError, match="k_core must not be negative, max_users positive"):
+            prepare(raw(events), tmp_path / "d", **options)
+    with pytest.raises(DataError, match=r"expected two columns of ids, got \['user_id'\]"):
+        prepare(raw(events), tmp_path / "d", relations=pl.DataFrame({"user_id": [1]}))
+
+
 def test_output_is_not_overwritten_by_accident(tmp_path):
     events = [(1, 10, 1), (1, 11, 2), (1, 10, 3)]
     output = tmp_path / "new" / "d"

@@ -96,6 +96,7 @@ def test_unreadable_files(tmp_path):
         ('{"a": [1]}', "item_id", None, "'a'"),
         ('{"1": ["x"]}', "attributes", None, "list of integers"),
         ('{"1": 3}', "attributes", None, "list of integers"),
+        ('{"1": [1], "2": [2], "1": [3]}', "item_id", None, "id 1 is listed twice"),
     ],
 )
 def test_bad_attribute_json(tmp_path, text, column, row, match):
@@ -148,7 +149,7 @@ def test_movielens_1m(tmp_path):
         ("1::10::5::100\n2::11::3\n", None, 2, "expected 4 fields, got 3"),
         ("1::10::5::100\n2::11::x::5\n", "rating", 2, "'x'"),
         ("1::10::5::100\n2::11::nan::5\n", "rating", 2, "nan"),
-        ("1::10::5::100\n2::11::3::\n", "timestamp", 2, "''"),
+        ("1::10::5::100\n2::11::3::\n", "timestamp", 2, "missing"),
         ("1::10::5::100\n2::11::3::5.5\n", "timestamp", 2, "whole"),
         ("1::10::5::100\n2::b::3::5\n", "item", 2, "'b'"),
         ("1::10::5::100\n2::11::3::5\n1::10::4::100\n", None, 3, "user 1, item 10.*row 1"),
@@ -173,7 +174,7 @@ def test_movielens_100k(tmp_path):
 
 def test_movielens_100k_half_a_line(tmp_path):
     file = write(tmp_path / "u.data", "196\t242\t3\t881250949\n186\t302\n")
-    fails(readers.read_movielens_100k, file, file=file, column="timestamp", row=2, match="missing")
+    fails(readers.read_movielens_100k, file, file=file, row=2, match="has fewer")
     fails(readers.read_movielens_100k, tmp_path / "no", file=tmp_path / "no", match="missing")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -209,7 +210,7 @@ def test_recbole(tmp_path):
         ("user_id:token\titem_id:text\n1\t2\n", "item_id:text", 1, "name:type"),
         (HEAD + "1\t2\tx\t5\n", "rating", 2, "'x'"),
         (HEAD + "1\t2\t\t5\n", "rating", 2, "missing"),
-        (HEAD + "1\t2\t3\t5\n1\t2\t3\n", "timestamp", 3, "missing"),
+        (HEAD + "1\t2\t3\t5\n1\t2\t3\n", None, 3, "has fewer"),
         (HEAD + "1\t2\t3\t5\n\t2\t3\t5\n", "user_id", 3, "missing"),
         (HEAD + "1\t2\t3\t5\n1\t2\t3\t5\t6\n", None, 3, "expected 4 fields"),
         (HEAD + "1\t2\t3\t5\n1\t2\t3\tnan\n", "timestamp", 3, "whole"),
@@ -281,7 +282,10 @@ def test_iso_times_and_datetimes(tmp_path):
         ("who,what,when\n1,2,3\n1,2,soon\n", "when", 3, "'soon'"),
         ("who,what,when\n1,2,2020-01-01\n1,2,2020-13-01\n", "when", 3, "2020-13-01"),
         ("who,what,when\n1,2,inf\n", "when", 2, "'inf'"),
-        ("who,what,when\n1,2,3\n1,2\n", "when", 3, "missing"),
+        ("who,what,when\n1,2,3\n1,2\n", None, 3, "expected 3 fields, the row has fewer"),
+        ('who,what,when\n"1,1",2,3\n1,"2,2"\n', None, 3, "has fewer"),
+        ("who,what,when\n1,2,\n", "when", 2, "missing"),
+        ("who,what,when\n1,2,1e30\n", "when", 2, "expected a whole number, got '1e30'"),
         ("who,what,when\n1,2,3\n1,2,3,4\n", None, 3, "expected 3 fields"),
         ("who,what,when\n", None, None, "no rows"),
     ],
@@ -360,6 +364,40 @@ def test_attribute_tables(tmp_path):
     assert tables.read_attributes(file, "user_id", id_map=ids).rows() == [(1, 20, "x", 1.5)]
     write(file, "user,age\n3,20\n3,21\n")
     fails(tables.read_attributes, file, "user_id", file=file, column="user", row=3, match="twice")
+
+
+def test_attribute_rows_that_are_short_or_hold_nothing(tmp_path):
+    file = write(tmp_path / "a.csv", "user_id,age,city\n1,30,x\n2,31\n")
+    fails(tables.read_attributes, file, "user_id", file=file, row=3, match="has fewer")
+    file = write(tmp_path / "users.dat", "1::F::::3::x\n2::M::25::4::y\n")
+    assert tables.read_attributes(file, "user_id").rows() == [
+        (1, "F", None, 3, "x"), (2, "M", 25, 4, "y"),
+    ]  # fmt: skip
+
+
+def test_files_beside_a_source_may_be_gzipped(tmp_path):
+    def pack(name, text):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+
+    pack("d.inter.gz", HEAD + "1\t10\t3\t100\n2\t10\t3\t100\n")
+    pack("d.user.gz", "user_id:token\tage:float\n2\t24\n")
+    pack("d.net.gz", "source_id:token\ttarget_id:token\n1\t2\n")
+    raw = readers.read(tmp_path, "recbole")
+    assert raw.users.rows() == [(2, 24.0)] and raw.relations.rows() == [(1, 2)]
+    pack("ratings.dat.gz", "1::10::5::100\n")
+    pack("users.dat.gz", "1::F::1::10::48067\n")
+    assert readers.read(tmp_path, "movielens-1m").users.rows() == [(1, "F", 1, 10, 48067)]
+
+
+def test_numbers_beyond_64_bits(tmp_path):
+    for name in ("who", "when"):
+        columns = {"who": [1, 1], "what": [1, 2], "when": [1, 2]}
+        frame = pl.DataFrame(columns | {name: pl.Series([1, 2**63], dtype=pl.UInt64)})
+        frame.write_parquet(tmp_path / "t.parquet")
+        fails(
+            readers.read_table, tmp_path / "t.parquet", file=tmp_path / "t.parquet", column=name,
+            row=2, match="9223372036854775808 is beyond 64 bits", **NAMES,
+        )  # fmt: skip
 
 
 def test_a_bad_file_can_be_reported_across_processes():

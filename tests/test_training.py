@@ -308,6 +308,8 @@ def test_errors_name_the_problem(data, tmp_path):
         stage = recipe(objectives=weights, learning_rate=1e38, monitor="score").pretraining
         run(data, tmp_path / "diverges", stage, task="profile")
     new = tmp_path / "free"
+    with pytest.raises(ValueError, match="backend is 'triton': triton runs on cuda"):
+        run(data, new, recipe(backend="triton").pretraining)
     with pytest.raises(ValueError, match="monitor is 'NDCG@20', the metrics of this task are"):
         run(data, new, recipe(monitor="NDCG@20").pretraining)
     assert not new.exists(), "a corrected run can take the folder"

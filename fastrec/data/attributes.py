@@ -38,6 +38,10 @@ class Attribute:
     top: int | None = None
     range: tuple[float, float] | None = None
 
+    def __post_init__(self):
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"attribute {self.name!r}: range must ascend, got {self.range}")
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedAttribute:
@@ -190,8 +194,11 @@ def _binned(numbers, attribute: Attribute, file) -> EncodedAttribute:
 def _classes(column, attribute: Attribute, users, file) -> EncodedAttribute:
     import polars as pl
 
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
+    column = column.alias("value")  # an attribute may be called "count"
     counts = column.gather(users).drop_nulls().value_counts(name="count")
-    counts = counts.sort(["count", attribute.name], descending=[True, False])
+    counts = counts.sort(["count", "value"], descending=[True, False])
     if attribute.top is not None:
         counts = counts.head(attribute.top)
     elif counts.height > MANY:
@@ -199,7 +206,7 @@ def _classes(column, attribute: Attribute, users, file) -> EncodedAttribute:
             file, f"has {counts.height} different values; `top` keeps the most frequent ones",
             column=attribute.name,
         )  # fmt: skip
-    labels = counts[attribute.name].sort()
+    labels = counts["value"].sort()
     table = pl.DataFrame({"value": labels, "class": np.arange(len(labels))})
     index = column.to_frame("value").join(table, on="value", how="left", maintain_order="left")
     other = len(labels) if attribute.top is not None else -1

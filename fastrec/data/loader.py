@@ -52,7 +52,6 @@ class SequenceLoader:
     all ranks together are those of a single process.
     friends: adds a drawn friend per user and the pairs, see `FriendSampler.pairs_at`.
     columns: [U] tensors by name; each batch carries the rows of its sequences.
-    pin_memory: page-locked tensors, for asynchronous copies to a CUDA device.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class SequenceLoader:
         world_size: int = 1,
         friends: FriendSampler | None = None,
         columns: dict[str, torch.Tensor] | None = None,
-        pin_memory: bool = False,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -83,7 +81,7 @@ class SequenceLoader:
         self.dataset, self.split, self.seed, self.shuffle = dataset, split, seed, shuffle
         self.users = _checked_users(dataset, split, users)
         self.batch_size, self.drop_last = batch_size, drop_last
-        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.rank, self.world_size = rank, world_size
         self.friends, self.columns = friends, columns or {}
         self._layout = dict(max_len=max_len, cls_id=cls_id, sep_id=sep_id, append=append)
         full, rest = divmod(len(self.users), batch_size)
@@ -129,21 +127,13 @@ class SequenceLoader:
             users, pairs = self.friends.pairs_at(
                 self._users_of_all_ranks(step), self.seed, step, self.rank, self.world_size
             )
-        batch = replace(
+        return replace(
             self.dataset.gather(users, self.split, **self._layout),
             columns={
                 name: column[torch.from_numpy(users)] for name, column in self.columns.items()
             },
             own=len(own),
             pairs=pairs,
-        )
-        if not self.pin_memory:
-            return batch
-        return replace(
-            batch,
-            values=batch.values.pin_memory(),
-            offsets=batch.offsets.pin_memory(),
-            sample_ids=batch.sample_ids.pin_memory(),
         )
 
     def users_at(self, step: int) -> np.ndarray:

@@ -96,6 +96,8 @@ def prepare(
     is not empty and may not be replaced.
     """
     check_output(Path(output), overwrite)
+    if k_core < 0 or (max_users is not None and max_users < 1):
+        raise ValueError(f"k_core must not be negative, max_users positive: {k_core}, {max_users}")
     raw = source if isinstance(source, readers.RawData) else readers.read(source, format, **options)
     frame, removed = raw.interactions, dict(raw.removed)
     user_ids, user = _codes(frame["user_id"])
@@ -240,6 +242,8 @@ def _links(relations, user_ids):
         relations = tables.read_relations(relations)
     else:
         name = "relations"
+    if relations.width < 2:
+        raise DataError(name, f"expected two columns of ids, got {relations.columns}")
     ends = {}
     table = pl.DataFrame({"id": user_ids, "code": np.arange(len(user_ids))})
     for column, end in zip(("user", "friend"), relations.columns[:2], strict=True):

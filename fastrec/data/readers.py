@@ -140,13 +140,13 @@ def read_recbole(
         file, frame, first, user="user_id", item="item_id", ids=ids, ordered=ordered,
         on_duplicate=on_duplicate, **optional,
     )  # fmt: skip
-    users, items, net = (file.with_suffix(suffix) for suffix in (".user", ".item", ".net"))
+    stem = file.name.removesuffix(".gz").removesuffix(".inter")
     return RawData(
         str(file),
         interactions,
-        users=tables.read_attributes(users, "user_id") if users.exists() else None,
-        items=tables.read_attributes(items, "item_id") if items.exists() else None,
-        relations=tables.read_relations(net) if net.exists() else None,
+        users=_beside(file, f"{stem}.user", lambda f: tables.read_attributes(f, "user_id")),
+        items=_beside(file, f"{stem}.item", lambda f: tables.read_attributes(f, "item_id")),
+        relations=_beside(file, f"{stem}.net", tables.read_relations),
         ordered=ordered,
         removed=removed,
     )
@@ -207,15 +207,15 @@ def _one_file(source, name: str) -> Path:
     source = Path(source)
     if not source.is_dir():
         return source
-    found = sorted(file for file in source.iterdir() if file.name.endswith(name))
+    found = sorted(f for f in source.iterdir() if f.name.removesuffix(".gz").endswith(name))
     if len(found) != 1:
         raise DataError(source, f"expected one file *{name}, found {len(found)}")
     return found[0]
 
 
 def _beside(file: Path, name: str, reader):
-    other = file.with_name(name)
-    return reader(other) if other.exists() else None
+    found = [f for f in (file.with_name(name), file.with_name(f"{name}.gz")) if f.exists()]
+    return reader(found[0]) if found else None
 
 
 FORMATS: dict[str, Callable[..., RawData]] = {

@@ -1,6 +1,7 @@
 """Tables of any origin (csv, tsv, Parquet, JSON lines, RecBole, .dat) and their checked columns."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from fastrec.data.errors import DataError
@@ -173,15 +174,16 @@ def read_attributes(file, key: str, id_map=None):
     import polars as pl
 
     file = Path(file)
-    if file.suffix == ".json":
+    plain = Path(file.name.removesuffix(".gz"))
+    if plain.suffix == ".json":
         frame = _read_id_json(file, key)
-    elif file.name in _DAT_COLUMNS:
-        frame = read_delimited(file, "::", _DAT_COLUMNS[file.name], encoding="latin-1")
+    elif plain.name in _DAT_COLUMNS:
+        frame = read_delimited(file, "::", _DAT_COLUMNS[plain.name], encoding="latin-1")
         if "genres" in frame.columns:
             frame = frame.with_columns(pl.col("genres").str.split("|"))
         frame = _typed(frame.with_columns(id_column(file, frame[key], 1)))
         check_unique(file, frame[key], 1)
-    elif file.suffix in (".user", ".item"):
+    elif plain.suffix in (".user", ".item"):
         frame, first = recbole_columns(file)
         frame = frame.with_columns(id_column(file, frame[key], first))
         check_unique(file, frame[key], first)
@@ -219,13 +221,19 @@ def _read_id_json(file, key: str):
 
     data = read_bytes(file)
     try:
-        table = json.loads(data)
+        pairs = json.loads(data, object_pairs_hook=lambda pairs: pairs)
     except ValueError as error:
         raise DataError(
             file, f"is not JSON: {error}", row=getattr(error, "lineno", None)
         ) from error
-    if not isinstance(table, dict):
+    if not data.lstrip().startswith(b"{"):
         raise DataError(file, 'expected an object {"id": [attributes]}')
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(
+            name for name, times in Counter(name for name, _ in pairs).items() if times > 1
+        )
+        raise DataError(file, f"id {twice} is listed twice", column=key)
     for name, attributes in table.items():
         if not name.isdecimal():
             raise DataError(file, f"expected an integer id, got {name!r}", column=key)
@@ -278,7 +286,8 @@ def read_relations(file):
     import polars as pl
 
     file = Path(file)
-    frame, first = recbole_columns(file) if file.suffix == ".net" else read_frame(file)
+    recbole = file.name.removesuffix(".gz").endswith(".net")
+    frame, first = recbole_columns(file) if recbole else read_frame(file)
     if frame.width < 2:
         raise DataError(file, f"expected two columns of ids, got {frame.columns}")
     ends = [id_column(file, frame[name], first) for name in frame.columns[:2]]

@@ -1,6 +1,8 @@
 """Reading text files and columns so that every problem is reported with file, column and row."""
 
+import csv
 import gzip
+import io
 import zlib
 from pathlib import Path
 
@@ -79,6 +81,10 @@ def read_delimited(file, separator: str, names: list[str] | None = None, encodin
         frame.columns = names
     if frame.height == 0:
         raise DataError(file, "holds a header and no rows")
+    if frame[:, -1].null_count():  # polars fills rows that are too short
+        row = _first_short(data, separator, frame.width)
+        if row is not None:
+            raise DataError(file, f"expected {frame.width} fields, the row has fewer", row=row)
     return frame
 
 
@@ -94,8 +100,21 @@ def _split_lines(file, lines: list[str], separator: str, names: list[str] | None
             raise DataError(file, f"expected {len(names)} fields, got {len(fields)}", row=row)
     columns = zip(*rows, strict=True)
     return pl.DataFrame(
-        {name: pl.Series(name, column) for name, column in zip(names, columns, strict=True)}
+        {
+            name: pl.Series(name, [field or None for field in column], dtype=pl.String)
+            for name, column in zip(names, columns, strict=True)
+        }
     )
+
+
+def _first_short(data: bytes, separator: str, width: int) -> int | None:
+    if separator == "," and b'"' in data:
+        rows = csv.reader(io.StringIO(data.decode()))
+        return next((rows.line_num for row in rows if row and len(row) < width), None)
+    for row, line in enumerate(data.split(b"\n"), 1):
+        if line.strip(b"\r") and line.count(separator.encode()) + 1 < width:
+            return row
+    return None
 
 
 def _first_ragged(data: bytes, separator: str, width: int) -> int | None:
@@ -150,7 +169,7 @@ def id_column(file, series, first: int, kind: str = "auto"):
             )  # fmt: skip
         series = series if bad.any() else parsed
     elif series.dtype.is_integer():
-        series = series.cast(pl.String if kind == "str" else pl.Int64)
+        series = series.cast(pl.String) if kind == "str" else _int64(file, series, first)
     elif series.dtype != pl.String:
         raise DataError(
             file, f"ids must be integers or text, got {series.dtype}", column=series.name
@@ -160,6 +179,19 @@ def id_column(file, series, first: int, kind: str = "auto"):
         if row is not None:
             raise DataError(file, f"negative id {series[row - first]}", column=series.name, row=row)
     return series
+
+
+def _int64(file, series, first: int):
+    """Integers as Int64; raises for one that does not fit."""
+    import polars as pl
+
+    result = series.cast(pl.Int64, strict=False)
+    row = first_row(result.is_null().to_numpy(), first)
+    if row is not None:
+        raise DataError(
+            file, f"{series[row - first]} is beyond 64 bits", column=series.name, row=row
+        )
+    return result
 
 
 def float_column(file, series, first: int):
@@ -188,7 +220,7 @@ def time_column(file, series, first: int):
 
     check_present(file, series, first)
     if series.dtype.is_integer():
-        return series.cast(pl.Int64)
+        return _int64(file, series, first)
     if series.dtype.is_temporal() and series.dtype not in (pl.Duration, pl.Time):
         return series.cast(pl.Datetime("us")).cast(pl.Int64)
     if not _castable(series):
@@ -206,6 +238,7 @@ def time_column(file, series, first: int):
     else:
         bad = (~number.is_finite()).fill_null(True) | (number.round() != number).fill_null(True)
         result, what = number.fill_nan(None).cast(pl.Int64, strict=False), "a whole number"
+        bad |= result.is_null()  # beyond 64 bits
     row = first_row(bad.to_numpy(), first)
     if row is not None:
         raise DataError(

@@ -20,6 +20,8 @@ def _indices(dataset, user_ids) -> np.ndarray:
     known = dataset.user_ids()
     if user_ids is None:
         return np.arange(dataset.num_users)
+    if len(user_ids) == 0:
+        raise ValueError("the list of users is empty")
     row = {str(user): index for index, user in enumerate(known.tolist())}
     unknown = [user for user in user_ids if str(user) not in row]
     if unknown:
@@ -31,9 +33,9 @@ def _indices(dataset, user_ids) -> np.ndarray:
 
 
 def user_vectors(model, dataset, user_ids=None):
-    """User vectors: states max-pooled over the items of the whole history (UPRec, eq. 8).
+    """User vectors: states max-pooled over the last `max_len` items of the history (UPRec, eq. 8).
 
-    Returns a polars frame: user_id, vector (list of D float32).
+    Returns a polars frame: user_id, vector (array of D float32).
     """
     import polars
 
@@ -43,15 +45,15 @@ def user_vectors(model, dataset, user_ids=None):
             users = torch.as_tensor(indices[start : start + BATCH])
             batch = dataset.gather(
                 users, "all", max_len=model.config.max_len, **model.sequence_tokens
-            )
+            ).to(model.item_table.device)
             states = model.encode(batch)
-            vectors.append(max_pool(states, batch, model.num_items))
+            vectors.append(max_pool(states, batch, model.num_items).float().cpu())
     ids = dataset.user_ids()[indices]
-    return polars.DataFrame({"user_id": ids, "vector": torch.cat(vectors).float().numpy()})
+    return polars.DataFrame({"user_id": ids, "vector": torch.cat(vectors).numpy()})
 
 
 def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
-    """The k best next items of each user, given the whole history.
+    """The k best next items of each user, given the last `max_len` - 1 items of the history.
 
     seen: "exclude" leaves out items that the user already has, "none" keeps them.
 
@@ -62,26 +64,33 @@ def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
 
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    if seen not in ("exclude", "none"):
+        raise ValueError(f"seen must be 'exclude' or 'none', got {seen!r}")
     indices, item_ids = _indices(dataset, user_ids), dataset.item_ids()
+    known = dataset.user_ids()
     table, bias = model.item_table, model.item_head.bias
     parts = []
     with torch.no_grad():
         for start in range(0, len(indices), BATCH):
             users = torch.as_tensor(indices[start : start + BATCH])
             query = next_item_queries(model, dataset, users, "all")
-            exclude = seen_items(dataset, users, "all") if seen == "exclude" else None
+            exclude = None
+            if seen == "exclude":
+                past, offsets = seen_items(dataset, users, "all")
+                exclude = past.to(table.device), offsets.to(table.device)
             best = min(k, len(table))
-            scores, items = linear_topk(query, table, best, linear_bias=bias, exclude=exclude)
-            kept = (items >= 0).numpy()
+            found = linear_topk(query, table, best, linear_bias=bias, exclude=exclude)
+            scores, items = (part.cpu().numpy() for part in found)
+            kept = items >= 0
             ranks = np.broadcast_to(np.arange(1, best + 1), kept.shape)
             owners = np.broadcast_to(indices[start : start + BATCH, None], kept.shape)
             parts.append(
                 polars.DataFrame(
                     {
-                        "user_id": dataset.user_ids()[owners[kept]],
+                        "user_id": known[owners[kept]],
                         "rank": ranks[kept],
-                        "item_id": item_ids[items.numpy()[kept]],
-                        "score": scores.numpy()[kept],
+                        "item_id": item_ids[items[kept]],
+                        "score": scores[kept],
                     }
                 )
             )
@@ -91,10 +100,15 @@ def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
 def write_table(frame, path: Path | str) -> None:
     """Write a frame as .csv or .parquet, by the ending. Raises ValueError for another one."""
     path = Path(path)
+    check_table_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         frame.write_parquet(path)
-    elif path.suffix == ".csv":
-        frame.write_csv(path)
     else:
+        frame.write_csv(path)
+
+
+def check_table_path(path: Path) -> None:
+    """Raise ValueError for a file that `write_table` cannot write."""
+    if path.suffix not in (".parquet", ".csv"):
         raise ValueError(f"{path}: expected a name that ends in .csv or .parquet")

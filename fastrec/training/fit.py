@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from fastrec.backend import unavailable_reason
 from fastrec.data.loader import SequenceLoader
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
@@ -114,6 +115,10 @@ def fit(
         _check_checkpoint(checkpoint)
     if stage.cuda_graph:
         _check_one_gpu(stage.devices)
+    if stage.backend is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if why := unavailable_reason(stage.backend, "linear_cross_entropy", device):
+            raise ValueError(f"backend is {stage.backend!r}: {why}")
 
     torch.manual_seed(stage.seed)
     model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)

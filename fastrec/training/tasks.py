@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.attributes import EncodedAttribute, encode_attributes, profile_ids
+from fastrec.data.errors import DataError
 from fastrec.data.relations import FriendSampler, SocialGraph
 from fastrec.evaluation.profile import ProfileEvaluator
 from fastrec.evaluation.protocols import Evaluator
@@ -82,7 +83,15 @@ def task_data(dataset, recipe: Recipe, objectives: Objectives, task: Task) -> Ta
     described = bool(recipe.attributes) or len(dataset.user_attributes().columns) > 2
     wants_profile = bool(objectives.social_relation) and social.same_profile and described
     if objectives.user_attribute or wants_profile:
-        attributes = encoded_attributes(dataset, recipe)
+        try:
+            attributes = encoded_attributes(dataset, recipe)
+        except DataError as error:
+            if objectives.user_attribute or recipe.attributes:
+                raise
+            raise ValueError(
+                f"{error}. Friends are compared by all columns of users: list `attributes`, or set"
+                " social.same_profile to false"
+            ) from error
     evaluator: Evaluator | ProfileEvaluator | RelationEvaluator
     if task == "recommendation":
         evaluator = Evaluator(dataset, selected, "valid", recipe.evaluation)
