@@ -134,4 +134,7 @@ inline bool has_bf16() {
   void name(const Arguments<T>& a) {                  \
     body<Simd<T, 16>>(a);                             \
   }
+namespace fastrec {
+inline bool has_bf16() { return false; }
+}  // namespace fastrec
 #endif

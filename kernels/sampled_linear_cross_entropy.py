@@ -32,7 +32,7 @@ def _sum_kernel(
     live = at < t
     pair = tl.load(order + at, mask=live, other=0)
     c = tl.load(coefficient + pair, mask=live, other=0.0)
-    source = x + (pair // per_row)[:, None] * stride_xn + col[None, :] * stride_xd
+    source = x + (pair // per_row)[:, None] * stride_xn + col[None, :].to(tl.int64) * stride_xd
     values = tl.load(source, mask=live[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
     add_runs(c[:, None] * values, index, out, head, tail, program, col, t, d, BLOCK_T)
 

@@ -58,11 +58,11 @@ def _own_fwd_kernel(
     i = tl.program_id(0).to(tl.int64)
     y = tl.load(target + i)
     lane, col = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    real = col < d
+    real, far = col < d, col.to(tl.int64)  # of a table [D, V] stride_wd is V
     scored = y >= 0
     y = tl.maximum(y, 0)
-    x_row = tl.load(x + i * stride_xn + col * stride_xd, mask=real, other=0.0).to(tl.float32)
-    w_row = tl.load(w + y * stride_wv + col * stride_wd, mask=real, other=0.0).to(tl.float32)
+    x_row = tl.load(x + i * stride_xn + far * stride_xd, mask=real, other=0.0).to(tl.float32)
+    w_row = tl.load(w + y * stride_wv + far * stride_wd, mask=real, other=0.0).to(tl.float32)
     s_y = tl.sum(x_row * w_row, 0)
     if bias is not None:
         s_y += tl.load(bias + y).to(tl.float32)

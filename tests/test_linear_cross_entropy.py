@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_db.case import Sample, excess, promote, run
 
-from fastrec import linear_cross_entropy
+from fastrec import (
+    in_batch_cross_entropy,
+    linear_cross_entropy,
+    sampled_linear_cross_entropy,
+)
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
 
 OP = "linear_cross_entropy"
@@ -219,3 +223,33 @@ def test_private_op_leaves_rows_that_are_not_scored_at_zero(backend, ignored):
         x[kept], w, None, y[kept], lse[kept], ones[kept], -ones[kept]
     )
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, w, y: linear_cross_entropy(x, w, y, weight=w[:, 0].detach().exp()),
+        lambda x, w, y: linear_cross_entropy(x, w, y, label_smoothing=0.1, z_loss=1e-3),
+        lambda x, w, y: sampled_linear_cross_entropy(x, w, y, y[:3], weight=w[:, 0].detach().exp()),
+        lambda x, w, y: in_batch_cross_entropy(x, w, positive=y, similarity="weighted_l2"),
+    ],
+    ids=["weight", "smoothing_z_loss", "sampled_weight", "in_batch"],
+)
+def test_bits_of_many_rows_do_not_depend_on_the_number_of_threads(loss):
+    """torch splits a sum of more than 32,768 numbers among its threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            bits = []
+            for seed in range(3):
+                g = torch.Generator().manual_seed(seed)
+                x = torch.randn(70_000 + 37 * seed, 8, generator=g, requires_grad=True)
+                w = torch.randn(40, 8, generator=g, requires_grad=True)
+                value = loss(x, w, torch.randint(40, (len(x),), generator=g))
+                value.backward()
+                bits += [value.detach()[None], x.grad.flatten(), w.grad.flatten()]
+            results.append(torch.cat(bits))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import backends
 from op_db.case import Sample, run
 from test_linear_cross_entropy import NAMES, cpp, every_backend, problem
 
@@ -133,3 +134,22 @@ def test_no_gradients_are_computed_under_no_grad(monkeypatch):
     monkeypatch.setattr(PlainLoss, "apply", lambda *_: pytest.fail("gradients in evaluation"))
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(x, w, y), expected)
+
+
+@backends("linear_cross_entropy", "reference", "cpp")
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_label_smoothing_under_autocast_sums_the_table_in_float32(backend, low):
+    """A sum over the items in the low dtype overflows float16 and loses digits in bfloat16."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(16, 32, generator=g), torch.randn(40_000, 32, generator=g) * 0.1
+    w[:, 0] += 2.0
+    y = torch.randint(40_000, (16,), generator=g)
+    x = x.to(low).float()  # what autocast rounds
+    grads = {}
+    for autocast in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", low, enabled=autocast):
+            loss = linear_cross_entropy(leaf, w, y, label_smoothing=1.0, backend=backend)
+            loss.backward()
+        grads[autocast] = torch.cat([loss.detach()[None], leaf.grad.flatten()])
+    torch.testing.assert_close(grads[True], grads[False], rtol=2**-7, atol=2e-3)

@@ -11,6 +11,7 @@ from op_db import (
 from op_db.case import TYPES
 from test_ops import check
 
+from fastrec import sampled_linear_cross_entropy
 from fastrec.backend import interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
@@ -65,3 +66,22 @@ def test_triton_scatter_of_a_row_with_more_events_than_a_step_of_the_carry(befor
     grad[:, 1] = torch.arange(len(index)) % 3
     total = jagged_embedding_scatter(grad, index, 6, torch.float32)
     assert torch.equal(total, torch.zeros(6, 3).index_add(0, index, grad))
+
+
+def test_a_table_in_columns_beyond_32_bits(tmp_path):
+    """The strides of a [D, V] table go to V, and offsets beyond 2^31: a sparse file."""
+    v, d = 10_000_000, 256
+    file = tmp_path / "table"
+    with open(file, "wb") as opened:
+        opened.truncate(v * d * 4)
+    columns = torch.from_file(str(file), shared=True, size=v * d, dtype=torch.float32).view(d, v)
+    columns[:, 5], columns[:, 7] = torch.arange(d) * 0.01, torch.linspace(-1, 1, d)
+    x, target, negatives = torch.ones(1, d), torch.tensor([5]), torch.tensor([[7, 7]])
+    losses = [
+        sampled_linear_cross_entropy(x, table, *ids, backend="triton")
+        for table, ids in (
+            (columns.t(), (target, negatives)),
+            (columns[:, 5:8].t().contiguous(), (target - 5, negatives - 5)),
+        )
+    ]
+    torch.testing.assert_close(*losses)

@@ -12,6 +12,14 @@ def accumulate_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def ordered_sum(values: Tensor) -> Tensor:
+    """The sum of a vector, with bits that do not depend on the number of threads: torch splits more
+    than 32,768 numbers among them."""
+    if values.device.type != "cpu" or len(values) <= 32768:
+        return values.sum()
+    return torch.stack([part.sum() for part in values.split(32768)]).sum()
+
+
 def check_range(name: str, index: Tensor, size: int, ignored: int | None = None) -> None:
     """Raise IndexError when a value of `index` [.] other than `ignored` is outside [0, size)."""
     on_host = _on_host(index)
@@ -51,6 +59,8 @@ def check_table(
             "input must be [rows, D] and linear_weight [V, D], got"
             f" {list(input.shape)} and {list(linear_weight.shape)}"
         )
+    if input.shape[1] == 0:
+        raise ValueError("input has no columns: D must be at least 1")
     items = linear_weight.shape[0]
     if items == 0 and not sharded:
         raise ValueError("linear_weight has no rows: there is no item to score")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype
+from fastrec.ops.arguments import accumulate_dtype, ordered_sum
 from fastrec.ops.in_batch_cross_entropy_autograd import OP, InBatchCrossEntropy
 from fastrec.ops.in_batch_pairs import (
     allowed_ref,
@@ -83,7 +83,7 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     # No query: the mean is 0 with a live graph, not NaN.
-    return loss.sum() / (max(len(loss), 1) if reduction == "mean" else 1)
+    return ordered_sum(loss) / (max(len(loss), 1) if reduction == "mean" else 1)
 
 
 def directed(

@@ -90,6 +90,8 @@ def check_pairs(query, candidate, similarity, weight, query_group, candidate_gro
             "query must be [B, D] and candidate [C, D], got"
             f" {list(query.shape)} and {list(candidate.shape)}"
         )
+    if query.shape[1] == 0:
+        raise ValueError("query has no columns: D must be at least 1")
     if not query.is_floating_point():
         raise TypeError(f"query must be a floating point tensor, got {query.dtype}")
     if candidate.dtype != query.dtype:

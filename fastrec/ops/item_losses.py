@@ -7,17 +7,17 @@ Legend: N scored rows, V items, D width, T rows of `input` before selection.
 import torch
 from torch import Tensor
 
-from fastrec.ops.arguments import check_table
+from fastrec.ops.arguments import check_table, ordered_sum
 
 
 def reduce_loss(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     if reduction == "sum":
-        return loss.sum()
+        return ordered_sum(loss)
     # No scored row, or only rows of weight 0: the mean is 0 with a live graph, not NaN.
-    total = row_weight.sum()
-    return loss.sum() / torch.where(total == 0, 1, total)
+    total = ordered_sum(row_weight)
+    return ordered_sum(loss) / torch.where(total == 0, 1, total)
 
 
 def spread_rows(grad: Tensor, rows: Tensor | None, shape) -> Tensor:

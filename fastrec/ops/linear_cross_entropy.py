@@ -64,7 +64,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     rows: Tensor | None = None,
     z_loss: float = 0.0,
@@ -88,7 +88,8 @@ def linear_cross_entropy(
         linear_bias: [V]. -inf takes an item out of the softmax.
         weight: class weights [V], not differentiated.
         reduction: "mean" (divided by sum of a_i; 0 when that is 0), "sum" or "none".
-        ignore_index: target value of rows that are not scored: loss 0, no gradient.
+        ignore_index: target value of rows that are not scored: loss 0, no gradient. None is -100,
+            as in torch.
         label_smoothing: in [0, 1].
         rows: positions of `input` to score: int64 [N] (repeats allowed) or a bool mask [T].
         z_loss: weight of the squared log-partition term.
@@ -115,6 +116,7 @@ def linear_cross_entropy(
         differ between the ranks (a device assertion on a GPU). IndexError: a target or a row is
         out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
         input = input.to(torch.get_autocast_dtype(device))
@@ -145,18 +147,19 @@ def linear_cross_entropy(
     if rows is not None:
         check_range("rows", rows, input.shape[0])
     if backend == "reference" and not sharded:
-        return linear_cross_entropy_ref(
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            rows=rows,
-            z_loss=z_loss,
-        )
+        with torch.autocast(device, enabled=False):  # its sums over the items overflow float16
+            return linear_cross_entropy_ref(
+                input,
+                linear_weight,
+                target,
+                linear_bias=linear_bias,
+                weight=weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                rows=rows,
+                z_loss=z_loss,
+            )
     if stored:
         x = input if rows is None else input.index_select(0, rows)
         class_weight = None if weight is None else weight.detach().to(input.dtype).contiguous()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrec.ops.arguments import accumulate_dtype
+from fastrec.ops.arguments import accumulate_dtype, ordered_sum
 from fastrec.ops.item_losses import spread_rows
 from fastrec.ops.native import kernels_of, register_cuda
 
@@ -89,12 +89,14 @@ register_cuda(OP, "fwd", "bwd")
 def class_sums(x, linear_weight, linear_bias, target, class_weight) -> tuple[Tensor, Tensor]:
     """(sum_j class_weight_j W_j [D], sum_j class_weight_j s_ij [N], 0 where not scored)."""
     dtype = class_weight.dtype
-    # In pieces: a sum over the items overflows float16, a whole table in float32 is large.
-    pieces = zip(class_weight.split(65536), linear_weight.split(65536), strict=True)
-    class_mean = sum(a @ w.to(dtype) for a, w in pieces)
-    class_sum = (x.to(dtype) @ class_mean).masked_fill(target < 0, 0)
-    if linear_bias is not None:
-        class_sum = class_sum + (class_weight @ linear_bias.to(dtype)) * (target >= 0)
+    # A sum over the items overflows float16: not in the dtype of autocast, and in pieces, because
+    # a whole table in float32 is large.
+    with torch.autocast(x.device.type, enabled=False):
+        pieces = zip(class_weight.split(65536), linear_weight.split(65536), strict=True)
+        class_mean = sum(a @ w.to(dtype) for a, w in pieces)
+        class_sum = (x.to(dtype) @ class_mean).masked_fill(target < 0, 0)
+        if linear_bias is not None:
+            class_sum = class_sum + (class_weight @ linear_bias.to(dtype)) * (target >= 0)
     return class_mean, class_sum
 
 
@@ -104,11 +106,12 @@ def add_class_gradient(
     """Adds the gradient of `class_sums` to grad_weight; returns grad_bias with its own."""
     # The same rank-1 term for every row: no second [V, D] buffer. Not addr_, whose bits depend on
     # the number of threads.
-    direction = (grad_class_sum @ x.to(class_weight.dtype)).to(grad_weight.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # backward may run under any
+        direction = (grad_class_sum @ x.to(class_weight.dtype)).to(grad_weight.dtype)
     grad_weight.addcmul_(class_weight[:, None].to(grad_weight.dtype), direction)
     if linear_bias is None:
         return grad_bias
-    return grad_bias + (class_weight * grad_class_sum.sum()).to(grad_bias.dtype)
+    return grad_bias + (class_weight * ordered_sum(grad_class_sum)).to(grad_bias.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

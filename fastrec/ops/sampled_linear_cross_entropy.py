@@ -221,7 +221,7 @@ def sampled_linear_cross_entropy(
     loss: str = "softmax",
     gbce_t: float = 0.75,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     rows: Tensor | None = None,
     sparse_grad: bool = False,
     backend: str | None = None,
@@ -256,7 +256,8 @@ def sampled_linear_cross_entropy(
         loss: "softmax", "bce" or "gbce".
         gbce_t: calibration of gbce in [0, 1]; 0 is bce, 1 gives the probabilities of the softmax.
         reduction: "mean" (divided by sum of a_i; 0 when that is 0), "sum" or "none".
-        ignore_index: target value of rows that are not scored: loss 0, no gradient.
+        ignore_index: target value of rows that are not scored: loss 0, no gradient. None is -100,
+            as in torch.
         rows: positions of `input` to score: int64 [N] (repeats allowed) or a bool mask [T].
         sparse_grad: the gradients of `linear_weight` and `linear_bias` are sparse tensors of the
             items that occur (coalesced, except on the reference backend), for
@@ -273,6 +274,7 @@ def sampled_linear_cross_entropy(
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a target, a negative
         or a row is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
         input = input.to(torch.get_autocast_dtype(device))

@@ -161,6 +161,8 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     # Both directions.
     yield sample("symmetric", l2("symmetric", symmetric=True))
     yield sample("symmetric_more", l2("more", c=c, symmetric=True, reduction="none"))
+    # Candidates that are nobody's positive, with scores whose exponentials overflow.
+    yield sample("symmetric_far", problem("far", c=c, symmetric=True, fixed_temperature=0.1))
     everything = dict(
         candidate_bias=bias, temperature=temperature, positive=distinct, symmetric=True
     ) | ids("everything", device, b, c, 2, 6) | lists("everything", device, b, c, 5)  # fmt: skip
