@@ -26,11 +26,12 @@ from fastrec.evaluation.serve import check_table_path, user_vectors, write_table
 from fastrec.evaluation.serve import recommend as recommend_items
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
-from fastrec.training.config import Recipe
+from fastrec.training.config import Recipe, Users
 from fastrec.training.demo import demo
 from fastrec.training.fit import fit
 from fastrec.training.heads import FILE as HEADS
 from fastrec.training.heads import load_heads
+from fastrec.training.run_folder import check_model, trained_on
 from fastrec.training.step_time import bench
 from fastrec.training.sweep import sweep
 from fastrec.training.tasks import Task, encoded_attributes, held_out_users, select_users
@@ -129,7 +130,8 @@ def finetune(
         resume: go on from the last checkpoint in `output`.
     """
     dataset = SequenceDataset.load(data)
-    initial = None if init is None else _model_for(init, dataset)
+    held_out = None if task == "recommendation" else recipe.users
+    initial = None if init is None else _model_for(init, dataset, held_out)
     stages = {
         "recommendation": recipe.finetuning,
         "profile": recipe.profile,
@@ -168,7 +170,7 @@ def evaluate(
         output: JSON file for the metrics.
     """
     dataset = SequenceDataset.load(data)
-    trained = _model_for(pretrained, dataset)
+    trained = _model_for(pretrained, dataset, None if task == "recommendation" else recipe.users)
     if task == "recommendation":
         result = _evaluate_recommendation(recipe, dataset, trained, split)
     elif task == "profile":
@@ -205,7 +207,9 @@ def _evaluate_recommendation(recipe: Recipe, dataset, trained: UserModel, split:
 
 def _evaluate_profile(recipe: Recipe, dataset, trained: UserModel, path: Path) -> dict:
     users, attributes = held_out_users(dataset, recipe), encoded_attributes(dataset, recipe)
-    objective = JointObjective(recipe.profile.objectives, trained, attributes, dataset.item_counts)
+    pool = trained_on(path).get("attribute_pool", recipe.profile.objectives.attribute_pool)
+    objectives = dataclasses.replace(recipe.profile.objectives, attribute_pool=pool)
+    objective = JointObjective(objectives, trained, attributes, dataset.item_counts)
     load_heads(objective, path)
     evaluator = ProfileEvaluator(dataset, users, "all", attributes, select_users(dataset, recipe))
     scores = _all_scores(evaluator, trained, objective)
@@ -283,12 +287,13 @@ def recommend(
     write_table(recommend_items(trained, dataset, k, _read_users(users), seen), output)
 
 
-def _model_for(path: Path, dataset: SequenceDataset) -> UserModel:
+def _model_for(path: Path, dataset: SequenceDataset, held_out: Users | None = None) -> UserModel:
     model = UserModel.from_pretrained(path)
     if model.num_items != dataset.num_items:
         raise ValueError(
             f"{path} was trained on {model.num_items} items, {dataset.path} has {dataset.num_items}"
         )
+    check_model(path, dataset, held_out)
     return model
 
 

@@ -133,15 +133,23 @@ def test_uprec_from_pretraining_to_profiles_and_friends(tmp_path, capsys):
         call("finetune", task, output=tmp_path / task, init=model)
         for name, path in (("tuned", tmp_path / task / "model"), ("pretrained", model)):
             output = tmp_path / f"{task}-{name}.json"
-            if (task, name) != ("profile", "pretrained"):  # its head reads the maximum, not [CLS]
-                call("evaluate", task, pretrained=path, output=output)
-                results[task, name] = json.loads(output.read_text())
+            call("evaluate", task, pretrained=path, output=output)
+            results[task, name] = json.loads(output.read_text())
     profile, relation = results["profile", "tuned"], results["relation", "tuned"]
     assert profile["users"] == 180  # 30 % are held out
     assert set(profile["metrics"]["model"]) == {"score", "mean_rating MSE", "region accuracy"}
     assert relation["trained_similarity"] and results["relation", "pretrained"]["pairs"] > 50
     assert set(relation["metrics"]) == {"shared items (Sim)", "model"}
     assert "standard error" in capsys.readouterr().out
+
+    # The head of pre-training reads the maximum, that of fine-tuning [CLS].
+    assert json.loads((model / "trained_on.json").read_text())["attribute_pool"] == "max"
+    for command, path in (("evaluate", "pretrained"), ("finetune", "init")):
+        with pytest.raises(SystemExit, match="would be tested on users that it has seen"):
+            main(
+                [command, *config, "--users.seed=3", "--task=relation", f"--{path}={model}",
+                 f"--output={tmp_path / 'other'}"]
+            )  # fmt: skip
 
     call("evaluate", "recommendation", pretrained=model, output=tmp_path / "next.json")
     groups = json.loads((tmp_path / "next.json").read_text())["by_length"]
@@ -177,9 +185,30 @@ def test_sweep_compares_values_and_computes_a_point_once(runs, tmp_path, capsys)
         main(["sweep", *flags, "--values=[0.1]", "--pretraining.learning_rate=0.1"])
 
 
+def test_a_model_meets_only_the_items_that_it_was_trained_on(runs, raw, tmp_path):
+    """The same number of items in another order: every id would mean another item."""
+    log, other = tmp_path / "log.csv", tmp_path / "data"
+    log.write_text(raw.read_text().replace("item-1", "thing-1"))
+    main(
+        ["prepare", f"--source={log}", f"--output={other}", "--format=table", "--user_column=who",
+         "--item_column=what", "--timestamp_column=when"]
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="was trained on other items, or in another order"):
+        main(
+            ["recommend", f"--data={other}", f"--pretrained={runs / 'pretrain' / 'model'}",
+             f"--output={tmp_path / 'best.csv'}"]
+        )  # fmt: skip
+    with pytest.raises(SystemExit, match="items was '[0-9a-f]+', not '[0-9a-f]+'"):
+        main(
+            ["pretrain", "--config=uprec-mip", *FLAGS, f"--data={other}", "--resume=true",
+             f"--output={runs / 'pretrain'}"]
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("key", "values", "message"),
     [
+        ("pretraining.seed", "[1, 2]", "pretraining.seed is set by seeds=1"),
         ("model.size", "[1]", "'size' is no key of ModelConfig"),
         ("model", "[1]", "'model' is a group of keys: model.KEY"),
         ("model.width.x", "[1]", "'width' has no key 'x'"),

@@ -84,3 +84,11 @@ def test_several_queries_select_one_candidate(backend):
 def test_wrong_arguments(backend, change, error, message):
     with pytest.raises(error, match=message):
         in_batch_hardest(**(table() | change), backend=backend)
+
+
+@backends("in_batch_hardest", "cpp")
+def test_nan_is_no_candidate(backend):
+    query = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
+    candidate = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [2.0, 0.0], [0.5, 0.0]])
+    values, indices = in_batch_hardest(query, candidate, backend=backend)
+    assert values.tolist() == [2.0, -math.inf] and indices.tolist() == [2, -1]

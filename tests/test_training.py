@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import polars
@@ -26,7 +27,7 @@ from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.objectives.joint import Objectives
 from fastrec.objectives.masked_item import ItemLoss, Masking
 from fastrec.random import Rng
-from fastrec.training.config import Recipe, Stage, Users
+from fastrec.training.config import Recipe, Social, Stage, Users
 from fastrec.training.fit import fit
 from fastrec.training.tasks import task_data
 
@@ -230,7 +231,8 @@ def test_masking_the_last_item_and_starting_from_a_model(data, tmp_path):
 
 def test_a_model_to_start_from_keeps_its_settings(data, tmp_path):
     start = UserModel(150, ModelConfig(width=8, layers=1, dropout=0.1, max_len=20))
-    tuned = run(data, tmp_path / "run", initial=start)
+    with pytest.warns(UserWarning, match="keeps its own settings: width 8, not 16"):
+        tuned = run(data, tmp_path / "run", initial=start)
     assert tuned.config == start.config
     written = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert written["model"] == asdict(start.config), "and not what the recipe says"
@@ -303,16 +305,24 @@ def test_errors_name_the_problem(data, tmp_path):
     for fraction in (-0.1, 0.0, 2.0):
         with pytest.raises(ValueError, match=r"users.fraction must be in \(0, 1\], got"):
             Users(fraction=fraction)
-    with pytest.raises(ValueError, match="score is nan after 10 steps: the training has diverged"):
+    with pytest.raises(ValueError, match="after 10 steps the loss is nan, score nan: the training"):
         weights = Objectives(masked_item=0.0, user_attribute=1.0)
         stage = recipe(objectives=weights, learning_rate=1e38, monitor="score").pretraining
         run(data, tmp_path / "diverges", stage, task="profile")
+    with pytest.raises(ValueError, match="after 10 steps the loss is nan, NDCG@10 0.0"):
+        run(data, tmp_path / "lost", recipe(learning_rate=1e30).pretraining)
     new = tmp_path / "free"
     with pytest.raises(ValueError, match="backend is 'triton': triton runs on cuda"):
         run(data, new, recipe(backend="triton").pretraining)
     with pytest.raises(ValueError, match="monitor is 'NDCG@20', the metrics of this task are"):
         run(data, new, recipe(monitor="NDCG@20").pretraining)
     assert not new.exists(), "a corrected run can take the folder"
+    dataset = SequenceDataset.load(data)
+    with (
+        patch.object(SequenceDataset, "users", lambda self, split: np.empty(0, np.int64)),
+        pytest.raises(ValueError, match="no user has 3 events or more"),
+    ):
+        task_data(dataset, recipe(), Objectives(), "recommendation")
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         run(data, tmp_path / "new", resume=True)
     run(data, tmp_path / "run")
@@ -322,6 +332,30 @@ def test_errors_name_the_problem(data, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
         run(data, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Stage(schedule="cosin"),
+            r"schedule must be one of \['constant', 'cosine', 'linear'\]",
+        ),
+        (lambda: Stage(backend="c"), "backend must be one of"),
+        (lambda: Stage(devices=0), "devices must be at least 1 or 'auto', got 0"),
+        (lambda: Protocol(candidates="ful"), "candidates must be one of"),
+        (lambda: Protocol(negatives=0), "evaluation.negatives must be at least 1"),
+        (lambda: Social(hops=3), r"hops must be one of \[0, 1, 2\], got 3"),
+        (lambda: ItemLoss(kind="sampeld"), "kind must be one of"),
+        (lambda: Masking(probability=1.5), r"masking.probability must be in \[0, 1\], got 1.5"),
+        (lambda: Objectives(social_relation=-1.0), "the weight of social_relation is negative"),
+        (lambda: ModelConfig(width=0), "model.width must be at least 1, got 0"),
+        (lambda: ModelConfig(dropout=1.0), r"model.dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_settings_are_checked_where_they_are_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("fraction", [0.9, 1.0])

@@ -1,12 +1,15 @@
 """A run that ends anywhere goes on as if it had not ended, and only as the run that it was."""
 
 import json
+import os
+import subprocess
+import time
 
 import polars
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import data, recipe, run, trained_weights  # noqa: F401
+from test_training import FLAGS, command, data, recipe, run, trained_weights  # noqa: F401
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.protocols import Protocol
@@ -84,6 +87,52 @@ def test_a_run_is_resumed_with_the_settings_that_it_was_started_with(data, tmp_p
     assert json.loads(before)["learning_rate"] == 0.001, "what was refused has left no trace"
     run(data, folder, recipe(steps=40, patience=9).pretraining, resume=True)
     assert trained_weights(folder)["step"] == 40
+
+
+def test_a_run_that_stopped_early_is_at_its_end(data, tmp_path):  # noqa: F811
+    stage = recipe(**{**SPOILS, "steps": 100}, patience=2).pretraining
+    run(data, tmp_path / "run", stage)
+    last, model = (tmp_path / "run" / name for name in ("last.ckpt", "model/model.safetensors"))
+    before = trained_weights(tmp_path / "run")["step"], model.read_bytes()
+    run(data, tmp_path / "run", stage, resume=True)
+    assert before == (trained_weights(tmp_path / "run")["step"], model.read_bytes())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == before[0] == 30
+    with pytest.raises(ValueError, match=r"last\.ckpt holds 30 steps, the run is to have 20"):
+        run(data, tmp_path / "run", recipe(**{**SPOILS, "steps": 20}).pretraining, resume=True)
+    assert last.is_file()
+
+
+def test_more_steps_are_another_run_under_a_schedule(data, tmp_path):  # noqa: F811
+    run(data, tmp_path / "run", recipe(schedule="linear").pretraining)
+    with pytest.raises(ValueError, match="steps was 30, not 60"):
+        stage = recipe(schedule="linear", steps=60).pretraining
+        run(data, tmp_path / "run", stage, resume=True)
+
+
+def test_a_folder_without_a_checkpoint_can_be_used_again(data, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        killed_at(patch, "training_step", 3)
+        with pytest.raises(Killed):
+            run(data, tmp_path / "run")
+    assert (tmp_path / "run" / "stage.json").is_file()
+    run(data, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_sigterm_is_no_success(data, tmp_path):  # noqa: F811
+    process = subprocess.Popen(
+        command("pretrain", "--data", data, "--output", tmp_path / "run", *FLAGS,
+                "--pretraining.steps=100000"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 600
+    while not (tmp_path / "run" / "last.ckpt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 143 and "SIGTERM ended the run in" in said
 
 
 def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):  # noqa: F811

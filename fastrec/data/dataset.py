@@ -13,6 +13,7 @@ Training reads the two arrays only. Letters: U users, V items, E events, B seque
 batch.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,6 +192,12 @@ class SequenceDataset:
     def item_ids(self) -> np.ndarray:
         """[V]: the original item ids (int64, or object array of str), read from items.parquet."""
         return self._column("items.parquet", "item_id")
+
+    @cached_property
+    def items_hash(self) -> str:
+        """Of the original item ids in their order: what the rows of a trained item table mean."""
+        ids = "\n".join(map(str, self.item_ids().tolist()))
+        return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
     def user_attributes(self):
         """polars.DataFrame of users.parquet: user, user_id and the attributes, one row per user."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrec.choices import check_choices
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import rank_candidates
 from fastrec.ops.linear_rank import linear_rank
@@ -31,6 +32,11 @@ class Protocol:
     negatives: int = 99
     seen: Literal["none", "exclude"] = "none"
     seed: int = 0
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.negatives < 1:
+            raise ValueError(f"evaluation.negatives must be at least 1, got {self.negatives}")
 
 
 def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tensor:

@@ -46,6 +46,13 @@ class ModelConfig:
     use_cls: bool = True
     use_sep: bool = True
 
+    def __post_init__(self):
+        for name in ("width", "layers", "heads", "max_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
+
 
 class UserModel(nn.Module):
     """Item embedding + encoder + item head.
@@ -97,6 +104,8 @@ class UserModel(nn.Module):
         Several views are those of `batch.repeat(views)`: block i is dropped as view `rng.view` + i.
         """
         return self.encoder(self.item_embedding.weight, batch, rng, batch.values, views)
+
+    forward = encode  # what a wrapper like DistributedDataParallel calls
 
     def save_pretrained(self, path: Path | str) -> None:
         """Write `model.safetensors` and `config.json` into the folder `path`."""

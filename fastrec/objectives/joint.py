@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastrec.choices import check_choices
 from fastrec.data.attributes import EncodedAttribute, missing_value
 from fastrec.data.batch import JaggedBatch
 from fastrec.nn.pool import max_pool
@@ -41,6 +42,12 @@ class Objectives:
     similarity_weight: float | None = None
     friends_in_all: bool = True
     item_loss: ItemLoss = field(default_factory=ItemLoss)
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("masked_item", "user_attribute", "social_relation"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"the weight of {name} is negative: {getattr(self, name)}")
 
 
 class Term(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from fastrec.choices import check_choices
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.corruptions import mask_items, mask_last
 from fastrec.data.negatives import NegativeSampler
@@ -30,6 +31,11 @@ class Masking:
     probability: float = 0.2
     replace_probability: float = 1.0
     random_probability: float = 0.0
+
+    def __post_init__(self):
+        for name in ("probability", "replace_probability", "random_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"masking.{name} must be in [0, 1], got {getattr(self, name)}")
 
     def __call__(
         self, batch: JaggedBatch, model: UserModel, seed: int, step: int
@@ -73,6 +79,11 @@ class ItemLoss:
     shared: bool = True
     log_q: bool = True
     gbce_t: float = 0.75
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.negatives < 1:
+            raise ValueError(f"item_loss.negatives must be at least 1, got {self.negatives}")
 
     def make_sampler(
         self, num_items: int, item_counts: Callable[[], Tensor] | None

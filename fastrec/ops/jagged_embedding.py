@@ -238,7 +238,8 @@ def jagged_embedding(
         sample_ids: int64 [T], the sample that each event belongs to.
         views: how many times the events are written, block i dropped as view `rng.view` + i.
         sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, as
-            that of `torch.nn.functional.embedding`: for tables much larger than a batch.
+            that of `torch.nn.functional.embedding`: for tables much larger than a batch. On a GPU
+            backward waits for the number of these rows.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:

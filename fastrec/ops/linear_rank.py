@@ -71,7 +71,8 @@ def linear_rank(
 
     Returns:
         int64 [N], without a gradient. Scores are compared in float32 (float64 for float64 input),
-        also under autocast: coarser ones would tie.
+        also under autocast: coarser ones would tie. On a GPU their products are those of TF32 if
+        `torch.set_float32_matmul_precision` allows it.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong. IndexError: a target or a value of

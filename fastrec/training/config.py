@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastrec.choices import check_choices
 from fastrec.data.attributes import Attribute
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig
@@ -58,6 +59,9 @@ class Stage:
     cuda_graph: bool = False
 
     def __post_init__(self):
+        check_choices(self)
+        if self.devices != "auto" and int(self.devices) < 1:
+            raise ValueError(f"devices must be at least 1 or 'auto', got {self.devices}")
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -105,6 +109,11 @@ class Social:
     same_profile: bool = True
     negatives: int = 99
     seed: int = 0
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.negatives < 1:
+            raise ValueError(f"social.negatives must be at least 1, got {self.negatives}")
 
 
 def _task(objectives: Objectives, monitor: str) -> Stage:

@@ -6,14 +6,18 @@ import json
 import logging
 import math
 import os
+import signal
+import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastrec.backend import unavailable_reason
 from fastrec.data.loader import SequenceLoader
@@ -22,7 +26,12 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.heads import load_heads, save_heads
 from fastrec.training.module import StageModule
-from fastrec.training.run_folder import check_same_run, describe_run
+from fastrec.training.run_folder import (
+    check_free,
+    check_same_run,
+    describe_model,
+    describe_run,
+)
 from fastrec.training.tasks import Task, task_data
 
 
@@ -30,8 +39,8 @@ class KeepBest(Callback):
     """Save the model to `path` whenever the monitored metric improves (safetensors, no pickle), and
     the heads of the objectives beside it."""
 
-    def __init__(self, path: Path):
-        self.path, self.best = path, float("-inf")
+    def __init__(self, path: Path, describe: Callable[[Path], None]):
+        self.path, self.describe, self.best = path, describe, float("-inf")
 
     def state_dict(self) -> dict:
         return {"best": self.best}
@@ -41,24 +50,37 @@ class KeepBest(Callback):
 
     def on_validation_end(self, trainer, module) -> None:
         value = float(trainer.callback_metrics["valid"])
-        if not math.isfinite(value):
+        loss = float(trainer.callback_metrics.get("train_loss", 0.0))
+        if not (math.isfinite(value) and math.isfinite(loss)):
             raise ValueError(
-                f"{module.stage.monitor} is {value} after {trainer.global_step} steps: the training"
-                " has diverged; a smaller learning_rate or a gradient_clip may help"
+                f"after {trainer.global_step} steps the loss is {loss}, {module.stage.monitor}"
+                f" {value}: the training has diverged; a smaller learning_rate or a gradient_clip"
+                " may help"
             )
         if value > self.best:
             self.best = value
             if trainer.is_global_zero:
                 module.model.save_pretrained(self.path)
                 save_heads(module.objective, self.path)
+                self.describe(self.path)
 
 
 class SaveToResume(Checkpoint):
     """Write `path` every so many steps and after each validation: a resumed run does not repeat the
     validation of its first step, whose outcome is the best so far and the patience left."""
 
-    def __init__(self, path: Path, every: int):
-        self.path, self.every = path, every
+    def __init__(self, path: Path, every: int, patience: int):
+        self.path, self.every, self.patience = path, every, patience
+        self.stopped: int | None = None
+
+    def state_dict(self) -> dict:
+        return {"stopped": self.stopped}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stopped = state["stopped"]
+
+    def on_train_start(self, trainer, module) -> None:
+        trainer.should_stop = self.stopped == self.patience  # the run had ended
 
     def on_train_batch_end(self, trainer, *args) -> None:
         # The last batch of a pass is followed by a validation.
@@ -67,6 +89,7 @@ class SaveToResume(Checkpoint):
 
     def on_validation_end(self, trainer, module) -> None:  # Lightning calls checkpoints last
         if trainer.state.fn == "fit":
+            self.stopped = (trainer.should_stop and self.patience) or None
             trainer.save_checkpoint(self.path)
 
 
@@ -106,13 +129,13 @@ def fit(
     if resume and not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing: there is no run to resume in {output}")
     first_process = int(os.environ.get("LOCAL_RANK", 0)) == 0  # DDP starts the others later
-    if not resume and first_process and output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty; choose another folder or resume the run")
+    if not resume and first_process:
+        check_free(output)
     if initial is not None:
-        recipe = dataclasses.replace(recipe, model=initial.config)
+        recipe = _with_model(recipe, initial)
     if resume:
-        check_same_run(output, recipe, stage, task)
-        _check_checkpoint(checkpoint)
+        check_same_run(output, dataset, recipe, stage, task)
+        _check_checkpoint(checkpoint, stage.steps)
     if stage.cuda_graph:
         _check_one_gpu(stage.devices)
     if stage.backend is not None:
@@ -143,9 +166,11 @@ def fit(
     module = StageModule(model, objective, stage, loader, data.evaluator)
     output.mkdir(parents=True, exist_ok=True)
     if first_process:
-        describe_run(output, recipe, stage, task)
-    keep = KeepBest(output / "model")
-    callbacks: list[Callback] = [keep, SaveToResume(checkpoint, stage.checkpoint_every)]
+        describe_run(output, dataset, recipe, stage, task)
+        (output / "summary.json").unlink(missing_ok=True)
+    keep = KeepBest(output / "model", lambda folder: describe_model(folder, dataset, recipe, stage))
+    save = SaveToResume(checkpoint, stage.checkpoint_every, stage.patience)
+    callbacks: list[Callback] = [keep, save]
     if stage.patience:
         callbacks.append(
             EarlyStopping(
@@ -181,7 +206,11 @@ def fit(
     start = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
-    trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
+    try:
+        trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
+    except SIGTERMException as stop:  # a SystemExit with status 0
+        print(f"fastrec: SIGTERM ended the run in {output}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stop
     summary = {
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - start, 1),
@@ -210,8 +239,24 @@ def _check_one_gpu(devices: int | str) -> None:
         )
 
 
-def _check_checkpoint(path: Path) -> None:
+def _with_model(recipe: Recipe, initial: UserModel) -> Recipe:
+    """The recipe with the settings of the model that a stage starts from, and a warning if they
+    differ."""
+    asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(initial.config)
+    other = [
+        f"{name} {kept[name]!r}, not {asked[name]!r}" for name in kept if kept[name] != asked[name]
+    ]
+    if other:
+        warnings.warn(
+            f"the model to start from keeps its own settings: {', '.join(other)}", stacklevel=3
+        )
+    return dataclasses.replace(recipe, model=initial.config)
+
+
+def _check_checkpoint(path: Path, steps: int) -> None:
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read, is it truncated? {error}") from error
+    if state["global_step"] > steps:
+        raise ValueError(f"{path} holds {state['global_step']} steps, the run is to have {steps}")

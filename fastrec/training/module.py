@@ -73,14 +73,18 @@ class StageModule(lightning.LightningModule):
                 self.model, batch, stage.masking, stage.seed, self.global_step, stage.backend
             )
         loss = total_loss(terms, self.trainer.world_size)
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        # Of several processes the mean: `total_loss` has scaled the share of each for DDP.
+        several = self.trainer.world_size > 1
+        self.log(
+            "train_loss", loss.detach(), prog_bar=True, batch_size=len(batch), sync_dist=several
+        )
         parts: dict[str, torch.Tensor] = {}
         for term in terms:
             parts[term.objective] = parts.get(term.objective, 0) + term.loss.detach()
         if batch.pairs is not None:
             parts["negatives"] = torch.tensor(batch.pairs.negatives)
         for name, value in parts.items() if len(terms) > 1 else ():
-            self.log(f"train/{name}", value, batch_size=len(batch))
+            self.log(f"train/{name}", value, batch_size=len(batch), sync_dist=several)
         return loss
 
     def validation_step(self, rows, batch_index):

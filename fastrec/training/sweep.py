@@ -64,6 +64,10 @@ def sweep(
     """
     if not values or seeds < 1:
         raise ValueError(f"there is nothing to run: values {values}, seeds {seeds}")
+    if key.endswith(".seed") and key.split(".")[0] in ("pretraining", "finetuning"):
+        raise ValueError(
+            f"{key} is set by seeds={seeds}: the runs of each value have seeds 0, 1, ..."
+        )
     recipes = {value: with_value(recipe, key, value) for value in values}
     dataset = SequenceDataset.load(data)
     results = {

@@ -73,6 +73,8 @@ def task_data(dataset, recipe: Recipe, objectives: Objectives, task: Task) -> Ta
     friends of that tenth either: a model that remembered them would be chosen for it.
     """
     selected = users = labelled = select_users(dataset, recipe)
+    if len(selected) == 0:
+        raise ValueError("no user has 3 events or more: there is nothing to validate on")
     judged = _validation_users(users, recipe)
     if task != "recommendation" or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
