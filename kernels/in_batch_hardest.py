@@ -59,7 +59,6 @@ def _fwd_kernel(
         s = leave_out_groups(s, row, item, live, real, row_group, item_group, n, v, COLUMNS)
         if listed is not None:
             s, place = leave_out_listed(s, item, listed, place, end, first + BLOCK_C)
-        s = tl.where(s == s, s, float("-inf"))  # a NaN would hide the largest
         peak, at = tl.max(s, 1, return_indices=True)  # the lowest of equals
         greater = peak > best
         best = tl.where(greater, peak, best)

@@ -87,8 +87,10 @@ def test_wrong_arguments(backend, change, error, message):
 
 
 @backends("in_batch_hardest", "cpp")
-def test_nan_is_no_candidate(backend):
+def test_a_query_with_nan_has_no_candidate(backend):
     query = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
-    candidate = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [2.0, 0.0], [0.5, 0.0]])
+    candidate = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     values, indices = in_batch_hardest(query, candidate, backend=backend)
-    assert values.tolist() == [2.0, -math.inf] and indices.tolist() == [2, -1]
+    assert values.tolist() == [2.0, -math.inf] and indices.tolist() == [1, -1]
+    candidate[0, 1] = float("nan")
+    assert in_batch_hardest(query, candidate, backend=backend).indices.tolist() == [-1, -1]
