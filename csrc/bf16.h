@@ -8,8 +8,8 @@
 #include "gemm.h"
 
 // Intrinsics must be compiled for their instructions. The pragma also reaches lambdas, which a
-// target attribute does not; clang has no such pragma and keeps to the float32 kernels.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// target attribute does not.
+#if defined(__x86_64__)
 #define FASTREC_BF16 1
 // gcc 12 takes the "undefined" operands of its own intrinsics for mistakes.
 #pragma GCC diagnostic push

@@ -5,6 +5,10 @@
 // source gives AVX-512, AVX2 and baseline code in one portable binary.
 #pragma once
 
+#if defined(__clang__) || !defined(__GNUC__) || __GNUC__ < 12
+#error "the C++ kernels need g++ 12 or later; FASTREC_NO_EXTENSION=1 installs without them"
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -98,14 +102,9 @@ inline int vector_bytes() {
     return 64;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
 }
-// clang has no pragma that compiles the kernels of bf16.h for their instructions.
 inline bool has_bf16() {
-#ifdef __clang__
-  return false;
-#else
   static const bool has = vector_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
   return has;
-#endif
 }
 }  // namespace fastrec
 
