@@ -72,6 +72,7 @@ def fastrec(source: Path, steps: int, folder: Path) -> Trained:
     prepare(source, folder / "data", format="s3rec")
     dataset = SequenceDataset.load(folder / "data")
     config = ModelConfig(width=WIDTH, max_len=LENGTH, dropout=DROPOUT, use_cls=False, use_sep=False)
+    torch.manual_seed(0)
     model = UserModel(dataset.num_items, config)
     joint, masking = JointObjective(Objectives(), model, []), Masking(probability=MASKED)
     loader = SequenceLoader(dataset, "train", batch_size=BATCH, max_len=LENGTH)

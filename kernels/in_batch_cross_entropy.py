@@ -122,6 +122,8 @@ def in_batch_cross_entropy_bwd(
     # -g (1 - p of the positive); its own vector, because p - 1 would cancel.
     vectors = torch.stack([grad_loss, torch.expm1(-loss) * grad_loss])
     vectors = vectors.masked_fill(positive < 0, 0)
+    # Theirs is 0, and exp(s - 0) may overflow: inf times their gradient 0.
+    lse = lse.masked_fill(positive < 0, math.inf)
     scale = torch.ones((), device=query.device)
     if query.dtype == torch.float16 and n > 0:
         # A power of two that brings the gradients of the rows to at most 1 (and back in the end).

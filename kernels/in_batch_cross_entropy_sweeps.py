@@ -185,11 +185,10 @@ def _bwd_kernel(
         s = leave_out_groups(s, item, row, real, live, item_group, row_group, v, n, COLUMNS)
         if listed is not None:
             s, place = leave_out_listed(s, row, listed, place, end, first + BLOCK_B)
-        y = tl.load(positive + row, mask=live, other=-1)
-        # Rows that are not scored have lse 0, which exp(s) may overflow: inf times gradient 0.
-        shift = tl.load(lse + row, mask=y >= 0, other=float("inf")) - HEADROOM
+        shift = tl.load(lse + row, mask=live, other=float("inf")) - HEADROOM
         p = exp_shifted(s, shift[None, :], PRECISION)
         p *= tl.load(grad + row, mask=live, other=0.0)[None, :]
+        y = tl.load(positive + row, mask=live, other=-1)
         hit = item[:, None] == y[None, :]
         if tl.max(tl.max(hit.to(tl.int32), 1), 0) > 0:
             g = tl.load(grad_positive + row, mask=live, other=0.0)

@@ -223,6 +223,6 @@ def jagged_embedding_scatter(grad, index, rows, dtype):
             BLOCK_T=BLOCK_T, BLOCK_D=block_d,
         )  # fmt: skip
         carry_kernel[grid](
-            index, out, head, tail, t, d, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
+            index, out, head, tail, t, d, -1, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
         )
     return out

@@ -43,19 +43,20 @@ def add_runs(x, index, out, head, tail, program, col, t, d, BLOCK_T: tl.constexp
     tl.store(tail + edge, sums, mask=is_tail[:, None] & real[None, :])
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "spare"])
 def carry_kernel(
-    index, out, head, tail, t, d,
+    index, out, head, tail, t, d, spare,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The row that begins as the last one of this program of `add_runs` and ends in another."""
+    """The row that begins as the last one of this program of `add_runs` and ends in another; that
+    of index `spare` is not needed."""
     program = tl.program_id(0).to(tl.int64)
     first = program * BLOCK_T
     after = first + BLOCK_T
     if after >= t:
         return
     row = tl.load(index + after - 1)
-    if tl.load(index + after) != row:
+    if tl.load(index + after) != row or row == spare:
         return
     if first > 0 and tl.load(index + first - 1, mask=first > 0, other=-1) == row:
         return  # it began before; all events of this program have it

@@ -22,11 +22,13 @@ from fastrec.kernels.sampled_linear_cross_entropy_shared import (
 
 @triton.jit(do_not_specialize=["t", "per_row"])
 def _sum_kernel(
-    x, coefficient, order, index, out, head, tail, t, per_row, d, stride_xn, stride_xd,
+    x, coefficient, order, index, out, head, tail, t, per_row, d, spare, stride_xn, stride_xd,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums of coefficient[pair] x[pair // per_row] over pairs of equal `index`, which is sorted."""
     program = tl.program_id(0).to(tl.int64)
+    if tl.load(index + program * BLOCK_T) == spare:
+        return  # the highest index: nothing but what is skipped, often most of the pairs
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = program * BLOCK_T + tl.arange(0, BLOCK_T)
     live = at < t
@@ -103,8 +105,9 @@ def sampled_linear_cross_entropy_fwd(
 
 
 def _sums(x, coefficient, per_row, ids, rows, dtype):
-    """[rows, D] sums of coefficient[pair] x[pair // per_row] by ids[pair]."""
-    (t,), d = ids.shape, x.shape[1]
+    """[rows, D] sums of coefficient[pair] x[pair // per_row] by ids[pair]; the last row is spare,
+    and not computed."""
+    (t,), d, spare = ids.shape, x.shape[1], rows - 1
     out = x.new_zeros(rows, d, dtype=dtype)
     if t == 0 or d == 0:
         return out
@@ -114,11 +117,11 @@ def _sums(x, coefficient, per_row, ids, rows, dtype):
     head, tail = torch.empty(2, grid[0], d, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _sum_kernel[grid](
-            x, coefficient, order, index, out, head, tail, t, per_row, d, *x.stride(),
+            x, coefficient, order, index, out, head, tail, t, per_row, d, spare, *x.stride(),
             BLOCK_T=BLOCK_T, BLOCK_D=block_d, num_warps=8,
         )  # fmt: skip
         carry_kernel[grid](
-            index, out, head, tail, t, d, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
+            index, out, head, tail, t, d, spare, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
         )
     return out
 

@@ -31,7 +31,7 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
         if kernel == "scatter":
             arguments |= dict(grad=wide, order=ids, stride_grad=step)
         else:
-            arguments |= dict(BLOCK_K=32)
+            arguments |= dict(BLOCK_K=32, spare="i32")
     else:
         config = kernels._config(width)
         options = take_options(config)

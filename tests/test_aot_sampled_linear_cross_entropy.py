@@ -66,7 +66,7 @@ def build(kernel, types, width, capability, softmax):
         arguments |= dict(w=w, negatives=IDS, target=IDS, n="i32", k="i32", SOFTMAX=softmax)
     else:
         arguments = dict.fromkeys(("coefficient", "head", "tail"), VECTOR)
-        arguments |= dict(order=IDS, index=IDS, out=w, t="i32", per_row="i32")
+        arguments |= dict(order=IDS, index=IDS, out=w, t="i32", per_row="i32", spare="i32")
     function = getattr(kernels, f"_{kernel}_kernel")
     return compile_for(capability, function, shared | arguments, **options)
 

@@ -112,12 +112,12 @@ def test_steps_of_an_epoch_on_a_file(tmp_path):
     source = tmp_path / "Tiny.txt"  # every item is followed by the next number
     chains = [(user, range(user % 30, user % 30 + 7)) for user in range(300)]
     source.write_text("".join(f"{u} {' '.join(str(i % 30) for i in c)}\n" for u, c in chains))
-    options = f"fastrec --source {source} --steps 150 --evaluate".split()
+    options = f"fastrec --source {source} --steps 300 --evaluate".split()
     printed = subprocess.run(
         [sys.executable, "benchmarks/epoch.py", *options],
         cwd=ROOT, check=True, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ).stdout  # fmt: skip
     assert re.search(r"^fastrec: [\d.]+ s a step .* 2 steps an epoch", printed), printed
-    found = re.search(r"after 150 steps, .* HR@10 ([\d.]+), NDCG@10 ", printed)
+    found = re.search(r"after 300 steps, .* HR@10 ([\d.]+), NDCG@10 ", printed)
     assert found and float(found[1]) > 0.8, printed  # at random 0.33

@@ -308,8 +308,9 @@ def jagged_attention(
         give equal bits. Not twice differentiable, except on the reference backend.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key.
-        RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key. The values
+        of `offsets` are not looked at on a GPU and under torch.compile: rows of a sequence beyond
+        `max_seq_len` are undefined there. RuntimeError: `backend` cannot run.
     """
     device, drop = query.device.type, threshold(dropout_p, 8)
     if torch.is_autocast_enabled(device) and query.dtype == torch.float32:
