@@ -20,7 +20,7 @@ from fastrec.kernels.sampled_linear_cross_entropy_shared import (
 )
 
 
-@triton.jit(do_not_specialize=["t", "per_row"])
+@triton.jit(do_not_specialize=["t", "per_row", "spare"])
 def _sum_kernel(
     x, coefficient, order, index, out, head, tail, t, per_row, d, spare, stride_xn, stride_xd,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -1,13 +1,10 @@
 """Readers: what they read, and that bad input is reported with file, column and row."""
 
-import datetime
 import gzip
-import json
 
-import polars as pl
 import pytest
 
-from fastrec.data import readers, tables
+from fastrec.data import readers
 from fastrec.data.errors import DataError
 
 
@@ -86,23 +83,6 @@ def test_unreadable_files(tmp_path):
     fails(readers.read_s3rec, short, file=short, match="gzip")
     short.write_bytes(packed[:20] + b"\xff\xff\xff" + packed[23:])
     fails(readers.read_s3rec, short, file=short, match="gzip")
-
-
-@pytest.mark.parametrize(
-    ("text", "column", "row", "match"),
-    [
-        ('{"1": [2], "2": [3', None, 1, "JSON"),
-        ("[1, 2]", None, None, "object"),
-        ('{"a": [1]}', "item_id", None, "'a'"),
-        ('{"1": ["x"]}', "attributes", None, "list of integers"),
-        ('{"1": 3}', "attributes", None, "list of integers"),
-        ('{"1": [1], "2": [2], "1": [3]}', "item_id", None, "id 1 is listed twice"),
-    ],
-)
-def test_bad_attribute_json(tmp_path, text, column, row, match):
-    file = write(tmp_path / "bad.json", text)
-    call = tables.read_attributes
-    fails(call, file, "item_id", file=file, column=column, row=row, match=match)
 
 
 # One pair a line
@@ -236,145 +216,6 @@ def test_duplicates(tmp_path):
         readers.read_recbole(file, on_duplicate="first")
 
 
-# Tables with named columns
-
-
-NAMES = {"user": "who", "item": "what", "timestamp": "when"}
-
-
-def test_csv_quotes_and_column_names(tmp_path):
-    text = 'what,who,when,stars\n"a,1",7,2020-01-02,4\n"b ""q""",8,2020-01-01,2.5\n'
-    file = write(tmp_path / "t.csv", text)
-    raw = readers.read(file, "table", rating="stars", **NAMES)
-    day = 86_400_000_000
-    start = (datetime.date(2020, 1, 1) - datetime.date(1970, 1, 1)).days * day
-    assert rows(raw) == [(7, "a,1", start + day, 4.0), (8, 'b "q"', start, 2.5)]
-
-
-@pytest.mark.parametrize("ids", ["007", "+7", "7.0"])
-def test_text_that_only_looks_like_an_integer_stays_text(tmp_path, ids):
-    file = write(tmp_path / "t.csv", f"who,what,when\n{ids},1,2\n7,1,2\n")
-    assert [row[0] for row in rows(readers.read_table(file, **NAMES))] == [ids, "7"]
-    call = readers.read_table
-    fails(
-        call, file, file=file, column="who", row=2, match=ids.replace("+", "."), ids="int", **NAMES
-    )
-
-
-def test_iso_times_and_datetimes(tmp_path):
-    text = "who,what,when\n1,1,2020-01-01 00:00:01\n1,2,2020-01-01 00:00:00.5\n"
-    file = write(tmp_path / "t.csv", text)
-    first, second = (row[2] for row in rows(readers.read_table(file, **NAMES)))
-    assert first - second == 500_000
-    frame = pl.DataFrame(
-        {"who": [1], "what": ["x"], "when": [datetime.datetime(2020, 1, 1, 0, 0, 1)]}
-    )
-    frame.write_parquet(tmp_path / "t.parquet")
-    assert rows(readers.read_table(tmp_path / "t.parquet", **NAMES)) == [(1, "x", first)]
-
-
-@pytest.mark.parametrize(
-    ("text", "column", "row", "match"),
-    [
-        ("who,when\n1,2\n", "what", None, "there are who, when"),
-        ("who,what,when\n1,2,3\n-1,2,3\n", "who", 3, "negative id -1"),
-        ("who,what,when\n1,2,3\n1,,4\n", "what", 3, "missing"),
-        ("who,what,when\n1,2,3\n1,2,soon\n", "when", 3, "'soon'"),
-        ("who,what,when\n1,2,2020-01-01\n1,2,2020-13-01\n", "when", 3, "2020-13-01"),
-        ("who,what,when\n1,2,inf\n", "when", 2, "'inf'"),
-        ("who,what,when\n1,2,3\n1,2\n", None, 3, "expected 3 fields, the row has fewer"),
-        ('who,what,when\n"1,1",2,3\n1,"2,2"\n', None, 3, "has fewer"),
-        ("who,what,when\n1,2,\n", "when", 2, "missing"),
-        ("who,what,when\n1,2,1e30\n", "when", 2, "expected a whole number, got '1e30'"),
-        ("who,what,when\n1,2,3\n1,2,3,4\n", None, 3, "expected 3 fields"),
-        ("who,what,when\n", None, None, "no rows"),
-    ],
-)
-def test_csv_bad_input(tmp_path, text, column, row, match):
-    file = write(tmp_path / "t.csv", text)
-    fails(readers.read_table, file, file=file, column=column, row=row, match=match, **NAMES)
-
-
-def test_order_is_checked_where_it_is_promised(tmp_path):
-    file = write(tmp_path / "t.csv", "who,what,when\n1,2,5\n2,2,3\n1,4,5\n1,5,4\n")
-    raw = readers.read_table(file, on_duplicate="keep", **NAMES)
-    assert [row[2] for row in rows(raw)] == [5, 3, 5, 4] and not raw.ordered
-    fails(
-        readers.read_table, file, file=file, column="when", row=5, match="user 1.*back to 4",
-        ordered=True, **NAMES,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="timestamp column, or pass ordered"):
-        readers.read_table(file, user="who", item="what")
-    kept = readers.read_table(file, user="who", item="what", ordered=True)
-    assert kept.ordered and kept.interactions.columns == ["user_id", "item_id"]
-
-
-def test_parquet_bad_input(tmp_path):
-    file = tmp_path / "t.parquet"
-    good = pl.DataFrame({"who": [1, 2], "what": [3, 4], "when": [5, 6], "stars": [1.0, 2.0]})
-    read, options = readers.read_table, {"rating": "stars", **NAMES}
-
-    def bad(column, values, row, match):
-        good.with_columns(pl.Series(column, values)).write_parquet(file)
-        fails(read, file, file=file, column=column, row=row, match=match, **options)
-
-    bad("stars", [1.0, float("nan")], 2, "nan")
-    bad("stars", [None, 1.0], 1, "missing")
-    bad("stars", [[1.0], [2.0]], None, "expected numbers")
-    bad("who", [1.5, 2.5], None, "integers or text")
-    bad("who", [1, -2], 2, "negative id -2")
-    bad("what", [None, 2], 1, "missing")
-    bad("when", [1.0, 2.5], 2, "whole")
-    bad("when", [True, False], None, "expected times")
-    good.write_parquet(file)
-    data = file.read_bytes()
-    for cut in (len(data) - 5, len(data) // 2, 3):
-        file.write_bytes(data[:cut])
-        fails(read, file, file=file, match="Parquet", **options)
-    file.write_bytes(b"")
-    fails(read, file, file=file, match="Parquet", **options)
-    good.clear().write_parquet(file)
-    fails(read, file, file=file, match="no rows", **options)
-    fails(read, tmp_path / "no.parquet", file=tmp_path / "no.parquet", match="missing", **options)
-
-
-def test_json_lines(tmp_path):
-    lines = [{"who": "a", "what": "x", "when": "2020-01-01 00:00:00", "other": {"deep": [1]}}]
-    file = write(tmp_path / "t.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
-    assert rows(readers.read_table(file, **NAMES))[0][:2] == ("a", "x")
-    write(file, json.dumps(lines[0]) + '\n{"who": "b", "wh')
-    fails(readers.read_table, file, file=file, row=2, match="JSON", **NAMES)
-
-
-def test_format_and_separator_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match="format must be one of"):
-        readers.read(tmp_path, "csv")
-    file = write(tmp_path / "t.log", "who;what;when\n1;2;3\n")
-    with pytest.raises(ValueError, match="separator"):
-        readers.read_table(file, **NAMES)
-    assert rows(readers.read_table(file, separator=";", **NAMES)) == [(1, 2, 3)]
-
-
-def test_attribute_tables(tmp_path):
-    file = write(tmp_path / "a.csv", "user,age,note,score\n3,20,x,1.5\n1,,7y,2\n")
-    frame = tables.read_attributes(file, "user_id")
-    assert frame.columns == ["user_id", "age", "note", "score"]
-    assert frame.rows() == [(3, 20, "x", 1.5), (1, None, "7y", 2.0)]
-    ids = write(tmp_path / "map.txt", "1 3\n2 8\n")
-    assert tables.read_attributes(file, "user_id", id_map=ids).rows() == [(1, 20, "x", 1.5)]
-    write(file, "user,age\n3,20\n3,21\n")
-    fails(tables.read_attributes, file, "user_id", file=file, column="user", row=3, match="twice")
-
-
-def test_attribute_rows_that_are_short_or_hold_nothing(tmp_path):
-    file = write(tmp_path / "a.csv", "user_id,age,city\n1,30,x\n2,31\n")
-    fails(tables.read_attributes, file, "user_id", file=file, row=3, match="has fewer")
-    file = write(tmp_path / "users.dat", "1::F::::3::x\n2::M::25::4::y\n")
-    assert tables.read_attributes(file, "user_id").rows() == [
-        (1, "F", None, 3, "x"), (2, "M", 25, 4, "y"),
-    ]  # fmt: skip
-
-
 def test_files_beside_a_source_may_be_gzipped(tmp_path):
     def pack(name, text):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()))
@@ -387,17 +228,6 @@ def test_files_beside_a_source_may_be_gzipped(tmp_path):
     pack("ratings.dat.gz", "1::10::5::100\n")
     pack("users.dat.gz", "1::F::1::10::48067\n")
     assert readers.read(tmp_path, "movielens-1m").users.rows() == [(1, "F", 1, 10, 48067)]
-
-
-def test_numbers_beyond_64_bits(tmp_path):
-    for name in ("who", "when"):
-        columns = {"who": [1, 1], "what": [1, 2], "when": [1, 2]}
-        frame = pl.DataFrame(columns | {name: pl.Series([1, 2**63], dtype=pl.UInt64)})
-        frame.write_parquet(tmp_path / "t.parquet")
-        fails(
-            readers.read_table, tmp_path / "t.parquet", file=tmp_path / "t.parquet", column=name,
-            row=2, match="9223372036854775808 is beyond 64 bits", **NAMES,
-        )  # fmt: skip
 
 
 def test_a_bad_file_can_be_reported_across_processes():

@@ -215,7 +215,7 @@ def test_masking_the_last_item_and_starting_from_a_model(data, tmp_path):
     start = pretrained.item_table.clone()
     tuned = run(data, tmp_path / "finetune", stage, initial=pretrained)
     assert torch.equal(tuned.item_table, start)
-    # The loss of its first step, by hand: one row a sequence, its last.
+    # The loss of its last step, by hand: one row a sequence, its last.
     dataset = SequenceDataset.load(data)
     loader = SequenceLoader(
         dataset, "train", batch_size=64, max_len=12, users=torch.as_tensor(dataset.users("test")),

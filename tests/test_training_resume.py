@@ -14,6 +14,7 @@ from test_training import FLAGS, command, data, recipe, run, trained_weights  # 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig
+from fastrec.objectives.masked_item import Masking
 from fastrec.training.config import Recipe
 from fastrec.training.module import StageModule
 from fastrec.training.sweep import sweep
@@ -78,9 +79,8 @@ def test_a_run_is_resumed_with_the_settings_that_it_was_started_with(data, tmp_p
         ValueError,
         match=r"masking\.probability was 0\.2, not 0\.9, learning_rate was 0\.001, not 0\.1",
     ):
-        stage = recipe(learning_rate=0.1).pretraining
-        masking = type(stage.masking)(probability=0.9)
-        run(data, folder, type(stage)(**{**vars(stage), "masking": masking}), resume=True)
+        other = recipe(learning_rate=0.1, masking=Masking(probability=0.9)).pretraining
+        run(data, folder, other, resume=True)
     with pytest.raises(ValueError, match="task was 'recommendation', not 'profile'"):
         run(data, folder, task="profile", resume=True)
     before = (folder / "stage.json").read_text()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.choices import check_choices
+from fastrec.data.errors import check_choices
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import rank_candidates
 from fastrec.ops.linear_rank import linear_rank

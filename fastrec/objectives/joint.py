@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastrec.choices import check_choices
 from fastrec.data.attributes import EncodedAttribute, missing_value
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.errors import check_choices
 from fastrec.nn.pool import max_pool
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.masked_item import ItemLoss, MaskedItemPrediction, Masking

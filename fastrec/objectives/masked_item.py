@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastrec.choices import check_choices
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.corruptions import mask_items, mask_last
+from fastrec.data.errors import check_choices
 from fastrec.data.negatives import NegativeSampler
 from fastrec.nn.user_model import UserModel
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastrec.choices import check_choices
 from fastrec.data.attributes import Attribute
+from fastrec.data.errors import check_choices
 from fastrec.evaluation.protocols import Protocol
 from fastrec.nn.user_model import ModelConfig
 from fastrec.objectives.joint import Objectives

@@ -1,6 +1,7 @@
 """The parameters of objectives, kept beside a model in heads.safetensors."""
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 
 from torch import nn
@@ -51,12 +52,11 @@ def load_heads(objective: nn.Module, path: Path, only: str | None = None) -> lis
                 " is it from another set of attributes or another width?"
             )
     if only is None and "attributes" in metadata:
-        for trained, own_scale in zip(
-            json.loads(metadata["attributes"]), _scales(objective), strict=True
-        ):
-            if trained != own_scale:
+        # Other lists may have as many outputs: one of two classes, or two numbers.
+        for trained, here in zip_longest(json.loads(metadata["attributes"]), _scales(objective)):
+            if trained != here:
                 raise ValueError(
-                    f"{file}: it was trained to predict {trained}, here that output is {own_scale}"
+                    f"{file}: it was trained to predict {trained}, here that output is {here}"
                 )
     objective.load_state_dict({name: state[name] for name in names}, strict=False)
     return names

@@ -21,7 +21,7 @@ def _described(dataset, recipe: Recipe, stage: Stage, task: str) -> tuple[dict, 
     """(recipe.json, stage.json) as they are read back."""
     data = {"task": task, "items": dataset.items_hash, "events": dataset.num_events}
     values = dataclasses.asdict(recipe), {**data, **dataclasses.asdict(stage)}
-    return json.loads(json.dumps(values[0])), json.loads(json.dumps(values[1]))
+    return json.loads(json.dumps(values))
 
 
 def check_free(folder: Path) -> None:
@@ -85,7 +85,7 @@ def check_model(folder: Path, dataset: SequenceDataset, held_out: Users | None =
     """Raise ValueError if the model in `folder` was trained on other items than those of `dataset`,
     or has seen users that `held_out` leaves out."""
     made = trained_on(folder)
-    if made.get("items", dataset.items_hash) != dataset.items_hash:
+    if "items" in made and made["items"] != dataset.items_hash:
         raise ValueError(
             f"{folder} was trained on other items, or in another order, than {dataset.path} has"
         )

@@ -67,10 +67,10 @@ def task_data(dataset, recipe: Recipe, objectives: Objectives, task: Task) -> Ta
     """Users, validation and side data of a stage.
 
     Recommendation trains all selected users, and those whose sequences are too short to hold
-    anything out, and is validated on the second last items of the former. Profile
-    and relation leave a random tenth of the selected users out of the training and are validated
-    on it. Where users are held out to test these tasks, recommendation sees neither attributes nor
-    friends of that tenth either: a model that remembered them would be chosen for it.
+    anything out, and is validated on the second last items of the former. Profile and relation
+    leave a random tenth of the selected users out of the training and are validated on it. Where
+    users are held out to test these tasks, recommendation sees neither attributes nor friends of
+    that tenth either: a model that remembered them would be chosen for it.
     """
     selected = users = labelled = select_users(dataset, recipe)
     if len(selected) == 0:
