@@ -252,8 +252,11 @@ def dropout_arguments(
     key, drop, site, layer, view, views), all but `views` None or 0 where p quantises to 0.
 
     `key` is an int64 [2] copy of (seed, step): a step counter that is advanced in place between
-    forward and backward does not change the mask. Raises ValueError for a missing argument.
+    forward and backward does not change the mask. Raises ValueError for a missing argument or a
+    wrong one.
     """
+    if site not in SITES:
+        raise ValueError(f"site must be one of {list(SITES)}, got {site!r}")
     drop = threshold(p, 8)
     if drop == 256:
         raise ValueError(f"dropout probability {p} leaves nothing to keep")

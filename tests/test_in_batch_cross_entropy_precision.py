@@ -66,5 +66,8 @@ def test_offset_does_not_change_the_loss(backend):
     assert (got - exact).abs().max() < 1e-2
     with torch.autocast("cpu", torch.bfloat16):
         got = in_batch_cross_entropy(q, c, weight=w, **options, backend=backend)
+        mixed = in_batch_cross_entropy(q, c.bfloat16(), weight=w, **options, backend=backend)
+        both = in_batch_cross_entropy(q, c.bfloat16().float(), weight=w, **options, backend=backend)
     assert got.dtype == torch.float32
     assert (got - exact).abs().max() < 0.2
+    assert mixed.equal(both)

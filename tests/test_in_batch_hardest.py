@@ -94,3 +94,14 @@ def test_a_query_with_nan_has_no_candidate(backend):
     assert values.tolist() == [2.0, -math.inf] and indices.tolist() == [1, -1]
     candidate[0, 1] = float("nan")
     assert in_batch_hardest(query, candidate, backend=backend).indices.tolist() == [-1, -1]
+
+
+@every_backend
+def test_autocast_takes_one_side_of_another_dtype(backend):
+    q, c = torch.randn(5, 4), torch.randn(6, 4, dtype=torch.bfloat16)
+    expected = in_batch_hardest(q, c.float(), backend=backend)
+    with pytest.raises(TypeError, match="candidate must be"):
+        in_batch_hardest(q, c, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = in_batch_hardest(q, c, backend=backend)
+    assert got.indices.equal(expected.indices) and got.values.equal(expected.values)

@@ -208,6 +208,17 @@ def test_a_single_event_returns_its_value(backend):
 
 
 @each_backend
+def test_autocast_takes_inputs_of_both_dtypes(backend):
+    """LayerNorm gives float32 there and a projection bfloat16."""
+    q, k, v = inputs([3, 2])
+    low = [x.bfloat16() for x in (q, k, v)]
+    expected = jagged_attention(*low, offsets_of([3, 2]), max_seq_len=3, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = jagged_attention(low[0], k, v, offsets_of([3, 2]), max_seq_len=3, backend=backend)
+    assert got.dtype == torch.bfloat16 and got.equal(expected)
+
+
+@each_backend
 def test_hand_computed(backend):
     """Two events: scores (0, ln 3) and (0, 0), so P = (1/4, 3/4) and (1/2, 1/2)."""
     log3 = 1.0986122886681098

@@ -99,9 +99,10 @@ def gelu_ffn(
         ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.
     """
     tensors = (input, weight_in, bias_in, weight_out, bias_out)
-    inner, width, out = *weight_in.shape[:2], weight_out.shape[0]
-    shapes = [(input.shape[0], width), (inner, width), (inner,), (out, inner), (out,)]
-    if input.dim() != 2 or [tuple(tensor.shape) for tensor in tensors] != shapes:
+    inner, out = len(bias_in), len(bias_out)
+    rows, width = input.shape if input.dim() == 2 else (-1, -1)
+    shapes = [(rows, width), (inner, width), (inner,), (out, inner), (out,)]
+    if [tuple(tensor.shape) for tensor in tensors] != shapes:
         raise ValueError(
             "input, weight_in, bias_in, weight_out and bias_out must be [T, D], [F, D], [F], [E, F]"
             f" and [E], got {', '.join(str(list(tensor.shape)) for tensor in tensors)}"

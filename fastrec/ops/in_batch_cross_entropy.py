@@ -26,6 +26,7 @@ from fastrec.ops.in_batch_pairs import (
     check_pairs,
     check_positive,
     operands,
+    promote_under_autocast,
     similarity_ref,
     transposed_lists,
 )
@@ -149,7 +150,7 @@ def in_batch_cross_entropy(
 
     Args:
         query: [B, D], float64, float32, bfloat16 or float16.
-        candidate: [C, D], same dtype.
+        candidate: [C, D], same dtype; under autocast the wider of two counts.
         similarity: "dot", "cosine" or "weighted_l2".
         weight: [D], for "weighted_l2": any sign, trainable. None is 1 everywhere.
         temperature: a positive number, or a tensor without dimensions (then with a gradient).
@@ -189,6 +190,7 @@ def in_batch_cross_entropy(
         ranks. IndexError: `positive` or a value of `exclude` is out of range (a device assertion on
         a GPU). RuntimeError: `backend` cannot run.
     """
+    query, candidate = promote_under_autocast(query, candidate)
     # With a group, `positive` and `exclude` count in candidates that are not here yet.
     own = exclude if group is None else None
     check_pairs(query, candidate, similarity, weight, query_group, candidate_group, own)

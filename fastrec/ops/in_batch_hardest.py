@@ -20,6 +20,7 @@ from fastrec.ops.in_batch_pairs import (
     as_columns,
     check_pairs,
     operands,
+    promote_under_autocast,
     similarity_ref,
 )
 from fastrec.ops.native import kernels_of, register_cuda
@@ -137,7 +138,7 @@ def in_batch_hardest(
 
     Args:
         query: [B, D], float64, float32, bfloat16 or float16.
-        candidate: [C, D], C > 0, same dtype.
+        candidate: [C, D], C > 0, same dtype; under autocast the wider of two counts.
         similarity, weight, query_group, candidate_group, exclude: as in `in_batch_cross_entropy`.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
@@ -150,6 +151,7 @@ def in_batch_hardest(
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value of `exclude`
         is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
+    query, candidate = promote_under_autocast(query, candidate)
     check_pairs(query, candidate, similarity, weight, query_group, candidate_group, exclude)
     if len(candidate) == 0:
         raise ValueError("candidate has no rows: there is nothing to choose from")

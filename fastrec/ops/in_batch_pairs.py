@@ -83,6 +83,16 @@ def allowed_ref(shape, positive, query_group, candidate_group, exclude, device):
     return allowed
 
 
+def promote_under_autocast(query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast one side may come from a LayerNorm (float32) and the other from a projection:
+    both in the wider dtype. What is multiplied is rounded later, after it is centred."""
+    different = query.dtype != candidate.dtype and candidate.is_floating_point()
+    if not different or not torch.is_autocast_enabled(query.device.type):
+        return query, candidate
+    dtype = torch.promote_types(query.dtype, candidate.dtype)
+    return query.to(dtype), candidate.to(dtype)
+
+
 def check_pairs(query, candidate, similarity, weight, query_group, candidate_group, exclude):
     """What in_batch_cross_entropy and in_batch_hardest ask of their common arguments."""
     if query.dim() != 2 or candidate.dim() != 2 or query.shape[1] != candidate.shape[1]:

@@ -313,9 +313,11 @@ def jagged_attention(
         `max_seq_len` are undefined there. RuntimeError: `backend` cannot run.
     """
     device, drop = query.device.type, threshold(dropout_p, 8)
-    if torch.is_autocast_enabled(device) and query.dtype == torch.float32:
+    if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
-        query, key, value = query.to(low), key.to(low), value.to(low)
+        query, key, value = (
+            x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value)
+        )
     _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer, views)
     backend = resolve(backend, OP, query.device)
     if backend == "reference":
