@@ -6,6 +6,7 @@ takes a recipe name or a YAML file, and every recipe key is a flag that override
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.evaluation.metrics import length_groups, ranking_metrics
 from fastrec.evaluation.profile import ProfileEvaluator
-from fastrec.evaluation.protocols import Evaluator
+from fastrec.evaluation.protocols import Evaluator, row_blocks
 from fastrec.evaluation.relation import RelationEvaluator
 from fastrec.evaluation.report import print_metrics
 from fastrec.evaluation.serve import check_table_path, user_vectors, write_table
@@ -108,7 +109,7 @@ def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
         resume: go on from the last checkpoint in `output`.
     """
     fit(SequenceDataset.load(data), recipe, recipe.pretraining, output, resume=resume)
-    print(f"model: {output / 'model'}")
+    _print_model(output)
 
 
 def finetune(
@@ -144,10 +145,10 @@ def finetune(
         output,
         task=task,
         initial=initial,
-        initial_heads=init,
+        initial_folder=init,
         resume=resume,
     )
-    print(f"model: {output / 'model'}")
+    _print_model(output)
 
 
 def evaluate(
@@ -242,10 +243,9 @@ def _evaluate_relation(recipe: Recipe, dataset, trained: UserModel, path: Path) 
     return {"pairs": pairs, "trained_similarity": bool(taken), "metrics": rows}
 
 
-def _all_scores(evaluator, model: UserModel, objective, batch_size: int = 512) -> Tensor:
-    starts = range(0, len(evaluator), batch_size)
-    rows = [slice(start, min(start + batch_size, len(evaluator))) for start in starts]
-    return torch.cat([evaluator.score(model, objective, part) for part in rows])
+def _all_scores(evaluator, model: UserModel, objective) -> Tensor:
+    blocks = row_blocks(len(evaluator))
+    return torch.cat([evaluator.score(model, objective, rows) for rows in blocks])
 
 
 def embed(data: Path, pretrained: Path, output: Path, users: Path | None = None):
@@ -270,6 +270,7 @@ def recommend(
     users: Path | None = None,
     k: int = 10,
     seen: Literal["exclude", "none"] = "exclude",
+    logit_adjustment: float = 0.0,
 ):
     """Write the k best next items of each user, in the ids of the original data.
 
@@ -280,11 +281,20 @@ def recommend(
         users: text file with one original user id a line; all users without it.
         k: items a user.
         seen: leave out or keep the items that a user already has.
+        logit_adjustment: what is taken from a score is this times the log of the item's share of
+            the training events; with 1, items are ranked by how much likelier the user makes them.
     """
     check_table_path(output)
     dataset = SequenceDataset.load(data)
     trained = _model_for(pretrained, dataset)
-    write_table(recommend_items(trained, dataset, k, _read_users(users), seen), output)
+    write_table(
+        recommend_items(trained, dataset, k, _read_users(users), seen, logit_adjustment), output
+    )
+
+
+def _print_model(output: Path) -> None:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # DDP runs the command once a process
+        print(f"model: {output / 'model'}")
 
 
 def _model_for(path: Path, dataset: SequenceDataset, held_out: Users | None = None) -> UserModel:
@@ -326,7 +336,8 @@ def _parser():
     for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
         summary = (function.__doc__ or "").strip().splitlines()[0]
         sub = ArgumentParser(prog=f"fastrec {name}", description=summary)
-        sub.add_argument("--config", action="config", help="recipe name or YAML file")
+        takes = "recipe name or YAML file" if name in RECIPE_COMMANDS else "YAML file of the flags"
+        sub.add_argument("--config", action="config", help=takes)
         if name in RECIPE_COMMANDS:
             sub.add_class_arguments(Recipe, as_group=False)
             sub.add_function_arguments(function, skip={"recipe"}, as_group=False)
@@ -364,7 +375,3 @@ def main(arguments: list[str] | None = None) -> None:
             COMMANDS[name](**values)
     except (ValueError, OSError) as error:
         sys.exit(f"fastrec: error: {error}")
-
-
-if __name__ == "__main__":
-    main()

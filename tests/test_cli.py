@@ -12,7 +12,10 @@ from fastrec.cli import _read_users, main
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.synthetic import generate
 from fastrec.evaluation import serve
+from fastrec.evaluation.protocols import row_blocks
 from fastrec.nn.user_model import UserModel
+from fastrec.training.config import Recipe
+from fastrec.training.sweep import with_value
 
 FLAGS = [
     "--model.width=16", "--model.layers=1", "--pretraining.steps=20",
@@ -84,12 +87,24 @@ def test_recommend_returns_original_ids_that_the_user_has_not_seen(runs, raw, tm
         assert all(item.startswith("item-") for item in recommended)
 
 
+def test_recommend_with_logit_adjustment_turns_from_popular_items(runs, tmp_path):
+    output = tmp_path / "best.csv"
+    main(
+        ["recommend", f"--data={runs / 'data'}", f"--pretrained={runs / 'finetune' / 'model'}",
+         f"--output={output}", "--logit_adjustment=1000", "--k=3", "--seen=none"]
+    )  # fmt: skip
+    dataset = SequenceDataset.load(runs / "data")
+    counts = dict(zip(dataset.item_ids(), dataset.item_counts("train").tolist(), strict=True))
+    found = [counts[item] for item in polars.read_csv(output)["item_id"]]
+    assert found == 200 * sorted(counts.values())[:3]
+
+
 def test_users_are_one_a_line_and_their_table_is_read_once(runs, tmp_path, monkeypatch):
     assert _read_users(None) is None
     (tmp_path / "users.txt").write_text("Ann Lee\r\n\n u7 \n")
     assert _read_users(tmp_path / "users.txt") == ["Ann Lee", "u7"]
     reads = []
-    monkeypatch.setattr(serve, "BATCH", 20)
+    monkeypatch.setattr(serve, "row_blocks", lambda count: row_blocks(count, 20))
     original = SequenceDataset.user_ids
     monkeypatch.setattr(SequenceDataset, "user_ids", lambda self: reads.append(1) or original(self))
     dataset = SequenceDataset.load(runs / "data")
@@ -205,6 +220,17 @@ def test_a_model_meets_only_the_items_that_it_was_trained_on(runs, raw, tmp_path
         )  # fmt: skip
 
 
+def test_a_fine_tuned_model_remembers_whom_its_pre_training_saw(runs, tmp_path):
+    """Pre-trained on all users, fine-tuned on 80 %: the other 20 % are not held out."""
+    flags = [f"--data={runs / 'data'}", "--config=uprec-mip", *FLAGS, "--users.fraction=0.8"]
+    start = runs / "pretrain" / "model"
+    main(["finetune", *flags, f"--init={start}", f"--output={tmp_path / 'run'}"])
+    users = json.loads((tmp_path / "run" / "model" / "trained_on.json").read_text())["users"]
+    assert [each["fraction"] for each in users] == [0.8, 0.9]
+    with pytest.raises(SystemExit, match="would be tested on users that it has seen"):
+        main(["evaluate", *flags, f"--pretrained={tmp_path / 'run' / 'model'}", "--task=profile"])
+
+
 @pytest.mark.parametrize(
     ("key", "values", "message"),
     [
@@ -291,8 +317,23 @@ def test_errors_are_one_line_that_names_the_problem(runs, tmp_path, arguments, m
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
+def test_a_sweep_of_a_switch():
+    assert with_value(Recipe(), "model.pre_norm", True).model.pre_norm is True
+    with pytest.raises(ValueError, match="expected another bool, got 1"):
+        with_value(Recipe(), "model.pre_norm", 1)
+    with pytest.raises(ValueError, match="expected another float, got True"):
+        with_value(Recipe(), "model.dropout", True)
+
+
+def test_without_the_training_extra_the_command_says_what_to_install():
+    program = "import sys; sys.modules['lightning'] = None; import fastrec.__main__ as m; m.main()"
+    got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert got.returncode == 1
+    assert got.stderr == "fastrec: error: lightning is missing: pip install 'fastrec[train]'\n"
+
+
 def test_help_and_print_config_name_every_recipe_key():
-    run = [sys.executable, "-m", "fastrec.cli", "pretrain"]
+    run = [sys.executable, "-m", "fastrec", "pretrain"]
     text = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--pretraining.learning_rate" in text and "--model.dropout" in text
     config = subprocess.run(

@@ -11,6 +11,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.protocols import Evaluator, Protocol, popularity_negatives
 from fastrec.evaluation.ranking import rank_candidates
+from fastrec.nn.user_model import ModelConfig, UserModel
 
 
 def dataset_of(sequences: list[list[int]], num_items: int) -> SequenceDataset:
@@ -64,6 +65,30 @@ def test_full_ranks_equal_a_stable_sort(seen):
             items = [item for item in items if item == target or item not in sequence[:-1]]
         items.sort(key=lambda item: (-scores[n, item].item(), item))
         assert ranks[n] == 1 + items.index(target)
+
+
+@pytest.mark.parametrize("candidates", ["sampled", "full"])
+def test_logit_adjustment_takes_popularity_from_the_scores(candidates):
+    """A model that scores by popularity ranks at random with tau = 1: all scores are equal."""
+    sequences = [[item, item, item, 0, item] for item in (1, 2, 3, 3, 2)]
+    dataset, users = dataset_of(sequences, 5), torch.arange(5)
+    model = UserModel(5, ModelConfig(width=4, layers=1, max_len=5))
+    counts = dataset.item_counts("train").double().clamp_min(1)
+    assert counts.tolist() == [1, 3, 6, 6, 1]
+    with torch.no_grad():
+        model.item_embedding.weight.zero_()
+        model.item_head.bias.copy_(counts.log())
+    plain, half, whole = (
+        Evaluator(
+            dataset, users, "valid", Protocol(candidates, negatives=2, logit_adjustment=tau)
+        ).ranks(model)
+        for tau in (0.0, 0.5, 1.0)
+    )
+    assert plain.equal(half) and not plain.equal(whole)
+    # Equal scores: shared by the sampled candidates, in item order in the catalogue.
+    assert whole.unique().tolist() == ([2.0] if candidates == "sampled" else [1.0])
+    with pytest.raises(ValueError, match="logit_adjustment must be finite, got nan"):
+        Evaluator(dataset, users, "valid", Protocol(logit_adjustment=float("nan")))
 
 
 def test_nan_target_ranks_last():

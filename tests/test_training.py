@@ -77,7 +77,7 @@ FLAGS = [
 
 
 def command(*arguments) -> list[str]:
-    return [sys.executable, "-m", "fastrec.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "fastrec", *map(str, arguments)]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 interactions, items of the user's whole sequence rejected, without replacement. `full`: all items.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,18 +26,25 @@ class Protocol:
         candidates: "sampled" (1 target + `negatives` by popularity) or "full" (all items).
         negatives: drawn per user, for "sampled".
         seen: "none" keeps items of the input in a full ranking, "exclude" leaves them out.
+        logit_adjustment: tau of `adjustment`; 0 ranks by the scores of the model.
         seed: of the sampled negatives.
     """
 
     candidates: Literal["sampled", "full"] = "sampled"
     negatives: int = 99
     seen: Literal["none", "exclude"] = "none"
+    logit_adjustment: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
         check_choices(self)
         if self.negatives < 1:
             raise ValueError(f"evaluation.negatives must be at least 1, got {self.negatives}")
+
+
+def row_blocks(count: int, size: int = 512) -> list[slice]:
+    """Consecutive slices of `size` rows, the last one shorter: what a model evaluates at a time."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tensor:
@@ -79,6 +87,22 @@ def seen_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
     return batch.values[order], batch.offsets
 
 
+def adjustment(dataset, tau: float) -> Tensor:
+    """float32 [V], tau log(share of an item in the training events): what post-hoc logit adjustment
+    (Menon et al., 2021, eq. 9) takes from the scores.
+
+    A model trained by softmax scores items by log-probability. With tau = 1 they are ranked by how
+    much likelier a user makes them than they are for everyone, the better ranking where candidates
+    are drawn by popularity. Items without a training event count as one.
+    """
+    if not math.isfinite(tau):
+        raise ValueError(f"logit_adjustment must be finite, got {tau}")
+    if tau == 0:
+        return torch.zeros(dataset.num_items)
+    counts = dataset.item_counts("train").double().clamp_min(1)
+    return (tau * (counts / counts.sum()).log()).float()
+
+
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     """[N, D] item-head queries for the item that follows the input of each user in `split`.
 
@@ -105,6 +129,7 @@ class Evaluator:
     def __init__(self, dataset, users: Tensor, split: str, protocol: Protocol = Protocol()):
         self.dataset, self.users, self.split, self.protocol = dataset, users, split, protocol
         self.targets = dataset.targets(split)[users]
+        self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         if protocol.candidates == "sampled":
             negatives = popularity_negatives(dataset, users, protocol.negatives, protocol.seed)
             self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
@@ -130,13 +155,12 @@ class Evaluator:
             query = next_item_queries(model, self.dataset, self.users[rows], self.split)
             # Scores in full precision also in bf16-mixed validation: coarse ones would tie.
             with torch.autocast(query.device.type, enabled=False):
-                return self._rank(query, model.item_table, model.item_head.bias, rows).cpu()
+                bias = model.item_head.bias - self.adjustment.to(query.device)
+                return self._rank(query, model.item_table, bias, rows).cpu()
 
-    def ranks(self, model, batch_size: int = 512) -> Tensor:
+    def ranks(self, model) -> Tensor:
         """float64 [U]: rank of every user's target, on the CPU."""
-        starts = range(0, len(self.users), batch_size)
-        rows = (slice(start, min(start + batch_size, len(self.users))) for start in starts)
-        return torch.cat([self.rank_rows(model, part) for part in rows])
+        return torch.cat([self.rank_rows(model, rows) for rows in row_blocks(len(self.users))])
 
     def popularity_ranks(self) -> Tensor:
         """Ranks under a ranker by number of training interactions: the baseline and, for sampled
@@ -144,8 +168,7 @@ class Evaluator:
         counts = torch.as_tensor(self.dataset.item_counts("train"), dtype=torch.float64)
         table = torch.zeros(len(counts), 1, dtype=torch.float64)
         parts = []
-        for start in range(0, len(self.users), 512):
-            rows = slice(start, min(start + 512, len(self.users)))
+        for rows in row_blocks(len(self.users)):
             query = torch.ones(rows.stop - rows.start, 1, dtype=torch.float64)
             parts.append(self._rank(query, table, counts, rows))
         return torch.cat(parts)

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrec.evaluation.protocols import next_item_queries, seen_items
+from fastrec.evaluation.protocols import adjustment, next_item_queries, row_blocks, seen_items
 from fastrec.nn.pool import max_pool
 from fastrec.ops.linear_topk import linear_topk
-
-BATCH = 512
 
 
 def _indices(dataset, user_ids) -> np.ndarray:
@@ -41,8 +39,8 @@ def user_vectors(model, dataset, user_ids=None):
 
     indices, vectors = _indices(dataset, user_ids), []
     with torch.no_grad():
-        for start in range(0, len(indices), BATCH):
-            users = torch.as_tensor(indices[start : start + BATCH])
+        for rows in row_blocks(len(indices)):
+            users = torch.as_tensor(indices[rows])
             batch = dataset.gather(
                 users, "all", max_len=model.config.max_len, **model.sequence_tokens
             ).to(model.item_table.device)
@@ -52,10 +50,13 @@ def user_vectors(model, dataset, user_ids=None):
     return polars.DataFrame({"user_id": ids, "vector": torch.cat(vectors).numpy()})
 
 
-def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
+def recommend(
+    model, dataset, k: int, user_ids=None, seen: str = "exclude", logit_adjustment: float = 0.0
+):
     """The k best next items of each user, given the last `max_len` - 1 items of the history.
 
     seen: "exclude" leaves out items that the user already has, "none" keeps them.
+    logit_adjustment: tau of `adjustment`: above 0 popular items fall.
 
     Returns a polars frame: user_id, rank (from 1), item_id, score; fewer than k rows for a user
     with fewer than k items left.
@@ -68,11 +69,12 @@ def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
         raise ValueError(f"seen must be 'exclude' or 'none', got {seen!r}")
     indices, item_ids = _indices(dataset, user_ids), dataset.item_ids()
     known = dataset.user_ids()
-    table, bias = model.item_table, model.item_head.bias
+    table = model.item_table
+    bias = model.item_head.bias.detach() - adjustment(dataset, logit_adjustment).to(table.device)
     parts = []
     with torch.no_grad():
-        for start in range(0, len(indices), BATCH):
-            users = torch.as_tensor(indices[start : start + BATCH])
+        for rows in row_blocks(len(indices)):
+            users = torch.as_tensor(indices[rows])
             query = next_item_queries(model, dataset, users, "all")
             exclude = None
             if seen == "exclude":
@@ -83,7 +85,7 @@ def recommend(model, dataset, k: int, user_ids=None, seen: str = "exclude"):
             scores, items = (part.cpu().numpy() for part in found)
             kept = items >= 0
             ranks = np.broadcast_to(np.arange(1, best + 1), kept.shape)
-            owners = np.broadcast_to(indices[start : start + BATCH, None], kept.shape)
+            owners = np.broadcast_to(indices[rows, None], kept.shape)
             parts.append(
                 polars.DataFrame(
                     {

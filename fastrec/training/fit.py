@@ -101,7 +101,7 @@ def fit(
     *,
     task: Task = "recommendation",
     initial: UserModel | None = None,
-    initial_heads: Path | None = None,
+    initial_folder: Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> UserModel:
@@ -113,9 +113,10 @@ def fit(
 
     Args:
         task: what validation measures, and with it which users are trained, see `task_data`.
-        initial_heads: folder of a model whose social relation head is taken over, if it has one.
         initial: start from this model instead of random weights; it is not changed and keeps its
             own `recipe.model`. It is validated first, and kept if training does not improve on it.
+        initial_folder: of that model: its social relation head is taken over, if it has one, and
+            the users that it was trained on count as seen.
         resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run. What
             the run was started with must be the same but for `run_folder.MAY_CHANGE`.
 
@@ -149,8 +150,8 @@ def fit(
     objective = JointObjective(stage.objectives, model, data.attributes, dataset.item_counts)
     if not stage.objectives.masked_item:
         model.item_head.requires_grad_(False)  # DDP waits for the gradient of every parameter
-    if initial_heads is not None:
-        load_heads(objective, initial_heads, only="social_relation.")
+    if initial_folder is not None:
+        load_heads(objective, initial_folder, only="social_relation.")
     loader = SequenceLoader(
         dataset,
         "train",
@@ -168,7 +169,10 @@ def fit(
     if first_process:
         describe_run(output, dataset, recipe, stage, task)
         (output / "summary.json").unlink(missing_ok=True)
-    keep = KeepBest(output / "model", lambda folder: describe_model(folder, dataset, recipe, stage))
+    keep = KeepBest(
+        output / "model",
+        lambda folder: describe_model(folder, dataset, recipe, stage, initial_folder),
+    )
     save = SaveToResume(checkpoint, stage.checkpoint_every, stage.patience)
     callbacks: list[Callback] = [keep, save]
     if stage.patience:

@@ -6,12 +6,11 @@ import lightning
 import torch
 
 from fastrec.data.loader import SequenceLoader
+from fastrec.evaluation.protocols import row_blocks
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.training.config import Stage
 from fastrec.training.graphed import GraphedObjective
-
-VALIDATION_BATCH = 512
 
 
 class StageModule(lightning.LightningModule):
@@ -52,10 +51,8 @@ class StageModule(lightning.LightningModule):
         return self.loader
 
     def val_dataloader(self):
-        count = len(self.evaluator)
-        starts = range(0, count, VALIDATION_BATCH)
-        rows = [(start, min(start + VALIDATION_BATCH, count)) for start in starts]
-        return torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+        blocks = [(rows.start, rows.stop) for rows in row_blocks(len(self.evaluator))]
+        return torch.utils.data.DataLoader(blocks, batch_size=None)  # type: ignore[arg-type]
 
     def on_fit_start(self):
         stage = self.stage

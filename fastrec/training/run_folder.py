@@ -64,12 +64,16 @@ def _differences(before, now, name: str = "") -> list[str]:
     return [] if before == now else [f"{name} was {before!r}, not {now!r}"]
 
 
-def describe_model(folder: Path, dataset, recipe: Recipe, stage: Stage) -> None:
-    """Write beside a model which items its table means, which users it has seen, and which vector
-    its attribute head reads."""
+def describe_model(
+    folder: Path, dataset, recipe: Recipe, stage: Stage, initial: Path | None = None
+) -> None:
+    """Write beside a model which items its table means, which users it has seen (here, and before
+    if it started from the model in `initial`), and which vector its attribute head reads."""
+    before = [] if initial is None else trained_on(initial).get("users", [])
+    own = dataclasses.asdict(recipe.users)
     values = {
         "items": dataset.items_hash,
-        "users": dataclasses.asdict(recipe.users),
+        "users": [own, *(users for users in before if users != own)],
         "attribute_pool": stage.objectives.attribute_pool,
     }
     (folder / MODEL).write_text(json.dumps(values, indent=2) + "\n")
@@ -89,12 +93,11 @@ def check_model(folder: Path, dataset: SequenceDataset, held_out: Users | None =
         raise ValueError(
             f"{folder} was trained on other items, or in another order, than {dataset.path} has"
         )
-    if (
-        held_out is not None
-        and held_out.fraction < 1
-        and made.get("users") not in (None, dataclasses.asdict(held_out))
-    ):
+    if held_out is None or held_out.fraction >= 1:
+        return
+    own = dataclasses.asdict(held_out)
+    if others := [users for users in made.get("users", []) if users != own]:
         raise ValueError(
-            f"{folder} was trained with users {made['users']}, and would be tested on users that it"
-            f" has seen: users is {dataclasses.asdict(held_out)} here"
+            f"{folder} was trained with users {others[0]}, and would be tested on users that it has"
+            f" seen: users is {own} here"
         )

@@ -34,7 +34,7 @@ def with_value(recipe, key: str, value):
         return dataclasses.replace(recipe, **{name: with_value(old, rest, value)})
     if rest:
         raise ValueError(f"{name!r} has no key {rest!r}")
-    if isinstance(old, float) and isinstance(value, int):
+    if isinstance(old, float) and type(value) is int:
         value = float(value)
     if old is not None and type(value) is not type(old):
         raise ValueError(f"{key} is {old!r}, expected another {type(old).__name__}, got {value!r}")
@@ -46,7 +46,7 @@ def sweep(
     data: Path,
     output: Path,
     key: str,
-    values: list[int | float | str],
+    values: list[bool | int | float | str],
     seeds: int = 1,
 ):
     """Compare values of one recipe key: pre-train, fine-tune, rank the test items; table and plot.
