@@ -10,8 +10,8 @@ import torch
 import triton
 
 from fastrec.kernels.in_batch_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
-from fastrec.kernels.in_batch_pairs import by_column, lists_of, ranges_of
-from fastrec.kernels.tiles import allow_tf32, capability_of
+from fastrec.kernels.in_batch_pairs import by_column, lists_of
+from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of
 
 # (BLOCK_B, BLOCK_C, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # found by compiling: no spills on sm_80, sm_90 and sm_100 with every kind of exclusion.

@@ -15,10 +15,9 @@ from fastrec.kernels.in_batch_pairs import (
     leave_out_listed,
     list_bounds,
     lists_of,
-    ranges_of,
     seek,
 )
-from fastrec.kernels.tiles import dot, load_rows, product_in_chunks
+from fastrec.kernels.tiles import dot, load_rows, product_in_chunks, ranges_of
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])

@@ -58,17 +58,6 @@ def list_bounds(offsets, row, live):
     )
 
 
-def ranges_of(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
-    """(ranges, tiles per range) of the streamed side: about four programs a processor, because two
-    fit at a time and two rounds even out the last one."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    ranges = max(1, min(4 * processors // max(blocks, 1), tiles, 32))
-    per_range = max(1, triton.cdiv(tiles, ranges))
-    return max(1, triton.cdiv(tiles, per_range)), per_range
-
-
 def by_column(ids: torch.Tensor | None) -> torch.Tensor | None:
     return None if ids is None else ids.t().contiguous()
 

@@ -11,12 +11,12 @@ import triton
 
 from fastrec.kernels import linear_cross_entropy_wide as wide
 from fastrec.kernels.linear_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
-from fastrec.kernels.tiles import allow_tf32, capability_of
+from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of, slots_of
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # the largest found that spill on none of sm_80, sm_90, sm_100. Registers on sm_90, of 255:
-#   bf16: forward 252, 174, 254, backward 174, 213, 163 (D = 64, 128, 256)
-#   fp32: forward 104, 128, 104, backward 80, 68, 112 (no tensor cores: operands are registers)
+#   bf16: forward 252, 174, 255, backward 174, 222, 191 (D = 64, 128, 256)
+#   fp32: forward 104, 128, 102, backward 92, 80, 120 (no tensor cores: operands are registers)
 TILES = {
     "half": {
         64: ((64, 128, 4, 3), (64, 128, 8, 3)),
@@ -97,11 +97,7 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_off
     if n == 0:
         return lse, logit, offset
     _, order, count = _plan(target, v)
-    processors = 1
-    if input.is_cuda:
-        processors = torch.cuda.get_device_properties(input.device).multi_processor_count
-    # About four programs a processor: two fit at a time, and two rounds even out the last one.
-    slots = max(4 * processors, triton.cdiv(n, config["BLOCK_N"]))
+    slots = max(slots_of(input.device), triton.cdiv(n, config["BLOCK_N"]))
     places = slots * config["BLOCK_N"]
     shift, sums = torch.empty(places, **vector), torch.empty(places, 2, **vector)
     means = torch.empty(places if with_offset else 0, d, **vector)
@@ -139,17 +135,24 @@ def linear_cross_entropy_bwd(
     if d > WIDEST:
         with torch.cuda.device_of(input):
             return wide.backward(input, linear_weight, linear_bias, target, vectors, scale, config)
-    grad_weight = linear_weight.new_empty(v, d)
-    grad_bias = lse.new_empty(0) if linear_bias is None else linear_bias.new_empty(v)
     by_item, order, count = _plan(target, v)
     tiles = triton.cdiv(v, config["BLOCK_V"])
     bounds = torch.arange(tiles + 1, device=input.device) * config["BLOCK_V"]
     offsets = torch.searchsorted(by_item, bounds.clamp_max(v))
+    # Few items are too few programs: rows in ranges as well, whose sums are added in order.
+    ranges, _ = ranges_of(input.device, tiles, triton.cdiv(n, config["BLOCK_N"]))
+    dtype, bias_dtype = linear_weight.dtype, (lse if linear_bias is None else linear_bias).dtype
+    partial = lse.dtype if ranges > 1 else None
+    grad_weight = lse.new_empty(ranges, v, d, dtype=partial or dtype)
+    biases = 0 if linear_bias is None else v
+    grad_bias = lse.new_empty(ranges, biases, dtype=partial or bias_dtype)
     with torch.cuda.device_of(input):
-        _bwd_kernel[(tiles,)](
+        _bwd_kernel[(ranges * tiles,)](
             input.index_select(0, order), linear_weight, linear_bias, by_item,
             *vectors.index_select(1, order), offsets, count, scale, grad_weight, grad_bias,
-            v, d, *linear_weight.stride(), 0 if linear_bias is None else linear_bias.stride(0),
-            **config,
+            v, d, ranges, *linear_weight.stride(),
+            0 if linear_bias is None else linear_bias.stride(0), **config,
         )  # fmt: skip
-    return grad_weight, grad_bias
+    if ranges == 1:
+        return grad_weight[0], grad_bias[0]
+    return grad_weight.sum(0).to(dtype), grad_bias.sum(0).to(bias_dtype)

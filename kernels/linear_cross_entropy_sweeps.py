@@ -5,8 +5,9 @@ sorted by target.
 
 Forward: a program owns BLOCK_N rows and a range of items. It streams tiles of W and keeps
 sum_j p_ij and sum_j p_ij W_j relative to a running row shift; `_combine_kernel` adds the ranges in
-a fixed order. Backward: a program owns BLOCK_V items, streams all rows and writes its rows of dW
-once. No atomics and no locks: equal inputs give equal bits.
+a fixed order. Backward: a program owns BLOCK_V items and a range of rows (all of them where there
+are many items) and writes its rows of dW once. No atomics and no locks: equal inputs give equal
+bits.
 
 The number of scored rows stays on the device, so the host never waits; programs without work exit.
 """
@@ -119,15 +120,18 @@ def _combine_kernel(
     tl.store(logit_out + row, tl.where(live, logit, 0.0), mask=at < n)
 
 
-@triton.jit(do_not_specialize=["v"])
+@triton.jit(do_not_specialize=["v", "ranges"])
 def _bwd_kernel(
     x, w, bias, target, lse, grad_lse, grad_logit, offsets, count, scale, grad_w, grad_bias,
-    v, d, stride_wv, stride_wd, stride_b,
+    v, d, ranges, stride_wv, stride_wd, stride_b,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW and db of BLOCK_V items. x and the [N] vectors are contiguous, in the order of `_plan`."""
-    tile = tl.program_id(0).to(tl.int64)
+    """dW and db of BLOCK_V items from a range of rows: [ranges, V, D] and [ranges, V]. x and the
+    [N] vectors are contiguous, in the order of `_plan`."""
+    tiles = tl.cdiv(v, BLOCK_V)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    part = (tl.program_id(0) // tiles).to(tl.int64)
     item = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     real = item < v
     w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
@@ -141,7 +145,9 @@ def _bwd_kernel(
     hit = tl.load(offsets + tile).to(tl.int32)
     end = tl.load(offsets + tile + 1).to(tl.int32)
     rows = tl.load(count).to(tl.int32)
-    for first in range(0, rows, BLOCK_N):
+    per_range = tl.cdiv(tl.cdiv(rows, BLOCK_N), ranges) * BLOCK_N
+    begin = (part * per_range).to(tl.int32)
+    for first in range(begin, tl.minimum(begin + per_range, rows), BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         live = at < rows
         x_tile = load_rows(x, at, live, d, 1, 0, d, BLOCK_D)
@@ -164,10 +170,10 @@ def _bwd_kernel(
     col = tl.arange(0, BLOCK_D)
     keep = real[:, None] & (col < d)[None, :]
     tl.store(
-        grad_w + item[:, None] * d + col[None, :],
+        grad_w + (part * v + item)[:, None] * d + col[None, :],
         round_to(acc * unit, grad_w.dtype.element_ty),
         mask=keep,
     )
     if bias is not None:
         grad_b = round_to(acc_bias * unit, grad_bias.dtype.element_ty)
-        tl.store(grad_bias + item, grad_b, mask=real)
+        tl.store(grad_bias + part * v + item, grad_b, mask=real)

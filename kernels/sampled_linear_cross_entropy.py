@@ -18,6 +18,7 @@ from fastrec.kernels.sampled_linear_cross_entropy_shared import (
     _shared_fwd_kernel,
     shared_config,
 )
+from fastrec.kernels.tiles import ranges_of
 
 
 @triton.jit(do_not_specialize=["t", "per_row", "spare"])
@@ -145,8 +146,11 @@ def sampled_linear_cross_entropy_bwd(
     else:
         rows, offset = _shared_operands(linear_weight, linear_bias, log_q, negatives)
         config = shared_config(d, input.dtype, backward=True)
-        grad_rows = input.new_empty(k, d, dtype=torch.float32)
-        grad_offset = input.new_empty(k, dtype=torch.float32)
+        blocks = triton.cdiv(k, config["BLOCK_K"])
+        tiles = triton.cdiv(n, config["BLOCK_N"])
+        ranges, per_range = ranges_of(input.device, blocks * config["CHUNKS"], tiles)
+        grad_rows = input.new_empty(ranges, k, d, dtype=torch.float32)
+        grad_offset = input.new_empty(ranges, k, dtype=torch.float32)
         scale, upstream = torch.ones((), device=input.device), grad_loss
         if input.dtype == torch.float16 and n > 0:
             # A power of two that brings the gradients of the rows near 2^8: float16 has 5 bits of
@@ -155,10 +159,11 @@ def sampled_linear_cross_entropy_bwd(
             scale = torch.ldexp(scale, exponent)
             upstream = grad_loss / scale
         with torch.cuda.device_of(input):
-            _shared_bwd_kernel[(triton.cdiv(k, config["BLOCK_K"]), config["CHUNKS"])](
+            _shared_bwd_kernel[(ranges * blocks, config["CHUNKS"])](
                 input, rows, offset, negatives, target, lse, upstream, scale, grad_rows,
-                grad_offset, n, k, d, *input.stride(), SOFTMAX=beta < 0, **config,
+                grad_offset, n, k, d, per_range, *input.stride(), SOFTMAX=beta < 0, **config,
             )  # fmt: skip
+        grad_rows, grad_offset = grad_rows.sum(0), grad_offset.sum(0)  # of the ranges, in order
         ids = torch.cat([negatives, y])
         coefficient = torch.cat([torch.ones_like(grad_offset), c_target])
         skipped = torch.cat([torch.zeros_like(negatives, dtype=torch.bool), target < 0])

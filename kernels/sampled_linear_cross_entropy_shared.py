@@ -1,6 +1,6 @@
 """Kernels of `sampled_linear_cross_entropy` for negatives that all rows share: they are gathered
 once ([K, D]), and the scores are products of tiles; backward computes them again, a program owns
-BLOCK_K negatives and streams all rows. Legend: N rows, V items, K negatives, D width.
+BLOCK_K negatives and streams a range of rows. Legend: N rows, V items, K negatives, D width.
 """
 
 import torch
@@ -67,22 +67,26 @@ def _shared_fwd_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["n", "k"])
+@triton.jit(do_not_specialize=["n", "k", "per_range"])
 def _shared_bwd_kernel(
     x, w, offset, negatives, target, lse, grad_loss, scale, grad_w, grad_offset,
-    n, k, d, stride_xn, stride_xd,
+    n, k, d, per_range, stride_xn, stride_xd,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_K gathered rows and of their offsets, from all N rows."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """Gradients of BLOCK_K gathered rows and of their offsets from a range of the N rows:
+    [ranges, K, D] and [ranges, K]."""
+    blocks = tl.cdiv(k, BLOCK_K)
+    place = ((tl.program_id(0) % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    part = tl.program_id(0) // blocks
     own = tl.program_id(1) * BLOCK_D
     real = place < k
     item = tl.load(negatives + place, mask=real, other=-2)
     b = tl.load(offset + place, mask=real, other=0.0)
     acc = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     acc_offset = tl.zeros([BLOCK_K], tl.float32)
-    for first in range(0, n, BLOCK_N):
+    begin = part * per_range * BLOCK_N
+    for first in range(begin, tl.minimum(begin + per_range * BLOCK_N, n), BLOCK_N):
         at = first + tl.arange(0, BLOCK_N)
         live = at < n
         y = tl.load(target + at, mask=live, other=-1)
@@ -106,6 +110,7 @@ def _shared_bwd_kernel(
     unit = tl.load(scale)
     col = own + tl.arange(0, BLOCK_D)
     keep = real[:, None] & (col < d)[None, :]
+    place += part.to(tl.int64) * k
     tl.store(grad_w + place[:, None] * d + col[None, :], acc * unit, mask=keep)
     if own == 0:
         tl.store(grad_offset + place, acc_offset * unit, mask=real)

@@ -151,6 +151,22 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def slots_of(device: torch.device) -> int:
+    """How many programs keep a device busy: about four a processor, because two fit at a time and
+    two rounds even out the last one."""
+    if device.type != "cuda":
+        return 4
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ranges_of(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
+    """(ranges, tiles per range) of the streamed side, whose `tiles` each of `blocks` programs would
+    visit alone: as many as make `slots_of` programs."""
+    ranges = max(1, min(slots_of(device) // max(blocks, 1), tiles, 32))
+    per_range = max(1, triton.cdiv(tiles, ranges))
+    return max(1, triton.cdiv(tiles, per_range)), per_range
+
+
 def allow_tf32(*configs: dict) -> None:
     """Products of float32 lose digits only where torch's own may."""
     if torch.backends.cuda.matmul.fp32_precision == "tf32":

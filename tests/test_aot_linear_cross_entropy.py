@@ -25,9 +25,10 @@ pytestmark = needs_compiler
 # The plain suite compiles the target device; the other architectures and types are slow.
 CASES = [
     case(kernel, types, width, capability, plain=(capability, types) == (90, "bf16"))
-    for kernel in ("fwd", "combine", "bwd", "softmax", "gradient")
+    for kernel in ("fwd", "combine", "bwd", "bwd_ranges", "softmax", "gradient")
     for types in TYPES
     for width in WIDTHS
+    if kernel != "bwd_ranges" or types == "bf16"  # elsewhere dW is float32 anyway
     if (kernel in ("softmax", "gradient")) == (width > kernels.WIDEST)
     for capability in SHARED_LIMIT
 ]
@@ -53,7 +54,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
         return build_wide(kernel, types, width, capability)
     dtype, table = TYPES[types]
     x, w, vector, ids = POINTER[dtype], POINTER[table], "*fp32:16", "*i64:16"
-    config = kernels._config(width, dtype, table, capability)["bwd" if kernel == "bwd" else "fwd"]
+    config = kernels._config(width, dtype, table, capability)["bwd" if "bwd" in kernel else "fwd"]
     options = take_options(config)
     if kernel == "combine":
         options = {}
@@ -75,9 +76,9 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
         # The [N] vectors are rows of one [3, N] tensor: aligned only when N is a multiple of 4.
         arguments = dict(
             target=ids, lse=vector, grad_lse="*fp32", grad_logit="*fp32", offsets=ids,
-            scale=vector, grad_w=w, grad_bias=vector,
+            scale=vector, grad_w=w if kernel == "bwd" else vector, grad_bias=vector, ranges="i32",
         )  # fmt: skip
-    function = getattr(kernels, f"_{kernel}_kernel")
+    function = getattr(kernels, f"_{kernel.removesuffix('_ranges')}_kernel")
     return compile_for(capability, function, shared | arguments, **options)
 
 
@@ -85,7 +86,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
 def test_no_spill(kernel, types, width, capability):
     binary = build(kernel, types, width, capability)
     binary.assert_fits(capability)
-    if capability == 90 and types != "fp32" and kernel in ("fwd", "bwd"):
+    if capability == 90 and types != "fp32" and kernel in ("fwd", "bwd", "bwd_ranges"):
         binary.assert_wgmma()
 
 

@@ -64,6 +64,7 @@ def build(kernel, types, width, capability, softmax):
         names = ("offset", "lse", "grad_loss", "scale", "grad_w", "grad_offset")
         arguments = dict.fromkeys(names, VECTOR)
         arguments |= dict(w=w, negatives=IDS, target=IDS, n="i32", k="i32", SOFTMAX=softmax)
+        arguments["per_range"] = "i32"
     else:
         arguments = dict.fromkeys(("coefficient", "head", "tail"), VECTOR)
         arguments |= dict(order=IDS, index=IDS, out=w, t="i32", per_row="i32", spare="i32")

@@ -113,7 +113,8 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
 
     # Bias. -inf takes an item out of the softmax; no target is such an item.
     bias = vector("bias", v)
-    yield Sample("bias", problem("bias", n, v, d, linear_bias=bias))
+    rows = 70  # several tiles
+    yield Sample("bias", problem("bias", rows, v, d, linear_bias=bias))
     case = problem("bias_minus_inf", n, v, d)
     out = torch.zeros(v, dtype=torch.bool, device=device)
     out[::5] = True

@@ -60,7 +60,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "width_130": (n, v, 130, k),
         "width_300": (n, v, 300, k),
         "whole_lines": (n, v, 32, 64),
-        "many_rows": (40 if interpret_small else 507, v, d, k),
+        "many_rows": (130 if interpret_small else 507, v, d, k),  # several tiles of rows
         "many_negatives": (n, v, 16, 5 * k),
         # Ids of more bits than one pass of the sort on cpp.
         "large_table": (n, (10 if interpret_small else 20) * v, 8, k),
