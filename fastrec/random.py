@@ -137,11 +137,30 @@ def draws(
 
 @dataclass(frozen=True)
 class Rng:
-    """What a dropout mask depends on besides the element: `seed`, `step` and the view number."""
+    """What a dropout mask depends on besides the element: `seed`, `step` and the view number.
+
+    words: what `pinned` has copied.
+    """
 
     seed: Tensor | int
     step: Tensor | int
     view: int = 0
+    words: Tensor | None = None
+
+    def key(self, device: torch.device) -> Tensor:
+        """int64 [2] on `device`, (seed, step) as the kernels read them. A copy: a step counter that
+        is advanced in place between forward and backward does not change the mask."""
+        if self.words is not None and self.words.device == device:
+            return self.words
+        if device.type == "cpu" and isinstance(self.seed, int) and isinstance(self.step, int):
+            return torch.tensor([self.seed, self.step])
+        words = (_word(word, device).to(torch.int64) for word in (self.seed, self.step))
+        return torch.stack([word.reshape(()) for word in words])
+
+    def pinned(self, device: torch.device) -> "Rng":
+        """The same with its key copied now, once for all ops of a pass over an encoder: on a GPU
+        each copy is up to three launches."""
+        return Rng(self.seed, self.step, self.view, self.key(device))
 
 
 def views_of(rng: Rng, rows: int, views: int, device: torch.device) -> Tensor | int:
@@ -251,9 +270,7 @@ def dropout_arguments(
     """What a kernel needs to draw the mask of `keep_mask` for [rows, D]: (sample_ids, positions,
     key, drop, site, layer, view, views), all but `views` None or 0 where p quantises to 0.
 
-    `key` is an int64 [2] copy of (seed, step): a step counter that is advanced in place between
-    forward and backward does not change the mask. Raises ValueError for a missing argument or a
-    wrong one.
+    `key` is `Rng.key`. Raises ValueError for a missing argument or a wrong one.
     """
     if site not in SITES:
         raise ValueError(f"site must be one of {list(SITES)}, got {site!r}")
@@ -274,10 +291,5 @@ def dropout_arguments(
     if not (0 <= rng.view <= 65536 - views and 0 <= layer < 256):
         raise ValueError(f"out of range: view {rng.view + views - 1}, layer {layer}")
     _check_positions("positions", positions)
-    device = sample_ids.device
-    on_host = not isinstance(rng.seed, Tensor) and not isinstance(rng.step, Tensor)
-    if on_host and device.type == "cpu":
-        key = torch.tensor([rng.seed, rng.step])
-    else:
-        key = torch.stack([_word(word, device) for word in (rng.seed, rng.step)])
+    key = rng.key(sample_ids.device)
     return sample_ids, positions, key, drop, SITES[site], layer, rng.view, views

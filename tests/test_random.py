@@ -196,3 +196,15 @@ def test_out_of_range(change, message):
 def test_probability_out_of_range(p):
     with pytest.raises(ValueError, match="probability must be in"):
         threshold(p)
+
+
+def test_a_pinned_key_is_a_copy():
+    seed, step = torch.tensor(2**40 + 3), torch.tensor([7], dtype=torch.int32)
+    rng = Rng(seed, step, view=2)
+    pinned = rng.pinned(seed.device)
+    step += 1
+    assert pinned.view == 2 and pinned.key(seed.device).tolist() == [2**40 + 3, 7]
+    assert rng.key(seed.device).tolist() == [2**40 + 3, 8]
+    assert pinned.pinned(seed.device).words is pinned.words, "nothing is copied twice"
+    assert pinned.key(torch.device("meta")).device.type == "meta", "another device has its own"
+    assert Rng(-5, 2**62).key(seed.device).tolist() == [-5, 2**62]

@@ -22,7 +22,8 @@ class EventDropout:
     """
 
     def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None, views: int = 1):
-        self.rng, self.views = rng if p > 0.0 else None, views
+        self.rng = rng.pinned(batch.offsets.device) if rng and p > 0.0 else None
+        self.views = views
         self.p = p if self.rng else 0.0
         self.positions = batch.positions()
         self.sample_ids = batch.sample_ids[batch.segment_ids()] if self.rng else None

@@ -213,18 +213,6 @@ def split_packed(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _SplitPacked.apply(packed)
 
 
-def _rng_state(rng: Rng, device: torch.device) -> Tensor:
-    """[seed, step] on `device`: a copy, because a step counter may be advanced in place before the
-    backward pass. No host synchronisation."""
-    words = (
-        word.to(device, torch.int64, non_blocking=True).reshape(())
-        if isinstance(word, Tensor)
-        else torch.full((), word, dtype=torch.int64, device=device)
-        for word in (rng.seed, rng.step)
-    )
-    return torch.stack(list(words))
-
-
 def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer, views):
     if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
@@ -338,6 +326,6 @@ def jagged_attention(
     scale = query.shape[2] ** -0.5 if scale is None else scale
     state, view = None, 0
     if drop > 0 and rng is not None:
-        state, view = _rng_state(rng, query.device), rng.view
+        state, view = rng.key(query.device), rng.view
     settings = (max_seq_len, causal, scale, drop, view, views, layer)
     return _JaggedAttention.apply(query, key, value, offsets, sample_ids, state, settings, backend)
