@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py tests/test_triton_rows.py \
   tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py
+VECTOR_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
+  -k "cpp and (within_budget or masks_are or generator_has)"
 # A worker process per core; tests of threads and of several processes bring their own.
 WORKERS := -n auto --dist worksteal
 
@@ -25,9 +27,11 @@ install: .venv/installed  ## create .venv with pinned dependencies and the built
 demo: .venv/installed  ## generate data, pre-train, fine-tune, evaluate, plot (about 4 minutes)
 	$(BIN)/fastrec demo
 
-test: .venv/installed  ## the whole suite; the Triton kernels run in the interpreter
+test: .venv/installed  ## the whole suite; the Triton kernels in the interpreter; cpp with narrower vectors
 	$(BIN)/python -m pytest $(WORKERS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton
+	FASTREC_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
+	FASTREC_CPU_CAPABILITY=default $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
 
 smoke: .venv/installed  ## the suite without the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"

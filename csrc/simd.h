@@ -9,7 +9,9 @@
 #error "the C++ kernels need g++ 12 or later; FASTREC_NO_EXTENSION=1 installs without them"
 #endif
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define FASTREC_INLINE inline __attribute__((always_inline))
@@ -96,15 +98,11 @@ struct Simd {
 #define FASTREC_TARGET(isa) __attribute__((target(isa)))
 namespace fastrec {
 // Width in bytes of the widest vectors this processor and its operating system support.
-inline int vector_bytes() {
+inline int widest_vector_bytes() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return 64;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
-}
-inline bool has_bf16() {
-  static const bool has = vector_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
-  return has;
 }
 }  // namespace fastrec
 
@@ -124,7 +122,7 @@ inline bool has_bf16() {
   }                                                                                        \
   template <class T>                                                                       \
   void name(const Arguments<T>& a) {                                                       \
-    static const int bytes = vector_bytes();                                               \
+    const int bytes = vector_bytes();                                                      \
     bytes == 64 ? name##_v4(a) : bytes == 32 ? name##_v3(a) : name##_v1(a);                \
   }
 #else
@@ -134,6 +132,29 @@ inline bool has_bf16() {
     body<Simd<T, 16>>(a);                             \
   }
 namespace fastrec {
-inline bool has_bf16() { return false; }
+inline int widest_vector_bytes() { return 16; }
 }  // namespace fastrec
 #endif
+
+namespace fastrec {
+// What FASTREC_CPU_CAPABILITY says, as ATEN_CPU_CAPABILITY does for PyTorch: for tests and
+// comparisons. 64 if it is not set, 0 if it is none of the three names.
+inline int asked_vector_bytes() {
+  const char* name = std::getenv("FASTREC_CPU_CAPABILITY");
+  if (name == nullptr || *name == 0 || std::strcmp(name, "avx512") == 0) return 64;
+  return std::strcmp(name, "avx2") == 0 ? 32 : std::strcmp(name, "default") == 0 ? 16 : 0;
+}
+// Of the vectors that the kernels use in this process.
+inline int vector_bytes() {
+  static const int bytes = std::min(widest_vector_bytes(), asked_vector_bytes());
+  return bytes;
+}
+inline bool has_bf16() {
+#if defined(__x86_64__)
+  static const bool has = vector_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+}  // namespace fastrec

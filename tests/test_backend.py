@@ -13,12 +13,13 @@ from fastrec import backend as dispatch
 from fastrec.backend import interpreting, resolve, unavailable_reason
 
 OP = "linear_cross_entropy"
+CAPABILITIES = ("avx512", "avx2", "default")
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 built = unavailable_reason("cpp", OP, CPU) is None
 needs_extension = pytest.mark.skipif(not built, reason="the C++ extension is not built")
 
 
-def python(code, **environment):
+def python(code, stderr=False, **environment):
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
@@ -27,7 +28,7 @@ def python(code, **environment):
         timeout=120,
     )
     assert process.returncode == 0, process.stderr
-    return process.stdout
+    return process.stderr if stderr else process.stdout
 
 
 def problem():
@@ -117,6 +118,23 @@ def test_import_is_light():
     )
     assert out.splitlines()[0] == "[]"
     assert int(out.splitlines()[1].split()[0]) < 100, "modules imported beyond torch"
+
+
+@needs_extension
+def test_cpu_capability_takes_narrower_vectors():
+    code = "import torch, fastrec._C; print(fastrec._C.vector_bytes)"
+    sizes = {name: int(python(code, FASTREC_CPU_CAPABILITY=name)) for name in ("", *CAPABILITIES)}
+    assert sizes[""] == sizes["avx512"] >= sizes["avx2"] >= sizes["default"] == 16
+    assert sizes["avx2"] <= 32
+    said = python(
+        """
+        import torch, fastrec
+        fastrec.linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]))
+        """,
+        stderr=True,
+        FASTREC_CPU_CAPABILITY="sse",
+    )
+    assert "does not load: FASTREC_CPU_CAPABILITY must be avx512, avx2 or default" in said
 
 
 MISSING = """
