@@ -21,7 +21,12 @@ from op_db.linear_cross_entropy import OP
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastrec import linear_cross_entropy
+from fastrec import (
+    linear_cross_entropy,
+    linear_rank,
+    linear_topk,
+    sampled_linear_cross_entropy,
+)
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
 
 BACKENDS = backends_here(OP.name)
@@ -194,6 +199,14 @@ def behaviour(group):
     error("member", group=alone[1 - min(rank, 1)])
     table = distribute_tensor(w.detach(), mesh, [Shard(0)])
     error("other", linear_weight=table, linear_bias=None, group=alone[rank])
+    rows, target = x.detach(), case["target"]
+    others = {
+        "rank": lambda: linear_rank(rows, table, target),
+        "topk": lambda: linear_topk(rows, table, 2),
+        "sampled": lambda: sampled_linear_cross_entropy(rows, table, target, target),
+    }
+    for name, call_of in others.items():
+        seen["error", name] = message_of(call_of)
 
     for dtype in (torch.float32, torch.bfloat16):
         certain = certain_rows(dtype)
@@ -320,6 +333,7 @@ ERRORS = {
     "input": "TypeError: input is a DTensor: pass a tensor",
     "kind": "TypeError: group must be a torch.distributed process group, got <class 'str'>",
     "flat": r"ValueError: .* a mesh of 2 dimensions \('items', 'more'\)",
+    **dict.fromkeys(("rank", "topk", "sampled"), "TypeError: linear_weight is a DTensor, which"),
     "member": "ValueError: this process is not a member of group",
     "other": "ValueError: group is not the mesh dimension over which linear_weight is sharded",
 }

@@ -54,6 +54,12 @@ def check_table(
 ) -> None:
     """Shapes and dtypes of rows beside the item table that scores them. `sharded`: the table is a
     part of one, and may have no rows."""
+    named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    for name, tensor in named.items():
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor, which linear_cross_entropy alone takes: use full_tensor()"
+            )
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
             "input must be [rows, D] and linear_weight [V, D], got"
