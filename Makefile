@@ -4,7 +4,7 @@ BIN := .venv/bin
 TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py tests/test_triton_rows.py \
   tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py
 VECTOR_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
-  -k "cpp and (within_budget or masks_are or generator_has)"
+  -k "cpp and ((within_budget and float32) or masks_are or generator_has)"
 # A worker process per core; tests of threads and of several processes bring their own.
 WORKERS := -n auto --dist worksteal
 
