@@ -6,7 +6,6 @@ takes a recipe name or a YAML file, and every recipe key is a flag that override
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from fastrec.training.demo import demo
 from fastrec.training.fit import fit
 from fastrec.training.heads import FILE as HEADS
 from fastrec.training.heads import load_heads
-from fastrec.training.run_folder import check_model, trained_on
+from fastrec.training.run_folder import check_model, first_process, trained_on
 from fastrec.training.step_time import bench
 from fastrec.training.sweep import sweep
 from fastrec.training.tasks import Task, encoded_attributes, held_out_users, select_users
@@ -293,7 +292,7 @@ def recommend(
 
 
 def _print_model(output: Path) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # DDP runs the command once a process
+    if first_process():
         print(f"model: {output / 'model'}")
 
 

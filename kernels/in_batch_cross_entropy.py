@@ -11,7 +11,7 @@ import triton
 
 from fastrec.kernels.in_batch_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
 from fastrec.kernels.in_batch_pairs import by_column, lists_of
-from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of
+from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of, sum_ranges
 
 # (BLOCK_B, BLOCK_C, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # found by compiling: no spills on sm_80, sm_90 and sm_100 with every kind of exclusion.
@@ -143,6 +143,4 @@ def in_batch_cross_entropy_bwd(
             grad_candidate, grad_bias, n, v, d, per_range,
             COLUMNS=0 if query_group is None else query_group.shape[1], **config,
         )  # fmt: skip
-    if ranges > 1:
-        return grad_candidate.sum(0), grad_bias.sum(0)
-    return grad_candidate[0], grad_bias[0]
+    return sum_ranges(grad_candidate), sum_ranges(grad_bias)

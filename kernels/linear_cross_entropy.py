@@ -11,7 +11,7 @@ import triton
 
 from fastrec.kernels import linear_cross_entropy_wide as wide
 from fastrec.kernels.linear_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
-from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of, slots_of
+from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of, slots_of, sum_ranges
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # the largest found that spill on none of sm_80, sm_90, sm_100. Registers on sm_90, of 255:
@@ -153,6 +153,4 @@ def linear_cross_entropy_bwd(
             v, d, ranges, *linear_weight.stride(),
             0 if linear_bias is None else linear_bias.stride(0), **config,
         )  # fmt: skip
-    if ranges == 1:
-        return grad_weight[0], grad_bias[0]
-    return grad_weight.sum(0).to(dtype), grad_bias.sum(0).to(bias_dtype)
+    return sum_ranges(grad_weight).to(dtype), sum_ranges(grad_bias).to(bias_dtype)

@@ -18,7 +18,7 @@ from fastrec.kernels.sampled_linear_cross_entropy_shared import (
     _shared_fwd_kernel,
     shared_config,
 )
-from fastrec.kernels.tiles import ranges_of
+from fastrec.kernels.tiles import ranges_of, sum_ranges
 
 
 @triton.jit(do_not_specialize=["t", "per_row", "spare"])
@@ -163,7 +163,7 @@ def sampled_linear_cross_entropy_bwd(
                 input, rows, offset, negatives, target, lse, upstream, scale, grad_rows,
                 grad_offset, n, k, d, per_range, *input.stride(), SOFTMAX=beta < 0, **config,
             )  # fmt: skip
-        grad_rows, grad_offset = grad_rows.sum(0), grad_offset.sum(0)  # of the ranges, in order
+        grad_rows, grad_offset = sum_ranges(grad_rows), sum_ranges(grad_offset)
         ids = torch.cat([negatives, y])
         coefficient = torch.cat([torch.ones_like(grad_offset), c_target])
         skipped = torch.cat([torch.zeros_like(negatives, dtype=torch.bool), target < 0])

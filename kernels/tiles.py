@@ -167,6 +167,11 @@ def ranges_of(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
     return max(1, triton.cdiv(tiles, per_range)), per_range
 
 
+def sum_ranges(parts: torch.Tensor) -> torch.Tensor:
+    """Sums over the first dimension, the ranges, in order; of one range a view."""
+    return parts.sum(0) if len(parts) > 1 else parts[0]
+
+
 def allow_tf32(*configs: dict) -> None:
     """Products of float32 lose digits only where torch's own may."""
     if torch.backends.cuda.matmul.fp32_precision == "tf32":

@@ -56,9 +56,10 @@ def check_table(
     part of one, and may have no rows."""
     named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
     for name, tensor in named.items():
-        if hasattr(tensor, "full_tensor"):
+        if hasattr(tensor, "device_mesh"):
             raise TypeError(
-                f"{name} is a DTensor, which linear_cross_entropy alone takes: use full_tensor()"
+                f"{name} is a DTensor, which only the table of linear_cross_entropy may be, and its"
+                " bias and class weights beside it: use full_tensor()"
             )
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from fastrec.training.run_folder import (
     check_same_run,
     describe_model,
     describe_run,
+    first_process,
 )
 from fastrec.training.tasks import Task, task_data
 
@@ -129,8 +129,7 @@ def fit(
     checkpoint = output / "last.ckpt"
     if resume and not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing: there is no run to resume in {output}")
-    first_process = int(os.environ.get("LOCAL_RANK", 0)) == 0  # DDP starts the others later
-    if not resume and first_process:
+    if not resume and first_process():
         check_free(output)
     if initial is not None:
         recipe = _with_model(recipe, initial)
@@ -166,7 +165,7 @@ def fit(
     )
     module = StageModule(model, objective, stage, loader, data.evaluator)
     output.mkdir(parents=True, exist_ok=True)
-    if first_process:
+    if first_process():
         describe_run(output, dataset, recipe, stage, task)
         (output / "summary.json").unlink(missing_ok=True)
     keep = KeepBest(

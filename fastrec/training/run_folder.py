@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from fastrec.data.dataset import SequenceDataset
@@ -22,6 +23,12 @@ def _described(dataset, recipe: Recipe, stage: Stage, task: str) -> tuple[dict, 
     data = {"task": task, "items": dataset.items_hash, "events": dataset.num_events}
     values = dataclasses.asdict(recipe), {**data, **dataclasses.asdict(stage)}
     return json.loads(json.dumps(values))
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes and prints: DDP starts the others later, and they run
+    the command again."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def check_free(folder: Path) -> None:
@@ -68,12 +75,16 @@ def describe_model(
     folder: Path, dataset, recipe: Recipe, stage: Stage, initial: Path | None = None
 ) -> None:
     """Write beside a model which items its table means, which users it has seen (here, and before
-    if it started from the model in `initial`), and which vector its attribute head reads."""
-    before = [] if initial is None else trained_on(initial).get("users", [])
-    own = dataclasses.asdict(recipe.users)
+    if it started from the model in `initial`), and which vector its attribute head reads. What an
+    earlier model in `folder`, of the same run, had seen is kept: a resumed run may not say
+    `initial`."""
+    seen = [dataclasses.asdict(recipe.users)]
+    for earlier in (initial, folder):
+        known = [] if earlier is None else trained_on(earlier).get("users", [])
+        seen += [users for users in known if users not in seen]
     values = {
         "items": dataset.items_hash,
-        "users": [own, *(users for users in before if users != own)],
+        "users": seen,
         "attribute_pool": stage.objectives.attribute_pool,
     }
     (folder / MODEL).write_text(json.dumps(values, indent=2) + "\n")
