@@ -39,7 +39,10 @@ def extension_arguments() -> dict:
     }
 
 
-PACKAGES = ["", ".ops", ".nn", ".objectives", ".data", ".evaluation", ".training", ".recipes"]
+PACKAGES = [
+    "", ".ops", ".nn", ".nn.encoders", ".objectives", ".data", ".data.steps", ".evaluation",
+    ".training", ".recipes",
+]  # fmt: skip
 
 setup(
     packages=[f"fastrec{name}" for name in PACKAGES] + ["fastrec.kernels"],

@@ -11,30 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from fastrec import recipes
+from fastrec.bench import bench
+from fastrec.cli_help import show_help
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare as prepare_dataset
-from fastrec.evaluation.metrics import length_groups, ranking_metrics
-from fastrec.evaluation.profile import ProfileEvaluator
-from fastrec.evaluation.protocols import Evaluator, row_blocks
-from fastrec.evaluation.relation import RelationEvaluator
-from fastrec.evaluation.report import print_metrics
-from fastrec.evaluation.serve import check_table_path, user_vectors, write_table
-from fastrec.evaluation.serve import recommend as recommend_items
+from fastrec.demo import demo
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.joint import JointObjective
-from fastrec.training.config import Recipe, Users
-from fastrec.training.demo import demo
+from fastrec.serve import check_table_path, user_vectors, write_table
+from fastrec.serve import recommend as recommend_items
+from fastrec.training.checkpoint import check_model, first_process
+from fastrec.training.config import Recipe, Stage, Users
+from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.fit import fit
-from fastrec.training.heads import FILE as HEADS
-from fastrec.training.heads import load_heads
-from fastrec.training.run_folder import check_model, first_process, trained_on
-from fastrec.training.step_time import bench
 from fastrec.training.sweep import sweep
-from fastrec.training.tasks import Task, encoded_attributes, held_out_users, select_users
 
 
 def prepare(
@@ -100,14 +90,16 @@ def prepare(
 
 
 def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
-    """Pre-train a user model on a prepared data set.
+    """Train the first stage of a recipe, `pretraining`, on a prepared data set.
 
     Args:
         data: folder written by `fastrec prepare`.
         output: folder of the run; the best model on validation is in `output/model`.
         resume: go on from the last checkpoint in `output`.
     """
-    fit(SequenceDataset.load(data), recipe, recipe.pretraining, output, resume=resume)
+    dataset = SequenceDataset.load(data)
+    recipe.stage("pretraining")
+    fit(dataset, recipe=recipe, stage="pretraining", output=output, resume=resume)
     _print_model(output)
 
 
@@ -115,35 +107,30 @@ def finetune(
     recipe: Recipe,
     data: Path,
     output: Path,
-    task: Task = "recommendation",
+    task: str = "recommendation",
     init: Path | None = None,
     resume: bool = False,
 ):
-    """Fine-tune for a task: next-item recommendation, user profile prediction or friends.
+    """Train another stage of a recipe: next-item recommendation, user profiles or friends.
 
     Args:
         data: folder written by `fastrec prepare`.
         output: folder of the run; the best model on validation is in `output/model`.
-        task: recommendation trains `finetuning` of the recipe, profile `profile`, relation
-            `relation`.
+        task: name of the stage: recommendation, profile, relation.
         init: folder of a pre-trained model; random weights without it.
         resume: go on from the last checkpoint in `output`.
     """
-    dataset = SequenceDataset.load(data)
-    held_out = None if task == "recommendation" else recipe.users
-    initial = None if init is None else _model_for(init, dataset, held_out)
-    stages = {
-        "recommendation": recipe.finetuning,
-        "profile": recipe.profile,
-        "relation": recipe.relation,
-    }
+    dataset, stage = SequenceDataset.load(data), recipe.stage(task)
+    initial = None
+    if init is not None:
+        same_items = bool({"items", "head"} & set(stage.init.take))
+        initial = _model_for(init, dataset, _held_out(recipe, stage), same_items)
     fit(
         dataset,
-        recipe,
-        stages[task],
-        output,
-        task=task,
-        initial=initial,
+        initial,
+        recipe=recipe,
+        stage=task,
+        output=output,
         initial_folder=init,
         resume=resume,
     )
@@ -154,112 +141,53 @@ def evaluate(
     recipe: Recipe,
     data: Path,
     pretrained: Path,
-    task: Task = "recommendation",
+    task: str | None = None,
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
 ):
-    """Measure a model on a task and print the metrics beside a baseline.
+    """Measure a model as a stage of the recipe judges it, beside a baseline.
 
     Args:
         data: folder written by `fastrec prepare`.
         pretrained: folder of a model (`RUN/model`).
-        task: recommendation ranks the held-out item of each user, beside popularity and by length
-            of the sequence; profile predicts the attributes of the held-out users, beside mean and
-            most frequent class; relation finds their friends, beside shared items ("Sim").
-        split: which held-out item, for recommendation.
+        task: name of the stage whose judge is asked; recommendation if the recipe has it, else
+            pretraining. The next item of each user is ranked beside popularity and by length of the
+            sequence; attributes of held-out users are predicted beside mean and most frequent
+            class; their friends are found beside shared items ("Sim").
+        split: which held-out item, for the next item.
         output: JSON file for the metrics.
     """
     dataset = SequenceDataset.load(data)
-    trained = _model_for(pretrained, dataset, None if task == "recommendation" else recipe.users)
-    if task == "recommendation":
-        result = _evaluate_recommendation(recipe, dataset, trained, split)
-    elif task == "profile":
-        result = _evaluate_profile(recipe, dataset, trained, pretrained)
-    else:
-        result = _evaluate_relation(recipe, dataset, trained, pretrained)
+    task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
+    stage = recipe.stage(task)
+    trained = _model_for(pretrained, dataset, _held_out(recipe, stage))
+    result = evaluate_stage(dataset, recipe, stage, trained, pretrained, split)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _evaluate_recommendation(recipe: Recipe, dataset, trained: UserModel, split: str) -> dict:
-    evaluator = Evaluator(dataset, select_users(dataset, recipe), split, recipe.evaluation)
-    ranks = evaluator.ranks(trained)
-    rows = {
-        "popularity": ranking_metrics(evaluator.popularity_ranks()),
-        "model": ranking_metrics(ranks),
-    }
-    print(f"{len(evaluator)} users, {split}, {recipe.evaluation}")
-    print_metrics(rows)
-    groups = {
-        f"{label} ({mask.sum()} users)": ranking_metrics(ranks[mask])
-        for label, mask in length_groups(dataset.lengths[evaluator.users.numpy()])
-    }
-    print_metrics(groups, title="model, by number of events of the user")
-    return {
-        "split": split,
-        "users": len(evaluator),
-        "metrics": rows,
-        "by_length": groups,
-        "protocol": dataclasses.asdict(recipe.evaluation),
-    }
-
-
-def _evaluate_profile(recipe: Recipe, dataset, trained: UserModel, path: Path) -> dict:
-    users, attributes = held_out_users(dataset, recipe), encoded_attributes(dataset, recipe)
-    pool = trained_on(path).get("attribute_pool", recipe.profile.objectives.attribute_pool)
-    objectives = dataclasses.replace(recipe.profile.objectives, attribute_pool=pool)
-    objective = JointObjective(objectives, trained, attributes, dataset.item_counts)
-    load_heads(objective, path)
-    evaluator = ProfileEvaluator(dataset, users, "all", attributes, select_users(dataset, recipe))
-    scores = _all_scores(evaluator, trained, objective)
-    rows = {
-        "constant": evaluator.metrics(evaluator.baseline()),
-        "model": evaluator.metrics(scores),
-    }
-    print(f"{len(users)} held-out users, {len(attributes)} attributes")
-    print_metrics(rows, scale=1, digits=4)
-    return {"users": len(users), "metrics": rows}
-
-
-def _evaluate_relation(recipe: Recipe, dataset, trained: UserModel, path: Path) -> dict:
-    users, social = held_out_users(dataset, recipe), recipe.social
-    evaluator = RelationEvaluator(dataset, users, "all", social.negatives, social.seed)
-    objective = JointObjective(recipe.relation.objectives, trained, [], dataset.item_counts)
-    taken = load_heads(objective, path, only="social_relation.")
-    rows = {
-        "shared items (Sim)": evaluator.shared_items(),
-        "model": evaluator.metrics(_all_scores(evaluator, trained, objective), objective),
-    }
-    pairs = len(evaluator.queries)
-    deviation = 100 * (rows["model"]["accuracy"] * (1 - rows["model"]["accuracy"]) / pairs) ** 0.5
-    print(f"{pairs} pairs of held-out users, 1 friend and {social.negatives} others")
-    print(
-        f"similarity: {'trained weights' if taken else f'equal weights, {path / HEADS} has none'}"
-    )
-    print_metrics(rows)
-    print(f"standard error of the model's accuracy: {deviation:.2f}")
-    return {"pairs": pairs, "trained_similarity": bool(taken), "metrics": rows}
-
-
-def _all_scores(evaluator, model: UserModel, objective) -> Tensor:
-    blocks = row_blocks(len(evaluator))
-    return torch.cat([evaluator.score(model, objective, rows) for rows in blocks])
-
-
-def embed(data: Path, pretrained: Path, output: Path, users: Path | None = None):
-    """Write user vectors (max-pooled states, UPRec eq. 8) to a Parquet file.
+def embed(
+    data: Path,
+    pretrained: Path,
+    output: Path,
+    users: Path | None = None,
+    pool: Literal["max", "mean", "cls", "ur", "last"] = "max",
+):
+    """Write user vectors (pooled states) to a Parquet file.
 
     Args:
         data: folder written by `fastrec prepare`.
         pretrained: folder of a model (`RUN/model`).
         output: .parquet file with columns user_id and vector.
         users: text file with one original user id a line; all users without it.
+        pool: max (UPRec, eq. 8) or mean over the items, the state of a token, or of the last item.
     """
     if output.suffix != ".parquet":
         raise ValueError(f"{output}: user vectors are written to a .parquet file")
     dataset = SequenceDataset.load(data)
-    write_table(user_vectors(_model_for(pretrained, dataset), dataset, _read_users(users)), output)
+    model = _model_for(pretrained, dataset)
+    write_table(user_vectors(model, dataset, _read_users(users), pool), output)
 
 
 def recommend(
@@ -291,18 +219,32 @@ def recommend(
     )
 
 
+def list_recipes():
+    """List the recipes with a line each."""
+    width = max(map(len, recipes.names()))
+    for name in recipes.names():
+        print(f"{name:{width}}  {recipes.summary(name)}")
+
+
 def _print_model(output: Path) -> None:
     if first_process():
         print(f"model: {output / 'model'}")
 
 
-def _model_for(path: Path, dataset: SequenceDataset, held_out: Users | None = None) -> UserModel:
+def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
+    """The users that a stage is tested on, where these are not trained on."""
+    return None if stage.judge == "next_item" else recipe.users
+
+
+def _model_for(
+    path: Path, dataset: SequenceDataset, held_out: Users | None = None, same_items: bool = True
+) -> UserModel:
     model = UserModel.from_pretrained(path)
-    if model.num_items != dataset.num_items:
+    if same_items and model.num_items != dataset.num_items:
         raise ValueError(
             f"{path} was trained on {model.num_items} items, {dataset.path} has {dataset.num_items}"
         )
-    check_model(path, dataset, held_out)
+    check_model(path, dataset, held_out, same_items)
     return model
 
 
@@ -319,6 +261,7 @@ RECIPE_COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
 }
 COMMANDS: dict[str, Callable[..., None]] = {
+    "recipes": list_recipes,
     "prepare": prepare,
     "embed": embed,
     "recommend": recommend,
@@ -327,7 +270,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _parser():
+def _parser(only: str | None = None):
+    """The parser of all commands; `only` leaves out the recipe keys of the others, most of the
+    work."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="fastrec", description=__doc__)
@@ -337,32 +282,42 @@ def _parser():
         sub = ArgumentParser(prog=f"fastrec {name}", description=summary)
         takes = "recipe name or YAML file" if name in RECIPE_COMMANDS else "YAML file of the flags"
         sub.add_argument("--config", action="config", help=takes)
-        if name in RECIPE_COMMANDS:
-            sub.add_class_arguments(Recipe, as_group=False)
+        if name in RECIPE_COMMANDS and only in (None, name):
             sub.add_function_arguments(function, skip={"recipe"}, as_group=False)
-        else:
+            sub.add_class_arguments(Recipe, as_group=False)
+        elif name not in RECIPE_COMMANDS:
             sub.add_function_arguments(function, as_group=False)
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
 
-def _resolve_recipes(arguments: list[str]) -> list[str]:
-    """Replace the recipe name after --config with its file."""
-    out = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            out[i + 1] = str(recipes.path(arguments[i + 1]))
+def _resolved(arguments: list[str]) -> list[str]:
+    """The arguments with the recipe after --config, bases included, first: flags win over it
+    wherever they stand."""
+    if not arguments or arguments[0] not in RECIPE_COMMANDS:
+        return arguments
+    files, rest, given = [], [], iter(arguments[1:])
+    for argument in given:
+        if argument == "--config":
+            files.append(next(given, ""))
         elif argument.startswith("--config="):
-            out[i] = f"--config={recipes.path(argument.removeprefix('--config='))}"
-    return out
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    settings = [f"--config={json.dumps(recipes.load(file))}" for file in files]
+    return [arguments[0], *settings, *rest]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Errors in the input end with status 1 and one line, not a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else None
     try:
-        parser = _parser()
-        config = parser.parse_args(_resolve_recipes(arguments))
+        parser = _parser(name)
+        if name in RECIPE_COMMANDS and {"-h", "--help"} & set(arguments):
+            return show_help(parser, name)
+        arguments = ["--help" if each == "--help-all" else each for each in arguments]
+        config = parser.parse_args(_resolved(arguments))
         name = config.command
         values = dict(parser.instantiate(config)[name])
         values.pop("config", None)

@@ -33,6 +33,11 @@ SITES = {
     "mask_random_item": 19,
     "epoch_order": 20,
     "draw_friend": 21,
+    "mask_exact": 22,
+    "crop": 23,
+    "reorder": 24,
+    "reorder_key": 25,
+    "one_of": 26,
     "negatives_shared": 28,
     "negatives_own": 29,
 }
@@ -93,30 +98,20 @@ def _check_positions(name: str, index: Tensor | int) -> None:
 
 
 def draws(
-    seed: Tensor | int,
-    step: Tensor | int,
-    sample_ids: Tensor,
+    rng: "Rng",
+    keys: Tensor,
     row: Tensor | int,
     col: Tensor,
     *,
     site: str,
-    view: int = 0,
     layer: int = 0,
     head: int = 0,
     bits: int = 16,
 ) -> Tensor:
-    """Unsigned `bits`-bit draws for the elements (sample_ids, row, col), which broadcast.
-
-    Returns int64. Rows and columns must be below 65,536, `view` too, `layer` and `head` below 256;
-    sample ids and steps count modulo 2^32.
-    """
-    if bits not in (8, 16):
-        raise ValueError(f"bits must be 8 or 16, got {bits}")
-    if not (0 <= view < 65536 and 0 <= layer < 256 and 0 <= head < 256):
-        raise ValueError(f"out of range: view {view}, layer {layer}, head {head}")
+    """stand-in"""
     _check_positions("row", row)
     _check_positions("col", col)
-    seed, step = _word(seed), _word(step)
+    seed, step = _word(rng.seed), _word(rng.step)
     key = (
         (seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16),
         (seed >> 32) & _MASK32,
@@ -124,8 +119,8 @@ def draws(
     group_shift, lane = (4, col & 15) if bits == 8 else (3, col & 7)
     counter = (
         (torch.as_tensor(row) << 16) | (col >> group_shift),
-        (view << 16) | (layer << 8) | head,
-        sample_ids & _MASK32,
+        (((keys >> 32) << 16) & _MASK32) | (layer << 8) | head,
+        keys & _MASK32,
         step & _MASK32,
     )
     words = torch.stack(philox(key, counter), dim=-1)
@@ -216,21 +211,20 @@ def keep_mask(
     return draws8 >= drop, 256 / (256 - drop)
 
 
-def sort_keys(seed: int, step: int, sample_ids: Tensor, *, site: str) -> Tensor:
+def sort_keys(rng: Rng, keys: Tensor, *, site: str) -> Tensor:
     """One 62-bit key per sample id (int64, not negative): sorting by it shuffles the samples.
 
     The key is made of the first two words of the call for row 0 (bits 16, view, layer and head 0),
     each without its lowest bit.
     """
-    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
-    c0, c1, _, _ = philox(key, (0, 0, sample_ids & _MASK32, step & _MASK32))
+    key = ((rng.seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (rng.seed >> 32) & _MASK32)
+    c0, c1, _, _ = philox(key, (0, 0, keys & _MASK32, rng.step & _MASK32))
     return (c0 >> 1) << 31 | (c1 >> 1)
 
 
 def draw_words(
-    seed: Tensor | int,
-    step: Tensor | int,
-    sample_ids: Tensor,
+    rng: Rng,
+    keys: Tensor,
     row: Tensor,
     groups: int,
     *,
@@ -238,19 +232,19 @@ def draw_words(
 ) -> Tensor:
     """The 32-bit words of groups 0, 1, ... (bits 16; view, layer, head 0): int64 [..., 4 groups].
 
-    `sample_ids` and `row` broadcast to the leading shape. Word i holds the 16-bit draws of columns
+    `keys` and `row` broadcast to the leading shape. Word i holds the 16-bit draws of columns
     2 i (its low half) and 2 i + 1.
     """
     _check_positions("row", row)
     if not 0 < groups <= 65536:
         raise ValueError(f"groups must be in [1, 65536], got {groups}")
-    seed, step = _word(seed), _word(step)
+    seed, step = _word(rng.seed), _word(rng.step)
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
-    group = torch.arange(groups, device=sample_ids.device)
+    group = torch.arange(groups, device=keys.device)
     counter = (
         (row.unsqueeze(-1) << 16) | group,
-        0,
-        (sample_ids & _MASK32).unsqueeze(-1),
+        (((keys >> 32) << 16) & _MASK32).unsqueeze(-1),
+        (keys & _MASK32).unsqueeze(-1),
         step & _MASK32,
     )
     return torch.stack(philox(key, counter), dim=-1).flatten(-2)

@@ -1,11 +1,22 @@
-"""The jagged batch that every op, encoder and objective receives. B sequences, T events."""
+"""The jagged batch that every step, op, encoder and objective receives.
 
+Legend: B sequences, T events, V items.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fastrec.data.relations import SocialPairs
+from fastrec.data.pairs import Pairs
+
+# Special tokens are the ids V, V + 1, ... after the items.
+SPECIAL_TOKENS = ("mask", "cls", "sep", "ur")
+NO_TARGET = -100  # of an event that predicts nothing, as in torch.nn.functional.cross_entropy
+# What an event that holds no item has in a column, by name; 0 in the others.
+FILL = {"target": NO_TARGET}
+_IDS = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -14,29 +25,40 @@ class JaggedBatch:
 
     values: int64 [T] item ids in [0, V), special tokens in [V, V + 4).
     offsets: int64 [B + 1], offsets[0] = 0, offsets[B] = T.
-    sample_ids: int64 [B], the global id of each sequence, the key of its randomness.
+    keys: int64 [B], view << 32 | sample id: what the randomness of a sequence depends on besides
+        seed and step. Sequences with the same events and different views are dropout views.
     max_seq_len: upper bound of the sequence lengths, known on the host.
-    columns: side columns by name, one row per sequence.
-    own: the first `own` sequences are the users of the batch, the others drawn friends; None: all
-        are users.
-    pairs: who is a friend of whom among the sequences.
+    events: columns with one row per event, [T, ...]; `target` ([T] or [T, A]) is the item that an
+        event predicts, -100 for none.
+    users: columns with one row per sequence, [B, ...]: attributes, labels.
+    pairs: who belongs to whom among the sequences.
+    scored: int64 [N], the events that have a target, ascending; `with_scored` finds them on the
+        host, so that nothing waits for a device to know N.
+    real: bool [B], the sequences that are not padding; None: all.
     """
 
     values: Tensor
     offsets: Tensor
-    sample_ids: Tensor
+    keys: Tensor
     max_seq_len: int
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    own: int | None = None
-    pairs: SocialPairs | None = None
+    events: dict[str, Tensor] = field(default_factory=dict)
+    users: dict[str, Tensor] = field(default_factory=dict)
+    pairs: Pairs | None = None
+    scored: Tensor | None = None
+    real: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.sample_ids.shape[0]
+        return self.keys.shape[0]
 
     @property
     def lengths(self) -> Tensor:
         """int64 [B]."""
         return self.offsets.diff()
+
+    @property
+    def sample_ids(self) -> Tensor:
+        """int64 [B]: the global ids of the sequences, users in training."""
+        return self.keys & _IDS
 
     def positions(self) -> Tensor:
         """int64 [T]: the place of each event inside its sequence, from 0."""
@@ -50,29 +72,150 @@ class JaggedBatch:
         index = torch.arange(len(self), device=self.values.device)
         return torch.repeat_interleave(index, self.lengths, output_size=self.values.shape[0])
 
-    def repeat(self, times: int) -> "JaggedBatch":
-        """The batch `times` times, end to end: what `views` of an encoder belong to. `own` and
-        `pairs` speak of one copy and are left out."""
-        if times == 1:
-            return self
-        shift = self.values.shape[0] * torch.arange(times, device=self.values.device)
-        ends = (self.offsets[1:] + shift.unsqueeze(1)).flatten()
+    def as_view(self, view: int) -> "JaggedBatch":
+        """The same sequences as view `view` in [0, 65535): other masks, other dropout."""
+        if not 0 <= view < 65535:
+            raise ValueError(f"a view is a number in [0, 65535), got {view}")
+        return replace(self, keys=self.sample_ids | view << 32)
+
+    def as_views(self, number: int) -> "JaggedBatch":
+        """`number` dropout views end to end: copy i is view i."""
+        return JaggedBatch.cat([self.as_view(view) for view in range(number)])
+
+    def with_events(self, index: Tensor, offsets: Tensor, max_seq_len: int) -> "JaggedBatch":
+        """Sequences whose event t is event `index[t]` of this batch: values and columns follow."""
         return replace(
             self,
-            values=self.values.repeat(times),
-            offsets=torch.cat([self.offsets[:1], ends]),
-            sample_ids=self.sample_ids.repeat(times),
-            columns={k: v.repeat(times, *[1] * (v.dim() - 1)) for k, v in self.columns.items()},
-            own=None,
-            pairs=None,
+            values=self.values[index],
+            offsets=offsets,
+            max_seq_len=max_seq_len,
+            events={name: column[index] for name, column in self.events.items()},
+        )
+
+    def select(self, rows: Tensor) -> "JaggedBatch":
+        """The sequences `rows`, int64, in that order."""
+        lengths = self.lengths[rows]
+        offsets = offsets_of(lengths)
+        part = self.with_events(
+            spans(self.offsets[:-1][rows], lengths, offsets), offsets, self.max_seq_len
+        )
+        users = {name: column[rows] for name, column in self.users.items()}
+        return replace(part, keys=self.keys[rows], users=users)
+
+    def last(self, number: int) -> "JaggedBatch":
+        """The `number` most recent events of each sequence."""
+        if self.max_seq_len <= number:
+            return self
+        kept = self.lengths.clamp_max(number)
+        offsets = offsets_of(kept)
+        return self.with_events(spans(self.offsets[1:] - kept, kept, offsets), offsets, number)
+
+    def with_scored(self) -> "JaggedBatch":
+        """The same with `scored` set, where there are targets."""
+        target = self.events.get("target")
+        if target is None:
+            return self
+        scored = (target != NO_TARGET).flatten(1).any(1) if target.dim() > 1 else target != -100
+        return replace(self, scored=scored.nonzero().squeeze(1))
+
+    @staticmethod
+    def cat(batches: "Sequence[JaggedBatch]") -> "JaggedBatch":
+        """Batches end to end, with the event and user columns that all of them have. `pairs`,
+        `scored` and `real` speak of one batch and are left out."""
+        if len(batches) == 1:
+            return batches[0]
+        ends, events = [batches[0].offsets[:1]], 0
+        for batch in batches:
+            ends.append(batch.offsets[1:] + events)
+            events += batch.values.shape[0]
+
+        def columns(kind: str) -> dict[str, Tensor]:
+            first, *rest = (getattr(batch, kind) for batch in batches)
+            shared = [name for name in first if all(name in other for other in rest)]
+            return {name: torch.cat([getattr(b, kind)[name] for b in batches]) for name in shared}
+
+        return JaggedBatch(
+            values=torch.cat([batch.values for batch in batches]),
+            offsets=torch.cat(ends),
+            keys=torch.cat([batch.keys for batch in batches]),
+            max_seq_len=max(batch.max_seq_len for batch in batches),
+            events=columns("events"),
+            users=columns("users"),
         )
 
     def to(self, device) -> "JaggedBatch":
+        def move(tensor):
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
         return replace(
             self,
-            values=self.values.to(device, non_blocking=True),
-            offsets=self.offsets.to(device, non_blocking=True),
-            sample_ids=self.sample_ids.to(device, non_blocking=True),
-            columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
+            values=move(self.values),
+            offsets=move(self.offsets),
+            keys=move(self.keys),
+            events={name: move(column) for name, column in self.events.items()},
+            users={name: move(column) for name, column in self.users.items()},
             pairs=None if self.pairs is None else self.pairs.to(device),
+            scored=move(self.scored),
+            real=move(self.real),
         )
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """int64 [B + 1] from lengths [B]."""
+    offsets = lengths.new_zeros(lengths.shape[0] + 1)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    return offsets
+
+
+def spans(starts: Tensor, lengths: Tensor, offsets: Tensor) -> Tensor:
+    """int64 [T]: starts[0], starts[0] + 1, .. (lengths[0] of them), then those from starts[1], ..;
+    offsets are those of the lengths."""
+    total = int(offsets[-1])
+    shift = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=total)
+    return torch.arange(total, device=starts.device) + shift
+
+
+def from_sequences(sequences: Sequence[Sequence[int]], sample_ids=None) -> JaggedBatch:
+    """A batch of lists of item ids; sample ids 0, 1, .. unless given."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+    values = torch.tensor([item for sequence in sequences for item in sequence], dtype=torch.int64)
+    ids = range(len(sequences)) if sample_ids is None else sample_ids
+    return JaggedBatch(
+        values=values,
+        offsets=offsets_of(lengths),
+        keys=torch.tensor(list(ids), dtype=torch.int64),
+        max_seq_len=int(lengths.max()) if len(lengths) else 0,
+    )
+
+
+def framed(
+    batch: JaggedBatch, before: Sequence[int] = (), after: Sequence[int] = ()
+) -> JaggedBatch:
+    """The batch with the tokens `before` and `after` around each sequence. They are no items and
+    predict nothing: event columns have `FILL` there."""
+    extra = len(before) + len(after)
+    if extra == 0:
+        return batch
+    shift = torch.arange(len(batch) + 1, device=batch.offsets.device) * extra
+    offsets = batch.offsets + shift
+    events = batch.values.shape[0]
+    place = torch.arange(events, device=batch.offsets.device) + torch.repeat_interleave(
+        shift[:-1] + len(before), batch.lengths, output_size=events
+    )
+
+    def spread(column: Tensor, fill: float) -> Tensor:
+        out = column.new_full((events + len(batch) * extra, *column.shape[1:]), fill)
+        return out.index_copy_(0, place, column)
+
+    values = spread(batch.values, 0)
+    for i, token in enumerate(before):
+        values[offsets[:-1] + i] = token
+    for i, token in enumerate(after):
+        values[offsets[1:] - len(after) + i] = token
+    return replace(
+        batch,
+        values=values,
+        offsets=offsets,
+        max_seq_len=batch.max_seq_len + extra,
+        events={name: spread(column, FILL.get(name, 0)) for name, column in batch.events.items()},
+    )

@@ -128,24 +128,14 @@ class SequenceDataset:
             events = self.values[np.cumsum(ends[:-1], dtype=np.int8).astype(bool)]
         return torch.from_numpy(np.bincount(events, minlength=self.num_items))
 
-    def gather(
-        self,
-        users,
-        split: str,
-        max_len: int | None = None,
-        *,
-        cls_id: int | None = None,
-        sep_id: int | None = None,
-        append: int | None = None,
-    ) -> JaggedBatch:
-        """One batch: the inputs of `users` in `split`, `[cls_id] item .. item [append] [sep_id]`.
+    def gather(self, users, split: str, max_len: int | None = None) -> JaggedBatch:
+        """One batch: the inputs of `users` in `split`.
 
         users: int64 [B] tensor, array or list of user indices; they may repeat.
-        max_len: the most recent max_len items are kept; `append` (a MASK token, say) counts as an
-        item, so a full sequence loses its oldest one. cls_id and sep_id are not counted.
-        sample_ids of the batch are the user indices; max_seq_len is the longest sequence in it.
-        The tensors are on the CPU. A user without events in `split` gives an empty sequence in
-        "train" and "all"; in "valid" and "test" it has no target and raises ValueError.
+        max_len: the most recent max_len items are kept.
+        Keys of the batch are the user indices; max_seq_len is the longest sequence in it. The
+        tensors are on the CPU. A user without events in `split` gives an empty sequence in "train"
+        and "all"; in "valid" and "test" it has no target and raises ValueError.
         """
         users = np.ascontiguousarray(torch.as_tensor(users, dtype=torch.int64).numpy())
         self._check_users(users, split)
@@ -156,33 +146,16 @@ class SequenceDataset:
             kept -= np.where(kept >= MIN_EVENTS, hidden, 0)
         ends = starts + kept
         if max_len is not None:
-            room = max_len - (append is not None)
-            if room < 0 or max_len < 1:
-                raise ValueError(f"max_len must be at least 1, got {max_len}")
-            kept = np.minimum(kept, room)
-        before = int(cls_id is not None)
-        after = int(append is not None) + int(sep_id is not None)
-
-        item_offsets = np.concatenate(([0], np.cumsum(kept)))
-        event = np.arange(item_offsets[-1])
-        items = self.values[event + np.repeat(ends - item_offsets[1:], kept)]
-        offsets, values = item_offsets, items.astype(np.int64)
-        if before + after:
-            extra = np.arange(len(users) + 1) * (before + after)
-            offsets = item_offsets + extra
-            values = np.empty(offsets[-1], dtype=np.int64)
-            values[event + np.repeat(extra[:-1] + before, kept)] = items
-            if cls_id is not None:
-                values[offsets[:-1]] = cls_id
-            if append is not None:
-                values[offsets[1:] - after] = append
-            if sep_id is not None:
-                values[offsets[1:] - 1] = sep_id
+            if max_len < 0:
+                raise ValueError(f"max_len must not be negative, got {max_len}")
+            kept = np.minimum(kept, max_len)
+        offsets = np.concatenate(([0], np.cumsum(kept)))
+        place = np.arange(offsets[-1]) + np.repeat(ends - offsets[1:], kept)
         return JaggedBatch(
-            values=torch.from_numpy(values),
+            values=torch.from_numpy(self.values[place].astype(np.int64)),
             offsets=torch.from_numpy(offsets),
-            sample_ids=torch.from_numpy(users.copy()),
-            max_seq_len=int(kept.max(initial=0)) + before + after,
+            keys=torch.from_numpy(users.copy()),
+            max_seq_len=int(kept.max(initial=0)),
         )
 
     def user_ids(self) -> np.ndarray:
@@ -198,6 +171,14 @@ class SequenceDataset:
         """Of the original item ids in their order: what the rows of a trained item table mean."""
         ids = "\n".join(map(str, self.item_ids().tolist()))
         return hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+    @cached_property
+    def events_hash(self) -> str:
+        """Of the events of all users in their order: what a run is resumed on."""
+        digest = hashlib.sha256(self.offsets.tobytes())
+        for start in range(0, self.num_events, 1 << 24):
+            digest.update(self.values[start : start + (1 << 24)].tobytes())
+        return digest.hexdigest()[:16]
 
     def user_attributes(self):
         """polars.DataFrame of users.parquet: user, user_id and the attributes, one row per user."""
@@ -215,20 +196,6 @@ class SequenceDataset:
         if pairs.size and (pairs.min() < 0 or pairs.max() >= self.num_users):
             raise DataError(self.path / "relations.parquet", f"user out of [0, {self.num_users})")
         return pairs
-
-    def friends(self, *, symmetric: bool = True) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(values int64 [R], offsets int64 [U + 1]): the friends of each user, ascending, distinct.
-
-        symmetric: a pair (a, b) makes b a friend of a and a a friend of b. None without relations.
-        """
-        pairs = self.relations()
-        if pairs is None:
-            return None
-        if symmetric:
-            pairs = np.concatenate((pairs, pairs[:, ::-1]))
-        pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
-        offsets = np.searchsorted(pairs[:, 0], np.arange(self.num_users + 1))
-        return torch.from_numpy(pairs[:, 1].copy()), torch.from_numpy(offsets)
 
     def _check_users(self, users: np.ndarray, split: str) -> None:
         if users.ndim != 1:

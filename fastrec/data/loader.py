@@ -1,19 +1,19 @@
-"""The training loader: an endless, seekable stream of jagged batches.
+"""The training loader: an endless, seekable stream of the views of jagged batches.
 
 No worker processes and no queue: a batch is one gather from the memory map, cheaper than sending
 it between processes.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.relations import FriendSampler
-from fastrec.random import sort_keys
+from fastrec.data.side import Shard
+from fastrec.data.views import Views
+from fastrec.random import Rng, sort_keys
 
 _CHUNK = 1 << 18
 
@@ -28,68 +28,52 @@ def epoch_order(users: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     keys = np.empty(len(users), dtype=np.int64)
     for start in range(0, len(users), _CHUNK):
         part = torch.from_numpy(users[start : start + _CHUNK])
-        keys[start : start + _CHUNK] = sort_keys(seed, epoch, part, site="epoch_order").numpy()
+        keys[start : start + _CHUNK] = sort_keys(Rng(seed, epoch), part, site="epoch_order").numpy()
     return users[np.lexsort((users, keys))]
 
 
 class SequenceLoader:
-    """Batches of `dataset` in `split`, each user once per epoch.
+    """The views of batches of users, each user once per epoch.
 
     The batch of a global step s depends on (seed, s) only: epoch s // n, batch s % n of it, where n
     = `batches_per_epoch`. `batch_at(s)` computes it directly, so resuming replays nothing.
 
-    `step` is the global step of the next batch; assign it (or call `set_step`, `load_state_dict`)
-    to resume. Iterating yields batches from `step` to the end of its pass and leaves `step` there;
-    a pass is an epoch, or `steps_per_pass` batches if given. Leaving an iteration early leaves
-    `step` after the last batch that was yielded: the next iteration goes on from there.
+    `step` is the global step of the next batch; call `set_step` to resume. Iterating yields batches
+    from `step` to the end of its pass and leaves `step` there; a pass is an epoch, or
+    `steps_per_pass` batches if given. Leaving an iteration early leaves `step` after the last batch
+    that was yielded: the next iteration goes on from there.
 
-    dataset, split, max_len, cls_id, sep_id, append: as in `SequenceDataset.gather`.
+    views: makes the views of a batch; its side data has the data set and the split.
     batch_size: sequences of a batch, over all ranks.
-    shuffle: False gives the users in the order of `users` (for evaluation).
+    shuffle: False gives the users in the order of `users`.
     users: int64, distinct user indices; default all users of the split.
-    drop_last: leave out the last batch of an epoch if it is not full.
     rank, world_size: this process gets every world_size-th sequence of each batch; the batches of
-    all ranks together are those of a single process.
-    friends: adds a drawn friend per user and the pairs, see `FriendSampler.pairs_at`.
-    columns: [U] tensors by name; each batch carries the rows of its sequences.
+        all ranks together are those of a single process.
     """
 
     def __init__(
         self,
-        dataset: SequenceDataset,
-        split: str = "train",
+        views: Views,
         *,
         batch_size: int,
-        max_len: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
         users=None,
-        drop_last: bool = False,
         steps_per_pass: int | None = None,
-        cls_id: int | None = None,
-        sep_id: int | None = None,
-        append: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        friends: FriendSampler | None = None,
-        columns: dict[str, torch.Tensor] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
-        self.dataset, self.split, self.seed, self.shuffle = dataset, split, seed, shuffle
-        self.users = _checked_users(dataset, split, users)
-        self.batch_size, self.drop_last = batch_size, drop_last
+        self.views, self.seed, self.shuffle = views, seed, shuffle
+        self.side = views.side
+        self.side.max_len = views.length
+        self.users = _checked_users(self.side.dataset, self.side.split, users)
+        self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
-        self.friends, self.columns = friends, columns or {}
-        self._layout = dict(max_len=max_len, cls_id=cls_id, sep_id=sep_id, append=append)
-        full, rest = divmod(len(self.users), batch_size)
-        self.batches_per_epoch = full + (rest > 0 and not drop_last)
-        if self.batches_per_epoch == 0:
-            raise ValueError(
-                f"{len(self.users)} users give no batch of {batch_size} with drop_last={drop_last}"
-            )
+        self.batches_per_epoch = -(-len(self.users) // batch_size)
         if steps_per_pass is not None and steps_per_pass < 1:
             raise ValueError(f"steps_per_pass must be at least 1, got {steps_per_pass}")
         self.steps_per_pass = steps_per_pass or self.batches_per_epoch
@@ -100,7 +84,7 @@ class SequenceLoader:
         """Batches of a pass."""
         return self.steps_per_pass
 
-    def __iter__(self) -> Iterator[JaggedBatch]:
+    def __iter__(self) -> Iterator[dict[str, JaggedBatch]]:
         end = (self.step // self.steps_per_pass + 1) * self.steps_per_pass
         while self.step < end:
             batch = self.batch_at(self.step)
@@ -113,32 +97,12 @@ class SequenceLoader:
             raise ValueError(f"step must not be negative, got {step}")
         self.step = step
 
-    def state_dict(self) -> dict:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.set_step(state["step"])
-
-    def batch_at(self, step: int) -> JaggedBatch:
-        """The batch of global step `step`; does not move the loader."""
-        users = own = self.users_at(step)
-        pairs = None
-        if self.friends is not None:
-            users, pairs = self.friends.pairs_at(
-                self._users_of_all_ranks(step), self.seed, step, self.rank, self.world_size
-            )
-        return replace(
-            self.dataset.gather(users, self.split, **self._layout),
-            columns={
-                name: column[torch.from_numpy(users)] for name, column in self.columns.items()
-            },
-            own=len(own),
-            pairs=pairs,
-        )
-
-    def users_at(self, step: int) -> np.ndarray:
-        """int64 [B]: the users of the batch of global step `step` on this rank."""
-        return self._users_of_all_ranks(step)[self.rank :: self.world_size]
+    def batch_at(self, step: int) -> dict[str, JaggedBatch]:
+        """The views of global step `step`; does not move the loader."""
+        users = self._users_of_all_ranks(step)
+        batch = self.side.gather(users[self.rank :: self.world_size])
+        shard = Shard(users, self.rank, self.world_size)
+        return self.views(batch, Rng(self.seed, step), shard)
 
     def _users_of_all_ranks(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.batches_per_epoch)
@@ -157,6 +121,8 @@ def _checked_users(dataset: SequenceDataset, split: str, users) -> np.ndarray:
     if users is None:
         return eligible
     users = torch.as_tensor(users, dtype=torch.int64).numpy()
+    if len(users) == 0:
+        raise ValueError(f"there is no user to load in split {split!r}")
     unique, counts = np.unique(users, return_counts=True)
     if (counts > 1).any():
         raise ValueError(f"users must be distinct, {unique[counts > 1][0]} is repeated")

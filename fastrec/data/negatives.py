@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.random import draw_words
+from fastrec.random import Rng, draw_words
 
 UNIT = 1 << 32  # probabilities of a slot in 2^-32
 
@@ -21,7 +21,7 @@ class NegativeSampler:
 
     A draw takes two 32-bit words: the first chooses one of V slots, the second the item of the slot
     or its alias (Walker, 1977). A probability is met to within 2^-32. What is drawn depends on
-    (seed, step) and, for negatives of a row, on its sample id and position only: it is the same in
+    (seed, step) and, for negatives of a row, on its key and position only: it is the same in
     any batch, in any order, on any rank, on CPU or GPU. Nothing keeps negatives from being the
     target of a row or each other: `sampled_linear_cross_entropy` removes hits and counts repeats.
 
@@ -86,22 +86,20 @@ class NegativeSampler:
         moved = (None if t is None else t.to(device) for t in (self.threshold, self.alias))
         return NegativeSampler(self.num_items, self.log_q.to(device), *moved)
 
-    def shared(self, number: int, seed: int, step: int) -> Tensor:
+    def shared(self, number: int, rng: Rng) -> Tensor:
         """int64 [K]: negatives that all rows of a step share (site 28)."""
         zero = torch.zeros((), dtype=torch.int64, device=self.log_q.device)
-        return self._draw(number, seed, step, zero, zero, "negatives_shared")
+        return self._draw(number, rng, zero, zero, "negatives_shared")
 
-    def own(
-        self, number: int, seed: int, step: int, sample_ids: Tensor, positions: Tensor
-    ) -> Tensor:
+    def own(self, number: int, rng: Rng, keys: Tensor, positions: Tensor) -> Tensor:
         """int64 [N, K]: negatives of each row, the event at `positions` [N] of the sequence
-        `sample_ids` [N] (site 29). Positions must be below 65,536."""
-        return self._draw(number, seed, step, sample_ids, positions, "negatives_own")
+        with the key `keys` [N] (site 29). Positions must be below 65,536."""
+        return self._draw(number, rng, keys, positions, "negatives_own")
 
-    def _draw(self, number, seed, step, sample_ids, positions, site) -> Tensor:
+    def _draw(self, number, rng, keys, positions, site) -> Tensor:
         if not 0 < number <= 2 * 65536:
             raise ValueError(f"the number of negatives must be in [1, 131072], got {number}")
-        words = draw_words(seed, step, sample_ids, positions, (number + 1) // 2, site=site)
+        words = draw_words(rng, keys, positions, (number + 1) // 2, site=site)
         pairs = words.unflatten(-1, (-1, 2))[..., :number, :]
         slot = pairs[..., 0] * self.num_items >> 32
         if self.threshold is None or self.alias is None:

@@ -1,15 +1,90 @@
 """From states to user vectors. Legend: B sequences, T events, V items, D width."""
 
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.ops.jagged_max_pool import jagged_max_pool
+
+Pooling = Literal["max", "mean", "cls", "ur", "last", "attention"]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A batch and its states [T, D]. Pooled vectors are kept: several objectives may read them."""
+
+    batch: JaggedBatch
+    states: Tensor
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+
+
+def is_item(batch: JaggedBatch, num_items: int) -> Tensor:
+    """bool [T]: the events that are items; [MASK], row V, stands for one."""
+    return batch.values <= num_items
 
 
 def max_pool(states: Tensor, batch: JaggedBatch, num_items: int) -> Tensor:
     """[B, D]: the largest of each feature over the items of a sequence (UPRec, eq. 8).
 
-    Special tokens do not count, so `batch` must be the one before items were masked. A sequence
-    without items gives 0. Of equal maxima the first one gets the gradient.
+    Special tokens do not count, masked items do. A sequence without items gives 0. Of equal maxima
+    the first one gets the gradient.
     """
-    return jagged_max_pool(states, batch.offsets, mask=batch.values < num_items)
+    return jagged_max_pool(states, batch.offsets, mask=is_item(batch, num_items))
+
+
+def mean_pool(states: Tensor, batch: JaggedBatch, num_items: int) -> Tensor:
+    """[B, D]: the mean over the items of a sequence, 0 without items."""
+    weight = is_item(batch, num_items).to(states.dtype)
+    return weighted_sum(states, weight, batch) / weighted_sum(
+        weight.unsqueeze(1), torch.ones_like(weight), batch
+    ).clamp_min(1)
+
+
+def weighted_sum(states: Tensor, weight: Tensor, batch: JaggedBatch) -> Tensor:
+    """[B, D]: sum over the events of a sequence of weight [T] times state [T, D]."""
+    rows = (states * weight.unsqueeze(1)).float()
+    return torch.segment_reduce(rows, "sum", offsets=batch.offsets, initial=0.0).to(states.dtype)
+
+
+def last_item(batch: JaggedBatch, num_items: int) -> Tensor:
+    """int64 [B]: the event of the last item of each sequence; of a sequence without items its last
+    event."""
+    place = torch.arange(batch.values.shape[0], device=batch.values.device)
+    place = place.masked_fill(~is_item(batch, num_items), -1)
+    running = torch.cat([place.new_full((1,), -1), place.cummax(0).values])[batch.offsets[1:]]
+    ends = batch.offsets[1:] - 1
+    return torch.where(running >= batch.offsets[:-1], running, ends).clamp_min(0)
+
+
+class Pool(nn.Module):
+    """User vectors [B, D] of an encoded view.
+
+    how: "max" or "mean" over the items, the state of [CLS] or [UR], the state of the last item, or
+        "attention": the mean weighted by the softmax over the items of q . tanh(W h + b), q learned
+        (Yang et al., 2016, eq. 5-7), 0 without items.
+    """
+
+    def __init__(self, how: Pooling, width: int):
+        super().__init__()
+        self.how = how
+        if how == "attention":
+            self.project = nn.Linear(width, width)
+            self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+
+    def forward(self, model, encoded: Encoded) -> Tensor:
+        if self.how != "attention":
+            return model.pool(encoded, self.how)
+        batch, states = encoded.batch, encoded.states
+        scores = torch.tanh(self.project(states)) @ self.query
+        scores = scores.float().masked_fill(~is_item(batch, model.num_items), -torch.inf)
+        segment = batch.segment_ids()
+        top = scores.new_full((len(batch),), -torch.inf)
+        top = top.scatter_reduce(0, segment, scores.detach(), "amax").clamp_min(-1e30)
+        weight = (scores - top[segment]).exp()
+        total = weighted_sum(weight.unsqueeze(1), torch.ones_like(weight), batch)
+        return weighted_sum(states, weight.to(states.dtype), batch) / total.clamp_min(1e-30).to(
+            states.dtype
+        )

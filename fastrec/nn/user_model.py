@@ -1,19 +1,22 @@
-"""The user model: item embedding, encoder and item head. Legend: T events, V items, D width."""
+"""The user model: item input, encoder and item head. Legend: B sequences, T events, V items,
+D width."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastrec.data.batch import JaggedBatch
+from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
+from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
+from fastrec.nn.encoders.transformer import Patch, Transformer
 from fastrec.nn.heads import ItemHead
-from fastrec.nn.transformer import TransformerEncoder
+from fastrec.nn.items import ItemRows
+from fastrec.nn.pool import Encoded, Pooling, last_item, max_pool, mean_pool
 from fastrec.random import Rng
-
-# Special tokens are rows V, V + 1, ... of the embedding table, after the items.
-SPECIAL_TOKENS = ("mask", "cls", "sep", "ur")
 
 
 @dataclass(frozen=True)
@@ -22,61 +25,62 @@ class ModelConfig:
 
     Attributes:
         width: D, the width of states and item vectors.
-        layers, heads: of the transformer.
-        ffn_width: inner width of the feed-forward network; 4 D if None.
         max_len: the most recent items of a user that are read, special tokens not counted.
         dropout: probability at every dropout site.
-        causal: left-to-right instead of bidirectional attention.
-        pre_norm: LayerNorm before the sublayers instead of after.
-        norm_eps: added to the variance in the LayerNorms of the encoder.
+        encoder: what maps item vectors to states. In Python also settings of your own with
+            `build(width, max_positions, dropout)`.
+        tokens: special tokens around the items: cls before, sep and ur after.
         head_transform: dense-GELU-LayerNorm between state and item scores (BERT).
-        use_cls, use_sep: put [CLS] before and [SEP] after the items.
     """
 
     width: int = 64
-    layers: int = 2
-    heads: int = 2
-    ffn_width: int | None = None
     max_len: int = 30
     dropout: float = 0.5
-    causal: bool = False
-    pre_norm: bool = False
-    norm_eps: float = 1e-5
+    encoder: Encoders = field(default_factory=lambda: Encoders(transformer=Transformer()))
+    tokens: list[Literal["cls", "sep", "ur"]] = field(default_factory=list)
     head_transform: bool = True
-    use_cls: bool = True
-    use_sep: bool = True
 
     def __post_init__(self):
-        for name in ("width", "layers", "heads", "max_len"):
+        for name in ("width", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
+        object.__setattr__(self, "encoder", wrapped(self.encoder))
+        order = [token for token in ("cls", "sep", "ur") if token in self.tokens]
+        if sorted(self.tokens) != sorted(order):
+            raise ValueError(f"model.tokens must be some of cls, sep and ur, got {self.tokens}")
+        object.__setattr__(self, "tokens", order)
+        if self.causal and "cls" in order:
+            raise ValueError(
+                "model.tokens: [CLS] stands first and sees nothing under causal attention"
+            )
+        if self.causal and "sep" in order:
+            raise ValueError(
+                "model.tokens: [SEP] stands last and no item sees it under causal attention"
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Whether an event sees earlier events alone: such a model is asked for the next item at
+        its last state, others at a [MASK] behind the items."""
+        return bool(getattr(settings_of(self.encoder), "causal", False))
 
 
 class UserModel(nn.Module):
-    """Item embedding + encoder + item head.
+    """Item input + encoder + item head.
 
-    `encode` maps a batch to states [T, D]; `item_head.query` and `item_table` turn states into item
-    scores. Dropout is on exactly where an `rng` is given, whatever train()/eval() say.
+    `inputs` makes its input, `encode` the states of a batch, `pool` user vectors of them and
+    `next_item_query` what is compared with `item_table`. Dropout is on exactly where an `rng` is
+    given, whatever train()/eval() say.
     """
 
     def __init__(self, num_items: int, config: ModelConfig):
         super().__init__()
-        if config.causal and config.use_cls:
-            raise ValueError("[CLS] stands first and sees nothing under causal attention")
         self.num_items, self.config = num_items, config
         self.item_embedding = nn.Embedding(num_items + len(SPECIAL_TOKENS), config.width)
-        self.encoder = TransformerEncoder(
-            config.width,
-            config.max_len + config.use_cls + config.use_sep,
-            layers=config.layers,
-            heads=config.heads,
-            ffn_width=config.ffn_width,
-            dropout=config.dropout,
-            causal=config.causal,
-            pre_norm=config.pre_norm,
-            norm_eps=config.norm_eps,
+        self.encoder = settings_of(config.encoder).build(
+            config.width, self.max_positions, config.dropout
         )
         self.item_head = ItemHead(config.width, num_items, transform=config.head_transform)
         self.apply(_init_bert)
@@ -86,26 +90,100 @@ class UserModel(nn.Module):
         return self.num_items + SPECIAL_TOKENS.index(name)
 
     @property
-    def sequence_tokens(self) -> dict[str, int | None]:
-        """What `SequenceDataset.gather` puts around the items of this model's input."""
-        return {
-            "cls_id": self.token("cls") if self.config.use_cls else None,
-            "sep_id": self.token("sep") if self.config.use_sep else None,
-        }
+    def max_positions(self) -> int:
+        """Events of the longest input."""
+        return self.config.max_len + len(self.config.tokens)
 
     @property
     def item_table(self) -> Tensor:
         """[V, D], the rows of the embedding that are items."""
         return self.item_embedding.weight[: self.num_items]
 
-    def encode(self, batch: JaggedBatch, rng: Rng | None = None, views: int = 1) -> Tensor:
-        """States [views T, D] of a batch. `rng` turns dropout on and is its key.
+    def inputs(self, dataset, users, split: str, ask: bool = False) -> JaggedBatch:
+        """The input of `users` in a split of a data set. `ask`: for their next item."""
+        return self.frame(dataset.gather(users, split, self._room(ask)), ask)
 
-        Several views are those of `batch.repeat(views)`: block i is dropped as view `rng.view` + i.
+    def inputs_of(self, histories: Sequence[Sequence[int]], ask: bool = False) -> JaggedBatch:
+        """The input of histories given as lists of item indices, oldest first.
+
+        Raises IndexError for an index out of [0, V).
         """
-        return self.encoder(self.item_embedding.weight, batch, rng, batch.values, views)
+        batch = from_sequences(histories)
+        wrong = (batch.values < 0) | (batch.values >= self.num_items)
+        if wrong.any():
+            bad = int(batch.values[wrong][0])
+            raise IndexError(f"item {bad} of a history is out of [0, {self.num_items})")
+        return self.frame(batch, ask)
+
+    def frame(self, batch: JaggedBatch, ask: bool = False) -> JaggedBatch:
+        """Sequences of items as the encoder reads them: the most recent ones, special tokens around
+        them, and with `ask` what asks for the next item: a [MASK], which takes the place of an
+        item; a causal model needs none, and is asked at its last item."""
+        batch = batch.last(self._room(ask))
+        before = [self.token(name) for name in self.config.tokens if name == "cls"]
+        after = [self.token(name) for name in self.config.tokens if name != "cls"]
+        if ask and self.config.causal:
+            if len(batch) and int(batch.lengths.min()) == 0:
+                empty = int(batch.sample_ids[batch.lengths == 0][0])
+                raise ValueError(f"sequence {empty} is empty: a causal model has nothing to go on")
+        elif ask:
+            after = [self.token("mask"), *after]
+        return framed(batch, before, after)
+
+    def _room(self, ask: bool) -> int:
+        return self.config.max_len - (ask and not self.config.causal)
+
+    def encode(self, batch: JaggedBatch, rng: Rng | None = None) -> Encoded:
+        """States [T, D] of a batch. `rng` turns dropout on and is its key."""
+        rows = ItemRows(self.item_embedding.weight, batch.values)
+        return Encoded(batch, self.encoder(rows, batch, rng))
 
     forward = encode  # what a wrapper like DistributedDataParallel calls
+
+    def encode_views(
+        self, views: dict[str, JaggedBatch], rng: Rng | None = None
+    ) -> dict[str, Encoded]:
+        """Every view, encoded end to end in one pass."""
+        states = self.encode(JaggedBatch.cat(list(views.values())), rng).states
+        if len(views) == 1:
+            return {name: Encoded(view, states) for name, view in views.items()}
+        parts = states.split([view.values.shape[0] for view in views.values()])
+        return {
+            name: Encoded(view, part)
+            for (name, view), part in zip(views.items(), parts, strict=True)
+        }
+
+    def pool(self, encoded: Encoded, how: Pooling) -> Tensor:
+        """User vectors [B, D]: "max" or "mean" over the items, the state of [CLS] or [UR], or that
+        of the last item. A pool with parameters, "attention", is a module: `nn.pool.Pool`."""
+        if how not in encoded.pooled:
+            encoded.pooled[how] = self._pool(encoded, how)
+        return encoded.pooled[how]
+
+    def _pool(self, encoded: Encoded, how: Pooling) -> Tensor:
+        batch, states = encoded.batch, encoded.states
+        if how in ("cls", "ur") and how not in self.config.tokens:
+            raise ValueError(f"pool {how!r} needs {how} in model.tokens, {self.config.tokens}")
+        if how == "cls":
+            return states[batch.offsets[:-1]]
+        if how == "ur":
+            return states[batch.offsets[1:] - 1]
+        if how == "last":
+            return states[last_item(batch, self.num_items)]
+        if how == "max":
+            return max_pool(states, batch, self.num_items)
+        if how == "mean":
+            return mean_pool(states, batch, self.num_items)
+        raise ValueError(f"pool {how!r} has parameters, or is none")
+
+    def next_item_query(self, encoded: Encoded) -> Tensor:
+        """[B, D] vectors whose products with `item_table` score the item that follows each
+        sequence of `inputs(..., ask=True)`: from the state of its [MASK] (UPRec, section 3.5), or
+        of a causal model from that of its last item."""
+        after = sum(name != "cls" for name in self.config.tokens)
+        states = encoded.states[encoded.batch.offsets[1:] - 1 - after]
+        # In the table's dtype also under autocast, where the states may be bfloat16.
+        return self.item_head.query(states).to(self.item_table.dtype)
 
     def save_pretrained(self, path: Path | str) -> None:
         """Write `model.safetensors` and `config.json` into the folder `path`."""
@@ -113,7 +191,7 @@ class UserModel(nn.Module):
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        config = {"format": 1, "num_items": self.num_items, **asdict(self.config)}
+        config = {"format": 2, "num_items": self.num_items, **described(self.config)}
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(
             {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
@@ -121,8 +199,10 @@ class UserModel(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, path: Path | str) -> "UserModel":
+    def from_pretrained(cls, path: Path | str, encoder: Any = None) -> "UserModel":
         """Read what `save_pretrained` wrote. Nothing is unpickled.
+
+        encoder: settings of the encoder, where they are not fastrec's own.
 
         Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
         """
@@ -135,9 +215,10 @@ class UserModel(nn.Module):
                 raise FileNotFoundError(f"{path / name} is missing: {path} holds no fastrec model")
         try:
             config = json.loads((path / "config.json").read_text())
-            if config.pop("format", None) != 1:
-                raise ValueError("unknown format version, expected 1")
-            model = cls(config.pop("num_items"), ModelConfig(**config))
+            if config.pop("format", None) != 2:
+                raise ValueError("unknown format version, expected 2")
+            num_items = config.pop("num_items")
+            model = cls(num_items, _config_of(config, encoder))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from error
         try:
@@ -147,9 +228,29 @@ class UserModel(nn.Module):
         return model
 
 
+def described(config: ModelConfig) -> dict:
+    """The settings as JSON has them; an encoder of somebody else by the name of its class."""
+    if isinstance(config.encoder, Encoders):
+        return asdict(config)
+    kind = type(config.encoder)
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return values | {"encoder": {"class": f"{kind.__module__}.{kind.__qualname__}"}}
+
+
+def _config_of(values: dict, encoder: Any) -> ModelConfig:
+    saved = values["encoder"]
+    if "class" in saved and encoder is None:
+        raise ValueError(f"the encoder is {saved['class']}: give from_pretrained its settings")
+    if encoder is None:
+        encoder = Encoders.of({name: part for name, part in saved.items() if part is not None})
+    return ModelConfig(**{**values, "encoder": encoder})
+
+
 def _init_bert(module: nn.Module) -> None:
     # N(0, 0.02) for weights, zero biases, LayerNorm at identity (Devlin et al., 2019).
     if isinstance(module, nn.Linear | nn.Embedding):
         torch.nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
         torch.nn.init.zeros_(module.bias)
+    if isinstance(module, Patch):
+        module.reset()

@@ -1,192 +1,74 @@
 """The weighted sum of objectives that a stage trains (UPRec eq. 15), from one encoder pass."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrec.data.attributes import EncodedAttribute, missing_value
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.errors import check_choices
-from fastrec.nn.pool import max_pool
-from fastrec.nn.user_model import UserModel
-from fastrec.objectives.masked_item import ItemLoss, MaskedItemPrediction, Masking
-from fastrec.objectives.social_relation import SocialRelationDetection
-from fastrec.objectives.user_attribute import UserAttributePrediction
+from fastrec.data.side import SideData
 from fastrec.random import Rng
 
 
-@dataclass(frozen=True)
-class Objectives:
-    """Weights of the objectives of a stage; 0 leaves one out.
-
-    Attributes:
-        masked_item: masked item prediction. Without it no item is masked.
-        user_attribute: user attribute prediction.
-        social_relation: social relation detection.
-        attribute_pool: the user vector of attribute prediction: "max" over the items, or the state
-            of [CLS] (UPRec section 3.4, fine-tuning).
-        similarity_weight: where the weights of the similarity of two users start; None is
-            1 / model.width.
-        friends_in_all: drawn friends also take part in the other objectives; otherwise only in
-            social relation detection.
-        item_loss: the loss of masked item prediction.
-    """
-
-    masked_item: float = 1.0
-    user_attribute: float = 0.0
-    social_relation: float = 0.0
-    attribute_pool: Literal["max", "cls"] = "max"
-    similarity_weight: float | None = None
-    friends_in_all: bool = True
-    item_loss: ItemLoss = field(default_factory=ItemLoss)
-
-    def __post_init__(self):
-        check_choices(self)
-        for name in ("masked_item", "user_attribute", "social_relation"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"the weight of {name} is negative: {getattr(self, name)}")
-
-
 class Term(NamedTuple):
-    """`weight` times the mean of a loss over `number` things."""
+    """`weight` times the mean of a loss over `number` things; None: a value to look at."""
 
-    objective: str
+    name: str
     weight: float
     loss: Tensor
-    number: Tensor | int
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A batch as the losses read it.
-
-    batch: before items were masked; columns hold the values that are predicted, missing ones
-        included (NaN or -1).
-    masked: int64 [T], its values with items masked.
-    rows, targets: int64 [N], the masked events and the items that stood there; -100 as a target
-        is not counted. Empty where no item is predicted.
-    """
-
-    batch: JaggedBatch
-    masked: Tensor
-    rows: Tensor
-    targets: Tensor
+    number: Tensor | int | None
 
 
 class JointObjective(nn.Module):
-    """Corrupts and encodes a batch once and gives every objective what it needs of that.
+    """Encodes all views end to end, once, and gives every objective those that it reads.
 
     Args:
-        objectives: the weights.
-        model: only its sizes are read.
-        attributes: of user attribute prediction.
-        item_counts: the training events of each item [V], asked for negatives by popularity.
+        objectives: by name: settings with `weight`, `views` and `build(model, side)`, or a module
+            with `weight` and `views` itself. A module maps (model, rng, *encoded views) to
+            {label: (loss, count)}: a mean over `count` things, or a value to look at with None.
+        model, side: what `build` is given.
+        backend: of the losses that have a choice.
     """
 
-    def __init__(
-        self,
-        objectives: Objectives,
-        model: UserModel,
-        attributes: list[EncodedAttribute],
-        item_counts: Callable[[], Tensor] | None = None,
-    ):
+    def __init__(self, objectives: Mapping, model, side: SideData, backend: str | None = None):
         super().__init__()
-        self.objectives, width = objectives, model.config.width
-        if max(objectives.masked_item, objectives.user_attribute, objectives.social_relation) <= 0:
-            raise ValueError("no objective has a positive weight")
-        if objectives.attribute_pool == "cls" and not model.config.use_cls:
-            raise ValueError("attribute_pool 'cls' needs a model with use_cls")
-        self.masked_item = None
-        if objectives.masked_item:
-            sampler = objectives.item_loss.make_sampler(model.num_items, item_counts)
-            self.masked_item = MaskedItemPrediction(objectives.item_loss, sampler)
-        self.user_attribute = (
-            UserAttributePrediction(width, attributes) if objectives.user_attribute else None
-        )
-        self.social_relation = None
-        if objectives.social_relation:
-            self.social_relation = SocialRelationDetection(width, objectives.similarity_weight)
+        if not objectives:
+            raise ValueError("there is no objective to train")
+        self.parts = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        self.views: dict[str, list[str]] = {}
+        for name, objective in objectives.items():
+            module = objective
+            if not isinstance(objective, nn.Module):
+                module = objective.build(model, side)
+            module.backend = backend
+            self.parts[name] = module
+            self.weights[name] = float(getattr(objective, "weight", 1.0))
+            self.views[name] = list(getattr(objective, "views", ["main"]))
+            if not self.weights[name] > 0:
+                raise ValueError(f"the weight of {name} is {self.weights[name]}, expected above 0")
 
-    def user_vectors(self, model: UserModel, states: Tensor, batch: JaggedBatch) -> dict:
-        """The [B, D] vectors that the heads read, by name of the pool; only those that are used."""
-        weights, vectors = self.objectives, {}
-        by_cls = weights.attribute_pool == "cls"
-        if weights.user_attribute and by_cls:
-            vectors["cls"] = states[batch.offsets[:-1]]
-        if weights.social_relation or (weights.user_attribute and not by_cls):
-            vectors["max"] = max_pool(states, batch, model.num_items)
-        return vectors
+    def find(self, kind: type) -> nn.Module | None:
+        """The first objective of a class, for a judge that reads its parameters."""
+        return next((part for part in self.parts.values() if isinstance(part, kind)), None)
 
-    def forward(
-        self,
-        model: UserModel,
-        batch: JaggedBatch,
-        masking: Masking,
-        seed: int,
-        step: int,
-        backend=None,
-    ) -> list[Term]:
-        """The terms of the loss: the sum of weight times loss, in one process."""
-        prepared = self.prepare(model, batch, masking, seed, step)
-        return self.losses(model, prepared, seed, step, backend)
-
-    def prepare(
-        self, model: UserModel, batch: JaggedBatch, masking: Masking, seed: int, step: int
-    ) -> Prepared:
-        """The batch with items masked. What depends on values, like the number of masked items, is
-        decided here; `losses` depends on shapes."""
-        if self.masked_item is None:
-            none = batch.values.new_empty(0)
-            masked, rows, targets = batch, none, none
-        else:
-            masked, rows, targets = masking(batch, model, seed, step)
-        if batch.own is not None and not self.objectives.friends_in_all:
-            kept = rows < batch.offsets[batch.own]
-            rows, targets = rows[kept], targets[kept]
-            drawn = torch.arange(len(batch), device=rows.device) >= batch.own
-            columns = {
-                name: column.masked_fill(drawn, missing_value(column))
-                for name, column in batch.columns.items()
-            }
-            batch = replace(batch, columns=columns)
-        return Prepared(batch, masked.values, rows, targets)
-
-    def losses(
-        self,
-        model: UserModel,
-        prepared: Prepared,
-        seed: Tensor | int,
-        step: Tensor | int,
-        backend=None,
-    ) -> list[Term]:
-        """The terms of a prepared batch. Seed and step may be tensors on the device."""
-        weights, terms, batch = self.objectives, [], prepared.batch
-        rows, targets = prepared.rows, prepared.targets
-        masked = replace(batch, values=prepared.masked)
-        states = model.encode(masked, Rng(seed, step))
-        vectors = self.user_vectors(model, states, batch)
-        if self.masked_item is not None:
-            loss = self.masked_item(
-                model, states, rows, targets, masked, seed, step, backend=backend
-            )
-            terms.append(Term("masked_item", weights.masked_item, loss, len(rows)))
-        if self.user_attribute is not None:
-            users = vectors[weights.attribute_pool]
-            for loss, count in self.user_attribute(users, batch.columns).values():
-                terms.append(Term("user_attribute", weights.user_attribute, loss, count))
-        if self.social_relation is not None:
-            loss = self.social_relation(vectors["max"], batch.pairs, backend=backend)
-            count = len(batch.pairs.positive)  # type: ignore[union-attr]
-            terms.append(Term("social_relation", weights.social_relation, loss, count))
+    def forward(self, model, views: dict[str, JaggedBatch], rng: Rng) -> list[Term]:
+        """The terms of the loss: `total_loss` is their sum of weight times loss. Seed and step may
+        be tensors on the device. What is decided here depends on shapes alone."""
+        encoded, terms = model.encode_views(views, rng), []
+        for name, part in self.parts.items():
+            losses = part(model, rng, *(encoded[view] for view in self.views[name]))
+            for label, (loss, number) in losses.items():
+                label = label if label == name else f"{name}.{label}"
+                terms.append(Term(label, self.weights[name], loss, number))
         return terms
 
 
 def total_loss(terms: list[Term], world_size: int = 1) -> Tensor:
     """The weighted sum. With several processes, scaled so that the average over ranks (DDP's) is
     the weighted sum of the means over the things of all ranks."""
+    terms = [term for term in terms if term.number is not None]
     if world_size == 1:
         return torch.stack([term.weight * term.loss for term in terms]).sum()
     device = terms[0].loss.device

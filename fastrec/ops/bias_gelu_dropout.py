@@ -18,7 +18,7 @@ from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views
 
 OP = "bias_gelu_dropout"
 _DROPOUT = (
-    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
+    " Tensor? keys, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
     " int views"
 )
 
@@ -49,11 +49,11 @@ register_cuda(OP, "fwd", "bwd")
 
 class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, bias, sample_ids, positions, key, numbers, backend):
+    def forward(ctx, input, bias, keys, positions, key, numbers, backend):
         fwd = kernels_of(OP, backend, input.device).bias_gelu_dropout_fwd
-        ctx.save_for_backward(input, bias, sample_ids, positions, key)
+        ctx.save_for_backward(input, bias, keys, positions, key)
         ctx.numbers, ctx.backend = numbers, backend  # drop, site, layer, view, views
-        return fwd(input, bias, sample_ids, positions, key, *numbers)
+        return fwd(input, bias, keys, positions, key, *numbers)
 
     @staticmethod
     @once_differentiable
@@ -74,7 +74,7 @@ def bias_gelu_dropout_ref(
     *,
     dropout_p=0.0,
     rng=None,
-    sample_ids=None,
+    keys=None,
     positions=None,
     site="ffn_inner",
     layer=0,
@@ -86,7 +86,7 @@ def bias_gelu_dropout_ref(
         width = input.shape[1]
         view = views_of(rng, input.shape[0], views, input.device)
         keep, scale = keep_mask(
-            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer, view=view
+            rng, dropout_p, keys, positions, width, site=site, layer=layer, view=view
         )
         output = output * (keep.to(output.dtype) * scale)
     return output
@@ -98,7 +98,7 @@ def bias_gelu_dropout(
     *,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
-    sample_ids: Tensor | None = None,
+    keys: Tensor | None = None,
     positions: Tensor | None = None,
     site: str = "ffn_inner",
     layer: int = 0,
@@ -114,7 +114,7 @@ def bias_gelu_dropout(
         bias: [D]; None adds nothing.
         dropout_p: probability, quantised to 1/256. 0 needs none of the following arguments.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        sample_ids: int64 [T], the sample that each row belongs to.
+        keys: int64 [T], the sample that each row belongs to.
         positions: int64 [T], the place of each row in its sample, below 65,536.
         views: the rows are that many blocks of equal size, and block i is dropped as view
             `rng.view` + i.
@@ -138,7 +138,7 @@ def bias_gelu_dropout(
         raise TypeError(f"input and bias must both be float64, got {input.dtype} and {bias.dtype}")
     check_views(input.shape[0], views, "rows")
     dropout = dropout_arguments(
-        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer, views=views
+        rng, dropout_p, keys, positions, input.shape[0], site=site, layer=layer, views=views
     )
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
@@ -148,7 +148,7 @@ def bias_gelu_dropout(
             bias,
             dropout_p=dropout_p,
             rng=rng,
-            sample_ids=sample_ids,
+            keys=keys,
             positions=positions,
             site=site,
             layer=layer,

@@ -23,7 +23,7 @@ from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views
 
 OP = "dropout_add_layer_norm"
 _DROPOUT = (
-    " Tensor? sample_ids, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
+    " Tensor? keys, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
     " int views"
 )
 
@@ -45,9 +45,7 @@ torch.library.define(
 
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
-def _(
-    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view, views
-):
+def _(input, residual, weight, bias, eps, keys, positions, key, drop, site, layer, view, views):
     rows, width = input.shape
     dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     output = input.new_empty(rows, width, dtype=dtype)
@@ -59,7 +57,7 @@ def _(
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
 def _(
     grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype,
-    sample_ids, positions, key, drop, site, layer, view, views,
+    keys, positions, key, drop, site, layer, view, views,
 ):  # fmt: skip
     rows, width = sum.shape
     both = drop == 0 and input_dtype == sum.dtype
@@ -76,17 +74,15 @@ register_cuda(OP, "fwd", "bwd")
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, input, residual, weight, bias, sample_ids, positions, key, numbers, eps, backend
-    ):
+    def forward(ctx, input, residual, weight, bias, keys, positions, key, numbers, eps, backend):
         fwd = kernels_of(OP, backend, input.device).dropout_add_layer_norm_fwd
         output, sum, mean, rstd = fwd(
-            input, residual, weight, bias, eps, sample_ids, positions, key, *numbers
+            input, residual, weight, bias, eps, keys, positions, key, *numbers
         )
         ctx.numbers = numbers  # drop, site, layer, view, views
         plain = residual is None and numbers[0] == 0
         saved = input if plain else sum
-        ctx.save_for_backward(saved, mean, rstd, weight, bias, sample_ids, positions, key)
+        ctx.save_for_backward(saved, mean, rstd, weight, bias, keys, positions, key)
         ctx.backend, ctx.input_dtype = backend, input.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
@@ -131,7 +127,7 @@ def dropout_add_layer_norm_ref(
     eps=1e-5,
     dropout_p=0.0,
     rng=None,
-    sample_ids=None,
+    keys=None,
     positions=None,
     site="attention_output",
     layer=0,
@@ -142,7 +138,7 @@ def dropout_add_layer_norm_ref(
     if dropout_p > 0.0:
         view = views_of(rng, input.shape[0], views, input.device)
         keep, scale = keep_mask(
-            rng, dropout_p, sample_ids, positions, width, site=site, layer=layer, view=view
+            rng, dropout_p, keys, positions, width, site=site, layer=layer, view=view
         )
         sum = input * (keep.to(input.dtype) * scale)
     if residual is not None:
@@ -175,7 +171,7 @@ def dropout_add_layer_norm(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
-    sample_ids: Tensor | None = None,
+    keys: Tensor | None = None,
     positions: Tensor | None = None,
     site: str = "attention_output",
     layer: int = 0,
@@ -194,7 +190,7 @@ def dropout_add_layer_norm(
         eps: added to the variance.
         dropout_p: probability, quantised to 1/256. 0 needs none of the following arguments.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        sample_ids: int64 [T], the sample that each row belongs to.
+        keys: int64 [T], the sample that each row belongs to.
         positions: int64 [T], the place of each row in its sample, below 65,536.
         views: the rows are that many blocks of equal size, and block i is dropped as view
             `rng.view` + i.
@@ -212,7 +208,7 @@ def dropout_add_layer_norm(
     _check(input, residual, weight, bias)
     check_views(input.shape[0], views, "rows")
     dropout = dropout_arguments(
-        rng, dropout_p, sample_ids, positions, input.shape[0], site=site, layer=layer, views=views
+        rng, dropout_p, keys, positions, input.shape[0], site=site, layer=layer, views=views
     )
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
@@ -225,7 +221,7 @@ def dropout_add_layer_norm(
             eps=eps,
             dropout_p=dropout_p,
             rng=rng,
-            sample_ids=sample_ids,
+            keys=keys,
             positions=positions,
             site=site,
             layer=layer,

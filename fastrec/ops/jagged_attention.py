@@ -24,9 +24,9 @@ from fastrec.random import Rng, check_views, keep_mask, threshold, views_of
 OP = "jagged_attention"
 
 # rng [2] int64: seed and step. drop: an element is dropped where its 8-bit draw is below; 0 means
-# no dropout, and rng and sample_ids may be None. lse [T, H] float32 (float64 for float64 inputs).
+# no dropout, and rng and keys may be None. lse [T, H] float32 (float64 for float64 inputs).
 _COMMON = (
-    "Tensor offsets, Tensor? sample_ids, Tensor? rng, int max_seq_len, bool causal, float scale,"
+    "Tensor offsets, Tensor? keys, Tensor? rng, int max_seq_len, bool causal, float scale,"
     " int drop, int view, int views, int layer"
 )
 torch.library.define(
@@ -60,11 +60,11 @@ register_cuda(OP, "fwd", "bwd")
 
 class _JaggedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, offsets, sample_ids, rng, settings, backend):
+    def forward(ctx, query, key, value, offsets, keys, rng, settings, backend):
         fwd = kernels_of(OP, backend, query.device).jagged_attention_fwd
-        out, lse = fwd(query, key, value, offsets, sample_ids, rng, *settings)
+        out, lse = fwd(query, key, value, offsets, keys, rng, *settings)
         kept = out if backend == "triton" else None
-        ctx.save_for_backward(query, key, value, kept, lse, offsets, sample_ids, rng)
+        ctx.save_for_backward(query, key, value, kept, lse, offsets, keys, rng)
         ctx.settings, ctx.backend = settings, backend
         return out
 
@@ -119,7 +119,7 @@ def jagged_attention_ref(
     scale=None,
     dropout_p=0.0,
     rng=None,
-    sample_ids=None,
+    keys=None,
     layer=0,
     views=1,
 ):
@@ -161,7 +161,7 @@ def jagged_attention_ref(
             keep, keep_scale = keep_mask(
                 rng,
                 dropout_p,
-                sample_ids[sequences, None, None],
+                keys[sequences, None, None],
                 column[None, None, :],
                 size,
                 site="attention",
@@ -213,7 +213,7 @@ def split_packed(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _SplitPacked.apply(packed)
 
 
-def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer, views):
+def _check(query, key, value, offsets, max_seq_len, drop, rng, keys, layer, views):
     if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
             "query, key and value must be [T, H, D] alike, got"
@@ -242,14 +242,14 @@ def _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer
     check_views(offsets.shape[0] - 1, views, "sequences")
     if drop == 0:
         return
-    if rng is None or sample_ids is None:
-        raise ValueError("dropout_p > 0 needs rng and sample_ids: the mask is a function of them")
+    if rng is None or keys is None:
+        raise ValueError("dropout_p > 0 needs rng and keys: the mask is a function of them")
     if drop == 256:
         raise ValueError("dropout_p leaves nothing to keep")
-    if sample_ids.dtype != torch.int64 or sample_ids.shape != (offsets.shape[0] - 1,):
+    if keys.dtype != torch.int64 or keys.shape != (offsets.shape[0] - 1,):
         raise ValueError(
-            f"sample_ids must be int64 [{offsets.shape[0] - 1}], one per sequence, got"
-            f" {sample_ids.dtype} {list(sample_ids.shape)}"
+            f"keys must be int64 [{offsets.shape[0] - 1}], one per sequence, got"
+            f" {keys.dtype} {list(keys.shape)}"
         )
     if max_seq_len > 65536 or query.shape[1] > 256 or not 0 <= layer < 256:
         raise ValueError(
@@ -271,7 +271,7 @@ def jagged_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
-    sample_ids: Tensor | None = None,
+    keys: Tensor | None = None,
     layer: int = 0,
     views: int = 1,
     backend: str | None = None,
@@ -284,8 +284,8 @@ def jagged_attention(
         max_seq_len: upper bound of the lengths.
         causal: each event sees itself and earlier ones.
         scale: D^-0.5 unless given.
-        dropout_p: probability, quantised to 1/256; needs `rng` and `sample_ids` int64 [B].
-        rng, sample_ids, layer: the key of the mask (`fastrec.random`): the same in any batch.
+        dropout_p: probability, quantised to 1/256; needs `rng` and `keys` int64 [B].
+        rng, keys, layer: the key of the mask (`fastrec.random`): the same in any batch.
         views: the sequences are that many blocks of equal size, and block i is dropped as view
             `rng.view` + i.
         backend: None (native to the device), "reference", "cpp" or "triton".
@@ -306,7 +306,7 @@ def jagged_attention(
         query, key, value = (
             x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value)
         )
-    _check(query, key, value, offsets, max_seq_len, drop, rng, sample_ids, layer, views)
+    _check(query, key, value, offsets, max_seq_len, drop, rng, keys, layer, views)
     backend = resolve(backend, OP, query.device)
     if backend == "reference":
         return jagged_attention_ref(
@@ -319,7 +319,7 @@ def jagged_attention(
             scale=scale,
             dropout_p=dropout_p if drop else 0.0,
             rng=rng,
-            sample_ids=sample_ids,
+            keys=keys,
             layer=layer,
             views=views,
         )
@@ -328,4 +328,4 @@ def jagged_attention(
     if drop > 0 and rng is not None:
         state, view = rng.key(query.device), rng.view
     settings = (max_seq_len, causal, scale, drop, view, views, layer)
-    return _JaggedAttention.apply(query, key, value, offsets, sample_ids, state, settings, backend)
+    return _JaggedAttention.apply(query, key, value, offsets, keys, state, settings, backend)

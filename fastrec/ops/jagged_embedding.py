@@ -25,7 +25,7 @@ _INPUTS = (
     "Tensor? values, Tensor weight, Tensor? position_weight, Tensor? positions,"
     " Tensor? norm_weight, Tensor? norm_bias"
 )
-_DROPOUT = " Tensor? sample_ids, Tensor? key, int drop, int site, int layer, int view, int views"
+_DROPOUT = " Tensor? keys, Tensor? key, int drop, int site, int layer, int view, int views"
 
 # output [views T, D] has the dtype of weight; mean and rstd [T] ([0] without norm_weight) are
 # float32, or float64 with it. Without norm_weight there is no LayerNorm; without values event t has
@@ -81,17 +81,17 @@ register_cuda(OP, "fwd", "bwd", "scatter")
 class _JaggedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weight, position_weight, norm_weight, norm_bias, values, positions, sample_ids, key,
+        ctx, weight, position_weight, norm_weight, norm_bias, values, positions, keys, key,
         numbers, eps, sparse, backend,
     ):  # fmt: skip
         fwd = kernels_of(OP, backend, weight.device).jagged_embedding_fwd
         output, mean, rstd = fwd(
             values, weight, position_weight, positions, norm_weight, norm_bias, eps,
-            sample_ids, key, *numbers,
+            keys, key, *numbers,
         )  # fmt: skip
         ctx.save_for_backward(
             values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
-            sample_ids, key,
+            keys, key,
         )  # fmt: skip
         ctx.numbers = numbers  # drop, site, layer, view, views
         ctx.sparse, ctx.backend = sparse, backend
@@ -145,7 +145,7 @@ def jagged_embedding_ref(
     eps=1e-5,
     dropout_p=0.0,
     rng=None,
-    sample_ids=None,
+    keys=None,
     site="embedding",
     layer=0,
     views=1,
@@ -160,10 +160,10 @@ def jagged_embedding_ref(
         z = F.layer_norm(z, z.shape[1:], norm_weight.to(z.dtype), bias, eps)
     z = z.repeat(views, 1)
     if dropout_p > 0.0:
-        sample_ids, positions = sample_ids.repeat(views), positions.repeat(views)
+        keys, positions = keys.repeat(views), positions.repeat(views)
         view = views_of(rng, z.shape[0], views, z.device)
         keep, scale = keep_mask(
-            rng, dropout_p, sample_ids, positions, z.shape[1], site=site, layer=layer, view=view
+            rng, dropout_p, keys, positions, z.shape[1], site=site, layer=layer, view=view
         )
         z = z * (keep.to(z.dtype) * scale)
     return z
@@ -214,7 +214,7 @@ def jagged_embedding(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
-    sample_ids: Tensor | None = None,
+    keys: Tensor | None = None,
     site: str = "embedding",
     layer: int = 0,
     views: int = 1,
@@ -233,9 +233,9 @@ def jagged_embedding(
         positions: int64 [T], the place of each event in its sequence.
         norm_weight, norm_bias: [D]; without a weight there is no LayerNorm.
         eps: added to the variance.
-        dropout_p: probability, quantised to 1/256; needs `rng`, `sample_ids` and `positions`.
+        dropout_p: probability, quantised to 1/256; needs `rng`, `keys` and `positions`.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        sample_ids: int64 [T], the sample that each event belongs to.
+        keys: int64 [T], the sample that each event belongs to.
         views: how many times the events are written, block i dropped as view `rng.view` + i.
         sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, as
             that of `torch.nn.functional.embedding`: for tables much larger than a batch. On a GPU
@@ -254,8 +254,8 @@ def jagged_embedding(
     _check(values, weight, position_weight, positions, norm_weight, norm_bias)
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}")
-    sample_ids, _, key, *numbers = dropout_arguments(
-        rng, dropout_p, sample_ids, positions, _events(values, weight), site=site, layer=layer,
+    keys, _, key, *numbers = dropout_arguments(
+        rng, dropout_p, keys, positions, _events(values, weight), site=site, layer=layer,
         views=views,
     )  # fmt: skip
     backend = resolve(backend, OP, weight.device)
@@ -270,13 +270,13 @@ def jagged_embedding(
             eps=eps,
             dropout_p=dropout_p if numbers[0] else 0.0,  # p rounds to 0: rng may be missing
             rng=rng,
-            sample_ids=sample_ids,
+            keys=keys,
             site=site,
             layer=layer,
             views=views,
             sparse=sparse,
         )
     return _JaggedEmbedding.apply(
-        weight, position_weight, norm_weight, norm_bias, values, positions, sample_ids, key,
+        weight, position_weight, norm_weight, norm_bias, values, positions, keys, key,
         tuple(numbers), eps, sparse, backend,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Recipes: one named composition per system. `path("uprec-mip")` is its YAML file."""
+"""Recipes: one named composition per system. `load("uprec-mip")` is its YAML, bases included."""
 
 from pathlib import Path
 
@@ -20,3 +20,46 @@ def path(name_or_file: str) -> Path:
     raise FileNotFoundError(
         f"{name_or_file!r} is neither a file nor a recipe; the recipes are {', '.join(names())}"
     )
+
+
+def summary(name: str) -> str:
+    """The first sentence of a recipe's comment."""
+    text = []
+    for line in path(name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text.append(line.removeprefix("#").strip())
+    return " ".join(text).split(". ")[0].rstrip(".")
+
+
+def load(name_or_file: str, *below: Path) -> dict:
+    """The settings of a recipe. `base:` names another one, whose settings hold where this one has
+    none: groups of keys are merged, lists and values replace, and null takes a part out.
+
+    Raises ValueError that names the file: not YAML, no mapping, or its own base.
+    """
+    import yaml
+
+    file = path(name_or_file)
+    if file in below:
+        raise ValueError(f"{file} is its own base: {' -> '.join(map(str, (*below, file)))}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    # A file names its base as a recipe, or relative to itself.
+    beside = file.parent / str(base)
+    return _merged(load(str(beside) if beside.is_file() else str(base), *below, file), values)
+
+
+def _merged(base: dict, values: dict) -> dict:
+    out = dict(base)
+    for name, value in values.items():
+        both = isinstance(value, dict) and isinstance(out.get(name), dict)
+        out[name] = _merged(out[name], value) if both else value
+    return out

@@ -1,23 +1,58 @@
-"""A recipe: everything that names a system. The CLI turns every field into a flag."""
+"""A recipe: everything that names a system. The command line turns every field into a flag."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fastrec.data.attributes import Attribute
-from fastrec.data.errors import check_choices
-from fastrec.evaluation.protocols import Protocol
+from fastrec.data.settings import check_choices
+from fastrec.data.steps.parts import Step
+from fastrec.data.views import parts_of
+from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.user_model import ModelConfig
-from fastrec.objectives.joint import Objectives
-from fastrec.objectives.masked_item import Masking
+from fastrec.objectives.item import Item
+from fastrec.objectives.parts import Objectives
+from fastrec.objectives.user_attributes import UserAttributes
+
+
+@dataclass(frozen=True)
+class Init:
+    """What a stage takes from the model that it starts from (`--init`).
+
+    Attributes:
+        take: items, encoder, head (of the items), or the name of an objective whose parameters are
+            taken over where both models have them. The rest starts at random.
+        freeze: items, encoder or head, not trained; patches are.
+        patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
+    """
+
+    take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
+    freeze: list[Literal["items", "encoder", "head"]] = field(default_factory=list)
+    patch: int = 0
+
+    def __post_init__(self):
+        known = ("items", "encoder", "head", *(f.name for f in dataclasses.fields(Objectives)))
+        for name in self.take:
+            if name not in known:
+                raise ValueError(f"init.take names {name!r}, expected some of {list(known)}")
+        for name in self.freeze:
+            if name not in self.take:
+                raise ValueError(f"init.freeze names {name!r}, which init.take does not: random")
+        if self.patch < 0:
+            raise ValueError(f"init.patch must not be negative, got {self.patch}")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: pre-training or fine-tuning.
+    """One training run of a system: pre-training, or fine-tuning for a task.
 
     Attributes:
-        masking: the corruption.
-        objectives: what is trained, with weights.
+        views: named lists of steps that make what is encoded of the users of a step.
+        objectives: what is trained on the views. In Python also {name: settings or module}.
+        judge: what validation and `evaluate` measure: the next item of each user, attributes of
+            users who were not trained on, or their friends.
+        init: what is taken from the model that the stage starts from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
         learning_rate: of Adam, the peak of the schedule.
@@ -27,20 +62,21 @@ class Stage:
         gradient_clip: largest gradient norm; 0 = off.
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
-        monitor: validation metric that chooses the kept model and stops early: of the ranking, or
-            "score" of user attributes, or "accuracy" of friends.
+        monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
+            the next item, "score" of attributes, "accuracy" of friends.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
-        seed: of initialisation, order, masks and dropout.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
             one CPU process.
-        backend: of the losses (items, friends); None = native.
+        backend: of the losses (items, friends, contrast); None = native.
         cuda_graph: replay forward and backward from CUDA graphs, batches padded to a budget. One
             process on one GPU.
     """
 
-    masking: Masking = field(default_factory=Masking)
+    views: dict[str, list[Step]] = field(default_factory=dict)
     objectives: Objectives = field(default_factory=Objectives)
+    judge: Literal["next_item", "attributes", "friends"] = "next_item"
+    init: Init = field(default_factory=Init)
     steps: int = 10000
     batch_size: int = 768
     learning_rate: float = 1e-3
@@ -50,10 +86,9 @@ class Stage:
     gradient_clip: float = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     validate_every: int = 1000
-    monitor: str = "NDCG@10"
+    monitor: str | None = None
     patience: int = 0
     checkpoint_every: int = 500
-    seed: int = 0
     devices: int | Literal["auto"] = "auto"
     backend: Literal["reference", "cpp", "triton"] | None = None
     cuda_graph: bool = False
@@ -73,17 +108,41 @@ class Stage:
                 f"steps ({self.steps}) must be a multiple of validate_every"
                 f" ({self.validate_every}): the last steps would not be validated"
             )
+        read = set()
+        for name, objective in self.parts.items():
+            for view in getattr(objective, "views", ["main"]):
+                read.add(view)
+                if view not in self.views:
+                    raise ValueError(
+                        f"the objective {name} reads the view {view!r}; views are"
+                        f" {list(self.views)}"
+                    )
+        read |= {part.view for steps in self.views.values() for part in parts_of(steps)
+                 if hasattr(part, "view")}  # fmt: skip
+        if unread := [name for name in self.views if name not in read]:
+            raise ValueError(f"no objective reads the view {unread[0]!r}: it has no effect")
+
+    @property
+    def parts(self) -> dict:
+        """The objectives by name."""
+        given = self.objectives
+        return dict(given) if isinstance(given, Mapping) else given.named()
 
     @property
     def pass_steps(self) -> int:
         """Steps up to a validation."""
         return min(self.validate_every, self.steps)
 
+    @property
+    def monitored(self) -> str:
+        defaults = {"next_item": "NDCG@10", "attributes": "score", "friends": "accuracy"}
+        return self.monitor or defaults[self.judge]
+
 
 @dataclass(frozen=True)
 class Users:
     """The users that are trained and evaluated: a random `fraction`, drawn with `seed`. The others
-    are held out: they test user profile prediction and social relation detection."""
+    are held out: they test the judges "attributes" and "friends"."""
 
     fraction: float = 1.0
     seed: int = 0
@@ -94,68 +153,80 @@ class Users:
 
 
 @dataclass(frozen=True)
-class Social:
-    """Friends in training and evaluation.
-
-    Attributes:
-        hops: candidates that are no negatives of a user: 1 friends, 2 friends of friends as well,
-            0 neither.
-        same_profile: nor are users with the same values in all discrete attributes.
-        negatives: sampled beside the friend in the evaluation.
-        seed: of these.
-    """
-
-    hops: Literal[0, 1, 2] = 2
-    same_profile: bool = True
-    negatives: int = 99
-    seed: int = 0
-
-    def __post_init__(self):
-        check_choices(self)
-        if self.negatives < 1:
-            raise ValueError(f"social.negatives must be at least 1, got {self.negatives}")
-
-
-def _task(objectives: Objectives, monitor: str) -> Stage:
-    return Stage(
-        objectives=objectives,
-        steps=2000,
-        batch_size=256,
-        learning_rate=1e-4,
-        validate_every=100,
-        monitor=monitor,
-    )
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """A system: encoder, corruption and objectives of the stages, and how it is evaluated.
+    """A system: a model and the stages that train it.
 
     Attributes:
         pretraining: the first stage.
-        finetuning: for the next item.
+        recommendation: fine-tuning for the next item.
         profile: fine-tuning for user attributes.
-        relation: fine-tuning for social relation detection.
+        relation: fine-tuning for friends.
         attributes: of the users that are predicted; an empty list takes all columns that have a
             type for it.
+        evaluation: how a next item is ranked.
+        users: who is trained on.
+        seed: of initialisation, order, steps of views and dropout.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    pretraining: Stage = field(default_factory=Stage)
-    finetuning: Stage = field(
-        default_factory=lambda: Stage(
-            masking=Masking(last_only=True), batch_size=256, learning_rate=1e-4
-        )
-    )
-    profile: Stage = field(
-        default_factory=lambda: _task(
-            Objectives(masked_item=0.0, user_attribute=1.0, attribute_pool="cls"), "score"
-        )
-    )
-    relation: Stage = field(
-        default_factory=lambda: _task(Objectives(masked_item=0.0, social_relation=1.0), "accuracy")
-    )
+    pretraining: Stage | None = None
+    recommendation: Stage | None = None
+    profile: Stage | None = None
+    relation: Stage | None = None
     attributes: list[Attribute] = field(default_factory=list)
-    social: Social = field(default_factory=Social)
     evaluation: Protocol = field(default_factory=Protocol)
     users: Users = field(default_factory=Users)
+    seed: int = 0
+
+    def __post_init__(self):
+        stages = self.stages
+        for name, stage in stages.items():
+            for objective in stage.parts.values():
+                if isinstance(objective, Item) and stage.judge == "next_item":
+                    _check_asked(name, stage, objective, self.model.causal)
+        judges: set[str] = {stage.judge for stage in stages.values()}
+        parts = [part for stage in stages.values() for part in stage.parts.values()]
+        steps = [
+            step
+            for stage in stages.values()
+            for view in stage.views.values()
+            for step in parts_of(view)
+        ]
+        described = any(isinstance(part, UserAttributes) for part in parts)
+        described |= any(getattr(step, "same_profile", False) for step in steps)
+        if stages and self.attributes and not described:
+            raise ValueError(
+                "attributes has no effect: no stage predicts them or compares friends by them"
+            )
+        self.evaluation.check_used(judges)
+        if stages and self.users.seed and self.users.fraction == 1 and judges == {"next_item"}:
+            raise ValueError("users.seed has no effect: users.fraction is 1")
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages that this recipe has, by name."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: part for name, part in named.items() if isinstance(part, Stage)}
+
+    def stage(self, name: str) -> Stage:
+        """Raises ValueError that lists the stages for one that this recipe has not."""
+        if name not in self.stages:
+            raise ValueError(f"this recipe has no stage {name!r}; its stages are {[*self.stages]}")
+        return self.stages[name]
+
+
+def _check_asked(name: str, stage: Stage, objective: Item, causal: bool) -> None:
+    """A model is trained for what its judge asks: a causal one at its last item, another at a
+    [MASK]. Views with steps of somebody else are not looked at."""
+    for view in objective.views:
+        asks = [getattr(part, "asks", None) for part in parts_of(stage.views[view])]
+        if causal and "last" not in asks and "mask" in asks and len(objective.views) == 1:
+            raise ValueError(
+                f"{name}: a causal encoder is asked for the next item at its last item, and the"
+                f" view {view!r} trains it at [MASK] alone: use next_item, or causal: false"
+            )
+        if not causal and "last" in asks:
+            raise ValueError(
+                f"{name}: next_item needs a causal encoder: here every event of the view {view!r}"
+                " would see the item that it is to predict"
+            )

@@ -4,176 +4,171 @@ import copy
 import dataclasses
 import json
 import logging
-import math
 import signal
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastrec.backend import unavailable_reason
 from fastrec.data.loader import SequenceLoader
-from fastrec.nn.user_model import UserModel
+from fastrec.data.views import Views
+from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.transfer import PARTS, freeze, take, trained_share
+from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.objectives.joint import JointObjective
-from fastrec.training.config import Recipe, Stage
-from fastrec.training.heads import load_heads, save_heads
-from fastrec.training.module import StageModule
-from fastrec.training.run_folder import (
+from fastrec.training.callbacks import KeepBest, SaveToResume
+from fastrec.training.checkpoint import (
+    check_checkpoint,
     check_free,
     check_same_run,
     describe_model,
     describe_run,
     first_process,
+    load_heads,
 )
-from fastrec.training.tasks import Task, task_data
-
-
-class KeepBest(Callback):
-    """Save the model to `path` whenever the monitored metric improves (safetensors, no pickle), and
-    the heads of the objectives beside it."""
-
-    def __init__(self, path: Path, describe: Callable[[Path], None]):
-        self.path, self.describe, self.best = path, describe, float("-inf")
-
-    def state_dict(self) -> dict:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.best = state["best"]
-
-    def on_validation_end(self, trainer, module) -> None:
-        value = float(trainer.callback_metrics["valid"])
-        loss = float(trainer.callback_metrics.get("train_loss", 0.0))
-        if not (math.isfinite(value) and math.isfinite(loss)):
-            raise ValueError(
-                f"after {trainer.global_step} steps the loss is {loss}, {module.stage.monitor}"
-                f" {value}: the training has diverged; a smaller learning_rate or a gradient_clip"
-                " may help"
-            )
-        if value > self.best:
-            self.best = value
-            if trainer.is_global_zero:
-                module.model.save_pretrained(self.path)
-                save_heads(module.objective, self.path)
-                self.describe(self.path)
-
-
-class SaveToResume(Checkpoint):
-    """Write `path` every so many steps and after each validation: a resumed run does not repeat the
-    validation of its first step, whose outcome is the best so far and the patience left."""
-
-    def __init__(self, path: Path, every: int, patience: int):
-        self.path, self.every, self.patience = path, every, patience
-        self.stopped: int | None = None
-
-    def state_dict(self) -> dict:
-        return {"stopped": self.stopped}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.stopped = state["stopped"]
-
-    def on_train_start(self, trainer, module) -> None:
-        trainer.should_stop = self.stopped == self.patience  # the run had ended
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        # The last batch of a pass is followed by a validation.
-        if trainer.global_step % self.every == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
-
-    def on_validation_end(self, trainer, module) -> None:  # Lightning calls checkpoints last
-        if trainer.state.fn == "fit":
-            self.stopped = (trainer.should_stop and self.patience) or None
-            trainer.save_checkpoint(self.path)
+from fastrec.training.config import Init, Recipe, Stage
+from fastrec.training.module import StageModule
+from fastrec.training.stage_data import stage_data
 
 
 def fit(
     dataset,
-    recipe: Recipe,
-    stage: Stage,
-    output: Path,
+    model: UserModel | None = None,
     *,
-    task: Task = "recommendation",
-    initial: UserModel | None = None,
+    recipe: Recipe | None = None,
+    stage: str = "pretraining",
+    output: Path | str | None = None,
     initial_folder: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    **settings,
 ) -> UserModel:
     """Train one stage and return the model that was best on validation.
 
-    Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`, with the heads
-    of the objectives in heads.safetensors), `last.ckpt` (to resume from), `metrics/` (CSV),
-    `tensorboard/`, `recipe.json` (the whole recipe), `stage.json` (the stage), `summary.json`.
+    From Python, `fit(dataset, model, views=.., objectives=.., steps=..)` is a stage of its own; a
+    recipe and the name of one of its stages is what the command line gives.
+
+    Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`, with the
+    parameters of the objectives in heads.safetensors), `last.ckpt` (to resume from), `metrics/`
+    (CSV), `tensorboard/`, `recipe.json` (the whole recipe), `stage.json` (the stage),
+    `summary.json`.
 
     Args:
-        task: what validation measures, and with it which users are trained, see `task_data`.
-        initial: start from this model instead of random weights; it is not changed and keeps its
-            own `recipe.model`. It is validated first, and kept if training does not improve on it.
-        initial_folder: of that model: its social relation head is taken over, if it has one, and
-            the users that it was trained on count as seen.
+        model: start from this model instead of random weights of `recipe.model`; it is not changed
+            and keeps its own settings. It is validated first, and kept if training does not improve
+            on it. What is taken from it and what is frozen is `init` of the stage.
+        recipe: model, stages, users, evaluation, seed.
+        stage: of the recipe.
+        output: folder of the run; None: a temporary one, nothing is kept but the model.
+        initial_folder: of `model`: objectives that `init.take` names are taken over from there,
+            and the users that it was trained on count as seen.
         resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run. What
-            the run was started with must be the same but for `run_folder.MAY_CHANGE`.
+            the run was started with must be the same but for `checkpoint.MAY_CHANGE`.
+        settings: fields of `Stage`, which replace those of the stage.
 
     Raises:
         FileExistsError: `output` holds a run and `resume` is off. FileNotFoundError: nothing to
         resume. ValueError: `last.ckpt` cannot be read, is of a run with other settings, or the
         stage cannot run as it says. Nothing is written then.
     """
-    output = Path(output)
+    if output is None:
+        if resume:
+            raise ValueError("a run without an output folder cannot be resumed")
+        with tempfile.TemporaryDirectory() as folder:
+            return fit(
+                dataset, model, recipe=recipe, stage=stage, output=Path(folder) / "run",
+                initial_folder=initial_folder, progress=progress, **settings,
+            )  # fmt: skip
+    recipe, output, initial = recipe or Recipe(), Path(output), model
+    current = dataclasses.replace(recipe.stages.get(stage) or Stage(), **settings)
+    if initial is not None:
+        recipe = _with_model(recipe, initial, current.init)
+    elif current.init.freeze or current.init.patch:
+        raise ValueError(
+            f"{stage}: init freezes or patches a model, and there is none to start from"
+        )
+    recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
     checkpoint = output / "last.ckpt"
     if resume and not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing: there is no run to resume in {output}")
     if not resume and first_process():
         check_free(output)
-    if initial is not None:
-        recipe = _with_model(recipe, initial)
     if resume:
-        check_same_run(output, dataset, recipe, stage, task)
-        _check_checkpoint(checkpoint, stage.steps)
-    if stage.cuda_graph:
-        _check_one_gpu(stage.devices)
-    if stage.backend is not None:
+        check_same_run(output, dataset, recipe, stage)
+        check_checkpoint(checkpoint, current.steps)
+    if current.cuda_graph:
+        _check_one_gpu(current.devices)
+    if current.backend is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if why := unavailable_reason(stage.backend, "linear_cross_entropy", device):
-            raise ValueError(f"backend is {stage.backend!r}: {why}")
+        if why := unavailable_reason(current.backend, "linear_cross_entropy", device):
+            raise ValueError(f"backend is {current.backend!r}: {why}")
 
-    torch.manual_seed(stage.seed)
-    model = copy.deepcopy(initial) or UserModel(dataset.num_items, recipe.model)
-    data = task_data(dataset, recipe, stage.objectives, task)
-    objective = JointObjective(stage.objectives, model, data.attributes, dataset.item_counts)
-    if not stage.objectives.masked_item:
-        model.item_head.requires_grad_(False)  # DDP waits for the gradient of every parameter
+    torch.manual_seed(recipe.seed)
+    trained, taken = _started(dataset, recipe.model, initial, current.init)
+    data = stage_data(dataset, recipe, current)
+    objective = JointObjective(current.parts, trained, data.side, current.backend)
     if initial_folder is not None:
-        load_heads(objective, initial_folder, only="social_relation.")
+        heads = [name for name in current.init.take if name not in PARTS]
+        taken += load_heads(objective, initial_folder, only=heads)
+    views = Views(current.views, trained.frame, data.side, recipe.model.max_len)
     loader = SequenceLoader(
-        dataset,
-        "train",
-        batch_size=stage.batch_size,
-        max_len=recipe.model.max_len,
-        seed=stage.seed,
+        views,
+        batch_size=current.batch_size,
+        seed=recipe.seed,
         users=data.users,
-        friends=data.friends,
-        columns={attribute.name: attribute.values for attribute in data.attributes},
-        steps_per_pass=stage.pass_steps,
-        **model.sequence_tokens,  # type: ignore[arg-type]
+        steps_per_pass=current.pass_steps,
     )
-    module = StageModule(model, objective, stage, loader, data.evaluator)
+    module = StageModule(trained, objective, current, loader, data.judge)
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
-        describe_run(output, dataset, recipe, stage, task)
+        describe_run(output, dataset, recipe, stage)
         (output / "summary.json").unlink(missing_ok=True)
     keep = KeepBest(
         output / "model",
         lambda folder: describe_model(folder, dataset, recipe, stage, initial_folder),
     )
-    save = SaveToResume(checkpoint, stage.checkpoint_every, stage.patience)
-    callbacks: list[Callback] = [keep, save]
+    trainer = _trainer(output, current, keep, loader.steps_per_pass, progress)
+    start = time.perf_counter()
+    if initial is not None and not resume:
+        trainer.validate(module, verbose=False)
+    try:
+        trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
+    except SIGTERMException as stop:  # a SystemExit with status 0
+        print(f"fastrec: SIGTERM ended the run in {output}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    parameters = trained_share(trained, objective)
+    summary = {
+        "steps": trainer.global_step,
+        "seconds": round(time.perf_counter() - start, 1),
+        f"valid {current.monitored}": keep.best,
+        "users": len(data.users),
+        "parameters": parameters[1],
+        "trained": parameters[0],
+        "taken": taken,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if trainer.is_global_zero:
+        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    trainer.strategy.barrier()
+    return UserModel.from_pretrained(output / "model", settings_of(recipe.model.encoder))
+
+
+def _trainer(
+    output: Path, stage: Stage, keep: KeepBest, steps_per_pass: int, progress: bool
+) -> lightning.Trainer:
+    callbacks: list[Callback] = [
+        keep,
+        SaveToResume(output / "last.ckpt", stage.checkpoint_every, stage.patience),
+    ]
     if stage.patience:
         callbacks.append(
             EarlyStopping(
@@ -188,10 +183,14 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for noise in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", noise)
-    trainer = lightning.Trainer(
+    devices = max(1, torch.cuda.device_count()) if stage.devices == "auto" else int(stage.devices)
+    return lightning.Trainer(
         max_steps=stage.steps,
         max_epochs=stage.steps // stage.pass_steps,
         devices=stage.devices,
+        # Which parameters the objectives read is theirs to know: the item head of a stage without
+        # item prediction has no gradient, and DDP would wait for it.
+        strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
         precision=stage.precision,
         gradient_clip_val=stage.gradient_clip or None,
         callbacks=callbacks,
@@ -203,29 +202,9 @@ def fit(
         num_sanity_val_steps=0,
         enable_progress_bar=progress,
         enable_model_summary=False,
-        log_every_n_steps=min(10, loader.steps_per_pass),
+        log_every_n_steps=min(10, steps_per_pass),
         use_distributed_sampler=False,
     )
-    start = time.perf_counter()
-    if initial is not None and not resume:
-        trainer.validate(module, verbose=False)
-    try:
-        trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
-    except SIGTERMException as stop:  # a SystemExit with status 0
-        print(f"fastrec: SIGTERM ended the run in {output}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from stop
-    summary = {
-        "steps": trainer.global_step,
-        "seconds": round(time.perf_counter() - start, 1),
-        f"valid {stage.monitor}": keep.best,
-        "users": len(data.users),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    if trainer.is_global_zero:
-        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    trainer.strategy.barrier()
-    return UserModel.from_pretrained(output / "model")
 
 
 def _next_version(folder: Path) -> int:
@@ -242,24 +221,34 @@ def _check_one_gpu(devices: int | str) -> None:
         )
 
 
-def _with_model(recipe: Recipe, initial: UserModel) -> Recipe:
+def _started(
+    dataset, config: ModelConfig, initial: UserModel | None, init: Init
+) -> tuple[UserModel, list[str]]:
+    """The model that a stage trains, and the names of the tensors that `initial` gave it."""
+    if initial is None:
+        return UserModel(dataset.num_items, config), []
+    if set(PARTS) <= set(init.take) and not init.patch:
+        model, taken = copy.deepcopy(initial), list(initial.state_dict())
+    else:
+        model = UserModel(dataset.num_items, config)
+        taken = take(model, initial, init.take)
+    freeze(model, init.freeze)
+    return model, taken
+
+
+def _with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
     """The recipe with the settings of the model that a stage starts from, and a warning if they
     differ."""
-    asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(initial.config)
-    other = [
-        f"{name} {kept[name]!r}, not {asked[name]!r}" for name in kept if kept[name] != asked[name]
-    ]
-    if other:
+    config = initial.config
+    if recipe.model != config and recipe.model != ModelConfig():
+        asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
+        other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
         warnings.warn(
             f"the model to start from keeps its own settings: {', '.join(other)}", stacklevel=3
         )
-    return dataclasses.replace(recipe, model=initial.config)
-
-
-def _check_checkpoint(path: Path, steps: int) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read, is it truncated? {error}") from error
-    if state["global_step"] > steps:
-        raise ValueError(f"{path} holds {state['global_step']} steps, the run is to have {steps}")
+    if init.patch:
+        encoder = settings_of(config.encoder)
+        if not hasattr(encoder, "patch"):
+            raise ValueError(f"init.patch: {type(encoder).__name__} has no model patches")
+        config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, patch=init.patch))
+    return dataclasses.replace(recipe, model=config)

@@ -1,11 +1,11 @@
 """Forward and backward of a training step as CUDA graphs, for batches of any size.
 
-A graph replays kernels of fixed shapes. So a batch is padded to a capacity, a budget of events,
-sequences, masked rows, queries and candidates, in a way that changes no loss: further sequences of
-special tokens, which are masked, pooled and predicted nowhere. The capacity has room for batches a
-tenth larger than those seen; one that does not fit is captured anew.
+A graph replays kernels of fixed shapes. So every view is padded to a capacity, a budget of events,
+sequences, predicted events, queries and candidates, in a way that changes no loss: further
+sequences of special tokens, which are pooled and predicted nowhere and not `real`. The capacity has
+room for batches a tenth larger than those seen; one that does not fit is captured anew.
 
-Legend: S sequences, T events, N masked rows, Q queries, C candidates, E exclusions.
+Legend: S sequences, T events, N predicted events, Q queries, C candidates, E exclusions.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrec.data.attributes import missing_value
-from fastrec.data.batch import JaggedBatch
-from fastrec.data.relations import SocialPairs
+from fastrec.data.batch import FILL, JaggedBatch
+from fastrec.data.pairs import Pairs
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.joint import JointObjective, Prepared, Term
-from fastrec.objectives.masked_item import Masking
+from fastrec.objectives.joint import JointObjective, Term
+from fastrec.random import Rng
 
 MARGIN = 1.1
 
@@ -37,11 +37,11 @@ class Capacity(NamedTuple):
     excluded: int = 0
 
     @classmethod
-    def of(cls, prepared: Prepared) -> "Capacity":
-        """What a batch needs: an event more than it has, so that no sequence begins after the end,
+    def of(cls, batch: JaggedBatch) -> "Capacity":
+        """What a view needs: an event more than it has, so that no sequence begins after the end,
         a query more, which has the spare exclusions, and a candidate where there is none."""
-        batch, pairs = prepared.batch, prepared.batch.pairs
-        own = (len(batch), len(batch.values) + 1, len(prepared.rows))
+        pairs, rows = batch.pairs, 0 if batch.scored is None else len(batch.scored)
+        own = (len(batch), len(batch.values) + 1, rows)
         if pairs is None:
             return cls(*own)
         candidates = max(len(pairs.candidate_rows), 1)
@@ -56,42 +56,39 @@ class Capacity(NamedTuple):
 
 
 def _to(tensor: Tensor, size: int, value: float) -> Tensor:
-    return F.pad(tensor, (0, size - len(tensor)), value=value)
+    ends = (0, 0) * (tensor.dim() - 1) + (0, size - len(tensor))
+    return F.pad(tensor, ends, value=value)
 
 
-def padded(prepared: Prepared, capacity: Capacity, length: int, filler: int) -> Prepared:
-    """The batch in the sizes of `capacity`: same losses, same gradients.
+def padded(batch: JaggedBatch, capacity: Capacity, length: int, filler: int) -> JaggedBatch:
+    """The view in the sizes of `capacity`: same losses, same gradients.
 
-    length: of the longest sequence that the encoder takes. filler: a special token. The batch is
+    length: of the longest sequence that the encoder takes. filler: a special token. The view is
     on the host and of one process.
     """
-    batch, events = prepared.batch, len(prepared.batch.values)
+    events = len(batch.values)
     full, rest = divmod(capacity.events - events, length)
     sequences = capacity.sequences + -(-capacity.events // length)
     added = batch.offsets.new_zeros(sequences - len(batch))
     added[len(added) - full :] = length  # empty ones first: none begins where the events end
     added[len(added) - full - 1] = rest
-    offsets = torch.cat([batch.offsets, events + added.cumsum(0)])
-    columns = {
-        name: _to(column, sequences, missing_value(column))
-        for name, column in batch.columns.items()
-    }
-    return Prepared(
-        JaggedBatch(
-            _to(batch.values, capacity.events, filler),
-            offsets,
-            _to(batch.sample_ids, sequences, 0),
-            length,
-            columns,
-            pairs=None if batch.pairs is None else _padded_pairs(batch.pairs, capacity),
-        ),
-        _to(prepared.masked, capacity.events, filler),
-        _to(prepared.rows, capacity.rows, 0),
-        _to(prepared.targets, capacity.rows, -100),
+    return JaggedBatch(
+        _to(batch.values, capacity.events, filler),
+        torch.cat([batch.offsets, events + added.cumsum(0)]),
+        _to(batch.keys, sequences, 0),
+        length,
+        {n: _to(c, capacity.events, FILL.get(n, 0)) for n, c in batch.events.items()},
+        {n: _to(c, sequences, missing_value(c)) for n, c in batch.users.items()},
+        pairs=None if batch.pairs is None else _padded_pairs(batch.pairs, capacity),
+        # The last event is padding and has no target.
+        scored=None
+        if batch.scored is None
+        else _to(batch.scored, capacity.rows, capacity.events - 1),
+        real=torch.arange(sequences) < len(batch),
     )
 
 
-def _padded_pairs(pairs: SocialPairs, capacity: Capacity) -> SocialPairs:
+def _padded_pairs(pairs: Pairs, capacity: Capacity) -> Pairs:
     queries, candidates = len(pairs.positive), max(len(pairs.candidate_rows), 1)
     listed, offsets = pairs.exclude
     # The spare exclusions are shared by the padding: one long list would be walked by one program.
@@ -102,7 +99,7 @@ def _padded_pairs(pairs: SocialPairs, capacity: Capacity) -> SocialPairs:
     def profiles(ids: Tensor | None, size: int) -> Tensor | None:
         return None if ids is None else _to(ids, size, -1)
 
-    return SocialPairs(
+    return Pairs(
         query_rows=_to(pairs.query_rows, capacity.queries, 0),
         candidate_rows=_to(pairs.candidate_rows, capacity.candidates, 0),
         positive=_to(pairs.positive, capacity.queries, 0),
@@ -173,15 +170,16 @@ def _unpacked(template: Any, packs: tuple[Tensor, ...]) -> Any:
 class _Losses(nn.Module):
     """The losses as a function of tensors: what is captured."""
 
-    def __init__(self, model: UserModel, objective: JointObjective, template: tuple, backend):
+    def __init__(self, model: UserModel, objective: JointObjective, template: tuple):
         super().__init__()
-        self.model, self.objective = model, objective
-        self.template, self.backend = template, backend
+        self.model, self.objective, self.template = model, objective, template
         self.terms: list[Term] = []
 
     def forward(self, *packs: Tensor) -> Tensor:
-        prepared, (seed, step) = _unpacked(self.template, packs)
-        terms = self.objective.losses(self.model, prepared, seed, step, self.backend)
+        views, (seed, step) = _unpacked(self.template, packs)
+        terms = self.objective(self.model, views, Rng(seed, step))
+        # A value to look at may be one of the host, which would be captured.
+        terms = [term for term in terms if term.number is not None]
         self.terms = [term._replace(loss=term.loss.detach(), number=1) for term in terms]
         return torch.stack([term.loss.float() for term in terms])
 
@@ -197,13 +195,13 @@ def cuda_graph(losses: _Losses, packs: list[Tensor]) -> Callable:
 class GraphedObjective:
     """`JointObjective` with forward and backward replayed from CUDA graphs.
 
-    Items are masked on the host, where nothing waits for the device, and seed and step are inputs
-    of the graph: a replay draws the masks of its step. Gradients are those of the same batch
-    without padding, up to the order of sums.
+    Views are made on the host, where nothing waits for the device, and seed and step are inputs of
+    the graph: a replay draws the dropout of its step. Gradients are those of the same batch without
+    padding, up to the order of sums.
 
     Args:
         model, objective: on a CUDA device. Their parameters may be updated in place.
-        masking, seed, backend: as in `JointObjective.forward`.
+        seed: of the run.
         capture: makes the callable that is kept while batches fit; another one than `cuda_graph`
             in tests.
     """
@@ -212,33 +210,31 @@ class GraphedObjective:
         self,
         model: UserModel,
         objective: JointObjective,
-        masking: Masking,
         seed: int,
-        backend=None,
         capture: Callable[[_Losses, list[Tensor]], Callable] = cuda_graph,
     ):
-        self.model, self.objective, self.masking, self.seed = model, objective, masking, seed
-        self.backend, self.capture = backend, capture
-        self.capacity = Capacity(0, 0, 0)
+        self.model, self.objective, self.seed, self.capture = model, objective, seed, capture
+        self.capacities: dict[str, Capacity] = {}
         self._captured: tuple[_Losses, Callable] | None = None
 
-    def __call__(self, batch: JaggedBatch, step: int) -> list[Term]:
-        """The terms of a batch on the host. Call backward of their sum before the next call."""
-        prepared = self.objective.prepare(self.model, batch, self.masking, self.seed, step)
-        need = Capacity.of(prepared)
-        if not self.capacity.holds(need):
-            self.capacity = self.capacity.with_room_for(need)
-            self._captured = None  # frees the memory of the old graph
-        length = self.model.encoder.positions.num_embeddings
-        filler = self.model.token("mask")
-        words = (torch.tensor(self.seed), torch.tensor(step))
-        inputs = (padded(prepared, self.capacity, length, filler), words)
+    def __call__(self, views: dict[str, JaggedBatch], step: int) -> list[Term]:
+        """The terms of views on the host. Call backward of their sum before the next call."""
+        for name, view in views.items():
+            need, capacity = Capacity.of(view), self.capacities.get(name, Capacity(0, 0, 0))
+            if not capacity.holds(need):
+                self.capacities[name] = capacity.with_room_for(need)
+                self._captured = None  # frees the memory of the old graph
+        length, filler = self.model.max_positions, self.model.token("sep")
+        inputs = (
+            {n: padded(v, self.capacities[n], length, filler) for n, v in views.items()},
+            (torch.tensor(self.seed), torch.tensor(step)),
+        )
         device = self.model.item_embedding.weight.device
         packs = _packed(inputs)
         if device.type == "cuda":
             packs = [pack.pin_memory().to(device, non_blocking=True) for pack in packs]
         if self._captured is None:
-            losses = _Losses(self.model, self.objective, inputs, self.backend)
+            losses = _Losses(self.model, self.objective, inputs)
             self._captured = losses, self.capture(losses, packs)
         losses, call = self._captured
         values = call(*packs)

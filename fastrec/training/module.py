@@ -1,4 +1,4 @@
-"""The Lightning module of one stage: one joint loss; validation by an evaluator."""
+"""The Lightning module of one stage: one joint loss; validation by a judge."""
 
 import math
 
@@ -6,9 +6,10 @@ import lightning
 import torch
 
 from fastrec.data.loader import SequenceLoader
-from fastrec.evaluation.protocols import row_blocks
+from fastrec.evaluation.next_item import row_blocks
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.random import Rng
 from fastrec.training.config import Stage
 from fastrec.training.graphed import GraphedObjective
 
@@ -16,14 +17,14 @@ from fastrec.training.graphed import GraphedObjective
 class StageModule(lightning.LightningModule):
     """Trains `model` and the heads of `objective` for one stage.
 
-    evaluator: has `len()`, `score(model, objective, rows)`, a tensor for a slice of its rows,
+    judge: has `len()`, `score(model, objective, rows)`, a tensor for a slice of its rows,
         `metrics(scores, objective)`, a dict of numbers from the scores of all rows, and their
         `metric_names`.
 
-    Raises ValueError if `stage.monitor` is none of these.
+    Raises ValueError if the metric that the stage monitors is none of these.
 
-    Batch, masks and dropout of a step depend on (seed, global step) only, so a resumed run repeats
-    the interrupted one bit for bit without saving any generator state.
+    Batch, views and dropout of a step depend on (seed of the loader, global step) only, so a
+    resumed run repeats the interrupted one bit for bit without saving any generator state.
     """
 
     def __init__(
@@ -32,15 +33,14 @@ class StageModule(lightning.LightningModule):
         objective: JointObjective,
         stage: Stage,
         loader: SequenceLoader,
-        evaluator,
+        judge,
     ):
         super().__init__()
-        if stage.monitor not in evaluator.metric_names:
+        if stage.monitored not in judge.metric_names:
             raise ValueError(
-                f"monitor is {stage.monitor!r}, the metrics of this task are"
-                f" {evaluator.metric_names}"
+                f"monitor is {stage.monitored!r}, the metrics of this task are {judge.metric_names}"
             )
-        self.model, self.stage, self.loader, self.evaluator = model, stage, loader, evaluator
+        self.model, self.stage, self.loader, self.judge = model, stage, loader, judge
         self.objective = objective
         self.validation_scores: list[torch.Tensor] = []
         self.graphed: GraphedObjective | None = None
@@ -51,53 +51,42 @@ class StageModule(lightning.LightningModule):
         return self.loader
 
     def val_dataloader(self):
-        blocks = [(rows.start, rows.stop) for rows in row_blocks(len(self.evaluator))]
+        blocks = [(rows.start, rows.stop) for rows in row_blocks(len(self.judge))]
         return torch.utils.data.DataLoader(blocks, batch_size=None)  # type: ignore[arg-type]
 
     def on_fit_start(self):
-        stage = self.stage
-        if stage.cuda_graph:
-            self.graphed = GraphedObjective(
-                self.model, self.objective, stage.masking, stage.seed, stage.backend
-            )
+        if self.stage.cuda_graph:
+            self.graphed = GraphedObjective(self.model, self.objective, self.loader.seed)
 
-    def training_step(self, batch, batch_index):
-        stage = self.stage
+    def training_step(self, views, batch_index):
         if self.graphed is not None:
-            terms = self.graphed(batch, self.global_step)
+            terms = self.graphed(views, self.global_step)
         else:
-            terms = self.objective(
-                self.model, batch, stage.masking, stage.seed, self.global_step, stage.backend
-            )
+            terms = self.objective(self.model, views, Rng(self.loader.seed, self.global_step))
         loss = total_loss(terms, self.trainer.world_size)
         # Of several processes the mean: `total_loss` has scaled the share of each for DDP.
         several = self.trainer.world_size > 1
-        self.log(
-            "train_loss", loss.detach(), prog_bar=True, batch_size=len(batch), sync_dist=several
-        )
-        parts: dict[str, torch.Tensor] = {}
-        for term in terms:
-            parts[term.objective] = parts.get(term.objective, 0) + term.loss.detach()
-        if batch.pairs is not None:
-            parts["negatives"] = torch.tensor(batch.pairs.negatives)
-        for name, value in parts.items() if len(terms) > 1 else ():
-            self.log(f"train/{name}", value, batch_size=len(batch), sync_dist=several)
+        size = len(next(iter(views.values())))
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=several)
+        for term in terms if len(terms) > 1 else ():
+            value = term.loss.detach()
+            self.log(f"train/{term.name}", value, batch_size=size, sync_dist=several)
         return loss
 
     def validation_step(self, rows, batch_index):
-        scores = self.evaluator.score(self.model, self.objective, slice(*rows))
+        scores = self.judge.score(self.model, self.objective, slice(*rows))
         self.validation_scores.append(scores)
 
     def on_validation_epoch_end(self):
-        metrics = self.evaluator.metrics(torch.cat(self.validation_scores), self.objective)
+        metrics = self.judge.metrics(torch.cat(self.validation_scores), self.objective)
         self.validation_scores.clear()
         self.log_dict({f"valid/{name}": value for name, value in metrics.items()}, prog_bar=False)
-        self.log("valid", metrics[self.stage.monitor], prog_bar=True, logger=False)
+        self.log("valid", metrics[self.stage.monitored], prog_bar=True, logger=False)
 
     def transfer_batch_to_device(self, batch, device, dataloader_index):
-        if self.graphed is not None or not hasattr(batch, "to"):
+        if self.graphed is not None or not isinstance(batch, dict):
             return batch  # a graph takes it from the host
-        return batch.to(device)
+        return {name: view.to(device) for name, view in batch.items()}
 
     def configure_optimizers(self):
         stage = self.stage

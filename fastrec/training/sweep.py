@@ -8,37 +8,49 @@ from statistics import mean, stdev
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.protocols import Evaluator
+from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_sweep, print_table
 from fastrec.nn.user_model import UserModel
+from fastrec.training.checkpoint import plain
 from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
-from fastrec.training.tasks import select_users
+from fastrec.training.stage_data import select_users
 
 
 def with_value(recipe, key: str, value):
-    """The recipe with the field at a dotted `key` replaced, like "pretraining.batch_size".
+    """The recipe with the field at a dotted `key` replaced, like "pretraining.batch_size", or
+    "pretraining.views.main.0.mask.share" for the first step of a view.
 
     Raises ValueError for an unknown key or a value of another type.
     """
     name, _, rest = key.partition(".")
-    fields = {field.name for field in dataclasses.fields(recipe)}
-    if name not in fields:
-        raise ValueError(
-            f"{name!r} is no key of {type(recipe).__name__}; those are {sorted(fields)}"
-        )
-    old = getattr(recipe, name)
-    if dataclasses.is_dataclass(old):
+    if isinstance(recipe, list):
+        if not name.isdigit() or int(name) >= len(recipe):
+            raise ValueError(f"{name!r} is no place in a list of {len(recipe)}")
+        changed = with_value(recipe[int(name)], rest, value) if rest else value
+        return [changed if i == int(name) else old for i, old in enumerate(recipe)]
+    if isinstance(recipe, dict):
+        known = list(recipe)
+    else:
+        known = [field.name for field in dataclasses.fields(recipe)]
+    if name not in known:
+        raise ValueError(f"{name!r} is no key of {type(recipe).__name__}; those are {known}")
+    old = recipe[name] if isinstance(recipe, dict) else getattr(recipe, name)
+    if dataclasses.is_dataclass(old) or isinstance(old, (dict, list)):
         if not rest:
             raise ValueError(f"{name!r} is a group of keys: {name}.KEY")
-        return dataclasses.replace(recipe, **{name: with_value(old, rest, value)})
-    if rest:
+        new = with_value(old, rest, value)
+    elif rest:
         raise ValueError(f"{name!r} has no key {rest!r}")
-    if isinstance(old, float) and type(value) is int:
-        value = float(value)
-    if old is not None and type(value) is not type(old):
-        raise ValueError(f"{key} is {old!r}, expected another {type(old).__name__}, got {value!r}")
-    return dataclasses.replace(recipe, **{name: value})
+    else:
+        new = float(value) if isinstance(old, float) and type(value) is int else value
+        if old is not None and type(new) is not type(old):
+            raise ValueError(
+                f"{key} is {old!r}, expected another {type(old).__name__}, got {value!r}"
+            )
+    if isinstance(recipe, dict):
+        return {**recipe, name: new}
+    return dataclasses.replace(recipe, **{name: new})
 
 
 def sweep(
@@ -49,7 +61,9 @@ def sweep(
     values: list[bool | int | float | str],
     seeds: int = 1,
 ):
-    """Compare values of one recipe key: pre-train, fine-tune, rank the test items; table and plot.
+    """Compare values of one recipe key: train, rank the test items; table and plot.
+
+    Pre-training is followed by the stage recommendation where the recipe has it.
 
     A finished stage is not computed again, so the command can be repeated after an interruption,
     with more values or more seeds. UPRec's figures 4 to 6 are the keys pretraining.steps,
@@ -64,7 +78,7 @@ def sweep(
     """
     if not values or seeds < 1:
         raise ValueError(f"there is nothing to run: values {values}, seeds {seeds}")
-    if key.endswith(".seed") and key.split(".")[0] in ("pretraining", "finetuning"):
+    if key == "seed":
         raise ValueError(
             f"{key} is set by seeds={seeds}: the runs of each value have seeds 0, 1, ..."
         )
@@ -92,27 +106,28 @@ def sweep(
 
 
 def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]:
-    folder = folder / f"seed-{seed}"
+    folder, recipe = folder / f"seed-{seed}", dataclasses.replace(recipe, seed=seed)
     result, started = folder / "metrics.json", folder / "recipe.json"
-    described = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
-    if started.is_file() and started.read_text() != described:
+    text = json.dumps(plain(recipe), indent=2) + "\n"
+    if started.is_file() and started.read_text() != text:
         raise ValueError(f"{folder} is from another recipe; choose another output folder")
     if result.is_file():
         return json.loads(result.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    started.write_text(described)
-    stages = [dataclasses.replace(s, seed=seed) for s in (recipe.pretraining, recipe.finetuning)]
+    started.write_text(text)
     model = None
-    for name, stage in zip(("pretrain", "finetune"), stages, strict=True):
+    for name in ("pretraining", "recommendation"):
         run = folder / name
+        if name not in recipe.stages:
+            continue
         if (run / "summary.json").is_file():
             model = UserModel.from_pretrained(run / "model")
             continue
         resume = (run / "last.ckpt").is_file()
         if not resume and run.is_dir():
             shutil.rmtree(run)  # it ended before its first checkpoint
-        model = fit(dataset, recipe, stage, run, initial=model, resume=resume)
-    evaluator = Evaluator(dataset, select_users(dataset, recipe), "test", recipe.evaluation)
-    metrics = ranking_metrics(evaluator.ranks(model))
+        model = fit(dataset, model, recipe=recipe, stage=name, output=run, resume=resume)
+    judge = NextItemJudge(dataset, select_users(dataset, recipe.users), "test", recipe.evaluation)
+    metrics = ranking_metrics(judge.ranks(model))
     result.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.data.relations import SocialGraph
-from fastrec.nn.pool import max_pool
+from fastrec.data.graph import SocialGraph
+from fastrec.objectives.friends import SocialRelationDetection
 
 _CHUNK = 1024
 
 
-class RelationEvaluator:
+class FriendsJudge:
     """Every link with both ends among `users`, in both directions: the friend against `negatives`
     users drawn uniformly from those who are not friends, the same for every model.
 
@@ -57,12 +57,14 @@ class RelationEvaluator:
         return len(self.users)
 
     def score(self, model, objective, rows: slice) -> Tensor:
-        """[N, D]: max-pooled user vectors of a slice of the users, on the CPU."""
+        """[N, D]: user vectors of a slice of the users, on the CPU: pooled as the objective friends
+        does, max-pooled without it."""
+        head = objective.find(SocialRelationDetection)
         with torch.no_grad():
-            batch = self.dataset.gather(
-                self.users[rows], self.split, max_len=model.config.max_len, **model.sequence_tokens
-            ).to(model.item_table.device)
-            return max_pool(model.encode(batch), batch, model.num_items).float().cpu()
+            batch = model.inputs(self.dataset, self.users[rows], self.split)
+            encoded = model.encode(batch.to(model.item_table.device))
+            vectors = model.pool(encoded, "max") if head is None else head.pool(model, encoded)
+            return vectors.float().cpu()
 
     @property
     def metric_names(self) -> list[str]:
@@ -73,7 +75,7 @@ class RelationEvaluator:
 
         vectors: [N, D], what `score` gives for all users.
         """
-        head = getattr(objective, "social_relation", None)
+        head = objective.find(SocialRelationDetection)
         weight = torch.ones(vectors.shape[1])
         if head is not None:
             weight = head.weight.detach().float().cpu()

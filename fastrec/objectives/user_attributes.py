@@ -3,10 +3,35 @@
 Legend: S users of a batch, D width.
 """
 
+from dataclasses import dataclass, field
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.attributes import EncodedAttribute
+from fastrec.data.side import SideData
+from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.random import Rng
+
+
+@dataclass(frozen=True)
+class UserAttributes:
+    """Prediction of the `attributes` of the recipe.
+
+    Attributes:
+        views: whose users are predicted.
+        weight: in the joint loss.
+        pool: the user vector; UPRec pre-trains with "max" (eq. 8) and fine-tunes with "cls"
+            (section 3.4).
+    """
+
+    views: list[str] = field(default_factory=lambda: ["main"])
+    weight: float = 1.0
+    pool: Pooling = "max"
+
+    def build(self, model, side: SideData) -> "UserAttributePrediction":
+        side.user_columns |= {attribute.name: attribute.values for attribute in side.attributes}
+        return UserAttributePrediction(model.config.width, side.attributes, self.pool)
 
 
 class UserAttributePrediction(nn.Module):
@@ -18,28 +43,31 @@ class UserAttributePrediction(nn.Module):
     Args:
         width: D.
         attributes: their order is that of the outputs; `scales` tells what these mean.
+        pool: see `UserAttributes`.
     """
 
-    def __init__(self, width: int, attributes: list[EncodedAttribute]):
+    def __init__(self, width: int, attributes: list[EncodedAttribute], pool: Pooling = "max"):
         super().__init__()
         self.names = [attribute.name for attribute in attributes]
         self.sizes = [attribute.outputs for attribute in attributes]
-        self.scales = [attribute.scale for attribute in attributes]
+        self.scales = [attribute.scale | {"pool": pool} for attribute in attributes]
         self.linear = nn.Linear(width, sum(self.sizes))
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
+        self.pool = Pool(pool, width)
 
     def predict(self, users: Tensor) -> dict[str, Tensor]:
         """[S, D] to [S, 1] standardised values or [S, classes] logits of each attribute."""
         parts = self.linear(users).split(self.sizes, dim=1)
         return dict(zip(self.names, parts, strict=True))
 
-    def forward(self, users: Tensor, columns: dict[str, Tensor]) -> dict[str, tuple]:
-        """(mean loss, number of users with a value) of each attribute; eq. 12 is the sum.
+    def forward(self, model, rng: Rng, view: Encoded) -> dict[str, tuple[Tensor, Tensor]]:
+        """(mean loss, number of users with a value) of each attribute; eq. 12 is the sum."""
+        return self.losses(self.pool(model, view), view.batch.users)
 
-        columns: the attributes of the same users, as `EncodedAttribute.values` holds them. A loss
-        over no user is 0 with a live graph.
-        """
+    def losses(self, users: Tensor, columns: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """From user vectors [S, D] and the attributes of the same users, as `EncodedAttribute`
+        holds them. A loss over no user is 0 with a live graph."""
         missing = [name for name in self.names if name not in columns]
         if missing:
             raise ValueError(f"the batch has no column {missing[0]!r}, it has {sorted(columns)}")

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from fastrec.data.attributes import EncodedAttribute
+from fastrec.objectives.user_attributes import UserAttributePrediction
 
 
-class ProfileEvaluator:
+class AttributesJudge:
     """Predicts the attributes of a user set from their sequences.
 
     attributes: encoded with the training users, whose mean and most frequent class are the
@@ -41,13 +42,13 @@ class ProfileEvaluator:
 
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64 [N, A]: predicted standardised values and class indices, on the CPU."""
+        head = objective.find(UserAttributePrediction)
+        if head is None:
+            raise ValueError("the judge attributes needs the objective user_attributes")
         with torch.no_grad():
-            batch = self.dataset.gather(
-                self.users[rows], self.split, max_len=model.config.max_len, **model.sequence_tokens
-            ).to(model.item_table.device)
-            vectors = objective.user_vectors(model, model.encode(batch), batch)
-            pool = objective.objectives.attribute_pool
-            outputs = objective.user_attribute.predict(vectors[pool])
+            batch = model.inputs(self.dataset, self.users[rows], self.split)
+            encoded = model.encode(batch.to(model.item_table.device))
+            outputs = head.predict(head.pool(model, encoded))
         columns = [
             outputs[a.name].argmax(1) if a.labels else outputs[a.name].squeeze(1)
             for a in self.attributes

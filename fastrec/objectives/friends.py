@@ -3,11 +3,36 @@
 Legend: S sequences of this process, B queries, C candidates of all processes, D width.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 
-from fastrec.data.relations import SocialPairs
+from fastrec.data.pairs import Pairs
+from fastrec.data.side import SideData
+from fastrec.nn.pool import Encoded, Pool, Pooling
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
+from fastrec.random import Rng
+
+
+@dataclass(frozen=True)
+class Friends:
+    """Finding a user's friend among the drawn friends of a batch.
+
+    Attributes:
+        views: a view with the step `friend`.
+        weight: in the joint loss.
+        pool: the user vector.
+        initial: where the weights of the similarity start; None is 1 / D.
+    """
+
+    views: list[str] = field(default_factory=lambda: ["main"])
+    weight: float = 1.0
+    pool: Pooling = "max"
+    initial: float | None = None
+
+    def build(self, model, side: SideData) -> "SocialRelationDetection":
+        return SocialRelationDetection(model.config.width, self.initial, self.pool)
 
 
 class SocialRelationDetection(nn.Module):
@@ -22,30 +47,41 @@ class SocialRelationDetection(nn.Module):
     Args:
         width: D.
         initial: the first value of all w; None is 1 / D.
+        pool: see `Friends`.
     """
 
-    def __init__(self, width: int, initial: float | None = None):
+    backend: str | None = None
+
+    def __init__(self, width: int, initial: float | None = None, pool: Pooling = "max"):
         super().__init__()
         self.weight = nn.Parameter(torch.full((width,), 1 / width if initial is None else initial))
         self.bias = nn.Parameter(torch.zeros(()))
+        self.pool = Pool(pool, width)
 
-    def forward(self, users: Tensor, pairs: SocialPairs | None, backend=None) -> Tensor:
+    def forward(self, model, rng: Rng, view: Encoded) -> dict[str, tuple]:
+        """{"friends": (loss, B)} and the mean number of negatives, which is only looked at."""
+        pairs = view.batch.pairs
+        if pairs is None:
+            raise ValueError("the view of the objective friends has no pairs: it needs friend")
+        loss = self.loss(self.pool(model, view), pairs)
+        return {
+            "friends": (loss, len(pairs.positive)),
+            "negatives": (torch.tensor(pairs.negatives, device="cpu"), None),
+        }
+
+    def loss(self, users: Tensor, pairs: Pairs) -> Tensor:
         """A scalar from user vectors [S, D]; 0 with a live graph when no user has a friend.
 
         With several processes the candidates of all of them take part: the loss is the mean over
         the queries of this process, and candidates collect gradients from all processes.
         """
-        if pairs is None:
-            raise ValueError("the batch has no pairs: give the loader a FriendSampler")
         bias = None
         if pairs.real is not None:
             bias = torch.where(pairs.real[1], 0.0, -torch.inf)
         group, profile, counts = None, pairs.candidate_profile, pairs.candidates_per_rank
         if len(counts) > 1:
-            group, before = (
-                torch.distributed.group.WORLD,
-                sum(counts[: torch.distributed.get_rank()]),
-            )
+            group = torch.distributed.group.WORLD
+            before = sum(counts[: torch.distributed.get_rank()])
             if profile is not None:
                 profile = profile[before : before + len(pairs.candidate_rows)]
         loss = in_batch_cross_entropy(
@@ -61,7 +97,7 @@ class SocialRelationDetection(nn.Module):
             group=group,
             candidates_per_rank=None if group is None else counts,
             reduction="mean" if pairs.real is None else "none",
-            backend=backend,
+            backend=self.backend,
         )
         if pairs.real is not None:
             loss = (loss * pairs.real[0]).sum() / pairs.real[0].sum().clamp_min(1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastrec.nn.transformer import TransformerEncoder, TransformerLayer
+from fastrec.nn.encoders.transformer import TransformerEncoder, TransformerLayer
 from fastrec.nn.user_model import UserModel
 
 # Our module in a layer -> theirs, each with a weight and a bias. BERT has three for one of ours.

@@ -3,51 +3,86 @@
 Legend: T events of a batch, D width, H heads.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.nn.items import ItemRows
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
 from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear import linear
-from fastrec.random import Rng, keep_mask, views_of
+from fastrec.random import Rng
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Self-attention layers: BERT4Rec and UPRec as they are, SASRec with `causal` and `pre_norm`.
+
+    Attributes:
+        layers, heads: how many.
+        ffn_width: inner width of the feed-forward network; 4 D if None.
+        causal: left-to-right instead of bidirectional attention.
+        pre_norm: LayerNorm before the sublayers instead of after.
+        norm_eps: added to the variance in the LayerNorms.
+        patch: width of a bottleneck after each sublayer, 0 for none: what is trained beside a
+            frozen encoder (PeterRec, Yuan et al., 2020, section 3.3; serial).
+    """
+
+    layers: int = 2
+    heads: int = 2
+    ffn_width: int | None = None
+    causal: bool = False
+    pre_norm: bool = False
+    norm_eps: float = 1e-5
+    patch: int = 0
+
+    def __post_init__(self):
+        for name, low in (("layers", 1), ("heads", 1), ("patch", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
+    def build(self, width: int, max_positions: int, dropout: float) -> "TransformerEncoder":
+        return TransformerEncoder(self, width, max_positions, dropout)
 
 
 class EventDropout:
-    """Dropout of [T, D] activations by the Philox contract: the key of an element is its sample id,
-    its position in the sequence and its feature. Without `rng` it is the identity.
+    """Dropout of [T, D] activations by the Philox contract: the key of an element is that of its
+    sequence, its position there and its feature. Without `rng` it is the identity."""
 
-    `batch` may be `views` copies of one batch (`JaggedBatch.repeat`): copy i is view rng.view + i.
-    """
-
-    def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None, views: int = 1):
+    def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None):
         self.rng = rng.pinned(batch.offsets.device) if rng and p > 0.0 else None
-        self.views = views
         self.p = p if self.rng else 0.0
         self.positions = batch.positions()
-        self.sample_ids = batch.sample_ids[batch.segment_ids()] if self.rng else None
+        self.keys = batch.keys[batch.segment_ids()] if self.rng else None
 
     def at(self, site: str, layer: int = 0) -> dict:
         """The dropout arguments of a fused op."""
         return dict(
             dropout_p=self.p,
             rng=self.rng,
-            sample_ids=self.sample_ids,
+            keys=self.keys,
             positions=self.positions,
             site=site,
             layer=layer,
-            views=self.views,
         )
 
-    def __call__(self, x: Tensor, site: str, layer: int = 0) -> Tensor:
-        if self.rng is None or self.sample_ids is None:
-            return x
-        keep, scale = keep_mask(
-            self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer,
-            view=views_of(self.rng, x.shape[0], self.views, x.device),
-        )  # fmt: skip
-        return x * (keep * scale).to(x.dtype)
+
+class Patch(nn.Module):
+    """x + up(GELU(down(x))): a model patch of PeterRec. `up` starts at 0, so it starts as x."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
 
 
 def _join(
@@ -71,17 +106,19 @@ class TransformerLayer(nn.Module):
     one operation with the LayerNorm that comes next, in whichever module that is.
     """
 
-    def __init__(
-        self, width: int, heads: int, ffn_width: int, pre_norm: bool, norm_eps: float = 1e-5
-    ):
+    def __init__(self, settings: Transformer, width: int):
         super().__init__()
-        self.heads, self.pre_norm = heads, pre_norm
+        ffn_width, norm_eps = settings.ffn_width or 4 * width, settings.norm_eps
+        self.heads, self.pre_norm = settings.heads, settings.pre_norm
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention_output = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, norm_eps)
         self.ffn_inner = nn.Linear(width, ffn_width)
         self.ffn_output = nn.Linear(ffn_width, width)
         self.ffn_norm = nn.LayerNorm(width, norm_eps)
+        self.patches = nn.ModuleList()
+        if settings.patch:
+            self.patches.extend(Patch(width, settings.patch) for _ in range(2))
 
     def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
         projection, output = self.query_key_value, self.attention_output
@@ -96,15 +133,16 @@ class TransformerLayer(nn.Module):
             causal=causal,
             dropout_p=dropout.p,
             rng=dropout.rng,
-            sample_ids=batch.sample_ids,
+            keys=batch.keys,
             layer=layer,
-            views=dropout.views,
         )
-        return linear(out.flatten(1), output.weight, output.bias)
+        out = linear(out.flatten(1), output.weight, output.bias)
+        return self.patches[0](out) if self.patches else out
 
     def ffn(self, x: Tensor):
         inner, output = self.ffn_inner, self.ffn_output
-        return gelu_ffn(x, inner.weight, inner.bias, output.weight, output.bias)
+        out = gelu_ffn(x, inner.weight, inner.bias, output.weight, output.bias)
+        return self.patches[1](out) if self.patches else out
 
     def forward(
         self,
@@ -138,54 +176,32 @@ class TransformerEncoder(nn.Module):
     """Position embedding and `layers` transformer layers, jagged in and out.
 
     Defaults are UPRec's encoder (section 3.2): post-norm, bidirectional, erf GELU, FFN width 4 D,
-    dropout on embeddings, attention probabilities and both sublayer outputs.
+    dropout on embeddings, attention probabilities and both sublayer outputs. Pre-norm has one
+    LayerNorm more, at the end.
 
     Args:
-        width: D, divisible by `heads`.
+        settings: of the layers.
+        width: D, divisible by the number of heads.
         max_positions: longest sequence, special tokens included.
         dropout: probability at every site, applied only where `forward` receives an `rng`.
-        causal: each event sees itself and earlier events.
-        pre_norm: LayerNorm before each sublayer and once at the end, instead of after each sum.
-        norm_eps: added to the variance in every LayerNorm.
     """
 
-    def __init__(
-        self,
-        width: int,
-        max_positions: int,
-        layers: int = 2,
-        heads: int = 2,
-        ffn_width: int | None = None,
-        dropout: float = 0.5,
-        causal: bool = False,
-        pre_norm: bool = False,
-        norm_eps: float = 1e-5,
-    ):
+    def __init__(self, settings: Transformer, width: int, max_positions: int, dropout: float):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not divisible by heads {heads}")
-        self.dropout, self.causal = dropout, causal
+        if width % settings.heads:
+            raise ValueError(f"width {width} is not divisible by heads {settings.heads}")
+        self.dropout, self.causal = dropout, settings.causal
+        pre_norm, norm_eps = settings.pre_norm, settings.norm_eps
         self.positions = nn.Embedding(max_positions, width)
         self.embedding_norm = nn.Identity() if pre_norm else nn.LayerNorm(width, norm_eps)
         self.final_norm = nn.LayerNorm(width, norm_eps) if pre_norm else nn.Identity()
         self.layers = nn.ModuleList(
-            TransformerLayer(width, heads, ffn_width or 4 * width, pre_norm, norm_eps)
-            for _ in range(layers)
+            TransformerLayer(settings, width) for _ in range(settings.layers)
         )
 
-    def forward(
-        self,
-        embedded: Tensor,
-        batch: JaggedBatch,
-        rng: Rng | None = None,
-        values: Tensor | None = None,
-        views: int = 1,
-    ) -> Tensor:
-        """[T, D] item embeddings to [views T, D] states. `rng` turns dropout on and is its key.
+    def forward(self, embedded: ItemRows, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
+        """[T, D] states of the events. `rng` turns dropout on and is its key.
 
-        With `values` int64 [T], `embedded` is a table [V, D] and event t has its row values_t.
-        Block i of the states is, bit for bit, what a call with view `rng.view` + i gives; events
-        are gathered and normalised once, and every later kernel runs once over all views.
         Raises ValueError when a sequence is longer than `max_positions`.
         """
         if batch.max_seq_len > self.positions.num_embeddings:
@@ -194,20 +210,16 @@ class TransformerEncoder(nn.Module):
                 f" {self.positions.num_embeddings}"
             )
         dropout = EventDropout(batch, self.dropout, rng)
-        key = dropout.at("embedding") | dict(views=views)
         norm = self.embedding_norm if isinstance(self.embedding_norm, nn.LayerNorm) else None
         x = jagged_embedding(
-            values,
-            embedded,
+            embedded.values,
+            embedded.table,
             self.positions.weight,
             norm_weight=norm.weight if norm else None,
             norm_bias=norm.bias if norm else None,
             eps=norm.eps if norm else 0.0,
-            **key,
+            **dropout.at("embedding"),
         )
-        if views > 1:
-            batch = batch.repeat(views)
-            dropout = EventDropout(batch, self.dropout, rng, views)
         pending = None
         for layer, block in enumerate(self.layers):
             x, pending = block(x, batch, self.causal, dropout, layer, pending)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.data.errors import check_choices
+from fastrec.data.settings import check_choices
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import rank_candidates
 from fastrec.ops.linear_rank import linear_rank
@@ -23,23 +23,40 @@ class Protocol:
     """How a target is ranked.
 
     Attributes:
-        candidates: "sampled" (1 target + `negatives` by popularity) or "full" (all items).
-        negatives: drawn per user, for "sampled".
+        candidates: "full" (all items) or "sampled" (1 target + `negatives` by popularity).
+        negatives: drawn per user, for "sampled"; 99 if None.
         seen: "none" keeps items of the input in a full ranking, "exclude" leaves them out.
         logit_adjustment: tau of `adjustment`; 0 ranks by the scores of the model.
-        seed: of the sampled negatives.
+        friend_negatives: others beside the friend, of the judge "friends"; 99 if None.
+        seed: of sampled negatives.
     """
 
-    candidates: Literal["sampled", "full"] = "sampled"
-    negatives: int = 99
+    candidates: Literal["full", "sampled"] = "full"
+    negatives: int | None = None
     seen: Literal["none", "exclude"] = "none"
     logit_adjustment: float = 0.0
+    friend_negatives: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         check_choices(self)
-        if self.negatives < 1:
-            raise ValueError(f"evaluation.negatives must be at least 1, got {self.negatives}")
+        for name in ("negatives", "friend_negatives"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
+        if self.negatives is not None and self.candidates == "full":
+            raise ValueError("evaluation.negatives has no effect: candidates is full")
+        if self.seen == "exclude" and self.candidates == "sampled":
+            raise ValueError(
+                "evaluation.seen has no effect: sampled candidates are never items that were seen"
+            )
+
+    def check_used(self, judges: set[str]) -> None:
+        """Raise ValueError for a key that none of the judges of a recipe reads."""
+        if judges and self.friend_negatives is not None and "friends" not in judges:
+            raise ValueError("evaluation.friend_negatives has no effect: no stage judges friends")
+        if judges and self.seed and self.candidates == "full" and "friends" not in judges:
+            raise ValueError("evaluation.seed has no effect: candidates is full")
 
 
 def row_blocks(count: int, size: int = 512) -> list[slice]:
@@ -104,23 +121,12 @@ def adjustment(dataset, tau: float) -> Tensor:
 
 
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
-    """[N, D] item-head queries for the item that follows the input of each user in `split`.
-
-    A [MASK] is appended to the input (UPRec, section 3.5), and the state there is the query.
-    """
-    batch = dataset.gather(
-        users,
-        split,
-        max_len=model.config.max_len,
-        append=model.token("mask"),
-        **model.sequence_tokens,
-    ).to(model.item_table.device)
-    last = batch.offsets[1:] - 1 - int(model.config.use_sep)
-    # In the table's dtype also under autocast, where the states may be bfloat16.
-    return model.item_head.query(model.encode(batch)[last]).to(model.item_table.dtype)
+    """[N, D] item-head queries for the item that follows the input of each user in `split`."""
+    batch = model.inputs(dataset, users, split, ask=True).to(model.item_table.device)
+    return model.next_item_query(model.encode(batch))
 
 
-class Evaluator:
+class NextItemJudge:
     """Ranks the targets of `split` of a dataset for a user set under a protocol.
 
     Negatives are drawn once, here, so that models and epochs are compared on the same candidates.
@@ -131,7 +137,8 @@ class Evaluator:
         self.targets = dataset.targets(split)[users]
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         if protocol.candidates == "sampled":
-            negatives = popularity_negatives(dataset, users, protocol.negatives, protocol.seed)
+            count = 99 if protocol.negatives is None else protocol.negatives
+            negatives = popularity_negatives(dataset, users, count, protocol.seed)
             self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
 
     def __len__(self) -> int:

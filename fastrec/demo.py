@@ -4,23 +4,27 @@ import shutil
 import time
 from pathlib import Path
 
+from fastrec.bench import bench
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.parts import Step
 from fastrec.data.synthetic import generate
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.protocols import Evaluator, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_by_length, plot_losses, print_metrics
 from fastrec.nn.user_model import ModelConfig
-from fastrec.objectives.masked_item import Masking
+from fastrec.objectives.item import Item
+from fastrec.objectives.parts import Objectives
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.fit import fit
-from fastrec.training.step_time import bench
-from fastrec.training.tasks import select_users
+from fastrec.training.stage_data import select_users
 
 # Full ranking: on synthetic data there is no published table of sampled metrics to compare with.
 RECIPE = Recipe(
-    model=ModelConfig(dropout=0.2),
+    model=ModelConfig(dropout=0.2, tokens=["cls", "sep"]),
     pretraining=Stage(
-        masking=Masking(probability=0.3),
+        views={"main": [Step(mask=Mask(share=0.3))]},
+        objectives=Objectives(item=Item()),
         steps=800,
         batch_size=256,
         learning_rate=3e-3,
@@ -28,15 +32,15 @@ RECIPE = Recipe(
         warmup_steps=50,
         validate_every=200,
     ),
-    finetuning=Stage(
-        masking=Masking(last_only=True),
+    recommendation=Stage(
+        views={"main": [Step(mask_last=MaskLast())]},
+        objectives=Objectives(item=Item()),
         steps=500,
         batch_size=256,
         learning_rate=2e-3,
         schedule="linear",
         validate_every=100,
     ),
-    evaluation=Protocol(candidates="full"),
 )
 
 
@@ -56,19 +60,21 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
     dataset = SequenceDataset.load(output / "data")
 
     print("2/5 pre-training: masked item prediction")
-    pretrained = fit(dataset, RECIPE, RECIPE.pretraining, output / "pretrain")
+    pretrained = fit(dataset, recipe=RECIPE, output=output / "pretrain")
     print("3/5 fine-tuning the pre-trained model: the last item masked")
-    finetuned = fit(dataset, RECIPE, RECIPE.finetuning, output / "finetune", initial=pretrained)
+    finetuned = fit(
+        dataset, pretrained, output=output / "finetune", recipe=RECIPE, stage="recommendation"
+    )
     print("4/5 the same fine-tuning from random weights")
-    scratch = fit(dataset, RECIPE, RECIPE.finetuning, output / "scratch")
+    scratch = fit(dataset, recipe=RECIPE, stage="recommendation", output=output / "scratch")
 
     print("5/5 evaluation on the last item of each user, all items ranked")
-    chosen = select_users(dataset, RECIPE)
-    evaluator = Evaluator(dataset, chosen, "test", RECIPE.evaluation)
+    chosen = select_users(dataset, RECIPE.users)
+    judge = NextItemJudge(dataset, chosen, "test", RECIPE.evaluation)
     ranks = {
-        "popularity": evaluator.popularity_ranks(),
-        "fine-tuned from scratch": evaluator.ranks(scratch),
-        "pre-trained + fine-tuned": evaluator.ranks(finetuned),
+        "popularity": judge.popularity_ranks(),
+        "fine-tuned from scratch": judge.ranks(scratch),
+        "pre-trained + fine-tuned": judge.ranks(finetuned),
     }
     print_metrics({name: ranking_metrics(values) for name, values in ranks.items()})
     bench(rounds=2)

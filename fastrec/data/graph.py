@@ -8,48 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fastrec.random import draws
+from fastrec.data.pairs import Pairs
+from fastrec.random import Rng, draws
 
 HOPS = (0, 1, 2)
 _BLOCK = 1 << 18  # flags of a block of queries: they stay in the cache
-
-
-@dataclass(frozen=True)
-class SocialPairs:
-    """(user, friend) pairs among the sequences of a batch, the input of social relation detection.
-
-    query_rows: int64 [B], the sequence of each query in this process's batch.
-    candidate_rows: int64 [C], the sequence of each candidate of this process.
-    positive: int64 [B], the candidate that is the friend of each query. With several processes it
-        counts in the candidates of all of them, end to end in the order of rank.
-    candidates_per_rank: number of candidates of each process; [C] with one process.
-    query_profile, candidate_profile: int64 [B] and [all C], equal for users whose discrete
-        attributes are the same, -1 where one is missing; None leaves such users in.
-    exclude: (values int64 [E], offsets int64 [B + 1]), ascending positions of the candidates (of
-        all processes) that are left out for each query.
-    negatives: mean number of candidates that remain as negatives of a query.
-    real: (bool [B], bool [C]), the queries and candidates that are not padding; None: all.
-    """
-
-    query_rows: Tensor
-    candidate_rows: Tensor
-    positive: Tensor
-    candidates_per_rank: tuple[int, ...]
-    query_profile: Tensor | None
-    candidate_profile: Tensor | None
-    exclude: tuple[Tensor, Tensor]
-    negatives: float
-    real: tuple[Tensor, Tensor] | None = None
-
-    def to(self, device) -> "SocialPairs":
-        def move(part):
-            if isinstance(part, Tensor):
-                return part.to(device, non_blocking=True)
-            return tuple(map(move, part)) if isinstance(part, tuple) else part
-
-        return SocialPairs(**{name: move(part) for name, part in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +76,7 @@ class SocialGraph:
         """int64: number of friends of each user."""
         return self.offsets[users + 1] - self.offsets[users]
 
-    def draw_friends(self, users: np.ndarray, seed: int, step: int) -> tuple:
+    def draw_friends(self, users: np.ndarray, rng: Rng) -> tuple:
         """(rows, friends) int64 [N]: one friend, uniform, of each of `users` who has any.
 
         `rows` are the ascending positions in `users`. The friend of a user depends on (seed, step,
@@ -123,9 +87,7 @@ class SocialGraph:
         degree = self.degrees(users)
         rows = np.flatnonzero(degree)
         sample, zero = torch.from_numpy(users[rows]), torch.zeros(len(rows), dtype=torch.int64)
-        high, low = (
-            draws(seed, step, sample, row, zero, site="draw_friend").numpy() for row in (0, 1)
-        )
+        high, low = (draws(rng, sample, row, zero, site="draw_friend").numpy() for row in (0, 1))
         pick = (high << 16 | low) * degree[rows] >> 32
         return rows, self.values[self.offsets[users[rows]] + pick].astype(np.int64)
 
@@ -253,15 +215,15 @@ class FriendSampler:
             raise ValueError(f"hops must be one of {HOPS}, got {self.hops}")
 
     def pairs_at(
-        self, users: np.ndarray, seed: int, step: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[np.ndarray, SocialPairs]:
+        self, users: np.ndarray, rng: Rng, rank: int = 0, world_size: int = 1
+    ) -> tuple[np.ndarray, Pairs]:
         """(users of this rank's sequences int64 [S], their pairs) for a batch of distinct users.
 
         The sequences of all ranks together are the users and then the drawn friends who are not
         among them, ascending; every user has one sequence, so it is encoded once. Rank r holds
         every world_size-th one, the users first.
         """
-        rows, friends = self.graph.draw_friends(users, seed, step)
+        rows, friends = self.graph.draw_friends(users, rng)
         sequences = np.concatenate((users, np.setdiff1d(friends, users)))
         by_user = np.argsort(sequences, kind="stable")
         place = by_user[np.searchsorted(sequences, friends, sorter=by_user)]
@@ -277,7 +239,7 @@ class FriendSampler:
         if self.profile is not None:
             groups = self.profile[queries], self.profile[candidates]
             remaining = remaining - _same_profile(*groups, values, offsets)
-        return sequences[rank::world_size], SocialPairs(
+        return sequences[rank::world_size], Pairs(
             query_rows=torch.from_numpy(rows[mine] // world_size),
             candidate_rows=torch.from_numpy(place[place % world_size == rank] // world_size),
             positive=torch.from_numpy(column[mine]),

@@ -1,0 +1,109 @@
+"""What steps, objectives and judges know beside the sequences: computed when it is first asked for.
+
+Legend: U users, V items.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrec.data.attributes import Attribute, EncodedAttribute, encode_attributes, profile_ids
+from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch
+from fastrec.data.errors import DataError
+from fastrec.data.graph import SocialGraph
+
+
+class Shard(NamedTuple):
+    """users: int64 [N], those of a step on all processes. This process holds every
+    world_size-th from `rank` on."""
+
+    users: np.ndarray
+    rank: int = 0
+    world_size: int = 1
+
+
+class SideData:
+    """Side data of a training run, read lazily; an error names the file.
+
+    Args:
+        dataset: of the run.
+        split: whose inputs are trained on.
+        attributes: settings of user attributes; an empty list takes all that have a type for it.
+        users: int64, the users that standardise and class the attributes; default all.
+        labelled: int64, the users whose attributes and friends may be seen; default all.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        split: str = "train",
+        *,
+        attributes: Sequence[Attribute] = (),
+        users=None,
+        labelled=None,
+    ):
+        self.dataset, self.split = dataset, split
+        self.num_items = dataset.num_items
+        self.mask_id = self.num_items + SPECIAL_TOKENS.index("mask")
+        everyone = torch.arange(dataset.num_users)
+        self._settings = list(attributes)
+        self._users = everyone if users is None else torch.as_tensor(users)
+        self._labelled = everyone if labelled is None else torch.as_tensor(labelled)
+        self.shard = Shard(np.empty(0, np.int64))
+        # [U, ...] by name: `gather` gives every batch the rows of its sequences. Objectives add
+        # what they predict.
+        self.user_columns: dict[str, Tensor] = {}
+        self.max_len: int | None = None
+
+    def gather(self, users) -> JaggedBatch:
+        """The sequences of `users`, the last `max_len` items, with the columns of users."""
+        batch = self.dataset.gather(users, self.split, self.max_len)
+        for name, column in self.user_columns.items():
+            batch.users[name] = column[batch.keys]
+        return batch
+
+    @cached_property
+    def item_counts(self) -> Tensor:
+        """int64 [V]: how often each item occurs in the inputs of the split."""
+        return self.dataset.item_counts(self.split)
+
+    @cached_property
+    def attributes(self) -> list[EncodedAttribute]:
+        """The attributes of users, missing for those who are not `labelled`."""
+        hidden = torch.ones(self.dataset.num_users, dtype=torch.bool)
+        hidden[self._labelled] = False
+        hidden = hidden.nonzero().squeeze(1)
+        return [attribute.without(hidden) for attribute in self.encoded]
+
+    @cached_property
+    def profile_ids(self) -> np.ndarray | None:
+        """int64 [U]: equal for users with the same discrete attributes, -1 where one is missing;
+        None where no attribute is discrete, or there is none."""
+        if not self._settings and len(self.dataset.user_attributes().columns) <= 2:
+            return None
+        try:
+            return profile_ids(self.encoded)
+        except DataError as error:
+            if self._settings:
+                raise
+            raise ValueError(
+                f"{error}. Friends are compared by all columns of users: list `attributes`, or set"
+                " same_profile of the step `friend` to false"
+            ) from error
+
+    @cached_property
+    def graph(self) -> SocialGraph:
+        """Friendships among the labelled users. Raises ValueError where there is none."""
+        graph = SocialGraph.from_dataset(self.dataset, self._labelled)
+        if len(graph.values) == 0:
+            raise ValueError(f"no two of the {len(self._labelled)} trained users are friends")
+        return graph
+
+    @cached_property
+    def encoded(self) -> list[EncodedAttribute]:
+        """The attributes of all users, for a judge."""
+        return encode_attributes(self.dataset, self._settings, self._users)

@@ -1,0 +1,134 @@
+"""Masking: items become [MASK] and are the targets of their events.
+
+Legend: B sequences, T events, N chosen events, V items.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastrec.data.batch import NO_TARGET, JaggedBatch
+from fastrec.data.side import SideData
+from fastrec.random import Rng, draws, threshold
+
+_MAX_POSITIONS = 65536
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Choose items at random, put [MASK] in their place and make them the targets (BERT4Rec, Sun et
+    al., 2019; UPRec, section 3.3.1).
+
+    Whether an event is chosen depends on (seed, step, key, position) only. At least one item of a
+    sequence is chosen. Every chosen position is predicted.
+
+    Attributes:
+        share: chance of each item, rounded to 2^-16.
+        exact: choose floor(share n) of the n items of a sequence instead (CL4SRec, Xie et al.,
+            2022, section 3.2.2).
+        replace, random: chance that a chosen item becomes [MASK], or a random item; otherwise it
+            stays. BERT's 80/10/10 is 0.8 and 0.1.
+    """
+
+    share: float = 0.2
+    exact: bool = False
+    replace: float = 1.0
+    random: float = 0.0
+
+    asks = "mask"
+
+    def __post_init__(self):
+        for name in ("share", "replace", "random"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"mask.{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.replace + self.random > 1 + 1e-9:
+            raise ValueError(
+                f"mask.replace + mask.random must be at most 1, got {self.replace} + {self.random}"
+            )
+
+    def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        if batch.max_seq_len > _MAX_POSITIONS:
+            raise ValueError(f"sequences may hold {_MAX_POSITIONS} events, got {batch.max_seq_len}")
+        segment, position = batch.segment_ids(), batch.positions()
+        keys, real = batch.keys[segment], batch.values < side.num_items
+        rank = _running(real)  # number of items before each event, over the whole batch
+        items = rank[batch.offsets]
+        count = items.diff()
+        if self.exact:
+            key = random_order(rng, keys, position, "mask_exact").masked_fill(~real, 1 << 32)
+            order = (segment << 33 | key).argsort()
+            place = torch.empty_like(order)
+            place[order] = batch.positions()  # sorted events keep their sequences
+            number = (count.double() * self.share + 1e-9).floor().long().clamp_min(1)
+            chosen = real & (place < number[segment])
+        else:
+            drawn = draws(rng, keys, 0, position, site="mask_item")
+            chosen = (drawn < threshold(self.share)) & real
+            empty = _running(chosen)[batch.offsets].diff() == 0
+            pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site="mask_forced")
+            forced = items[:-1] + (pick * count >> 16)
+            chosen |= real & empty[segment] & (rank[:-1] == forced[segment])
+        masked = batch.values.masked_fill(chosen, side.mask_id)
+        if self.replace < 1:
+            masked = torch.where(
+                chosen, self._replaced(batch.values, rng, keys, position, side), masked
+            )
+        return with_targets(replace(batch, values=masked), chosen, batch.values)
+
+    def _replaced(self, values: Tensor, rng: Rng, keys: Tensor, position: Tensor, side) -> Tensor:
+        """[T]: what stands in the place of an item if it is chosen."""
+        kind = draws(rng, keys, 0, position, site="mask_replace")
+        high, low = (draws(rng, keys, row, position, site="mask_random_item") for row in (0, 1))
+        item = (high << 16 | low) * side.num_items >> 32  # 1 / V to within 2^-32
+        swapped = kind < threshold(min(1.0, self.replace + self.random))
+        now = torch.where(swapped, item, values)
+        return now.masked_fill(kind < threshold(self.replace), side.mask_id)
+
+
+@dataclass(frozen=True)
+class MaskLast:
+    """Put [MASK] in the place of the last item of each sequence and predict it (fine-tuning for the
+    next item: UPRec, section 3.5). A sequence without items has no target.
+
+    Attributes:
+        number: how many of the last items.
+    """
+
+    number: int = 1
+
+    asks = "mask"
+
+    def __post_init__(self):
+        if self.number < 1:
+            raise ValueError(f"mask_last.number must be at least 1, got {self.number}")
+
+    def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        real = batch.values < side.num_items
+        rank = _running(real)
+        behind = rank[batch.offsets[1:]][batch.segment_ids()] - rank[:-1]  # items from here on
+        last = real & (behind <= self.number)
+        masked = batch.values.masked_fill(last, side.mask_id)
+        return with_targets(replace(batch, values=masked), last, batch.values)
+
+
+def with_targets(batch: JaggedBatch, chosen: Tensor, items: Tensor) -> JaggedBatch:
+    """The batch whose `chosen` events [T] predict `items` [T]; targets that others have stay."""
+    before = batch.events.get("target")
+    target = items.masked_fill(~chosen, NO_TARGET)
+    if before is not None:
+        target = torch.where(chosen, items, before)
+    return replace(batch, events={**batch.events, "target": target})
+
+
+def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:
+    """int64 [T], 32 random bits of each event: sorting by them shuffles."""
+    high, low = (draws(rng, keys, row, position, site=site) for row in (0, 1))
+    return high << 16 | low
+
+
+def _running(flags: Tensor) -> Tensor:
+    """int64 [T + 1]: number of set flags before each event; the last entry is the total."""
+    counts = flags.new_zeros(flags.shape[0] + 1, dtype=torch.int64)
+    torch.cumsum(flags, 0, out=counts[1:])
+    return counts

@@ -1,0 +1,89 @@
+"""From the users of a step to the named views that a model encodes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.side import Shard, SideData
+from fastrec.random import Rng
+
+
+@dataclass(frozen=True)
+class Again:
+    """The sequences of another view as they are, with a dropout of their own: first step of its
+    view. View `view` must stand before this one."""
+
+    view: str = ""
+
+    def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        raise ValueError(f"again: {self.view} must be the first step of its view")
+
+
+def taken(view: str, steps: list) -> str | None:
+    """The view that the steps of `view` start from; None: from the users' own sequences."""
+    first = getattr(steps[0], "part", steps[0]) if steps else None
+    return first.view if isinstance(first, Again) else None
+
+
+class Views:
+    """Makes the views of a batch: each a list of steps batch -> batch.
+
+    A step is a callable `step(batch, rng, side)` that returns a batch and leaves its input as it
+    is. Every random choice is a function of (seed, step, key), so a view is the same in any batch,
+    on any rank. Steps run on the host, where nothing waits for a device; view i of the list has
+    number i in the keys of its sequences.
+
+    Args:
+        views: steps by the name of the view.
+        frame: puts special tokens around the items of a batch: `UserModel.frame`.
+        side: what steps know beyond the batch.
+        max_len: items that a model reads. A step with an attribute `extra` is given as many more.
+    """
+
+    def __init__(
+        self,
+        views: Mapping[str, list],
+        frame: Callable[[JaggedBatch], JaggedBatch],
+        side: SideData,
+        max_len: int,
+    ):
+        self.views, self.frame, self.side, self.max_len = dict(views), frame, side, max_len
+        for number, (name, steps) in enumerate(self.views.items()):
+            source = taken(name, steps)
+            if source is not None and source not in list(self.views)[:number]:
+                raise ValueError(
+                    f"view {name!r} takes {source!r} again, which does not stand before it"
+                )
+
+    def __call__(self, batch: JaggedBatch, rng: Rng, shard: Shard) -> dict[str, JaggedBatch]:
+        """The views of the sequences of `batch`, this process's part of the users of a step."""
+        self.side.shard = shard
+        made: dict[str, JaggedBatch] = {}
+        for number, (name, steps) in enumerate(self.views.items()):
+            source = taken(name, steps)
+            if source is not None:
+                view, steps = made[source], steps[1:]
+            else:
+                view = batch.last(self.max_len + extra(steps))
+            view = replace(view, keys=view.sample_ids | number << 32)
+            for step in steps:
+                view = step(view, rng, self.side)
+            made[name] = view
+        return {name: self.frame(view).with_scored() for name, view in made.items()}
+
+    @property
+    def length(self) -> int:
+        """Items of a user that the views need."""
+        return self.max_len + max((extra(steps) for steps in self.views.values()), default=0)
+
+
+def extra(steps: list) -> int:
+    return max((getattr(step, "extra", 0) for step in steps), default=0)
+
+
+def parts_of(steps: list) -> Iterator:
+    """The steps of a view, those inside of choices included."""
+    for step in steps:
+        part = getattr(step, "part", step)
+        yield part
+        yield from parts_of(getattr(part, "steps", []))

@@ -1,0 +1,46 @@
+"""The encoders that a recipe can name: a field each."""
+
+from dataclasses import dataclass
+from typing import get_args, get_type_hints
+
+from fastrec.data.settings import part_of
+from fastrec.nn.encoders.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The encoder of a model: exactly one of these.
+
+    Its module maps (`ItemRows`, batch, rng) to states [T, D]; its settings have
+    `build(width, max_positions, dropout)` and, where the states of an event depend on earlier
+    events alone, `causal`.
+
+    Attributes:
+        transformer: self-attention.
+    """
+
+    transformer: Transformer | None = None
+
+    def __post_init__(self):
+        part_of(self)
+
+    @classmethod
+    def of(cls, values: dict[str, dict]) -> "Encoders":
+        """From {name: settings}. Raises ValueError or TypeError for what is unknown."""
+        hints = get_type_hints(cls)
+        if unknown := [name for name in values if name not in hints]:
+            raise ValueError(f"unknown encoder {unknown[0]!r}, expected one of {list(hints)}")
+        return cls(**{name: get_args(hints[name])[0](**part) for name, part in values.items()})
+
+
+def wrapped(encoder):
+    """Settings of an encoder as they stand in a recipe; those of somebody else stay as they are."""
+    for name, hint in get_type_hints(Encoders).items():
+        if type(encoder) in get_args(hint):
+            return Encoders(**{name: encoder})
+    return encoder
+
+
+def settings_of(encoder):
+    """The settings of the one encoder that is named."""
+    return part_of(encoder) if isinstance(encoder, Encoders) else encoder

@@ -1,0 +1,163 @@
+"""Item prediction: every event with a target predicts an item. With masked items it is UPRec's MIP
+(section 3.3.1, eq. 6-7) and BERT4Rec, with the next items SASRec.
+
+Legend: T events, N predicted items, V items, D width, K negatives.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.negatives import NegativeSampler
+from fastrec.data.settings import check_choices
+from fastrec.data.side import SideData
+from fastrec.nn.pool import Encoded
+from fastrec.random import Rng
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Negatives that stand for all items in the loss.
+
+    Attributes:
+        negatives: K, drawn with replacement.
+        by: "uniform", or "popularity": by (number of training events)^alpha.
+        alpha: exponent of the popularity; 1 if None.
+        shared: the same negatives for all predicted items of a step; otherwise each has its own.
+        log_q: correct the scores of the softmax by the log of the sampling probability; true for
+            the softmax if None.
+        gbce_t: calibration of gbce (Petrov and Macdonald, 2023); 0.75 if None.
+    """
+
+    negatives: int = 256
+    by: Literal["uniform", "popularity"] = "uniform"
+    alpha: float | None = None
+    shared: bool = True
+    log_q: bool | None = None
+    gbce_t: float | None = None
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.negatives < 1:
+            raise ValueError(f"sampled.negatives must be at least 1, got {self.negatives}")
+        if self.alpha is not None and self.by != "popularity":
+            raise ValueError(
+                "sampled.alpha has no effect: negatives are uniform (by: popularity uses it)"
+            )
+
+    def sampler(self, side: SideData) -> NegativeSampler:
+        if self.by == "uniform":
+            return NegativeSampler.uniform(side.num_items)
+        return NegativeSampler.popularity(
+            side.item_counts, 1.0 if self.alpha is None else self.alpha
+        )
+
+
+@dataclass(frozen=True)
+class Item:
+    """Prediction of the targets of events.
+
+    Attributes:
+        views: whose targets are predicted.
+        weight: in the joint loss.
+        loss: "softmax", "bce" or "gbce", see `sampled_linear_cross_entropy`.
+        sampled: negatives; None: the softmax over all items.
+    """
+
+    views: list[str] = field(default_factory=lambda: ["main"])
+    weight: float = 1.0
+    loss: Literal["softmax", "bce", "gbce"] = "softmax"
+    sampled: Sampled | None = None
+
+    def __post_init__(self):
+        check_choices(self)
+        how = self.sampled
+        if how is None and self.loss != "softmax":
+            raise ValueError(f"item.loss {self.loss} needs negatives: set item.sampled")
+        if how is not None and how.log_q and self.loss != "softmax":
+            raise ValueError(f"sampled.log_q has no effect on the loss {self.loss}")
+        if how is not None and how.gbce_t is not None and self.loss != "gbce":
+            raise ValueError(f"sampled.gbce_t has no effect on the loss {self.loss}")
+
+    def build(self, model, side: SideData) -> "ItemPrediction":
+        return ItemPrediction(self, self.sampled.sampler(side) if self.sampled else None)
+
+
+class ItemPrediction(nn.Module):
+    """Mean over the predicted items of -log softmax(query(h_t) . E + b)[item], or of the sampled
+    loss in its place."""
+
+    backend: str | None = None
+
+    def __init__(self, settings: Item, sampler: NegativeSampler | None = None):
+        super().__init__()
+        self.settings, self.sampler = settings, sampler
+
+    def forward(self, model, rng: Rng, *views: Encoded) -> dict[str, tuple[Tensor, int]]:
+        """{"item": (loss, N)}; 0 with a live graph when nothing is predicted. Sampled negatives are
+        a function of (seed, step) and, if not shared, of the key and the position of an event."""
+        parts = [_predicted(view) for view in views]
+        states, targets = parts[0]
+        if len(parts) > 1:
+            states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        count = len(targets)
+        if self.sampler is None or self.settings.sampled is None:
+            table = model.item_embedding.weight
+            loss = model.item_head.loss(states, table, targets, backend=self.backend)
+            return {"item": (loss, count)}
+        how, self.sampler = self.settings.sampled, self.sampler.to(states.device)
+        if how.shared:
+            negatives = self.sampler.shared(how.negatives, rng)
+        else:
+            places = [_places(view.batch) for view in views]
+            keys, events = (torch.cat(part) for part in zip(*places, strict=True))
+            negatives = self.sampler.own(how.negatives, rng, keys, events)
+        correct = self.settings.loss == "softmax" and how.log_q is not False
+        loss = model.item_head.sampled_loss(
+            states,
+            model.item_table,
+            targets,
+            negatives,
+            log_q=self.sampler.log_q if correct else None,
+            loss=self.settings.loss,
+            gbce_t=0.75 if how.gbce_t is None else how.gbce_t,
+            backend=self.backend,
+        )
+        return {"item": (loss, count)}
+
+
+def _rows(batch: JaggedBatch) -> Tensor:
+    """int64 [N]: the event of each prediction; an event with A targets has A of them."""
+    if "target" not in batch.events:
+        raise ValueError(
+            "a view of the objective item has no targets: it needs mask, mask_last or next_item"
+        )
+    if batch.scored is None:
+        batch = batch.with_scored()
+    scored, target = batch.scored, batch.events["target"]
+    assert scored is not None
+    return scored if target.dim() == 1 else scored.repeat_interleave(target.shape[1])
+
+
+def _predicted(view: Encoded) -> tuple[Tensor, Tensor]:
+    """(states [N, D], targets int64 [N], -100 where none)."""
+    rows = _rows(view.batch)
+    target = view.batch.events["target"]
+    if target.dim() == 1:
+        return view.states.index_select(0, rows), target[rows]
+    scored = rows[:: target.shape[1]]
+    return view.states.index_select(0, rows), target[scored].flatten()
+
+
+def _places(batch: JaggedBatch) -> tuple[Tensor, Tensor]:
+    """(keys, places) int64 [N] of the predictions: the position of the event, or A times it and the
+    number of the target where an event has A."""
+    rows, target = _rows(batch), batch.events["target"]
+    places = batch.positions()[rows]
+    if target.dim() > 1:
+        number = torch.arange(len(rows), device=rows.device) % target.shape[1]
+        places = places * target.shape[1] + number
+    return batch.keys[batch.segment_ids()[rows]], places

@@ -1,0 +1,27 @@
+"""The objectives that a recipe can name: a field each."""
+
+from dataclasses import dataclass, fields
+
+from fastrec.objectives.friends import Friends
+from fastrec.objectives.item import Item
+from fastrec.objectives.user_attributes import UserAttributes
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What a stage trains together, each with a `weight` and the `views` that it reads.
+
+    Attributes:
+        item: prediction of the targets of events.
+        user_attributes: prediction of user attributes.
+        friends: social relation detection.
+    """
+
+    item: Item | None = None
+    user_attributes: UserAttributes | None = None
+    friends: Friends | None = None
+
+    def named(self) -> dict[str, object]:
+        """Those that are set."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}

@@ -1,0 +1,105 @@
+"""A trained model as the judge of a stage sees it, printed beside a baseline."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.friends import FriendsJudge
+from fastrec.evaluation.metrics import length_groups, ranking_metrics
+from fastrec.evaluation.next_item import NextItemJudge, row_blocks
+from fastrec.evaluation.report import print_metrics
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.friends import Friends
+from fastrec.objectives.joint import JointObjective
+from fastrec.objectives.user_attributes import UserAttributes
+from fastrec.training.checkpoint import HEADS, load_heads, saved_scales
+from fastrec.training.config import Recipe, Stage
+from fastrec.training.stage_data import held_out_users, select_users, side_data
+
+
+def evaluate_stage(
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str = "test"
+) -> dict:
+    """Print and return the metrics of the test users of a stage.
+
+    folder: of the model, with the parameters of its objectives.
+    split: which item is held out, for the judge of the next item.
+    """
+    if stage.judge == "next_item":
+        return _next_item(dataset, recipe, model, split)
+    if stage.judge == "attributes":
+        return _attributes(dataset, recipe, model, folder)
+    return _friends(dataset, recipe, stage, model, folder)
+
+
+def _next_item(dataset, recipe: Recipe, model: UserModel, split: str) -> dict:
+    judge = NextItemJudge(dataset, select_users(dataset, recipe.users), split, recipe.evaluation)
+    ranks = judge.ranks(model)
+    rows = {
+        "popularity": ranking_metrics(judge.popularity_ranks()),
+        "model": ranking_metrics(ranks),
+    }
+    print(f"{len(judge)} users, {split}, {recipe.evaluation}")
+    print_metrics(rows)
+    groups = {
+        f"{label} ({mask.sum()} users)": ranking_metrics(ranks[mask])
+        for label, mask in length_groups(dataset.lengths[judge.users.numpy()])
+    }
+    print_metrics(groups, title="model, by number of events of the user")
+    return {
+        "split": split,
+        "users": len(judge),
+        "metrics": rows,
+        "by_length": groups,
+        "protocol": dataclasses.asdict(recipe.evaluation),
+    }
+
+
+def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict:
+    users, side = held_out_users(dataset, recipe.users), side_data(dataset, recipe)
+    scales = saved_scales(folder).get("user_attributes")
+    if not scales:
+        raise ValueError(f"{folder / HEADS} holds no user_attributes: it was trained otherwise")
+    settings = UserAttributes(pool=scales[0]["pool"])
+    objective = JointObjective({"user_attributes": settings}, model, side)
+    load_heads(objective, folder)
+    trained = select_users(dataset, recipe.users)
+    judge = AttributesJudge(dataset, users, "all", side.encoded, trained)
+    rows = {
+        "constant": judge.metrics(judge.baseline()),
+        "model": judge.metrics(_all_scores(judge, model, objective)),
+    }
+    print(f"{len(users)} held-out users, {len(side.encoded)} attributes")
+    print_metrics(rows, scale=1, digits=4)
+    return {"users": len(users), "metrics": rows}
+
+
+def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path) -> dict:
+    users, evaluation = held_out_users(dataset, recipe.users), recipe.evaluation
+    others = 99 if evaluation.friend_negatives is None else evaluation.friend_negatives
+    judge = FriendsJudge(dataset, users, "all", others, evaluation.seed)
+    settings = stage.parts.get("friends", Friends())
+    objective = JointObjective({"friends": settings}, model, side_data(dataset, recipe))
+    taken = load_heads(objective, folder, only=["friends"])
+    rows = {
+        "shared items (Sim)": judge.shared_items(),
+        "model": judge.metrics(_all_scores(judge, model, objective), objective),
+    }
+    pairs = len(judge.queries)
+    deviation = 100 * (rows["model"]["accuracy"] * (1 - rows["model"]["accuracy"]) / pairs) ** 0.5
+    print(f"{pairs} pairs of held-out users, 1 friend and {others} others")
+    print(
+        "similarity: "
+        + ("trained weights" if taken else f"equal weights, {folder / HEADS} has none")
+    )
+    print_metrics(rows)
+    print(f"standard error of the model's accuracy: {deviation:.2f}")
+    return {"pairs": pairs, "trained_similarity": bool(taken), "metrics": rows}
+
+
+def _all_scores(judge, model: UserModel, objective: JointObjective) -> Tensor:
+    blocks = row_blocks(len(judge))
+    return torch.cat([judge.score(model, objective, rows) for rows in blocks])

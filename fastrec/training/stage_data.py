@@ -1,0 +1,93 @@
+"""Whom a stage trains on and what judges it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrec.data.side import SideData
+from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.friends import FriendsJudge
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.training.config import Recipe, Stage, Users
+
+
+@dataclass(frozen=True)
+class StageData:
+    """users: int64, that are trained, ascending. side: what steps and objectives may know of them.
+    judge: of the validation, see `StageModule`."""
+
+    users: Tensor
+    side: SideData
+    judge: NextItemJudge | AttributesJudge | FriendsJudge
+
+
+def select_users(dataset, users: Users) -> Tensor:
+    """int64: the evaluated users, a random `fraction` of those with a test target, ascending."""
+    everyone = torch.as_tensor(dataset.users("test"))
+    if users.fraction >= 1.0:
+        return everyone
+    generator = torch.Generator().manual_seed(users.seed)
+    count = round(len(everyone) * users.fraction)
+    return everyone[torch.randperm(len(everyone), generator=generator)[:count]].sort().values
+
+
+def held_out_users(dataset, users: Users) -> Tensor:
+    """int64: the users with a test target that `select_users` leaves out, ascending. They test the
+    judges "attributes" and "friends"."""
+    everyone = torch.as_tensor(dataset.users("test"))
+    rest = everyone[~torch.isin(everyone, select_users(dataset, users))]
+    if len(rest) == 0:
+        raise ValueError(f"users.fraction is {users.fraction}: no user is held out to test on")
+    return rest
+
+
+def _validation_users(selected: Tensor, users: Users) -> Tensor:
+    """A random tenth of the training users, ascending, to choose a model by."""
+    generator = torch.Generator().manual_seed(users.seed + 1)
+    count = max(1, len(selected) // 10)
+    return selected[torch.randperm(len(selected), generator=generator)[:count]].sort().values
+
+
+def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideData:
+    """Side data whose attributes are standardised and classed by the trained users."""
+    return SideData(
+        dataset,
+        attributes=recipe.attributes,
+        users=select_users(dataset, recipe.users),
+        labelled=labelled,
+    )
+
+
+def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
+    """Users, side data and judge of a stage.
+
+    The judge of the next item is asked about all selected users, who are trained on together with
+    those whose sequences are too short to hold anything out. The judges of attributes and friends
+    are asked about a random tenth of the selected users, who are not trained on. Where users are
+    held out to test these, the attributes and friends of that tenth are hidden from every stage: a
+    model that remembered them would be chosen for it.
+    """
+    selected = users = labelled = select_users(dataset, recipe.users)
+    if len(selected) == 0:
+        raise ValueError("no user has 3 events or more: there is nothing to validate on")
+    judged = _validation_users(users, recipe.users)
+    if stage.judge != "next_item" or recipe.users.fraction < 1.0:
+        labelled = users[~torch.isin(users, judged)]
+    if stage.judge == "next_item":
+        short = torch.as_tensor(np.setdiff1d(dataset.users("train"), dataset.users("test")))
+        users, labelled = (torch.cat([part, short]).sort().values for part in (users, labelled))
+    else:
+        users = labelled
+    side = side_data(dataset, recipe, labelled)
+    judge: NextItemJudge | AttributesJudge | FriendsJudge
+    if stage.judge == "next_item":
+        judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
+    elif stage.judge == "attributes":
+        judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
+    else:
+        negatives = recipe.evaluation.friend_negatives
+        seed = recipe.evaluation.seed
+        judge = FriendsJudge(dataset, judged, "train", 99 if negatives is None else negatives, seed)
+    return StageData(users, side, judge)
