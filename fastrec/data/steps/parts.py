@@ -8,6 +8,7 @@ from fastrec.data.settings import part_of
 from fastrec.data.side import SideData
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
 from fastrec.random import Rng
 
@@ -19,12 +20,14 @@ class Step:
     Attributes:
         mask: items become [MASK] and are predicted.
         mask_last: the last item becomes [MASK] and is predicted.
+        next_item: every event predicts the item behind it.
         friend: a drawn friend of each user joins the batch.
         again: the sequences of another view with new dropout.
     """
 
     mask: Mask | None = None
     mask_last: MaskLast | None = None
+    next_item: NextItem | None = None
     friend: Friend | None = None
     again: Again | None = None
 
