@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.user_attributes import UserAttributes
@@ -15,11 +16,13 @@ class Objectives:
         item: prediction of the targets of events.
         user_attributes: prediction of user attributes.
         friends: social relation detection.
+        contrast: two views of a user are near each other.
     """
 
     item: Item | None = None
     user_attributes: UserAttributes | None = None
     friends: Friends | None = None
+    contrast: Contrast | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

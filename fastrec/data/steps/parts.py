@@ -6,9 +6,12 @@ from functools import cached_property
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import part_of
 from fastrec.data.side import SideData
+from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
+from fastrec.data.steps.one_of import OneOf
+from fastrec.data.steps.reorder import Reorder
 from fastrec.data.views import Again
 from fastrec.random import Rng
 
@@ -21,6 +24,9 @@ class Step:
         mask: items become [MASK] and are predicted.
         mask_last: the last item becomes [MASK] and is predicted.
         next_item: every event predicts the item behind it.
+        crop: a run of items is kept.
+        reorder: a run of items is shuffled.
+        one_of: one of several steps for each sequence.
         friend: a drawn friend of each user joins the batch.
         again: the sequences of another view with new dropout.
     """
@@ -28,6 +34,9 @@ class Step:
     mask: Mask | None = None
     mask_last: MaskLast | None = None
     next_item: NextItem | None = None
+    crop: Crop | None = None
+    reorder: Reorder | None = None
+    one_of: "list[Step] | None" = None
     friend: Friend | None = None
     again: Again | None = None
 
@@ -36,7 +45,8 @@ class Step:
 
     @cached_property
     def part(self):
-        return part_of(self)
+        part = part_of(self)
+        return OneOf(part) if isinstance(part, list) else part
 
     @property
     def extra(self) -> int:

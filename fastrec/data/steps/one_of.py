@@ -1,0 +1,36 @@
+"""One of several steps for each sequence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.side import SideData
+from fastrec.random import Rng, draws
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Each sequence takes one of `steps`, uniformly. Views whose numbers differ by less than the
+    number of steps take different ones, as CL4SRec does (Xie et al., 2022, section 3.2).
+
+    Event columns that only some of the steps make are left out.
+    """
+
+    steps: Sequence
+
+    def __post_init__(self):
+        if len(self.steps) < 2:
+            raise ValueError(f"one_of has {len(self.steps)} steps, expected at least 2")
+
+    def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        zero = torch.zeros_like(batch.keys)
+        first = draws(rng, batch.sample_ids, 0, zero, site="one_of") * len(self.steps) >> 16
+        choice = (first + (batch.keys >> 32)) % len(self.steps)
+        order = choice.argsort(stable=True)
+        parts = [
+            step(batch.select((choice == i).nonzero().squeeze(1)), rng, side)
+            for i, step in enumerate(self.steps)
+        ]
+        return JaggedBatch.cat(parts).select(order.argsort())

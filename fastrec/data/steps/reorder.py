@@ -1,0 +1,37 @@
+"""A run of items of each sequence in another order."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.side import SideData
+from fastrec.data.steps.crop import segment
+from fastrec.data.steps.mask import random_order
+from fastrec.random import Rng
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """Shuffle a run of floor(share n) of the n items of a sequence that starts anywhere (CL4SRec,
+    Xie et al., 2022, section 3.2.3).
+
+    Attributes:
+        share: of the items.
+    """
+
+    share: float = 0.6
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ValueError(f"reorder.share must be in (0, 1], got {self.share}")
+
+    def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        start, length = segment(batch, rng, self.share, "reorder")
+        owner, position = batch.segment_ids(), batch.positions()
+        inside = (position >= start[owner]) & (position < (start + length)[owner])
+        run = inside.nonzero().squeeze(1)
+        key = random_order(rng, batch.keys[owner[run]], position[run], "reorder_key")
+        index = torch.arange(len(batch.values))
+        index[run] = run[(owner[run] << 32 | key).argsort(stable=True)]
+        return batch.with_events(index, batch.offsets, batch.max_seq_len)
