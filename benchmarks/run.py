@@ -95,12 +95,14 @@ def render(results: dict, op: str) -> str:
     return "\n\n".join(parts)
 
 
-def _machine(results: dict, op: str) -> str:
-    env = results["environments"][op]
-    return (
-        f"{env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads, torch {env['torch']},"
-        f" {env['date']}."
-    )
+def _machine(results: dict, *ops: str) -> str:
+    """Processor and versions, with the days on which `ops` were measured there."""
+    days: dict[str, list[str]] = {}
+    for op in ops:
+        env = results["environments"][op]
+        where = f"{env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads"
+        days.setdefault(f"{where}, torch {env['torch']}", []).append(env["date"])
+    return " ".join(f"{where}, {', '.join(sorted(set(found)))}." for where, found in days.items())
 
 
 def summary(results: dict, op: str) -> str:
@@ -158,7 +160,7 @@ def headlines(results: dict) -> str:
         " | error (eager) |",
         "|---" * 7 + "|",
     ]
-    machines = []
+    measured = []
     for op, key in HEADLINES:
         rows = results["ops"].get(op, {}).get(key)
         if rows is None:
@@ -171,7 +173,7 @@ def headlines(results: dict) -> str:
 
         def error(row):
             kinds = ("output_error", "gradient_error")
-            return f"{max(row[kind] for kind in kinds):.0e}" if kinds[0] in row else "-"
+            return f"{max(row[kind] for kind in kinds):.1e}" if kinds[0] in row else "-"
 
         memory, plain = ours.get("extra_bytes"), ours["materialised"] / 2**20
         lines.append(
@@ -181,9 +183,9 @@ def headlines(results: dict) -> str:
             f" {'-' if memory is None else format(memory / 2**20, ',.0f')} MiB ({plain:,.0f}) |"
             f" {error(ours)} ({error(eager)}) |"
         )
-        if _machine(results, op) not in machines:
-            machines.append(_machine(results, op))
-    lines += ["", f"float32. Ratios: time of the peer / time of fastrec. {' '.join(machines)}"]
+        measured.append(op)
+    note = "float32. Ratios: time of the peer / time of fastrec."
+    lines += ["", note, _machine(results, *measured)]
     return "\n".join(lines)
 
 
