@@ -4,7 +4,12 @@ Intensity and rate of an op count the mathematical function (`work` of its modul
 makes an op look slower, not busier.
 """
 
+import ctypes
 import functools
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,11 +19,56 @@ from benchmarks.gpu.clock import Clock, rate
 
 SIZES = (1024, 2048)  # of square products; the best counts
 COPIED = 1 << 26  # float32: beyond every cache
+LOOPS = 20_000_000  # of the chains below: 0.05 s
 ROUNDS = 7
+CHAINS = 10  # independent sums: two units of latency 4 need 8
+# Names, not an array, and different values: gcc keeps them in registers and merges none of them.
+_SUMS = [f"s{k}" for k in range(CHAINS)]
+FMA = f"""
+#ifdef __AVX512F__
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+typedef float lanes __attribute__((vector_size(BYTES)));
+extern "C" long fma_chains(long loops, float x, float y, float* sink) {{
+  lanes a = x - (lanes){{}}, b = y - (lanes){{}};
+  lanes {", ".join(f"{s} = a * {k}" for k, s in enumerate(_SUMS))};
+  for (long i = 0; i < loops; ++i) {{ {" ".join(f"{s} = {s} * a + b;" for s in _SUMS)} }}
+  lanes total = {" + ".join(_SUMS)};
+  for (int k = 0; k < BYTES / 4; ++k) *sink += total[k];
+  return loops * {CHAINS} * (BYTES / 4) * 2;
+}}
+"""
 
 
-def ceilings() -> dict[str, float]:
-    """gflops: of `torch.mm` in float32; gbytes_per_s: of a copy, both directions counted."""
+def fma_gflops() -> float:
+    """Rate of multiply-adds on registers alone, one chain of sums per thread of PyTorch."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "fma.cpp", Path(folder) / "fma.so"
+        source.write_text(FMA)
+        flags = ("-O2", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+        command = [os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        chains = ctypes.CDLL(str(library)).fma_chains
+    chains.restype = ctypes.c_long
+    threads = torch.get_num_threads()
+
+    def run(_=None) -> int:
+        sink = ctypes.c_float()
+        half = ctypes.c_float(0.5)
+        return chains(ctypes.c_long(LOOPS), half, half, ctypes.byref(sink))
+
+    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
+        work = sum(pool.map(run, range(threads)))
+        both = lambda: list(pool.map(run, range(threads)))  # noqa: E731
+        return rate(Clock("cpu"), both, work, ROUNDS)["rate"] / 1e9
+
+
+def ceilings() -> dict:
+    """fma_gflops: multiply-adds; gflops: `torch.mm`, float32; gbytes_per_s: a copy, both ways."""
     clock, rates = Clock("cpu"), []
     for size in SIZES:
         a, b = torch.randn(2, size, size)
@@ -28,7 +78,12 @@ def ceilings() -> dict[str, float]:
     source = torch.zeros(COPIED)
     target = torch.zeros(COPIED)
     moved = rate(clock, lambda: target.copy_(source), 2 * source.nbytes, ROUNDS)
-    return {"gflops": max(rates) / 1e9, "gbytes_per_s": moved["rate"] / 1e9}
+    return {
+        "fma_gflops": fma_gflops(),
+        "fma_source": "measured",
+        "gflops": max(rates) / 1e9,
+        "gbytes_per_s": moved["rate"] / 1e9,
+    }
 
 
 def points(results: dict) -> list[tuple[str, str, float, float]]:
@@ -46,40 +101,70 @@ def points(results: dict) -> list[tuple[str, str, float, float]]:
 
 
 def _label(entry: Entry) -> str:
-    return " ".join([*map(str, entry.sizes.values()), entry.case])
+    return " ".join([*map(str, entry.sizes.values()), entry.case]).strip()
+
+
+PLACES = ((6, -2, "left"), (-6, -2, "right"), (0, 6, "center"), (0, -10, "center"))
+
+
+def _annotate(axes, measured: list[tuple[str, str, float, float]], line: float) -> None:
+    """A label beside each point where it covers no point, no label and no line; else none."""
+    figure = axes.figure
+    figure.draw_without_rendering()
+    spots = [axes.transData.transform((point[2], point[3])) for point in measured]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
+    frame = axes.get_window_extent().extents
+    height = axes.transData.transform((1, line))[1]
+    taken.append((frame[0], height - 1, frame[2], height + 1))
+    for _, label, intensity, reached in measured:
+        for x, y, align in PLACES:
+            text = axes.annotate(label, (intensity, reached), xytext=(x, y), fontsize=6.5,
+                                 textcoords="offset points", ha=align)  # fmt: skip
+            box = text.get_window_extent().extents
+            inside = box[0] >= frame[0] and box[2] <= frame[2]
+            if inside and not any(
+                box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
+            ):
+                taken.append(tuple(box))
+                break
+            text.remove()
 
 
 def plot(results: dict, path: Path) -> None:
-    """The two ceilings and the points, both axes logarithmic."""
+    """The roof, `torch.mm` as a dashed line, and the points, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    peak, bandwidth = results["ceilings"]["gflops"], results["ceilings"]["gbytes_per_s"]
+    found = results["ceilings"]
+    peak, bandwidth, product = found["fma_gflops"], found["gbytes_per_s"], found["gflops"]
     measured = points(results)
-    intensities = [point[2] for point in measured] + [peak / bandwidth]
-    left, right = min(intensities) / 3, max(intensities) * 10
-    figure, axes = plt.subplots(figsize=(9, 6))
     ridge = peak / bandwidth
+    intensities = [point[2] for point in measured] + [ridge]
+    left, right = min(intensities) / 2, max(intensities) * 4
+    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
     axes.plot([left, ridge, right], [left * bandwidth, peak, peak], "k-", linewidth=1)
-    axes.text(right, peak, f"torch.mm {peak:.0f} GFLOP/s ", ha="right", va="bottom")
-    axes.text(left, left * bandwidth, f"  copy {bandwidth:.0f} GB/s", va="center")
-    for op in results["ops"]:
-        own = [point for point in measured if point[0] == op]
-        if own:
-            axes.plot([p[2] for p in own], [p[3] for p in own], "o", label=op)
-        for _, label, intensity, reached in own:
-            axes.annotate(label, (intensity, reached), fontsize=6, xytext=(3, 3),
-                          textcoords="offset points")  # fmt: skip
+    axes.axhline(product, color="0.5", linestyle="--", linewidth=1)
+    small = {"fontsize": 8}
+    axes.text(right, 1.04 * peak, f"multiply-adds, {found['fma_source']}: {peak:.0f} GFLOP/s ",
+              ha="right", **small)  # fmt: skip
+    axes.text(left, 1.04 * product, f" torch.mm: {product:.0f} GFLOP/s", color="0.4", **small)
+    axes.text(1.2 * left, 0.9 * left * bandwidth, f"copy: {bandwidth:.0f} GB/s", va="top", **small)
     axes.set(
         xscale="log",
         yscale="log",
         xlim=(left, right),
+        ylim=(min([point[3] for point in measured]) / 2, 2 * peak),
         xlabel="operations of the mathematical function per byte that must move",
         ylabel="GFLOP/s, float32",
     )
-    axes.legend(loc="lower right")
-    figure.tight_layout()
+    for op, marker in zip(results["ops"], "osD^vP*X", strict=False):
+        own = [point for point in measured if point[0] == op]
+        if own:
+            axes.plot([p[2] for p in own], [p[3] for p in own], marker, label=op, markersize=6)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    _annotate(axes, measured, product)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,5 +1,8 @@
 """Measure the operators, write the numbers as JSON, render them as tables.
 
+Standard output has every implementation of an entry; docs/results/speed.md one line an entry, and
+README.md the entries of HEADLINES.
+
 python -m benchmarks.run --output benchmarks/results/cpu.json --table
 python -m benchmarks.run --smoke --output smoke.json
 """
@@ -92,21 +95,23 @@ def render(results: dict, op: str) -> str:
     return "\n\n".join(parts)
 
 
-def _machine(results: dict, op: str) -> str:
-    env = results["environments"][op]
-    return (
-        f"{env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads, torch {env['torch']},"
-        f" {env['date']}."
-    )
+def _machine(results: dict, *ops: str) -> str:
+    """Processor and versions, with the days on which `ops` were measured there."""
+    days: dict[str, list[str]] = {}
+    for op in ops:
+        env = results["environments"][op]
+        where = f"{env['cpu']} ({', '.join(env['flags'])}), {env['threads']} threads"
+        days.setdefault(f"{where}, torch {env['torch']}", []).append(env["date"])
+    return " ".join(f"{where}, {', '.join(sorted(set(found)))}." for where, found in days.items())
 
 
 def summary(results: dict, op: str) -> str:
     """Markdown: one line per entry of `op`, fastrec against each peer at its best."""
     peers, main = module(op).PEERS, module(op).PASSES[-1]
     lines = [
-        f"| {TITLE[main]} | fastrec, ms | {' | '.join(peers)} | extra memory |"
+        f"| {TITLE[main]} | fastrec, ms | GFLOP/s | {' | '.join(peers)} | extra memory |"
         f" output, gradient error ({next(iter(peers))}) |",
-        "|---" * (len(peers) + 4) + "|",
+        "|---" * (len(peers) + 5) + "|",
     ]
     for key, rows in results["ops"][op].items():
         ours, peer = rows["fastrec"], rows.get(next(iter(peers.values()))[0], {})
@@ -121,7 +126,8 @@ def summary(results: dict, op: str) -> str:
 
         memory, plain = ours.get("extra_bytes"), ours["materialised"] / 2**20
         lines.append(
-            f"| {key} | {_milliseconds(ours[main])} | {' | '.join(map(ratio, peers.values()))} |"
+            f"| {key} | {_milliseconds(ours[main])} | {ours[main]['gflops']:.1f} |"
+            f" {' | '.join(map(ratio, peers.values()))} |"
             f" {'-' if memory is None else format(memory / 2**20, ',.0f')} MiB"
             f" (stored {plain:,.0f}) | {errors(ours)} ({errors(peer)}) |"
         )
@@ -136,15 +142,62 @@ def summary(results: dict, op: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"README.md": summary, "docs/results.md": render}
+# Rows of the README: (op, entry), the smallest problem included.
+HEADLINES = (
+    ("linear_cross_entropy", "N=2560 V=141939 D=64 float32 flat"),
+    ("linear_cross_entropy", "N=64 V=1000 D=64 float32 flat"),
+    ("linear_rank", "N=512 V=141939 D=64 float32"),
+    ("in_batch_cross_entropy", "B=8192 D=64 float32 weighted_l2 lists"),
+    ("jagged_attention", "B=768 N=30 H=2 D=32 float32 yelp"),
+    ("uprec_step", "B=768 L=30 V=20033 D=64 U=30431 float32 Yelp sizes"),
+)
 
 
-def update(path: Path, op: str, table: str) -> bool:
-    """Replace the block between the markers of `op`; False if the file has none."""
+def headlines(results: dict) -> str:
+    """Markdown: the entries of HEADLINES that were measured, against eager and the compiler."""
+    lines = [
+        "| op | sizes | fastrec, ms | eager | `torch.compile` | extra memory (stored by eager)"
+        " | error (eager) |",
+        "|---" * 7 + "|",
+    ]
+    measured = []
+    for op, key in HEADLINES:
+        rows = results["ops"].get(op, {}).get(key)
+        if rows is None:
+            continue
+        eager = rows.get(next(iter(module(op).PEERS.values()))[0], {})
+        ours, main = rows["fastrec"], module(op).PASSES[-1]
+
+        def ratio(row):
+            return f"{row['ratio']:.2f}x" if "ratio" in row else "-"
+
+        def error(row):
+            kinds = ("output_error", "gradient_error")
+            return f"{max(row[kind] for kind in kinds):.1e}" if kinds[0] in row else "-"
+
+        memory, plain = ours.get("extra_bytes"), ours["materialised"] / 2**20
+        lines.append(
+            f"| `{op}`, {TITLE[main]} | {key.replace(' float32', '')} |"
+            f" {_milliseconds(ours[main]).partition(' (')[0]} | {ratio(eager)} |"
+            f" {ratio(rows.get('torch.compile', {}))} |"
+            f" {'-' if memory is None else format(memory / 2**20, ',.0f')} MiB ({plain:,.0f}) |"
+            f" {error(ours)} ({error(eager)}) |"
+        )
+        measured.append(op)
+    note = "float32. Ratios: time of the peer / time of fastrec."
+    lines += ["", note, _machine(results, *measured)]
+    return "\n".join(lines)
+
+
+SPEED, README = Path("docs", "results", "speed.md"), Path("README.md")
+
+
+def update(path: Path, name: str, table: str) -> bool:
+    """Replace the block between the markers of `name`; False if the file has none."""
     if not path.exists():
         return False
     text = path.read_text()
-    block = re.compile(rf"(<!-- bench:{op} -->\n).*?(<!-- /bench -->)", re.DOTALL)
+    block = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench -->)", re.DOTALL)
     changed, count = block.subn(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)
     if count:
         path.write_text(changed)
@@ -158,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="instead of the rounds of each entry")
     parser.add_argument("--shape", help="only entries whose key contains this text")
     parser.add_argument("--output", type=Path, help="JSON file, merged with what it holds")
-    parser.add_argument("--table", action="store_true", help=f"update {' and '.join(TABLES)}")
+    parser.add_argument("--table", action="store_true", help=f"update {README} and {SPEED}")
     parser.add_argument("--render", action="store_true", help="measure nothing, tables from output")
     parser.add_argument("--table-root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -180,14 +233,15 @@ def main(argv: list[str] | None = None) -> None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     for op in results["ops"]:
-        table = render(results, op)
-        print(table)
-        if arguments.table:
-            for name, rendered in TABLES.items():
-                if not update(arguments.table_root / name, op, rendered(results, op)):
-                    print(f"{name} has no block for {op}")
+        print(render(results, op))
+    if arguments.table:
+        tables = {(SPEED, op): summary(results, op) for op in results["ops"]}
+        tables[README, "headlines"] = headlines(results)
+        for (path, name), table in tables.items():
+            if not update(arguments.table_root / path, name, table):
+                print(f"{path} has no block for {name}")
     if arguments.table and "ceilings" in results:
-        plot(results, arguments.table_root / "docs" / "roofline.png")
+        plot(results, (arguments.table_root / SPEED).with_name("roofline.png"))
 
 
 def measured(entry: Entry, arguments: argparse.Namespace) -> dict:

@@ -1,7 +1,7 @@
 """Where the time of a pre-training step of UPRec goes: `python -m benchmarks.step_profile --table`.
 
 Profiles the entries of `uprec_step` (fastrec alone), prints one table and, with --table, writes it
-into docs/results.md with a plot beside it (docs/step.png).
+into docs/results/speed.md with a plot beside it (step.png).
 """
 
 import argparse
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import uprec_step
 from benchmarks.bench import ROOT, Entry
-from benchmarks.run import update
+from benchmarks.run import SPEED, update
 
 ROUNDS = 5
 # Part -> how the names of its operators begin; the first that fits.
@@ -82,15 +82,16 @@ def plot(profiles: dict[str, dict[str, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: that it runs, not times")
-    parser.add_argument("--table", action="store_true", help="update docs/results.md and step.png")
+    parser.add_argument("--table", action="store_true", help="update speed.md and step.png")
     parser.add_argument("--table-root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     entries = uprec_step.SMOKE if arguments.smoke else uprec_step.ENTRIES
     profiles = {entry.key: seconds(entry) for entry in entries}
     print(render(profiles))
     if arguments.table:
-        update(arguments.table_root / "docs" / "results.md", "step_profile", render(profiles))
-        plot(profiles, arguments.table_root / "docs" / "step.png")
+        page = arguments.table_root / SPEED
+        update(page, "step_profile", render(profiles))
+        plot(profiles, page.with_name("step.png"))
 
 
 if __name__ == "__main__":

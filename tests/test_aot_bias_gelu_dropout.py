@@ -1,6 +1,6 @@
 """What ptxas makes of the kernels of bias_gelu_dropout: no GPU is needed.
 
-The table of docs/kernels/bias_gelu_dropout.md is what this file prints when run as a script.
+Run as a script it prints the numbers of docs/kernels/bias_gelu_dropout.md.
 """
 
 import pytest

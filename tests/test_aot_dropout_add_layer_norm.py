@@ -1,6 +1,6 @@
 """What ptxas makes of the kernels of dropout_add_layer_norm: no GPU is needed.
 
-The table of docs/kernels/dropout_add_layer_norm.md is what this file prints when run as a script.
+Run as a script it prints the numbers of docs/kernels/dropout_add_layer_norm.md.
 """
 
 import pytest

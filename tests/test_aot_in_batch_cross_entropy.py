@@ -1,6 +1,6 @@
 """What ptxas makes of every shipped tile configuration: no GPU is needed.
 
-The table of docs/kernels/in_batch_cross_entropy.md is what this file prints when run as a script.
+Run as a script it prints the numbers of docs/kernels/in_batch_cross_entropy.md.
 """
 
 import pytest

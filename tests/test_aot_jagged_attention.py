@@ -1,6 +1,6 @@
 """What ptxas makes of the tile configurations of jagged_attention: no GPU is needed.
 
-The table of docs/kernels/jagged_attention.md is what this file prints when run as a script.
+Run as a script it prints the numbers of docs/kernels/jagged_attention.md.
 """
 
 import pytest

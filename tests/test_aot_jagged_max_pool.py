@@ -1,6 +1,6 @@
 """What ptxas makes of the kernels of jagged_max_pool: no GPU is needed.
 
-The table of docs/kernels/jagged_max_pool.md is what this file prints when run as a script.
+Run as a script it prints the numbers of docs/kernels/jagged_max_pool.md.
 """
 
 import pytest

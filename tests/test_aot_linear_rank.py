@@ -1,6 +1,6 @@
 """What ptxas makes of every tile configuration of linear_rank: no GPU is needed.
 
-The table of docs/kernels/linear_rank.md is what this file prints when run as a script.
+Run as a script it prints the numbers of docs/kernels/linear_rank.md.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """What ptxas makes of every tile configuration of linear_topk: no GPU is needed.
 
-The table of docs/kernels/linear_topk.md is what this file prints when run as a script.
+Run as a script it prints the numbers of docs/kernels/linear_topk.md.
 """
 
 import pytest

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks import roofline  # noqa: E402
+from benchmarks import roofline, run  # noqa: E402
 from benchmarks.bench import OPS, module  # noqa: E402
 
 
@@ -59,12 +59,14 @@ def test_smoke(output):
 
 def test_table_replaces_the_marked_block(output, tmp_path):
     before, after = "# Title\n\n", "\n\nafter\n"
-    block = "<!-- bench:linear_cross_entropy -->\nold\n<!-- /bench -->"
-    (tmp_path / "README.md").write_text(before + block + after)
+    page = tmp_path / "docs" / "results" / "speed.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(f"{before}<!-- bench:linear_cross_entropy -->\nold\n<!-- /bench -->{after}")
     for _ in range(2):  # the second time replaces the same block
         out = benchmark("--render", "--table", "--table-root", tmp_path, "--output", output)
-    assert "docs/results.md has no block for linear_cross_entropy" in out
-    text = (tmp_path / "README.md").read_text()
+    assert "speed.md has no block for linear_rank" in out
+    assert "README.md has no block for headlines" in out
+    text = page.read_text()
     assert text.count("| N=33 V=257 D=16") == 3
     assert text.startswith(before) and text.endswith(after) and "old" not in text
     assert text.count("<!-- bench:") == text.count("<!-- /bench -->") == 1
@@ -72,15 +74,41 @@ def test_table_replaces_the_marked_block(output, tmp_path):
     assert "float64" in text and out.count("| fastrec |") == sum(map(len, entries))
 
 
+def test_headlines_are_entries_and_what_was_not_measured_is_left_out(output):
+    for op, key in run.HEADLINES:
+        assert key in [entry.key for entry in module(op).ENTRIES], (op, key)
+    results = json.loads(output.read_text())
+    op, key = run.HEADLINES[0]
+    results["ops"][op][key] = next(iter(results["ops"][op].values()))
+    head, line, row, *_ = run.headlines(results).splitlines()
+    assert head.count("|") == line.count("|") == row.count("|") == 8
+    assert row.startswith(f"| `{op}`, forward + backward | N=2560 V=141939 D=64 flat |")
+
+
+def test_the_tables_in_the_documents_are_those_of_the_stored_results(tmp_path):
+    """Nobody edits a number by hand."""
+    pages = [run.README, run.SPEED]
+    for page in pages:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text((ROOT / page).read_text())
+    stored = ROOT / "benchmarks" / "results" / "cpu.json"
+    out = benchmark("--render", "--table", "--table-root", tmp_path, "--output", stored)
+    assert "has no block" not in out
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), page
+
+
 def test_roofline(output, tmp_path):
     results = json.loads(output.read_text())
     assert "ceilings" not in results, "a smoke run measures no ceiling"
-    results["ceilings"] = {"gflops": 100.0, "gbytes_per_s": 10.0}
-    (tmp_path / "docs").mkdir()
+    results["ceilings"] = {
+        "fma_gflops": 200.0, "fma_source": "measured", "gflops": 100.0, "gbytes_per_s": 10.0,
+    }  # fmt: skip
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
     benchmark("--render", "--table", "--table-root", tmp_path, "--output", path)
-    assert (tmp_path / "docs" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / "docs" / "results" / "roofline.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
     rows = [key for op in OPS for key in results["ops"][op] if "float32" in key]
     assert len(roofline.points(results)) == len(rows)
     _, label, intensity, rate = roofline.points(results)[0]
@@ -91,8 +119,10 @@ def test_roofline(output, tmp_path):
 def test_ceilings(monkeypatch):
     monkeypatch.setattr(roofline, "SIZES", (64, 128))
     monkeypatch.setattr(roofline, "COPIED", 1 << 16)
+    monkeypatch.setattr(roofline, "LOOPS", 10_000)
     found = roofline.ceilings()
-    assert set(found) == {"gflops", "gbytes_per_s"} and min(found.values()) > 0
+    assert found.pop("fma_source") == "measured"
+    assert set(found) == {"fma_gflops", "gflops", "gbytes_per_s"} and min(found.values()) > 0
 
 
 def test_pytest_benchmark_entries_are_collected():
