@@ -1,0 +1,113 @@
+"""What tests build: small data sets, batches, models, loaders and recipes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrec.data.attributes import EncodedAttribute
+from fastrec.data.batch import JaggedBatch, from_sequences
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.graph import SocialGraph
+from fastrec.data.loader import SequenceLoader
+from fastrec.data.side import SideData
+from fastrec.data.steps.mask import Mask
+from fastrec.data.views import Views
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.objectives.item import Item
+from fastrec.objectives.parts import Objectives
+from fastrec.training.config import Recipe, Stage
+from fastrec.training.fit import fit
+
+AGE = EncodedAttribute("age", torch.tensor([0.5, -3.0, float("nan"), 1.0, 0.0, 0.25]))
+CITY = EncodedAttribute("city", torch.tensor([0, 2, 1, -1, 2, 0]), ("a", "b", "c"))
+#   0 - 1 - 2    3 - 4    5
+GRAPH = SocialGraph.from_pairs(np.array([[0, 1], [1, 2], [3, 4]]), 6)
+
+
+def dataset_of(sequences: list[list[int]], num_items: int) -> SequenceDataset:
+    """A data set in memory, without user or item tables."""
+    offsets = np.concatenate([[0], np.cumsum([len(s) for s in sequences])])
+    values = np.concatenate([np.array(s, dtype=np.int32) for s in sequences])
+    schema = {
+        "num_users": len(sequences),
+        "num_items": num_items,
+        "num_interactions": len(values),
+    }
+    return SequenceDataset(Path("memory"), schema, values, offsets)
+
+
+def jagged(lengths: list[int], num_items: int = 50, first_id: int = 0) -> JaggedBatch:
+    """Random items in sequences of these lengths, keys from `first_id`."""
+    values = iter(torch.randint(num_items, (sum(lengths),)).tolist())
+    sequences = [[next(values) for _ in range(length)] for length in lengths]
+    return from_sequences(sequences, range(first_id, first_id + len(lengths)))
+
+
+def six_users() -> SequenceDataset:
+    generator = np.random.default_rng(0)
+    sequences = [generator.integers(20, size=n).tolist() for n in (5, 9, 6, 7, 12, 3)]
+    return dataset_of(sequences, 20)
+
+
+class Known(SideData):
+    """Side data whose attributes and friendships are given."""
+
+    def __init__(self, dataset, attributes=(), graph=None, split: str = "train", profiles=None):
+        super().__init__(dataset, split)
+        self.attributes, self.encoded = list(attributes), list(attributes)
+        self.graph, self.profile_ids = graph, profiles
+
+
+def model_of(dropout: float = 0.3, num_items: int = 20, **config) -> UserModel:
+    """A tiny model; `layers`, `heads`, `causal`, `pre_norm` are the transformer's."""
+    torch.manual_seed(1)
+    names = ("layers", "heads", "causal", "pre_norm", "ffn_width", "patch", "norm_eps")
+    inner = {name: config.pop(name) for name in names if name in config}
+    settings = {"width": 8, "max_len": 10, **config}
+    return UserModel(
+        num_items,
+        ModelConfig(dropout=dropout, encoder=Transformer(**{"layers": 1, **inner}), **settings),
+    )
+
+
+def loader_of(model: UserModel, views: dict[str, list], side: SideData, **changes):
+    """The loader of a model over `side`'s data set, six users a batch."""
+    made = Views(views, model.frame, side, model.config.max_len)
+    return SequenceLoader(made, **{"batch_size": 6, **changes})
+
+
+MODEL = ModelConfig(
+    width=16,
+    dropout=0.3,
+    max_len=12,
+    tokens=["cls", "sep"],
+    encoder=Transformer(layers=1),
+)
+
+
+def recipe(**stage) -> Recipe:
+    """A short pre-training on masked items, all items ranked."""
+    defaults = dict(
+        views={"main": [Mask()]},
+        objectives=Objectives(item=Item()),
+        steps=30,
+        batch_size=64,
+        validate_every=10,
+        checkpoint_every=7,
+    )
+    return Recipe(model=MODEL, pretraining=Stage(**{**defaults, **stage}))
+
+
+def run(data: Path, output: Path, chosen: Recipe | None = None, **kwargs) -> UserModel:
+    """Train a stage of a recipe on the data set in `data`."""
+    dataset = SequenceDataset.load(data)
+    return fit(dataset, recipe=chosen or recipe(), output=output, progress=False, **kwargs)
+
+
+def trained_weights(folder: Path) -> dict[str, Tensor | int]:
+    """The weights after the last step of a run, from the checkpoint to resume from."""
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    return {"step": state["global_step"], **state["state_dict"]}
