@@ -13,7 +13,7 @@ from typing import Literal
 
 from fastrec import recipes
 from fastrec.bench import bench
-from fastrec.cli_help import show_help
+from fastrec.cli_help import recipe_help
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.demo import demo
@@ -23,7 +23,6 @@ from fastrec.serve import recommend as recommend_items
 from fastrec.training.checkpoint import check_model, first_process
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
-from fastrec.training.fit import fit
 from fastrec.training.sweep import sweep
 
 
@@ -97,6 +96,8 @@ def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
         output: folder of the run; the best model on validation is in `output/model`.
         resume: go on from the last checkpoint in `output`.
     """
+    from fastrec.training.fit import fit  # Lightning, 3 s: other commands do without it
+
     dataset = SequenceDataset.load(data)
     recipe.stage("pretraining")
     fit(dataset, recipe=recipe, stage="pretraining", output=output, resume=resume)
@@ -120,6 +121,8 @@ def finetune(
         init: folder of a pre-trained model; random weights without it.
         resume: go on from the last checkpoint in `output`.
     """
+    from fastrec.training.fit import fit
+
     dataset, stage = SequenceDataset.load(data), recipe.stage(task)
     initial = None
     if init is not None:
@@ -313,9 +316,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else None
     try:
-        parser = _parser(name)
         if name in RECIPE_COMMANDS and {"-h", "--help"} & set(arguments):
-            return show_help(parser, name)
+            print(recipe_help(name, RECIPE_COMMANDS[name], Recipe))
+            return
+        parser = _parser(name)
         arguments = ["--help" if each == "--help-all" else each for each in arguments]
         config = parser.parse_args(_resolved(arguments))
         name = config.command

@@ -1,54 +1,59 @@
 """`fastrec pretrain --help` on one screen: the keys that people set, with their defaults."""
 
-KEYS = (
-    "data", "output", "init", "task", "resume", "pretrained", "split", "key", "values", "seeds",
-    "model.width", "model.max_len", "model.dropout", "model.encoder", "model.tokens",
-    "STAGE.views", "STAGE.objectives", "STAGE.steps", "STAGE.batch_size", "STAGE.learning_rate",
-    "STAGE.schedule", "STAGE.weight_decay", "STAGE.precision", "STAGE.validate_every",
-    "STAGE.patience", "STAGE.devices", "evaluation.candidates", "evaluation.seen",
-    "users.fraction", "seed",
-)  # fmt: skip
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+
+KEYS = {
+    "model": ("width", "max_len", "dropout", "encoder", "tokens"),
+    "STAGE": (
+        "views", "objectives", "steps", "batch_size", "learning_rate", "schedule", "weight_decay",
+        "precision", "validate_every", "patience", "devices",
+    ),
+    "evaluation": ("candidates", "seen"),
+    "users": ("fraction",),
+}  # fmt: skip
 
 
-def show_help(parser, command: str) -> None:
-    """Print usage, the keys above that the command has, and where the others are."""
-    from fastrec.training.config import Stage
-
-    sub = parser._subcommands_action._name_parser_map[command]
-    known = {action.dest: action for action in sub._actions}
-    stage = _stage_keys(Stage)
-    print(f"usage: fastrec {command} --config RECIPE [--KEY VALUE ...]\n\n{sub.description}\n")
-    print("  --config               recipe name (fastrec recipes) or YAML file; flags win over it")
-    for key in KEYS:
-        if key.startswith("STAGE."):
-            name = key.removeprefix("STAGE.")
-            print(_line(f"--STAGE.{name}", *stage[name]))
-        elif key in known:
-            action = known[key]
-            print(_line(f"--{key}", action.help or "", action.default))
-    print(
-        "\nSTAGE is pretraining, recommendation, profile or relation. All keys: --help-all;"
-        " what a recipe\nsets them to: --print_config."
-    )
-
-
-def _stage_keys(stage) -> dict[str, tuple[str, object]]:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(stage, "stage")
-    found = {}
-    for action in parser._actions:
-        if action.dest.startswith("stage."):
-            found[action.dest.removeprefix("stage.")] = (action.help or "", action.default)
-    return found
+def recipe_help(name: str, function: Callable, recipe: type) -> str:
+    """Usage, the arguments of a command and the keys above of its recipe."""
+    fields = {field.name: field for field in dataclasses.fields(recipe)}
+    stages = [key for key, field in fields.items() if "Stage" in str(field.type)]
+    summary = (inspect.getdoc(function) or "").splitlines()[0]
+    lines = [f"usage: fastrec {name} --config RECIPE [--KEY VALUE ...]", "", summary, ""]
+    lines.append(_line("config", "recipe name (fastrec recipes) or YAML file, which flags change"))
+    defaults = inspect.signature(function).parameters
+    for argument, text in _documented(function):
+        default = defaults[argument].default
+        lines.append(_line(argument, text, None if default is inspect.Parameter.empty else default))
+    for group, keys in KEYS.items():
+        kind = _kind(fields["pretraining" if group == "STAGE" else group])
+        texts = dict(_documented(kind))
+        own = {field.name: field.default for field in dataclasses.fields(kind)}
+        lines += [_line(f"{group}.{key}", texts.get(key, ""), own[key]) for key in keys]
+    lines.append(_line("seed", dict(_documented(recipe))["seed"], fields["seed"].default))
+    lines += ["", f"STAGE: {', '.join(stages)}."]
+    lines += ["All keys: --help-all. What a recipe sets them to: --print_config."]
+    return "\n".join(lines)
 
 
-def _line(flag: str, text: str, default: object) -> str:
-    sentence = " ".join(str(text).split()).split("(required")[0].strip().rstrip(".")
-    sentence = sentence.split(". ")[0]
-    if len(sentence) > 62:
-        sentence = sentence[:60].rsplit(" ", 1)[0] + " .."
-    plain = default is None or isinstance(default, (int, float, str, bool))
-    end = f" [{default}]" if plain and default is not None else ""
-    return f"  {flag:<28} {sentence}{end}"
+def _kind(field) -> type:
+    """The dataclass of a field, optional or not."""
+    kinds = getattr(field.type, "__args__", [field.type])
+    return next(kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind))
+
+
+def _documented(thing) -> Iterator[tuple[str, str]]:
+    """(name, description) of the arguments or attributes in a docstring."""
+    from docstring_parser import parse
+
+    for parameter in parse(inspect.getdoc(thing) or "").params:
+        yield parameter.arg_name, " ".join((parameter.description or "").split())
+
+
+def _line(key: str, text: str, default: object = None) -> str:
+    short = text.split(". ")[0].split("; ")[0].rstrip(".:;")
+    if len(short) > 60:
+        short = short[:58].rsplit(" ", 1)[0].rstrip(",") + " .."
+    plain = isinstance(default, (int, float, str))
+    return f"  --{key:<23} {short}" + (f" [{default}]" if plain else "")

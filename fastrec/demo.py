@@ -16,7 +16,6 @@ from fastrec.nn.user_model import ModelConfig
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.training.config import Recipe, Stage
-from fastrec.training.fit import fit
 from fastrec.training.stage_data import select_users
 
 # Full ranking: on synthetic data there is no published table of sampled metrics to compare with.
@@ -53,6 +52,8 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
         items: number of synthetic items.
         seed: of the generator.
     """
+    from fastrec.training.fit import fit  # Lightning, 3 s: `fastrec --help` does without it
+
     start = time.perf_counter()
     _replace(output)
     print(f"1/5 synthetic data set: {users} users, {items} items")

@@ -3,10 +3,13 @@
 Legend: V items, S special tokens, T events, D width.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch
 
 
 class ItemRows(NamedTuple):
@@ -19,3 +22,27 @@ class ItemRows(NamedTuple):
     def dense(self) -> Tensor:
         """[T, D]."""
         return self.table if self.values is None else F.embedding(self.values, self.table)
+
+
+@dataclass(frozen=True)
+class Items:
+    """What an item is to the encoder: the embedding of its id.
+
+    Attributes:
+        scale: multiply it by sqrt(D) (the original SASRec); the scores of items read it unscaled.
+    """
+
+    scale: bool = False
+
+
+class ItemInput(nn.Module):
+    """`ids` is the embedding table: items, then special tokens. Its first V rows score items."""
+
+    def __init__(self, settings: Items, num_items: int, width: int):
+        super().__init__()
+        self.factor = width**0.5 if settings.scale else 1.0
+        self.ids = nn.Embedding(num_items + len(SPECIAL_TOKENS), width)
+
+    def forward(self, batch: JaggedBatch) -> ItemRows:
+        rows = ItemRows(self.ids.weight, batch.values)
+        return rows if self.factor == 1.0 else ItemRows(rows.dense() * self.factor, None)

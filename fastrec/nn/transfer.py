@@ -8,7 +8,7 @@ from torch import nn
 from fastrec.nn.encoders.transformer import Patch
 from fastrec.nn.user_model import UserModel
 
-PARTS = {"items": "item_embedding", "encoder": "encoder", "head": "item_head"}
+PARTS = {"items": "item_input", "encoder": "encoder", "head": "item_head"}
 
 
 def take(model: UserModel, initial: UserModel, parts: list[str]) -> list[str]:

@@ -3,7 +3,7 @@ D width."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequenc
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.transformer import Patch, Transformer
 from fastrec.nn.heads import ItemHead
-from fastrec.nn.items import ItemRows
+from fastrec.nn.items import ItemInput, Items
 from fastrec.nn.pool import Encoded, Pooling, last_item, max_pool, mean_pool
 from fastrec.random import Rng
 
@@ -27,6 +27,7 @@ class ModelConfig:
         width: D, the width of states and item vectors.
         max_len: the most recent items of a user that are read, special tokens not counted.
         dropout: probability at every dropout site.
+        items: what an item is to the encoder.
         encoder: what maps item vectors to states. In Python also settings of your own with
             `build(width, max_positions, dropout)`.
         tokens: special tokens around the items: cls before, sep and ur after.
@@ -36,6 +37,7 @@ class ModelConfig:
     width: int = 64
     max_len: int = 30
     dropout: float = 0.5
+    items: Items = field(default_factory=Items)
     encoder: Encoders = field(default_factory=lambda: Encoders(transformer=Transformer()))
     tokens: list[Literal["cls", "sep", "ur"]] = field(default_factory=list)
     head_transform: bool = True
@@ -78,7 +80,7 @@ class UserModel(nn.Module):
     def __init__(self, num_items: int, config: ModelConfig):
         super().__init__()
         self.num_items, self.config = num_items, config
-        self.item_embedding = nn.Embedding(num_items + len(SPECIAL_TOKENS), config.width)
+        self.item_input = ItemInput(config.items, num_items, config.width)
         self.encoder = settings_of(config.encoder).build(
             config.width, self.max_positions, config.dropout
         )
@@ -93,6 +95,11 @@ class UserModel(nn.Module):
     def max_positions(self) -> int:
         """Events of the longest input."""
         return self.config.max_len + len(self.config.tokens)
+
+    @property
+    def item_embedding(self) -> nn.Embedding:
+        """[V + 4, D], items and special tokens."""
+        return self.item_input.ids
 
     @property
     def item_table(self) -> Tensor:
@@ -135,8 +142,7 @@ class UserModel(nn.Module):
 
     def encode(self, batch: JaggedBatch, rng: Rng | None = None) -> Encoded:
         """States [T, D] of a batch. `rng` turns dropout on and is its key."""
-        rows = ItemRows(self.item_embedding.weight, batch.values)
-        return Encoded(batch, self.encoder(rows, batch, rng))
+        return Encoded(batch, self.encoder(self.item_input(batch), batch, rng))
 
     forward = encode  # what a wrapper like DistributedDataParallel calls
 
@@ -233,7 +239,7 @@ def described(config: ModelConfig) -> dict:
     if isinstance(config.encoder, Encoders):
         return asdict(config)
     kind = type(config.encoder)
-    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    values = asdict(replace(config, encoder=Transformer()))
     return values | {"encoder": {"class": f"{kind.__module__}.{kind.__qualname__}"}}
 
 
@@ -243,7 +249,7 @@ def _config_of(values: dict, encoder: Any) -> ModelConfig:
         raise ValueError(f"the encoder is {saved['class']}: give from_pretrained its settings")
     if encoder is None:
         encoder = Encoders.of({name: part for name, part in saved.items() if part is not None})
-    return ModelConfig(**{**values, "encoder": encoder})
+    return ModelConfig(**{**values, "encoder": encoder, "items": Items(**values["items"])})
 
 
 def _init_bert(module: nn.Module) -> None:

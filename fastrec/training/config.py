@@ -141,8 +141,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Users:
-    """The users that are trained and evaluated: a random `fraction`, drawn with `seed`. The others
-    are held out: they test the judges "attributes" and "friends"."""
+    """The users that are trained and evaluated. The others are held out: they test the judges
+    "attributes" and "friends".
+
+    Attributes:
+        fraction: a random share of the users.
+        seed: of the choice.
+    """
 
     fraction: float = 1.0
     seed: int = 0

@@ -13,7 +13,6 @@ from fastrec.evaluation.report import plot_sweep, print_table
 from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import plain
 from fastrec.training.config import Recipe
-from fastrec.training.fit import fit
 from fastrec.training.stage_data import select_users
 
 
@@ -106,6 +105,8 @@ def sweep(
 
 
 def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]:
+    from fastrec.training.fit import fit  # Lightning, 3 s: `fastrec --help` does without it
+
     folder, recipe = folder / f"seed-{seed}", dataclasses.replace(recipe, seed=seed)
     result, started = folder / "metrics.json", folder / "recipe.json"
     text = json.dumps(plain(recipe), indent=2) + "\n"
