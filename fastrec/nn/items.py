@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch
+from fastrec.nn.plain import embedding_table, is_plain
 
 
 class ItemRows(NamedTuple):
@@ -41,8 +42,16 @@ class ItemInput(nn.Module):
     def __init__(self, settings: Items, num_items: int, width: int):
         super().__init__()
         self.factor = width**0.5 if settings.scale else 1.0
-        self.ids = nn.Embedding(num_items + len(SPECIAL_TOKENS), width)
+        self.rows = num_items + len(SPECIAL_TOKENS)
+        self.ids = nn.Embedding(self.rows, width)
 
     def forward(self, batch: JaggedBatch) -> ItemRows:
+        if not is_plain(self.ids, nn.Embedding):
+            return ItemRows(self.ids(batch.values) * self.factor, None)
         rows = ItemRows(self.ids.weight, batch.values)
         return rows if self.factor == 1.0 else ItemRows(rows.dense() * self.factor, None)
+
+    @property
+    def table(self) -> Tensor:
+        """[V + S, D]: the vectors that score items, unscaled."""
+        return embedding_table(self.ids, self.rows)

@@ -104,7 +104,7 @@ class UserModel(nn.Module):
     @property
     def item_table(self) -> Tensor:
         """[V, D], the rows of the embedding that are items."""
-        return self.item_embedding.weight[: self.num_items]
+        return self.item_input.table[: self.num_items]
 
     def inputs(self, dataset, users, split: str, ask: bool = False) -> JaggedBatch:
         """The input of `users` in a split of a data set. `ask`: for their next item."""

@@ -105,7 +105,7 @@ class ItemPrediction(nn.Module):
             states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         count = len(targets)
         if self.sampler is None or self.settings.sampled is None:
-            table = model.item_embedding.weight
+            table = model.item_input.table
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
         how, self.sampler = self.settings.sampled, self.sampler.to(states.device)

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.nn.items import ItemRows
+from fastrec.nn.plain import apply_linear, embedding_table, is_plain
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
 from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
-from fastrec.ops.linear import linear
 from fastrec.random import Rng
 
 
@@ -87,15 +87,17 @@ class Patch(nn.Module):
 
 def _join(
     input: Tensor,
-    residual: Tensor,
-    norm: nn.LayerNorm,
-    dropout: EventDropout,
-    site: str,
-    layer: int,
+    residual: Tensor | None,
+    norm: nn.Module,
+    dropout: dict,
 ) -> DropoutAddLayerNorm:
-    return dropout_add_layer_norm(
-        input, residual, norm.weight, norm.bias, eps=norm.eps, **dropout.at(site, layer)
-    )
+    """(LayerNorm of the sum, the sum) of the residual and the input after dropout."""
+    if is_plain(norm, nn.LayerNorm):
+        return dropout_add_layer_norm(
+            input, residual, norm.weight, norm.bias, eps=norm.eps, **dropout
+        )
+    sum = dropout_add_layer_norm(input, residual, None, None, **dropout).sum
+    return DropoutAddLayerNorm(norm(sum), sum)
 
 
 class TransformerLayer(nn.Module):
@@ -121,8 +123,7 @@ class TransformerLayer(nn.Module):
             self.patches.extend(Patch(width, settings.patch) for _ in range(2))
 
     def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
-        projection, output = self.query_key_value, self.attention_output
-        packed = linear(x, projection.weight, projection.bias).unflatten(1, (3, self.heads, -1))
+        packed = apply_linear(self.query_key_value, x).unflatten(1, (3, self.heads, -1))
         query, key, value = split_packed(packed)
         out = jagged_attention(
             query,
@@ -136,12 +137,15 @@ class TransformerLayer(nn.Module):
             keys=batch.keys,
             layer=layer,
         )
-        out = linear(out.flatten(1), output.weight, output.bias)
+        out = apply_linear(self.attention_output, out.flatten(1))
         return self.patches[0](out) if self.patches else out
 
     def ffn(self, x: Tensor):
         inner, output = self.ffn_inner, self.ffn_output
-        out = gelu_ffn(x, inner.weight, inner.bias, output.weight, output.bias)
+        if is_plain(inner, nn.Linear) and is_plain(output, nn.Linear):
+            out = gelu_ffn(x, inner.weight, inner.bias, output.weight, output.bias)
+        else:
+            out = apply_linear(output, F.gelu(apply_linear(inner, x)))
         return self.patches[1](out) if self.patches else out
 
     def forward(
@@ -156,20 +160,20 @@ class TransformerLayer(nn.Module):
         if self.pre_norm:
             normed, x = _first_norm(x, pending, self.attention_norm, dropout, layer)
             attended = self.attention(normed, batch, causal, dropout, layer)
-            normed, x = _join(attended, x, self.ffn_norm, dropout, "attention_output", layer)
+            normed, x = _join(attended, x, self.ffn_norm, dropout.at("attention_output", layer))
             return x, self.ffn(normed)
         attended = self.attention(x, batch, causal, dropout, layer)
-        x = _join(attended, x, self.attention_norm, dropout, "attention_output", layer).output
-        return _join(self.ffn(x), x, self.ffn_norm, dropout, "ffn_output", layer).output, None
+        x = _join(attended, x, self.attention_norm, dropout.at("attention_output", layer)).output
+        return _join(self.ffn(x), x, self.ffn_norm, dropout.at("ffn_output", layer)).output, None
 
 
 def _first_norm(
-    x: Tensor, pending: Tensor | None, norm: nn.LayerNorm, dropout: EventDropout, layer: int
+    x: Tensor, pending: Tensor | None, norm: nn.Module, dropout: EventDropout, layer: int
 ) -> DropoutAddLayerNorm:
     """(LayerNorm of the residual stream, the stream), with what layer - 1 left pending."""
     if pending is None:
-        return dropout_add_layer_norm(x, None, norm.weight, norm.bias, eps=norm.eps)
-    return _join(pending, x, norm, dropout, "ffn_output", layer - 1)
+        return _join(x, None, norm, {})
+    return _join(pending, x, norm, dropout.at("ffn_output", layer - 1))
 
 
 class TransformerEncoder(nn.Module):
@@ -192,6 +196,7 @@ class TransformerEncoder(nn.Module):
             raise ValueError(f"width {width} is not divisible by heads {settings.heads}")
         self.dropout, self.causal = dropout, settings.causal
         pre_norm, norm_eps = settings.pre_norm, settings.norm_eps
+        self.max_positions = max_positions
         self.positions = nn.Embedding(max_positions, width)
         self.embedding_norm = nn.Identity() if pre_norm else nn.LayerNorm(width, norm_eps)
         self.final_norm = nn.LayerNorm(width, norm_eps) if pre_norm else nn.Identity()
@@ -204,25 +209,35 @@ class TransformerEncoder(nn.Module):
 
         Raises ValueError when a sequence is longer than `max_positions`.
         """
-        if batch.max_seq_len > self.positions.num_embeddings:
+        if batch.max_seq_len > self.max_positions:
             raise ValueError(
                 f"a sequence has {batch.max_seq_len} positions, the encoder was built for"
-                f" {self.positions.num_embeddings}"
+                f" {self.max_positions}"
             )
         dropout = EventDropout(batch, self.dropout, rng)
-        norm = self.embedding_norm if isinstance(self.embedding_norm, nn.LayerNorm) else None
-        x = jagged_embedding(
-            embedded.values,
-            embedded.table,
-            self.positions.weight,
-            norm_weight=norm.weight if norm else None,
-            norm_bias=norm.bias if norm else None,
-            eps=norm.eps if norm else 0.0,
-            **dropout.at("embedding"),
-        )
+        x = self._embed(embedded, dropout)
         pending = None
         for layer, block in enumerate(self.layers):
             x, pending = block(x, batch, self.causal, dropout, layer, pending)
-        if isinstance(self.final_norm, nn.LayerNorm):
-            return _first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
-        return x
+        if type(self.final_norm) is nn.Identity:
+            return x
+        return _first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
+
+    def _embed(self, embedded: ItemRows, dropout: EventDropout) -> Tensor:
+        """[T, D]: dropout of the LayerNorm, if the encoder is post-norm, of items + positions."""
+        places = embedding_table(self.positions, self.max_positions)
+        norm, key = self.embedding_norm, dropout.at("embedding")
+        if type(norm) is nn.Identity:
+            return jagged_embedding(embedded.values, embedded.table, places, **key)
+        if is_plain(norm, nn.LayerNorm):
+            return jagged_embedding(
+                embedded.values,
+                embedded.table,
+                places,
+                norm_weight=norm.weight,
+                norm_bias=norm.bias,
+                eps=norm.eps,
+                **key,
+            )
+        summed = jagged_embedding(embedded.values, embedded.table, places, dropout.positions)
+        return jagged_embedding(None, norm(summed), **key)

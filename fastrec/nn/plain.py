@@ -1,0 +1,40 @@
+"""Submodules whose parameters a fused op may read, and what happens to the others.
+
+LoRA wrappers, pruning, quantisation and hooks replace a submodule, or act when it is called: a
+fused op that read its weight would pass them by. What is not just the module that was built is
+called as a module.
+"""
+
+from typing import TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrec.ops.linear import linear
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether `module` is of class `kind` itself, and nothing hooks on its calls."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, by the fused op for a plain nn.Linear."""
+    if is_plain(module, nn.Linear):
+        return linear(x, module.weight, module.bias)
+    return module(x)
+
+
+def embedding_table(module: nn.Module, rows: int) -> Tensor:
+    """The vectors of the indices 0 .. rows - 1 of an embedding: its weight if it is plain."""
+    if is_plain(module, nn.Embedding):
+        return module.weight
+    device = next(module.parameters()).device
+    return module(torch.arange(rows, device=device))
