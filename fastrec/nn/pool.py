@@ -88,7 +88,9 @@ class Pool(nn.Module):
             return model.pool(encoded, self.how)
         batch, states = encoded.batch, encoded.states
         scores = torch.tanh(self.project(states)) @ self.query
-        scores = scores.to(accumulate_dtype(scores)).masked_fill(~is_item(batch, model.num_items), -torch.inf)
+        scores = scores.to(accumulate_dtype(scores)).masked_fill(
+            ~is_item(batch, model.num_items), -torch.inf
+        )
         segment = batch.segment_ids()
         top = scores.new_full((len(batch),), -torch.inf)
         top = top.scatter_reduce(0, segment, scores.detach(), "amax").clamp_min(-1e30)
