@@ -257,9 +257,9 @@ def test_four_views_in_one_pass_are_four_passes():
 
 
 class Near(nn.Module):
-    """An objective of one's own: the mean square of user vectors, in as many words."""
+    """An objective of one's own: the first view of a user is twice the second."""
 
-    weight, views = 0.25, ["a", "b"]
+    weight, views = 0.25, ["b", "a"]
 
     def __init__(self):
         super().__init__()
@@ -267,7 +267,7 @@ class Near(nn.Module):
 
     def forward(self, model, rng, *views):
         first, second = (model.pool(view, "mean") for view in views)
-        gap = self.scale * (first - second).square().mean()
+        gap = self.scale * (first - 2 * second).square().mean()
         return {"near": (gap, len(first)), "scale": (self.scale.detach(), None)}
 
 
@@ -288,12 +288,12 @@ def test_an_objective_of_ones_own_is_a_module_or_settings():
     encoded = model.encode_views(views, Rng(1, 0))
     pooled = {name: model.pool(view, "mean") for name, view in encoded.items()}
     for mine, weight, read in (
-        (Near(), 0.25, ("a", "b")),
+        (Near(), 0.25, ("b", "a")),
         (NearSettings(["main", "a"], weight=3.0), 3.0, ("main", "a")),
     ):
         joint = JointObjective({"item": Item(), "near": mine}, model, side)
         terms = joint(model, views, Rng(1, 0))
-        expected = 2.0 * (pooled[read[0]] - pooled[read[1]]).square().mean()
+        expected = 2.0 * (pooled[read[0]] - 2 * pooled[read[1]]).square().mean()
         assert [term.name for term in terms] == ["item", "near", "near.scale"]
         torch.testing.assert_close(terms[1].loss, expected)
         torch.testing.assert_close(total_loss(terms), terms[0].loss + weight * expected)
@@ -424,12 +424,12 @@ def test_sampled_item_loss_in_the_joint_objective(shared, loss):
 def test_own_negatives_of_several_targets_and_views():
     """Target a of A of the event at p has the negatives of place A p + a, those of its view."""
     model, side = model_of(), Known(six_users())
-    how = Sampled(negatives=5, shared=False, log_q=False)
+    how = Sampled(negatives=5, by="popularity", shared=False, log_q=False)
     batch = NextItem(ahead=2)(from_sequences([[3, 1, 4, 1], [9, 2]], [4, 0]), Rng(0, 0), side)
     views = [states_of(batch.as_view(number)) for number in (0, 3)]
     part = ItemPrediction(Item(sampled=how), how.sampler(side))
     loss, count = part(model, Rng(3, 5), *views)["item"]
-    sampler, losses = NegativeSampler.uniform(20), []
+    sampler, losses = NegativeSampler.popularity(side.item_counts), []
     for view in views:
         for t, (key, p) in enumerate(zip([4, 4, 4, 0], [0, 1, 2, 0], strict=True)):
             for a in range(2):
@@ -443,7 +443,6 @@ def test_own_negatives_of_several_targets_and_views():
                 scores = model.item_table[items] @ query + model.item_head.bias[items]
                 losses.append(scores.logsumexp(0) - scores[0])
     assert int(count) == len(losses) == 12
-    # Not equal to the mean of the plain softmax: no correction by log Q.
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 

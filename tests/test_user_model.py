@@ -10,6 +10,7 @@ from torch import nn
 
 from fastrec.data.batch import from_sequences
 from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.pool import Encoded
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.random import Rng
 
@@ -136,12 +137,13 @@ def test_the_query_is_that_of_the_mask_or_of_the_last_item(tokens, causal, trans
         assert torch.equal(states, model.pool(encoded, "last"))
 
 
-def test_the_query_has_the_type_of_the_table_under_autocast():
+def test_the_query_has_the_type_of_the_table_whatever_the_states_have():
     model = model_of(head_transform=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        encoded = model.encode(model.inputs_of([[3, 1], [4]], ask=True))
-        query = model.next_item_query(encoded)
+    encoded = model.encode(model.inputs_of([[3, 1], [4]], ask=True))
+    low = Encoded(encoded.batch, encoded.states.bfloat16())
+    query = model.next_item_query(low)
     assert query.dtype == model.item_table.dtype == torch.float32
+    torch.testing.assert_close(query, model.next_item_query(encoded), rtol=2**-7, atol=2**-7)
 
 
 def test_a_causal_state_sees_the_past_alone_and_others_see_all():
