@@ -12,12 +12,15 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.graph import SocialGraph
 from fastrec.data.loader import SequenceLoader
 from fastrec.data.side import SideData
+from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
 from fastrec.data.views import Views
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
+from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.fit import fit
 
@@ -71,6 +74,20 @@ def model_of(dropout: float = 0.3, num_items: int = 20, **config) -> UserModel:
         num_items,
         ModelConfig(dropout=dropout, encoder=Transformer(**{"layers": 1, **inner}), **settings),
     )
+
+
+def social_side(split: str = "train") -> Known:
+    """Six users with age, city and three friendships."""
+    return Known(six_users(), [AGE, CITY], GRAPH, split)
+
+
+# UPRec's pre-training: the views of `social_side` and what reads them.
+SOCIAL_VIEWS = {"main": [Friend(hops=2, same_profile=False), Mask()]}
+JOINT = {
+    "item": Item(),
+    "user_attributes": UserAttributes(weight=0.3),
+    "friends": Friends(weight=0.5),
+}
 
 
 def loader_of(model: UserModel, views: dict[str, list], side: SideData, **changes):

@@ -52,6 +52,15 @@ def ranks():
         pool.close()
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched on meta tensors, which are recorded instead of made."""
+    pytest.importorskip("triton")
+    from recorder import record_launches
+
+    return record_launches(monkeypatch)
+
+
 class OpCases:
     """Counts the tests that have a `backend` parameter and the marker `op_case`. With several
     processes (-n 2) the reports bring the backend to the one that counts."""

@@ -1,68 +1,24 @@
 """What a host tensor in the wrong place would break on a GPU, seen without one: launchers and
 references run on meta tensors, and kernel launches are checked and counted instead of made.
 
-PyTorch refuses to mix host and meta tensors as it refuses to mix host and CUDA tensors. The
-recorder refuses what a launch would: host tensors, float64, a grid axis that is too long.
+PyTorch refuses to mix host and meta tensors as it refuses to mix host and CUDA tensors.
 """
 
-import contextlib
 import dataclasses
 import functools
-import importlib
 import importlib.util
-import inspect
-import pkgutil
 
 import pytest
 import torch
 from op_db import OPS
 from op_db.case import TYPES, run
 
-import fastrec.kernels
 from fastrec.random import Rng, draws, dropout_arguments, keep_mask
 
 pytest.importorskip("triton")
 WRITTEN = [t for t in TYPES if t.name in ("float32", "bfloat16", "bfloat16_input_float32_table")]
 # On a GPU `linear` is PyTorch's own, and `gelu_ffn` is made of other ops.
 WITH_KERNELS = [op for op in OPS if importlib.util.find_spec(f"fastrec.kernels.{op.name}")]
-
-
-class Recorder:
-    """Stands in for a jitted kernel: `kernel[grid](*arguments)`."""
-
-    def __init__(self, kernel, launches: list):
-        self.name, self.launches = kernel.__name__, launches
-        self.signature = inspect.signature(kernel.fn)
-
-    def __getitem__(self, grid):
-        return functools.partial(self.launch, grid)
-
-    def launch(self, grid, *arguments, num_warps=4, num_stages=3, **constants):
-        assert 1 <= len(grid) <= 3 and all(type(size) is int for size in grid)
-        assert 0 <= grid[0] < 2**31 and all(0 <= size < 2**16 for size in grid[1:]), grid
-        self.signature.bind(*arguments, **constants)
-        for value in arguments:
-            if isinstance(value, torch.Tensor):
-                assert value.device.type == "meta", "a kernel got a host tensor"
-                assert value.dtype != torch.float64, "a kernel got a float64 tensor"
-            else:
-                assert value is None or type(value) in (int, float), type(value)
-        self.launches.append(self.name)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Names of the kernels launched; backend "triton" on meta tensors reaches the launchers."""
-    seen: list = []
-    names = [found.name for found in pkgutil.iter_modules(fastrec.kernels.__path__)]
-    # All of them first: one imports kernels of another, which must not be recorders by then.
-    for kernels in [importlib.import_module(f"fastrec.kernels.{name}") for name in names]:
-        for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-            monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), seen))
-    monkeypatch.setattr("fastrec.backend.interpreting", lambda: True)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    return seen
 
 
 def on_meta(value):

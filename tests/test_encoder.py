@@ -4,24 +4,28 @@ import dataclasses
 
 import pytest
 import torch
+from builders import jagged
 from op_db.case import excess
 from torch import nn
 
 import fastrec.backend
-from fastrec.data.batch import JaggedBatch
-from fastrec.nn.pool import max_pool
-from fastrec.nn.transformer import EventDropout, TransformerEncoder
+from fastrec.data.batch import JaggedBatch, from_sequences, offsets_of
+from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
+from fastrec.nn.encoders.transformer import EventDropout, Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.ops.jagged_attention import jagged_attention
+from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng, keep_mask
 
+# Keys of view 3, whose ids use the highest of their 32 bits.
+FIRST = 3 << 32 | 2**31
 
-def jagged(lengths: list[int], num_items: int = 50, first_id: int = 0) -> JaggedBatch:
-    lengths_ = torch.tensor(lengths)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_.cumsum(0)])
-    values = torch.randint(num_items, (int(offsets[-1]),))
-    ids = torch.arange(first_id, first_id + len(lengths))
-    return JaggedBatch(values, offsets, ids, max(lengths, default=0))
+
+def model_of(width: int = 16, dropout: float = 0.4, max_len: int = 70, **transformer) -> UserModel:
+    config = ModelConfig(
+        width=width, max_len=max_len, dropout=dropout, encoder=Transformer(**transformer)
+    )
+    return UserModel(50, config)
 
 
 def take(batch: JaggedBatch, order: list[int]) -> tuple[JaggedBatch, torch.Tensor]:
@@ -30,11 +34,10 @@ def take(batch: JaggedBatch, order: list[int]) -> tuple[JaggedBatch, torch.Tenso
         [torch.arange(int(batch.offsets[i]), int(batch.offsets[i + 1])) for i in order]
     )
     lengths = batch.lengths[order]
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return (
-        JaggedBatch(batch.values[events], offsets, batch.sample_ids[order], int(lengths.max())),
-        events,
+    part = JaggedBatch(
+        batch.values[events], offsets_of(lengths), batch.keys[order], int(lengths.max())
     )
+    return part, events
 
 
 def load_torch_layer(layer: nn.TransformerEncoderLayer, ours) -> None:
@@ -55,7 +58,8 @@ def load_torch_layer(layer: nn.TransformerEncoderLayer, ours) -> None:
 @pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_torch_transformer_layer(pre_norm, causal):
-    encoder = TransformerEncoder(16, 40, layers=1, heads=4, causal=causal, pre_norm=pre_norm)
+    settings = Transformer(layers=1, heads=4, causal=causal, pre_norm=pre_norm)
+    encoder = settings.build(16, 40, 0.0)
     theirs = nn.TransformerEncoderLayer(
         16, 4, 64, dropout=0.0, activation="gelu", batch_first=True, norm_first=pre_norm
     )
@@ -76,25 +80,27 @@ def test_equals_torch_transformer_layer(pre_norm, causal):
 def test_dropout_does_not_depend_on_the_batch():
     """Promise 3: the same states for a user alone, in another order, beside longer sequences."""
     torch.manual_seed(0)
-    model = UserModel(50, ModelConfig(width=16, max_len=70, dropout=0.5))
-    batch = jagged([3, 60, 17, 1, 8], first_id=100)
-    whole = model.encode(batch, Rng(seed=2**40 + 3, step=7))
+    model = model_of(dropout=0.5)
+    batch = jagged([3, 60, 17, 1, 8], first_id=FIRST)
+    whole = model.encode(batch, Rng(seed=2**40 + 3, step=7)).states
     for order in ([2], [4, 0], [1, 3, 2, 0, 4]):
         part, events = take(batch, order)
-        states = model.encode(part, Rng(seed=2**40 + 3, step=7))
+        states = model.encode(part, Rng(seed=2**40 + 3, step=7)).states
         torch.testing.assert_close(states, whole[events], rtol=1e-5, atol=1e-6)
-    other = model.encode(batch, Rng(seed=2**40 + 3, step=8))
+    other = model.encode(batch, Rng(seed=2**40 + 3, step=8)).states
     assert (other - whole).abs().max() > 0.1
 
 
 def test_dropout_keeps_the_expectation():
-    model = UserModel(50, ModelConfig(width=32, dropout=0.3))
     batch = jagged([6] * 64)
-    ones = torch.ones(len(batch.values), 512)
-    dropped = EventDropout(batch, model.config.dropout, Rng(1, 2))(ones, "embedding")
+    ones, zeros = torch.ones(len(batch.values), 512), torch.zeros(6, 512)
+    dropout = EventDropout(batch, 0.3, Rng(1, 2))
+    dropped = jagged_embedding(None, ones, zeros, **dropout.at("embedding"))
     kept = (dropped > 0).double().mean()
     assert abs(kept - (256 - 77) / 256) < 4 * (0.21 / dropped.numel()) ** 0.5
     torch.testing.assert_close(dropped.max(), torch.tensor(256 / (256 - 77)))
+    for off in (EventDropout(batch, 0.3, None), EventDropout(batch, 0.0, Rng(1, 2))):
+        assert torch.equal(jagged_embedding(None, ones, zeros, **off.at("embedding")), ones)
 
 
 def test_attention_gradient_and_empty_sequences():
@@ -110,60 +116,46 @@ def test_attention_gradient_and_empty_sequences():
             max_seq_len=9,
             dropout_p=0.25,
             rng=Rng(3, 4),
-            sample_ids=torch.arange(6),
+            keys=torch.arange(6),
         )
 
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 
 def test_empty_batch():
-    model = UserModel(9, ModelConfig(width=8, dropout=0.5))
-    empty = JaggedBatch(
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(1, dtype=torch.int64),
-        torch.zeros(0, dtype=torch.int64),
-        0,
-    )
-    assert model.encode(empty, Rng(0, 0)).shape == (0, 8)
+    assert model_of(width=8).encode(from_sequences([]), Rng(0, 0)).states.shape == (0, 8)
 
 
 def test_errors_name_the_problem():
     with pytest.raises(ValueError, match="width 10 is not divisible by heads 4"):
-        TransformerEncoder(10, 5, heads=4)
-    model = UserModel(9, ModelConfig(width=8, max_len=4))
+        Transformer(heads=4).build(10, 5, 0.0)
+    with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
+        Transformer(layers=0)
+    with pytest.raises(ValueError, match="patch must be at least 0, got -1"):
+        Transformer(patch=-1)
+    model = UserModel(9, ModelConfig(width=8, max_len=4, tokens=["cls", "sep"]))
     with pytest.raises(ValueError, match="a sequence has 7 positions, the encoder was built for 6"):
         model.encode(jagged([7], num_items=9))
-    with pytest.raises(ValueError, match=r"\[CLS\] stands first"):
-        UserModel(9, ModelConfig(causal=True))
     x = torch.zeros(3, 2, 4)
-    with pytest.raises(ValueError, match="needs rng and sample_ids"):
+    with pytest.raises(ValueError, match="needs rng and keys"):
         jagged_attention(x, x, x, torch.tensor([0, 3]), max_seq_len=3, dropout_p=0.1)
     with pytest.raises(RuntimeError, match="unknown backend"):
         jagged_attention(x, x, x, torch.tensor([0, 3]), max_seq_len=3, backend="c++")
 
 
-def test_save_and_load(tmp_path):
-    model = UserModel(11, ModelConfig(width=8, layers=1))
-    model.save_pretrained(tmp_path / "m")
-    again = UserModel.from_pretrained(tmp_path / "m")
-    assert again.config == model.config and again.num_items == 11
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-
-
-def test_broken_model_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        UserModel.from_pretrained(tmp_path)
-    UserModel(11, ModelConfig(width=8)).save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        UserModel.from_pretrained(tmp_path)
-    weights.write_bytes(whole)
-    (tmp_path / "config.json").write_text('{"format": 1, "num_items": 11, "wdith": 8}')
-    with pytest.raises(ValueError, match=r"config\.json.*wdith"):
-        UserModel.from_pretrained(tmp_path)
+def test_an_encoder_is_named():
+    chosen = Transformer(layers=3)
+    assert Encoders.of({"transformer": {"layers": 3}}) == Encoders(transformer=chosen)
+    assert wrapped(chosen) == Encoders(transformer=chosen)
+    assert settings_of(wrapped(chosen)) == chosen
+    with pytest.raises(ValueError, match=r"unknown encoder 'rnn', expected one of \['transformer"):
+        Encoders.of({"rnn": {"layers": 3}})
+    with pytest.raises(TypeError, match="depth"):
+        Encoders.of({"transformer": {"depth": 3}})
+    with pytest.raises(ValueError, match=r"encoders names none: one of \['transformer'.* expected"):
+        Encoders.of({})
+    own = object()  # settings of somebody else
+    assert wrapped(own) is own and settings_of(own) is own
 
 
 def on_backend(monkeypatch, backend):
@@ -173,12 +165,11 @@ def on_backend(monkeypatch, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_views_are_separate_calls(backend, pre_norm, monkeypatch):
+def test_dropout_views_are_separate_calls(backend, pre_norm, monkeypatch):
     """Bit for bit forward; the gradient is the sum of theirs, up to the order of its additions."""
     on_backend(monkeypatch, backend)
-    config = ModelConfig(width=32, max_len=70, dropout=0.4, pre_norm=pre_norm, ffn_width=48)
-    model = UserModel(50, config)
-    batch, views, first = jagged([5, 1, 33, 8, 0, 9, 60], first_id=2**33), 3, 7
+    model = model_of(width=32, pre_norm=pre_norm, ffn_width=48)
+    batch, views = jagged([5, 1, 33, 8, 0, 9, 60], first_id=2**31), 3
     upstream = torch.randn(views, len(batch.values), 32)
 
     def gradients(*states):
@@ -189,14 +180,13 @@ def test_views_are_separate_calls(backend, pre_norm, monkeypatch):
         model.zero_grad(set_to_none=True)
         return grads
 
-    together = model.encode(batch, Rng(3, 4, view=first), views=views)
-    alone = [model.encode(batch, Rng(3, 4, view=first + i)) for i in range(views)]
+    together = model.encode(batch.as_views(views), Rng(3, 4)).states
+    alone = [model.encode(batch.as_view(i), Rng(3, 4)).states for i in range(views)]
     assert together.shape == (views * len(batch.values), 32)
     assert torch.equal(together, torch.cat(alone))
-    assert not torch.equal(alone[0], alone[1])
-    exact = UserModel(50, config).double()
+    exact = UserModel(50, model.config).double()
     exact.load_state_dict(model.state_dict())
-    wide = exact.encode(batch, Rng(3, 4, view=first), views=views)
+    wide = exact.encode(batch.as_views(views), Rng(3, 4)).states
     wide.backward(upstream.flatten(0, 1).double())
     expected = [p.grad for p in exact.encoder.parameters()] + [exact.item_embedding.weight.grad]
     for one, sum_of, truth in zip(gradients(together), gradients(*alone), expected, strict=True):
@@ -205,39 +195,41 @@ def test_views_are_separate_calls(backend, pre_norm, monkeypatch):
 
 
 def test_views_without_dropout_are_copies():
-    model, batch = UserModel(50, ModelConfig(width=16)), jagged([3, 0, 7])
-    states = model.encode(batch)
-    assert torch.equal(model.encode(batch, views=2), torch.cat([states, states]))
-    pooled = max_pool(model.encode(batch, views=2), batch.repeat(2), 50)
-    assert torch.equal(pooled, max_pool(states, batch, 50).repeat(2, 1))
+    model, batch = model_of(), jagged([3, 0, 7])
+    once, twice = model.encode(batch), model.encode(batch.as_views(2))
+    assert torch.equal(twice.states, once.states.repeat(2, 1))
+    assert torch.equal(model.pool(twice, "max"), model.pool(once, "max").repeat(2, 1))
 
 
-def test_views_launch_every_kernel_once(monkeypatch):
-    model, batch = UserModel(50, ModelConfig(width=16)), jagged([3, 1, 7])
+def test_views_launch_every_kernel_once():
+    model, batch = model_of(), jagged([3, 1, 7])
     counts = []
     for views in (1, 4):
         with torch.profiler.profile() as profile:
-            model.encode(batch, Rng(1, 2), views=views).sum().backward()
-        names = [event.key for event in profile.key_averages() if event.key.startswith("fastrec::")]
-        counts.append({e.key: e.count for e in profile.key_averages() if e.key in names})
+            model.encode(batch.as_views(views), Rng(1, 2)).states.sum().backward()
+        events = [event for event in profile.key_averages() if event.key.startswith("fastrec::")]
+        counts.append({event.key: event.count for event in events})
     assert counts[0] == counts[1] and len(counts[0]) >= 8
 
 
-def test_repeated_batch():
-    batch = dataclasses.replace(jagged([2, 0, 3], first_id=5), columns={"age": torch.arange(3)})
-    twice = batch.repeat(2)
-    assert twice.offsets.tolist() == [0, 2, 2, 5, 7, 7, 10]
+def test_keys_of_views():
+    batch = dataclasses.replace(
+        jagged([2, 0, 3], first_id=2**32 - 3),
+        users={"age": torch.arange(3)},
+        events={"time": torch.arange(5)},
+    )
+    ids = [2**32 - 3, 2**32 - 2, 2**32 - 1]
+    twice = batch.as_views(2)
+    assert twice.offsets.tolist() == [0, 2, 2, 5, 7, 7, 10] and len(twice) == 6
     assert twice.positions().tolist() == batch.positions().tolist() * 2
-    assert twice.sample_ids.tolist() == [5, 6, 7] * 2 and len(twice) == 6
-    assert twice.columns["age"].tolist() == [0, 1, 2] * 2 and batch.repeat(1) is batch
-
-
-@pytest.mark.parametrize(
-    "views, view, message", [(0, 0, "views must be at least 1"), (3, 65534, "view 65536")]
-)
-def test_views_out_of_range(views, view, message):
-    with pytest.raises(ValueError, match=message):
-        UserModel(50, ModelConfig(width=8)).encode(jagged([3]), Rng(1, 2, view), views=views)
+    assert twice.keys.tolist() == ids + [1 << 32 | i for i in ids]
+    assert twice.sample_ids.tolist() == ids * 2
+    assert twice.users["age"].tolist() == [0, 1, 2] * 2
+    assert twice.events["time"].tolist() == [0, 1, 2, 3, 4] * 2
+    assert twice.as_view(65534).keys.tolist() == [65534 << 32 | i for i in ids] * 2
+    for view in (-1, 65535):
+        with pytest.raises(ValueError, match=rf"a view is a number in \[0, 65535\), got {view}"):
+            batch.as_view(view)
 
 
 def shuffled(batch: JaggedBatch, seed: int) -> tuple[JaggedBatch, torch.Tensor]:
@@ -252,17 +244,15 @@ LENGTHS = [5, 1, 33, 8, 0, 9, 60, 2, 17, 31, 1, 4, 12]
 @pytest.mark.parametrize("causal", [False, True])
 def test_bits_do_not_depend_on_the_batch(pre_norm, causal):
     """With the native kernels: any order, any part, one sequence alone; dropout on."""
-    config = ModelConfig(
-        width=24, max_len=70, dropout=0.4, pre_norm=pre_norm, causal=causal, use_cls=not causal
-    )
-    model, batch, rng = UserModel(50, config), jagged(LENGTHS, first_id=2**33), Rng(2**40 + 3, 7)
-    whole = model.encode(batch, rng)
+    model = model_of(width=24, pre_norm=pre_norm, causal=causal)
+    batch, rng = jagged(LENGTHS, first_id=FIRST), Rng(2**40 + 3, 7)
+    whole = model.encode(batch, rng).states
     for seed in (0, 1):
         part, events = shuffled(batch, seed)
-        assert torch.equal(model.encode(part, rng), whole[events])
+        assert torch.equal(model.encode(part, rng).states, whole[events])
     for order in ([2], [1], [0, 1, 2, 3, 4, 5], list(range(6, 13)), [12, 6]):
         part, events = take(batch, order)
-        assert torch.equal(model.encode(part, rng), whole[events]), order
+        assert torch.equal(model.encode(part, rng).states, whole[events]), order
 
 
 def padded(batch: JaggedBatch, length: int, fill: int) -> tuple[JaggedBatch, torch.Tensor]:
@@ -271,28 +261,31 @@ def padded(batch: JaggedBatch, length: int, fill: int) -> tuple[JaggedBatch, tor
     values = torch.full(real.shape, fill)
     values[real] = batch.values
     offsets = torch.arange(len(batch) + 1) * length
-    return JaggedBatch(values.flatten(), offsets, batch.sample_ids, length), real.flatten()
+    return JaggedBatch(values.flatten(), offsets, batch.keys, length), real.flatten()
 
 
 def test_padding_behind_changes_no_bit_where_nobody_looks_ahead():
     """Causal: what stands behind an event is not seen, whatever it is."""
-    config = ModelConfig(width=24, max_len=70, dropout=0.4, causal=True, use_cls=False)
-    model, batch, rng = UserModel(50, config), jagged(LENGTHS), Rng(5, 7)
-    whole = model.encode(batch, rng)
+    model, batch, rng = model_of(width=24, causal=True), jagged(LENGTHS), Rng(5, 7)
+    whole = model.encode(batch, rng).states
     for fill in (0, 49):
         wide, real = padded(batch, 60, fill)
-        assert torch.equal(model.encode(wide, rng)[real], whole)
+        assert torch.equal(model.encode(wide, rng).states[real], whole)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_jagged_is_padded(pre_norm):
     """An eager padded encoder with the same masks: [B, L, D] with keys beyond the end left out."""
-    config = ModelConfig(width=24, max_len=70, dropout=0.4, pre_norm=pre_norm)
-    model = UserModel(50, config).double()
+    model = model_of(width=24, pre_norm=pre_norm).double()
     batch, rng = jagged(LENGTHS), Rng(5, 7)
     wide, real = padded(batch, 60, 0)
-    encoder, events = model.encoder, EventDropout(wide, 0.4, rng)
+    encoder, place = model.encoder, wide.positions()
     inside = real.view(len(batch), 1, 1, 60)
+
+    def drop(x, site, index=0):
+        keys = batch.keys.repeat_interleave(60)
+        keep, scale = keep_mask(rng, 0.4, keys, place, 24, site=site, layer=index)
+        return x * keep * scale
 
     def attend(layer, x, index):
         qkv = torch.nn.functional.linear(
@@ -300,10 +293,9 @@ def test_jagged_is_padded(pre_norm):
         )
         q, k, v = qkv.view(len(batch), 60, 3, 2, 12).permute(2, 0, 3, 1, 4)
         p = (q @ k.transpose(2, 3) / 12**0.5).masked_fill(~inside, -torch.inf).softmax(-1)
-        place = torch.arange(60)
         keep, scale = keep_mask(
-            rng, 0.4, batch.sample_ids[:, None, None], place, 60, site="attention", layer=index,
-            head=torch.arange(2)[:, None],
+            rng, 0.4, batch.keys[:, None, None], torch.arange(60), 60, site="attention",
+            layer=index, head=torch.arange(2)[:, None],
         )  # fmt: skip
         mixed = (p.nan_to_num() * keep * scale) @ v
         return layer.attention_output(mixed.transpose(1, 2).reshape(-1, 24))
@@ -312,17 +304,17 @@ def test_jagged_is_padded(pre_norm):
         inner = torch.nn.functional.gelu(layer.ffn_inner(x))
         return layer.ffn_output(inner)
 
-    x = model.item_embedding.weight[wide.values] + encoder.positions.weight[events.positions]
-    x = events(encoder.embedding_norm(x), "embedding")
+    x = model.item_embedding.weight[wide.values] + encoder.positions.weight[place]
+    x = drop(encoder.embedding_norm(x), "embedding")
     for i, layer in enumerate(encoder.layers):
         if pre_norm:
-            x = x + events(attend(layer, layer.attention_norm(x), i), "attention_output", i)
-            x = x + events(forward(layer, layer.ffn_norm(x)), "ffn_output", i)
+            x = x + drop(attend(layer, layer.attention_norm(x), i), "attention_output", i)
+            x = x + drop(forward(layer, layer.ffn_norm(x)), "ffn_output", i)
         else:
-            x = layer.attention_norm(x + events(attend(layer, x, i), "attention_output", i))
-            x = layer.ffn_norm(x + events(forward(layer, x), "ffn_output", i))
+            x = layer.attention_norm(x + drop(attend(layer, x, i), "attention_output", i))
+            x = layer.ffn_norm(x + drop(forward(layer, x), "ffn_output", i))
     expected = encoder.final_norm(x)[real]
-    torch.testing.assert_close(model.encode(batch, rng), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.encode(batch, rng).states, expected, rtol=1e-10, atol=1e-10)
 
 
 def gradients(model: UserModel, states: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -339,11 +331,11 @@ def test_autocast_on_a_cpu(backend, pre_norm, monkeypatch):
     rounds its operands and result, 2 layers have 8 of them in a row), gradients within 16 of the
     largest of their tensor; parameters and their gradients stay float32."""
     on_backend(monkeypatch, backend)
-    config = ModelConfig(width=32, max_len=70, dropout=0.4, pre_norm=pre_norm)
-    model, batch, rng = UserModel(50, config), jagged(LENGTHS), Rng(5, 7)
-    plain = model.encode(batch, rng)
+    model = model_of(width=32, pre_norm=pre_norm)
+    batch, rng = jagged(LENGTHS), Rng(5, 7)
+    plain = model.encode(batch, rng).states
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model.encode(batch, rng)
+        mixed = model.encode(batch, rng).states
     eps = torch.finfo(torch.bfloat16).eps
     assert mixed.dtype == torch.float32
     difference = (mixed - plain).abs().max()
@@ -357,14 +349,16 @@ def test_autocast_on_a_cpu(backend, pre_norm, monkeypatch):
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("views", [1, 2])
-def test_compiled_without_graph_break(pre_norm, views):
-    config = ModelConfig(width=16, max_len=70, dropout=0.4, pre_norm=pre_norm)
-    model, rng = UserModel(50, config), Rng(5, 7)
+def test_compiled_without_graph_break(pre_norm):
+    model, rng = model_of(pre_norm=pre_norm), Rng(5, 7)
+
+    def states_of(batch):
+        return model.encode(batch, rng).states
+
     torch._dynamo.reset()
-    compiled = torch.compile(model.encode, fullgraph=True, backend="aot_eager")
-    for batch in (jagged(LENGTHS), jagged([4, 7, 2])):
-        expected, actual = model.encode(batch, rng, views), compiled(batch, rng, views)
+    compiled = torch.compile(states_of, fullgraph=True, backend="aot_eager")
+    for batch in (jagged(LENGTHS), jagged([4, 7, 2]).as_views(2)):
+        expected, actual = states_of(batch), compiled(batch)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
         wanted, found = gradients(model, expected), gradients(model, actual)
         assert wanted.keys() == found.keys()

@@ -2,29 +2,81 @@
 shapes, and nothing that waits for a value. The capture itself needs a GPU, see `benchmarks/gpu`."""
 
 import functools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_device_paths import launches  # noqa: F401
-from test_objectives import AGE, CITY, WEIGHTS, loader_of, model_of
-from test_training import recipe, run, trained_weights
+from builders import (
+    JOINT,
+    SOCIAL_VIEWS,
+    Known,
+    dataset_of,
+    loader_of,
+    model_of,
+    recipe,
+    run,
+    social_side,
+    trained_weights,
+)
 
 from fastrec import backend
-from fastrec.data.relations import FriendSampler, SocialGraph
+from fastrec.data.graph import SocialGraph
+from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.mask import Mask
+from fastrec.data.steps.next_item import NextItem
 from fastrec.data.synthetic import generate
-from fastrec.objectives.joint import JointObjective, Objectives, total_loss
-from fastrec.objectives.masked_item import ItemLoss, Masking
+from fastrec.data.views import Again
+from fastrec.objectives.contrast import Contrast
+from fastrec.objectives.item import Item, Sampled
+from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.objectives.user_attributes import UserAttributes
+from fastrec.random import Rng
 from fastrec.training.graphed import GraphedObjective, _Losses
 
-OBJECTIVES = {
-    "joint": WEIGHTS,
-    "friends_in_their_task_only": replace(WEIGHTS, friends_in_all=False),
-    "attributes_by_cls": Objectives(masked_item=0.0, user_attribute=1.0, attribute_pool="cls"),
-    "sampled_shared": Objectives(item_loss=ItemLoss(kind="sampled", negatives=6)),
-    "sampled_own": Objectives(item_loss=ItemLoss(kind="sampled", negatives=6, shared=False)),
+MASKED = {"main": [Mask()]}
+PAIR = {"a": [Crop()], "b": [Mask()]}
+SYSTEMS = {
+    "joint": (SOCIAL_VIEWS, JOINT),
+    "joint_and_contrast": (SOCIAL_VIEWS | PAIR, JOINT | {"contrast": Contrast(["a", "b"])}),
+    "attributes_by_cls": ({"main": []}, {"user_attributes": UserAttributes(pool="cls")}),
+    "attributes_by_mean": ({"main": []}, {"user_attributes": UserAttributes(pool="mean")}),
+    "attributes_by_attention": (
+        {"main": []},
+        {"user_attributes": UserAttributes(pool="attention")},
+    ),
+    "sampled_shared": (MASKED, {"item": Item(sampled=Sampled(6))}),
+    "sampled_own": (MASKED, {"item": Item(sampled=Sampled(6, shared=False))}),
+    "next_item": ({"main": [NextItem()]}, {"item": Item()}),
+    "next_three": (
+        {"main": [NextItem(positions="last", ahead=3)]},
+        {"item": Item(loss="bce", sampled=Sampled(6, shared=False))},
+    ),
+    "contrast": (PAIR, {"contrast": Contrast(["a", "b"])}),
+    "contrast_of_the_first": (
+        PAIR,
+        {
+            "contrast": Contrast(
+                ["a", "b"], pool="max", similarity="cosine", temperature=0.2, anchors="first"
+            )
+        },
+    ),
+    "contrast_of_means": (
+        PAIR,
+        {"contrast": Contrast(["a", "b"], pool="mean", similarity="cosine", temperature=0.5)},
+    ),
+    "again": (
+        {"a": [Mask()], "again": [Again("a")]},
+        {"item": Item(views=["a", "again"]), "contrast": Contrast(["a", "again"])},
+    ),
 }
+
+
+def system_of(name: str):
+    """(model, objective, side data, views) of a system."""
+    views, objectives = SYSTEMS[name]
+    causal = name.startswith("next")
+    model, side = model_of(tokens=[] if causal else ["cls", "sep"], causal=causal), social_side()
+    return model, JointObjective(objectives, model, side), side, views
 
 
 class Replay:
@@ -58,20 +110,18 @@ def gradients(terms, *modules) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if grad is None else grad for grad, p in pairs]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_padded_batches_give_the_same_losses_and_gradients(name):
-    model = model_of()
-    objective = JointObjective(OBJECTIVES[name], model, [AGE, CITY])
-    loader = loader_of(model, batch_size=4)  # of six users: every second batch has two
+    model, objective, side, views = system_of(name)
+    loader = loader_of(model, views, side, batch_size=4)  # of six users: every second has two
     captures, capture = counted()
-    graphed = GraphedObjective(model, objective, Masking(), seed=3, capture=capture)
+    graphed = GraphedObjective(model, objective, seed=3, capture=capture)
     for step in range(8):
         batch = loader.batch_at(step)
-        expected = objective(model, batch, Masking(), seed=3, step=step)
+        found = objective(model, batch, Rng(3, step))
+        expected = [term for term in found if term.number is not None]
         actual = graphed(batch, step)
-        assert [(t.objective, t.weight) for t in actual] == [
-            (t.objective, t.weight) for t in expected
-        ]
+        assert [(t.name, t.weight) for t in actual] == [(t.name, t.weight) for t in expected]
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=1e-6)
         pairs = zip(
@@ -79,43 +129,52 @@ def test_padded_batches_give_the_same_losses_and_gradients(name):
         )
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert 1 <= len(captures) <= 4
-    whole = loader_of(model).batch_at(0)
+    assert 1 <= len(captures) <= 5
+    whole = loader_of(model, views, side).batch_at(0)
     first, second = ([t.loss.item() for t in graphed(whole, step)] for step in (0, 1))
     assert all(a != b for a, b in zip(first, second, strict=True))
 
 
 def test_a_batch_without_friends_is_all_padding():
-    model = model_of()
-    lonely = FriendSampler(SocialGraph.from_pairs(np.empty((0, 2)), 6))
-    objective = JointObjective(WEIGHTS, model, [AGE, CITY])
-    graphed = GraphedObjective(model, objective, Masking(), seed=3, capture=Replay)
-    terms = graphed(loader_of(model, friends=lonely).batch_at(0), 0)
-    assert terms[-1].objective == "social_relation" and terms[-1].loss == 0
+    model, side = model_of(), social_side()
+    objective = JointObjective(JOINT, model, side)
+    side.graph = SocialGraph.from_pairs(np.empty((0, 2)), 6)
+    graphed = GraphedObjective(model, objective, seed=3, capture=Replay)
+    terms = graphed(loader_of(model, SOCIAL_VIEWS, side).batch_at(0), 0)
+    assert terms[-1].name == "friends" and terms[-1].loss == 0
     assert all(grad.isfinite().all() for grad in gradients(terms, model, objective))
 
 
 def test_a_full_capacity_is_kept_and_a_larger_batch_extends_it():
-    model = model_of()
-    objective = JointObjective(Objectives(), model, [])
+    """Views of the same users grow together: contrast needs as many sequences in both."""
+    data = dataset_of([[1, 2, 3]] * 10 + [[4, 5, 6, 7, 8]] * 13, 20)
+    model, side = model_of(), Known(data, split="all")
+    views = {"a": [Crop(0.1)], "b": [Mask()]}  # an item of each user, all items
+    objective = JointObjective({"contrast": Contrast(["a", "b"])}, model, side)
     captures, capture = counted()
-    graphed = GraphedObjective(model, objective, Masking(), seed=3, capture=capture)
-    small, large = (
-        loader_of(model, friends=None, columns={}, batch_size=n, shuffle=False).batch_at(0)
-        for n in (1, 6)
+    graphed = GraphedObjective(model, objective, seed=3, capture=capture)
+    # Eleven users fit the margin of ten, but not their events in `b`.
+    few, more, many = (
+        loader_of(model, views, side, users=users, batch_size=30, shuffle=False).batch_at(0)
+        for users in (range(10), range(10, 21), range(23))
     )
-    graphed(small, 0)
-    graphed(small, 0)
+    graphed(few, 0)
+    graphed(few, 0)
     assert len(captures) == 1
-    graphed(large, 0)
-    capacity = graphed.capacity
-    assert len(captures) == 2 and capacity.events > len(large.values)
-    graphed(small, 1)
-    assert len(captures) == 2 and graphed.capacity == capacity
+    for batch, number in ((more, 2), (many, 3)):
+        (term,), (expected,) = graphed(batch, 0), objective(model, batch, Rng(3, 0))
+        torch.testing.assert_close(term.loss, expected.loss)
+        assert len(captures) == number
+        a, b = (graphed.capacities[name] for name in "ab")
+        assert a.sequences == b.sequences >= len(batch["a"])
+        assert b.events > len(batch["b"].values)
+    kept = dict(graphed.capacities)
+    graphed(few, 1)
+    assert len(captures) == 3 and graphed.capacities == kept
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_nothing_waits_for_a_value(name, launches, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_nothing_waits_for_a_value(name, launches, monkeypatch):
     """On meta tensors, which have no values: what asks for one raises. They stand for CUDA, up to
     the launch of a kernel."""
     monkeypatch.setitem(backend.NATIVE, "meta", "triton")
@@ -125,15 +184,14 @@ def test_nothing_waits_for_a_value(name, launches, monkeypatch):  # noqa: F811
         seen.append((losses, packs))
         return losses
 
-    model = model_of()
-    objective = JointObjective(OBJECTIVES[name], model, [AGE, CITY])
-    GraphedObjective(model, objective, Masking(), seed=3, capture=keep)(
-        loader_of(model).batch_at(0), 0
+    model, objective, side, views = system_of(name)
+    GraphedObjective(model, objective, seed=3, capture=keep)(
+        loader_of(model, views, side).batch_at(0), 0
     )
     losses, packs = seen[0]
     out = losses.to("meta")(*(pack.to("meta") for pack in packs))
     out.sum().backward()
-    assert len(launches) > 10 and out.is_meta and model.item_embedding.weight.grad.is_meta
+    assert len(launches) > 5 and out.is_meta and model.item_embedding.weight.grad.is_meta
 
 
 def test_training_with_replayed_steps_ends_with_the_same_weights(tmp_path, monkeypatch):
@@ -145,8 +203,8 @@ def test_training_with_replayed_steps_ends_with_the_same_weights(tmp_path, monke
             monkeypatch.setattr("fastrec.training.fit._check_one_gpu", lambda devices: None)
             graphed = functools.partial(GraphedObjective, capture=Replay)
             monkeypatch.setattr("fastrec.training.module.GraphedObjective", graphed)
-        stage = recipe(**options, cuda_graph=cuda_graph).pretraining
-        run(tmp_path / "data", tmp_path / str(cuda_graph), stage)
+        chosen = recipe(**options, cuda_graph=cuda_graph)
+        run(tmp_path / "data", tmp_path / str(cuda_graph), chosen)
         found.append(trained_weights(tmp_path / str(cuda_graph)))
     assert found[0].keys() == found[1].keys() and found[1]["step"] == 6
     for name, value in found[0].items():
@@ -157,7 +215,6 @@ def test_without_one_gpu_nothing_is_written(tmp_path):
     if torch.cuda.device_count() == 1:
         pytest.skip("there is one GPU")
     generate(tmp_path / "data", num_users=20, num_items=10, seed=3)
-    stage = recipe(cuda_graph=True).pretraining
     with pytest.raises(ValueError, match="one process on one GPU: devices is auto"):
-        run(tmp_path / "data", tmp_path / "output", stage)
+        run(tmp_path / "data", tmp_path / "output", recipe(cuda_graph=True))
     assert not (tmp_path / "output").exists()

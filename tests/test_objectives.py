@@ -1,69 +1,52 @@
-"""User-aware objectives by hand and against dense PyTorch; the joint loss of one encoder pass."""
+"""Objectives by hand and against dense PyTorch; the joint loss of one encoder pass."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluation import dataset_of
+from builders import (
+    AGE,
+    CITY,
+    GRAPH,
+    JOINT,
+    SOCIAL_VIEWS,
+    Known,
+    loader_of,
+    model_of,
+    six_users,
+    social_side,
+)
+from torch import nn
 
-from fastrec.data.attributes import EncodedAttribute
-from fastrec.data.batch import JaggedBatch
-from fastrec.data.loader import SequenceLoader
+from fastrec.data.batch import JaggedBatch, from_sequences
+from fastrec.data.graph import FriendSampler, SocialGraph
 from fastrec.data.negatives import NegativeSampler
-from fastrec.data.relations import FriendSampler, SocialGraph
-from fastrec.nn.pool import max_pool
-from fastrec.nn.user_model import ModelConfig, UserModel
-from fastrec.objectives.joint import JointObjective, Objectives, total_loss
-from fastrec.objectives.masked_item import ItemLoss, Masking
-from fastrec.objectives.social_relation import SocialRelationDetection
-from fastrec.objectives.user_attribute import UserAttributePrediction
+from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.next_item import NextItem
+from fastrec.data.views import Again
+from fastrec.nn.pool import Encoded
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.contrast import Contrast
+from fastrec.objectives.friends import Friends, SocialRelationDetection
+from fastrec.objectives.item import Item, ItemPrediction, Sampled
+from fastrec.objectives.joint import JointObjective, Term, total_loss
+from fastrec.objectives.user_attributes import UserAttributePrediction, UserAttributes
 from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 from fastrec.random import Rng
 
-AGE = EncodedAttribute("age", torch.tensor([0.5, -3.0, float("nan"), 1.0, 0.0, 0.25]))
-CITY = EncodedAttribute("city", torch.tensor([0, 2, 1, -1, 2, 0]), ("a", "b", "c"))
-#   0 - 1 - 2    3 - 4    5
-GRAPH = SocialGraph.from_pairs(np.array([[0, 1], [1, 2], [3, 4]]), 6)
-WEIGHTS = Objectives(masked_item=1.0, user_attribute=0.3, social_relation=0.5)
+TOKENS = ["cls", "sep"]
 
 
-def six_users():
-    generator = np.random.default_rng(0)
-    sequences = [generator.integers(20, size=n).tolist() for n in (5, 9, 6, 7, 12, 3)]
-    return dataset_of(sequences, 20)
+def columns(users: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"age": AGE.values[users], "city": CITY.values[users]}
 
 
-def model_of(dropout: float = 0.3, **config) -> UserModel:
-    torch.manual_seed(1)
-    return UserModel(20, ModelConfig(width=8, layers=1, max_len=10, dropout=dropout, **config))
-
-
-def loader_of(model: UserModel, **changes) -> SequenceLoader:
-    options = dict(
-        batch_size=6,
-        max_len=10,
-        friends=FriendSampler(GRAPH, hops=2),
-        columns={"age": AGE.values, "city": CITY.values},
-        **model.sequence_tokens,
-    )
-    return SequenceLoader(six_users(), "train", **{**options, **changes})
-
-
-def test_max_pool_takes_items_only_and_spreads_the_gradient_to_the_maximum():
-    batch = JaggedBatch(
-        values=torch.tensor([9, 3, 4, 8, 9, 8]),  # items 0..7; the last user has none
-        offsets=torch.tensor([0, 4, 6]),
-        sample_ids=torch.arange(2),
-        max_seq_len=4,
-    )
-    states = torch.tensor([[9.0, 9], [1, 5], [2, -5], [7, 7], [8, 8], [8, 8]], requires_grad=True)
-    pooled = max_pool(states, batch, num_items=8)
-    assert pooled.tolist() == [[2, 5], [0, 0]]
-    pooled.sum().backward()
-    assert states.grad.tolist() == [[0, 0], [0, 1], [1, 0], [0, 0], [0, 0], [0, 0]]
+def values_of(terms) -> dict[str, torch.Tensor]:
+    return {term.name: term.loss for term in terms}
 
 
 def test_attributes_by_hand():
@@ -71,7 +54,7 @@ def test_attributes_by_hand():
     with torch.no_grad():
         head.linear.weight.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 0], [0, 0]]))
     users = torch.tensor([[1.0, 0], [0, math.log(2)], [5, 5], [1, 0], [0, 0], [0, 0]])
-    losses = head(users, {"age": AGE.values, "city": CITY.values})
+    losses = head.losses(users, columns(torch.arange(6)))
     # Errors of the five known ages: 0.5, 3 (beyond delta: 3 - 0.5), 0, 0 and -0.25.
     age, count = losses["age"]
     assert count == 5 and age.item() == pytest.approx((0.125 + 2.5 + 0.03125) / 5)
@@ -85,30 +68,30 @@ def test_attributes_by_hand():
 def test_attributes_that_nobody_has_give_zero_with_a_live_graph():
     head = UserAttributePrediction(2, [AGE, CITY])
     users = torch.ones(2, 2, requires_grad=True)
-    columns = {"age": torch.full((2,), float("nan")), "city": torch.full((2,), -1)}
-    losses = head(users, columns)
+    missing = {"age": torch.full((2,), float("nan")), "city": torch.full((2,), -1)}
+    losses = head.losses(users, missing)
     total = sum(loss for loss, _ in losses.values())
     total.backward()
     assert total == 0 and [int(n) for _, n in losses.values()] == [0, 0]
     assert not users.grad.any() and not head.linear.weight.grad.any()
     with pytest.raises(ValueError, match="no column 'city', it has \\['age'\\]"):
-        head(users, {"age": columns["age"]})
+        head.losses(users, {"age": missing["age"]})
 
 
 def test_relations_equal_dense_pytorch():
     """Eq. 13-14 on six users, with differences, loops and a mask."""
     users = np.array([5, 3, 0, 1, 4, 2])
     profile = np.array([0, 1, 2, 2, 3, 4])
-    sequences, pairs = FriendSampler(GRAPH, hops=1, profile=profile).pairs_at(users, 0, 0)
+    sequences, pairs = FriendSampler(GRAPH, hops=1, profile=profile).pairs_at(users, Rng(0, 0))
     head = SocialRelationDetection(3).double()
     with torch.no_grad():
         head.weight.copy_(torch.tensor([0.5, -0.2, 1.5]))
         head.bias.fill_(0.7)
     vectors = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    loss = head(vectors, pairs)
+    loss = head.loss(vectors, pairs)
     grads = torch.autograd.grad(loss, [vectors, head.weight, head.bias])
 
-    rows, friends = GRAPH.draw_friends(users, 0, 0)
+    rows, friends = GRAPH.draw_friends(users, Rng(0, 0))
     place = {user: i for i, user in enumerate(sequences)}
     near = {0: {0, 1}, 1: {0, 1, 2}, 2: {1, 2}, 3: {3, 4}, 4: {3, 4}}
     terms = []
@@ -129,144 +112,345 @@ def test_relations_equal_dense_pytorch():
 
 
 def test_similarity_weights_start_at_one_over_width_or_as_told():
-    weights = replace(WEIGHTS, similarity_weight=1.0)
-    for chosen, expected in ((WEIGHTS, 1 / 8), (weights, 1.0)):
-        joint = JointObjective(chosen, model_of(), [AGE])
-        assert joint.social_relation.weight.tolist() == [expected] * 8
+    for initial, expected in ((None, 1 / 8), (1.0, 1.0)):
+        head = Friends(initial=initial).build(model_of(), social_side())
+        assert head.weight.tolist() == [expected] * 8
 
 
 def test_no_friends_give_zero_with_a_live_graph():
     lonely = FriendSampler(SocialGraph.from_pairs(np.empty((0, 2)), 6))
-    _, pairs = lonely.pairs_at(np.arange(6), 0, 0)
+    _, pairs = lonely.pairs_at(np.arange(6), Rng(0, 0))
     head, vectors = SocialRelationDetection(3), torch.randn(6, 3, requires_grad=True)
-    loss = head(vectors, pairs)
+    loss = head.loss(vectors, pairs)
     loss.backward()
     assert loss == 0 and not vectors.grad.any() and not head.weight.grad.any()
-    with pytest.raises(ValueError, match="no pairs: give the loader a FriendSampler"):
-        head(vectors, None)
 
 
 def test_the_joint_loss_is_the_weighted_sum_from_one_encoder_pass(monkeypatch):
-    model = model_of()
-    batch = loader_of(model).batch_at(0)
-    assert len(batch) == batch.own == 6  # all friends are in the batch
-    joint = JointObjective(WEIGHTS, model, [AGE, CITY])
+    model, side = model_of(tokens=TOKENS), social_side()
+    joint = JointObjective(JOINT, model, side)
+    views = loader_of(model, SOCIAL_VIEWS, side).batch_at(0)
+    batch = views["main"]
+    assert len(batch) == 6  # all friends are in the batch
     calls = []
     encode = UserModel.encode
     monkeypatch.setattr(UserModel, "encode", lambda *a: calls.append(1) or encode(*a))
-    terms = joint(model, batch, Masking(), seed=3, step=4)
+    terms = joint(model, views, Rng(3, 4))
     assert len(calls) == 1
 
-    masked, rows, targets = Masking()(batch, model, 3, 4)
-    states = model.encode(masked, Rng(3, 4))
+    states = model.encode(batch, Rng(3, 4)).states
+    target = batch.events["target"]
+    rows = (target >= 0).nonzero().squeeze(1)
+    assert (batch.values[rows] == 20).all() and len(rows) >= 6  # at least one [MASK] a user
     logits = F.linear(model.item_head.query(states[rows]), model.item_table, model.item_head.bias)
-    mip = F.cross_entropy(logits, targets)
-    pooled = torch.stack(
-        [
-            states[a + 1 : b - 1].amax(0)  # without [CLS] and [SEP]
-            for a, b in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True)
-        ]
-    )
+    item = F.cross_entropy(logits, target[rows])
+    ends = zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True)
+    pooled = torch.stack([states[a + 1 : b - 1].amax(0) for a, b in ends])  # no [CLS], no [SEP]
     users = batch.sample_ids
-    age, city = joint.user_attribute.linear(pooled).split([1, 3], 1)
+    heads = joint.parts
+    age, city = heads["user_attributes"].linear(pooled).split([1, 3], 1)
     known = ~AGE.values[users].isnan()
-    uap = F.huber_loss(age.squeeze(1)[known], AGE.values[users][known])
-    uap = uap + F.cross_entropy(city, CITY.values[users], ignore_index=-1)
-    srd = joint.social_relation(pooled, batch.pairs, backend="reference")
-    torch.testing.assert_close(total_loss(terms), mip + 0.3 * uap + 0.5 * srd)
-    assert [t.objective for t in terms] == [
-        "masked_item",
-        *2 * ["user_attribute"],
-        "social_relation",
+    attributes = F.huber_loss(age.squeeze(1)[known], AGE.values[users][known])
+    attributes = attributes + F.cross_entropy(city, CITY.values[users], ignore_index=-1)
+    friends = heads["friends"].loss(pooled, batch.pairs)
+    torch.testing.assert_close(total_loss(terms), item + 0.3 * attributes + 0.5 * friends)
+    assert [(t.name, t.weight) for t in terms] == [
+        ("item", 1.0),
+        ("user_attributes.age", 0.3),
+        ("user_attributes.city", 0.3),
+        ("friends", 0.5),
+        ("friends.negatives", 0.5),
     ]
+    numbers = [len(rows), 5, int((CITY.values[users] >= 0).sum()), 5]  # user 5 has no friend
+    assert [int(t.number) for t in terms[:4]] == numbers
+
+
+def test_a_value_without_a_count_is_looked_at_and_not_trained():
+    terms = [
+        Term("a", 2.0, torch.tensor(3.0), 7),
+        Term("a.seen", 2.0, torch.tensor(1e6), None),
+        Term("b", 0.5, torch.tensor(4.0), torch.tensor(2)),
+    ]
+    assert total_loss(terms) == 8.0
+    model, side = model_of(), social_side()
+    joint = JointObjective(JOINT, model, side)
+    views = loader_of(model, SOCIAL_VIEWS, side).batch_at(0)
+    seen = joint(model, views, Rng(0, 0))[-1]
+    assert seen.name == "friends.negatives" and seen.number is None
+    assert seen.loss == views["main"].pairs.negatives > 0
 
 
 def test_the_loss_does_not_depend_on_the_order_of_the_batch():
-    model = model_of()
-    joint = JointObjective(WEIGHTS, model, [AGE, CITY])
+    model, side = model_of(tokens=TOKENS), social_side()
+    joint = JointObjective(JOINT, model, side)
     losses = []
     for users in ([0, 1, 2, 3, 4, 5], [4, 2, 5, 0, 3, 1]):
-        batch = loader_of(model, users=users, shuffle=False).batch_at(0)
-        terms = joint(model, batch, Masking(), seed=3, step=0)
+        loader = loader_of(model, SOCIAL_VIEWS, side, users=users, shuffle=False)
+        terms = joint(model, loader.batch_at(0), Rng(3, 0))
         losses.append(torch.stack([term.loss for term in terms]))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
-def test_friends_from_outside_the_batch_are_encoded_once_and_may_train_the_rest_or_not():
-    model = model_of()
-    loader = loader_of(model, users=[1, 5], batch_size=2, shuffle=False)
-    batch = loader.batch_at(0)
-    assert batch.own == 2 and len(batch) == 3 and batch.sample_ids[2] in (0, 2)
-    assert len(batch.columns["city"]) == 3
-    own = loader_of(model, users=[1, 5], batch_size=2, shuffle=False, friends=None).batch_at(0)
-    for friends_in_all in (True, False):
-        weights = replace(WEIGHTS, friends_in_all=friends_in_all)
-        joint = JointObjective(weights, model, [AGE, CITY])
-        terms = joint(model, batch, Masking(), 0, 0)
-        alone = JointObjective(replace(weights, social_relation=0.0), model, [AGE, CITY])
-        alone.load_state_dict(joint.state_dict(), strict=False)
-        expected = alone(model, own, Masking(), 0, 0)
-        same = [torch.allclose(a.loss, b.loss) for a, b in zip(terms, expected, strict=False)]
-        # Masked items, age, city; the friend has no age.
-        assert same == ([False, True, False] if friends_in_all else [True, True, True])
-        assert int(terms[0].number) > int(expected[0].number) or not friends_in_all
+def test_friends_from_outside_the_batch_are_in_all_objectives_of_their_view_alone():
+    """A view without friends beside it is the same whatever the other one holds."""
+    model, side = model_of(tokens=TOKENS), social_side()
+    apart = {
+        "item": Item(views=["own"]),
+        "user_attributes": UserAttributes(views=["own"]),
+        "friends": Friends(),
+    }
+    views = {**SOCIAL_VIEWS, "own": [Mask()]}
+    options = dict(users=[1, 5], batch_size=2, shuffle=False)
+    joint = JointObjective(apart, model, side)
+    batch = loader_of(model, views, side, **options).batch_at(0)
+    assert len(batch["own"]) == 2 and len(batch["main"]) == 3
+    friend = batch["main"].sample_ids[2]
+    assert friend in (0, 2) and batch["main"].users["city"][2] == CITY.values[friend]
+    own = values_of(joint(model, batch, Rng(0, 0)))
+    together = JointObjective({**JOINT}, model, side)
+    together.load_state_dict(joint.state_dict())
+    main = {"main": batch["main"]}
+    all_three = values_of(together(model, main, Rng(0, 0)))
+    torch.testing.assert_close(all_three["friends"], own["friends"])
+    assert not torch.allclose(all_three["item"], own["item"])
+    expected = CITY.values[batch["main"].sample_ids]
+    pooled = model.pool(model.encode(batch["main"], Rng(0, 0)), "max")
+    logits = together.parts["user_attributes"].linear(pooled)[:, 1:]
+    torch.testing.assert_close(
+        all_three["user_attributes.city"], F.cross_entropy(logits, expected, ignore_index=-1)
+    )
 
 
-def test_without_masked_items_nothing_is_masked():
-    model = model_of(dropout=0.0)
-    batch = loader_of(model).batch_at(0)
-    weights = Objectives(masked_item=0.0, user_attribute=1.0, attribute_pool="cls")
-    joint = JointObjective(weights, model, [CITY])
-    (term,) = joint(model, batch, Masking(), 0, 0)
-    cls = model.encode(batch)[batch.offsets[:-1]]
-    logits, target = joint.user_attribute.linear(cls), CITY.values[batch.sample_ids]
+def test_attributes_by_cls_of_a_view_without_steps():
+    model, side = model_of(dropout=0.0, tokens=TOKENS), Known(six_users(), [CITY])
+    joint = JointObjective({"user_attributes": UserAttributes(pool="cls")}, model, side)
+    views = loader_of(model, {"main": []}, side).batch_at(0)
+    (term,) = joint(model, views, Rng(0, 0))
+    batch = model.inputs(six_users(), views["main"].sample_ids, "train")
+    assert torch.equal(views["main"].values, batch.values)  # nothing is masked
+    cls = model.encode(batch).states[batch.offsets[:-1]]
+    logits, target = joint.parts["user_attributes"].linear(cls), CITY.values[batch.sample_ids]
+    assert term.name == "user_attributes.city"
     torch.testing.assert_close(term.loss, F.cross_entropy(logits, target, ignore_index=-1))
 
 
+def test_four_views_in_one_pass_are_four_passes():
+    """Without dropout bit for bit, and each objective reads its own views."""
+    model, side = model_of(dropout=0.0, tokens=TOKENS), social_side()
+    steps = {**SOCIAL_VIEWS, "a": [Crop()], "b": [Mask()], "again": [Again("b")]}
+    parts = {**JOINT, "contrast": Contrast(["a", "b"], weight=0.1)}
+    joint = JointObjective(parts, model, side)
+    views = loader_of(model, steps, side).batch_at(2)
+    assert [view.keys[0].item() >> 32 for view in views.values()] == [0, 1, 2, 3]
+    encoded = model.encode_views(views, Rng(3, 2))
+    for name, view in views.items():
+        alone = model.encode(view, Rng(3, 2))
+        assert torch.equal(encoded[name].states, alone.states), name
+        assert encoded[name].batch is view
+    assert torch.equal(views["b"].values, views["again"].values)
+    terms = joint(model, views, Rng(3, 2))
+    alone = JointObjective({"contrast": parts["contrast"]}, model, side)
+    (expected,) = alone(model, {"b": views["b"], "a": views["a"]}, Rng(3, 2))
+    assert terms[-1].loss == expected.loss and terms[-1].weight == 0.1
+    swapped = JointObjective({"contrast": Contrast(["a", "again"])}, model, side)
+    assert swapped(model, views, Rng(3, 2))[0].loss == expected.loss  # the same events as b
+
+
+class Near(nn.Module):
+    """An objective of one's own: the first view of a user is twice the second."""
+
+    weight, views = 0.25, ["b", "a"]
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, model, rng, *views):
+        first, second = (model.pool(view, "mean") for view in views)
+        gap = self.scale * (first - 2 * second).square().mean()
+        return {"near": (gap, len(first)), "scale": (self.scale.detach(), None)}
+
+
+@dataclass(frozen=True)
+class NearSettings:
+    views: list[str]
+    weight: float = 1.0
+
+    def build(self, model, side):
+        assert model.num_items == side.num_items
+        return Near()
+
+
+def test_an_objective_of_ones_own_is_a_module_or_settings():
+    model, side = model_of(), Known(six_users())
+    steps = {"main": [Mask()], "a": [Crop()], "b": [Mask()]}
+    views = loader_of(model, steps, side).batch_at(0)
+    encoded = model.encode_views(views, Rng(1, 0))
+    pooled = {name: model.pool(view, "mean") for name, view in encoded.items()}
+    for mine, weight, read in (
+        (Near(), 0.25, ("b", "a")),
+        (NearSettings(["main", "a"], weight=3.0), 3.0, ("main", "a")),
+    ):
+        joint = JointObjective({"item": Item(), "near": mine}, model, side)
+        terms = joint(model, views, Rng(1, 0))
+        expected = 2.0 * (pooled[read[0]] - 2 * pooled[read[1]]).square().mean()
+        assert [term.name for term in terms] == ["item", "near", "near.scale"]
+        torch.testing.assert_close(terms[1].loss, expected)
+        torch.testing.assert_close(total_loss(terms), terms[0].loss + weight * expected)
+        assert [id(p) for p in joint.find(Near).parameters()] == [id(joint.parts["near"].scale)]
+
+
 def test_errors_name_the_problem():
-    model = model_of()
-    with pytest.raises(ValueError, match="no objective has a positive weight"):
-        JointObjective(Objectives(masked_item=0.0), model, [])
-    with pytest.raises(ValueError, match="'cls' needs a model with use_cls"):
-        JointObjective(replace(WEIGHTS, attribute_pool="cls"), model_of(use_cls=False), [AGE])
+    model, side = model_of(), social_side()
+    with pytest.raises(ValueError, match="there is no objective to train"):
+        JointObjective({}, model, side)
+    with pytest.raises(ValueError, match=r"the weight of item is 0\.0, expected above 0"):
+        JointObjective({"item": Item(weight=0)}, model, side)
+    views = loader_of(model, {"main": []}, side).batch_at(0)
+    for objective, message in (
+        (UserAttributes(pool="cls"), r"pool 'cls' needs cls in model\.tokens, \[\]"),
+        (Friends(), "the objective friends has no pairs: it needs friend"),
+        (Item(), "the objective item has no targets: it needs mask, mask_last or next_item"),
+    ):
+        joint = JointObjective({"mine": objective}, model, side)
+        with pytest.raises(ValueError, match=message):
+            joint(model, views, Rng(0, 0))
+    with pytest.raises(ValueError, match="loss bce needs negatives"):
+        Item(loss="bce")
+    with pytest.raises(ValueError, match="log_q has no effect on the loss bce"):
+        Item(loss="bce", sampled=Sampled(log_q=True))
+    with pytest.raises(ValueError, match="gbce_t has no effect on the loss softmax"):
+        Item(sampled=Sampled(gbce_t=0.5))
+    with pytest.raises(ValueError, match=r"loss must be one of .*, got 'hinge'"):
+        Item(loss="hinge")
+    with pytest.raises(ValueError, match=r"sampled\.alpha has no effect: negatives are uniform"):
+        Sampled(alpha=0.5)
+    with pytest.raises(ValueError, match=r"sampled\.negatives must be at least 1, got 0"):
+        Sampled(negatives=0)
+    with pytest.raises(ValueError, match="all counts are 0"):
+        side.item_counts = torch.zeros(20)
+        Item(sampled=Sampled(by="popularity")).build(model, side)
+
+
+def states_of(batch: JaggedBatch) -> Encoded:
+    return Encoded(batch, torch.randn(len(batch.values), 8, requires_grad=True))
+
+
+def dense_item_loss(model, states, targets):
+    """Mean over (state, item) pairs of -log softmax."""
+    losses = []
+    for state, row in zip(states, targets.view(len(states), -1), strict=True):
+        scores = model.item_table @ model.item_head.query(state) + model.item_head.bias
+        losses += [scores.logsumexp(0) - scores[item] for item in row if item >= 0]
+    return torch.stack(losses).mean() if losses else states.sum() * 0, len(losses)
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_item_prediction_with_several_targets_and_several_views(ahead):
+    """Targets [T] or [T, A] of two views against a loop over all of them."""
+    model, side = model_of(), Known(six_users())
+    nn.init.normal_(model.item_head.bias)
+    batches = [from_sequences([[3, 1, 4, 1, 5], [9, 2], [6], []]), from_sequences([[7, 8, 9]])]
+    views = [
+        states_of(NextItem(ahead=ahead)(batch, Rng(0, 0), side).with_scored()) for batch in batches
+    ]
+    assert [len(view.batch.values) for view in views] == [5, 2]
+    part = Item(views=["a", "b"]).build(model, side)
+    for chosen in (views, views[:1]):
+        ((name, (loss, count)),) = part(model, Rng(0, 0), *chosen).items()
+        states = torch.cat([view.states for view in chosen])
+        targets = torch.cat([view.batch.events["target"] for view in chosen])
+        expected, number = dense_item_loss(model, states, targets)
+        assert name == "item" and int(count) == number
+        torch.testing.assert_close(loss, expected)
+        leaves = [view.states for view in chosen]
+        for got, wanted in zip(
+            torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
+    last = NextItem(positions="last", ahead=ahead)(batches[0], Rng(0, 0), side)
+    view = states_of(last)  # without `with_scored`
+    loss, count = part(model, Rng(0, 0), view)["item"]
+    expected, number = dense_item_loss(model, view.states, last.events["target"])
+    assert int(count) == number == 2
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("sampled", [None, Sampled(negatives=4, shared=False)])
+def test_nothing_to_predict_gives_zero_with_a_live_graph(sampled):
+    model, side = model_of(), Known(six_users())
+    batch = NextItem()(from_sequences([[3], []]), Rng(0, 0), side)
+    view = states_of(replace(batch, values=batch.values))
+    loss, count = Item(sampled=sampled).build(model, side)(model, Rng(0, 0), view)["item"]
+    loss.backward()
+    assert loss == 0 and int(count) == 0 and not view.states.grad.any()
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("loss", ["softmax", "gbce"])
 def test_sampled_item_loss_in_the_joint_objective(shared, loss):
     """The negatives depend on seed, step, sequence and position: not on the rest of the batch."""
-    how = ItemLoss(
-        kind="sampled", loss=loss, negatives=6, sampler="popularity", alpha=0.5, shared=shared
-    )
-    model, counts = model_of(dropout=0.0), torch.arange(20)
-    joint = JointObjective(Objectives(item_loss=how), model, [], lambda: counts)
-    batch = loader_of(model, friends=None, columns={}).batch_at(0)
-    (term,) = joint(model, batch, Masking(last_only=True), seed=3, step=5)
-    _, rows, targets = Masking(last_only=True)(batch, model, 3, 5)
-    masked = replace(batch, values=batch.values.index_fill(0, rows, model.token("mask")))
-    states = model.encode(masked)[rows]
+    how = Sampled(negatives=6, by="popularity", alpha=0.5, shared=shared)
+    model, side = model_of(dropout=0.0, tokens=TOKENS), Known(six_users())
+    joint = JointObjective({"item": Item(loss=loss, sampled=how)}, model, side)
+    views = loader_of(model, {"main": [MaskLast()]}, side).batch_at(0)
+    (term,) = joint(model, views, Rng(3, 5))
+    batch = views["main"]
+    rows = batch.offsets[1:] - 2  # before [SEP]
+    assert (batch.values[rows] == model.token("mask")).all()
+    states = model.encode(batch).states[rows]
+    counts = torch.stack([(side.gather(range(6)).values == item).sum() for item in range(20)])
     sampler = NegativeSampler.popularity(counts, 0.5)
     position = batch.positions()[rows]
     if shared:
-        negatives = sampler.shared(6, 3, 5)
+        negatives = sampler.shared(6, Rng(3, 5))
     else:
         negatives = torch.cat(
             [
-                sampler.own(6, 3, 5, batch.sample_ids[i : i + 1], position[i : i + 1])
+                sampler.own(6, Rng(3, 5), batch.keys[i : i + 1], position[i : i + 1])
                 for i in range(6)
             ]
         )
     expected = sampled_linear_cross_entropy(
-        model.item_head.query(states), model.item_table, targets, negatives,
+        model.item_head.query(states), model.item_table, batch.events["target"][rows], negatives,
         linear_bias=model.item_head.bias, loss=loss, backend="reference",
         log_q=sampler.log_q if loss == "softmax" else None,
     )  # fmt: skip
     torch.testing.assert_close(term.loss, expected)
-    (other,) = joint(model, batch, Masking(last_only=True), seed=3, step=6)
+    (other,) = joint(model, views, Rng(3, 6))
     assert other.loss.item() != term.loss.item()
 
 
-def test_negatives_by_popularity_need_the_counts():
-    how = ItemLoss(kind="sampled", sampler="popularity")
-    with pytest.raises(ValueError, match="needs the item counts"):
-        JointObjective(Objectives(item_loss=how), model_of(), [])
+def test_own_negatives_of_several_targets_and_views():
+    """Target a of A of the event at p has the negatives of place A p + a, those of its view."""
+    model, side = model_of(), Known(six_users())
+    how = Sampled(negatives=5, by="popularity", shared=False, log_q=False)
+    batch = NextItem(ahead=2)(from_sequences([[3, 1, 4, 1], [9, 2]], [4, 0]), Rng(0, 0), side)
+    views = [states_of(batch.as_view(number)) for number in (0, 3)]
+    part = ItemPrediction(Item(sampled=how), how.sampler(side))
+    loss, count = part(model, Rng(3, 5), *views)["item"]
+    sampler, losses = NegativeSampler.popularity(side.item_counts), []
+    for view in views:
+        for t, (key, p) in enumerate(zip([4, 4, 4, 0], [0, 1, 2, 0], strict=True)):
+            for a in range(2):
+                target = view.batch.events["target"][t, a]
+                if target < 0:
+                    continue
+                key_of_view = view.batch.keys[:1] - 4 + key
+                negatives = sampler.own(5, Rng(3, 5), key_of_view, torch.tensor([2 * p + a]))
+                query = model.item_head.query(view.states[t])
+                items = torch.cat([target[None], negatives[0][negatives[0] != target]])
+                scores = model.item_table[items] @ query + model.item_head.bias[items]
+                losses.append(scores.logsumexp(0) - scores[0])
+    assert int(count) == len(losses) == 12
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+def test_popularity_is_that_of_the_training_inputs():
+    model, side = model_of(), Known(six_users(), split="train")
+    part = Item(sampled=Sampled(by="popularity")).build(model, side)
+    values = six_users().gather(range(6), "train").values
+    counts = torch.bincount(values, minlength=20)
+    assert torch.equal(part.sampler.log_q, NegativeSampler.popularity(counts).log_q)
+    uniform = Item(sampled=Sampled()).build(model, side)
+    assert uniform.sampler.threshold is None and uniform.sampler.num_items == 20

@@ -5,8 +5,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.ops.arguments import accumulate_dtype
 from fastrec.ops.jagged_max_pool import jagged_max_pool
 
 Pooling = Literal["max", "mean", "cls", "ur", "last", "attention"]
@@ -45,13 +47,20 @@ def mean_pool(states: Tensor, batch: JaggedBatch, num_items: int) -> Tensor:
 
 def weighted_sum(states: Tensor, weight: Tensor, batch: JaggedBatch) -> Tensor:
     """[B, D]: sum over the events of a sequence of weight [T] times state [T, D]."""
-    rows = (states * weight.unsqueeze(1)).float()
+    rows = (states * weight.unsqueeze(1)).to(accumulate_dtype(states))
     return torch.segment_reduce(rows, "sum", offsets=batch.offsets, initial=0.0).to(states.dtype)
 
 
-def last_item(batch: JaggedBatch, num_items: int) -> Tensor:
-    """int64 [B]: the event of the last item of each sequence; of a sequence without items its last
-    event."""
+def last_pool(states: Tensor, batch: JaggedBatch, num_items: int) -> Tensor:
+    """[B, D]: the state of the last item of a sequence; without items that of its last event, and
+    0 without events."""
+    states = states if len(states) else F.pad(states, (0, 0, 0, 1))
+    last = states[_last_item(batch, num_items)]
+    return last.masked_fill((batch.lengths == 0).unsqueeze(1), 0.0)
+
+
+def _last_item(batch: JaggedBatch, num_items: int) -> Tensor:
+    """int64 [B]: the event that `last_pool` takes, any event of an empty sequence."""
     place = torch.arange(batch.values.shape[0], device=batch.values.device)
     place = place.masked_fill(~is_item(batch, num_items), -1)
     running = torch.cat([place.new_full((1,), -1), place.cummax(0).values])[batch.offsets[1:]]
@@ -79,7 +88,9 @@ class Pool(nn.Module):
             return model.pool(encoded, self.how)
         batch, states = encoded.batch, encoded.states
         scores = torch.tanh(self.project(states)) @ self.query
-        scores = scores.float().masked_fill(~is_item(batch, model.num_items), -torch.inf)
+        scores = scores.to(accumulate_dtype(scores)).masked_fill(
+            ~is_item(batch, model.num_items), -torch.inf
+        )
         segment = batch.segment_ids()
         top = scores.new_full((len(batch),), -torch.inf)
         top = top.scatter_reduce(0, segment, scores.detach(), "amax").clamp_min(-1e30)

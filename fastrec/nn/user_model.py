@@ -15,7 +15,7 @@ from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.transformer import Patch, Transformer
 from fastrec.nn.heads import ItemHead
 from fastrec.nn.items import ItemInput, Items
-from fastrec.nn.pool import Encoded, Pooling, last_item, max_pool, mean_pool
+from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
 
 
@@ -175,7 +175,7 @@ class UserModel(nn.Module):
         if how == "ur":
             return states[batch.offsets[1:] - 1]
         if how == "last":
-            return states[last_item(batch, self.num_items)]
+            return last_pool(states, batch, self.num_items)
         if how == "max":
             return max_pool(states, batch, self.num_items)
         if how == "mean":

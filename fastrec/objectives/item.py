@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastrec.data.batch import JaggedBatch
+from fastrec.data.batch import NO_TARGET, JaggedBatch
 from fastrec.data.negatives import NegativeSampler
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
@@ -96,14 +96,16 @@ class ItemPrediction(nn.Module):
         super().__init__()
         self.settings, self.sampler = settings, sampler
 
-    def forward(self, model, rng: Rng, *views: Encoded) -> dict[str, tuple[Tensor, int]]:
+    def forward(self, model, rng: Rng, *views: Encoded) -> dict[str, tuple[Tensor, Tensor | int]]:
         """{"item": (loss, N)}; 0 with a live graph when nothing is predicted. Sampled negatives are
         a function of (seed, step) and, if not shared, of the key and the position of an event."""
         parts = [_predicted(view) for view in views]
         states, targets = parts[0]
         if len(parts) > 1:
             states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
-        count = len(targets)
+        count: Tensor | int = len(targets)
+        if any(view.batch.events["target"].dim() > 1 for view in views):
+            count = (targets != NO_TARGET).sum()  # an event may have fewer than A targets
         if self.sampler is None or self.settings.sampled is None:
             table = model.item_input.table
             loss = model.item_head.loss(states, table, targets, backend=self.backend)

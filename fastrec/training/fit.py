@@ -227,7 +227,8 @@ def _started(
     """The model that a stage trains, and the names of the tensors that `initial` gave it."""
     if initial is None:
         return UserModel(dataset.num_items, config), []
-    if set(PARTS) <= set(init.take) and not init.patch:
+    whole = set(PARTS) <= set(init.take) and not init.patch
+    if whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
         model = UserModel(dataset.num_items, config)

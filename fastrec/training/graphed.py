@@ -60,15 +60,18 @@ def _to(tensor: Tensor, size: int, value: float) -> Tensor:
     return F.pad(tensor, ends, value=value)
 
 
-def padded(batch: JaggedBatch, capacity: Capacity, length: int, filler: int) -> JaggedBatch:
+def padded(
+    batch: JaggedBatch, capacity: Capacity, spare: int, length: int, filler: int
+) -> JaggedBatch:
     """The view in the sizes of `capacity`: same losses, same gradients.
 
-    length: of the longest sequence that the encoder takes. filler: a special token. The view is
-    on the host and of one process.
+    spare: sequences that hold the padding, enough for capacity.events. length: of the longest
+    sequence that the encoder takes. filler: a special token. The view is on the host and of one
+    process.
     """
     events = len(batch.values)
     full, rest = divmod(capacity.events - events, length)
-    sequences = capacity.sequences + -(-capacity.events // length)
+    sequences = capacity.sequences + spare
     added = batch.offsets.new_zeros(sequences - len(batch))
     added[len(added) - full :] = length  # empty ones first: none begins where the events end
     added[len(added) - full - 1] = rest
@@ -219,14 +222,17 @@ class GraphedObjective:
 
     def __call__(self, views: dict[str, JaggedBatch], step: int) -> list[Term]:
         """The terms of views on the host. Call backward of their sum before the next call."""
-        for name, view in views.items():
-            need, capacity = Capacity.of(view), self.capacities.get(name, Capacity(0, 0, 0))
-            if not capacity.holds(need):
-                self.capacities[name] = capacity.with_room_for(need)
-                self._captured = None  # frees the memory of the old graph
+        none, needs = Capacity(0, 0, 0), {name: Capacity.of(view) for name, view in views.items()}
+        before = {name: self.capacities.get(name, none) for name in views}
+        if not all(before[name].holds(need) for name, need in needs.items()):
+            # All views at once and with as many spare sequences: those of the same users, which an
+            # objective may compare, keep the same number of sequences.
+            self.capacities = {n: before[n].with_room_for(need) for n, need in needs.items()}
+            self._captured = None  # frees the memory of the old graph
         length, filler = self.model.max_positions, self.model.token("sep")
+        spare = -(-max(capacity.events for capacity in self.capacities.values()) // length)
         inputs = (
-            {n: padded(v, self.capacities[n], length, filler) for n, v in views.items()},
+            {n: padded(v, self.capacities[n], spare, length, filler) for n, v in views.items()},
             (torch.tensor(self.seed), torch.tensor(step)),
         )
         device = self.model.item_embedding.weight.device

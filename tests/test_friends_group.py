@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastrec.data.relations import FriendSampler, SocialGraph
+from fastrec.data.graph import FriendSampler, SocialGraph
+from fastrec.objectives.friends import SocialRelationDetection
 from fastrec.objectives.joint import Term, total_loss
-from fastrec.objectives.social_relation import SocialRelationDetection
+from fastrec.random import Rng
 
 USERS, WIDTH = 12, 5
 
@@ -23,12 +24,12 @@ def losses(group, profiles=True):
     """(loss of all ranks, gradient of the user vectors, gradient of w), averaged like DDP does."""
     world = 1 if group is None else dist.get_world_size(group)
     rank = 0 if group is None else dist.get_rank(group)
-    sequences, pairs = sampler(profiles).pairs_at(np.arange(USERS), 0, 0, rank, world)
+    sequences, pairs = sampler(profiles).pairs_at(np.arange(USERS), Rng(0, 0), rank, world)
     torch.manual_seed(0)
     vectors = torch.randn(USERS + 4, WIDTH, requires_grad=True)
     head = SocialRelationDetection(WIDTH, initial=0.4)
-    loss = head(vectors[torch.from_numpy(sequences)], pairs)
-    total = total_loss([Term("social_relation", 1.0, loss, len(pairs.positive))], world)
+    loss = head.loss(vectors[torch.from_numpy(sequences)], pairs)
+    total = total_loss([Term("friends", 1.0, loss, len(pairs.positive))], world)
     total.backward()
     found = [total.detach(), vectors.grad, head.weight.grad]
     if group is not None:
@@ -50,6 +51,6 @@ def test_the_ranks_together_are_one_process(ranks, world):
 
 
 def test_the_exclusions_and_the_sizes_of_the_ranks_matter():
-    counts = sampler(True).pairs_at(np.arange(USERS), 0, 0, 0, 3)[1].candidates_per_rank
+    counts = sampler(True).pairs_at(np.arange(USERS), Rng(0, 0), 0, 3)[1].candidates_per_rank
     assert len(set(counts)) > 1 and min(counts) > 0
     assert not torch.equal(losses(None, True)[0], losses(None, False)[0])

@@ -3,18 +3,14 @@ errors."""
 
 import pytest
 import torch
-from test_encoder import jagged
+from builders import jagged
 from torch import nn
 from torch.nn import functional as F
 
-from fastrec.nn.transformer import TransformerEncoder
+from fastrec.nn.encoders.transformer import Transformer, TransformerEncoder
+from fastrec.nn.items import ItemRows
+from fastrec.nn.layouts import bert_state, load_bert, load_torch_encoder, torch_encoder_state
 from fastrec.nn.user_model import ModelConfig, UserModel
-from fastrec.nn.weights import (
-    bert_state,
-    load_bert,
-    load_torch_encoder,
-    torch_encoder_state,
-)
 
 WIDTH, HEADS, INNER, LAYERS = 16, 4, 24, 3
 
@@ -31,9 +27,8 @@ def torch_encoder(pre_norm: bool) -> nn.TransformerEncoder:
 
 
 def our_encoder(pre_norm: bool) -> TransformerEncoder:
-    encoder = TransformerEncoder(
-        WIDTH, 40, layers=LAYERS, heads=HEADS, ffn_width=INNER, pre_norm=pre_norm
-    )
+    settings = Transformer(layers=LAYERS, heads=HEADS, ffn_width=INNER, pre_norm=pre_norm)
+    encoder = settings.build(WIDTH, 40, 0.0)
     nn.init.zeros_(encoder.positions.weight)
     return encoder
 
@@ -48,7 +43,7 @@ def test_same_outputs_as_torch(pre_norm):
     batch = jagged([5, 1, 33, 8, 9])
     x = torch.randn(len(batch.values), WIDTH)
     seen = x if pre_norm else F.layer_norm(x, (WIDTH,))
-    states = ours(x, batch)
+    states = ours(ItemRows(x, None), batch)
     padded = nn.utils.rnn.pad_sequence(seen.split(batch.lengths.tolist()), batch_first=True)
     inside = torch.arange(padded.shape[1]) < batch.lengths[:, None]
     expected = theirs(padded, src_key_padding_mask=~inside)[inside]
@@ -85,10 +80,8 @@ def test_torch_entries_that_do_not_fit_are_named():
 
 
 def bert_model(**options) -> UserModel:
-    config = ModelConfig(
-        width=WIDTH, heads=HEADS, ffn_width=INNER, layers=LAYERS, norm_eps=1e-12, **options
-    )
-    return UserModel(50, config)
+    encoder = Transformer(layers=LAYERS, heads=HEADS, ffn_width=INNER, norm_eps=1e-12, **options)
+    return UserModel(50, ModelConfig(width=WIDTH, max_len=32, encoder=encoder))
 
 
 def bert_weights(rows: int = 54, places: int = 32) -> dict[str, torch.Tensor]:
@@ -155,7 +148,9 @@ def test_same_outputs_as_bert(prefix):
     spare = ["embeddings.token_type_embeddings.weight", "pooler.dense.weight", "pooler.dense.bias"]
     assert set(rest) == {*spare, *heads}
     expected = [eager_bert(weights, ids) for ids in batch.values.split(batch.lengths.tolist())]
-    torch.testing.assert_close(model.encode(batch), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.encode(batch).states, torch.cat(expected), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rows_of_the_word_embeddings():
@@ -165,7 +160,9 @@ def test_rows_of_the_word_embeddings():
     rest = load_bert(model, weights, rows=rows)
     batch = jagged([6, 3])
     expected = [eager_bert(weights, rows[ids]) for ids in batch.values.split([6, 3])]
-    torch.testing.assert_close(model.encode(batch), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.encode(batch).states, torch.cat(expected), rtol=1e-4, atol=1e-5
+    )
     words = "embeddings.word_embeddings.weight"
     assert torch.equal(rest[words], weights[words])
     with pytest.raises(IndexError, match=r"rows must be in \[0, 90\)"):
@@ -185,7 +182,7 @@ def test_to_bert_and_back():
     for name, value in first.state_dict().items():
         assert "item_head" in name or torch.equal(value, second.state_dict()[name]), name
     batch = jagged([7])
-    torch.testing.assert_close(first.encode(batch), eager_bert(state, batch.values))
+    torch.testing.assert_close(first.encode(batch).states, eager_bert(state, batch.values))
 
 
 def test_bert_entries_that_do_not_fit_are_named():
@@ -206,4 +203,6 @@ def test_eps_is_saved(tmp_path):
     model = bert_model()
     model.save_pretrained(tmp_path)
     again = UserModel.from_pretrained(tmp_path)
-    assert again.config.norm_eps == again.encoder.layers[0].ffn_norm.eps == 1e-12
+    assert (
+        again.config.encoder.transformer.norm_eps == again.encoder.layers[0].ffn_norm.eps == 1e-12
+    )

@@ -1,0 +1,154 @@
+"""What a stage takes from a model, leaves alone, and puts beside it (PeterRec's model patches)."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from builders import dataset_of, jagged, model_of, trained_weights
+from torch.nn import functional as F
+
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.steps.mask import Mask
+from fastrec.data.synthetic import generate
+from fastrec.nn.encoders.transformer import Patch
+from fastrec.nn.transfer import PARTS, freeze, take, trained_share
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.item import Item
+from fastrec.training.config import Init
+from fastrec.training.fit import fit
+
+
+def other(**config) -> UserModel:
+    """A model whose parameters are all different from those of `model_of`."""
+    model = model_of(**config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("parts", [["items"], ["encoder"], ["head", "items"], list(PARTS)])
+def test_the_parts_that_are_taken_are_copied_and_no_others(parts):
+    model, initial = model_of(), other()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    taken = take(model, initial, parts)
+    prefixes = tuple(f"{PARTS[part]}." for part in parts)
+    assert taken == [name for name in before if name.startswith(prefixes)]
+    for name, value in model.state_dict().items():
+        expected = initial.state_dict()[name] if name in taken else before[name]
+        assert torch.equal(value, expected), name
+    with torch.no_grad():
+        initial.item_embedding.weight.zero_()
+    assert model.item_embedding.weight.any()  # a copy
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_copied():
+    model, initial = model_of(num_items=20), other(num_items=30)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError,
+        match=r"items cannot be taken over: item_embedding\.weight is \[24, 8\], the model to start"
+        r" from has \[34, 8\]; leave items out of init\.take",
+    ):
+        take(model, initial, ["encoder", "items"])
+    with pytest.raises(ValueError, match=r"head cannot .*: item_head\.bias is \[20\], .* \[30\]"):
+        take(model, initial, ["encoder", "head"])
+    with pytest.raises(
+        ValueError, match=r"encoder\.layers\.1\..* the model to start from has nothing"
+    ):
+        take(model_of(layers=2), initial, ["encoder"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert take(model, initial, ["encoder"])  # of any item set
+
+
+def test_a_patched_model_starts_as_the_unpatched_one():
+    """Bit for bit: x + up(GELU(down(x))) with up = 0."""
+    initial, batch = other(layers=2, heads=4), jagged([5, 1, 0, 9], num_items=20)
+    model = model_of(layers=2, heads=4, patch=3)
+    taken = take(model, initial, list(PARTS))
+    assert set(model.state_dict()) - set(taken) == {
+        name for name in model.state_dict() if ".patches." in name
+    }
+    assert torch.equal(model.encode(batch).states, initial.encode(batch).states)
+    patches = [module for module in model.modules() if isinstance(module, Patch)]
+    assert len(patches) == 4  # after each of two sublayers
+    with torch.no_grad():
+        patches[0].up.weight.normal_()
+    assert not torch.equal(model.encode(batch).states, initial.encode(batch).states)
+    x, patch = torch.randn(3, 8), patches[0]
+    expected = x + F.linear(F.gelu(F.linear(x, *patch.down.parameters())), *patch.up.parameters())
+    torch.testing.assert_close(patch(x), expected)
+
+
+def test_patches_are_taken_from_a_model_that_has_them():
+    initial, model = other(patch=3), model_of(patch=3)
+    assert take(model, initial, ["encoder"]) == [
+        name for name in initial.state_dict() if name.startswith("encoder.")
+    ]
+    with pytest.raises(ValueError, match=r"patches\.0\.down\.weight is \[2, 8\], .* has \[3, 8\]"):
+        take(model_of(patch=2), initial, ["encoder"])
+
+
+def test_frozen_parts_are_not_trained_but_their_patches_are():
+    model = model_of(patch=3)
+    freeze(model, ["encoder", "items"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        name
+        for name, _ in model.named_parameters()
+        if ".patches." in name or name.startswith("item_head.")
+    }
+    patch = 2 * ((8 * 3 + 3) + (3 * 8 + 8))
+    head = 8 * 8 + 8 + 2 * 8 + 20
+    assert trained_share(model) == (patch + head, sum(p.numel() for p in model.parameters()))
+    extra = torch.nn.Linear(2, 3)
+    assert trained_share(model, extra)[0] == patch + head + 9
+
+
+def test_fine_tuning_with_patches_trains_nothing_else(tmp_path):
+    """Through `fit`: after the last step all that was taken is as it was."""
+    generate(tmp_path / "data", num_users=30, num_items=20, seed=3)
+    data = SequenceDataset.load(tmp_path / "data")
+    initial = other(num_items=data.num_items)
+    tuned = fit(
+        data,
+        initial,
+        views={"main": [Mask()]},
+        objectives={"item": Item()},
+        init=Init(freeze=["items", "encoder", "head"], patch=3),
+        output=tmp_path / "run",
+        steps=2,
+        validate_every=2,
+        batch_size=8,
+        progress=False,
+    )
+    assert tuned.config.encoder.transformer.patch == 3
+    assert tuned.config == dataclasses.replace(initial.config, encoder=tuned.config.encoder)
+    trained = trained_weights(tmp_path / "run")
+    for name, value in initial.state_dict().items():
+        assert torch.equal(trained[f"model.{name}"], value), name
+    assert all(value.any() for name, value in trained.items() if name.endswith(".up.weight"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["trained"] == 2 * (8 * 3 + 3 + 3 * 8 + 8)
+    assert set(summary["taken"]) == set(initial.state_dict())
+
+
+def test_a_model_of_other_items_is_refused_before_training():
+    """All parts taken, or some: items beyond the model's would be special tokens to it."""
+    data = dataset_of([[1, 29, 3, 4, 5]] * 4, 30)
+    run = dict(views={"main": [Mask()]}, objectives={"item": Item()}, steps=1, progress=False)
+    for init in (Init(), Init(patch=2), Init(take=["items", "encoder"])):
+        with pytest.raises(ValueError, match=r"items cannot be taken over: item_embedding\.weight"):
+            fit(data, model_of(num_items=20), init=init, **run)
+    with pytest.raises(ValueError, match="init freezes or patches a model, and there is none"):
+        fit(data, init=Init(freeze=["items"]), **run)
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ValueError, match=r"init\.take names 'heads', expected some of \['items'"):
+        Init(take=["heads"])
+    with pytest.raises(ValueError, match=r"init\.freeze names 'head', which init\.take does not"):
+        Init(take=["items"], freeze=["head"])
+    with pytest.raises(ValueError, match=r"init\.patch must not be negative, got -1"):
+        Init(patch=-1)

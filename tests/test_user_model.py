@@ -1,0 +1,258 @@
+"""The user model: what it reads, whom it is asked about, and how it is kept."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from builders import dataset_of, jagged, model_of, six_users
+from torch import nn
+
+from fastrec.data.batch import from_sequences
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.pool import Encoded
+from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.random import Rng
+
+MASK, CLS, SEP, UR = 20, 21, 22, 23
+
+
+def lists(batch) -> list[list[int]]:
+    return [part.tolist() for part in batch.values.split(batch.lengths.tolist())]
+
+
+@pytest.mark.parametrize(
+    "tokens, causal, plain, asked",
+    [
+        ([], False, [3, 4, 5, 6], [4, 5, 6, MASK]),
+        (["sep", "cls"], False, [CLS, 3, 4, 5, 6, SEP], [CLS, 4, 5, 6, MASK, SEP]),
+        (["ur", "cls"], False, [CLS, 3, 4, 5, 6, UR], [CLS, 4, 5, 6, MASK, UR]),
+        (
+            ["cls", "ur", "sep"],
+            False,
+            [CLS, 3, 4, 5, 6, SEP, UR],
+            [CLS, 4, 5, 6, MASK, SEP, UR],
+        ),
+        ([], True, [3, 4, 5, 6], [3, 4, 5, 6]),
+        (["ur"], True, [3, 4, 5, 6, UR], [3, 4, 5, 6, UR]),
+    ],
+)
+def test_inputs_hold_the_last_items_and_the_tokens(tokens, causal, plain, asked):
+    """max_len counts items; the [MASK] that asks takes the place of one."""
+    model = model_of(max_len=4, tokens=tokens, causal=causal)
+    data = dataset_of([[9, 1, 2, 3, 4, 5, 6], [7]], 20)
+    around = [token for token in plain if token >= MASK]
+    for ask, long, short in (
+        (False, plain, [token for token in around if token == CLS] + [7]),
+        (True, asked, [token for token in around if token == CLS] + [7]),
+    ):
+        short = short + [MASK] * (ask and not causal) + [t for t in around if t != CLS]
+        batch = model.inputs(data, [0, 1, 0], "all", ask=ask)
+        assert lists(batch) == [long, short, long]
+        assert batch.keys.tolist() == [0, 1, 0]
+        assert batch.max_seq_len >= max(map(len, (long, short)))
+        assert max(map(len, (long, short))) <= model.max_positions == 4 + len(tokens)
+        model.encode(batch)
+        given = model.inputs_of([[9, 1, 2, 3, 4, 5, 6], [7], [3, 4, 5, 6]], ask=ask)
+        assert lists(given) == [long, short, long]
+        assert given.keys.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("split", ["train", "valid", "test", "all"])
+def test_inputs_of_histories_are_inputs_of_a_data_set(split, causal):
+    model, data = model_of(tokens=[] if causal else ["cls", "sep"], causal=causal), six_users()
+    hidden = {"train": 2, "valid": 2, "test": 1, "all": 0}[split]
+    histories = [data.gather([user], "all").values.tolist() for user in range(6)]
+    histories = [history[: len(history) - hidden] for history in histories]
+    for ask in (False, True):
+        ours, theirs = (
+            model.inputs(data, range(6), split, ask=ask),
+            model.inputs_of(histories, ask=ask),
+        )
+        assert torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.offsets, theirs.offsets)
+        assert torch.equal(model.encode(ours).states, model.encode(theirs).states)
+
+
+def test_histories_that_cannot_be_read():
+    model = model_of()
+    assert len(model.inputs_of([])) == 0 and lists(model.inputs_of([[]], ask=True)) == [[MASK]]
+    for bad in (-1, 20):
+        with pytest.raises(IndexError, match=rf"item {bad} of a history is out of \[0, 20\)"):
+            model.inputs_of([[3], [4, bad]])
+    causal = model_of(causal=True)
+    with pytest.raises(ValueError, match="sequence 1 is empty: a causal model has nothing to go"):
+        causal.inputs_of([[3], []], ask=True)
+    assert lists(causal.inputs_of([[3], []])) == [[3], []]  # nobody is asked
+    with pytest.raises(ValueError, match="sequence 1 is empty"):
+        causal.inputs(dataset_of([[3], []], 20), [0, 1], "all", ask=True)
+
+
+def test_event_columns_follow_their_items():
+    """Tokens have no target and a 0 in the columns of others; users' columns stay."""
+    model = model_of(max_len=3, tokens=["cls", "sep"])
+    batch = from_sequences([[1, 2, 3, 4], [5]])
+    batch.events["target"] = torch.tensor([11, 12, 13, -100, 15])
+    batch.events["time"] = torch.tensor([[0.1], [0.2], [0.3], [0.4], [0.5]])
+    batch.users["age"] = torch.tensor([30, 40])
+    framed = model.frame(batch, ask=True)
+    assert lists(framed) == [[CLS, 3, 4, MASK, SEP], [CLS, 5, MASK, SEP]]
+    assert framed.events["target"].tolist() == [
+        *(-100, 13, -100, -100, -100),
+        *(-100, 15, -100, -100),
+    ]
+    time = torch.tensor([0, 0.3, 0.4, 0, 0, 0, 0.5, 0, 0]).unsqueeze(1)
+    assert torch.equal(framed.events["time"], time)
+    assert framed.users["age"].tolist() == [30, 40]
+    assert batch.values.tolist() == [1, 2, 3, 4, 5]  # the input stays as it is
+
+
+@pytest.mark.parametrize(
+    "tokens, causal",
+    [
+        ([], False),
+        (["cls", "sep"], False),
+        (["ur"], False),
+        (["cls", "sep", "ur"], False),
+        ([], True),
+        (["ur"], True),
+    ],
+)
+@pytest.mark.parametrize("transform", [False, True])
+def test_the_query_is_that_of_the_mask_or_of_the_last_item(tokens, causal, transform):
+    model = model_of(tokens=tokens, causal=causal, head_transform=transform)
+    batch = model.inputs_of([[3, 1, 4, 1, 5], [9], list(range(15))], ask=True)
+    encoded = model.encode(batch)
+    rows = []
+    for end, length in zip(batch.offsets[1:].tolist(), batch.lengths.tolist(), strict=True):
+        values = batch.values[end - length : end].tolist()
+        at = [i for i, v in enumerate(values) if (v < MASK if causal else v == MASK)][-1]
+        rows.append(encoded.states[end - length + at])
+    states = torch.stack(rows)
+    head = model.item_head
+    expected = head.norm(torch.nn.functional.gelu(head.dense(states))) if transform else states
+    torch.testing.assert_close(model.next_item_query(encoded), expected)
+    if causal:
+        assert torch.equal(states, model.pool(encoded, "last"))
+
+
+def test_the_query_has_the_type_of_the_table_whatever_the_states_have():
+    model = model_of(head_transform=False)
+    encoded = model.encode(model.inputs_of([[3, 1], [4]], ask=True))
+    low = Encoded(encoded.batch, encoded.states.bfloat16())
+    query = model.next_item_query(low)
+    assert query.dtype == model.item_table.dtype == torch.float32
+    torch.testing.assert_close(query, model.next_item_query(encoded), rtol=2**-7, atol=2**-7)
+
+
+def test_a_causal_state_sees_the_past_alone_and_others_see_all():
+    for causal in (True, False):
+        model = model_of(causal=causal, layers=2)
+        long, short = (model.encode(from_sequences([s])).states for s in ([1, 2, 3, 4], [1, 2, 3]))
+        assert torch.allclose(long[:3], short, atol=1e-6) == causal
+
+
+def test_configurations_that_cannot_be():
+    for wrong, message in (
+        (dict(width=0), r"model\.width must be at least 1, got 0"),
+        (dict(max_len=0), r"model\.max_len must be at least 1, got 0"),
+        (dict(dropout=1.0), r"model\.dropout must be in \[0, 1\), got 1\.0"),
+        (dict(tokens=["mask"]), r"model\.tokens must be some of cls, sep and ur, got \['mask'\]"),
+        (dict(tokens=["cls", "cls"]), r"model\.tokens must be some of"),
+        (dict(tokens=["cls"], encoder=Transformer(causal=True)), r"\[CLS\] stands first"),
+        (dict(tokens=["sep"], encoder=Transformer(causal=True)), r"\[SEP\] stands last"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(**wrong)
+    config = ModelConfig(tokens=["ur", "sep", "cls"])
+    assert config.tokens == ["cls", "sep", "ur"] and not config.causal
+    assert ModelConfig(encoder=Transformer(causal=True)).causal
+
+
+class Bag(nn.Module):
+    """An encoder of one's own: the mean of what an event and those before it are."""
+
+    def __init__(self, width: int, scale: float):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(width, width), scale
+
+    def forward(self, embedded, batch, rng=None):
+        x, place = self.linear(embedded.dense()) * self.scale, batch.positions()
+        total = x.cumsum(0)
+        starts = torch.arange(len(x)) - place
+        before = torch.cat([x.new_zeros(1, x.shape[1]), total])[starts]
+        return (total - before) / (place + 1).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class BagSettings:
+    scale: float = 1.0
+    causal: bool = True
+
+    def build(self, width, max_positions, dropout):
+        assert (width, max_positions, dropout) == (8, 6, 0.25)
+        return Bag(width, self.scale)
+
+
+def test_an_encoder_of_ones_own(tmp_path):
+    """It is asked as its `causal` says, and is loaded with its settings."""
+    own = BagSettings(2.0)
+    model = UserModel(20, ModelConfig(width=8, max_len=6, dropout=0.25, encoder=own))
+    assert model.config.encoder is own and model.config.causal
+    batch = model.inputs_of([[3, 1], list(range(9))], ask=True)
+    assert lists(batch) == [[3, 1], [3, 4, 5, 6, 7, 8]]
+    encoded = model.encode(batch, Rng(0, 0))
+    vectors = 2.0 * model.encoder.linear(model.item_embedding.weight)
+    expected = [vectors[[3, 1]].mean(0), vectors[3:9].mean(0)]
+    torch.testing.assert_close(model.pool(encoded, "last"), torch.stack(expected))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the encoder is test_user_model\.BagSettings: give"):
+        UserModel.from_pretrained(tmp_path)
+    again = UserModel.from_pretrained(tmp_path, own)
+    assert again.config == model.config
+    assert torch.equal(again.encode(batch).states, model.encode(batch).states)
+
+
+@pytest.mark.parametrize("tokens, causal", [(["cls", "sep"], False), (["ur"], True)])
+def test_save_and_load(tmp_path, tokens, causal):
+    model = model_of(
+        num_items=11, tokens=tokens, causal=causal, heads=4, ffn_width=12, patch=3, norm_eps=1e-6
+    )
+    model.save_pretrained(tmp_path / "m")
+    again = UserModel.from_pretrained(tmp_path / "m")
+    assert again.config == model.config and again.num_items == 11
+    assert again.config.encoder.transformer.ffn_width == 12
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    batch = jagged([3, 5], num_items=11)
+    assert torch.equal(again.encode(batch).states, model.encode(batch).states)
+
+
+def test_broken_model_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        UserModel.from_pretrained(tmp_path)
+    model_of(num_items=11).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        UserModel.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for change, message in (
+        ({"format": 1}, r"config\.json: unknown format version, expected 2"),
+        ({"wdith": 8}, r"config\.json: .*wdith"),
+        ({"encoder": {"rnn": {}}}, r"config\.json: unknown encoder 'rnn'"),
+        ({"encoder": {"transformer": {"depth": 1}}}, r"config\.json: .*depth"),
+        ({"width": 16}, r"model\.safetensors: .*size mismatch"),
+    ):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            UserModel.from_pretrained(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        UserModel.from_pretrained(tmp_path)
