@@ -69,7 +69,6 @@ class SequenceLoader:
             raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
         self.views, self.seed, self.shuffle = views, seed, shuffle
         self.side = views.side
-        self.side.max_len = views.length
         self.users = _checked_users(self.side.dataset, self.side.split, users)
         self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
@@ -100,7 +99,7 @@ class SequenceLoader:
     def batch_at(self, step: int) -> dict[str, JaggedBatch]:
         """The views of global step `step`; does not move the loader."""
         users = self._users_of_all_ranks(step)
-        batch = self.side.gather(users[self.rank :: self.world_size])
+        batch = self.side.gather(users[self.rank :: self.world_size], self.views.length)
         shard = Shard(users, self.rank, self.world_size)
         return self.views(batch, Rng(self.seed, step), shard)
 

@@ -57,11 +57,11 @@ class SideData:
         # [U, ...] by name: `gather` gives every batch the rows of its sequences. Objectives add
         # what they predict.
         self.user_columns: dict[str, Tensor] = {}
-        self.max_len: int | None = None
+        self.max_len: int | None = None  # items of the view that is made
 
-    def gather(self, users) -> JaggedBatch:
+    def gather(self, users, max_len: int | None = None) -> JaggedBatch:
         """The sequences of `users`, the last `max_len` items, with the columns of users."""
-        batch = self.dataset.gather(users, self.split, self.max_len)
+        batch = self.dataset.gather(users, self.split, max_len)
         for name, column in self.user_columns.items():
             batch.users[name] = column[batch.keys]
         return batch

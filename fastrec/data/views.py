@@ -64,7 +64,8 @@ class Views:
             if source is not None:
                 view, steps = made[source], steps[1:]
             else:
-                view = batch.last(self.max_len + extra(steps))
+                self.side.max_len = self.max_len + extra(steps)
+                view = batch.last(self.side.max_len)
             view = replace(view, keys=view.sample_ids | number << 32)
             for step in steps:
                 view = step(view, rng, self.side)

@@ -42,10 +42,16 @@ class JointObjective(nn.Module):
             module = objective
             if not isinstance(objective, nn.Module):
                 module = objective.build(model, side)
-            module.backend = backend
+            if hasattr(module, "backend"):
+                module.backend = backend
             self.parts[name] = module
-            self.weights[name] = float(getattr(objective, "weight", 1.0))
+            self.weights[name] = getattr(objective, "weight", 1.0)
             self.views[name] = list(getattr(objective, "views", ["main"]))
+            if not isinstance(self.weights[name], (int, float)):
+                raise ValueError(
+                    f"the weight of {name} is no number: a module with a parameter of this name"
+                    " needs settings of its own"
+                )
             if not self.weights[name] > 0:
                 raise ValueError(f"the weight of {name} is {self.weights[name]}, expected above 0")
 

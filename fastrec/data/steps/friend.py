@@ -35,7 +35,7 @@ class Friend:
             side.graph, self.hops, side.profile_ids if self.same_profile else None
         )
         sequences, pairs = sampler.pairs_at(users, rng, rank, world_size)
-        friends = side.gather(torch.from_numpy(sequences[len(batch) :]))
+        friends = side.gather(torch.from_numpy(sequences[len(batch) :]), side.max_len)
         view = batch.keys[:1] >> 32  # the friends belong to the view of the users
         friends = replace(friends, keys=friends.keys | view << 32)
         return replace(JaggedBatch.cat([batch, friends]), pairs=pairs)
