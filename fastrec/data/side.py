@@ -19,11 +19,14 @@ from fastrec.data.graph import SocialGraph
 
 class Shard(NamedTuple):
     """users: int64 [N], those of a step on all processes. This process holds every
-    world_size-th from `rank` on."""
+    world_size-th from `rank` on. view: number of the view that is made, whose sequences begin with
+    the last `max_len` items."""
 
     users: np.ndarray
     rank: int = 0
     world_size: int = 1
+    view: int = 0
+    max_len: int | None = None
 
 
 class SideData:
