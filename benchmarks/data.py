@@ -1,21 +1,39 @@
 """Speed of the data path on one core: `python benchmarks/data.py [--sequences 1000000]`.
 
-Generates synthetic sequences, then times, for one epoch: the order of the epoch, gather, masking,
-and all of it together. Prints sequences per second of wall time and of CPU time (one thread, so the
-latter does not depend on what else runs). --smoke is tiny.
+Generates synthetic sequences, then times, for one epoch: the order of the epoch and gather, and the
+same with the steps of a view. Prints sequences per second of wall time and of CPU time (one thread,
+so the latter does not depend on what else runs). --smoke is tiny.
 """
 
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fastrec.data.corruptions import mask_items, mask_last
+from fastrec.data.batch import framed
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.loader import SequenceLoader
+from fastrec.data.loader import SequenceLoader, epoch_order
+from fastrec.data.side import SideData
+from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.next_item import NextItem
+from fastrec.data.steps.one_of import OneOf
+from fastrec.data.steps.reorder import Reorder
 from fastrec.data.synthetic import generate
+from fastrec.data.views import Views
+
+VIEWS = {
+    "gather": [],
+    "gather + mask": [Mask()],
+    "gather + mask 80/10/10": [Mask(replace=0.8, random=0.1)],
+    "gather + mask exact": [Mask(exact=True)],
+    "gather + mask_last": [MaskLast()],
+    "gather + next_item": [NextItem()],
+    "gather + one_of": [OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)])],
+}
 
 
 def timed(action) -> float:
@@ -46,40 +64,23 @@ def main() -> None:
 
 
 def report(dataset: SequenceDataset, options) -> None:
-    mask_id, cls_id, sep_id = (dataset.num_items + extra for extra in range(3))
-    loader = SequenceLoader(
-        dataset, "all", batch_size=options.batch_size, max_len=options.max_len, cls_id=cls_id,
-        sep_id=sep_id,
-    )  # fmt: skip
-    tokens = {"num_items": dataset.num_items, "mask_id": mask_id}
-
-    def mask(batch, step, **more):
-        return mask_items(batch, seed=1, step=step, probability=0.2, **tokens, **more)
-
-    corruptions = {
-        "gather": lambda batch, step: None,
-        "gather + mask_items": mask,
-        "gather + mask_items 80/10/10": lambda batch, step: mask(
-            batch, step, replace_probability=0.8, random_probability=0.1
-        ),
-        "gather + mask_last": lambda batch, step: mask_last(batch, **tokens),
-    }
-    batches = len(loader)
-    events = 0
-    for name, corrupt in corruptions.items():
-        # Every pass is a new epoch, so each time includes its order.
-        start, cpu = time.perf_counter(), time.process_time()
-        for step, batch in enumerate(loader):
-            corrupt(batch, step)
-            events += len(batch.values)
+    tokens = dict(before=[dataset.num_items + 1], after=[dataset.num_items + 2])
+    for name, steps in VIEWS.items():
+        views = Views(
+            {"main": steps}, partial(framed, **tokens), SideData(dataset, "all"), options.max_len
+        )
+        loader = SequenceLoader(views, batch_size=options.batch_size, seed=1)
+        start, cpu, events = time.perf_counter(), time.process_time(), 0
+        for batch in loader:
+            events += len(batch["main"].values)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         print(
             f"{name:<30}{dataset.num_users / seconds:>11,.0f} sequences/s"
             f"{dataset.num_users / cpu:>11,.0f} per CPU second"
-            f"{cpu / batches * 1e3:>7.2f} CPU ms per batch of {options.batch_size}"
+            f"{cpu / len(loader) * 1e3:>7.2f} CPU ms per batch of {options.batch_size}"
         )
-    print(f"tokens per batch: {events / batches / len(corruptions):,.0f}")
-    order = timed(lambda: loader.users_at(batches * 10))
+    print(f"tokens per batch of the last: {events / len(loader):,.0f}")
+    order = timed(lambda: epoch_order(loader.users, 1, 10))
     print(f"order of an epoch: {order * 1e3:.0f} ms (included above)")
 
 

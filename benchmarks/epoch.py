@@ -64,30 +64,35 @@ def fastrec(source: Path, steps: int, folder: Path) -> Trained:
     from fastrec.data.dataset import SequenceDataset
     from fastrec.data.loader import SequenceLoader
     from fastrec.data.prepare import prepare
-    from fastrec.evaluation.protocols import Evaluator, Protocol
+    from fastrec.data.side import SideData
+    from fastrec.data.steps.mask import Mask
+    from fastrec.data.views import Views
+    from fastrec.evaluation.next_item import NextItemJudge, Protocol
     from fastrec.nn.user_model import ModelConfig, UserModel
-    from fastrec.objectives.joint import JointObjective, Objectives, total_loss
-    from fastrec.objectives.masked_item import Masking
+    from fastrec.objectives.item import Item
+    from fastrec.objectives.joint import JointObjective, total_loss
+    from fastrec.random import Rng
 
     prepare(source, folder / "data", format="s3rec")
     dataset = SequenceDataset.load(folder / "data")
-    config = ModelConfig(width=WIDTH, max_len=LENGTH, dropout=DROPOUT, use_cls=False, use_sep=False)
+    config = ModelConfig(width=WIDTH, max_len=LENGTH, dropout=DROPOUT)
     torch.manual_seed(0)
-    model = UserModel(dataset.num_items, config)
-    joint, masking = JointObjective(Objectives(), model, []), Masking(probability=MASKED)
-    loader = SequenceLoader(dataset, "train", batch_size=BATCH, max_len=LENGTH)
+    model, side = UserModel(dataset.num_items, config), SideData(dataset)
+    joint = JointObjective({"item": Item()}, model, side)
+    views = Views({"main": [Mask(share=MASKED)]}, model.frame, side, LENGTH)
+    loader = SequenceLoader(views, batch_size=BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     clock = Clock()
     for step in range(steps):
         batch = loader.batch_at(step)
         optimizer.zero_grad(set_to_none=True)
-        total_loss(joint(model, batch, masking, 0, step)).backward()
+        total_loss(joint(model, batch, Rng(0, step))).backward()
         optimizer.step()
         clock.tick()
 
     def ranks() -> Iterable[float]:
         users = torch.arange(dataset.num_users)
-        found = Evaluator(dataset, users, "test", Protocol(candidates="full"))
+        found = NextItemJudge(dataset, users, "test", Protocol(candidates="full"))
         return found.ranks(model.eval()).tolist()
 
     return Trained(clock, len(loader), ranks)

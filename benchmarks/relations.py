@@ -8,17 +8,29 @@ is there, and one training step of UPRec on sequences of the length of the synth
 
 import argparse
 import time
+from dataclasses import replace
 from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastrec.data.attributes import EncodedAttribute
-from fastrec.data.batch import JaggedBatch
-from fastrec.data.relations import FriendSampler, SocialGraph
+from fastrec.data.batch import JaggedBatch, offsets_of
+from fastrec.data.graph import FriendSampler, SocialGraph
+from fastrec.data.steps.mask import Mask
 from fastrec.nn.user_model import ModelConfig, UserModel
-from fastrec.objectives.joint import JointObjective, Objectives, total_loss
-from fastrec.objectives.masked_item import Masking
+from fastrec.objectives.friends import Friends
+from fastrec.objectives.item import Item
+from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.objectives.parts import Objectives
+from fastrec.objectives.user_attributes import UserAttributes
+from fastrec.random import Rng
+
+UPREC = Objectives(
+    item=Item(), user_attributes=UserAttributes(weight=0.3), friends=Friends(weight=0.5)
+)
 
 
 def power_law_graph(users: int, links: int, seed: int = 0) -> SocialGraph:
@@ -78,10 +90,10 @@ def friends_cost(graph: SocialGraph, options) -> float:
         sampler = FriendSampler(graph, hops=hops)
 
         def pairs(round: int, sampler=sampler) -> None:
-            sampler.pairs_at(batches[round], 0, round)
+            sampler.pairs_at(batches[round], Rng(0, round))
 
         cost = cpu_ms(pairs, options.rounds)
-        listed = len(sampler.pairs_at(batches[0], 0, 0)[1].exclude[0]) / options.batch_size
+        listed = len(sampler.pairs_at(batches[0], Rng(0, 0))[1].exclude[0]) / options.batch_size
         print(f"draw, pair and exclude, {hops} hops: {cost:.1f} ms, {listed:.1f} listed a query")
     try:
         from scipy.sparse import csr_matrix
@@ -93,12 +105,40 @@ def friends_cost(graph: SocialGraph, options) -> float:
 
     def product(round: int) -> None:
         users = batches[round]
-        rows, friends = graph.draw_friends(users, 0, round)
+        rows, friends = graph.draw_friends(users, Rng(0, round))
         (matrix[users[rows]] @ matrix[friends].T).sort_indices()
 
     peer = cpu_ms(product, options.rounds)
     print(f"scipy.sparse product, friends of friends only: {peer:.1f} ms, {peer / cost:.1f} x")
     return cost
+
+
+def side_of(model: UserModel, attributes: list[EncodedAttribute]) -> Any:
+    """What the steps and objectives of this file ask of `SideData`."""
+    return SimpleNamespace(
+        num_items=model.num_items,
+        mask_id=model.token("mask"),
+        attributes=attributes,
+        user_columns={},
+    )
+
+
+def masked_view(model: UserModel, batch: JaggedBatch, rng: Rng) -> dict[str, JaggedBatch]:
+    """A batch of items as `Views` makes it: a fifth of them masked, tokens around them."""
+    masked = Mask()(batch, rng, side_of(model, []))
+    return {"main": model.frame(masked).with_scored()}
+
+
+def item_batch(model: UserModel, users: np.ndarray, generator: np.random.Generator) -> JaggedBatch:
+    """Items without order. Lengths as in the Yelp data: from 5, median 7, cut at the length of the
+    model."""
+    lengths = 5 + np.exp(1 + 1.2 * generator.standard_normal(len(users)))
+    lengths = np.minimum(lengths, model.config.max_len).astype(np.int64)
+    values = generator.integers(model.num_items, size=lengths.sum())
+    offsets = offsets_of(torch.from_numpy(lengths))
+    return JaggedBatch(
+        torch.from_numpy(values), offsets, torch.from_numpy(users), int(lengths.max())
+    )
 
 
 def social_batch(
@@ -109,25 +149,19 @@ def social_batch(
     generator: np.random.Generator,
     step: int,
 ) -> JaggedBatch:
-    """`size` users and their drawn friends. Lengths as in the Yelp data: from 5, median 7, cut at
-    the length of the model; [CLS] and [SEP] around items without order."""
+    """`size` users and their drawn friends."""
     own = generator.choice(sampler.graph.num_users, size, False)
-    users, pairs = sampler.pairs_at(own, 0, step)
-    lengths = 5 + np.exp(1 + 1.2 * generator.standard_normal(len(users)))
-    lengths = np.minimum(lengths, model.config.max_len).astype(np.int64) + 2
-    offsets = np.concatenate(([0], lengths.cumsum()))
-    values = generator.integers(model.num_items, size=offsets[-1])
-    values[offsets[:-1]], values[offsets[1:] - 1] = model.token("cls"), model.token("sep")
-    values, offsets, users = (torch.from_numpy(part) for part in (values, offsets, users))
-    columns = {attribute.name: attribute.values[users] for attribute in attributes}
-    return JaggedBatch(values, offsets, users, int(lengths.max()), columns, size, pairs)
+    users, pairs = sampler.pairs_at(own, Rng(0, step))
+    batch = item_batch(model, users, generator)
+    columns = {attribute.name: attribute.values[batch.keys] for attribute in attributes}
+    return replace(batch, users=columns, pairs=pairs)
 
 
 def step_cost(graph: SocialGraph, options) -> float:
     """CPU milliseconds of forward + backward of the three objectives at D = 64, two layers."""
-    model = UserModel(options.items, ModelConfig(dropout=0.3))
+    model = UserModel(options.items, ModelConfig(dropout=0.3, tokens=["cls", "sep"]))
     region = EncodedAttribute("region", torch.arange(graph.num_users) % 6, tuple(range(6)))
-    joint = JointObjective(Objectives(1.0, 0.3, 0.5), model, [region])
+    joint = JointObjective(UPREC.named(), model, side_of(model, [region]))
     sampler = FriendSampler(graph)
 
     batches = [
@@ -138,11 +172,12 @@ def step_cost(graph: SocialGraph, options) -> float:
     ]
 
     def step(round: int) -> None:
-        total_loss(joint(model, batches[round % 2], Masking(), 0, round)).backward()
+        rng = Rng(0, round)
+        total_loss(joint(model, masked_view(model, batches[round % 2], rng), rng)).backward()
 
     cost = cpu_ms(step, min(options.rounds, 2))
     print(
-        f"forward + backward of {len(batches[0])} sequences, {len(batches[0].values):,} tokens,"
+        f"forward + backward of {len(batches[0])} sequences, {len(batches[0].values):,} items,"
         f" {options.items:,} items: {cost:.0f} ms"
     )
     return cost

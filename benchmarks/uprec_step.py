@@ -1,4 +1,5 @@
-"""Entries of a whole pre-training step of UPRec: the three losses, backward and AdamW.
+"""Entries of a whole pre-training step of UPRec: the three losses, backward and AdamW; and, with no
+users in all, of BERT4Rec: masked items alone, no tokens around them.
 
 The peer is the same model on padded sequences in careful PyTorch: logits at the masked positions
 only, similarities as one product, fused AdamW. Batches are ready for all (fastrec masks its own
@@ -20,16 +21,24 @@ from torch import Tensor
 
 from benchmarks.bench import Entry
 from benchmarks.padded import item_loss, padded_states
-from benchmarks.relations import power_law_graph, social_batch
+from benchmarks.relations import (
+    UPREC,
+    item_batch,
+    masked_view,
+    power_law_graph,
+    side_of,
+    social_batch,
+)
 from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.relations import FriendSampler
+from fastrec.data.graph import FriendSampler
+from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel
-from fastrec.objectives.joint import JointObjective, Objectives, total_loss
-from fastrec.objectives.masked_item import Masking
+from fastrec.objectives.item import Item
+from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.random import Rng
 
-WEIGHTS = Objectives(masked_item=1.0, user_attribute=0.3, social_relation=0.5)
-MASKING, SEED, STEP = Masking(), 0, 0
+SEED, STEP = 0, 0
 P = 0.5
 LINKS = 8  # friendships a user, before repeated ones are dropped
 
@@ -41,8 +50,9 @@ def _entry(b: int, length: int, v: int, d: int, u: int, **options) -> Entry:
 ENTRIES = (
     _entry(768, 30, 20_033, 64, 30_431, case="Yelp sizes", rounds=7),
     _entry(256, 50, 141_939, 64, 30_431, case="WeChat items", rounds=3),
+    _entry(256, 30, 20_033, 64, 0, case="BERT4Rec, Yelp sizes", rounds=7),
 )
-SMOKE = (_entry(9, 6, 50, 16, 40, rounds=2),)
+SMOKE = (_entry(9, 6, 50, 16, 40, rounds=2), _entry(9, 6, 50, 16, 0, case="BERT4Rec", rounds=2))
 QUICK = (ENTRIES[0],)
 ELEMENT = "token"
 STORED = "logits, similarities and attention probabilities"
@@ -71,15 +81,18 @@ class Padded:
     """What a padded step reads: the batch masked as fastrec masks it, dense exclusions."""
 
     def __init__(self, model: UserModel, batch: JaggedBatch):
-        masked, rows, self.targets = MASKING(batch, model, SEED, STEP)
-        self.mask = torch.arange(int(batch.lengths.max())) < batch.lengths[:, None]
-        self.values = masked.values.new_zeros(self.mask.shape)
-        self.values[self.mask] = masked.values
-        self.slots = self.mask.flatten().nonzero().squeeze(1)[rows]
+        view = masked_view(model, batch, Rng(SEED, STEP))["main"]
+        self.targets = view.events["target"][view.scored]
+        self.mask = torch.arange(int(view.lengths.max())) < view.lengths[:, None]
+        self.values = view.values.new_zeros(self.mask.shape)
+        self.values[self.mask] = view.values
+        self.slots = self.mask.flatten().nonzero().squeeze(1)[view.scored]
         self.not_items = torch.ones_like(self.mask)
-        self.not_items[self.mask] = batch.values >= model.num_items
-        self.columns, pairs = batch.columns, batch.pairs
-        assert pairs is not None
+        self.not_items[self.mask] = view.values > model.token("mask")  # which stands for an item
+        self.columns, self.pairs, pairs = view.users, 0, view.pairs
+        if pairs is None:
+            return
+        self.pairs = len(pairs.positive)
         self.queries, self.candidates = pairs.query_rows, pairs.candidate_rows
         self.positive, (listed, offsets) = pairs.positive, pairs.exclude
         owner = torch.repeat_interleave(offsets.diff())
@@ -91,18 +104,21 @@ class Padded:
 def padded_loss(model: UserModel, joint: JointObjective, batch: Padded, p: float) -> Tensor:
     states = padded_states(model, batch.values, batch.mask, p)
     loss = item_loss(model, states.flatten(0, 1).index_select(0, batch.slots), batch.targets)
+    if "friends" not in joint.parts:
+        return loss
     users = states.masked_fill(batch.not_items[:, :, None], -torch.inf).amax(1)
-    for part, _ in joint.user_attribute(users, batch.columns).values():
-        loss = loss + WEIGHTS.user_attribute * part
-    weight = joint.social_relation.weight
+    for part, _ in joint.parts["user_attributes"].losses(users, batch.columns).values():
+        loss = loss + joint.weights["user_attributes"] * part
+    weight = joint.parts["friends"].weight
     query, candidate = users[batch.queries], users[batch.candidates]
     similarity = 2 * (query * weight) @ candidate.T - candidate.square() @ weight
     similarity = similarity.masked_fill(batch.excluded, -torch.inf)
-    return loss + WEIGHTS.social_relation * F.cross_entropy(similarity, batch.positive)
+    return loss + joint.weights["friends"] * F.cross_entropy(similarity, batch.positive)
 
 
 def fastrec_loss(model: UserModel, joint: JointObjective, batch: JaggedBatch) -> Tensor:
-    return total_loss(joint(model, batch, MASKING, SEED, STEP))
+    rng = Rng(SEED, STEP)
+    return total_loss(joint(model, masked_view(model, batch, rng), rng))
 
 
 def setting(
@@ -110,13 +126,23 @@ def setting(
 ) -> tuple[UserModel, JointObjective, list[JaggedBatch]]:
     """A model, its heads and the batches of the first steps."""
     torch.manual_seed(0)
-    config = ModelConfig(width=d, layers=layers, max_len=length, dropout=P)
+    config = ModelConfig(
+        width=d,
+        max_len=length,
+        dropout=P,
+        encoder=Transformer(layers=layers),
+        tokens=["cls", "sep"] if u else [],
+    )
     model, generator = UserModel(v, config), np.random.default_rng(0)
+    if u == 0:
+        joint = JointObjective({"item": Item()}, model, side_of(model, []))
+        users = np.arange(batches * b).reshape(batches, b)
+        return model, joint, [item_batch(model, part, generator) for part in users]
     region = EncodedAttribute(
         "region", torch.from_numpy(generator.integers(6, size=u)), tuple("nesw-o")
     )
     rating = EncodedAttribute("rating", torch.randn(u))
-    joint = JointObjective(WEIGHTS, model, [region, rating])
+    joint = JointObjective(UPREC.named(), model, side_of(model, [region, rating]))
     sampler = FriendSampler(power_law_graph(u, LINKS * u))
     made = [
         social_batch(model, sampler, [region, rating], b, generator, step)
@@ -214,9 +240,10 @@ def work(entry: Entry) -> dict[str, int]:
     moments moved as often as AdamW needs."""
     at = _problem(*entry.sizes.values())
     batch, d, v = at.batch, entry.sizes["D"], entry.sizes["V"]
-    tokens, masked = len(batch.values), len(at.padded.targets)
-    pairs, squares = len(at.padded.queries), int(batch.lengths.square().sum())
-    layers, heads = at.model.config.layers, at.model.config.heads
+    lengths = batch.lengths + len(at.model.config.tokens)
+    tokens, masked = int(lengths.sum()), len(at.padded.targets)
+    pairs, squares = at.padded.pairs, int(lengths.square().sum())
+    layers, heads = len(at.model.encoder.layers), at.model.encoder.layers[0].heads
     products = layers * (12 * tokens * d * d + 2 * squares * d)
     products += masked * (v + d) * d + pairs * pairs * d
     stored = masked * v + pairs * pairs + layers * heads * squares

@@ -1,5 +1,6 @@
 """What tests build: small data sets, batches, models, loaders and recipes."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from fastrec.data.batch import JaggedBatch, from_sequences
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.graph import SocialGraph
 from fastrec.data.loader import SequenceLoader
+from fastrec.data.pairs import Pairs
 from fastrec.data.side import SideData
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
@@ -47,6 +49,42 @@ def jagged(lengths: list[int], num_items: int = 50, first_id: int = 0) -> Jagged
     values = iter(torch.randint(num_items, (sum(lengths),)).tolist())
     sequences = [[next(values) for _ in range(length)] for length in lengths]
     return from_sequences(sequences, range(first_id, first_id + len(lengths)))
+
+
+def lists_of(batch: JaggedBatch, column: Tensor | None = None) -> list[list]:
+    """The items of each sequence, or its part of a column of events."""
+    rows = batch.values if column is None else column
+    return [rows[a:b].tolist() for a, b in pairwise(batch.offsets.tolist())]
+
+
+def tensors_of(batch: JaggedBatch) -> dict[str, Tensor]:
+    """Every tensor of a batch by its name, those of columns and pairs too."""
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, value) -> None:
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                visit(f"{name}.{key}", part)
+        elif isinstance(value, tuple):
+            for place, part in enumerate(value):
+                visit(f"{name}.{place}", part)
+        elif isinstance(value, Pairs):
+            visit(name, vars(value))
+
+    visit("batch", vars(batch))
+    return found
+
+
+def same(one: JaggedBatch, other: JaggedBatch) -> bool:
+    """Whether two batches are equal in everything."""
+    ours, theirs = tensors_of(one), tensors_of(other)
+    return (
+        ours.keys() == theirs.keys()
+        and one.max_seq_len == other.max_seq_len
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
 
 
 def six_users() -> SequenceDataset:

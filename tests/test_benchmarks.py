@@ -1,5 +1,6 @@
 """The benchmarks run: tiny shapes, JSON and tables. No test asserts a time."""
 
+import importlib
 import json
 import os
 import re
@@ -135,6 +136,17 @@ def test_pytest_benchmark_entries_are_collected():
     )
     assert process.returncode == 0, process.stdout
     assert "test_bench.py" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [("relations", "% of a step on one CPU core"), ("data", "gather + one_of"),
+     ("step_profile", "| softmax over the items |")],
+)  # fmt: skip
+def test_other_commands_run(name, printed, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--smoke"])
+    importlib.import_module(f"benchmarks.{name}").main()
+    assert printed in capsys.readouterr().out
 
 
 def test_steps_of_an_epoch_on_a_file(tmp_path):

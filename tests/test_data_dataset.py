@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from itertools import pairwise
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from builders import dataset_of, lists_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from fastrec.data.writer import write_dataset
 
 SEQUENCES = [[3, 1, 4, 1, 5], [2, 0], [5, 4, 3], [], [1], [0, 1, 2, 3]]
 V = 6
-MASK, CLS, SEP = V, V + 1, V + 2
 INPUTS = {
     "all": SEQUENCES,
     "train": [[3, 1, 4], [2, 0], [5], [], [1], [0, 1]],
@@ -53,11 +52,6 @@ def dataset(folder):
     return SequenceDataset.load(folder)
 
 
-def split(batch):
-    a = batch.offsets.tolist()
-    return [batch.values[i:j].tolist() for i, j in pairwise(a)]
-
-
 def test_counts_and_ids(dataset):
     assert (dataset.num_users, dataset.num_items, dataset.num_events) == (6, 6, 15)
     assert dataset.lengths.tolist() == [5, 2, 3, 0, 1, 4] and dataset.num_short_users == 3
@@ -73,8 +67,8 @@ def test_leave_one_out(dataset, name):
     assert dataset.users(name).tolist() == users
     assert dataset.split_lengths(name).tolist() == [len(s or ()) for s in INPUTS[name]]
     batch = dataset.gather(users, name)
-    assert split(batch) == [INPUTS[name][u] for u in users]
-    assert batch.sample_ids.tolist() == users
+    assert lists_of(batch) == [INPUTS[name][u] for u in users]
+    assert batch.keys.tolist() == users
     flat = [item for sequence in INPUTS[name] for item in sequence or ()]
     assert dataset.item_counts(name).tolist() == [flat.count(item) for item in range(V)]
 
@@ -87,55 +81,40 @@ def test_targets(dataset):
 
 
 def test_gather_by_hand(dataset):
-    batch = dataset.gather([5, 0], "test", 3, cls_id=CLS, sep_id=SEP, append=MASK)
-    assert split(batch) == [[CLS, 1, 2, MASK, SEP], [CLS, 4, 1, MASK, SEP]]
-    assert batch.sample_ids.tolist() == [5, 0] and batch.max_seq_len == 5
-    assert batch.values.dtype == batch.offsets.dtype == batch.sample_ids.dtype == torch.int64
-    assert split(dataset.gather([0, 0], "train", 2)) == [[1, 4], [1, 4]]
-    assert split(dataset.gather([3], "train", cls_id=CLS)) == [[CLS]]
-    assert split(dataset.gather([0], "test", 1, append=MASK)) == [[MASK]]
-    empty = dataset.gather([], "test", 3, cls_id=CLS)
-    assert (len(empty), empty.max_seq_len, empty.offsets.tolist()) == (0, 1, [0])
+    batch = dataset.gather([5, 0], "test", 3)
+    assert lists_of(batch) == [[0, 1, 2], [1, 4, 1]]
+    assert batch.keys.tolist() == [5, 0] and batch.max_seq_len == 3
+    assert batch.values.dtype == batch.offsets.dtype == batch.keys.dtype == torch.int64
+    assert batch.events == batch.users == {} and batch.pairs is batch.scored is batch.real is None
+    assert lists_of(dataset.gather([0, 0], "train", 2)) == [[1, 4], [1, 4]]
+    assert lists_of(dataset.gather([3, 5], "train", 0)) == [[], []]
+    empty = dataset.gather([], "test", 3)
+    assert (len(empty), empty.max_seq_len, empty.offsets.tolist()) == (0, 0, [0])
 
 
 @settings(deadline=None, max_examples=150)
 @given(
     sequences=st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=8).filter(any),
     name=st.sampled_from(["all", "train", "valid", "test"]),
-    max_len=st.none() | st.integers(1, 6),
-    special=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    max_len=st.none() | st.integers(0, 6),
     data=st.data(),
 )
-def test_gather_against_one_user_at_a_time(sequences, name, max_len, special, data):
-    offsets = np.cumsum([0] + [len(s) for s in sequences])
-    values = np.array([item for s in sequences for item in s], dtype=np.int32)
-    counts = {"num_users": len(sequences), "num_items": 10, "num_interactions": len(values)}
-    dataset = SequenceDataset(None, counts, values, offsets)
-    able = [
-        u for u, s in enumerate(sequences) if len(s) >= 3 or name in ("all", "train")
-    ]  # fmt: skip
+def test_gather_against_one_user_at_a_time(sequences, name, max_len, data):
+    dataset = dataset_of(sequences, 10)
+    able = [u for u, s in enumerate(sequences) if len(s) >= 3 or name in ("all", "train")]
     users = data.draw(st.lists(st.sampled_from(able), max_size=10)) if able else []
-    cls_id, sep_id, append = (
-        token if on else None for on, token in zip(special, (11, 12, 10), strict=True)
-    )
     hidden = {"all": 0, "train": 2, "valid": 2, "test": 1}[name]
     expected = []
     for user in users:
         items = sequences[user]
         if len(items) >= 3 and hidden:
             items = items[:-hidden]
-        items = items + ([] if append is None else [append])
         if max_len is not None:
-            items = items[-max_len:]
-        items = ([] if cls_id is None else [cls_id]) + items
-        expected.append(items + ([] if sep_id is None else [sep_id]))
-    batch = dataset.gather(
-        torch.tensor(users, dtype=torch.int64), name, max_len, cls_id=cls_id, sep_id=sep_id,
-        append=append,
-    )  # fmt: skip
-    assert split(batch) == expected and batch.sample_ids.tolist() == users
-    if users:
-        assert batch.max_seq_len == max(map(len, expected))
+            items = items[max(0, len(items) - max_len) :]
+        expected.append(items)
+    batch = dataset.gather(torch.tensor(users, dtype=torch.int64), name, max_len)
+    assert lists_of(batch) == expected and batch.keys.tolist() == users
+    assert batch.max_seq_len == max(map(len, expected), default=0)
 
 
 def test_gather_rejects(dataset):
@@ -147,8 +126,8 @@ def test_gather_rejects(dataset):
         dataset.gather([0, 1], "test")
     with pytest.raises(ValueError, match="split must be one of"):
         dataset.gather([0], "tests")
-    with pytest.raises(ValueError, match="max_len must be at least 1, got 0"):
-        dataset.gather([0], "train", 0)
+    with pytest.raises(ValueError, match="max_len must not be negative, got -1"):
+        dataset.gather([0], "train", -1)
     with pytest.raises(ValueError, match="one dimension"):
         dataset.gather([[0]], "train")
 
@@ -230,12 +209,12 @@ def test_damaged_tables(folder):
         dataset.user_ids()
     pl.DataFrame({"user": [0], "friend": [6]}).write_parquet(folder / "relations.parquet")
     with pytest.raises(DataError, match=r"relations.parquet: user out of \[0, 6\)"):
-        dataset.friends()
+        dataset.relations()
 
 
 def test_without_relations(tmp_path):
     dataset = SequenceDataset.load(write(tmp_path / "d", [[1, 2, 0]], 3))
-    assert dataset.relations() is None and dataset.friends() is None
+    assert dataset.relations() is None
 
 
 def test_write_dataset_rejects(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrec.data.negatives import UNIT, NegativeSampler
-from fastrec.random import draws
+from fastrec.random import Rng, draws
 
 
 def probabilities(sampler: NegativeSampler) -> np.ndarray:
@@ -76,29 +76,33 @@ def test_draws_follow_the_distribution(kind):
         sampler = NegativeSampler.popularity(counts, 0.75)
         expected = probabilities(sampler)
     samples, positions = torch.arange(300), torch.arange(300) % 50
-    own = sampler.own(501, 3, 9, samples, positions)
+    own = sampler.own(501, Rng(3, 9), samples, positions)
     assert own.shape == (300, 501) and own.min() >= 0 and own.max() < 400
     assert abs(chi_square(own, expected)) < 5
     # The same place of many rows, and the shared draws of many steps.
-    assert abs(chi_square(sampler.own(2, 3, 9, torch.arange(50000), torch.tensor(4)), expected)) < 5
-    shared = torch.stack([sampler.shared(99, 3, step) for step in range(1000)])
+    assert (
+        abs(chi_square(sampler.own(2, Rng(3, 9), torch.arange(50000), torch.tensor(4)), expected))
+        < 5
+    )
+    shared = torch.stack([sampler.shared(99, Rng(3, step)) for step in range(1000)])
     assert abs(chi_square(shared, expected)) < 5
 
 
 def test_draws_depend_on_their_key_only():
     sampler = NegativeSampler.popularity(zipf(1000))
     samples, positions = torch.tensor([5, 2**32 - 1, 7, 5]), torch.tensor([3, 0, 65535, 4])
-    whole = sampler.own(33, 11, 2, samples, positions)
+    whole = sampler.own(33, Rng(11, 2), samples, positions)
     order = torch.tensor([2, 0])
-    assert torch.equal(sampler.own(33, 11, 2, samples[order], positions[order]), whole[order])
-    assert torch.equal(sampler.own(10, 11, 2, samples, positions), whole[:, :10])
-    assert torch.equal(sampler.shared(10, 11, 2), sampler.shared(33, 11, 2)[:10])
+    assert torch.equal(sampler.own(33, Rng(11, 2), samples[order], positions[order]), whole[order])
+    assert torch.equal(sampler.own(10, Rng(11, 2), samples, positions), whole[:, :10])
+    assert torch.equal(sampler.shared(10, Rng(11, 2)), sampler.shared(33, Rng(11, 2))[:10])
     others = [
-        sampler.own(33, 12, 2, samples, positions),
-        sampler.own(33, 11, 3, samples, positions),
-        sampler.own(33, 11, 2, samples + 1, positions),
-        sampler.own(33, 11, 2, samples, positions ^ 1),
-        sampler.shared(33, 11, 2).expand(4, -1),
+        sampler.own(33, Rng(12, 2), samples, positions),
+        sampler.own(33, Rng(11, 3), samples, positions),
+        sampler.own(33, Rng(11, 2), samples + 1, positions),
+        sampler.own(33, Rng(11, 2), samples | 1 << 32, positions),  # another view
+        sampler.own(33, Rng(11, 2), samples, positions ^ 1),
+        sampler.shared(33, Rng(11, 2)).expand(4, -1),
     ]
     for other in others:
         assert not (other == whole).all(1).any()
@@ -108,18 +112,18 @@ def test_draws_depend_on_their_key_only():
 def test_words_are_those_of_the_contract():
     sampler = NegativeSampler.uniform(1 << 20)
     sample, position = torch.tensor([77]), torch.tensor([6])
-    got = sampler.own(5, 3, 8, sample, position)[0]
+    got = sampler.own(5, Rng(3, 8), sample, position)[0]
     col = torch.arange(20)
-    half = draws(3, 8, sample, position, col, site="negatives_own")
+    half = draws(Rng(3, 8), sample, position, col, site="negatives_own")
     word = half[0::2] | half[1::2] << 16
     assert got.tolist() == (word[0::2] * (1 << 20) >> 32).tolist()
 
 
 def test_boundaries():
     for sampler in (NegativeSampler.uniform(1), NegativeSampler.popularity(torch.tensor([4]))):
-        assert sampler.shared(7, 0, 0).tolist() == [0] * 7 and sampler.log_q.tolist() == [0.0]
+        assert sampler.shared(7, Rng(0, 0)).tolist() == [0] * 7 and sampler.log_q.tolist() == [0.0]
     nobody = torch.empty(0, dtype=torch.int64)
-    assert NegativeSampler.uniform(5).own(1, 0, 0, nobody, nobody).shape == (0, 1)
+    assert NegativeSampler.uniform(5).own(1, Rng(0, 0), nobody, nobody).shape == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_boundaries():
         (lambda: NegativeSampler.popularity(torch.tensor([1, math.nan])), r"counts\[1\] is nan"),
         (lambda: NegativeSampler.popularity(torch.ones(2, 2)), r"counts must be \[V\]"),
         (lambda: NegativeSampler.popularity(torch.ones(2), math.inf), "alpha must be finite"),
-        (lambda: NegativeSampler.uniform(3).shared(0, 0, 0), "number of negatives must be in"),
+        (lambda: NegativeSampler.uniform(3).shared(0, Rng(0, 0)), "number of negatives must be in"),
     ],
 )
 def test_wrong_arguments_are_named(make, message):

@@ -64,7 +64,7 @@ def test_the_recorder_refuses_a_host_tensor(launches):
 @pytest.mark.parametrize("seed", [5, -5, torch.tensor(5)])
 def test_draws_from_host_words(seed):
     ids = torch.arange(3, device="meta")
-    assert draws(seed, 7, ids[:, None], 0, ids, site="mask_item").device.type == "meta"
+    assert draws(Rng(seed, 7), ids[:, None], 0, ids, site="mask_item").device.type == "meta"
     mask, _ = keep_mask(Rng(seed, 7), 0.5, ids, ids, 20, site="embedding")
     assert mask.device.type == "meta" and mask.shape == (3, 20)
     arguments = dropout_arguments(Rng(seed, 7), 0.5, ids, ids, 3, site="embedding")

@@ -48,8 +48,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_copied():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
         ValueError,
-        match=r"items cannot be taken over: item_input\.ids\.weight is \[24, 8\], the model to start"
-        r" from has \[34, 8\]; leave items out of init\.take",
+        match=r"items cannot be taken over: item_input\.ids\.weight is \[24, 8\], the model to"
+        r" start from has \[34, 8\]; leave items out of init\.take",
     ):
         take(model, initial, ["encoder", "items"])
     with pytest.raises(ValueError, match=r"head cannot .*: item_head\.bias is \[20\], .* \[30\]"):
@@ -139,7 +139,7 @@ def test_a_model_of_other_items_is_refused_before_training():
     data = dataset_of([[1, 29, 3, 4, 5]] * 4, 30)
     run = dict(views={"main": [Mask()]}, objectives={"item": Item()}, steps=1, progress=False)
     for init in (Init(), Init(patch=2), Init(take=["items", "encoder"])):
-        with pytest.raises(ValueError, match=r"items cannot be taken over: item_input\.ids\.weight"):
+        with pytest.raises(ValueError, match=r"items cannot be taken over: item_input"):
             fit(data, model_of(num_items=20), init=init, **run)
     with pytest.raises(ValueError, match="init freezes or patches a model, and there is none"):
         fit(data, init=Init(freeze=["items"]), **run)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench import Entry, spread
@@ -22,13 +21,12 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.native import native
 from benchmarks.jagged_attention import lengths_of
 from benchmarks.padded import item_loss, padded_states
+from benchmarks.relations import side_of
 from fastrec.backend import NATIVE
-from fastrec.data.batch import JaggedBatch
-from fastrec.data.corruptions import mask_items
+from fastrec.data.batch import JaggedBatch, offsets_of
+from fastrec.data.steps.mask import Mask
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.random import Rng
-
-NEVER = -100  # target of a position that is not scored
 
 
 @dataclass(frozen=True)
@@ -65,22 +63,18 @@ class Batch:
 
 def batch_of(sizes: Step, model: UserModel, device: str) -> Batch:
     shape = dict(B=sizes.sequences, N=sizes.length, H=1, D=1)
-    lengths = lengths_of(Entry("jagged_attention", shape, case=sizes.lengths)).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    events = int(lengths.sum())
-    values = torch.randint(sizes.items, (events,), generator=generator, device=device)
-    ids = torch.arange(sizes.sequences, device=device)
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    jagged = JaggedBatch(values, offsets, ids, sizes.length)
-    masked, rows, targets = mask_items(
-        jagged, seed=0, step=0, probability=sizes.masked, num_items=sizes.items,
-        mask_id=model.token("mask"),
-    )  # fmt: skip
-    mask = torch.arange(sizes.length, device=device) < lengths[:, None]
+    lengths = lengths_of(Entry("jagged_attention", shape, case=sizes.lengths))
+    generator, offsets = torch.Generator().manual_seed(0), offsets_of(lengths)
+    values = torch.randint(sizes.items, (int(offsets[-1]),), generator=generator)
+    batch = JaggedBatch(values, offsets, torch.arange(sizes.sequences), sizes.length)
+    masked = Mask(sizes.masked)(batch, Rng(0, 0), side_of(model, [])).with_scored().to(device)
+    rows = masked.scored
+    assert rows is not None
+    mask = torch.arange(sizes.length, device=device) < lengths.to(device)[:, None]
     slot_of = mask.flatten().nonzero().squeeze(1)
-    padded = values.new_zeros(mask.shape)
+    padded = masked.values.new_zeros(mask.shape)
     padded[mask] = masked.values
-    return Batch(masked, rows, targets, padded, mask, slot_of[rows])
+    return Batch(masked, rows, masked.events["target"][rows], padded, mask, slot_of[rows])
 
 
 def padded_loss(model: UserModel, batch: Batch, p: float) -> Tensor:
@@ -90,7 +84,7 @@ def padded_loss(model: UserModel, batch: Batch, p: float) -> Tensor:
 
 
 def jagged_loss(model: UserModel, batch: Batch, rng: Rng | None) -> Tensor:
-    states = model.encode(batch.jagged, rng)
+    states = model.encode(batch.jagged, rng).states
     masked, table = states.index_select(0, batch.rows), model.item_embedding.weight
     return model.item_head.loss(masked, table, batch.targets)
 
@@ -218,7 +212,7 @@ def timed(
 def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
     torch.manual_seed(0)
     torch._dynamo.reset()  # static shapes again, not the dynamic ones of a second size
-    config = ModelConfig(width=sizes.width, max_len=sizes.length, use_cls=False, use_sep=False)
+    config = ModelConfig(width=sizes.width, max_len=sizes.length)
     model = UserModel(sizes.items, config).to(context.device)
     batch = batch_of(sizes, model, context.device)
     difference = _difference(model, batch)

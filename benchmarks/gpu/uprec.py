@@ -21,8 +21,10 @@ from benchmarks import uprec_step as cpu
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.step import timed, trainer
+from benchmarks.relations import masked_view
 from fastrec.data.batch import JaggedBatch
 from fastrec.objectives.joint import total_loss
+from fastrec.random import Rng
 from fastrec.training.graphed import GraphedObjective, cuda_graph
 
 
@@ -52,12 +54,18 @@ def _capture(context: Context) -> Callable:
 
 def _eager(modules: nn.ModuleList, batch: JaggedBatch, step: int, device: str) -> Tensor:
     model, joint = modules
-    return total_loss(joint(model, batch.to(device), cpu.MASKING, cpu.SEED, step))
+    rng = Rng(cpu.SEED, step)
+    views = masked_view(model, batch, rng)
+    return total_loss(joint(model, {n: view.to(device) for n, view in views.items()}, rng))
 
 
 def _graphed(modules: nn.ModuleList, context: Context) -> Callable[[JaggedBatch, int], Tensor]:
-    call = GraphedObjective(*modules, cpu.MASKING, cpu.SEED, capture=_capture(context))
-    return lambda batch, step: total_loss(call(batch, step))
+    call = GraphedObjective(*modules, cpu.SEED, capture=_capture(context))
+
+    def loss(batch: JaggedBatch, step: int) -> Tensor:
+        return total_loss(call(masked_view(modules[0], batch, Rng(cpu.SEED, step)), step))
+
+    return loss
 
 
 def _difference(modules: nn.ModuleList, batches: list[JaggedBatch], context: Context) -> float:
@@ -126,7 +134,7 @@ def _measure(sizes: Sizes, context: Context, clock: Clock, rounds: int) -> dict:
     names = ("padded eager", "padded torch.compile", "fastrec", "fastrec in CUDA graphs")
     return {
         "sequences": sum(map(len, batches)) / sizes.batches,
-        "events": sum(len(batch.values) for batch in batches) / sizes.batches,
+        "events": sum(int(part.mask.sum()) for part in padded) / sizes.batches,
         "items": sizes.items,
         "difference": difference,
         "implementations": timed(

@@ -102,7 +102,7 @@ def encode_attributes(dataset, attributes, users) -> list[EncodedAttribute]:
     if not chosen:
         raise DataError(
             file, "has no attributes: prepare the data set with --user_attributes, or leave out"
-            " the attribute task (weight 0)",
+            " the objective user_attributes",
         )  # fmt: skip
     users = np.asarray(users)
     encoded = []

@@ -90,17 +90,19 @@ class JaggedBatch:
             offsets=offsets,
             max_seq_len=max_seq_len,
             events={name: column[index] for name, column in self.events.items()},
+            scored=None,
         )
 
     def select(self, rows: Tensor) -> "JaggedBatch":
-        """The sequences `rows`, int64, in that order."""
+        """The sequences `rows`, int64, in that order. `pairs` and `scored` are left out."""
         lengths = self.lengths[rows]
         offsets = offsets_of(lengths)
         part = self.with_events(
             spans(self.offsets[:-1][rows], lengths, offsets), offsets, self.max_seq_len
         )
         users = {name: column[rows] for name, column in self.users.items()}
-        return replace(part, keys=self.keys[rows], users=users)
+        real = None if self.real is None else self.real[rows]
+        return replace(part, keys=self.keys[rows], users=users, pairs=None, real=real)
 
     def last(self, number: int) -> "JaggedBatch":
         """The `number` most recent events of each sequence."""
@@ -218,4 +220,5 @@ def framed(
         offsets=offsets,
         max_seq_len=batch.max_seq_len + extra,
         events={name: spread(column, FILL.get(name, 0)) for name, column in batch.events.items()},
+        scored=None,
     )

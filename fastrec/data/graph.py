@@ -60,7 +60,7 @@ class SocialGraph:
         if pairs is None:
             raise ValueError(
                 f"{dataset.path} has no relations: prepare it with --relations, or leave out the"
-                " social task (weight 0)"
+                " step friend"
             )
         if users is not None:
             inside = np.zeros(dataset.num_users, dtype=bool)

@@ -19,11 +19,14 @@ from fastrec.data.graph import SocialGraph
 
 class Shard(NamedTuple):
     """users: int64 [N], those of a step on all processes. This process holds every
-    world_size-th from `rank` on."""
+    world_size-th from `rank` on. view: number of the view that is made, whose sequences begin with
+    the last `max_len` items."""
 
     users: np.ndarray
     rank: int = 0
     world_size: int = 1
+    view: int = 0
+    max_len: int | None = None
 
 
 class SideData:
@@ -57,7 +60,6 @@ class SideData:
         # [U, ...] by name: `gather` gives every batch the rows of its sequences. Objectives add
         # what they predict.
         self.user_columns: dict[str, Tensor] = {}
-        self.max_len: int | None = None  # items of the view that is made
 
     def gather(self, users, max_len: int | None = None) -> JaggedBatch:
         """The sequences of `users`, the last `max_len` items, with the columns of users."""

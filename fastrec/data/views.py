@@ -57,15 +57,14 @@ class Views:
 
     def __call__(self, batch: JaggedBatch, rng: Rng, shard: Shard) -> dict[str, JaggedBatch]:
         """The views of the sequences of `batch`, this process's part of the users of a step."""
-        self.side.shard = shard
         made: dict[str, JaggedBatch] = {}
         for number, (name, steps) in enumerate(self.views.items()):
-            source = taken(name, steps)
+            source, room = taken(name, steps), self.max_len + extra(steps)
+            self.side.shard = shard._replace(view=number, max_len=room)
             if source is not None:
                 view, steps = made[source], steps[1:]
             else:
-                self.side.max_len = self.max_len + extra(steps)
-                view = batch.last(self.side.max_len)
+                view = batch.last(room)
             view = replace(view, keys=view.sample_ids | number << 32)
             for step in steps:
                 view = step(view, rng, self.side)

@@ -30,12 +30,10 @@ class Friend:
         check_choices(self)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        users, rank, world_size = side.shard
+        users, rank, world_size, view, max_len = side.shard
         sampler = FriendSampler(
             side.graph, self.hops, side.profile_ids if self.same_profile else None
         )
         sequences, pairs = sampler.pairs_at(users, rng, rank, world_size)
-        friends = side.gather(torch.from_numpy(sequences[len(batch) :]), side.max_len)
-        view = batch.keys[:1] >> 32  # the friends belong to the view of the users
-        friends = replace(friends, keys=friends.keys | view << 32)
-        return replace(JaggedBatch.cat([batch, friends]), pairs=pairs)
+        friends = side.gather(torch.from_numpy(sequences[len(batch) :]), max_len)
+        return replace(JaggedBatch.cat([batch, friends.as_view(view)]), pairs=pairs)

@@ -1,7 +1,7 @@
 """One of several steps for each sequence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,4 +33,7 @@ class OneOf:
             step(batch.select((choice == i).nonzero().squeeze(1)), rng, side)
             for i, step in enumerate(self.steps)
         ]
-        return JaggedBatch.cat(parts).select(order.argsort())
+        if sum(map(len, parts)) != len(batch):
+            raise ValueError("one_of: a step that adds sequences, like friend, cannot be chosen")
+        made = JaggedBatch.cat(parts).select(order.argsort())
+        return replace(made, pairs=batch.pairs)

@@ -1,13 +1,13 @@
 """The social graph: six users by hand, exclusions against sets, drawn friends, pairs over ranks."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastrec.data.relations import FriendSampler, SocialGraph
+from fastrec.data.graph import FriendSampler, SocialGraph
+from fastrec.random import Rng
 
 #   0 - 1 - 2 - 3    4 - 5    (6 has no friend)
 PAIRS = np.array([[0, 1], [2, 1], [2, 3], [3, 2], [3, 3], [5, 4]])
@@ -54,12 +54,12 @@ def test_exclusions_by_hand(graph, hops, expected):
 @pytest.mark.parametrize("hops", [0, 1, 2])
 @pytest.mark.parametrize("block", [1, 700])
 def test_exclusions_equal_the_definition_on_sets(monkeypatch, hops, block):
-    monkeypatch.setattr("fastrec.data.relations._BLOCK", block)  # several blocks
+    monkeypatch.setattr("fastrec.data.graph._BLOCK", block)  # several blocks
     graph = random_graph(300, 700, seed=hops)
     friends = friends_of(graph)
     generator = np.random.default_rng(0)
     queries, candidates = generator.integers(300, size=50), generator.integers(300, size=130)
-    rows, positives = graph.draw_friends(queries, 0, 0)
+    rows, positives = graph.draw_friends(queries, Rng(0, 0))
     queries = queries[rows]
     candidates[:20] = positives[:20]
     reach = [{u} for u in range(300)]
@@ -85,19 +85,19 @@ def test_drawn_friends_are_uniform_and_the_same_in_any_batch():
     graph = random_graph(300, 700, seed=5)
     friends = friends_of(graph)
     users = np.random.default_rng(1).permutation(300)
-    rows, drawn = graph.draw_friends(users, seed=3, step=8)
+    rows, drawn = graph.draw_friends(users, Rng(3, 8))
     assert rows.tolist() == [i for i, user in enumerate(users) if friends[user]]
     assert all(f in friends[users[r]] for r, f in zip(rows, drawn, strict=True))
     by_user = dict(zip(users[rows].tolist(), drawn.tolist(), strict=True))
-    part, again = graph.draw_friends(users[::-3], seed=3, step=8)
+    part, again = graph.draw_friends(users[::-3], Rng(3, 8))
     assert [by_user[u] for u in users[::-3][part]] == again.tolist()
-    assert drawn.tolist() != graph.draw_friends(users, seed=3, step=9)[1].tolist()
-    assert drawn.tolist() != graph.draw_friends(users, seed=4, step=8)[1].tolist()
+    assert drawn.tolist() != graph.draw_friends(users, Rng(3, 9))[1].tolist()
+    assert drawn.tolist() != graph.draw_friends(users, Rng(4, 8))[1].tolist()
 
     hub = int(graph.degrees(np.arange(300)).argmax())
     counts = np.zeros(300)
     for step in range(400):
-        counts[graph.draw_friends(np.array([hub]), 0, step)[1]] += 1
+        counts[graph.draw_friends(np.array([hub]), Rng(0, step))[1]] += 1
     expected = 400 / len(friends[hub])
     observed = counts[sorted(friends[hub])]
     assert counts.sum() == observed.sum() == 400
@@ -109,15 +109,15 @@ def test_drawn_friends_are_uniform_and_the_same_in_any_batch():
 
 def test_a_degree_beyond_one_draw_of_16_bits_reaches_every_friend():
     star = SocialGraph.from_pairs(np.stack((np.zeros(199_999), np.arange(1, 200_000)), 1), 200_000)
-    drawn = [star.draw_friends(np.array([0]), 0, step)[1][0] for step in range(300)]
+    drawn = [star.draw_friends(np.array([0]), Rng(0, step))[1][0] for step in range(300)]
     assert min(drawn) < 10_000 and max(drawn) > 190_000 and len(set(drawn)) > 290
 
 
 def test_pairs_hold_every_user_once_and_the_drawn_friends(graph):
     users = np.array([6, 1, 4, 0])
     profile = np.array([0, 1, 0, 0, -1, 0, 0])
-    sequences, pairs = FriendSampler(graph, hops=1, profile=profile).pairs_at(users, seed=0, step=0)
-    rows, friends = graph.draw_friends(users, 0, 0)
+    sequences, pairs = FriendSampler(graph, hops=1, profile=profile).pairs_at(users, Rng(0, 0))
+    rows, friends = graph.draw_friends(users, Rng(0, 0))
     assert rows.tolist() == [1, 2, 3]
     assert sequences[:4].tolist() == users.tolist()
     assert sorted(sequences[4:]) == sorted(set(friends) - set(users))
@@ -141,8 +141,8 @@ def test_the_ranks_share_the_pairs_of_one_process(world_size):
     profile = np.random.default_rng(0).integers(-1, 5, size=300)
     sampler = FriendSampler(graph, profile=profile)
     users = np.random.default_rng(3).permutation(300)[:64]
-    whole, one = sampler.pairs_at(users, 1, 2)
-    parts = [sampler.pairs_at(users, 1, 2, rank, world_size) for rank in range(world_size)]
+    whole, one = sampler.pairs_at(users, Rng(1, 2))
+    parts = [sampler.pairs_at(users, Rng(1, 2), rank, world_size) for rank in range(world_size)]
     assert sorted(np.concatenate([sequences for sequences, _ in parts])) == sorted(whole)
     candidates = np.concatenate([sequences[pairs.candidate_rows] for sequences, pairs in parts])
     assert parts[0][1].candidates_per_rank == tuple(len(p.candidate_rows) for _, p in parts)
@@ -169,12 +169,3 @@ def test_errors_name_the_problem(graph):
     for call in (lambda: graph.exclusions([0], [1], [1], 3), lambda: FriendSampler(graph, 3)):
         with pytest.raises(ValueError, match=r"hops must be one of \(0, 1, 2\), got 3"):
             call()
-
-
-def test_the_benchmark_runs(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["relations.py", "--smoke"])
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
-    from benchmarks import relations
-
-    relations.main()
-    assert "% of a step on one CPU core" in capsys.readouterr().out
