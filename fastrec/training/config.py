@@ -141,8 +141,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Users:
-    """The users that are trained and evaluated: a random `fraction`, drawn with `seed`. The others
-    are held out: they test the judges "attributes" and "friends"."""
+    """The users that are trained and evaluated. The others are held out: they test the judges
+    "attributes" and "friends".
+
+    Attributes:
+        fraction: of all users, drawn at random.
+        seed: of the draw.
+    """
 
     fraction: float = 1.0
     seed: int = 0
@@ -157,6 +162,7 @@ class Recipe:
     """A system: a model and the stages that train it.
 
     Attributes:
+        model: sizes of the user model.
         pretraining: the first stage.
         recommendation: fine-tuning for the next item.
         profile: fine-tuning for user attributes.
