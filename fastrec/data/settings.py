@@ -30,7 +30,7 @@ def part_of(section) -> Any:
 
 
 def from_values(hint: Any, value: Any, path: str = "") -> Any:
-    """What a type hint says, from the plain values of YAML: dataclasses from mappings, lists, tuples,
+    """What a type hint says, from the plain values of YAML: dataclasses from mappings, lists,
     numbers, words. null is the default of a field, and takes an entry out of a mapping.
 
     Raises ValueError that names the key: unknown, missing, of another type, or refused by its
