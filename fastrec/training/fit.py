@@ -181,7 +181,11 @@ def _trainer(
     if progress:
         callbacks.append(RichProgressBar())
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for noise in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+    noises = (
+        ".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*",
+        ".*your dataloader is not resumable.*",  # it is: the batch of a step is a function of it
+    )  # fmt: skip
+    for noise in noises:
         warnings.filterwarnings("ignore", noise)
     devices = max(1, torch.cuda.device_count()) if stage.devices == "auto" else int(stage.devices)
     return lightning.Trainer(
