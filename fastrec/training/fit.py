@@ -196,7 +196,6 @@ def _trainer(
         # item prediction has no gradient, and DDP would wait for it.
         strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
         precision=stage.precision,
-        gradient_clip_val=stage.gradient_clip or None,
         callbacks=callbacks,
         logger=[
             # Lightning deletes the CSV of an earlier run in the same folder: a new one each time.
