@@ -23,6 +23,7 @@ from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.fit import fit
+from fastrec.training.module import StageModule
 
 AGE = EncodedAttribute("age", torch.tensor([0.5, -3.0, float("nan"), 1.0, 0.0, 0.25]))
 CITY = EncodedAttribute("city", torch.tensor([0, 2, 1, -1, 2, 0]), ("a", "b", "c"))
@@ -128,6 +129,22 @@ FLAGS = [
     "--pretraining.batch_size=64", "--pretraining.validate_every=100",
     "--pretraining.checkpoint_every=20", "--evaluation.candidates=full",
 ]  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch, hook: str, step: int) -> None:
+    """Every later call of `hook` of the training module raises from this global step on."""
+    original = getattr(StageModule, hook)
+
+    def dies(self, *args):
+        if self.global_step >= step:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(StageModule, hook, dies)
 
 
 def assert_same_weights(first: Path, second: Path) -> None:

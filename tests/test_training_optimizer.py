@@ -27,10 +27,11 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("schedule", FACTORS)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_a_stage_is_adamw_with_clipping_and_a_schedule(data, tmp_path, schedule, clip):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_stage_is_adamw_with_clipping_and_a_schedule(data, tmp_path, schedule, clip, precision):
     chosen = recipe(
         steps=6, validate_every=6, warmup_steps=2, schedule=schedule, weight_decay=0.2,
-        gradient_clip=clip, learning_rate=0.01,
+        gradient_clip=clip, learning_rate=0.01, precision=precision,
     )  # fmt: skip
     run(data, tmp_path / "run", chosen)
 
@@ -46,11 +47,14 @@ def test_a_stage_is_adamw_with_clipping_and_a_schedule(data, tmp_path, schedule,
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * factor
         optimizer.zero_grad()
-        terms = objective(model, loader.batch_at(step), Rng(chosen.seed, step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            terms = objective(model, loader.batch_at(step), Rng(chosen.seed, step))
         total_loss(terms).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or 1e9).item())
         optimizer.step()
     assert min(norms) > 0.06, "the gradients are clipped in every step"
     trained = trained_weights(tmp_path / "run")
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(trained[f"model.{name}"], value, rtol=1e-4, atol=1e-6)
+        # The fused optimiser rounds otherwise; states in bfloat16 magnify that.
+        close = dict(rtol=1e-4, atol=1e-6) if precision == "32-true" else dict(rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(trained[f"model.{name}"], value, **close)

@@ -13,8 +13,10 @@ import pytest
 from builders import (
     FLAGS,
     MODEL,
+    Killed,
     assert_same_weights,
     command,
+    killed_at,
     recipe,
     run,
     synthetic,
@@ -23,7 +25,6 @@ from builders import (
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.steps.mask import Mask, MaskLast
-from fastrec.training.module import StageModule
 from fastrec.training.sweep import sweep
 
 # The first of the four validations finds the best model: this rate spoils it.
@@ -33,22 +34,6 @@ SPOILS = dict(steps=40, validate_every=10, checkpoint_every=5, learning_rate=1.0
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return synthetic(tmp_path_factory.mktemp("synthetic"))
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_at(monkeypatch, hook: str, step: int) -> None:
-    """Every later call of `hook` of the training module raises from this global step on."""
-    original = getattr(StageModule, hook)
-
-    def dies(self, *args):
-        if self.global_step >= step:
-            raise Killed
-        return original(self, *args)
-
-    monkeypatch.setattr(StageModule, hook, dies)
 
 
 @pytest.mark.parametrize(
