@@ -1,10 +1,10 @@
 """The command line: `fastrec prepare | pretrain | finetune | evaluate | embed | recommend | ...`.
 
-Flags come from the type hints and docstrings of the functions below and of `Recipe`. `--config`
-takes a recipe name or a YAML file, and every recipe key is a flag that overrides it.
+`--config` takes a recipe name or a YAML file, and every recipe key is a flag that overrides it.
 """
 
 import dataclasses
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -13,9 +13,10 @@ from typing import Literal
 
 from fastrec import recipes
 from fastrec.bench import bench
-from fastrec.cli_help import recipe_help
+from fastrec.cli_help import print_config, show_help
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare as prepare_dataset
+from fastrec.data.settings import from_values
 from fastrec.demo import demo
 from fastrec.nn.user_model import UserModel
 from fastrec.serve import check_table_path, user_vectors, write_table
@@ -273,63 +274,83 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _parser(only: str | None = None):
-    """The parser of all commands; `only` leaves out the recipe keys of the others, most of the
-    work."""
+def _parser():
+    """The parser of all commands, without recipe keys."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="fastrec", description=__doc__)
+    parser = ArgumentParser(prog="fastrec", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        sub = ArgumentParser(prog=f"fastrec {name}", description=summary)
-        takes = "recipe name or YAML file" if name in RECIPE_COMMANDS else "YAML file of the flags"
-        sub.add_argument("--config", action="config", help=takes)
-        if name in RECIPE_COMMANDS and only in (None, name):
-            sub.add_function_arguments(function, skip={"recipe"}, as_group=False)
-            sub.add_class_arguments(Recipe, as_group=False)
-        elif name not in RECIPE_COMMANDS:
-            sub.add_function_arguments(function, as_group=False)
+        sub = ArgumentParser(prog=f"fastrec {name}", description=summary, exit_on_error=False)
+        if name not in RECIPE_COMMANDS:
+            sub.add_argument("--config", action="config", help="YAML file of the flags")
+        sub.add_function_arguments(function, skip={"recipe"}, as_group=False)
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
 
-def _resolved(arguments: list[str]) -> list[str]:
-    """The arguments with the recipe after --config, bases included, first: flags win over it
-    wherever they stand."""
-    if not arguments or arguments[0] not in RECIPE_COMMANDS:
-        return arguments
-    files, rest, given = [], [], iter(arguments[1:])
+def _recipe_settings(arguments: list[str]) -> tuple[dict, list[str]]:
+    """(what the recipe after --config says, bases included, with the flags over it wherever they
+    stand; the arguments that are no recipe keys)."""
+    import yaml
+
+    keys = {"config", *(field.name for field in dataclasses.fields(Recipe))}
+    settings: dict = {}
+    flags: dict = {}
+    rest, given = [], iter(arguments)
     for argument in given:
-        if argument == "--config":
-            files.append(next(given, ""))
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        else:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or key.split(".")[0] not in keys:
             rest.append(argument)
-    settings = [f"--config={json.dumps(recipes.load(file))}" for file in files]
-    return [arguments[0], *settings, *rest]
+            continue
+        value = value if equals else next(given, "--")
+        if not equals and value.startswith("--"):
+            raise ValueError(f"--{key} has no value")
+        if key == "config":
+            settings = recipes.merged(settings, recipes.load(value))
+            continue
+        try:
+            part = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key} is {value!r}, which is not YAML") from error
+        for name in reversed(key.split(".")):
+            part = {name: part}
+        flags = recipes.merged(flags, part)
+    return recipes.merged(settings, flags), rest
+
+
+def _with_recipe(name: str, arguments: list[str]) -> None:
+    """Run a command that takes a recipe. Its other flags may stand in the YAML file as well."""
+    command = RECIPE_COMMANDS[name]
+    settings, rest = _recipe_settings(arguments)
+    own = [key for key in settings if key in inspect.signature(command).parameters]
+    written = {key: settings.pop(key) for key in own}
+    recipe = from_values(Recipe, settings)
+    if "--print_config" in rest:
+        return print_config(recipe)
+    for key, value in written.items():
+        rest.insert(0, f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    parser = _parser()
+    config = parser.parse_args([name, *rest])
+    command(recipe, **parser.instantiate(config)[name])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Errors in the input end with status 1 and one line, not a traceback."""
+    from jsonargparse import ArgumentError
+
     arguments = sys.argv[1:] if arguments is None else arguments
-    name = arguments[0] if arguments else None
+    name = arguments[0] if arguments else ""
     try:
-        if name in RECIPE_COMMANDS and {"-h", "--help"} & set(arguments):
-            print(recipe_help(name, RECIPE_COMMANDS[name], Recipe))
-            return
-        parser = _parser(name)
-        arguments = ["--help" if each == "--help-all" else each for each in arguments]
-        config = parser.parse_args(_resolved(arguments))
-        name = config.command
-        values = dict(parser.instantiate(config)[name])
-        values.pop("config", None)
+        if name in RECIPE_COMMANDS and {"-h", "--help", "--help-all"} & set(arguments):
+            return show_help(_parser(), name, whole="--help-all" in arguments)
         if name in RECIPE_COMMANDS:
-            fields = [field.name for field in dataclasses.fields(Recipe)]
-            recipe = Recipe(**{field: values.pop(field) for field in fields})
-            RECIPE_COMMANDS[name](recipe, **values)
-        else:
-            COMMANDS[name](**values)
-    except (ValueError, OSError) as error:
-        sys.exit(f"fastrec: error: {error}")
+            return _with_recipe(name, arguments[1:])
+        parser = _parser()
+        config = parser.parse_args(arguments)
+        values = dict(parser.instantiate(config)[config.command])
+        values.pop("config", None)
+        COMMANDS[config.command](**values)
+    except (ValueError, OSError, ArgumentError) as error:
+        sys.exit(f"fastrec: error: {' '.join(str(error).split())}")

@@ -1,59 +1,96 @@
-"""`fastrec pretrain --help` on one screen: the keys that people set, with their defaults."""
+"""`fastrec pretrain --help` on one screen: the keys that people set, with their defaults;
+`--help-all` lists every key."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
 
-KEYS = {
-    "model": ("width", "max_len", "dropout", "encoder", "tokens"),
-    "STAGE": (
-        "views", "objectives", "steps", "batch_size", "learning_rate", "schedule", "weight_decay",
-        "precision", "validate_every", "patience", "devices",
-    ),
-    "evaluation": ("candidates", "seen"),
-    "users": ("fraction",),
-}  # fmt: skip
+from fastrec.data.steps.parts import Step
+from fastrec.training.checkpoint import plain
+from fastrec.training.config import Recipe, Stage
 
-
-def recipe_help(name: str, function: Callable, recipe: type) -> str:
-    """Usage, the arguments of a command and the keys above of its recipe."""
-    fields = {field.name: field for field in dataclasses.fields(recipe)}
-    stages = [key for key, field in fields.items() if "Stage" in str(field.type)]
-    summary = (inspect.getdoc(function) or "").splitlines()[0]
-    lines = [f"usage: fastrec {name} --config RECIPE [--KEY VALUE ...]", "", summary, ""]
-    lines.append(_line("config", "recipe name (fastrec recipes) or YAML file, which flags change"))
-    defaults = inspect.signature(function).parameters
-    for argument, text in _documented(function):
-        default = defaults[argument].default
-        lines.append(_line(argument, text, None if default is inspect.Parameter.empty else default))
-    for group, keys in KEYS.items():
-        kind = _kind(fields["pretraining" if group == "STAGE" else group])
-        texts = dict(_documented(kind))
-        own = {field.name: field.default for field in dataclasses.fields(kind)}
-        lines += [_line(f"{group}.{key}", texts.get(key, ""), own[key]) for key in keys]
-    lines.append(_line("seed", dict(_documented(recipe))["seed"], fields["seed"].default))
-    lines += ["", f"STAGE: {', '.join(stages)}."]
-    lines += ["All keys: --help-all. What a recipe sets them to: --print_config."]
-    return "\n".join(lines)
+KEYS = (
+    "model.width", "model.max_len", "model.dropout", "model.encoder", "model.tokens",
+    "STAGE.views", "STAGE.objectives", "STAGE.steps", "STAGE.batch_size", "STAGE.learning_rate",
+    "STAGE.schedule", "STAGE.weight_decay", "STAGE.precision", "STAGE.validate_every",
+    "STAGE.patience", "STAGE.devices", "evaluation.candidates", "evaluation.seen",
+    "users.fraction", "seed",
+)  # fmt: skip
+STAGES = ("pretraining", "recommendation", "profile", "relation")
 
 
-def _kind(field) -> type:
-    """The dataclass of a field, optional or not."""
-    kinds = getattr(field.type, "__args__", [field.type])
-    return next(kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind))
+def show_help(parser, command: str, whole: bool = False) -> None:
+    """Print usage, the flags of the command and recipe keys: those above, or all."""
+    sub = parser._subcommands_action._name_parser_map[command]
+    keys = recipe_keys()
+    print(f"usage: fastrec {command} --config RECIPE [--KEY VALUE ...]\n\n{sub.description}\n")
+    print(_line("config", "recipe name (fastrec recipes) or YAML file; flags win over it", None))
+    for action in sub._actions:
+        if action.dest not in ("help", "print_config"):
+            print(_line(action.dest, action.help or "", action.default, whole))
+    for key in keys if whole else KEYS:
+        print(_line(key, *keys[key], whole))
+    print(f"\nSTAGE is {', '.join(STAGES[:-1])} or {STAGES[-1]}", end="")
+    print("; STEP is one in the list of a view." if whole else ".")
+    print("All keys: --help-all; what a recipe sets them to: --print_config.")
 
 
-def _documented(thing) -> Iterator[tuple[str, str]]:
-    """(name, description) of the arguments or attributes in a docstring."""
+def print_config(recipe: Recipe) -> None:
+    """Print a recipe with all its keys as YAML that `--config` reads."""
+    import yaml
+
+    print(yaml.safe_dump(_set(plain(recipe)), sort_keys=False), end="")
+
+
+def _set(value: Any) -> Any:
+    """The value without the keys that are null."""
+    if isinstance(value, dict):
+        return {name: _set(part) for name, part in value.items() if part is not None}
+    return [_set(part) for part in value] if isinstance(value, list) else value
+
+
+def recipe_keys() -> dict[str, tuple[str, object]]:
+    """(text, default) of every recipe key; those of a stage and of a step once."""
+    parts = ((Recipe, ""), (Stage, "STAGE"), (Step, "STEP"))
+    return {key: rest for kind, name in parts for key, *rest in _keys(kind, name)}  # type: ignore[misc]
+
+
+def _keys(kind, path: str) -> Iterator[tuple[str, str, object]]:
     from docstring_parser import parse
 
-    for parameter in parse(inspect.getdoc(thing) or "").params:
-        yield parameter.arg_name, " ".join((parameter.description or "").split())
+    texts = {
+        name.strip(): each.description or ""
+        for each in parse(kind.__doc__).params
+        for name in each.arg_name.split(",")
+    }
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        key = f"{path}.{field.name}".lstrip(".")
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        yield key, texts.get(field.name, ""), default
+        for section in _sections(hints[field.name]):
+            if section not in (Stage, Step):
+                yield from _keys(section, key + ".N" * isinstance(default, list))
 
 
-def _line(key: str, text: str, default: object = None) -> str:
-    short = text.split(". ")[0].split("; ")[0].rstrip(".:;")
-    if len(short) > 60:
-        short = short[:58].rsplit(" ", 1)[0].rstrip(",") + " .."
-    plain = isinstance(default, (int, float, str))
-    return f"  --{key:<23} {short}" + (f" [{default}]" if plain else "")
+def _sections(hint) -> Iterator[type]:
+    """The dataclasses in a type hint."""
+    if dataclasses.is_dataclass(hint):
+        yield hint  # type: ignore[misc]
+    for part in get_args(hint):
+        yield from _sections(part)
+
+
+def _line(key: str, text: str, default: object, whole: bool = False) -> str:
+    sentence = " ".join(str(text).split()).split("(required")[0].split("(type:")[0].strip()
+    sentence = sentence if sentence.endswith("..") else sentence.removesuffix(".")
+    if not whole:
+        sentence = sentence.split(". ")[0]
+    if len(sentence) > 62 and not whole:
+        sentence = sentence[:60].rsplit(" ", 1)[0] + " .."
+    shown = isinstance(default, (int, float, str)) or (isinstance(default, list) and default)
+    end = f" [{default}]" if shown and not str(default).startswith("==") else ""
+    flag = key if key.startswith("STEP.") or ".N." in key else f"--{key}"
+    return f"  {flag:<28} {sentence}{end}"

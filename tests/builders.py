@@ -1,10 +1,12 @@
 """What tests build: small data sets, batches, models, loaders and recipes."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastrec.data.attributes import EncodedAttribute
@@ -16,6 +18,7 @@ from fastrec.data.pairs import Pairs
 from fastrec.data.side import SideData
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
+from fastrec.data.synthetic import generate
 from fastrec.data.views import Views
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel
@@ -25,6 +28,7 @@ from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.fit import fit
+from fastrec.training.module import StageModule
 
 AGE = EncodedAttribute("age", torch.tensor([0.5, -3.0, float("nan"), 1.0, 0.0, 0.25]))
 CITY = EncodedAttribute("city", torch.tensor([0, 2, 1, -1, 2, 0]), ("a", "b", "c"))
@@ -160,6 +164,54 @@ def run(data: Path, output: Path, chosen: Recipe | None = None, **kwargs) -> Use
     """Train a stage of a recipe on the data set in `data`."""
     dataset = SequenceDataset.load(data)
     return fit(dataset, recipe=chosen or recipe(), output=output, progress=False, **kwargs)
+
+
+def synthetic(folder: Path, **changes) -> Path:
+    """Writes a small data set with attributes and relations into `folder`/data."""
+    generate(folder / "data", **{"num_users": 400, "num_items": 150, "seed": 3, **changes})
+    return folder / "data"
+
+
+def command(*arguments) -> list[str]:
+    """The command line of a process that runs `fastrec`."""
+    return [sys.executable, "-m", "fastrec", *map(str, arguments)]
+
+
+# `recipe()` with the three objectives of UPRec, as flags, for runs that are killed.
+FLAGS = [
+    "--config=uprec", "--model.width=16", "--model.encoder.transformer.layers=1",
+    "--model.dropout=0.3", "--model.max_len=12", "--pretraining.steps=300",
+    "--pretraining.batch_size=64", "--pretraining.validate_every=100",
+    "--pretraining.checkpoint_every=20", "--evaluation.candidates=full",
+]  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch, hook: str, step: int) -> None:
+    """Every later call of `hook` of the training module raises from this global step on."""
+    original = getattr(StageModule, hook)
+
+    def dies(self, *args):
+        if self.global_step >= step:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(StageModule, hook, dies)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """The last steps of two runs have the same weights, bit for bit, and so have their models."""
+    expected, other = trained_weights(first), trained_weights(second)
+    assert expected.keys() == other.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
+    best, again = (load_file(run / "model" / "model.safetensors") for run in (first, second))
+    assert best.keys() == again.keys()
+    for name, value in best.items():
+        assert torch.equal(value, again[name]), name
 
 
 def trained_weights(folder: Path) -> dict[str, Tensor | int]:

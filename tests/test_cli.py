@@ -1,27 +1,42 @@
 """The command line on a real file, from raw text to recommendations in the original ids."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import numpy as np
 import polars
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from fastrec.cli import _read_users, main
+from fastrec import recipes, serve
+from fastrec.cli import RECIPE_COMMANDS, _read_users, _recipe_settings, main
+from fastrec.cli_help import recipe_keys
+from fastrec.data.attributes import Attribute
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.settings import from_values
+from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.parts import Step
 from fastrec.data.synthetic import generate
-from fastrec.evaluation import serve
-from fastrec.evaluation.protocols import row_blocks
-from fastrec.nn.user_model import UserModel
-from fastrec.training.config import Recipe, Users
-from fastrec.training.run_folder import describe_model
+from fastrec.evaluation.next_item import Protocol, row_blocks
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.objectives.contrast import Contrast
+from fastrec.objectives.item import Item, Sampled
+from fastrec.training.checkpoint import describe_model, saved_scales
+from fastrec.training.config import Init, Recipe, Stage, Users
+from fastrec.training.stage_data import held_out_users
 from fastrec.training.sweep import with_value
 
 FLAGS = [
-    "--model.width=16", "--model.layers=1", "--pretraining.steps=20",
-    "--pretraining.validate_every=10", "--finetuning.steps=10", "--finetuning.validate_every=5",
-    "--evaluation.negatives=20",
+    "--model.width=16", "--model.encoder.transformer.layers=1", "--pretraining.steps=20",
+    "--pretraining.validate_every=10", "--recommendation.steps=10",
+    "--recommendation.validate_every=5", "--evaluation.negatives=20",
 ]  # fmt: skip
 
 
@@ -127,10 +142,11 @@ def test_embed_writes_one_finite_vector_a_user(runs, tmp_path):
 
 
 SMALL = [
-    "--config=uprec", "--model.width=16", "--model.layers=1", "--pretraining.steps=20",
-    "--pretraining.validate_every=20", "--profile.steps=40", "--profile.validate_every=20",
-    "--profile.learning_rate=0.01", "--relation.steps=20", "--relation.validate_every=20",
-    "--users.fraction=0.7", "--social.negatives=9", "--evaluation.negatives=20",
+    "--config=uprec", "--model.width=16", "--model.encoder.transformer.layers=1",
+    "--pretraining.steps=20", "--pretraining.validate_every=20", "--profile.steps=40",
+    "--profile.validate_every=20", "--profile.learning_rate=0.01", "--relation.steps=20",
+    "--relation.validate_every=20", "--users.fraction=0.7", "--evaluation.friend_negatives=9",
+    "--evaluation.negatives=20",
 ]  # fmt: skip
 
 
@@ -158,8 +174,26 @@ def test_uprec_from_pretraining_to_profiles_and_friends(tmp_path, capsys):
     assert set(relation["metrics"]) == {"shared items (Sim)", "model"}
     assert "standard error" in capsys.readouterr().out
 
-    # The head of pre-training reads the maximum, that of fine-tuning [CLS].
-    assert json.loads((model / "trained_on.json").read_text())["attribute_pool"] == "max"
+    # The head of pre-training reads the maximum, that of fine-tuning [CLS]: both are evaluated as
+    # they were trained.
+    dataset = SequenceDataset.load(tmp_path / "data")
+    for pool, folder in (("max", model), ("cls", tmp_path / "profile" / "model")):
+        scales = saved_scales(folder)["user_attributes"]
+        assert [scale["pool"] for scale in scales] == [pool] * 2
+        trained = UserModel.from_pretrained(folder)
+        users = held_out_users(dataset, Users(fraction=0.7))
+        with torch.no_grad():
+            encoded = trained.encode(trained.inputs(dataset, users, "all"))
+            heads = load_file(folder / "heads.safetensors")
+            states = trained.pool(encoded, pool)
+            logits = states @ heads["user_attributes.linear.weight"].T
+            logits += heads["user_attributes.linear.bias"]
+        labels = scales[1]["labels"]
+        home = dataset.user_attributes()["region"].to_numpy()[users]
+        accuracy = (np.array(labels)[logits[:, 1:].argmax(1)] == home).mean()
+        found = results["profile", "tuned" if pool == "cls" else "pretrained"]["metrics"]["model"]
+        assert found["region accuracy"] == pytest.approx(accuracy)
+
     for command, path in (("evaluate", "pretrained"), ("finetune", "init")):
         with pytest.raises(SystemExit, match="would be tested on users that it has seen"):
             main(
@@ -170,7 +204,7 @@ def test_uprec_from_pretraining_to_profiles_and_friends(tmp_path, capsys):
     call("evaluate", "recommendation", pretrained=model, output=tmp_path / "next.json")
     groups = json.loads((tmp_path / "next.json").read_text())["by_length"]
     assert [name.split(" (")[0] for name in groups] == ["< 8", "8-14", ">= 15"]
-    with pytest.raises(SystemExit, match="the model was not trained for this task"):
+    with pytest.raises(SystemExit, match="heads.safetensors holds no user_attributes"):
         (model / "heads.safetensors").unlink()
         call("evaluate", "profile", pretrained=model)
     with pytest.raises(SystemExit, match=r"it was trained to predict \{'name': 'mean_rating'"):
@@ -186,7 +220,8 @@ def test_uprec_from_pretraining_to_profiles_and_friends(tmp_path, capsys):
 
 
 def test_sweep_compares_values_and_computes_a_point_once(runs, tmp_path, capsys):
-    flags = [*FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path}", "--key=model.dropout"]
+    flags = ["--config=uprec-mip", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path}"]
+    flags.append("--key=model.dropout")
     main(["sweep", *flags, "--values=[0.1, 0.4]", "--seeds=2"])
     assert "± " in capsys.readouterr().out and (tmp_path / "sweep.png").stat().st_size > 1000
     results = json.loads((tmp_path / "sweep.json").read_text())["results"]
@@ -231,7 +266,7 @@ def test_a_fine_tuned_model_remembers_whom_its_pre_training_saw(runs, tmp_path):
     assert [each["fraction"] for each in users] == [0.8, 0.9]
     recipe = Recipe(users=Users(fraction=0.8))
     folder, dataset = tmp_path / "run" / "model", SequenceDataset.load(runs / "data")
-    describe_model(folder, dataset, recipe, recipe.finetuning)
+    describe_model(folder, dataset, recipe, "recommendation")
     assert json.loads((folder / "trained_on.json").read_text())["users"] == users
     with pytest.raises(SystemExit, match="would be tested on users that it has seen"):
         main(["evaluate", *flags, f"--pretrained={tmp_path / 'run' / 'model'}", "--task=profile"])
@@ -240,7 +275,14 @@ def test_a_fine_tuned_model_remembers_whom_its_pre_training_saw(runs, tmp_path):
 @pytest.mark.parametrize(
     ("key", "values", "message"),
     [
-        ("pretraining.seed", "[1, 2]", "pretraining.seed is set by seeds=1"),
+        ("seed", "[1, 2]", "seed is set by seeds=1"),
+        (
+            "pretraining.views.main.1.mask.share",
+            "[0.1]",
+            r"'1' is no key of list; those are \['0'\]",
+        ),
+        ("pretraining.views.main.0", "[0.1]", "'0' is a group of keys: 0.KEY"),
+        ("pretraining.views.side.0", "[0.1]", r"'side' is no key of dict; those are \['main'\]"),
         ("model.size", "[1]", "'size' is no key of ModelConfig"),
         ("model", "[1]", "'model' is a group of keys: model.KEY"),
         ("model.width.x", "[1]", "'width' has no key 'x'"),
@@ -251,28 +293,29 @@ def test_a_fine_tuned_model_remembers_whom_its_pre_training_saw(runs, tmp_path):
 def test_sweep_errors(runs, tmp_path, key, values, message):
     with pytest.raises(SystemExit, match=message):
         main(
-            ["sweep", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path}",
-             f"--key={key}", f"--values={values}"]
+            ["sweep", "--config=uprec-mip", *FLAGS, f"--data={runs / 'data'}",
+             f"--output={tmp_path}", f"--key={key}", f"--values={values}"]
         )  # fmt: skip
 
 
 def test_monitor_must_be_a_metric_of_the_task(runs, tmp_path):
     with pytest.raises(SystemExit, match=r"monitor is 'score', the metrics of this task are"):
         main(
-            ["pretrain", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path / 'run'}",
-             "--pretraining.monitor=score"]
+            ["pretrain", "--config=uprec-mip", *FLAGS, f"--data={runs / 'data'}",
+             f"--output={tmp_path / 'run'}", "--pretraining.monitor=score"]
         )  # fmt: skip
 
 
-def test_tasks_need_attributes_and_relations(runs, tmp_path):
-    for objective, message in (
-        ("social_relation", "has no relations: prepare it with --relations"),
-        ("user_attribute", "has no attributes: prepare the data set with --user_attributes"),
+def test_objectives_need_attributes_and_relations(runs, tmp_path):
+    for objective, view, message in (
+        ("friends", "[friend: {}]", "has no relations: prepare it with --relations"),
+        ("user_attributes", "[]", "has no attributes: prepare the data set with --user_attributes"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(
-                ["pretrain", *FLAGS, f"--data={runs / 'data'}", f"--output={tmp_path / objective}",
-                 f"--pretraining.objectives.{objective}=1"]
+                ["pretrain", "--config=uprec-mip", *FLAGS, f"--data={runs / 'data'}",
+                 f"--output={tmp_path / objective}", f"--pretraining.views.main={view}",
+                 f"--pretraining.objectives={{item: null, {objective}: {{}}}}"]
             )  # fmt: skip
 
 
@@ -288,8 +331,37 @@ def test_tasks_need_attributes_and_relations(runs, tmp_path):
             "on_duplicate has no meaning for s3rec",
         ),
         (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are bert4rec"),
-        (["pretrain", "--data=nowhere", "--output=y"], "nowhere"),
-        (["evaluate", "--data={data}", "--pretrained=nowhere"], "nowhere"),
+        (["pretrain", "--config=sasrec", "--data=nowhere", "--output=y"], "nowhere"),
+        (["evaluate", "--config=sasrec", "--data={data}", "--pretrained=nowhere"], "nowhere"),
+        (
+            ["pretrain", "--data={data}", "--output=y"],
+            "this recipe has no stage 'pretraining'; its stages are []",
+        ),
+        (
+            ["finetune", "--config=uprec", "--data={data}", "--output=y", "--task=profiles"],
+            "this recipe has no stage 'profiles'; its stages are ['pretraining',"
+            " 'recommendation', 'profile', 'relation']",
+        ),
+        (
+            ["finetune", "--config=sasrec", "--data={data}", "--output=y"],
+            "this recipe has no stage 'recommendation'; its stages are ['pretraining']",
+        ),
+        (
+            [
+                "evaluate",
+                "--config=sasrec",
+                "--data={data}",
+                "--pretrained={model}",
+                "--task=relation",
+            ],
+            "this recipe has no stage 'relation'; its stages are ['pretraining']",
+        ),
+        (["recommend", "--k=x"], "\"k\": Expected a <class 'int'>"),
+        (["pretrain", "--config=sasrec", "--data"], "--data: expected one argument"),
+        (["pretrain", "--config"], "--config has no value"),
+        (["pretrain", "--seed", "--resume=true"], "--seed has no value"),
+        (["pretrain", "--config=sasrec", "extra"], "unrecognized arguments: extra"),
+        (["pretrian"], "invalid choice: 'pretrian'"),
         (
             ["recommend", "--data={data}", "--pretrained={model}", "--output=x.txt"],
             "x.txt: expected",
@@ -323,12 +395,56 @@ def test_errors_are_one_line_that_names_the_problem(runs, tmp_path, arguments, m
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
-def test_a_sweep_of_a_switch():
-    assert with_value(Recipe(), "model.pre_norm", True).model.pre_norm is True
+def test_a_sweep_of_a_switch_and_of_a_step():
+    switch = "model.encoder.transformer.pre_norm"
+    assert with_value(Recipe(), switch, True).model.encoder.transformer.pre_norm is True
     with pytest.raises(ValueError, match="expected another bool, got 1"):
-        with_value(Recipe(), "model.pre_norm", 1)
+        with_value(Recipe(), switch, 1)
     with pytest.raises(ValueError, match="expected another float, got True"):
         with_value(Recipe(), "model.dropout", True)
+    chosen = Recipe(pretraining=from_values(Stage, recipes.load("uprec")["pretraining"]))
+    swept = with_value(chosen, "pretraining.views.main.1.mask.share", 1)
+    assert [step.part for step in swept.pretraining.views["main"]] == [Friend(), Mask(share=1.0)]
+    assert chosen.pretraining.views["main"][1].part == Mask(share=0.2), "it is left as it was"
+
+
+def test_a_sweep_over_a_step_of_a_view(runs, tmp_path):
+    key = "pretraining.views.main.0.mask.share"
+    flags = ["--config=uprec-mip", *FLAGS, "--recommendation=null", f"--data={runs / 'data'}"]
+    main(["sweep", *flags, f"--output={tmp_path}", f"--key={key}", "--values=[0.1, 0.9]"])
+    tables = []
+    for value in (0.1, 0.9):
+        run = tmp_path / f"{key}={value}" / "seed-0" / "pretraining"
+        stage = json.loads((run / "stage.json").read_text())
+        assert stage["views"]["main"][0]["mask"]["share"] == value
+        tables.append(load_file(run / "model" / "model.safetensors")["item_embedding.weight"])
+    assert not torch.equal(*tables)
+    assert json.loads((tmp_path / "sweep.json").read_text())["key"] == key
+
+
+@pytest.mark.parametrize("recipe", ["uprec-mip", "sasrec"])
+def test_recommendations_for_histories_are_those_for_users(runs, recipe):
+    dataset = SequenceDataset.load(runs / "data")
+    config = from_values(Recipe, recipes.load(recipe)).model
+    torch.manual_seed(0)
+    model = UserModel(dataset.num_items, replace(config, width=16, max_len=6))
+    ids = dataset.item_ids()
+    histories = [ids[dataset.gather([user], "all").values].tolist() for user in range(200)]
+    for seen in ("exclude", "none"):
+        users = serve.recommend(model, dataset, 4, seen=seen)
+        asked = serve.recommend(model, dataset, 4, seen=seen, histories=histories)
+        assert asked["user_id"].to_list() == np.repeat(np.arange(200), 4).tolist()
+        assert users.drop("user_id", "score").equals(asked.drop("user_id", "score"))
+        np.testing.assert_allclose(users["score"], asked["score"], rtol=1e-5)
+    alone = serve.recommend(model, dataset, 4, histories=histories[7:8])
+    assert (
+        alone["item_id"].to_list()
+        == serve.recommend(model, dataset, 4, [dataset.user_ids()[7]])["item_id"].to_list()
+    )
+    with pytest.raises(ValueError, match="1 of 2 items are not in the data set, the first is 'x'"):
+        serve.recommend(model, dataset, 4, histories=[[ids[0], "x"]])
+    with pytest.raises(ValueError, match="takes user_ids or histories, not both"):
+        serve.recommend(model, dataset, 4, ["u1"], histories=histories)
 
 
 def test_without_the_training_extra_the_command_says_what_to_install():
@@ -338,14 +454,91 @@ def test_without_the_training_extra_the_command_says_what_to_install():
     assert got.stderr == "fastrec: error: lightning is missing: pip install 'fastrec[train]'\n"
 
 
-def test_help_and_print_config_name_every_recipe_key():
-    run = [sys.executable, "-m", "fastrec", "pretrain"]
-    text = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--pretraining.learning_rate" in text and "--model.dropout" in text
-    config = subprocess.run(
-        [*run, "--config", "uprec-mip", "--print_config"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "fraction: 0.9" in config
+def test_help_fits_a_screen_and_names_keys_that_exist(capsys):
+    known = set(recipe_keys())
+    for command in ("pretrain", "finetune", "evaluate", "sweep"):
+        main([command, "--help"])
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) <= 110
+        assert "SUPPRESS" not in text and "--pretraining.seed" not in text
+        own = set(inspect.signature(RECIPE_COMMANDS[command]).parameters) | {"config"}
+        named = re.findall(r"^  --([^ ]+) +(.*)$", text, re.MULTILINE)
+        assert {"data", "output", "model.width", "STAGE.learning_rate"} <= {n for n, _ in named}
+        for name, sentence in named:
+            assert (name in known or name in own) and sentence, name
+
+
+def test_help_all_lists_every_key_of_every_part(capsys):
+    main(["pretrain", "--help-all"])
+    lines = dict(re.findall(r"^  (?:--)?([\w.]+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    parts = {
+        "model": ModelConfig, "model.encoder.transformer": Transformer, "STAGE": Stage,
+        "STAGE.init": Init, "STAGE.objectives.item": Item, "STAGE.objectives.item.sampled": Sampled,
+        "STAGE.objectives.contrast": Contrast, "STEP": Step, "STEP.mask": Mask,
+        "STEP.friend": Friend, "attributes.N": Attribute, "evaluation": Protocol, "users": Users,
+    }  # fmt: skip
+    for path, kind in parts.items():
+        for field in fields(kind):
+            assert f"{path}.{field.name}" in lines
+    for name in ("pretraining", "seed", "data", "resume"):
+        assert name in lines
+
+
+def test_print_config_is_a_recipe_that_config_reads(tmp_path, capsys):
+    main(["pretrain", "--config", "uprec", "--print_config", "--model.width=32", "--seed=4"])
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert "fraction: 0.9" in file.read_text() and "width: 32" in file.read_text()
+    changed = recipes.merged(recipes.load("uprec"), {"model": {"width": 32}, "seed": 4})
+    assert from_values(Recipe, recipes.load(str(file))) == from_values(Recipe, changed)
+
+
+def test_the_recipe_of_a_run_is_one_that_config_reads(runs):
+    folder = runs / "pretrain"
+    read = from_values(Recipe, recipes.load(str(folder / "recipe.json")))
+    settings, rest = _recipe_settings(["--config", "uprec-mip", *FLAGS])
+    assert read == from_values(Recipe, settings) and rest == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model.width=24", "--config=uprec-mip"],
+        ["--config", "uprec-mip", "--model.width", "24"],
+        ["--model.width", "24", "--config", "uprec-mip"],
+    ],
+)
+def test_flags_win_over_config_wherever_they_stand(arguments):
+    settings, rest = _recipe_settings([*arguments, "--resume=true"])
+    model = from_values(Recipe, settings).model
+    assert rest == ["--resume=true"] and model.width == 24 and model.tokens == ["cls", "sep"]
+
+
+def test_flags_of_lists_replace_and_of_groups_merge():
+    """A list is no patch: the first step of a view that is given as a flag is not laid over the
+    first step of the recipe."""
+    settings, _ = _recipe_settings(
+        ["--config=uprec", "--pretraining.views.main=[mask_last: {}]", "--model.tokens=[ur]",
+         "--pretraining.objectives={friends: null, user_attributes: {weight: 2}}",
+         "--pretraining.learning_rate=1e-4", "--pretraining.learning_rate", "3e-4"]
+    )  # fmt: skip
+    found = from_values(Recipe, settings)
+    assert [step.part for step in found.pretraining.views["main"]] == [MaskLast()]
+    assert found.model.tokens == ["ur"] and found.pretraining.learning_rate == 3e-4
+    parts = found.pretraining.parts
+    assert list(parts) == ["item", "user_attributes"] and parts["user_attributes"].weight == 2.0
+
+
+def test_flags_of_the_command_may_stand_in_the_file(runs, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: uprec-mip\ndata: {runs / 'data'}\noutput: {tmp_path / 'file'}\n")
+    main(["pretrain", "--config", str(file), *FLAGS, f"--output={tmp_path / 'flag'}"])
+    assert (tmp_path / "flag" / "model").is_dir() and not (tmp_path / "file").exists()
+
+
+def test_recipes_lists_every_recipe(capsys):
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipes.names() and len(lines) >= 7
+    for line, name in zip(lines, recipes.names(), strict=True):
+        assert line.endswith(recipes.summary(name))

@@ -1,28 +1,15 @@
 """Metrics by hand, ranks against a full sort, protocols against their definition."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import dataset_of, model_of
 
-from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.protocols import Evaluator, Protocol, popularity_negatives
+from fastrec.evaluation.next_item import NextItemJudge, Protocol, popularity_negatives
 from fastrec.evaluation.ranking import rank_candidates
-from fastrec.nn.user_model import ModelConfig, UserModel
-
-
-def dataset_of(sequences: list[list[int]], num_items: int) -> SequenceDataset:
-    offsets = np.concatenate([[0], np.cumsum([len(s) for s in sequences])])
-    values = np.concatenate([np.array(s, dtype=np.int32) for s in sequences])
-    schema = {
-        "num_users": len(sequences),
-        "num_items": num_items,
-        "num_interactions": len(values),
-    }
-    return SequenceDataset(Path("memory"), schema, values, offsets)
 
 
 def test_metrics_by_hand():
@@ -49,12 +36,12 @@ def test_candidates_share_ties():
 def test_full_ranks_equal_a_stable_sort(seen):
     dataset = dataset_of([[5, 1, 1, 9], [20, 3, 20], [7, 7, 7], [0, 52, 30, 5], [2, 51, 52]], 53)
     users = torch.tensor([3, 0, 4, 1, 2])
-    evaluator = Evaluator(dataset, users, "test", Protocol(candidates="full", seen=seen))
+    judge = NextItemJudge(dataset, users, "test", Protocol(candidates="full", seen=seen))
     query, table, bias = torch.randn(5, 4), torch.randn(53, 4), torch.randn(53)
     table[20], bias[20] = table[5], bias[5]  # equal items: the smaller id is ahead
     ranks = torch.cat(
-        [evaluator._rank(query[:2], table, bias, slice(0, 2)),
-         evaluator._rank(query[2:], table, bias, slice(2, 5))]
+        [judge._rank(query[:2], table, bias, slice(0, 2)),
+         judge._rank(query[2:], table, bias, slice(2, 5))]
     )  # fmt: skip
     scores = query.double() @ table.double().T + bias.double()
     scores[:, 20] = scores[:, 5]
@@ -72,15 +59,16 @@ def test_logit_adjustment_takes_popularity_from_the_scores(candidates):
     """A model that scores by popularity ranks at random with tau = 1: all scores are equal."""
     sequences = [[item, item, item, 0, item] for item in (1, 2, 3, 3, 2)]
     dataset, users = dataset_of(sequences, 5), torch.arange(5)
-    model = UserModel(5, ModelConfig(width=4, layers=1, max_len=5))
+    model = model_of(num_items=5, width=4, max_len=5)
     counts = dataset.item_counts("train").double().clamp_min(1)
     assert counts.tolist() == [1, 3, 6, 6, 1]
     with torch.no_grad():
         model.item_embedding.weight.zero_()
         model.item_head.bias.copy_(counts.log())
+    negatives = 2 if candidates == "sampled" else None
     plain, half, whole = (
-        Evaluator(
-            dataset, users, "valid", Protocol(candidates, negatives=2, logit_adjustment=tau)
+        NextItemJudge(
+            dataset, users, "valid", Protocol(candidates, negatives, logit_adjustment=tau)
         ).ranks(model)
         for tau in (0.0, 0.5, 1.0)
     )
@@ -88,7 +76,7 @@ def test_logit_adjustment_takes_popularity_from_the_scores(candidates):
     # Equal scores: shared by the sampled candidates, in item order in the catalogue.
     assert whole.unique().tolist() == ([2.0] if candidates == "sampled" else [1.0])
     with pytest.raises(ValueError, match="logit_adjustment must be finite, got nan"):
-        Evaluator(dataset, users, "valid", Protocol(logit_adjustment=float("nan")))
+        NextItemJudge(dataset, users, "valid", Protocol(logit_adjustment=float("nan")))
 
 
 def test_nan_target_ranks_last():
@@ -126,7 +114,42 @@ def test_popularity_ranker_falls_to_chance_on_popularity_negatives():
     items = generator.choice(20000, size=(3000, 6), p=p / p.sum())
     dataset = dataset_of(items.tolist(), 20000)
     users = torch.arange(3000)
-    sampled = Evaluator(dataset, users, "test", Protocol(negatives=99)).popularity_ranks()
+    sampled = NextItemJudge(
+        dataset, users, "test", Protocol("sampled", negatives=99)
+    ).popularity_ranks()
     assert 0.07 < ranking_metrics(sampled)["HR@10"] < 0.13
-    full = Evaluator(dataset, users, "test", Protocol(candidates="full")).popularity_ranks()
+    full = NextItemJudge(dataset, users, "test", Protocol(candidates="full")).popularity_ranks()
     assert ranking_metrics(full)["HR@10"] > 0.005
+
+
+def test_a_model_is_asked_as_it_was_trained():
+    """Ranks of a model, causal or not, from its own inputs; a model that counts on a target that it
+    was shown would rank it first."""
+    sequences = [[1, 2, 3, 4, 5], [3, 1, 4], [5, 9, 2, 6, 5, 3, 5], [8, 9, 7]]
+    dataset, users = dataset_of(sequences, 10), torch.arange(4)
+    for causal in (False, True):
+        model = model_of(num_items=10, causal=causal, max_len=4)
+        judge = NextItemJudge(dataset, users, "test", Protocol())
+        for user, sequence in enumerate(sequences):
+            history = sequence[:-1][-4 if causal else -3 :]
+            batch = model.inputs_of([history], ask=True)
+            assert batch.values.tolist() == history + [10] * (not causal)
+            state = model.encode(batch).states[-1:]
+            scores = (model.item_head.query(state) @ model.item_table.T + model.item_head.bias)[0]
+            expected = 1 + int((scores > scores[sequence[-1]]).sum())
+            assert judge.rank_rows(model, slice(user, user + 1)).tolist() == [expected]
+
+
+def test_a_key_without_effect_is_an_error():
+    for settings, message in (
+        (dict(negatives=9), "evaluation.negatives has no effect: candidates is full"),
+        (dict(candidates="sampled", seen="exclude"), "evaluation.seen has no effect: sampled"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Protocol(**settings)
+    with pytest.raises(ValueError, match="friend_negatives has no effect: no stage judges friends"):
+        Protocol(friend_negatives=9).check_used({"next_item", "attributes"})
+    with pytest.raises(ValueError, match="evaluation.seed has no effect: candidates is full"):
+        Protocol(seed=1).check_used({"next_item"})
+    for used in (Protocol("sampled", seed=1), Protocol(friend_negatives=9, seed=1)):
+        used.check_used({"next_item", "friends"})

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from test_evaluation import dataset_of
+from builders import AGE, CITY, Known, dataset_of, model_of, six_users
 
 from fastrec.data.attributes import EncodedAttribute
+from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.friends import FriendsJudge, friend_metrics
 from fastrec.evaluation.metrics import length_groups
-from fastrec.evaluation.profile import ProfileEvaluator
-from fastrec.evaluation.relation import RelationEvaluator, friend_metrics
-from fastrec.objectives.social_relation import SocialRelationDetection
+from fastrec.objectives.friends import Friends
+from fastrec.objectives.item import Item
+from fastrec.objectives.joint import JointObjective
+from fastrec.objectives.user_attributes import UserAttributes
 
 NONE = torch.zeros(1, 3, dtype=torch.bool)
 
@@ -52,61 +55,90 @@ def ring(count: int) -> Society:
 def test_candidates_are_a_friend_and_strangers():
     society = ring(30)
     users = torch.arange(25)  # a path, 24 links
-    evaluator = RelationEvaluator(society, users, "all", negatives=10)
-    assert evaluator.candidates.shape == (48, 11)
-    queries, candidates = evaluator.queries.numpy(), evaluator.candidates.numpy()
+    judge = FriendsJudge(society, users, "all", negatives=10)
+    assert judge.candidates.shape == (48, 11)
+    queries, candidates = judge.queries.numpy(), judge.candidates.numpy()
     distance = np.abs(queries[:, None] - candidates)
     assert (distance[:, 0] == 1).all() and (distance[:, 1:] > 1).all()
     assert all(len(set(row)) == 11 for row in candidates.tolist())
     # Users 0 and 24 are 6 links apart over the users that are not evaluated.
-    assert (evaluator.two_hop.numpy() == (distance[:, 1:] == 2)).all()
-    again = RelationEvaluator(society, users, "all", negatives=10)
-    assert torch.equal(again.candidates, evaluator.candidates)
-    other = RelationEvaluator(society, users, "all", negatives=10, seed=1)
-    assert not torch.equal(other.candidates, evaluator.candidates)
+    assert (judge.two_hop.numpy() == (distance[:, 1:] == 2)).all()
+    again = FriendsJudge(society, users, "all", negatives=10)
+    assert torch.equal(again.candidates, judge.candidates)
+    other = FriendsJudge(society, users, "all", negatives=10, seed=1)
+    assert not torch.equal(other.candidates, judge.candidates)
 
 
 def test_shared_items_and_trained_weights_find_the_friend():
-    evaluator = RelationEvaluator(ring(30), torch.arange(30), "all", negatives=27)
+    judge = FriendsJudge(ring(30), torch.arange(30), "all", negatives=27)
     # Two items are shared with a friend, one with a friend of a friend, none with the others.
-    assert evaluator.shared_items() == {
+    assert judge.shared_items() == {
         "accuracy": 1, "MRR": 1, "accuracy without two-hop": 1
     }  # fmt: skip
     angle = torch.arange(30) * (2 * torch.pi / 30)
     vectors = torch.stack([angle.cos(), angle.sin(), 100 * torch.randn(30)], dim=1)
 
-    class Trained:
-        social_relation = SocialRelationDetection(3)
+    untrained = JointObjective({"item": Item()}, None, None)
+    assert judge.metrics(vectors, untrained)["accuracy"] < 0.5
+    model = model_of(width=3, heads=1)
+    trained = JointObjective({"friends": Friends()}, model, None)
+    trained.parts["friends"].weight.data = torch.tensor([1.0, 1.0, 0.0])
+    assert judge.metrics(vectors, trained)["accuracy"] == 1
 
-    assert evaluator.metrics(vectors, None)["accuracy"] < 0.5
-    Trained.social_relation.weight.data = torch.tensor([1.0, 1.0, 0.0])
-    assert evaluator.metrics(vectors, Trained)["accuracy"] == 1
 
-
-def test_relation_errors():
+def test_friends_errors():
     with pytest.raises(ValueError, match="no friendship among the 2 evaluated users"):
-        RelationEvaluator(ring(30), torch.tensor([0, 5]), "all")
+        FriendsJudge(ring(30), torch.tensor([0, 5]), "all")
     with pytest.raises(ValueError, match="has 27 evaluated users who are not friends, 28 negat"):
-        RelationEvaluator(ring(30), torch.arange(30), "all", negatives=28)
+        FriendsJudge(ring(30), torch.arange(30), "all", negatives=28)
 
 
-def test_profile_metrics_by_hand():
+def test_attribute_metrics_by_hand():
     # A standard deviation of 2 stars on the range 1-5: unit 2 / 4.
     stars = EncodedAttribute(
         "stars", torch.tensor([1.0, -1, 1, 2, float("nan"), -1]), mean=3, std=2, unit=0.5
     )
     city = EncodedAttribute("city", torch.tensor([1, 1, 0, 1, 0, -1]), ("a", "b"))
     training, judged = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-    evaluator = ProfileEvaluator(None, judged, "all", [stars, city], training)
-    metrics = evaluator.metrics(torch.tensor([[1.0, 1], [9, 1], [-1, 0]]))
+    judge = AttributesJudge(None, judged, "all", [stars, city], training)
+    metrics = judge.metrics(torch.tensor([[1.0, 1], [9, 1], [-1, 0]]))
     # Squared errors of the two known stars: 1 and 0; of the constant 4 and 1. Cities: 1 of 2.
     assert metrics == {
         "score": pytest.approx((0.8 + 0.5) / 2), "stars MSE": 0.125, "city accuracy": 0.5
     }  # fmt: skip
-    baseline = evaluator.metrics(evaluator.baseline())
+    baseline = judge.metrics(judge.baseline())
     assert baseline == {"score": 0.25, "stars MSE": 0.625, "city accuracy": 0.5}
     with pytest.raises(ValueError, match="no evaluated user has a value of 'city'"):
-        ProfileEvaluator(None, judged[2:], "all", [city], training)
+        AttributesJudge(None, judged[2:], "all", [city], training)
+
+
+@pytest.mark.parametrize("pool", ["max", "mean", "last", "cls", "attention"])
+def test_judges_read_the_user_vector_that_the_objective_is_trained_on(pool):
+    dataset, model = six_users(), model_of(num_items=20, tokens=["cls"])
+    side = Known(dataset, [AGE, CITY])
+    objective = JointObjective(
+        {"friends": Friends(pool=pool), "user_attributes": UserAttributes(pool=pool)}, model, side
+    )
+    encoded = model.encode(model.inputs(dataset, torch.tensor([4, 1]), "train"))
+    attributes, friends = objective.parts["user_attributes"], objective.parts["friends"]
+    with torch.no_grad():
+        by_attributes = attributes.linear(attributes.pool(model, encoded))
+        by_friends = friends.pool(model, encoded)
+    judge = AttributesJudge(dataset, torch.tensor([4, 1]), "train", [AGE, CITY], torch.arange(6))
+    scores = judge.score(model, objective, slice(0, 2))
+    torch.testing.assert_close(scores[:, 0], by_attributes[:, 0].double())
+    assert scores[:, 1].tolist() == by_attributes[:, 1:].argmax(1).tolist()
+    society = Society([dataset.gather([u], "all").values.tolist() for u in range(6)], 20, [[1, 4]])
+    judge = FriendsJudge(society, torch.arange(6), "train", negatives=2)
+    found = judge.score(model, objective, slice(0, 6))[[4, 1]]
+    torch.testing.assert_close(found, by_friends, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="the judge attributes needs the objective user_attributes"
+    ):
+        nothing = JointObjective({"friends": Friends()}, model, side)
+        AttributesJudge(dataset, torch.arange(2), "train", [AGE], torch.arange(6)).score(
+            model, nothing, slice(0, 2)
+        )
 
 
 def test_length_groups_of_the_paper():

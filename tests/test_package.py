@@ -42,8 +42,12 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
         "fastrec/recipes/uprec-mip.yaml",
         "fastrec/py.typed",
         "fastrec/ops/linear_cross_entropy.py",
+        "fastrec/data/steps/crop.py",
     ):
         assert expected in names
+    for kind in ("*.py", "*.yaml"):
+        for file in (ROOT / "fastrec").rglob(kind):
+            assert file.relative_to(ROOT).as_posix() in names, "is its folder in setup.py?"
 
 
 def test_without_the_extension_the_reference_serves_and_says_so_once(wheel, tmp_path):

@@ -4,9 +4,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,70 +13,54 @@ import numpy as np
 import polars
 import pytest
 import torch
+from builders import (
+    FLAGS,
+    MODEL,
+    assert_same_weights,
+    command,
+    loader_of,
+    recipe,
+    run,
+    synthetic,
+    trained_weights,
+)
 from safetensors.torch import load_file
 
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.loader import SequenceLoader
 from fastrec.data.prepare import prepare
 from fastrec.data.readers import RawData
-from fastrec.data.synthetic import generate
-from fastrec.evaluation.profile import ProfileEvaluator
-from fastrec.evaluation.protocols import Protocol
+from fastrec.data.side import SideData
+from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.next_item import NextItem
+from fastrec.data.steps.one_of import OneOf
+from fastrec.data.steps.reorder import Reorder
+from fastrec.data.views import Again
+from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.next_item import Protocol
+from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel
-from fastrec.objectives.joint import Objectives
-from fastrec.objectives.masked_item import ItemLoss, Masking
+from fastrec.objectives.contrast import Contrast
+from fastrec.objectives.friends import Friends
+from fastrec.objectives.item import Item, Sampled
+from fastrec.objectives.joint import JointObjective
+from fastrec.objectives.parts import Objectives
+from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
-from fastrec.training.config import Recipe, Social, Stage, Users
+from fastrec.training.config import Init, Recipe, Stage, Users
 from fastrec.training.fit import fit
-from fastrec.training.tasks import task_data
+from fastrec.training.stage_data import held_out_users, select_users, stage_data
 
-MODEL = ModelConfig(width=16, layers=1, dropout=0.3, max_len=12)
+UPREC = Objectives(
+    item=Item(), user_attributes=UserAttributes(weight=0.3), friends=Friends(weight=0.5)
+)
+UPREC_VIEWS = {"main": [Friend(), Mask()]}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("synthetic") / "data"
-    generate(path, num_users=400, num_items=150, seed=3)
-    return path
-
-
-def recipe(**stage) -> Recipe:
-    defaults = dict(steps=30, batch_size=64, validate_every=10, checkpoint_every=7)
-    return Recipe(
-        model=MODEL,
-        pretraining=Stage(**{**defaults, **stage}),
-        evaluation=Protocol(candidates="full"),
-    )
-
-
-def trained_weights(run: Path) -> dict:
-    """The weights after the last step, from the checkpoint to resume from."""
-    state = torch.load(run / "last.ckpt", weights_only=True)
-    return {"step": state["global_step"], **state["state_dict"]}
-
-
-def run(data: Path, output: Path, stage: Stage | None = None, **kwargs) -> UserModel:
-    chosen = recipe()
-    return fit(
-        SequenceDataset.load(data),
-        chosen,
-        stage or chosen.pretraining,
-        output,
-        progress=False,
-        **kwargs,
-    )
-
-
-FLAGS = [
-    "--model.width=16", "--model.layers=1", "--model.dropout=0.3", "--model.max_len=12",
-    "--pretraining.steps=300", "--pretraining.batch_size=64", "--pretraining.validate_every=100",
-    "--pretraining.checkpoint_every=20", "--evaluation.candidates=full",
-    "--pretraining.objectives.user_attribute=0.3", "--pretraining.objectives.social_relation=0.5",
-]  # fmt: skip
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, "-m", "fastrec", *map(str, arguments)]
+    return synthetic(tmp_path_factory.mktemp("synthetic"))
 
 
 @pytest.mark.slow
@@ -105,94 +88,97 @@ def test_sigkill_in_pretraining_and_resume_ends_with_the_same_bits(data, tmp_pat
         command("pretrain", "--data", data, "--output", killed, "--resume=true", *FLAGS),
         check=True, env=environment, capture_output=True, timeout=900,
     )  # fmt: skip
-    expected, resumed = trained_weights(whole), trained_weights(killed)
-    assert expected.keys() == resumed.keys() and resumed["step"] == 300
-    for name, value in expected.items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed[name])), name
-    best, best_resumed = (load_file(p / "model" / "model.safetensors") for p in (whole, killed))
-    for name, value in best.items():
-        assert torch.equal(value, best_resumed[name]), name
+    assert trained_weights(killed)["step"] == 300
+    assert_same_weights(whole, killed)
 
 
 def test_training_is_reproducible_and_the_seed_matters(data, tmp_path):
     first, second = run(data, tmp_path / "a"), run(data, tmp_path / "b")
-    other = run(data, tmp_path / "c", recipe(seed=1).pretraining)
+    other = run(data, tmp_path / "c", replace(recipe(), seed=1))
     assert torch.equal(first.item_table, second.item_table)
     assert not torch.equal(first.item_table, other.item_table)
 
 
 def test_all_three_losses_of_the_joint_training_fall(data, tmp_path):
-    weights = Objectives(masked_item=1.0, user_attribute=0.3, social_relation=0.5)
-    stage = recipe(
-        objectives=weights, steps=40, validate_every=40, batch_size=400, learning_rate=5e-3
-    )
-    run(data, tmp_path / "joint", stage.pretraining)
-    (file,) = tmp_path.glob("joint/metrics/version_0/metrics.csv")
-    log = polars.read_csv(file).filter(polars.col("train_loss").is_not_null())
-    for name in ("masked_item", "user_attribute", "social_relation"):
+    chosen = recipe(
+        views=UPREC_VIEWS, objectives=UPREC, steps=80, validate_every=80, batch_size=400,
+        learning_rate=5e-3,
+    )  # fmt: skip
+    run(data, tmp_path / "joint", chosen)
+    log = metrics_log(tmp_path / "joint").filter(polars.col("train_loss").is_not_null())
+    names = (
+        "item", "user_attributes.mean_rating", "user_attributes.region", "friends",
+    )  # fmt: skip
+    for name in names:
         losses = log[f"train/{name}"].to_numpy()
         assert losses[-1] < 0.99 * losses[0], name
-    assert log["train/negatives"].min() > 5
+    weighted = [(1.0, 0.3, 0.3, 0.5)[i] * log[f"train/{name}"] for i, name in enumerate(names)]
+    np.testing.assert_allclose(sum(weighted), log["train_loss"], rtol=1e-5)
+    assert log["train/friends.negatives"].min() > 5
     heads = load_file(tmp_path / "joint" / "model" / "heads.safetensors")
     # One numeric attribute and six regions; w and b of the similarity.
-    assert heads["user_attribute.linear.weight"].shape == (7, 16)
-    assert heads["social_relation.bias"] == 0 and heads["social_relation.weight"].std() > 0
+    assert heads["user_attributes.linear.weight"].shape == (7, 16)
+    assert heads["friends.bias"] == 0 and heads["friends.weight"].std() > 0
 
 
 @pytest.mark.parametrize(
-    "loss, sampler, shared, steps",
+    "loss, by, shared, steps",
     [
-        ("softmax", "popularity", True, 40),
+        ("softmax", "popularity", True, 80),
         ("softmax", "uniform", False, 40),
         ("gbce", "uniform", False, 120),  # must first learn how rare a positive is
     ],
 )
 def test_training_with_sampled_negatives_lowers_the_full_softmax(
-    data, tmp_path, loss, sampler, shared, steps
+    data, tmp_path, loss, by, shared, steps
 ):
-    how = ItemLoss(kind="sampled", loss=loss, negatives=20, sampler=sampler, shared=shared)
+    how = Item(loss=loss, sampled=Sampled(negatives=20, by=by, shared=shared))
     chosen = recipe(
-        objectives=Objectives(item_loss=how), steps=steps, validate_every=steps, batch_size=400,
+        objectives=Objectives(item=how), steps=steps, validate_every=steps, batch_size=400,
         learning_rate=5e-3,
     )  # fmt: skip
     dataset = SequenceDataset.load(data)
-    torch.manual_seed(chosen.pretraining.seed)
+    torch.manual_seed(chosen.seed)
     start = UserModel(dataset.num_items, MODEL)
-    trained = run(data, tmp_path / "run", chosen.pretraining)
-    batch = dataset.gather(dataset.users("train"), "train", max_len=12, **start.sequence_tokens)
-    masked, rows, targets = Masking()(batch, start, 99, 0)
+    trained = run(data, tmp_path / "run", chosen)
+    users = torch.as_tensor(dataset.users("train"))
+    batch = Mask()(dataset.gather(users, "train", 12), Rng(99, 0), SideData(dataset))
+    masked = start.frame(batch).with_scored()
+    assert len(masked.scored) > 400
 
     def full(model):
         with torch.no_grad():
-            states = model.encode(masked)
-            return model.item_head.loss(states[rows], model.item_table, targets).item()
+            states = model.encode(masked).states[masked.scored]
+            targets = masked.events["target"][masked.scored]
+            return model.item_head.loss(states, model.item_table, targets).item()
 
     assert full(trained) < full(start) - 0.05, (full(trained), full(start))
 
 
 def test_an_interrupted_run_with_sampled_negatives_resumes_to_the_same_bits(data, tmp_path):
-    how = ItemLoss(kind="sampled", negatives=20, sampler="popularity", shared=False)
-    options = dict(objectives=Objectives(item_loss=how), validate_every=10, checkpoint_every=10)
-    whole = recipe(steps=20, **options).pretraining
+    how = Item(sampled=Sampled(negatives=20, by="popularity", shared=False))
+    options = dict(objectives=Objectives(item=how), validate_every=10, checkpoint_every=10)
+    whole = recipe(steps=20, **options)
     run(data, tmp_path / "whole", whole)
-    run(data, tmp_path / "cut", recipe(steps=10, **options).pretraining)
+    run(data, tmp_path / "cut", recipe(steps=10, **options))
     run(data, tmp_path / "cut", whole, resume=True)
-    expected, resumed = (trained_weights(tmp_path / name) for name in ("whole", "cut"))
-    assert expected.keys() == resumed.keys() and expected["step"] == resumed["step"] == 20
-    for name, value in expected.items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed[name])), name
+    assert trained_weights(tmp_path / "cut")["step"] == 20
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def metrics_log(run: Path) -> polars.DataFrame:
+    return polars.read_csv(run / "metrics" / "version_0" / "metrics.csv")
 
 
 def losses(run: Path) -> np.ndarray:
     """The logged training losses: every tenth step."""
-    log = polars.read_csv(run / "metrics" / "version_0" / "metrics.csv")
-    return log["train_loss"].drop_nulls().to_numpy()
+    return metrics_log(run)["train_loss"].drop_nulls().to_numpy()
 
 
 def test_backends_train_alike(data, tmp_path):
     """The fused backend follows the reference's loss curve."""
     weights = {
-        backend: run(data, tmp_path / str(backend), recipe(backend=backend).pretraining)
+        backend: run(data, tmp_path / str(backend), recipe(backend=backend))
         for backend in ("reference", None)
     }
     np.testing.assert_allclose(*(losses(tmp_path / str(b)) for b in weights), rtol=1e-3)
@@ -201,7 +187,7 @@ def test_backends_train_alike(data, tmp_path):
 
 
 def test_bf16_mixed_trains(data, tmp_path):
-    model = run(data, tmp_path / "bf16", recipe(precision="bf16-mixed").pretraining)
+    model = run(data, tmp_path / "bf16", recipe(precision="bf16-mixed"))
     run(data, tmp_path / "float32")
     assert model.item_table.dtype == torch.float32
     coarse, exact = losses(tmp_path / "bf16"), losses(tmp_path / "float32")
@@ -211,31 +197,40 @@ def test_bf16_mixed_trains(data, tmp_path):
 
 def test_masking_the_last_item_and_starting_from_a_model(data, tmp_path):
     pretrained = run(data, tmp_path / "pretrain")
-    stage = recipe(masking=Masking(last_only=True), learning_rate=0.0, steps=10).pretraining
+    chosen = recipe(views={"main": [MaskLast()]}, learning_rate=0.0, steps=10)
     start = pretrained.item_table.clone()
-    tuned = run(data, tmp_path / "finetune", stage, initial=pretrained)
+    tuned = run(data, tmp_path / "finetune", chosen, model=pretrained)
     assert torch.equal(tuned.item_table, start)
-    # The loss of its last step, by hand: one row a sequence, its last.
+    # The loss of its last step, by hand: one row a sequence, its last item.
     dataset = SequenceDataset.load(data)
-    loader = SequenceLoader(
-        dataset, "train", batch_size=64, max_len=12, users=torch.as_tensor(dataset.users("test")),
-        **pretrained.sequence_tokens,
-    )  # fmt: skip
+    users = torch.as_tensor(dataset.users("test"))
+    loader = loader_of(
+        pretrained, {"main": [MaskLast()]}, SideData(dataset), batch_size=64, users=users
+    )
     step = 9  # the one that is logged
-    masked, rows, targets = stage.masking(loader.batch_at(step), pretrained, 0, step)
-    assert torch.equal(rows, masked.offsets[1:] - 1 - int(pretrained.config.use_sep))
-    states = pretrained.train().encode(masked, Rng(0, step))
-    expected = pretrained.item_head.loss(states[rows], pretrained.item_table, targets)
+    (view,) = loader.batch_at(step).values()
+    rows = view.offsets[1:] - 2  # [SEP] is the last
+    assert torch.equal(view.scored, rows) and (view.values[rows] == dataset.num_items).all()
+    targets = view.events["target"][rows]
+    lasts = [dataset.offsets[user + 1] - 3 for user in view.sample_ids.tolist()]
+    assert targets.tolist() == dataset.values[lasts].tolist()
+    states = pretrained.encode(view, Rng(0, step)).states[rows]
+    expected = pretrained.item_head.loss(states, pretrained.item_table, targets)
     np.testing.assert_allclose(losses(tmp_path / "finetune"), [expected.item()], rtol=1e-4)
 
 
 def test_a_model_to_start_from_keeps_its_settings(data, tmp_path):
-    start = UserModel(150, ModelConfig(width=8, layers=1, dropout=0.1, max_len=20))
+    config = ModelConfig(
+        width=8, encoder=Transformer(layers=1), dropout=0.1, max_len=20, tokens=["sep"]
+    )
+    start = UserModel(150, config)
     with pytest.warns(UserWarning, match="keeps its own settings: width 8, not 16"):
-        tuned = run(data, tmp_path / "run", initial=start)
+        tuned = run(data, tmp_path / "run", model=start)
     assert tuned.config == start.config
     written = json.loads((tmp_path / "run" / "recipe.json").read_text())
-    assert written["model"] == asdict(start.config), "and not what the recipe says"
+    assert written["model"]["width"] == 8, "and not what the recipe says"
+    assert written["model"]["encoder"] == {"transformer": vars(Transformer(layers=1))}
+    assert written["model"]["tokens"] == ["sep"] and written["model"]["max_len"] == 20
 
 
 def test_users_too_short_to_hold_anything_out_are_trained(tmp_path):
@@ -244,30 +239,30 @@ def test_users_too_short_to_hold_anything_out_are_trained(tmp_path):
     report = prepare(RawData("rows", frame, ordered=True), tmp_path / "data")
     assert report.num_short_users == 20 and "train only" in str(report)
     dataset = SequenceDataset.load(tmp_path / "data")
-    chosen = Recipe(evaluation=Protocol(candidates="full"))
-    found = task_data(dataset, chosen, Objectives(), "recommendation")
-    assert len(found.users) == 30 and len(found.evaluator) == 10
+    found = stage_data(dataset, Recipe(), Stage())
+    assert len(found.users) == 30 and len(found.judge) == 10
 
 
 def test_a_start_that_training_only_spoils_is_kept(data, tmp_path):
-    pretrained = run(data, tmp_path / "pretrain", recipe(steps=60).pretraining)
-    stage = recipe(learning_rate=3.0, steps=10).pretraining
-    tuned = run(data, tmp_path / "finetune", stage, initial=pretrained)
+    pretrained = run(data, tmp_path / "pretrain", recipe(steps=60))
+    tuned = run(data, tmp_path / "finetune", recipe(learning_rate=3.0, steps=10), model=pretrained)
     assert torch.equal(tuned.item_table, pretrained.item_table)
+    last = trained_weights(tmp_path / "finetune")["model.item_embedding.weight"]
+    assert not torch.equal(last, pretrained.item_embedding.weight)
     summary = json.loads((tmp_path / "finetune" / "summary.json").read_text())
     assert summary["steps"] == 10
 
 
 def test_early_stopping_keeps_the_best(data, tmp_path):
-    stage = recipe(learning_rate=0.1, steps=100, patience=2).pretraining
-    model = run(data, tmp_path / "run", stage)
+    chosen = recipe(learning_rate=0.1, steps=100, patience=2)
+    model = run(data, tmp_path / "run", chosen)
     last = trained_weights(tmp_path / "run")
-    assert last["step"] == 30, "the first validation was the best"
-    evaluator = task_data(
-        SequenceDataset.load(data), recipe(), stage.objectives, "recommendation"
-    ).evaluator
+    scores = metrics_log(tmp_path / "run")["valid/NDCG@10"].drop_nulls().to_list()
+    best = scores.index(max(scores))
+    assert best < 6 and len(scores) == best + 3 and last["step"] == 10 * len(scores)
+    judge = stage_data(SequenceDataset.load(data), chosen, chosen.pretraining).judge
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    kept = evaluator.metrics(evaluator.ranks(model))["NDCG@10"]
+    kept = judge.metrics(judge.ranks(model))["NDCG@10"]
     assert kept == pytest.approx(summary["valid NDCG@10"], rel=1e-5)
     assert not torch.equal(last["model.item_head.bias"], model.item_head.bias)
 
@@ -293,38 +288,43 @@ def test_two_gloo_processes_train_like_one(data, tmp_path):
 
 
 def test_errors_name_the_problem(data, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"steps \(30\) must be a multiple of validate_every \(8\)"
-    ):
-        recipe(validate_every=8)
-    for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            recipe(**{name: 0})
-    with pytest.raises(ValueError, match="learning_rate must not be negative, got nan"):
-        recipe(learning_rate=float("nan"))
-    for fraction in (-0.1, 0.0, 2.0):
-        with pytest.raises(ValueError, match=r"users.fraction must be in \(0, 1\], got"):
-            Users(fraction=fraction)
     with pytest.raises(ValueError, match="after 10 steps the loss is nan, score nan: the training"):
-        weights = Objectives(masked_item=0.0, user_attribute=1.0)
-        stage = recipe(objectives=weights, learning_rate=1e38, monitor="score").pretraining
-        run(data, tmp_path / "diverges", stage, task="profile")
+        spoilt = recipe(
+            views={"main": []}, objectives=Objectives(user_attributes=UserAttributes()),
+            judge="attributes", learning_rate=1e38,
+        )  # fmt: skip
+        run(data, tmp_path / "diverges", spoilt)
     with pytest.raises(ValueError, match="after 10 steps the loss is nan, NDCG@10 0.0"):
-        run(data, tmp_path / "lost", recipe(learning_rate=1e30).pretraining)
+        run(data, tmp_path / "lost", recipe(learning_rate=1e30))
     new = tmp_path / "free"
     with pytest.raises(ValueError, match="backend is 'triton': triton runs on cuda"):
-        run(data, new, recipe(backend="triton").pretraining)
+        run(data, new, recipe(backend="triton"))
     with pytest.raises(ValueError, match="monitor is 'NDCG@20', the metrics of this task are"):
-        run(data, new, recipe(monitor="NDCG@20").pretraining)
+        run(data, new, recipe(monitor="NDCG@20"))
+    with pytest.raises(ValueError, match="there is no objective to train"):
+        run(data, new, recipe(views={}, objectives=Objectives()))
+    with pytest.raises(ValueError, match="the view of the objective friends has no pairs"):
+        run(data, tmp_path / "alone", recipe(objectives=Objectives(friends=Friends())))
+    with pytest.raises(ValueError, match="a view of the objective item has no targets"):
+        run(data, tmp_path / "aimless", recipe(views={"main": []}))
+    with pytest.raises(ValueError, match="cuda_graph needs one process on one GPU"):
+        run(data, new, recipe(cuda_graph=True))
+    with pytest.raises(ValueError, match="init freezes or patches a model, and there is none"):
+        run(data, new, recipe(init=Init(patch=4)))
+    with pytest.raises(ValueError, match="view 'b' takes 'c' again, which does not stand before"):
+        views = {"b": [Again("c")], "c": [Mask()]}
+        run(data, new, recipe(views=views, objectives=Objectives(item=Item(views=["b"]))))
     assert not new.exists(), "a corrected run can take the folder"
     dataset = SequenceDataset.load(data)
     with (
         patch.object(SequenceDataset, "users", lambda self, split: np.empty(0, np.int64)),
         pytest.raises(ValueError, match="no user has 3 events or more"),
     ):
-        task_data(dataset, recipe(), Objectives(), "recommendation")
+        stage_data(dataset, recipe(), recipe().pretraining)
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         run(data, tmp_path / "new", resume=True)
+    with pytest.raises(ValueError, match="a run without an output folder cannot be resumed"):
+        fit(dataset, recipe=recipe(), resume=True)
     run(data, tmp_path / "run")
     with pytest.raises(FileExistsError, match="is not empty"):
         run(data, tmp_path / "run")
@@ -332,6 +332,9 @@ def test_errors_name_the_problem(data, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
         run(data, tmp_path / "run", resume=True)
+
+
+PAIR = {"a": [Mask()], "b": [Mask()]}
 
 
 @pytest.mark.parametrize(
@@ -342,15 +345,68 @@ def test_errors_name_the_problem(data, tmp_path):
             r"schedule must be one of \['constant', 'cosine', 'linear'\]",
         ),
         (lambda: Stage(backend="c"), "backend must be one of"),
+        (lambda: Stage(judge="items"), "judge must be one of"),
         (lambda: Stage(devices=0), "devices must be at least 1 or 'auto', got 0"),
+        (lambda: Stage(steps=0), "steps must be at least 1, got 0"),
+        (lambda: Stage(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: Stage(validate_every=0), "validate_every must be at least 1, got 0"),
+        (lambda: Stage(checkpoint_every=0), "checkpoint_every must be at least 1, got 0"),
+        (lambda: Stage(learning_rate=float("nan")), "learning_rate must not be negative, got nan"),
+        (lambda: Stage(warmup_steps=-1), "warmup_steps must not be negative, got -1"),
+        (lambda: Stage(weight_decay=-1), "weight_decay must not be negative, got -1"),
+        (lambda: Stage(gradient_clip=-1), "gradient_clip must not be negative, got -1"),
+        (lambda: Stage(patience=-1), "patience must not be negative, got -1"),
+        (
+            lambda: Stage(steps=30, validate_every=8),
+            r"steps \(30\) must be a multiple of validate_every \(8\)",
+        ),
+        (
+            lambda: Stage(views=PAIR, objectives=Objectives(item=Item(views=["c"]))),
+            r"the objective item reads the view 'c'; views are \['a', 'b'\]",
+        ),
+        (
+            lambda: Stage(views=PAIR, objectives=Objectives(item=Item(views=["b"]))),
+            "no objective reads the view 'a': it has no effect",
+        ),
+        (lambda: Init(take=["item", "heads"]), "init.take names 'heads', expected some of"),
+        (
+            lambda: Init(take=["items"], freeze=["encoder"]),
+            "init.freeze names 'encoder', which init.take does not: random",
+        ),
+        (lambda: Init(patch=-1), "init.patch must not be negative, got -1"),
         (lambda: Protocol(candidates="ful"), "candidates must be one of"),
-        (lambda: Protocol(negatives=0), "evaluation.negatives must be at least 1"),
-        (lambda: Social(hops=3), r"hops must be one of \[0, 1, 2\], got 3"),
-        (lambda: ItemLoss(kind="sampeld"), "kind must be one of"),
-        (lambda: Masking(probability=1.5), r"masking.probability must be in \[0, 1\], got 1.5"),
-        (lambda: Objectives(social_relation=-1.0), "the weight of social_relation is negative"),
+        (
+            lambda: Protocol("sampled", negatives=0),
+            "evaluation.negatives must be at least 1, got 0",
+        ),
+        (lambda: Protocol(friend_negatives=0), "evaluation.friend_negatives must be at least 1"),
+        (lambda: Users(fraction=-0.1), r"users.fraction must be in \(0, 1\], got -0.1"),
+        (lambda: Users(fraction=0.0), r"users.fraction must be in \(0, 1\], got 0.0"),
+        (lambda: Users(fraction=2.0), r"users.fraction must be in \(0, 1\], got 2.0"),
+        (lambda: Friend(hops=3), r"hops must be one of \[0, 1, 2\], got 3"),
+        (lambda: Item(loss="bcd"), "loss must be one of"),
+        (lambda: Sampled(negatives=0), "sampled.negatives must be at least 1, got 0"),
+        (lambda: Mask(share=1.5), r"mask.share must be in \[0, 1\], got 1.5"),
+        (lambda: Mask(replace=0.8, random=0.3), r"mask.replace \+ mask.random must be at most 1"),
+        (lambda: MaskLast(number=0), "mask_last.number must be at least 1, got 0"),
+        (lambda: NextItem(ahead=0), "next_item.ahead must be at least 1, got 0"),
+        (lambda: NextItem(positions="first"), "positions must be one of"),
+        (lambda: Crop(keep=0.0), r"crop.keep must be in \(0, 1\], got 0.0"),
+        (lambda: Reorder(share=1.5), r"reorder.share must be in \(0, 1\], got 1.5"),
+        (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),
+        (lambda: Contrast(views=["a"]), r"contrast compares two views, got \['a'\]"),
+        (
+            lambda: Contrast(views=["a", "b"], temperature=0.0),
+            "contrast.temperature must be above 0, got 0.0",
+        ),
+        (
+            lambda: JointObjective({"friends": Friends(weight=-1.0)}, UserModel(9, MODEL), None),
+            "the weight of friends is -1.0, expected above 0",
+        ),
         (lambda: ModelConfig(width=0), "model.width must be at least 1, got 0"),
         (lambda: ModelConfig(dropout=1.0), r"model.dropout must be in \[0, 1\), got 1.0"),
+        (lambda: ModelConfig(tokens=["mask"]), "model.tokens must be some of cls, sep and ur"),
+        (lambda: Transformer(layers=0), "layers must be at least 1, got 0"),
     ],
 )
 def test_settings_are_checked_where_they_are_made(make, message):
@@ -362,19 +418,51 @@ def test_settings_are_checked_where_they_are_made(make, message):
 def test_pretraining_does_not_see_the_users_that_choose_a_model_of_users(data, fraction):
     """Else a model that remembered their attributes and friends would be chosen for it."""
     dataset = SequenceDataset.load(data)
-    chosen = Recipe(users=Users(fraction=fraction), evaluation=Protocol(candidates="full"))
-    wanted = Objectives(user_attribute=0.3, social_relation=0.5)
-    pretraining = task_data(dataset, chosen, wanted, "recommendation")
-    profile = task_data(dataset, chosen, Objectives(0.0, 1.0), "profile")
-    assert isinstance(profile.evaluator, ProfileEvaluator)
-    judged = profile.evaluator.users
+    joint = Stage(views=UPREC_VIEWS, objectives=UPREC)
+    own = Stage(
+        views={"main": []},
+        objectives=Objectives(user_attributes=UserAttributes()),
+        judge="attributes",
+    )
+    chosen = Recipe(pretraining=joint, profile=own, users=Users(fraction=fraction))
+    pretraining, profile = (stage_data(dataset, chosen, stage) for stage in (joint, own))
+    assert isinstance(profile.judge, AttributesJudge)
+    judged = profile.judge.users
     assert len(judged) == 40 * fraction and not torch.isin(judged, profile.users).any()
     assert torch.isin(judged, pretraining.users).all(), "their sequences are trained on"
     hidden = fraction < 1.0  # with no user held out there is nothing to choose a model for
     rest = profile.users
-    for before, own in zip(pretraining.attributes, profile.attributes, strict=True):
-        assert before.known(judged).any() != hidden and own.known(judged).all()
-        assert torch.equal(before.values[rest], own.values[rest])
-    assert pretraining.friends is not None
-    degrees = np.diff(pretraining.friends.graph.offsets)
+    encoded = zip(pretraining.side.attributes, profile.side.encoded, strict=True)
+    for before, attribute in encoded:
+        assert before.known(judged).any() != hidden and attribute.known(judged).all()
+        assert torch.equal(before.values[rest], attribute.values[rest])
+    assert not any(a.known(judged).any() for a in profile.side.attributes), "it trains without"
+    degrees = np.diff(pretraining.side.graph.offsets)
     assert (degrees[judged].sum() == 0) == hidden and degrees[rest].sum() > 0
+
+
+def test_held_out_users_are_nobody_that_is_trained(data):
+    dataset = SequenceDataset.load(data)
+    users = Users(fraction=0.75, seed=2)
+    trained, rest = select_users(dataset, users), held_out_users(dataset, users)
+    assert len(trained) == 300 and sorted([*trained.tolist(), *rest.tolist()]) == [*range(400)]
+    assert not torch.equal(trained, select_users(dataset, replace(users, seed=3)))
+    with pytest.raises(ValueError, match="users.fraction is 1.0: no user is held out to test on"):
+        held_out_users(dataset, Users())
+
+
+def test_a_stage_takes_freezes_and_patches_the_model_that_it_starts_from(data, tmp_path):
+    """PeterRec: items and encoder as they were, bottlenecks and a new head trained."""
+    pretrained = run(data, tmp_path / "pretrain")
+    init = Init(take=["items", "encoder"], freeze=["items", "encoder"], patch=4)
+    chosen = recipe(init=init, learning_rate=0.01)
+    tuned = run(data, tmp_path / "tuned", chosen, model=pretrained)
+    last, before = trained_weights(tmp_path / "tuned"), pretrained.state_dict()
+    shared = [name for name in before if not name.startswith("item_head.")]
+    assert len(shared) > 10 and all(torch.equal(last[f"model.{n}"], before[n]) for n in shared)
+    patches = [value for name, value in last.items() if ".patches." in name and "up.weight" in name]
+    assert patches and all(value.abs().max() > 0 for value in patches), "they start at 0"
+    assert not torch.equal(last["model.item_head.bias"], before["item_head.bias"])
+    assert tuned.config.encoder.transformer.patch == 4 and pretrained.config == MODEL
+    said = json.loads((tmp_path / "tuned" / "summary.json").read_text())
+    assert said["taken"] == shared and said["trained"] < said["parameters"] / 4

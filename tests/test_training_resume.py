@@ -2,40 +2,38 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
+from dataclasses import replace
 
+import numpy as np
 import polars
 import pytest
-import torch
-from safetensors.torch import load_file
-from test_training import FLAGS, command, data, recipe, run, trained_weights  # noqa: F401
+from builders import (
+    FLAGS,
+    MODEL,
+    Killed,
+    assert_same_weights,
+    command,
+    killed_at,
+    recipe,
+    run,
+    synthetic,
+    trained_weights,
+)
 
-from fastrec.evaluation.protocols import Protocol
-from fastrec.nn.user_model import ModelConfig
-from fastrec.objectives.masked_item import Masking
-from fastrec.training.config import Recipe
-from fastrec.training.module import StageModule
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.training.sweep import sweep
 
-# The first of the four validations finds the best model.
-SPOILS = dict(steps=40, validate_every=10, checkpoint_every=5, learning_rate=0.1)
+# The first of the four validations finds the best model: this rate spoils it.
+SPOILS = dict(steps=40, validate_every=10, checkpoint_every=5, learning_rate=1.0)
 
 
-class Killed(Exception):
-    pass
-
-
-def killed_at(monkeypatch, hook: str, step: int) -> None:
-    """Every later call of `hook` of the training module raises from this global step on."""
-    original = getattr(StageModule, hook)
-
-    def dies(self, *args):
-        if self.global_step >= step:
-            raise Killed
-        return original(self, *args)
-
-    monkeypatch.setattr(StageModule, hook, dies)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return synthetic(tmp_path_factory.mktemp("synthetic"))
 
 
 @pytest.mark.parametrize(
@@ -49,8 +47,8 @@ def killed_at(monkeypatch, hook: str, step: int) -> None:
         pytest.param("validation_step", 30, 2, id="in_the_validation_that_stops"),
     ],
 )
-def test_a_resumed_run_keeps_the_same_model(data, tmp_path, monkeypatch, hook, step, patience):  # noqa: F811
-    stage = recipe(**SPOILS, patience=patience).pretraining
+def test_a_resumed_run_keeps_the_same_model(data, tmp_path, monkeypatch, hook, step, patience):
+    stage = recipe(**SPOILS, patience=patience)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(data, whole, stage)
     with monkeypatch.context() as patch:
@@ -61,35 +59,60 @@ def test_a_resumed_run_keeps_the_same_model(data, tmp_path, monkeypatch, hook, s
     log = polars.read_csv(whole / "metrics" / "version_0" / "metrics.csv")
     scores = log["valid/NDCG@10"].drop_nulls().to_list()
     assert scores[0] == max(scores), "or the resumed run could not forget it"
-    best, resumed = (load_file(path / "model" / "model.safetensors") for path in (whole, cut))
-    assert all(torch.equal(value, resumed[name]) for name, value in best.items())
-    last, again = trained_weights(whole), trained_weights(cut)
-    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(again[n])) for n, v in last.items())
-    assert last["step"] == (30 if patience else 40)
+    assert_same_weights(whole, cut)
+    assert trained_weights(whole)["step"] == (30 if patience else 40)
     said = [json.loads((path / "summary.json").read_text()) for path in (whole, cut)]
     key = "valid NDCG@10"
     assert said[0][key] == said[1][key] and said[0]["steps"] == said[1]["steps"]
 
 
-def test_a_run_is_resumed_with_the_settings_that_it_was_started_with(data, tmp_path):  # noqa: F811
+def test_a_run_is_resumed_with_the_settings_that_it_was_started_with(data, tmp_path):
     folder = tmp_path / "run"
     run(data, folder)
-    with pytest.raises(
-        ValueError,
-        match=r"masking\.probability was 0\.2, not 0\.9, learning_rate was 0\.001, not 0\.1",
-    ):
-        other = recipe(learning_rate=0.1, masking=Masking(probability=0.9)).pretraining
+    other = recipe(learning_rate=0.1, views={"main": [Mask(share=0.9)]})
+    with pytest.raises(ValueError, match="learning_rate was 0.001, not 0.1") as refused:
         run(data, folder, other, resume=True)
-    with pytest.raises(ValueError, match="task was 'recommendation', not 'profile'"):
-        run(data, folder, task="profile", resume=True)
+    assert "0.9" in str(refused.value), "nor are other views the same run"
+    with pytest.raises(ValueError, match="seed was 0, not 1"):
+        run(data, folder, replace(recipe(), seed=1), resume=True)
+    with pytest.raises(ValueError, match="model.dropout was 0.3, not 0.1"):
+        run(data, folder, replace(recipe(), model=replace(MODEL, dropout=0.1)), resume=True)
+    with pytest.raises(ValueError, match="stage was 'pretraining', not 'recommendation'"):
+        both = replace(recipe(), recommendation=recipe().pretraining)
+        run(data, folder, both, stage="recommendation", resume=True)
     before = (folder / "stage.json").read_text()
     assert json.loads(before)["learning_rate"] == 0.001, "what was refused has left no trace"
-    run(data, folder, recipe(steps=40, patience=9).pretraining, resume=True)
+    run(data, folder, recipe(steps=40, patience=9), resume=True)
     assert trained_weights(folder)["step"] == 40
 
 
-def test_a_run_that_stopped_early_is_at_its_end(data, tmp_path):  # noqa: F811
-    stage = recipe(**{**SPOILS, "steps": 100}, patience=2).pretraining
+def test_a_run_is_not_resumed_on_other_events(data, tmp_path):
+    """As many users, items and events, and the same item ids: two events change places."""
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    values = np.load(other / "values.npy")
+    place = int(np.flatnonzero(np.diff(values))[0])
+    values[[place, place + 1]] = values[[place + 1, place]]
+    np.save(other / "values.npy", values)
+    first, second = SequenceDataset.load(data), SequenceDataset.load(other)
+    assert first.schema == second.schema and first.items_hash == second.items_hash
+    run(data, tmp_path / "run", recipe(steps=20))
+    with pytest.raises(ValueError, match="settings: events was '[0-9a-f]+', not '[0-9a-f]+'$"):
+        run(other, tmp_path / "run", resume=True)
+    run(data, tmp_path / "run", resume=True)
+    assert trained_weights(tmp_path / "run")["step"] == 30
+
+
+def test_another_stage_may_change_before_a_run_is_resumed(data, tmp_path):
+    run(data, tmp_path / "run", recipe(steps=20))
+    later = replace(recipe(views={"main": [MaskLast()]}), pretraining=recipe().pretraining)
+    later = replace(later, recommendation=recipe(views={"main": [MaskLast()]}).pretraining)
+    run(data, tmp_path / "run", later, resume=True)
+    assert trained_weights(tmp_path / "run")["step"] == 30
+
+
+def test_a_run_that_stopped_early_is_at_its_end(data, tmp_path):
+    stage = recipe(**{**SPOILS, "steps": 100}, patience=2)
     run(data, tmp_path / "run", stage)
     last, model = (tmp_path / "run" / name for name in ("last.ckpt", "model/model.safetensors"))
     before = trained_weights(tmp_path / "run")["step"], model.read_bytes()
@@ -97,18 +120,18 @@ def test_a_run_that_stopped_early_is_at_its_end(data, tmp_path):  # noqa: F811
     assert before == (trained_weights(tmp_path / "run")["step"], model.read_bytes())
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == before[0] == 30
     with pytest.raises(ValueError, match=r"last\.ckpt holds 30 steps, the run is to have 20"):
-        run(data, tmp_path / "run", recipe(**{**SPOILS, "steps": 20}).pretraining, resume=True)
+        run(data, tmp_path / "run", recipe(**{**SPOILS, "steps": 20}), resume=True)
     assert last.is_file()
 
 
-def test_more_steps_are_another_run_under_a_schedule(data, tmp_path):  # noqa: F811
-    run(data, tmp_path / "run", recipe(schedule="linear").pretraining)
+def test_more_steps_are_another_run_under_a_schedule(data, tmp_path):
+    run(data, tmp_path / "run", recipe(schedule="linear"))
     with pytest.raises(ValueError, match="steps was 30, not 60"):
-        stage = recipe(schedule="linear", steps=60).pretraining
+        stage = recipe(schedule="linear", steps=60)
         run(data, tmp_path / "run", stage, resume=True)
 
 
-def test_a_folder_without_a_checkpoint_can_be_used_again(data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_folder_without_a_checkpoint_can_be_used_again(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         killed_at(patch, "training_step", 3)
         with pytest.raises(Killed):
@@ -118,7 +141,7 @@ def test_a_folder_without_a_checkpoint_can_be_used_again(data, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_sigterm_is_no_success(data, tmp_path):  # noqa: F811
+def test_sigterm_is_no_success(data, tmp_path):
     process = subprocess.Popen(
         command("pretrain", "--data", data, "--output", tmp_path / "run", *FLAGS,
                 "--pretraining.steps=100000"),
@@ -134,14 +157,10 @@ def test_sigterm_is_no_success(data, tmp_path):  # noqa: F811
     assert process.returncode == 143 and "SIGTERM ended the run in" in said
 
 
-def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):
     short = dict(steps=10, batch_size=64, validate_every=5)
-    chosen = Recipe(
-        model=ModelConfig(width=16, layers=1, max_len=12),
-        pretraining=recipe(**short).pretraining,
-        finetuning=recipe(**short, checkpoint_every=100).pretraining,
-        evaluation=Protocol(candidates="full"),
-    )
+    tuning = recipe(**short, views={"main": [MaskLast()]}, checkpoint_every=100).pretraining
+    chosen = replace(recipe(**short), recommendation=tuning)
     ways = {"never": None, "before_a_checkpoint": 3, "after_one": 7}
     for name, step in ways.items():
         with monkeypatch.context() as patch:

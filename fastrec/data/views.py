@@ -11,7 +11,11 @@ from fastrec.random import Rng
 @dataclass(frozen=True)
 class Again:
     """The sequences of another view as they are, with a dropout of their own: first step of its
-    view. View `view` must stand before this one."""
+    view.
+
+    Attributes:
+        view: must stand before this one.
+    """
 
     view: str = ""
 

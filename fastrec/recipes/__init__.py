@@ -54,12 +54,13 @@ def load(name_or_file: str, *below: Path) -> dict:
         return values
     # A file names its base as a recipe, or relative to itself.
     beside = file.parent / str(base)
-    return _merged(load(str(beside) if beside.is_file() else str(base), *below, file), values)
+    return merged(load(str(beside) if beside.is_file() else str(base), *below, file), values)
 
 
-def _merged(base: dict, values: dict) -> dict:
+def merged(base: dict, values: dict) -> dict:
+    """Groups of keys are merged; lists and values of `values` replace those of `base`."""
     out = dict(base)
     for name, value in values.items():
         both = isinstance(value, dict) and isinstance(out.get(name), dict)
-        out[name] = _merged(out[name], value) if both else value
+        out[name] = merged(out[name], value) if both else value
     return out

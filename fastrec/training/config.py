@@ -145,8 +145,8 @@ class Users:
     "attributes" and "friends".
 
     Attributes:
-        fraction: a random share of the users.
-        seed: of the choice.
+        fraction: of all users, drawn at random.
+        seed: of the draw.
     """
 
     fraction: float = 1.0
@@ -162,6 +162,7 @@ class Recipe:
     """A system: a model and the stages that train it.
 
     Attributes:
+        model: sizes of the user model.
         pretraining: the first stage.
         recommendation: fine-tuning for the next item.
         profile: fine-tuning for user attributes.

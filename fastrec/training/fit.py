@@ -181,7 +181,11 @@ def _trainer(
     if progress:
         callbacks.append(RichProgressBar())
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for noise in (".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*"):
+    noises = (
+        ".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*",
+        ".*your dataloader is not resumable.*",  # it is: the batch of a step is a function of it
+    )  # fmt: skip
+    for noise in noises:
         warnings.filterwarnings("ignore", noise)
     devices = max(1, torch.cuda.device_count()) if stage.devices == "auto" else int(stage.devices)
     return lightning.Trainer(
@@ -192,7 +196,6 @@ def _trainer(
         # item prediction has no gradient, and DDP would wait for it.
         strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
         precision=stage.precision,
-        gradient_clip_val=stage.gradient_clip or None,
         callbacks=callbacks,
         logger=[
             # Lightning deletes the CSV of an earlier run in the same folder: a new one each time.

@@ -88,6 +88,14 @@ class StageModule(lightning.LightningModule):
             return batch  # a graph takes it from the host
         return {name: view.to(device) for name, view in batch.items()}
 
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
+        # Lightning's own refuses a fused optimizer in mixed precision, for the sake of a loss
+        # scale that bfloat16 does not need.
+        if self.stage.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self.stage.gradient_clip)
+
     def configure_optimizers(self):
         stage = self.stage
         optimizer = torch.optim.AdamW(

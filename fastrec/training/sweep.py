@@ -24,17 +24,14 @@ def with_value(recipe, key: str, value):
     """
     name, _, rest = key.partition(".")
     if isinstance(recipe, list):
-        if not name.isdigit() or int(name) >= len(recipe):
-            raise ValueError(f"{name!r} is no place in a list of {len(recipe)}")
-        changed = with_value(recipe[int(name)], rest, value) if rest else value
-        return [changed if i == int(name) else old for i, old in enumerate(recipe)]
-    if isinstance(recipe, dict):
-        known = list(recipe)
+        parts = {str(i): part for i, part in enumerate(recipe)}
+    elif isinstance(recipe, dict):
+        parts = recipe
     else:
-        known = [field.name for field in dataclasses.fields(recipe)]
-    if name not in known:
-        raise ValueError(f"{name!r} is no key of {type(recipe).__name__}; those are {known}")
-    old = recipe[name] if isinstance(recipe, dict) else getattr(recipe, name)
+        parts = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    if name not in parts:
+        raise ValueError(f"{name!r} is no key of {type(recipe).__name__}; those are {[*parts]}")
+    old = parts[name]
     if dataclasses.is_dataclass(old) or isinstance(old, (dict, list)):
         if not rest:
             raise ValueError(f"{name!r} is a group of keys: {name}.KEY")
@@ -49,6 +46,8 @@ def with_value(recipe, key: str, value):
             )
     if isinstance(recipe, dict):
         return {**recipe, name: new}
+    if isinstance(recipe, list):
+        return [*({**parts, name: new}).values()]
     return dataclasses.replace(recipe, **{name: new})
 
 

@@ -41,7 +41,7 @@ class Step:
     again: Again | None = None
 
     def __post_init__(self):
-        part_of(self)
+        _ = self.part  # raises for none or several
 
     @cached_property
     def part(self):
