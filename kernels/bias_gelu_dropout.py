@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.rows import dense, row_ranges, rows_of
-from fastrec.kernels.tiles import round_to
+from fastrec.kernels.common.dropout import row_mask
+from fastrec.kernels.common.rows import dense, row_ranges, rows_of
+from fastrec.kernels.common.tiles import round_to
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.philox import draws, philox_key
-from fastrec.kernels.tiles import LOG2E, allow_tf32, dot, round_to
+from fastrec.kernels.common.philox import draws, philox_key
+from fastrec.kernels.common.tiles import LOG2E, allow_tf32, dot, round_to
 
 SITE = tl.constexpr(1)  # "attention" of fastrec.random.SITES
 

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
-from fastrec.kernels.runs import BLOCK_T, add_runs, carry_kernel
-from fastrec.kernels.tiles import round_to
+from fastrec.kernels.common.dropout import row_mask
+from fastrec.kernels.common.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.common.runs import BLOCK_T, add_runs, carry_kernel
+from fastrec.kernels.common.tiles import round_to
 
 
 @triton.jit

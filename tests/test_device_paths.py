@@ -23,8 +23,9 @@ from fastrec.random import Rng, draws, dropout_arguments, keep_mask
 
 pytest.importorskip("triton")
 WRITTEN = [t for t in TYPES if t.name in ("float32", "bfloat16", "bfloat16_input_float32_table")]
+PREFIX = "fastrec.kernels."
 # On a GPU `linear` is PyTorch's own, and `gelu_ffn` is made of other ops.
-WITH_KERNELS = [op for op in OPS if importlib.util.find_spec(f"fastrec.kernels.{op.name}")]
+WITH_KERNELS = [op for op in OPS if importlib.util.find_spec(PREFIX + op.name)]
 
 
 class Recorder:
@@ -54,9 +55,9 @@ class Recorder:
 def launches(monkeypatch):
     """Names of the kernels launched; backend "triton" on meta tensors reaches the launchers."""
     seen: list = []
-    names = [found.name for found in pkgutil.iter_modules(fastrec.kernels.__path__)]
+    names = [found.name for found in pkgutil.walk_packages(fastrec.kernels.__path__, PREFIX)]
     # All of them first: one imports kernels of another, which must not be recorders by then.
-    for kernels in [importlib.import_module(f"fastrec.kernels.{name}") for name in names]:
+    for kernels in [importlib.import_module(name) for name in names]:
         for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
             monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), seen))
     monkeypatch.setattr("fastrec.backend.interpreting", lambda: True)

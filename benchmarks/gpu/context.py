@@ -52,7 +52,7 @@ def environment(device: str) -> dict:
 def _code() -> str:
     """A digest of the sources whose times are measured; the results file is no part of it."""
     digest = hashlib.sha256()
-    for path in sorted((*ROOT.glob("kernels/*.py"), *ROOT.glob("fastrec/[onr]*/*.py"))):
+    for path in sorted((*ROOT.glob("kernels/**/*.py"), *ROOT.glob("fastrec/[onr]*/**/*.py"))):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:10]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views_of
 
 OP = "dropout_add_layer_norm"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.random import Rng, check_views, keep_mask, threshold, views_of
 
 OP = "jagged_attention"

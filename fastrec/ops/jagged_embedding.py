@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype, check_range
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.arguments import accumulate_dtype, check_range
+from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.random import Rng, dropout_arguments, keep_mask, views_of
 
 OP = "jagged_embedding"

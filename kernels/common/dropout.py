@@ -6,7 +6,7 @@ Legend: R rows, G groups of 16 consecutive columns.
 import triton
 import triton.language as tl
 
-from fastrec.kernels.philox import draws, philox_key
+from fastrec.kernels.common.philox import draws, philox_key
 
 
 @triton.jit
