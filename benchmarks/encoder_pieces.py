@@ -61,9 +61,7 @@ def _call(case: str, reference: bool = False, p: float = P) -> Callable:
     def run(*inputs):
         events, device = len(inputs[0]), inputs[0].device
         index = torch.arange(events, device=device)
-        options = dict(
-            dropout_p=p, rng=Rng(5, 7), sample_ids=index // LENGTH, positions=index % LENGTH
-        )
+        options = dict(dropout_p=p, rng=Rng(5, 7), keys=index // LENGTH, positions=index % LENGTH)
         if case == EMBEDDING:
             values, weight, position_weight, norm_weight, norm_bias = inputs
             return function(

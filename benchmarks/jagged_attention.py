@@ -84,7 +84,7 @@ def _fastrec(function: Callable, p: float = P, **options) -> Callable:
             max_seq_len=longest,
             dropout_p=p,
             rng=Rng(5, 7),
-            sample_ids=torch.arange(len(offsets) - 1, device=offsets.device),
+            keys=torch.arange(len(offsets) - 1, device=offsets.device),
             **options,
         )
 

@@ -74,7 +74,7 @@ def test_leave_one_out(dataset, name):
     assert dataset.split_lengths(name).tolist() == [len(s or ()) for s in INPUTS[name]]
     batch = dataset.gather(users, name)
     assert split(batch) == [INPUTS[name][u] for u in users]
-    assert batch.sample_ids.tolist() == users
+    assert batch.keys.tolist() == users
     flat = [item for sequence in INPUTS[name] for item in sequence or ()]
     assert dataset.item_counts(name).tolist() == [flat.count(item) for item in range(V)]
 
@@ -89,8 +89,8 @@ def test_targets(dataset):
 def test_gather_by_hand(dataset):
     batch = dataset.gather([5, 0], "test", 3, cls_id=CLS, sep_id=SEP, append=MASK)
     assert split(batch) == [[CLS, 1, 2, MASK, SEP], [CLS, 4, 1, MASK, SEP]]
-    assert batch.sample_ids.tolist() == [5, 0] and batch.max_seq_len == 5
-    assert batch.values.dtype == batch.offsets.dtype == batch.sample_ids.dtype == torch.int64
+    assert batch.keys.tolist() == [5, 0] and batch.max_seq_len == 5
+    assert batch.values.dtype == batch.offsets.dtype == batch.keys.dtype == torch.int64
     assert split(dataset.gather([0, 0], "train", 2)) == [[1, 4], [1, 4]]
     assert split(dataset.gather([3], "train", cls_id=CLS)) == [[CLS]]
     assert split(dataset.gather([0], "test", 1, append=MASK)) == [[MASK]]
@@ -133,7 +133,7 @@ def test_gather_against_one_user_at_a_time(sequences, name, max_len, special, da
         torch.tensor(users, dtype=torch.int64), name, max_len, cls_id=cls_id, sep_id=sep_id,
         append=append,
     )  # fmt: skip
-    assert split(batch) == expected and batch.sample_ids.tolist() == users
+    assert split(batch) == expected and batch.keys.tolist() == users
     if users:
         assert batch.max_seq_len == max(map(len, expected))
 

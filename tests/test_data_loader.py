@@ -8,7 +8,7 @@ import torch
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.loader import SequenceLoader, epoch_order
-from fastrec.random import draws, sort_keys
+from fastrec.random import Rng, draws, sort_keys
 
 
 @pytest.fixture
@@ -22,15 +22,15 @@ def dataset():
 
 
 def users_of(batches):
-    return [user for batch in batches for user in batch.sample_ids.tolist()]
+    return [user for batch in batches for user in batch.keys.tolist()]
 
 
 def ids(batches):
-    return [batch.sample_ids.tolist() for batch in batches]
+    return [batch.keys.tolist() for batch in batches]
 
 
 def same(one, other):
-    tensors = ("values", "offsets", "sample_ids")
+    tensors = ("values", "offsets", "keys")
     return one.max_seq_len == other.max_seq_len and all(
         torch.equal(getattr(one, name), getattr(other, name)) for name in tensors
     )
@@ -56,9 +56,10 @@ def test_the_order_is_pinned():
 
 def test_the_keys_are_those_of_the_contract():
     sample = torch.arange(50) + (1 << 31)
-    lanes = [draws(7, 3, sample, 0, torch.full((50,), col), site="epoch_order") for col in range(4)]
+    rng, cols = Rng(7, 3), [torch.full((50,), col) for col in range(4)]
+    lanes = [draws(rng, sample, 0, col, site="epoch_order") for col in cols]
     words = (lanes[0] | lanes[1] << 16, lanes[2] | lanes[3] << 16)
-    keys = sort_keys(7, 3, sample, site="epoch_order")
+    keys = sort_keys(rng, sample, site="epoch_order")
     assert torch.equal(keys, (words[0] >> 1) << 31 | (words[1] >> 1))
 
 

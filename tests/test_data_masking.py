@@ -1,5 +1,6 @@
 """Corruptions: the masks of the Philox contract, alone, in any batch, padded or jagged."""
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -10,19 +11,19 @@ from hypothesis import strategies as st
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.corruptions import mask_items, mask_last
-from fastrec.random import draws, threshold
+from fastrec.random import Rng, draws, threshold
 
 V = 1_000
 MASK, CLS, SEP = V, V + 1, V + 2
 
 
-def batch_of(sequences, sample_ids=None):
+def batch_of(sequences, keys=None):
     offsets = torch.tensor([0, *np.cumsum([len(s) for s in sequences])])
     values = torch.tensor([item for s in sequences for item in s], dtype=torch.int64)
-    if sample_ids is None:
-        sample_ids = range(len(sequences))
+    if keys is None:
+        keys = range(len(sequences))
     longest = max((len(s) for s in sequences), default=0)
-    return JaggedBatch(values, offsets, torch.tensor(list(sample_ids), dtype=torch.int64), longest)
+    return JaggedBatch(values, offsets, torch.tensor(list(keys), dtype=torch.int64), longest)
 
 
 def split(batch):
@@ -41,12 +42,12 @@ def mask(batch, probability=0.2, **options):
     return mask_items(batch, probability=probability, **options)
 
 
-def naive_mask(sequence, sample_id, *, seed, step, probability, view, force_one):
+def naive_mask(sequence, key, *, seed, step, probability, force_one):
     """Positions to mask, one event at a time."""
 
     def draw(site, position):
-        args = (torch.tensor([sample_id]), 0, torch.tensor([position]))
-        return int(draws(seed, step, *args, site=site, view=view))
+        args = (torch.tensor([key]), 0, torch.tensor([position]))
+        return int(draws(Rng(seed, step), *args, site=site))
 
     real = [place for place, item in enumerate(sequence) if item < V]
     chosen = [place for place in real if draw("mask_item", place) < threshold(probability)]
@@ -59,28 +60,27 @@ def naive_mask(sequence, sample_id, *, seed, step, probability, view, force_one)
 @pytest.mark.parametrize("view", [0, 3])
 def test_mask_items_against_one_event_at_a_time(view, force_one):
     sequences = [*random_sequences(60), [], [CLS, SEP], [7]]
-    ids = [11 * number + (1 << 33) for number in range(len(sequences))]
+    ids = [11 * number + (view << 32) for number in range(len(sequences))]
     batch = batch_of(sequences, ids)
-    masked, rows, targets = mask(batch, view=view, force_one=force_one)
+    masked, rows, targets = mask(batch, force_one=force_one)
     expected, places, items = [], [], []
     for start, sequence, sample in zip(batch.offsets.tolist(), sequences, ids, strict=False):
-        chosen = naive_mask(
-            sequence, sample, seed=3, step=5, probability=0.2, view=view, force_one=force_one
-        )
+        chosen = naive_mask(sequence, sample, seed=3, step=5, probability=0.2, force_one=force_one)
         expected.append([MASK if p in chosen else item for p, item in enumerate(sequence)])
         places += [start + p for p in chosen]
         items += [sequence[p] for p in chosen]
     assert split(masked) == expected
     assert rows.tolist() == places and targets.tolist() == items
     assert rows.dtype == targets.dtype == torch.int64
-    assert masked.offsets is batch.offsets and masked.sample_ids is batch.sample_ids
+    assert masked.offsets is batch.offsets and masked.keys is batch.keys
     assert split(batch) == sequences, "the input is not changed"
 
 
 def test_the_exact_mask_of_a_small_batch():
     """Pins the contract: these rows must not move with a new version of anything."""
-    batch = batch_of([list(range(8)), list(range(8)), list(range(5))], [0, 1, 2])
-    got = {view: mask(batch, view=view)[1].tolist() for view in (0, 1)}
+    sequences = [list(range(8)), list(range(8)), list(range(5))]
+    batches = {view: batch_of(sequences, [view << 32 | i for i in range(3)]) for view in (0, 1)}
+    got = {view: mask(batch)[1].tolist() for view, batch in batches.items()}
     assert got == {0: [2, 7, 8, 11, 17], 1: [2, 12, 18, 19, 20]}
 
 
@@ -100,7 +100,7 @@ def test_the_mask_of_a_padded_batch():
     batch = batch_of(sequences)
     length = 16
     samples, columns = torch.arange(40)[:, None], torch.arange(length)[None, :]
-    grid = draws(3, 5, samples.expand(40, length), 0, columns, site="mask_item")
+    grid = draws(Rng(3, 5), samples.expand(40, length), 0, columns, site="mask_item")
     hit = (grid < threshold(0.2)) & (columns < batch.lengths[:, None])
     rows = mask(batch, force_one=False)[1]
     found = torch.stack((batch.segment_ids()[rows], batch.positions()[rows]), dim=1)
@@ -112,8 +112,9 @@ def test_masks_depend_on_seed_step_and_view():
     rows = mask(batch)[1]
     assert torch.equal(rows, mask(batch)[1])
     assert torch.equal(rows, mask(batch, seed=torch.tensor(3), step=torch.tensor(5))[1])
-    for other in ({"seed": 4}, {"step": 6}, {"view": 1}, {"seed": 3 + (1 << 32)}):
+    for other in ({"seed": 4}, {"step": 6}, {"seed": 3 + (1 << 32)}):
         assert not torch.equal(rows, mask(batch, **other)[1]), other
+    assert not torch.equal(rows, mask(dataclasses.replace(batch, keys=batch.keys + (1 << 32)))[1])
 
 
 def chi_square(counts, expected):
@@ -215,7 +216,7 @@ def test_mask_items_arguments():
         mask(batch, replace_probability=0.9, random_probability=0.2)
     with pytest.raises(ValueError, match="negative"):
         mask(batch, replace_probability=-0.1)
-    long = JaggedBatch(batch.values, batch.offsets, batch.sample_ids, 65_537)
+    long = JaggedBatch(batch.values, batch.offsets, batch.keys, 65_537)
     with pytest.raises(ValueError, match="65536 events, got 65537"):
         mask(long)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrec.data.negatives import UNIT, NegativeSampler
-from fastrec.random import draws
+from fastrec.random import Rng, draws
 
 
 def probabilities(sampler: NegativeSampler) -> np.ndarray:
@@ -110,7 +110,7 @@ def test_words_are_those_of_the_contract():
     sample, position = torch.tensor([77]), torch.tensor([6])
     got = sampler.own(5, 3, 8, sample, position)[0]
     col = torch.arange(20)
-    half = draws(3, 8, sample, position, col, site="negatives_own")
+    half = draws(Rng(3, 8), sample, position, col, site="negatives_own")
     word = half[0::2] | half[1::2] << 16
     assert got.tolist() == (word[0::2] * (1 << 20) >> 32).tolist()
 

@@ -32,7 +32,7 @@ def take(batch: JaggedBatch, order: list[int]) -> tuple[JaggedBatch, torch.Tenso
     lengths = batch.lengths[order]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     return (
-        JaggedBatch(batch.values[events], offsets, batch.sample_ids[order], int(lengths.max())),
+        JaggedBatch(batch.values[events], offsets, batch.keys[order], int(lengths.max())),
         events,
     )
 
@@ -110,7 +110,7 @@ def test_attention_gradient_and_empty_sequences():
             max_seq_len=9,
             dropout_p=0.25,
             rng=Rng(3, 4),
-            sample_ids=torch.arange(6),
+            keys=torch.arange(6),
         )
 
     assert torch.autograd.gradcheck(run, (q, k, v))
@@ -136,7 +136,7 @@ def test_errors_name_the_problem():
     with pytest.raises(ValueError, match=r"\[CLS\] stands first"):
         UserModel(9, ModelConfig(causal=True))
     x = torch.zeros(3, 2, 4)
-    with pytest.raises(ValueError, match="needs rng and sample_ids"):
+    with pytest.raises(ValueError, match="needs rng and keys"):
         jagged_attention(x, x, x, torch.tensor([0, 3]), max_seq_len=3, dropout_p=0.1)
     with pytest.raises(RuntimeError, match="unknown backend"):
         jagged_attention(x, x, x, torch.tensor([0, 3]), max_seq_len=3, backend="c++")
@@ -178,7 +178,7 @@ def test_views_are_separate_calls(backend, pre_norm, monkeypatch):
     on_backend(monkeypatch, backend)
     config = ModelConfig(width=32, max_len=70, dropout=0.4, pre_norm=pre_norm, ffn_width=48)
     model = UserModel(50, config)
-    batch, views, first = jagged([5, 1, 33, 8, 0, 9, 60], first_id=2**33), 3, 7
+    batch, views = jagged([5, 1, 33, 8, 0, 9, 60], first_id=7 << 32 | 2**31), 3
     upstream = torch.randn(views, len(batch.values), 32)
 
     def gradients(*states):
@@ -189,14 +189,18 @@ def test_views_are_separate_calls(backend, pre_norm, monkeypatch):
         model.zero_grad(set_to_none=True)
         return grads
 
-    together = model.encode(batch, Rng(3, 4, view=first), views=views)
-    alone = [model.encode(batch, Rng(3, 4, view=first + i)) for i in range(views)]
+    rng, copies = Rng(3, 4), batch.as_views(views)
+    together = model.encode(copies, rng)
+    alone = [
+        model.encode(dataclasses.replace(batch, keys=keys), rng)
+        for keys in copies.keys.chunk(views)
+    ]
     assert together.shape == (views * len(batch.values), 32)
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(alone[0], alone[1])
     exact = UserModel(50, config).double()
     exact.load_state_dict(model.state_dict())
-    wide = exact.encode(batch, Rng(3, 4, view=first), views=views)
+    wide = exact.encode(copies, rng)
     wide.backward(upstream.flatten(0, 1).double())
     expected = [p.grad for p in exact.encoder.parameters()] + [exact.item_embedding.weight.grad]
     for one, sum_of, truth in zip(gradients(together), gradients(*alone), expected, strict=True):
@@ -207,8 +211,9 @@ def test_views_are_separate_calls(backend, pre_norm, monkeypatch):
 def test_views_without_dropout_are_copies():
     model, batch = UserModel(50, ModelConfig(width=16)), jagged([3, 0, 7])
     states = model.encode(batch)
-    assert torch.equal(model.encode(batch, views=2), torch.cat([states, states]))
-    pooled = max_pool(model.encode(batch, views=2), batch.repeat(2), 50)
+    twice = batch.as_views(2)
+    assert torch.equal(model.encode(twice), torch.cat([states, states]))
+    pooled = max_pool(model.encode(twice), twice, 50)
     assert torch.equal(pooled, max_pool(states, batch, 50).repeat(2, 1))
 
 
@@ -217,27 +222,19 @@ def test_views_launch_every_kernel_once(monkeypatch):
     counts = []
     for views in (1, 4):
         with torch.profiler.profile() as profile:
-            model.encode(batch, Rng(1, 2), views=views).sum().backward()
+            model.encode(batch.as_views(views), Rng(1, 2)).sum().backward()
         names = [event.key for event in profile.key_averages() if event.key.startswith("fastrec::")]
         counts.append({e.key: e.count for e in profile.key_averages() if e.key in names})
     assert counts[0] == counts[1] and len(counts[0]) >= 8
 
 
-def test_repeated_batch():
+def test_batch_as_views():
     batch = dataclasses.replace(jagged([2, 0, 3], first_id=5), columns={"age": torch.arange(3)})
-    twice = batch.repeat(2)
+    twice = batch.as_views(2)
     assert twice.offsets.tolist() == [0, 2, 2, 5, 7, 7, 10]
     assert twice.positions().tolist() == batch.positions().tolist() * 2
-    assert twice.sample_ids.tolist() == [5, 6, 7] * 2 and len(twice) == 6
-    assert twice.columns["age"].tolist() == [0, 1, 2] * 2 and batch.repeat(1) is batch
-
-
-@pytest.mark.parametrize(
-    "views, view, message", [(0, 0, "views must be at least 1"), (3, 65534, "view 65536")]
-)
-def test_views_out_of_range(views, view, message):
-    with pytest.raises(ValueError, match=message):
-        UserModel(50, ModelConfig(width=8)).encode(jagged([3]), Rng(1, 2, view), views=views)
+    assert twice.keys.tolist() == [5, 6, 7, *(1 << 32 | i for i in (5, 6, 7))] and len(twice) == 6
+    assert twice.columns["age"].tolist() == [0, 1, 2] * 2 and batch.as_views(1) is batch
 
 
 def shuffled(batch: JaggedBatch, seed: int) -> tuple[JaggedBatch, torch.Tensor]:
@@ -271,7 +268,7 @@ def padded(batch: JaggedBatch, length: int, fill: int) -> tuple[JaggedBatch, tor
     values = torch.full(real.shape, fill)
     values[real] = batch.values
     offsets = torch.arange(len(batch) + 1) * length
-    return JaggedBatch(values.flatten(), offsets, batch.sample_ids, length), real.flatten()
+    return JaggedBatch(values.flatten(), offsets, batch.keys, length), real.flatten()
 
 
 def test_padding_behind_changes_no_bit_where_nobody_looks_ahead():
@@ -302,7 +299,7 @@ def test_jagged_is_padded(pre_norm):
         p = (q @ k.transpose(2, 3) / 12**0.5).masked_fill(~inside, -torch.inf).softmax(-1)
         place = torch.arange(60)
         keep, scale = keep_mask(
-            rng, 0.4, batch.sample_ids[:, None, None], place, 60, site="attention", layer=index,
+            rng, 0.4, batch.keys[:, None, None], place, 60, site="attention", layer=index,
             head=torch.arange(2)[:, None],
         )  # fmt: skip
         mixed = (p.nan_to_num() * keep * scale) @ v
@@ -357,14 +354,13 @@ def test_autocast_on_a_cpu(backend, pre_norm, monkeypatch):
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("views", [1, 2])
-def test_compiled_without_graph_break(pre_norm, views):
+def test_compiled_without_graph_break(pre_norm):
     config = ModelConfig(width=16, max_len=70, dropout=0.4, pre_norm=pre_norm)
     model, rng = UserModel(50, config), Rng(5, 7)
     torch._dynamo.reset()
     compiled = torch.compile(model.encode, fullgraph=True, backend="aot_eager")
     for batch in (jagged(LENGTHS), jagged([4, 7, 2])):
-        expected, actual = model.encode(batch, rng, views), compiled(batch, rng, views)
+        expected, actual = model.encode(batch, rng), compiled(batch, rng)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
         wanted, found = gradients(model, expected), gradients(model, actual)
         assert wanted.keys() == found.keys()

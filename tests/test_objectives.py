@@ -56,7 +56,7 @@ def test_max_pool_takes_items_only_and_spreads_the_gradient_to_the_maximum():
     batch = JaggedBatch(
         values=torch.tensor([9, 3, 4, 8, 9, 8]),  # items 0..7; the last user has none
         offsets=torch.tensor([0, 4, 6]),
-        sample_ids=torch.arange(2),
+        keys=torch.arange(2),
         max_seq_len=4,
     )
     states = torch.tensor([[9.0, 9], [1, 5], [2, -5], [7, 7], [8, 8], [8, 8]], requires_grad=True)
@@ -167,7 +167,7 @@ def test_the_joint_loss_is_the_weighted_sum_from_one_encoder_pass(monkeypatch):
             for a, b in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True)
         ]
     )
-    users = batch.sample_ids
+    users = batch.keys
     age, city = joint.user_attribute.linear(pooled).split([1, 3], 1)
     known = ~AGE.values[users].isnan()
     uap = F.huber_loss(age.squeeze(1)[known], AGE.values[users][known])
@@ -196,7 +196,7 @@ def test_friends_from_outside_the_batch_are_encoded_once_and_may_train_the_rest_
     model = model_of()
     loader = loader_of(model, users=[1, 5], batch_size=2, shuffle=False)
     batch = loader.batch_at(0)
-    assert batch.own == 2 and len(batch) == 3 and batch.sample_ids[2] in (0, 2)
+    assert batch.own == 2 and len(batch) == 3 and batch.keys[2] in (0, 2)
     assert len(batch.columns["city"]) == 3
     own = loader_of(model, users=[1, 5], batch_size=2, shuffle=False, friends=None).batch_at(0)
     for friends_in_all in (True, False):
@@ -219,7 +219,7 @@ def test_without_masked_items_nothing_is_masked():
     joint = JointObjective(weights, model, [CITY])
     (term,) = joint(model, batch, Masking(), 0, 0)
     cls = model.encode(batch)[batch.offsets[:-1]]
-    logits, target = joint.user_attribute.linear(cls), CITY.values[batch.sample_ids]
+    logits, target = joint.user_attribute.linear(cls), CITY.values[batch.keys]
     torch.testing.assert_close(term.loss, F.cross_entropy(logits, target, ignore_index=-1))
 
 
@@ -251,10 +251,7 @@ def test_sampled_item_loss_in_the_joint_objective(shared, loss):
         negatives = sampler.shared(6, 3, 5)
     else:
         negatives = torch.cat(
-            [
-                sampler.own(6, 3, 5, batch.sample_ids[i : i + 1], position[i : i + 1])
-                for i in range(6)
-            ]
+            [sampler.own(6, 3, 5, batch.keys[i : i + 1], position[i : i + 1]) for i in range(6)]
         )
     expected = sampled_linear_cross_entropy(
         model.item_head.query(states), model.item_table, targets, negatives,

@@ -84,7 +84,7 @@ def graphs(context: Context) -> None:
         if kwargs.get("rng") is not None:
             step = torch.zeros((), dtype=torch.int64, device=context.device)
             seed = torch.full_like(step, 2**61 + 12345)
-            kwargs["rng"] = Rng(seed, step, kwargs["rng"].view)
+            kwargs["rng"] = Rng(seed, step)
         given = dataclasses.replace(sample, kwargs=kwargs)
 
         def call() -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ class JaggedBatch:
 
     values: int64 [T] item ids in [0, V), special tokens in [V, V + 4).
     offsets: int64 [B + 1], offsets[0] = 0, offsets[B] = T.
-    sample_ids: int64 [B], the global id of each sequence, the key of its randomness.
+    keys: int64 [B], view << 32 | sample id of each sequence: the key of its randomness.
     max_seq_len: upper bound of the sequence lengths, known on the host.
     columns: side columns by name, one row per sequence.
     own: the first `own` sequences are the users of the batch, the others drawn friends; None: all
@@ -24,14 +24,14 @@ class JaggedBatch:
 
     values: Tensor
     offsets: Tensor
-    sample_ids: Tensor
+    keys: Tensor
     max_seq_len: int
     columns: dict[str, Tensor] = field(default_factory=dict)
     own: int | None = None
     pairs: SocialPairs | None = None
 
     def __len__(self) -> int:
-        return self.sample_ids.shape[0]
+        return self.keys.shape[0]
 
     @property
     def lengths(self) -> Tensor:
@@ -50,19 +50,19 @@ class JaggedBatch:
         index = torch.arange(len(self), device=self.values.device)
         return torch.repeat_interleave(index, self.lengths, output_size=self.values.shape[0])
 
-    def repeat(self, times: int) -> "JaggedBatch":
-        """The batch `times` times, end to end: what `views` of an encoder belong to. `own` and
-        `pairs` speak of one copy and are left out."""
-        if times == 1:
+    def as_views(self, count: int) -> "JaggedBatch":
+        """The batch `count` times, end to end, copy i as view i of it (of the view that it is, plus
+        i). `own` and `pairs` speak of one copy and are left out."""
+        if count == 1:
             return self
-        shift = self.values.shape[0] * torch.arange(times, device=self.values.device)
-        ends = (self.offsets[1:] + shift.unsqueeze(1)).flatten()
+        copy = torch.arange(count, device=self.values.device).unsqueeze(1)
+        ends = (self.offsets[1:] + self.values.shape[0] * copy).flatten()
         return replace(
             self,
-            values=self.values.repeat(times),
+            values=self.values.repeat(count),
             offsets=torch.cat([self.offsets[:1], ends]),
-            sample_ids=self.sample_ids.repeat(times),
-            columns={k: v.repeat(times, *[1] * (v.dim() - 1)) for k, v in self.columns.items()},
+            keys=(self.keys + (copy << 32)).flatten(),
+            columns={k: v.repeat(count, *[1] * (v.dim() - 1)) for k, v in self.columns.items()},
             own=None,
             pairs=None,
         )
@@ -72,7 +72,7 @@ class JaggedBatch:
             self,
             values=self.values.to(device, non_blocking=True),
             offsets=self.offsets.to(device, non_blocking=True),
-            sample_ids=self.sample_ids.to(device, non_blocking=True),
+            keys=self.keys.to(device, non_blocking=True),
             columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
             pairs=None if self.pairs is None else self.pairs.to(device),
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.random import draws, threshold
+from fastrec.random import Rng, draws, threshold
 
 _MAX_POSITIONS = 65536
 
@@ -24,7 +24,6 @@ def mask_items(
     probability: float,
     num_items: int,
     mask_id: int,
-    view: int = 0,
     force_one: bool = True,
     replace_probability: float = 1.0,
     random_probability: float = 0.0,
@@ -33,7 +32,7 @@ def mask_items(
 
     Returns (masked batch, rows int64 [N] ascending, targets int64 [N]).
 
-    Whether an event is chosen depends on (seed, step, sample id, view, position in the sequence)
+    Whether an event is chosen depends on (seed, step, key of the sequence, position there)
     only: a sequence has the same mask in any batch, in any order, on any device. The position
     counts special tokens, so a leading CLS shifts it. Special tokens are never chosen. With
     `force_one`, a sequence that holds items of which none was chosen gets one, drawn uniformly.
@@ -56,19 +55,17 @@ def mask_items(
     if batch.max_seq_len > _MAX_POSITIONS:
         raise ValueError(f"sequences may hold {_MAX_POSITIONS} events, got {batch.max_seq_len}")
     segment, position = batch.segment_ids(), batch.positions()
-    sample = batch.sample_ids[segment]
+    rng, keys = Rng(seed, step), batch.keys[segment]
     real = batch.values < num_items
 
-    drawn = draws(seed, step, sample, 0, position, site="mask_item", view=view)
+    drawn = draws(rng, keys, 0, position, site="mask_item")
     chosen = (drawn < threshold(probability)) & real
     if force_one:
         rank = _running(real)  # number of items before each event, over the whole batch
         items = rank[batch.offsets]
         count = items.diff()
         empty = _running(chosen)[batch.offsets].diff() == 0
-        pick = draws(
-            seed, step, batch.sample_ids, 0, torch.zeros_like(count), site="mask_forced", view=view
-        )
+        pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site="mask_forced")
         forced = items[:-1] + (pick * count >> 16)
         chosen |= real & empty[segment] & (rank[:-1] == forced[segment])
 
@@ -79,7 +76,7 @@ def mask_items(
         return replace(batch, values=masked), rows, targets
 
     def draw(site: str, row: int = 0) -> Tensor:
-        return draws(seed, step, sample[rows], row, position[rows], site=site, view=view)
+        return draws(rng, keys[rows], row, position[rows], site=site)
 
     kind = draw("mask_replace")
     item = (draw("mask_random_item", 0) << 16 | draw("mask_random_item", 1)) * num_items >> 32

@@ -143,7 +143,7 @@ class SequenceDataset:
         users: int64 [B] tensor, array or list of user indices; they may repeat.
         max_len: the most recent max_len items are kept; `append` (a MASK token, say) counts as an
         item, so a full sequence loses its oldest one. cls_id and sep_id are not counted.
-        sample_ids of the batch are the user indices; max_seq_len is the longest sequence in it.
+        keys of the batch are the user indices; max_seq_len is the longest sequence in it.
         The tensors are on the CPU. A user without events in `split` gives an empty sequence in
         "train" and "all"; in "valid" and "test" it has no target and raises ValueError.
         """
@@ -181,7 +181,7 @@ class SequenceDataset:
         return JaggedBatch(
             values=torch.from_numpy(values),
             offsets=torch.from_numpy(offsets),
-            sample_ids=torch.from_numpy(users.copy()),
+            keys=torch.from_numpy(users.copy()),
             max_seq_len=int(kept.max(initial=0)) + before + after,
         )
 

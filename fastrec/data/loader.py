@@ -13,7 +13,7 @@ import torch
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.relations import FriendSampler
-from fastrec.random import sort_keys
+from fastrec.random import Rng, sort_keys
 
 _CHUNK = 1 << 18
 
@@ -28,7 +28,7 @@ def epoch_order(users: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     keys = np.empty(len(users), dtype=np.int64)
     for start in range(0, len(users), _CHUNK):
         part = torch.from_numpy(users[start : start + _CHUNK])
-        keys[start : start + _CHUNK] = sort_keys(seed, epoch, part, site="epoch_order").numpy()
+        keys[start : start + _CHUNK] = sort_keys(Rng(seed, epoch), part, site="epoch_order").numpy()
     return users[np.lexsort((users, keys))]
 
 

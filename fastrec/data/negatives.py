@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.random import draw_words
+from fastrec.random import Rng, draw_words
 
 UNIT = 1 << 32  # probabilities of a slot in 2^-32
 
@@ -91,17 +91,15 @@ class NegativeSampler:
         zero = torch.zeros((), dtype=torch.int64, device=self.log_q.device)
         return self._draw(number, seed, step, zero, zero, "negatives_shared")
 
-    def own(
-        self, number: int, seed: int, step: int, sample_ids: Tensor, positions: Tensor
-    ) -> Tensor:
+    def own(self, number: int, seed: int, step: int, keys: Tensor, positions: Tensor) -> Tensor:
         """int64 [N, K]: negatives of each row, the event at `positions` [N] of the sequence
-        `sample_ids` [N] (site 29). Positions must be below 65,536."""
-        return self._draw(number, seed, step, sample_ids, positions, "negatives_own")
+        with key `keys` [N] (site 29). Positions must be below 65,536."""
+        return self._draw(number, seed, step, keys, positions, "negatives_own")
 
-    def _draw(self, number, seed, step, sample_ids, positions, site) -> Tensor:
+    def _draw(self, number, seed, step, keys, positions, site) -> Tensor:
         if not 0 < number <= 2 * 65536:
             raise ValueError(f"the number of negatives must be in [1, 131072], got {number}")
-        words = draw_words(seed, step, sample_ids, positions, (number + 1) // 2, site=site)
+        words = draw_words(Rng(seed, step), keys, positions, (number + 1) // 2, site=site)
         pairs = words.unflatten(-1, (-1, 2))[..., :number, :]
         slot = pairs[..., 0] * self.num_items >> 32
         if self.threshold is None or self.alias is None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.random import draws
+from fastrec.random import Rng, draws
 
 HOPS = (0, 1, 2)
 _BLOCK = 1 << 18  # flags of a block of queries: they stay in the cache
@@ -124,7 +124,7 @@ class SocialGraph:
         rows = np.flatnonzero(degree)
         sample, zero = torch.from_numpy(users[rows]), torch.zeros(len(rows), dtype=torch.int64)
         high, low = (
-            draws(seed, step, sample, row, zero, site="draw_friend").numpy() for row in (0, 1)
+            draws(Rng(seed, step), sample, row, zero, site="draw_friend").numpy() for row in (0, 1)
         )
         pick = (high << 16 | low) * degree[rows] >> 32
         return rows, self.values[self.offsets[users[rows]] + pick].astype(np.int64)

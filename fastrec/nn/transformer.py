@@ -11,42 +11,37 @@ from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear import linear
-from fastrec.random import Rng, keep_mask, views_of
+from fastrec.random import Rng, keep_mask
 
 
 class EventDropout:
-    """Dropout of [T, D] activations by the Philox contract: the key of an element is its sample id,
-    its position in the sequence and its feature. Without `rng` it is the identity.
-
-    `batch` may be `views` copies of one batch (`JaggedBatch.repeat`): copy i is view rng.view + i.
+    """Dropout of [T, D] activations by the Philox contract: an element is known by the key of its
+    sequence, its position there and its feature. Without `rng` it is the identity.
     """
 
-    def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None, views: int = 1):
+    def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None):
         self.rng = rng.pinned(batch.offsets.device) if rng and p > 0.0 else None
-        self.views = views
         self.p = p if self.rng else 0.0
         self.positions = batch.positions()
-        self.sample_ids = batch.sample_ids[batch.segment_ids()] if self.rng else None
+        self.keys = batch.keys[batch.segment_ids()] if self.rng else None
 
     def at(self, site: str, layer: int = 0) -> dict:
         """The dropout arguments of a fused op."""
         return dict(
             dropout_p=self.p,
             rng=self.rng,
-            sample_ids=self.sample_ids,
+            keys=self.keys,
             positions=self.positions,
             site=site,
             layer=layer,
-            views=self.views,
         )
 
     def __call__(self, x: Tensor, site: str, layer: int = 0) -> Tensor:
-        if self.rng is None or self.sample_ids is None:
+        if self.rng is None or self.keys is None:
             return x
         keep, scale = keep_mask(
-            self.rng, self.p, self.sample_ids, self.positions, x.shape[1], site=site, layer=layer,
-            view=views_of(self.rng, x.shape[0], self.views, x.device),
-        )  # fmt: skip
+            self.rng, self.p, self.keys, self.positions, x.shape[1], site=site, layer=layer
+        )
         return x * (keep * scale).to(x.dtype)
 
 
@@ -96,9 +91,8 @@ class TransformerLayer(nn.Module):
             causal=causal,
             dropout_p=dropout.p,
             rng=dropout.rng,
-            sample_ids=batch.sample_ids,
+            keys=batch.keys,
             layer=layer,
-            views=dropout.views,
         )
         return linear(out.flatten(1), output.weight, output.bias)
 
@@ -179,13 +173,12 @@ class TransformerEncoder(nn.Module):
         batch: JaggedBatch,
         rng: Rng | None = None,
         values: Tensor | None = None,
-        views: int = 1,
     ) -> Tensor:
-        """[T, D] item embeddings to [views T, D] states. `rng` turns dropout on and is its key.
+        """[T, D] item embeddings to [T, D] states. `rng` turns dropout on and is its key.
 
         With `values` int64 [T], `embedded` is a table [V, D] and event t has its row values_t.
-        Block i of the states is, bit for bit, what a call with view `rng.view` + i gives; events
-        are gathered and normalised once, and every later kernel runs once over all views.
+        The states of a sequence do not depend on the others in the batch: those of
+        `batch.as_views(n)` are, bit for bit, those of n calls with a view each.
         Raises ValueError when a sequence is longer than `max_positions`.
         """
         if batch.max_seq_len > self.positions.num_embeddings:
@@ -194,7 +187,6 @@ class TransformerEncoder(nn.Module):
                 f" {self.positions.num_embeddings}"
             )
         dropout = EventDropout(batch, self.dropout, rng)
-        key = dropout.at("embedding") | dict(views=views)
         norm = self.embedding_norm if isinstance(self.embedding_norm, nn.LayerNorm) else None
         x = jagged_embedding(
             values,
@@ -203,11 +195,8 @@ class TransformerEncoder(nn.Module):
             norm_weight=norm.weight if norm else None,
             norm_bias=norm.bias if norm else None,
             eps=norm.eps if norm else 0.0,
-            **key,
+            **dropout.at("embedding"),
         )
-        if views > 1:
-            batch = batch.repeat(views)
-            dropout = EventDropout(batch, self.dropout, rng, views)
         pending = None
         for layer, block in enumerate(self.layers):
             x, pending = block(x, batch, self.causal, dropout, layer, pending)

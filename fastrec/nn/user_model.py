@@ -98,12 +98,9 @@ class UserModel(nn.Module):
         """[V, D], the rows of the embedding that are items."""
         return self.item_embedding.weight[: self.num_items]
 
-    def encode(self, batch: JaggedBatch, rng: Rng | None = None, views: int = 1) -> Tensor:
-        """States [views T, D] of a batch. `rng` turns dropout on and is its key.
-
-        Several views are those of `batch.repeat(views)`: block i is dropped as view `rng.view` + i.
-        """
-        return self.encoder(self.item_embedding.weight, batch, rng, batch.values, views)
+    def encode(self, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
+        """States [T, D] of a batch. `rng` turns dropout on and is its key."""
+        return self.encoder(self.item_embedding.weight, batch, rng, batch.values)
 
     forward = encode  # what a wrapper like DistributedDataParallel calls
 

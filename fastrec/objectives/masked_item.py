@@ -130,9 +130,9 @@ class MaskedItemPrediction(nn.Module):
         elif batch is None:
             raise ValueError("negatives of each row need the batch that the rows are of")
         else:
-            sample_ids = batch.sample_ids[batch.segment_ids()[rows]]
+            keys = batch.keys[batch.segment_ids()[rows]]
             positions = batch.positions()[rows]
-            negatives = self.sampler.own(how.negatives, seed, step, sample_ids, positions)
+            negatives = self.sampler.own(how.negatives, seed, step, keys, positions)
         return model.item_head.sampled_loss(
             masked,
             model.item_table,

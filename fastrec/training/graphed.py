@@ -80,7 +80,7 @@ def padded(prepared: Prepared, capacity: Capacity, length: int, filler: int) -> 
         JaggedBatch(
             _to(batch.values, capacity.events, filler),
             offsets,
-            _to(batch.sample_ids, sequences, 0),
+            _to(batch.keys, sequences, 0),
             length,
             columns,
             pairs=None if batch.pairs is None else _padded_pairs(batch.pairs, capacity),

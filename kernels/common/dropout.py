@@ -11,17 +11,12 @@ from fastrec.kernels.common.philox import draws, philox_key
 
 @triton.jit
 def row_mask(
-    sample_ids, positions, key, row, live, first_group, drop, layer, view, per_view,
+    keys, positions, rng, row, live, first_group, drop, layer,
     SITE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """bool [R, 16 * GROUPS]: what is kept of the rows `row` [R], columns from 16 * first_group.
-
-    `per_view`: rows of one view; the first ones have the number `view`."""
-    seed, step = tl.load(key), tl.load(key + 1)
+    """bool [R, 16 * GROUPS]: what is kept of the rows `row` [R], columns from 16 * first_group."""
+    seed, step = philox_key(tl.load(rng), SITE), tl.load(rng + 1)
     position = tl.load(positions + row, mask=live, other=0)
-    sample_id = tl.load(sample_ids + row, mask=live, other=0)
-    of_row = (row // per_view + view).to(tl.uint32)
-    draw = draws(
-        philox_key(seed, SITE), position, first_group, of_row, layer, 0, sample_id, step, GROUPS
-    )
+    key = tl.load(keys + row, mask=live, other=0)
+    draw = draws(seed, position, first_group, key, layer, 0, step, GROUPS)
     return draw.to(tl.int32) >= drop
