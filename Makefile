@@ -20,7 +20,7 @@ install: .venv/installed  ## create .venv with pinned dependencies and the built
 	@touch $@
 
 # The extension is rebuilt when a source changes, and only then.
-.venv/installed: .venv/dependencies setup.py pyproject.toml $(wildcard csrc/*)
+.venv/installed: .venv/dependencies setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/common/*)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 

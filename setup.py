@@ -1,7 +1,7 @@
 """Build of fastrec: the pure Python package, the Triton kernels and one C++ extension.
 
-`csrc/*.cpp` is globbed. Without a C++ compiler (or with FASTREC_NO_EXTENSION=1) the package still
-installs and the reference backend serves CPU tensors.
+The C++ sources are globbed. Without a C++ compiler (or with FASTREC_NO_EXTENSION=1) the package
+still installs and the reference backend serves CPU tensors.
 """
 
 import os
@@ -21,8 +21,8 @@ def extension_arguments() -> dict:
 
     extension = CppExtension(
         "fastrec._C",
-        sorted(glob("csrc/*.cpp")),
-        include_dirs=[os.path.abspath("csrc")],
+        sorted(glob("csrc/**/*.cpp", recursive=True)),
+        include_dirs=[os.path.abspath("csrc/common")],
         extra_compile_args=[
             "-O3",
             "-fopenmp",
@@ -39,13 +39,24 @@ def extension_arguments() -> dict:
     }
 
 
-PACKAGES = [
-    "", ".ops", ".nn", ".nn.encoders", ".objectives", ".data", ".data.steps", ".evaluation",
-    ".training", ".recipes",
-]  # fmt: skip
+PACKAGES = (
+    "",
+    ".ops",
+    ".ops.common",
+    ".kernels",
+    ".kernels.common",
+    ".nn",
+    ".nn.encoders",
+    ".objectives",
+    ".data",
+    ".data.steps",
+    ".evaluation",
+    ".training",
+    ".recipes",
+)
 
 setup(
-    packages=[f"fastrec{name}" for name in PACKAGES] + ["fastrec.kernels"],
+    packages=[f"fastrec{name}" for name in PACKAGES],
     # `kernels/` stays a top-level folder of the repository but never a top-level package: that name
     # is taken on PyPI and imported by others.
     package_dir={"fastrec": "fastrec", "fastrec.kernels": "kernels"},

@@ -165,20 +165,20 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad_output, const Tenso
 }
 
 Tensor bias_gelu_dropout_fwd(Tensor input, std::optional<Tensor> bias,
-                             std::optional<Tensor> sample_ids, std::optional<Tensor> positions,
-                             std::optional<Tensor> key, int64_t drop, int64_t site, int64_t layer,
-                             int64_t view, int64_t views) {
-  DropoutTensors dropout(sample_ids, positions, key, drop, site, layer, view, views);
+                             std::optional<Tensor> keys, std::optional<Tensor> positions,
+                             std::optional<Tensor> rng, int64_t drop, int64_t site,
+                             int64_t layer) {
+  DropoutTensors dropout(keys, positions, rng, drop, site, layer);
   auto* typed = input.scalar_type() == ScalarType::Double ? forward_typed<double>
                                                           : forward_typed<float>;
   return typed(input, bias, dropout);
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_dropout_bwd(
-    Tensor grad_output, Tensor input, std::optional<Tensor> bias, std::optional<Tensor> sample_ids,
-    std::optional<Tensor> positions, std::optional<Tensor> key, int64_t drop, int64_t site,
-    int64_t layer, int64_t view, int64_t views) {
-  DropoutTensors dropout(sample_ids, positions, key, drop, site, layer, view, views);
+    Tensor grad_output, Tensor input, std::optional<Tensor> bias, std::optional<Tensor> keys,
+    std::optional<Tensor> positions, std::optional<Tensor> rng, int64_t drop, int64_t site,
+    int64_t layer) {
+  DropoutTensors dropout(keys, positions, rng, drop, site, layer);
   auto* typed = input.scalar_type() == ScalarType::Double ? backward_typed<double>
                                                           : backward_typed<float>;
   return typed(grad_output, input, bias, dropout);

@@ -163,10 +163,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_typed(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_fwd(
     Tensor input, std::optional<Tensor> residual, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, double eps, std::optional<Tensor> sample_ids,
-    std::optional<Tensor> positions, std::optional<Tensor> key, int64_t drop, int64_t site,
-    int64_t layer, int64_t view, int64_t views) {
-  DropoutTensors dropout(sample_ids, positions, key, drop, site, layer, view, views);
+    std::optional<Tensor> bias, double eps, std::optional<Tensor> keys,
+    std::optional<Tensor> positions, std::optional<Tensor> rng, int64_t drop, int64_t site,
+    int64_t layer) {
+  DropoutTensors dropout(keys, positions, rng, drop, site, layer);
   auto* typed = input.scalar_type() == ScalarType::Double ? forward_typed<double>
                                                           : forward_typed<float>;
   return typed(input, residual, weight, bias, eps, dropout);
@@ -175,9 +175,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_bwd(
     std::optional<Tensor> grad_output, std::optional<Tensor> grad_sum, Tensor sum, Tensor mean,
     Tensor rstd, std::optional<Tensor> weight, std::optional<Tensor> bias, ScalarType input_dtype,
-    std::optional<Tensor> sample_ids, std::optional<Tensor> positions, std::optional<Tensor> key,
-    int64_t drop, int64_t site, int64_t layer, int64_t view, int64_t views) {
-  DropoutTensors dropout(sample_ids, positions, key, drop, site, layer, view, views);
+    std::optional<Tensor> keys, std::optional<Tensor> positions, std::optional<Tensor> rng,
+    int64_t drop, int64_t site, int64_t layer) {
+  DropoutTensors dropout(keys, positions, rng, drop, site, layer);
   auto* typed = sum.scalar_type() == ScalarType::Double ? backward_typed<double>
                                                         : backward_typed<float>;
   return typed(grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype, dropout);

@@ -37,27 +37,26 @@ Heads heads_of(const Tensor& packed, int64_t index) {
 template <class T>
 struct Problem {
   Problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& offsets,
-          const std::optional<Tensor>& sample_ids, const std::optional<Tensor>& rng, int64_t drop,
-          bool causal, double scale, int64_t view, int64_t views, int64_t layer)
+          bool causal, double scale, const std::optional<Tensor>& keys,
+          const std::optional<Tensor>& rng, int64_t drop, int64_t site, int64_t layer)
       : q(with_contiguous_features(query)),
         k(with_contiguous_features(key)),
         v(with_contiguous_features(value)),
         bounds(torch::stable::contiguous(offsets)),
         args{query.size(1), query.size(2), 0,
              static_cast<const int64_t*>(bounds.data_ptr()), nullptr,
-             PhiloxKey(0, 0, Site::attention, view, layer), 1, static_cast<int>(drop), causal,
+             PhiloxKey(0, 0, Site::attention, 0), static_cast<int>(drop), causal,
              static_cast<T>(scale), heads_of(q), heads_of(k), heads_of(v),
              {}, {}, {}, {}, {}, nullptr, nullptr, nullptr, 0, nullptr} {
     sequences = offsets.size(0) - 1;
     if (drop > 0) {
-      STD_TORCH_CHECK(rng && sample_ids, "dropout needs rng and sample_ids");
+      STD_TORCH_CHECK(rng && keys, "dropout needs rng and keys");
       Tensor state = torch::stable::contiguous(*rng);
       const int64_t* words = static_cast<const int64_t*>(state.data_ptr());
-      args.key = PhiloxKey(words[0], words[1], Site::attention, view, layer);
-      ids = torch::stable::contiguous(*sample_ids);
-      STD_TORCH_CHECK(ids->size(0) == sequences, "sample_ids must have one id per sequence");
-      args.sample_ids = static_cast<const int64_t*>(ids->data_ptr());
-      args.block = std::max<int64_t>(1, sequences / views);
+      args.key = PhiloxKey(words[0], words[1], static_cast<Site>(site), layer);
+      sequence_keys = torch::stable::contiguous(*keys);
+      STD_TORCH_CHECK(sequence_keys->size(0) == sequences, "keys must have one key per sequence");
+      args.sequence_keys = static_cast<const int64_t*>(sequence_keys->data_ptr());
     }
     const int64_t* at = args.offsets;
     for (int64_t b = 0; b < sequences; ++b) {
@@ -116,7 +115,7 @@ struct Problem {
   }
 
   Tensor q, k, v, bounds;
-  std::optional<Tensor> ids;
+  std::optional<Tensor> sequence_keys;
   int64_t sequences;
   std::vector<int64_t> order;
   std::vector<Task> tasks;
@@ -150,15 +149,15 @@ Tensor backward_typed(Problem<T>&& problem, const Tensor& grad_out, const Tensor
 }
 
 std::tuple<Tensor, Tensor> jagged_attention_fwd(Tensor query, Tensor key, Tensor value,
-                                                Tensor offsets, std::optional<Tensor> sample_ids,
-                                                std::optional<Tensor> rng, int64_t max_seq_len,
-                                                bool causal, double scale, int64_t drop,
-                                                int64_t view, int64_t views, int64_t layer) {
+                                                Tensor offsets, int64_t max_seq_len, bool causal,
+                                                double scale, std::optional<Tensor> keys,
+                                                std::optional<Tensor> positions,
+                                                std::optional<Tensor> rng, int64_t drop,
+                                                int64_t site, int64_t layer) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return forward_typed(
-        Problem<T>(query, key, value, offsets, sample_ids, rng, drop, causal, scale, view, views,
-                   layer),
+        Problem<T>(query, key, value, offsets, causal, scale, keys, rng, drop, site, layer),
         query);
   };
   return query.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
@@ -166,14 +165,13 @@ std::tuple<Tensor, Tensor> jagged_attention_fwd(Tensor query, Tensor key, Tensor
 
 Tensor jagged_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
                             std::optional<Tensor> out, Tensor lse, Tensor offsets,
-                            std::optional<Tensor> sample_ids, std::optional<Tensor> rng,
-                            int64_t max_seq_len, bool causal, double scale, int64_t drop,
-                            int64_t view, int64_t views, int64_t layer) {
+                            int64_t max_seq_len, bool causal, double scale,
+                            std::optional<Tensor> keys, std::optional<Tensor> positions,
+                            std::optional<Tensor> rng, int64_t drop, int64_t site, int64_t layer) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward_typed(
-        Problem<T>(query, key, value, offsets, sample_ids, rng, drop, causal, scale, view, views,
-                   layer),
+        Problem<T>(query, key, value, offsets, causal, scale, keys, rng, drop, site, layer),
         grad_out, query, lse);
   };
   return query.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

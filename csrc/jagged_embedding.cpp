@@ -19,7 +19,6 @@ struct EmbeddingArgs {
   int64_t begin, end, width;
   const int64_t *values, *positions;  // values is null for the identity
   Rows weight, position_weight;       // data is null without positions
-  int64_t events, views;  // view v of event i is row v * events + i of output and grad_output
   bool normalize;
   const T *norm_weight, *norm_bias;
   T eps;
@@ -45,53 +44,34 @@ template <class S, class T = typename S::T>
 FASTREC_INLINE void forward_events(const EmbeddingArgs<T>& a) {
   const int64_t width = a.width;
   Buffer<T> item(width), place(width), sum(width), normed(width), out(width);
-  std::vector<MaskTile<S>> masks;
-  for (int64_t v = 0; v < a.views; ++v) masks.emplace_back(a.dropout, width);
-  const bool direct = a.views == 1 && a.dropout.drop == 0;
+  MaskTile<S> mask(a.dropout, width);
   for (int64_t i = a.begin; i < a.end; ++i) {
     const T* z = gather<T>(a, i, item, place, sum);
+    T* target = target_row<T>(a.output, a.dtype, i, out, width);
     if (a.normalize) {
-      T* y = direct ? target_row<T>(a.output, a.dtype, i, out, width) : static_cast<T*>(normed);
+      T* y = a.dropout.drop ? static_cast<T*>(normed) : target;
       normalize_row(z, a.norm_weight, a.norm_bias, a.eps, width, y, a.mean[i], a.rstd[i]);
       z = y;
     }
-    for (int64_t v = 0; v < a.views; ++v) {
-      const int64_t row = v * a.events + i;
-      T* target = target_row<T>(a.output, a.dtype, row, out, width);
-      if (a.dropout.drop)
-        masks[v].apply(i, a.end, z, target, v);
-      else if (z != target)
-        std::copy_n(z, width, target);
-      finish_row(target, a.output, a.dtype, row, width);
-    }
+    if (a.dropout.drop)
+      mask.apply(i, a.end, z, target);
+    else if (z != target)
+      std::copy_n(z, width, target);
+    finish_row(target, a.output, a.dtype, i, width);
   }
 }
 
 template <class S, class T = typename S::T>
 FASTREC_INLINE void backward_events(const EmbeddingArgs<T>& a) {
   const int64_t width = a.width;
-  Buffer<T> item(width), place(width), sum(width), scratch(width), masked(width), total(width);
-  std::vector<MaskTile<S>> masks;
-  for (int64_t v = 0; v < a.views; ++v) masks.emplace_back(a.dropout, width);
+  Buffer<T> item(width), place(width), sum(width), scratch(width), masked(width);
+  MaskTile<S> mask(a.dropout, width);
   for (int64_t i = a.begin; i < a.end; ++i) {
     T* grad_z = a.grad_z + i * width;
-    // The views have one z: their gradients are added in order.
-    const T* grad = nullptr;
-    for (int64_t v = 0; v < a.views; ++v) {
-      const T* one = row_of<T>(a.grad_output, v * a.events + i, scratch, width);
-      if (a.dropout.drop) {
-        masks[v].apply(i, a.end, one, masked, v);
-        one = masked;
-      }
-      if (v == 0 && a.views == 1) {
-        grad = one;
-        break;
-      }
-      T* sums = total;
-      if (v == 0) std::fill_n(sums, width, T(0));
-#pragma omp simd
-      for (int64_t d = 0; d < width; ++d) sums[d] += one[d];
-      grad = sums;
+    const T* grad = row_of<T>(a.grad_output, i, scratch, width);
+    if (a.dropout.drop) {
+      mask.apply(i, a.end, grad, masked);
+      grad = masked;
     }
     if (a.normalize)
       normalize_row_backward(gather<T>(a, i, item, place, sum), a.mean[i], a.rstd[i], grad,
@@ -166,37 +146,35 @@ void check_index(const int64_t* index, int64_t events, int64_t rows) {
 template <class T>
 struct Embedding {
   Embedding(const std::optional<Tensor>& values_, const Tensor& weight_,
-            const std::optional<Tensor>& position_weight_, const std::optional<Tensor>& positions_,
+            const std::optional<Tensor>& position_weight_,
             const std::optional<Tensor>& norm_weight_, const std::optional<Tensor>& norm_bias_,
-            const std::optional<Tensor>& sample_ids, const std::optional<Tensor>& key, int64_t drop,
-            int64_t site, int64_t layer, int64_t view, int64_t views)
+            DropoutTensors dropout_)
       : values(contiguous_or_none(values_)),
-        positions(contiguous_or_none(positions_)),
         weight(weight_),
         position_weight(position_weight_),
         norm_weight(norm_weight_, weight_.size(1), T(1)),
         norm_bias(norm_bias_, weight_.size(1), T(0)),
-        dropout(sample_ids, positions, key, drop, site, layer, view, 1),
+        dropout(std::move(dropout_)),
         events(values ? values->size(0) : weight_.size(0)),
         width(weight_.size(1)) {
     if (values) check_index(int64_data(values), events, weight_.size(0));
-    if (position_weight_) check_index(int64_data(positions), events, position_weight_->size(0));
-    args.end = args.events = events, args.width = width, args.views = views;
-    args.values = int64_data(values), args.positions = int64_data(positions);
+    if (position_weight_) check_index(dropout.value.positions, events, position_weight_->size(0));
+    args.end = events, args.width = width;
+    args.values = int64_data(values), args.positions = dropout.value.positions;
     args.weight = weight.rows, args.position_weight = position_weight.rows;
     args.normalize = norm_weight_.has_value();
     args.norm_weight = norm_weight, args.norm_bias = norm_bias;
     args.dropout = dropout.value;
   }
 
-  std::optional<Tensor> values, positions;
+  std::optional<Tensor> values;
   Matrix weight, position_weight;
   Vector<T> norm_weight, norm_bias;
   DropoutTensors dropout;
   int64_t events, width;
   EmbeddingArgs<T> args{
-      0, 0, 0, nullptr, nullptr, {}, {}, 0, 1, false, nullptr, nullptr, T(0),
-      Dropout{nullptr, nullptr, PhiloxKey(0, 0, Site::embedding, 0, 0), 0, 1}};
+      0, 0, 0, nullptr, nullptr, {}, {}, false, nullptr, nullptr, T(0),
+      Dropout{nullptr, nullptr, PhiloxKey(0, 0, Site::embedding, 0), 0}};
 };
 
 template <class T>
@@ -204,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(Embedding<T> embedding, const T
                                                  double eps) {
   int64_t events = embedding.events;
   EmbeddingArgs<T>& all = embedding.args;
-  Tensor output = torch::stable::new_empty(weight, {all.views * events, embedding.width});
+  Tensor output = torch::stable::new_empty(weight, {events, embedding.width});
   int64_t rows = all.normalize ? events : 0;
   Tensor mean = torch::stable::new_empty(weight, {rows}, compute_dtype<T>());
   Tensor rstd = torch::stable::new_empty(weight, {rows}, compute_dtype<T>());
@@ -281,32 +259,31 @@ Tensor scatter_typed(const Tensor& grad, const Tensor& index, int64_t rows, Scal
 
 std::tuple<Tensor, Tensor, Tensor> jagged_embedding_fwd(
     std::optional<Tensor> values, Tensor weight, std::optional<Tensor> position_weight,
-    std::optional<Tensor> positions, std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias, double eps, std::optional<Tensor> sample_ids,
-    std::optional<Tensor> key, int64_t drop, int64_t site, int64_t layer, int64_t view,
-    int64_t views) {
+    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
+    std::optional<Tensor> keys, std::optional<Tensor> positions, std::optional<Tensor> rng,
+    int64_t drop, int64_t site, int64_t layer) {
+  DropoutTensors dropout(keys, positions, rng, drop, site, layer);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    return forward_typed<T>(Embedding<T>(values, weight, position_weight, positions, norm_weight,
-                                         norm_bias, sample_ids, key, drop, site, layer, view,
-                                         views),
-                            weight, eps);
+    return forward_typed(
+        Embedding<T>(values, weight, position_weight, norm_weight, norm_bias, dropout), weight,
+        eps);
   };
   return weight.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
 }
 
 std::tuple<Tensor, Tensor, Tensor> jagged_embedding_bwd(
     Tensor grad_output, std::optional<Tensor> values, Tensor weight,
-    std::optional<Tensor> position_weight, std::optional<Tensor> positions,
-    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, Tensor mean, Tensor rstd,
-    std::optional<Tensor> sample_ids, std::optional<Tensor> key, int64_t drop, int64_t site,
-    int64_t layer, int64_t view, int64_t views) {
+    std::optional<Tensor> position_weight, std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias, Tensor mean, Tensor rstd, std::optional<Tensor> keys,
+    std::optional<Tensor> positions, std::optional<Tensor> rng, int64_t drop, int64_t site,
+    int64_t layer) {
+  DropoutTensors dropout(keys, positions, rng, drop, site, layer);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    return backward_typed<T>(Embedding<T>(values, weight, position_weight, positions, norm_weight,
-                                          norm_bias, sample_ids, key, drop, site, layer, view,
-                                          views),
-                             grad_output, norm_weight, norm_bias, mean, rstd);
+    return backward_typed(
+        Embedding<T>(values, weight, position_weight, norm_weight, norm_bias, dropout),
+        grad_output, norm_weight, norm_bias, mean, rstd);
   };
   return weight.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
 }

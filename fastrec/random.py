@@ -1,17 +1,23 @@
-"""Counter-based randomness: contract version 1, reference implementation in plain torch.
+"""Counter-based randomness: contract version 2, reference implementation in plain torch.
 
-A draw depends on (seed, step, sample id, view, site, layer, head, row, column) and on nothing
-else, so it is the same in any batch, on any rank, jagged or padded, on CPU or GPU, and in any
-recomputation. Nothing here reads or advances a global generator.
+A draw depends on (seed, step, key, site, layer, head, row, column) and on nothing else, so it is
+the same in any batch, on any rank, jagged or padded, on CPU or GPU, and in any recomputation.
+Nothing here reads or advances a global generator.
 
-The generator is Philox4x32 with 7 rounds (Salmon et al., SC 2011). Key and counter words:
+The key of a sequence is int64, view << 32 | sample id: sequences with the same events and different
+views are dropout views of one sample, and may stand in one batch. The generator is Philox4x32 with
+7 rounds (Salmon et al., SC 2011). Its key and counter words:
 
     k0 = lo32(seed) ^ (site << 24) ^ (bits << 16)      k1 = hi32(seed)
     c0 = row << 16 | group                             c1 = view << 16 | layer << 8 | head
-    c2 = lo32(sample id)                               c3 = lo32(step)
+    c2 = lo32(key), the sample id                      c3 = lo32(step)
 
 `bits` is 8 or 16; one call serves 16 or 8 consecutive columns of a row, `group` being the column
 divided by that number. An event with probability p happens where draw < threshold(p, bits).
+Sample ids and steps count modulo 2^32, views modulo 2^16.
+
+Version 1 had the view as an argument beside the sample id, whose high half did not count. For ids
+below 2^32, and so for all keys of view 0, the bits are those of version 1.
 """
 
 from dataclasses import dataclass
@@ -86,7 +92,7 @@ def threshold(p: float, bits: int = 16) -> int:
     return int(2**bits * p + 0.5)
 
 
-def _check_positions(name: str, index: Tensor | int) -> None:
+def check_positions(name: str, index: Tensor | int) -> None:
     """A position of 65,536 would run into the next field of its word. No host sync on a GPU."""
     if isinstance(index, Tensor) and (index.device.type != "cpu" or index.numel() == 0):
         return
@@ -97,49 +103,15 @@ def _check_positions(name: str, index: Tensor | int) -> None:
         raise ValueError(f"{name} must be in [0, 65536), got {int(low if low < 0 else high)}")
 
 
-def draws(
-    rng: "Rng",
-    keys: Tensor,
-    row: Tensor | int,
-    col: Tensor,
-    *,
-    site: str,
-    layer: int = 0,
-    head: int = 0,
-    bits: int = 16,
-) -> Tensor:
-    """stand-in"""
-    _check_positions("row", row)
-    _check_positions("col", col)
-    seed, step = _word(rng.seed), _word(rng.step)
-    key = (
-        (seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16),
-        (seed >> 32) & _MASK32,
-    )
-    group_shift, lane = (4, col & 15) if bits == 8 else (3, col & 7)
-    counter = (
-        (torch.as_tensor(row) << 16) | (col >> group_shift),
-        (((keys >> 32) << 16) & _MASK32) | (layer << 8) | head,
-        keys & _MASK32,
-        step & _MASK32,
-    )
-    words = torch.stack(philox(key, counter), dim=-1)
-    per_word = 32 // bits
-    lane = lane.expand(words.shape[:-1])
-    word = words.gather(-1, (lane // per_word).unsqueeze(-1)).squeeze(-1)
-    return (word >> (bits * (lane % per_word))) & ((1 << bits) - 1)
-
-
 @dataclass(frozen=True)
 class Rng:
-    """What a dropout mask depends on besides the element: `seed`, `step` and the view number.
+    """What a draw depends on besides its element: `seed` and `step`.
 
     words: what `pinned` has copied.
     """
 
     seed: Tensor | int
     step: Tensor | int
-    view: int = 0
     words: Tensor | None = None
 
     def key(self, device: torch.device) -> Tensor:
@@ -155,135 +127,109 @@ class Rng:
     def pinned(self, device: torch.device) -> "Rng":
         """The same with its key copied now, once for all ops of a pass over an encoder: on a GPU
         each copy is up to three launches."""
-        return Rng(self.seed, self.step, self.view, self.key(device))
+        return Rng(self.seed, self.step, self.key(device))
 
 
-def views_of(rng: Rng, rows: int, views: int, device: torch.device) -> Tensor | int:
-    """View number of each of `rows` rows (or sequences) that are `views` blocks of equal size:
-    block i has `rng.view` + i. int64 [rows], or the number itself for one block."""
-    if views == 1:
-        return rng.view
-    return rng.view + torch.arange(rows, device=device) // max(rows // views, 1)
+def _call(
+    rng: Rng,
+    keys: Tensor,
+    row: Tensor | int,
+    group: Tensor | int,
+    *,
+    site: str,
+    layer: int = 0,
+    head: Tensor | int = 0,
+    bits: int = 16,
+) -> Tensor:
+    """The four words of each call: int64 [..., 4], `keys`, `row`, `group` and `head` broadcast."""
+    seed, step = _word(rng.seed), _word(rng.step)
+    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16), (seed >> 32) & _MASK32)
+    counter = (
+        (row << 16) | group,
+        ((keys >> 32 & 0xFFFF) << 16) | (layer << 8) | head,
+        keys & _MASK32,
+        step & _MASK32,
+    )
+    return torch.stack(philox(key, counter), dim=-1)
 
 
-def check_views(rows: int, views: int, what: str) -> None:
-    """Raises ValueError unless `rows` are `views` blocks of equal size."""
-    if views < 1 or rows % views:
-        raise ValueError(f"{rows} {what} are not {views} views of equal size")
+def draws(
+    rng: Rng,
+    keys: Tensor,
+    row: Tensor | int,
+    col: Tensor,
+    *,
+    site: str,
+    layer: int = 0,
+    head: int = 0,
+    bits: int = 16,
+) -> Tensor:
+    """Unsigned `bits`-bit draws for the elements (keys, row, col), which broadcast.
+
+    Returns int64. Rows and columns must be below 65,536, `layer` and `head` below 256.
+    """
+    if bits not in (8, 16):
+        raise ValueError(f"bits must be 8 or 16, got {bits}")
+    if not (0 <= layer < 256 and 0 <= head < 256):
+        raise ValueError(f"out of range: layer {layer}, head {head}")
+    check_positions("row", row)
+    check_positions("col", col)
+    group_shift, lane = (4, col & 15) if bits == 8 else (3, col & 7)
+    words = _call(rng, keys, row, col >> group_shift, site=site, layer=layer, head=head, bits=bits)
+    per_word = 32 // bits
+    lane = lane.expand(words.shape[:-1])
+    word = words.gather(-1, (lane // per_word).unsqueeze(-1)).squeeze(-1)
+    return (word >> (bits * (lane % per_word))) & ((1 << bits) - 1)
 
 
 def keep_mask(
     rng: Rng,
     p: float,
-    sample_ids: Tensor,
+    keys: Tensor,
     row: Tensor,
     columns: int,
     *,
     site: str,
     layer: int = 0,
     head: Tensor | int = 0,
-    view: Tensor | int | None = None,
 ) -> tuple[Tensor, float]:
     """Dropout mask of whole rows, 8 bits a draw: (bool [..., columns], scale of the kept values).
 
-    `sample_ids`, `row`, `head` and `view` (`rng.view` if None) broadcast to the leading shape. The
-    probability is quantised to 1/256 and the scale is exact for the quantised one. p = 1 is
-    rejected.
+    `keys`, `row` and `head` broadcast to the leading shape. The probability is quantised to 1/256
+    and the scale is exact for the quantised one. p = 1 is rejected.
     """
     drop = threshold(p, 8)
     if drop == 256:
         raise ValueError(f"dropout probability {p} leaves nothing to keep")
-    seed, step = _word(rng.seed), _word(rng.step)
-    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (8 << 16), (seed >> 32) & _MASK32)
-    groups = torch.arange((columns + 15) // 16, device=sample_ids.device)
+    groups = torch.arange((columns + 15) // 16, device=keys.device)
     head = head.unsqueeze(-1) if isinstance(head, Tensor) else head
-    view = rng.view if view is None else view
-    view = view.unsqueeze(-1) if isinstance(view, Tensor) else view
-    counter = (
-        (row.unsqueeze(-1) << 16) | groups,
-        (view << 16) | (layer << 8) | head,
-        (sample_ids & _MASK32).unsqueeze(-1),
-        step & _MASK32,
-    )
-    words = torch.stack(philox(key, counter), dim=-1)
+    words = _call(
+        rng, keys.unsqueeze(-1), row.unsqueeze(-1), groups, site=site, layer=layer, head=head,
+        bits=8,
+    )  # fmt: skip
     # int32 words in memory are the contract's 16 little-endian bytes.
     draws8 = words.to(torch.int32).view(torch.uint8).flatten(-2)[..., :columns]
     return draws8 >= drop, 256 / (256 - drop)
 
 
 def sort_keys(rng: Rng, keys: Tensor, *, site: str) -> Tensor:
-    """One 62-bit key per sample id (int64, not negative): sorting by it shuffles the samples.
+    """One 62-bit number per key (int64, not negative): sorting by it shuffles the samples.
 
-    The key is made of the first two words of the call for row 0 (bits 16, view, layer and head 0),
-    each without its lowest bit.
+    It is made of the first two words of the call for row 0 (bits 16, layer and head 0), each
+    without its lowest bit.
     """
-    key = ((rng.seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (rng.seed >> 32) & _MASK32)
-    c0, c1, _, _ = philox(key, (0, 0, keys & _MASK32, rng.step & _MASK32))
-    return (c0 >> 1) << 31 | (c1 >> 1)
+    words = _call(rng, keys, 0, 0, site=site)
+    return (words[..., 0] >> 1) << 31 | (words[..., 1] >> 1)
 
 
-def draw_words(
-    rng: Rng,
-    keys: Tensor,
-    row: Tensor,
-    groups: int,
-    *,
-    site: str,
-) -> Tensor:
-    """The 32-bit words of groups 0, 1, ... (bits 16; view, layer, head 0): int64 [..., 4 groups].
+def draw_words(rng: Rng, keys: Tensor, row: Tensor, groups: int, *, site: str) -> Tensor:
+    """The 32-bit words of groups 0, 1, ... (bits 16; layer and head 0): int64 [..., 4 groups].
 
     `keys` and `row` broadcast to the leading shape. Word i holds the 16-bit draws of columns
     2 i (its low half) and 2 i + 1.
     """
-    _check_positions("row", row)
+    check_positions("row", row)
     if not 0 < groups <= 65536:
         raise ValueError(f"groups must be in [1, 65536], got {groups}")
-    seed, step = _word(rng.seed), _word(rng.step)
-    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (16 << 16), (seed >> 32) & _MASK32)
     group = torch.arange(groups, device=keys.device)
-    counter = (
-        (row.unsqueeze(-1) << 16) | group,
-        (((keys >> 32) << 16) & _MASK32).unsqueeze(-1),
-        (keys & _MASK32).unsqueeze(-1),
-        step & _MASK32,
-    )
-    return torch.stack(philox(key, counter), dim=-1).flatten(-2)
-
-
-def dropout_arguments(
-    rng: Rng | None,
-    p: float,
-    sample_ids: Tensor | None,
-    positions: Tensor | None,
-    rows: int,
-    *,
-    site: str,
-    layer: int = 0,
-    views: int = 1,
-) -> tuple:
-    """What a kernel needs to draw the mask of `keep_mask` for [rows, D]: (sample_ids, positions,
-    key, drop, site, layer, view, views), all but `views` None or 0 where p quantises to 0.
-
-    `key` is `Rng.key`. Raises ValueError for a missing argument or a wrong one.
-    """
-    if site not in SITES:
-        raise ValueError(f"site must be one of {list(SITES)}, got {site!r}")
-    drop = threshold(p, 8)
-    if drop == 256:
-        raise ValueError(f"dropout probability {p} leaves nothing to keep")
-    if drop == 0:
-        return None, None, None, 0, 0, 0, 0, views
-    if rng is None or sample_ids is None or positions is None:
-        raise ValueError(
-            "dropout_p > 0 needs rng, sample_ids and positions: the mask is a function of them"
-        )
-    for name, index in (("sample_ids", sample_ids), ("positions", positions)):
-        if index.shape != (rows,) or index.dtype != torch.int64:
-            raise ValueError(
-                f"{name} must be int64 [{rows}], got {index.dtype} {list(index.shape)}"
-            )
-    if not (0 <= rng.view <= 65536 - views and 0 <= layer < 256):
-        raise ValueError(f"out of range: view {rng.view + views - 1}, layer {layer}")
-    _check_positions("positions", positions)
-    key = rng.key(sample_ids.device)
-    return sample_ids, positions, key, drop, SITES[site], layer, rng.view, views
+    return _call(rng, keys.unsqueeze(-1), row.unsqueeze(-1), group, site=site).flatten(-2)

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.rows import dense, row_ranges, rows_of
-from fastrec.kernels.tiles import round_to
+from fastrec.kernels.common.dropout import row_mask
+from fastrec.kernels.common.rows import dense, row_ranges, rows_of
+from fastrec.kernels.common.tiles import round_to
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -26,10 +26,10 @@ def _load_biased(input, bias, row, col, keep, d, stride_input):
     return z
 
 
-@triton.jit(do_not_specialize=["n", "drop", "layer", "view", "per_view"])
+@triton.jit(do_not_specialize=["n", "drop", "layer"])
 def _fwd_kernel(
-    input, bias, sample_ids, positions, key, output,
-    n, d, stride_input, scale, drop, layer, view, per_view,
+    input, bias, keys, positions, rng, output,
+    n, d, stride_input, scale, drop, layer,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -39,20 +39,20 @@ def _fwd_kernel(
     keep = live[:, None] & (col < d)[None, :]
     z = _load_biased(input, bias, row, col, keep, d, stride_input)
     y = 0.5 * z * (1.0 + tl.erf(z * INVERSE_SQRT_2))
-    if sample_ids is not None:
+    if keys is not None:
         mask = row_mask(
-            sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
-            per_view, SITE, BLOCK_D // 16,
+            keys, positions, rng, row, live, tile * (BLOCK_D // 16), drop, layer,
+            SITE, BLOCK_D // 16,
         )  # fmt: skip
         y = tl.where(mask, y * scale, 0.0)
     place = row[:, None] * d + col[None, :]
     tl.store(output + place, round_to(y, output.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view", "per_view"])
+@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer"])
 def _bwd_kernel(
-    grad_output, input, bias, sample_ids, positions, key, grad_input, partials,
-    n, d, per_program, stride_output, stride_input, scale, drop, layer, view, per_view,
+    grad_output, input, bias, keys, positions, rng, grad_input, partials,
+    n, d, per_program, stride_output, stride_input, scale, drop, layer,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -65,10 +65,10 @@ def _bwd_kernel(
         keep = live[:, None] & (col < d)[None, :]
         grad = grad_output + row[:, None] * stride_output + col[None, :]
         grad = tl.load(grad, mask=keep, other=0.0).to(tl.float32)
-        if sample_ids is not None:
+        if keys is not None:
             mask = row_mask(
-                sample_ids, positions, key, row, live, tile * (BLOCK_D // 16), drop, layer, view,
-                per_view, SITE, BLOCK_D // 16,
+                keys, positions, rng, row, live, tile * (BLOCK_D // 16), drop, layer,
+                SITE, BLOCK_D // 16,
             )  # fmt: skip
             grad = tl.where(mask, grad * scale, 0.0)
         z = _load_biased(input, bias, row, col, keep, d, stride_input)
@@ -91,7 +91,7 @@ def _check(input):
         raise RuntimeError("bias_gelu_dropout has no float64 triton kernel")
 
 
-def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, layer, view, views):
+def bias_gelu_dropout_fwd(input, bias, keys, positions, rng, drop, site, layer):
     _check(input)
     n, d = input.shape
     output = input.new_empty(n, d)
@@ -100,16 +100,14 @@ def bias_gelu_dropout_fwd(input, bias, sample_ids, positions, key, drop, site, l
     input, config = rows_of(input), _config(d)
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(d, config["BLOCK_D"]))](
-            input, *dense(bias, sample_ids, positions, key), output,
-            n, d, input.stride(0), 256 / (256 - drop), drop, layer, view, max(n // views, 1),
+            input, *dense(bias, keys, positions, rng), output,
+            n, d, input.stride(0), 256 / (256 - drop), drop, layer,
             SITE=site, **config,
         )  # fmt: skip
     return output
 
 
-def bias_gelu_dropout_bwd(
-    grad_output, input, bias, sample_ids, positions, key, drop, site, layer, view, views
-):
+def bias_gelu_dropout_bwd(grad_output, input, bias, keys, positions, rng, drop, site, layer):
     _check(input)
     n, d = input.shape
     grad_input, config = input.new_empty(n, d), _config(max(d, 1))
@@ -119,9 +117,9 @@ def bias_gelu_dropout_bwd(
         grad_output, input = rows_of(grad_output), rows_of(input)
         with torch.cuda.device_of(input):
             _bwd_kernel[(programs, triton.cdiv(d, config["BLOCK_D"]))](
-                grad_output, input, *dense(bias, sample_ids, positions, key), grad_input, partials,
+                grad_output, input, *dense(bias, keys, positions, rng), grad_input, partials,
                 n, d, per_program, grad_output.stride(0), input.stride(0),
-                256 / (256 - drop), drop, layer, view, max(n // views, 1), SITE=site, **config,
+                256 / (256 - drop), drop, layer, SITE=site, **config,
             )  # fmt: skip
     grad_bias = input.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
     return grad_input, grad_bias

@@ -7,15 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
-from fastrec.kernels.tiles import round_to
+from fastrec.kernels.common.dropout import row_mask
+from fastrec.kernels.common.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.common.tiles import round_to
 
 
-@triton.jit(do_not_specialize=["n", "drop", "layer", "view", "per_view"])
+@triton.jit(do_not_specialize=["n", "drop", "layer"])
 def _fwd_kernel(
-    input, residual, weight, bias, sample_ids, positions, key, output, sum_out, mean_out, rstd_out,
-    n, d, stride_input, stride_residual, eps, scale, drop, layer, view, per_view,
+    input, residual, weight, bias, keys, positions, rng, output, sum_out, mean_out, rstd_out,
+    n, d, stride_input, stride_residual, eps, scale, drop, layer,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -24,10 +24,9 @@ def _fwd_kernel(
     keep = live[:, None] & real[None, :]
     z = tl.load(input + row[:, None] * stride_input + col[None, :], mask=keep, other=0.0)
     z = z.to(tl.float32)
-    if sample_ids is not None:
+    if keys is not None:
         mask = row_mask(
-            sample_ids, positions, key, row, live, 0, drop, layer, view, per_view, SITE,
-            BLOCK_D // 16,
+            keys, positions, rng, row, live, 0, drop, layer, SITE, BLOCK_D // 16
         )  # fmt: skip
         z = tl.where(mask, z * scale, 0.0)
     if residual is not None:
@@ -52,11 +51,11 @@ def _fwd_kernel(
     tl.store(rstd_out + row, rstd, mask=live)
 
 
-@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer", "view", "per_view"])
+@triton.jit(do_not_specialize=["n", "per_program", "drop", "layer"])
 def _bwd_kernel(
-    grad_output, grad_sum, sum, mean, rstd, weight, sample_ids, positions, key,
+    grad_output, grad_sum, sum, mean, rstd, weight, keys, positions, rng,
     grad_input, grad_residual, partials,
-    n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer, view, per_view,
+    n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -88,10 +87,9 @@ def _bwd_kernel(
         place = row[:, None] * d + col[None, :]
         tl.store(grad_residual + place, round_to(grad, grad_residual.dtype.element_ty), mask=keep)
         if grad_input is not None:
-            if sample_ids is not None:
+            if keys is not None:
                 mask = row_mask(
-                    sample_ids, positions, key, row, live, 0, drop, layer, view, per_view, SITE,
-                    BLOCK_D // 16,
+                    keys, positions, rng, row, live, 0, drop, layer, SITE, BLOCK_D // 16
                 )  # fmt: skip
                 grad = tl.where(mask, grad * scale, 0.0)
             tl.store(grad_input + place, round_to(grad, grad_input.dtype.element_ty), mask=keep)
@@ -117,7 +115,7 @@ def _check(input):
 
 
 def dropout_add_layer_norm_fwd(
-    input, residual, weight, bias, eps, sample_ids, positions, key, drop, site, layer, view, views
+    input, residual, weight, bias, eps, keys, positions, rng, drop, site, layer
 ):
     _check(input)
     n, d = input.shape
@@ -131,17 +129,17 @@ def dropout_add_layer_norm_fwd(
     input, residual, config = rows_of(input), rows_of(residual), _config(d)
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
-            input, residual, *dense(weight, bias, sample_ids, positions, key),
+            input, residual, *dense(weight, bias, keys, positions, rng),
             output, sum if sum.shape[0] else None, mean, rstd,
             n, d, input.stride(0), 0 if residual is None else residual.stride(0), eps,
-            256 / (256 - drop), drop, layer, view, max(n // views, 1), SITE=site, **config,
+            256 / (256 - drop), drop, layer, SITE=site, **config,
         )  # fmt: skip
     return output, sum, mean, rstd
 
 
 def dropout_add_layer_norm_bwd(
     grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype,
-    sample_ids, positions, key, drop, site, layer, view, views,
+    keys, positions, rng, drop, site, layer,
 ):  # fmt: skip
     _check(sum)
     n, d = sum.shape
@@ -156,10 +154,10 @@ def dropout_add_layer_norm_bwd(
         strides = (0 if t is None else t.stride(0) for t in (grad_output, grad_sum, sum))
         with torch.cuda.device_of(sum):
             _bwd_kernel[(programs,)](
-                grad_output, grad_sum, sum, *dense(mean, rstd, weight, sample_ids, positions, key),
+                grad_output, grad_sum, sum, *dense(mean, rstd, weight, keys, positions, rng),
                 None if both else grad_input, grad_residual, partials,
-                n, d, per_program, *strides, 256 / (256 - drop), drop, layer, view,
-                max(n // views, 1), SITE=site, **config,
+                n, d, per_program, *strides, 256 / (256 - drop), drop, layer,
+                SITE=site, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (

@@ -9,9 +9,14 @@ import math
 import torch
 import triton
 
-from fastrec.kernels.in_batch_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
-from fastrec.kernels.in_batch_pairs import by_column, lists_of
-from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of, sum_ranges
+from fastrec.kernels.common.in_batch_cross_entropy_sweeps import (
+    _bwd_kernel,
+    _combine_kernel,
+    _fwd_kernel,
+)
+from fastrec.kernels.common.in_batch_pairs import by_column, lists_of
+from fastrec.kernels.common.tiles import allow_tf32, capability_of, ranges_of, sum_ranges
+from fastrec.ops.common.in_batch_pairs import transposed_lists
 
 # (BLOCK_B, BLOCK_C, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # found by compiling: no spills on sm_80, sm_90 and sm_100 with every kind of exclusion.
@@ -102,16 +107,6 @@ def in_batch_cross_entropy_fwd(
     return loss, lse, direction
 
 
-def _by_candidate(values, offsets, candidates: int):
-    """Listed candidates by query -> listed queries by candidate; (None, None) for none."""
-    if values is None:
-        return None, None
-    rows = torch.repeat_interleave(offsets.diff(), output_size=values.shape[0])
-    sorted_values, order = values.sort(stable=True)
-    bounds = torch.arange(candidates + 1, device=values.device)
-    return rows[order], torch.searchsorted(sorted_values, bounds)
-
-
 def in_batch_cross_entropy_bwd(
     query, candidate, bias, positive, query_group, candidate_group, exclude_values,
     exclude_offsets, loss, lse, grad_loss,
@@ -135,7 +130,9 @@ def in_batch_cross_entropy_bwd(
     ranges, per_range = ranges_of(query.device, blocks, triton.cdiv(n, config["BLOCK_B"]))
     grad_candidate = loss.new_empty(ranges, v, d)
     grad_bias = loss.new_empty(ranges, 0 if bias is None else v)
-    lists = _by_candidate(exclude_values, exclude_offsets, v)
+    lists = None, None
+    if exclude_values is not None:
+        lists = transposed_lists((exclude_values, exclude_offsets), v)
     with torch.cuda.device_of(query):
         _bwd_kernel[(ranges * blocks, config["CHUNKS"])](
             query, candidate, None if bias is None else bias.contiguous(), positive,

@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.in_batch_cross_entropy import options_of
-from fastrec.kernels.in_batch_pairs import (
+from fastrec.kernels.common.in_batch_pairs import (
     by_column,
     leave_out_groups,
     leave_out_listed,
@@ -17,7 +16,8 @@ from fastrec.kernels.in_batch_pairs import (
     lists_of,
     seek,
 )
-from fastrec.kernels.tiles import dot, load_rows, product_in_chunks, ranges_of
+from fastrec.kernels.common.tiles import dot, load_rows, product_in_chunks, ranges_of
+from fastrec.kernels.in_batch_cross_entropy import options_of
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])

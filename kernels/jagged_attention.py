@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.philox import draws, philox_key
-from fastrec.kernels.tiles import LOG2E, allow_tf32, dot, round_to
-
-SITE = tl.constexpr(1)  # "attention" of fastrec.random.SITES
+from fastrec.kernels.common.philox import draws, philox_key
+from fastrec.kernels.common.rows import dense
+from fastrec.kernels.common.tiles import LOG2E, allow_tf32, dot, round_to
 
 
 @triton.jit
@@ -51,24 +50,23 @@ def _scores(q, k, row, col, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.c
 
 @triton.jit
 def _kept(
-    rng, sample_ids, b, row, first, view, layer, h, drop, BLOCK: tl.constexpr
+    rng, keys, b, row, first, layer, h, drop, SITE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Keep mask of the keys first .. first + BLOCK - 1."""
-    key = philox_key(tl.load(rng), SITE)
-    step, sample_id = tl.load(rng + 1), tl.load(sample_ids + b)
-    drawn = draws(key, row, first // 16, view, layer, h, sample_id, step, BLOCK // 16)
+    """Keep mask of row `row` and columns first .. first + BLOCK - 1 of P, of sequence b."""
+    seed, step = philox_key(tl.load(rng), SITE), tl.load(rng + 1)
+    drawn = draws(seed, row, first // 16, tl.load(keys + b), layer, h, step, BLOCK // 16)
     return drawn.to(tl.int32) >= drop
 
 
-@triton.jit(do_not_specialize=["drop", "view", "layer"])
+@triton.jit(do_not_specialize=["drop", "layer"])
 def _fwd_kernel(
-    q, k, v, offsets, sample_ids, rng, out, lse,
-    heads, d, scale, keep_scale, drop, view, layer,
+    q, k, v, offsets, keys, rng, out, lse,
+    heads, d, scale, keep_scale, drop, layer,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SITE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    view += tl.program_id(2)
+    b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
@@ -93,8 +91,8 @@ def _fwd_kernel(
             fade = tl.exp2((peak - new) * LOG2E)
             peak = new
             total = total * fade + tl.sum(p, 1)
-            if sample_ids is not None:
-                kept = _kept(rng, sample_ids, b, row, start, view, layer, h, drop, BLOCK)
+            if keys is not None:
+                kept = _kept(rng, keys, b, row, start, layer, h, drop, SITE, BLOCK)
                 p = tl.where(kept, p, 0.0)
             acc = dot(round_to(p, q.dtype.element_ty), v_tile, acc * fade[:, None], PRECISION)
         acc *= (keep_scale / total)[:, None]
@@ -102,16 +100,15 @@ def _fwd_kernel(
         tl.store(lse + (t + row) * heads + h, peak + tl.log(total), mask=row < length)
 
 
-@triton.jit(do_not_specialize=["drop", "view", "layer"])
+@triton.jit(do_not_specialize=["drop", "layer"])
 def _bwd_kernel(
-    g, q, k, v, out, lse, offsets, sample_ids, rng, grad,
-    heads, d, scale, keep_scale, drop, view, layer,
+    g, q, k, v, out, lse, offsets, keys, rng, grad,
+    heads, d, scale, keep_scale, drop, layer,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ONE_TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SITE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    view += tl.program_id(2)
+    b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
@@ -131,8 +128,8 @@ def _bwd_kernel(
             p = p / tl.sum(p, 1)[:, None]
             dp = dot(g_own, tl.trans(v_own), None, PRECISION) * keep_scale
             a = p
-            if sample_ids is not None:
-                kept = _kept(rng, sample_ids, b, own, first, view, layer, h, drop, BLOCK)
+            if keys is not None:
+                kept = _kept(rng, keys, b, own, first, layer, h, drop, SITE, BLOCK)
                 a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
             ds = round_to(p * (dp - tl.sum(p * dp, 1)[:, None]), dtype)
             dv = dot(tl.trans(round_to(a, dtype)), g_own, None, PRECISION)
@@ -158,8 +155,8 @@ def _bwd_kernel(
                 p = tl.exp2((s - shift[:, None]) * LOG2E)
                 dp = dot(g_tile, tl.trans(v_own), None, PRECISION) * keep_scale
                 a = p
-                if sample_ids is not None:
-                    kept = _kept(rng, sample_ids, b, row, first, view, layer, h, drop, BLOCK)
+                if keys is not None:
+                    kept = _kept(rng, keys, b, row, first, layer, h, drop, SITE, BLOCK)
                     a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
                 ds = round_to(p * (dp - delta[:, None]), dtype)
                 dv = dot(tl.trans(round_to(a, dtype)), g_tile, dv, PRECISION)
@@ -174,8 +171,8 @@ def _bwd_kernel(
                 s = _scores(q_own, k_tile, own, col, length, scale, CAUSAL, PRECISION)
                 p = tl.exp2((s - shift[:, None]) * LOG2E)
                 dp = dot(g_own, tl.trans(v_tile), None, PRECISION) * keep_scale
-                if sample_ids is not None:
-                    kept = _kept(rng, sample_ids, b, own, start, view, layer, h, drop, BLOCK)
+                if keys is not None:
+                    kept = _kept(rng, keys, b, own, start, layer, h, drop, SITE, BLOCK)
                     dp = tl.where(kept, dp, 0.0)
                 ds = round_to(p * (dp - delta[:, None]), dtype)
                 dq = dot(ds, k_tile, dq, PRECISION)
@@ -220,24 +217,21 @@ def _features_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _launch(kernel, query, offsets, sample_ids, max_seq_len, drop, views):
-    """(grid, options, keep scale, sample ids or None) of a kernel."""
+def _launch(kernel, query, offsets, max_seq_len):
+    """(grid, options) of a kernel."""
     if query.dtype == torch.float64:
         raise RuntimeError("jagged_attention has no float64 triton kernel, query is float64")
     options = _config(kernel, query.shape[2], query.dtype, max_seq_len)
     allow_tf32(options)
-    # Sequences of a view on x: the other axes end at 65,535.
-    grid = ((offsets.shape[0] - 1) // views, triton.cdiv(max_seq_len, options["BLOCK"]), views)
-    return grid, options, 256 / (256 - drop), sample_ids.contiguous() if drop else None
+    # Sequences on x: the other axes end at 65,535.
+    return (offsets.shape[0] - 1, triton.cdiv(max_seq_len, options["BLOCK"])), options
 
 
 def jagged_attention_fwd(
-    query, key, value, offsets, sample_ids, rng, max_seq_len, causal, scale, drop, view, views,
-    layer,
+    query, key, value, offsets, max_seq_len, causal, scale,
+    keys, positions, rng, drop, site, layer,
 ):  # fmt: skip
-    grid, options, keep_scale, ids = _launch(
-        "fwd", query, offsets, sample_ids, max_seq_len, drop, views
-    )
+    grid, options = _launch("fwd", query, offsets, max_seq_len)
     query, key, value = map(_features_contiguous, (query, key, value))
     events, heads, width = query.shape
     out = query.new_empty(query.shape)
@@ -247,20 +241,18 @@ def jagged_attention_fwd(
     strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
     with torch.cuda.device_of(query):
         _fwd_kernel[grid](
-            query, key, value, offsets.contiguous(), ids, rng, out, lse,
-            heads, width, scale, keep_scale, drop, view, layer, *strides,
-            CAUSAL=causal, **options,
+            query, key, value, *dense(offsets, keys, rng), out, lse,
+            heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
+            SITE=site, CAUSAL=causal, **options,
         )  # fmt: skip
     return out, lse
 
 
 def jagged_attention_bwd(
-    grad_out, query, key, value, out, lse, offsets, sample_ids, rng,
-    max_seq_len, causal, scale, drop, view, views, layer,
+    grad_out, query, key, value, out, lse, offsets, max_seq_len, causal, scale,
+    keys, positions, rng, drop, site, layer,
 ):  # fmt: skip
-    grid, options, keep_scale, ids = _launch(
-        "bwd", query, offsets, sample_ids, max_seq_len, drop, views
-    )
+    grid, options = _launch("bwd", query, offsets, max_seq_len)
     grad_out, query, key, value = map(_features_contiguous, (grad_out, query, key, value))
     events, heads, width = query.shape
     grad = query.new_empty(events, 3, heads, width)
@@ -269,8 +261,8 @@ def jagged_attention_bwd(
     strides = [stride for x in (grad_out, query, key, value) for stride in x.stride()[:2]]
     with torch.cuda.device_of(query):
         _bwd_kernel[grid](
-            grad_out, query, key, value, out, lse, offsets.contiguous(), ids, rng, grad,
-            heads, width, scale, keep_scale, drop, view, layer, *strides,
-            CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], **options,
+            grad_out, query, key, value, out, lse, *dense(offsets, keys, rng), grad,
+            heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
+            SITE=site, CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], **options,
         )  # fmt: skip
     return grad

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.dropout import row_mask
-from fastrec.kernels.rows import WIDEST, dense, row_ranges, rows_of
-from fastrec.kernels.runs import BLOCK_T, add_runs, carry_kernel
-from fastrec.kernels.tiles import round_to
+from fastrec.kernels.common.dropout import row_mask
+from fastrec.kernels.common.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.common.runs import BLOCK_T, add_runs, carry_kernel
+from fastrec.kernels.common.tiles import round_to
 
 
 @triton.jit
@@ -33,11 +33,11 @@ def _gather(
     return z
 
 
-@triton.jit(do_not_specialize=["t", "drop", "layer", "view", "views"])
+@triton.jit(do_not_specialize=["t", "drop", "layer"])
 def _fwd_kernel(
-    values, weight, position_weight, positions, norm_weight, norm_bias, sample_ids, key,
+    values, weight, position_weight, norm_weight, norm_bias, keys, positions, rng,
     output, mean_out, rstd_out,
-    t, d, stride_weight, stride_position, eps, scale, drop, layer, view, views,
+    t, d, stride_weight, stride_position, eps, scale, drop, layer,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -57,24 +57,18 @@ def _fwd_kernel(
             z += tl.load(norm_bias + col, mask=real, other=0.0).to(tl.float32)[None, :]
         tl.store(mean_out + row, mean, mask=live)
         tl.store(rstd_out + row, rstd, mask=live)
-    for one in range(views):  # of one z
-        kept = z
-        if sample_ids is not None:
-            mask = row_mask(
-                sample_ids, positions, key, row, live, 0, drop, layer, view + one, t, SITE,
-                BLOCK_D // 16,
-            )  # fmt: skip
-            kept = tl.where(mask, z * scale, 0.0)
-        place = output + (row[:, None] + one * t.to(tl.int64)) * d + col[None, :]
-        tl.store(place, round_to(kept, output.dtype.element_ty), mask=live[:, None] & real[None, :])
+    if keys is not None:
+        mask = row_mask(keys, positions, rng, row, live, 0, drop, layer, SITE, BLOCK_D // 16)
+        z = tl.where(mask, z * scale, 0.0)
+    place = output + row[:, None] * d + col[None, :]
+    tl.store(place, round_to(z, output.dtype.element_ty), mask=live[:, None] & real[None, :])
 
 
-@triton.jit(do_not_specialize=["t", "per_program", "drop", "layer", "view", "views"])
+@triton.jit(do_not_specialize=["t", "per_program", "drop", "layer"])
 def _bwd_kernel(
-    grad_output, values, weight, position_weight, positions, norm_weight, mean, rstd,
-    sample_ids, key, grad_z, partials,
+    grad_output, values, weight, position_weight, norm_weight, mean, rstd, keys, positions, rng,
+    grad_z, partials,
     t, d, per_program, stride_output, stride_weight, stride_position, scale, drop, layer,
-    view, views,
     SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -86,17 +80,11 @@ def _bwd_kernel(
         row = (program * per_program + block) * BLOCK_N + tl.arange(0, BLOCK_N)
         live = row < t
         keep = live[:, None] & real[None, :]
-        grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for one in range(views):
-            place = (row[:, None] + one * t.to(tl.int64)) * stride_output + col[None, :]
-            part = tl.load(grad_output + place, mask=keep, other=0.0).to(tl.float32)
-            if sample_ids is not None:
-                mask = row_mask(
-                    sample_ids, positions, key, row, live, 0, drop, layer, view + one, t, SITE,
-                    BLOCK_D // 16,
-                )  # fmt: skip
-                part = tl.where(mask, part * scale, 0.0)
-            grad += part
+        grad = grad_output + row[:, None] * stride_output + col[None, :]
+        grad = tl.load(grad, mask=keep, other=0.0).to(tl.float32)
+        if keys is not None:
+            mask = row_mask(keys, positions, rng, row, live, 0, drop, layer, SITE, BLOCK_D // 16)
+            grad = tl.where(mask, grad * scale, 0.0)
         if norm_weight is not None:
             z = _gather(
                 values, weight, position_weight, positions, row, live, real, col,
@@ -154,12 +142,12 @@ def _strides(weight, position_weight):
 
 
 def jagged_embedding_fwd(
-    values, weight, position_weight, positions, norm_weight, norm_bias, eps,
-    sample_ids, key, drop, site, layer, view, views,
+    values, weight, position_weight, norm_weight, norm_bias, eps,
+    keys, positions, rng, drop, site, layer,
 ):  # fmt: skip
     _check(weight)
     t, d = weight.shape[0] if values is None else values.shape[0], weight.shape[1]
-    output = weight.new_empty(views * t, d)
+    output = weight.new_empty(t, d)
     mean = weight.new_empty(0 if norm_weight is None else t, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if t == 0 or d == 0:
@@ -167,22 +155,23 @@ def jagged_embedding_fwd(
     config = _config(d)
     weight = rows_of(weight)
     position_weight = rows_of(position_weight)
-    values, positions, *vectors = dense(values, positions, norm_weight, norm_bias, sample_ids, key)
+    vectors = dense(norm_weight, norm_bias, keys, positions, rng)
     with torch.cuda.device_of(weight):
         _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
-            values, weight, position_weight, positions, *vectors, output, mean, rstd,
-            t, d, *_strides(weight, position_weight), eps, 256 / (256 - drop), drop, layer, view,
-            views, SITE=site, **config,
+            *dense(values), weight, position_weight, *vectors,
+            output, mean, rstd,
+            t, d, *_strides(weight, position_weight), eps, 256 / (256 - drop), drop, layer,
+            SITE=site, **config,
         )  # fmt: skip
     return output, mean, rstd
 
 
 def jagged_embedding_bwd(
-    grad_output, values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
-    sample_ids, key, drop, site, layer, view, views,
+    grad_output, values, weight, position_weight, norm_weight, norm_bias, mean, rstd,
+    keys, positions, rng, drop, site, layer,
 ):  # fmt: skip
     _check(weight)
-    t, d = grad_output.shape[0] // views, grad_output.shape[1]
+    t, d = grad_output.shape
     config = _config(max(d, 1))
     programs, per_program = row_ranges(t, config["BLOCK_N"])
     grad_z = mean.new_empty(t, d)
@@ -190,15 +179,12 @@ def jagged_embedding_bwd(
     if t > 0 and d > 0:
         grad_output, weight = rows_of(grad_output), rows_of(weight)
         position_weight = rows_of(position_weight)
-        values, positions, scale, mean, rstd, sample_ids, key = dense(
-            values, positions, norm_weight, mean, rstd, sample_ids, key
-        )
+        vectors = dense(norm_weight, mean, rstd, keys, positions, rng)
         with torch.cuda.device_of(weight):
             _bwd_kernel[(programs,)](
-                grad_output, values, weight, position_weight, positions, scale, mean, rstd,
-                sample_ids, key, grad_z, partials, t, d, per_program, grad_output.stride(0),
-                *_strides(weight, position_weight), 256 / (256 - drop), drop, layer, view,
-                views, SITE=site, **config,
+                grad_output, *dense(values), weight, position_weight, *vectors, grad_z, partials,
+                t, d, per_program, grad_output.stride(0), *_strides(weight, position_weight),
+                256 / (256 - drop), drop, layer, SITE=site, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.rows import rows_of
+from fastrec.kernels.common.rows import rows_of
 
 BLOCK_T = 16  # events at a time: most sequences of a recommender are shorter
 NONE: tl.constexpr = tl.constexpr(2**31 - 1)  # above every place

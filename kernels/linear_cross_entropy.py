@@ -9,9 +9,13 @@ import math
 import torch
 import triton
 
-from fastrec.kernels import linear_cross_entropy_wide as wide
-from fastrec.kernels.linear_cross_entropy_sweeps import _bwd_kernel, _combine_kernel, _fwd_kernel
-from fastrec.kernels.tiles import allow_tf32, capability_of, ranges_of, slots_of, sum_ranges
+from fastrec.kernels.common import linear_cross_entropy_wide as wide
+from fastrec.kernels.common.linear_cross_entropy_sweeps import (
+    _bwd_kernel,
+    _combine_kernel,
+    _fwd_kernel,
+)
+from fastrec.kernels.common.tiles import allow_tf32, capability_of, ranges_of, slots_of, sum_ranges
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # the largest found that spill on none of sm_80, sm_90, sm_100. Registers on sm_90, of 255:

@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.in_batch_pairs import (
+from fastrec.kernels.common.in_batch_pairs import (
     leave_out_listed,
     list_bounds,
     lists_of,
     seek,
 )
-from fastrec.kernels.linear_scores import load_x, options_of, score_tile, strides_of
-from fastrec.kernels.tiles import ranges_of
+from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile, strides_of
+from fastrec.kernels.common.tiles import ranges_of
 
 LOW = tl.constexpr(2**32 - 1)
 BUDGET = 2**28  # bytes of keys: rows are taken in chunks that need no more

@@ -9,16 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.jagged_embedding import jagged_embedding_scatter
-from fastrec.kernels.rows import WIDEST, dense
-from fastrec.kernels.runs import BLOCK_T, add_runs, carry_kernel
-from fastrec.kernels.sampled_linear_cross_entropy_own import _own_fwd_kernel, own_config
-from fastrec.kernels.sampled_linear_cross_entropy_shared import (
+from fastrec.kernels.common.rows import WIDEST, dense
+from fastrec.kernels.common.runs import BLOCK_T, add_runs, carry_kernel
+from fastrec.kernels.common.sampled_linear_cross_entropy_own import _own_fwd_kernel, own_config
+from fastrec.kernels.common.sampled_linear_cross_entropy_shared import (
     _shared_bwd_kernel,
     _shared_fwd_kernel,
     shared_config,
 )
-from fastrec.kernels.tiles import ranges_of, sum_ranges
+from fastrec.kernels.common.tiles import ranges_of, sum_ranges
+from fastrec.kernels.jagged_embedding import jagged_embedding_scatter
 
 
 @triton.jit(do_not_specialize=["t", "per_row", "spare"])

@@ -26,9 +26,9 @@ def build(kernel: str, dtype: str, dropout: bool, capability: int) -> Binary:
     options = take_options(config)
     x, wide, step = f"*{dtype}:16", "*fp32:16", "i32:16"
     ids = "*i64:16" if dropout else None
-    arguments = dict.fromkeys(("sample_ids", "positions", "key"), ids)
+    arguments = dict.fromkeys(("keys", "positions", "rng"), ids)
     arguments |= dict(input=x, bias=wide, n="i32", d=step, stride_input=step, scale="fp32")
-    arguments |= dict(drop="i32", layer="i32", view="i32", per_view="i32", SITE=4, **config)
+    arguments |= dict(drop="i32", layer="i32", SITE=4, **config)
     if kernel == "fwd":
         arguments |= dict(output=x)
     else:

@@ -27,9 +27,9 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
     config = kernels._config(width)
     options = take_options(config)
     x, wide, ids, step = f"*{dtype}:16", "*fp32:16", "*i64:16", "i32:16"
-    arguments = dict.fromkeys(("sample_ids", "positions", "key"), ids)
+    arguments = dict.fromkeys(("keys", "positions", "rng"), ids)
     arguments |= dict(weight=wide, n="i32", d=step, scale="fp32", drop="i32", layer="i32")
-    arguments |= dict(view="i32", per_view="i32", SITE=3, **config)
+    arguments |= dict(SITE=3, **config)
     if kernel == "fwd":
         arguments |= dict.fromkeys(("residual", "bias", "output", "sum_out"), wide)
         arguments |= dict(input=x, mean_out=wide, rstd_out=wide, eps="fp32")

@@ -47,10 +47,10 @@ def build(kernel: str, dtype: str, width: int, length: int, capability: int) -> 
     options = take_options(config)
     x, ids = f"*{dtype}:16", "*i64:16"
     tensors = ("q", "k", "v")
-    arguments = dict.fromkeys((*tensors, "out"), x) | dict.fromkeys(("offsets", "sample_ids"), ids)
+    arguments = dict.fromkeys((*tensors, "out"), x) | dict.fromkeys(("offsets", "keys"), ids)
     arguments |= dict(
         rng=ids, lse="*fp32:16", heads="i32", d="i32:16", scale="fp32", keep_scale="fp32",
-        drop="i32", view="i32", layer="i32", CAUSAL=False, **config,
+        drop="i32", layer="i32", SITE=1, CAUSAL=False, **config,
     )  # fmt: skip
     if kernel == "bwd":
         tensors += ("g",)

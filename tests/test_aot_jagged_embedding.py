@@ -35,10 +35,10 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
     else:
         config = kernels._config(width)
         options = take_options(config)
-        arguments |= dict.fromkeys(("values", "positions", "sample_ids", "key"), ids)
+        arguments |= dict.fromkeys(("values", "keys", "positions", "rng"), ids)
         arguments |= dict.fromkeys(("weight", "position_weight"), table)
         arguments |= dict(norm_weight=wide, stride_weight=step, stride_position=step, scale="fp32")
-        arguments |= dict(drop="i32", layer="i32", view="i32", views="i32", SITE=2, **config)
+        arguments |= dict(drop="i32", layer="i32", SITE=2, **config)
         if kernel == "fwd":
             arguments |= dict(norm_bias=wide, output=table, mean_out=wide, rstd_out=wide)
             arguments |= dict(eps="fp32")

@@ -18,7 +18,7 @@ from aot import (
 )
 
 from fastrec.kernels import linear_cross_entropy as kernels
-from fastrec.kernels import linear_cross_entropy_wide as wide
+from fastrec.kernels.common import linear_cross_entropy_wide as wide
 
 pytestmark = needs_compiler
 

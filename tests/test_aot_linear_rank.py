@@ -18,7 +18,7 @@ from aot import (
 )
 
 from fastrec.kernels import linear_rank as kernels
-from fastrec.kernels.linear_scores import config_of
+from fastrec.kernels.common.linear_scores import config_of
 
 pytestmark = needs_compiler
 

@@ -13,12 +13,14 @@ import torch
 from op_db import OPS
 from op_db.case import TYPES, run
 
-from fastrec.random import Rng, draws, dropout_arguments, keep_mask
+from fastrec.ops.common.dropout import mask_of_rows
+from fastrec.random import Rng, draws, keep_mask
 
 pytest.importorskip("triton")
 WRITTEN = [t for t in TYPES if t.name in ("float32", "bfloat16", "bfloat16_input_float32_table")]
+PREFIX = "fastrec.kernels."
 # On a GPU `linear` is PyTorch's own, and `gelu_ffn` is made of other ops.
-WITH_KERNELS = [op for op in OPS if importlib.util.find_spec(f"fastrec.kernels.{op.name}")]
+WITH_KERNELS = [op for op in OPS if importlib.util.find_spec(PREFIX + op.name)]
 
 
 def on_meta(value):
@@ -57,7 +59,7 @@ def test_the_recorder_refuses_a_host_tensor(launches):
     from fastrec.kernels import bias_gelu_dropout as kernels
 
     with pytest.raises(AssertionError, match="host tensor"):
-        kernels.bias_gelu_dropout_fwd(torch.ones(3, 4), None, None, None, None, 0, 0, 0, 0, 1)
+        kernels.bias_gelu_dropout_fwd(torch.ones(3, 4), None, None, None, None, 0, 0, 0)
     assert not launches
 
 
@@ -67,5 +69,5 @@ def test_draws_from_host_words(seed):
     assert draws(Rng(seed, 7), ids[:, None], 0, ids, site="mask_item").device.type == "meta"
     mask, _ = keep_mask(Rng(seed, 7), 0.5, ids, ids, 20, site="embedding")
     assert mask.device.type == "meta" and mask.shape == (3, 20)
-    arguments = dropout_arguments(Rng(seed, 7), 0.5, ids, ids, 3, site="embedding")
-    assert arguments[2].device.type == "meta"
+    dropout = mask_of_rows(Rng(seed, 7), 0.5, ids, ids, 3, site="embedding", layer=0)
+    assert dropout.rng.device.type == "meta"

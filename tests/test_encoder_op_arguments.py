@@ -24,7 +24,7 @@ def index(rows=T, fill=0):
     return torch.full((rows,), fill)
 
 
-DROPS = dict(dropout_p=0.5, rng=Rng(0, 0), sample_ids=index(), positions=index())
+DROPS = dict(dropout_p=0.5, rng=Rng(0, 0), keys=index(), positions=index())
 RIGHT = {
     linear: dict(input=zeros(T, D), weight=zeros(3, D), bias=zeros(3)),
     gelu_ffn: dict(
@@ -52,12 +52,10 @@ WRONG = [
     (bias_gelu_dropout, dict(input=index()), ValueError, r"floating point \[T, D\]"),
     (bias_gelu_dropout, dict(bias=zeros(3)), ValueError, r"bias must be \[4\]"),
     (bias_gelu_dropout, dict(bias=zeros(D).double()), TypeError, "must both be float64"),
-    (bias_gelu_dropout, dict(views=2), ValueError, "views"),
     (dropout_add_layer_norm, dict(input=zeros(D)), ValueError, r"floating point \[T, D\]"),
     (dropout_add_layer_norm, dict(residual=zeros(4, D)), ValueError, r"residual must be \[5, 4\]"),
     (dropout_add_layer_norm, dict(weight=zeros(3)), ValueError, r"weight must be \[4\]"),
     (dropout_add_layer_norm, dict(bias=zeros(D).double()), TypeError, "float64 together"),
-    (dropout_add_layer_norm, dict(views=2), ValueError, "views"),
     (jagged_embedding, dict(weight=zeros(V)), ValueError, r"weight must be floating .* \[V, D\]"),
     (jagged_embedding, dict(values=zeros(T)), ValueError, r"values must be int64 \[5\]"),
     (jagged_embedding, dict(positions=None), ValueError, "position_weight needs positions"),
@@ -67,13 +65,15 @@ WRONG = [
     (jagged_embedding, dict(norm_bias=zeros(D).double()), TypeError, "both be float64"),
     (jagged_embedding, dict(values=index(fill=V)), IndexError, r"values\[0\] is 7"),
     (jagged_embedding, dict(positions=index(fill=3)), IndexError, r"positions\[0\] is 3"),
-    (jagged_embedding, dict(views=0), ValueError, "views must be at least 1"),
     *((op, change, ValueError, message) for op in DROPPING for change, message in (
         (dict(dropout_p=1.0), "leaves nothing to keep"),
         (dict(dropout_p=-0.1), "probability must be in"),
-        (dict(rng=None), "needs rng, sample_ids and positions"),
-        (dict(sample_ids=index(4)), r"sample_ids must be int64 \[5\]"),
-        (dict(layer=256), "out of range: view 0, layer 256"),
+        (dict(rng=None), "needs rng and keys"),
+        (dict(keys=None), "needs rng and keys"),
+        (dict(keys=index(4)), r"keys must be int64 \[5\]"),
+        (dict(positions=None), "needs positions"),
+        (dict(positions=index(4)), r"positions must be int64 \[5\]"),
+        (dict(layer=256), r"layer must be in \[0, 256\), got 256"),
         (dict(site="ffn"), "site must be one of .*'ffn_inner'.*, got 'ffn'"),
     )),
 ]  # fmt: skip

@@ -12,8 +12,8 @@ from op_db.case import Sample, excess, promote, run
 from op_db.in_batch_cross_entropy import by_tensors, embeddings, ids, lists, parameters
 
 from fastrec import in_batch_cross_entropy
+from fastrec.ops.common.in_batch_pairs import SIMILARITIES
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy_ref
-from fastrec.ops.in_batch_pairs import SIMILARITIES
 
 OP = "in_batch_cross_entropy"
 NAMES = ("query", "candidate", "weight", "candidate_bias", "temperature")

@@ -7,7 +7,7 @@ import torch
 from test_in_batch_cross_entropy import cpp, every_backend
 
 from fastrec import in_batch_cross_entropy
-from fastrec.ops.in_batch_pairs import operands, similarity_ref
+from fastrec.ops.common.in_batch_pairs import operands, similarity_ref
 
 
 @cpp

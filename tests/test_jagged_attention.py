@@ -21,7 +21,7 @@ def inputs(lengths, heads=2, width=16, dtype=torch.float32):
     return tuple(torch.randn(events, heads, width, dtype=dtype) for _ in range(3))
 
 
-def masks(backend, lengths, ids, rng, p, layer=0, heads=2, grad=False):
+def masks(backend, lengths, keys, rng, p, layer=0, heads=2, grad=False):
     """[H, L, L] keep mask of each sequence: with q = 0 and v one-hot, out_id is P_ij or 0; as the
     gradient of v for a one-hot gradient, likewise."""
     longest = max(lengths)
@@ -38,7 +38,7 @@ def masks(backend, lengths, ids, rng, p, layer=0, heads=2, grad=False):
         max_seq_len=longest,
         dropout_p=p,
         rng=rng,
-        sample_ids=torch.tensor(ids),
+        keys=torch.tensor(keys),
         layer=layer,
         backend=backend,
     )
@@ -51,15 +51,16 @@ def masks(backend, lengths, ids, rng, p, layer=0, heads=2, grad=False):
 @each_backend
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 def test_masks_are_those_of_the_contract(backend, grad):
-    ids, rng, p = [12, 3, -9, 2**33 + 1, 7], Rng(0x0123456789ABCDEF, 7, view=3), 0.3
-    for b, got in enumerate(masks(backend, LENGTHS, ids, rng, p, layer=2, grad=grad)):
+    keys = [12, 3 << 32 | 3, -9, 2**33 + 1, 65535 << 32 | 2**32 - 1]
+    rng, p = Rng(0x0123456789ABCDEF, 7), 0.3
+    for b, got in enumerate(masks(backend, LENGTHS, keys, rng, p, layer=2, grad=grad)):
         length = LENGTHS[b]
         if length == 0:
             continue
         expected, _ = keep_mask(
             rng,
             p,
-            torch.tensor(ids[b]).view(1, 1),
+            torch.tensor(keys[b]).view(1, 1),
             torch.arange(length).view(1, -1),
             length,
             site="attention",
@@ -71,23 +72,23 @@ def test_masks_are_those_of_the_contract(backend, grad):
 
 @each_backend
 def test_every_part_of_the_key_changes_the_mask(backend):
-    def mask(seed=1, step=2, view=0, sample_id=3, layer=0):
-        return masks(backend, [20], [sample_id], Rng(seed, step, view), 0.5, layer)[0]
+    def mask(seed=1, step=2, view=0, sample=3, layer=0):
+        return masks(backend, [20], [view << 32 | sample], Rng(seed, step), 0.5, layer)[0]
 
     base = mask()
     assert torch.equal(base, mask())
     assert not torch.equal(base[0], base[1]), "the heads share a mask"
-    changes = (dict(seed=9), dict(step=3), dict(view=1), dict(sample_id=4), dict(layer=1))
+    changes = (dict(seed=9), dict(step=3), dict(view=1), dict(sample=4), dict(layer=1))
     for change in changes[: 5 if backend != "triton" else 2]:
         assert 0.3 < (mask(**change) == base).float().mean() < 0.7, change
 
 
 @each_backend
-def test_repeated_ids_share_masks_and_views_do_not(backend):
+def test_equal_keys_share_masks_and_views_do_not(backend):
     first, second, other = masks(backend, [9, 9, 9], [5, 5, 6], Rng(1, 2), 0.5)
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
-    assert not torch.equal(first, masks(backend, [9], [5], Rng(1, 2, view=1), 0.5)[0])
+    assert not torch.equal(first, masks(backend, [9], [1 << 32 | 5], Rng(1, 2), 0.5)[0])
 
 
 @each_backend
@@ -109,7 +110,7 @@ def test_independent_of_the_batch(backend, causal):
             causal=causal,
             dropout_p=0.5,
             rng=rng,
-            sample_ids=ids[order],
+            keys=ids[order],
             backend=backend,
         )
         grads = torch.autograd.grad(out, leaves, torch.cos(out.detach()))
@@ -137,7 +138,7 @@ def test_equals_padded_attention_with_the_same_mask(backend):
         max_seq_len=size,
         dropout_p=p,
         rng=rng,
-        sample_ids=ids,
+        keys=ids,
         backend=backend,
     )
     valid = torch.arange(size) < torch.tensor(lengths)[:, None]
@@ -149,8 +150,7 @@ def test_equals_padded_attention_with_the_same_mask(backend):
     scores = padded[0] @ padded[1].transpose(2, 3) / 4
     probabilities = scores.masked_fill(~valid[:, None, None], float("-inf")).softmax(-1)
     draw = draws(
-        rng.seed,
-        rng.step,
+        rng,
         ids[:, None, None],
         torch.arange(size)[:, None],
         torch.arange(size),
@@ -158,8 +158,7 @@ def test_equals_padded_attention_with_the_same_mask(backend):
         bits=8,
     )
     other = draws(
-        rng.seed,
-        rng.step,
+        rng,
         ids[:, None, None],
         torch.arange(size)[:, None],
         torch.arange(size),
@@ -188,7 +187,7 @@ def test_step_may_be_advanced_in_place_before_the_backward_pass(backend):
             max_seq_len=20,
             dropout_p=0.5,
             rng=Rng(seed, step),
-            sample_ids=torch.arange(2),
+            keys=torch.arange(2),
             backend=backend,
         )
         if bump:
@@ -236,7 +235,7 @@ def test_many_sequences():
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     q, k, v = inputs([int(offsets[-1])], heads=1, width=8)
     options = dict(max_seq_len=4, dropout_p=0.5, rng=Rng(1, 2))
-    got = jagged_attention(q, k, v, offsets, sample_ids=torch.arange(80_000), **options)
+    got = jagged_attention(q, k, v, offsets, keys=torch.arange(80_000), **options)
     for b in (0, 3, 65_535, 65_536, 79_999):
         rows = slice(int(offsets[b]), int(offsets[b + 1]))
         alone = jagged_attention(
@@ -244,7 +243,7 @@ def test_many_sequences():
             k[rows],
             v[rows],
             torch.tensor([0, int(lengths[b])]),
-            sample_ids=torch.tensor([b]),
+            keys=torch.tensor([b]),
             backend="reference",
             **options,
         )
@@ -272,18 +271,16 @@ def test_packed_gradient_is_not_copied_and_is_that_of_unbind():
 @pytest.mark.parametrize("rows, groups", [(1, 1), (9, 1), (30, 2), (7, 3), (5, 13)])
 def test_cpp_generator_has_the_bits_of_the_reference(rows, groups):
     for seed, step in ((0x0123456789ABCDEF, 7), (-5, 2**40 + 1), (2**63 - 1, -1)):
-        ids = torch.tensor([42, -7, 2**33 + 9])
+        keys = torch.tensor([42, -7, 2**33 + 9, 65535 << 32 | 2**31])
         got = torch.ops.fastrec.philox_draws(
-            torch.tensor([seed, step]), ids, rows, groups, 4, 65535, 255, 17
+            torch.tensor([seed, step]), keys, rows, groups, 4, 255, 17
         )
         expected = draws(
-            torch.tensor(seed),
-            torch.tensor(step),
-            ids[:, None, None],
+            Rng(torch.tensor(seed), torch.tensor(step)),
+            keys[:, None, None],
             torch.arange(rows)[:, None],
             torch.arange(16 * groups),
             site="ffn_inner",
-            view=65535,
             layer=255,
             head=17,
             bits=8,
@@ -300,7 +297,7 @@ def test_statistics_of_1e8_draws():
     pairs = dict.fromkeys(sums, 0)
     for chunk in range(10):
         ids = torch.arange(chunk * 250, chunk * 250 + 250)
-        got = torch.ops.fastrec.philox_draws(torch.tensor([99, 3]), ids, 200, 13, 1, 0, 0, 0)
+        got = torch.ops.fastrec.philox_draws(torch.tensor([99, 3]), ids, 200, 13, 1, 0, 0)
         count += torch.bincount(got.flatten(), minlength=256)
         cells += got.numel()
         x = got.float() - 127.5
@@ -332,13 +329,12 @@ def test_statistics_of_1e8_draws():
         (dict(offsets=torch.tensor([0.0, 6.0])), ValueError, "offsets must be int64"),
         (dict(key=torch.zeros(6, 2, 5)), ValueError, r"must be \[T, H, D\] alike"),
         (dict(key=torch.zeros(6, 2, 4).double()), TypeError, "one dtype"),
-        (dict(sample_ids=torch.zeros(3, dtype=torch.int64)), ValueError, "one per sequence"),
-        (dict(sample_ids=None), ValueError, "needs rng and sample_ids"),
-        (dict(rng=None), ValueError, "needs rng and sample_ids"),
+        (dict(keys=torch.zeros(3, dtype=torch.int64)), ValueError, r"keys must be int64 \[2\]"),
+        (dict(keys=None), ValueError, "needs rng and keys"),
+        (dict(rng=None), ValueError, "needs rng and keys"),
         (dict(dropout_p=0.999), ValueError, "leaves nothing to keep"),
         (dict(dropout_p=1.5), ValueError, "probability must be in"),
-        (dict(layer=256), ValueError, "layer 256"),
-        (dict(rng=Rng(1, 2, 65536)), ValueError, "view must be in"),
+        (dict(layer=256), ValueError, "layer must be in"),
     ],
 )
 def test_errors_name_the_problem(change, error, message):
@@ -351,7 +347,7 @@ def test_errors_name_the_problem(change, error, message):
         max_seq_len=4,
         dropout_p=0.5,
         rng=Rng(1, 2),
-        sample_ids=torch.arange(2),
+        keys=torch.arange(2),
     )
     with pytest.raises(error, match=message):
         jagged_attention(**(arguments | change))

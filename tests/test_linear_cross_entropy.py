@@ -64,7 +64,7 @@ def test_hand_computed_table(backend, dtype):
     def function(**kwargs):
         return linear_cross_entropy(**kwargs, reduction="none", backend=backend)
 
-    got = run(function, Sample("table", case), NAMES, torch.ones(3, dtype=dtype))
+    got = run(function, Sample("table", case), NAMES, {"output": torch.ones(3, dtype=dtype)})
     expected = {
         "output": LOSS,
         "input": GRAD_INPUT,

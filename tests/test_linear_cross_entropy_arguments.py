@@ -7,7 +7,7 @@ from op_db.case import Sample, run
 from test_linear_cross_entropy import NAMES, cpp, every_backend, problem
 
 from fastrec import linear_cross_entropy
-from fastrec.ops.linear_cross_entropy_autograd import PlainLoss
+from fastrec.ops.common.linear_cross_entropy_autograd import PlainLoss
 
 
 @every_backend

@@ -351,7 +351,7 @@ PLAIN = """
     x = torch.randn(4, 3, requires_grad=True)
     fastrec.linear_cross_entropy(x, torch.randn(9, 3), torch.tensor([0, 8, 1, 2])).backward()
     new = sorted(name for name in set(sys.modules) - before if "distributed" in name)
-    assert not new and "fastrec.ops.collectives" not in sys.modules, new
+    assert not new and "fastrec.ops.common.collectives" not in sys.modules, new
 """
 
 

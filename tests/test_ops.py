@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 from op_db import OPS
-from op_db.case import TYPES, excess, gradients, outputs_of, promote, run
+from op_db.case import TYPES, as_views, excess, gradients, outputs_of, promote, run, upstream_of
 
 from fastrec.backend import BACKENDS, unavailable_reason
 
@@ -290,6 +290,36 @@ def test_retained_graph_gives_the_same_gradients(op, backend, device, types, nam
         exact = 2 * grad.double()
         error, budget = excess(doubled[key], (2 * grad), exact)
         assert error <= budget, key
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=(FLOAT32, TYPES[2]), only=lambda op: op.complete if op.per_row else ()),
+)
+def test_views_in_one_call_are_separate_calls(op, backend, device, types, name):
+    """Copies of a batch under other keys: bit for bit in everything that has an entry per row. The
+    gradient of the rest is the sum of theirs."""
+    need(op, backend, device)
+    sample, count = get(op, name, backend, device, types), 3
+    together = run(on(op, backend), as_views(op, sample, 0, count), op.differentiable)
+    outputs = {key: value for key, value in together.items() if key not in op.differentiable}
+    upstream = {key: upstream_of(value).to(value.dtype) for key, value in outputs.items()}
+    sums = {key: 0 for key in op.differentiable if key not in op.per_row}
+    seen = []
+    for view in range(count):
+        alone = as_views(op, sample, view, 1)
+        part = {key: value.chunk(count)[view] for key, value in upstream.items()}
+        found = run(on(op, backend), alone, op.differentiable, part)
+        for key, value in found.items():
+            if key in sums:
+                sums[key] = sums[key] + value.double()
+            else:
+                assert torch.equal(value, together[key].chunk(count)[view]), key
+        seen.append(found[next(iter(outputs))])
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    for key, total in sums.items():
+        size = torch.finfo(together[key].dtype).eps * total.abs().max()
+        assert (together[key] - total).abs().max() <= 8 * size, key
 
 
 def subsets(names):

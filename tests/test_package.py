@@ -1,4 +1,5 @@
-"""What is shipped: an sdist that builds, a wheel without a top-level `kernels`, no compiler."""
+"""What is shipped: an sdist that builds, a wheel without a top-level `kernels`, no compiler. And
+folders whose listing is the list of ops."""
 
 import os
 import shutil
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from op_db import OPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,15 +41,24 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
     assert {name.split("/")[0] for name in names} == {"fastrec", wheel.name[:13] + ".dist-info"}
     for expected in (
         "fastrec/kernels/linear_cross_entropy.py",
+        "fastrec/kernels/common/tiles.py",
         "fastrec/recipes/uprec-mip.yaml",
         "fastrec/py.typed",
         "fastrec/ops/linear_cross_entropy.py",
         "fastrec/data/steps/crop.py",
+        "fastrec/ops/common/native.py",
     ):
         assert expected in names
     for kind in ("*.py", "*.yaml"):
         for file in (ROOT / "fastrec").rglob(kind):
             assert file.relative_to(ROOT).as_posix() in names, "is its folder in setup.py?"
+
+
+@pytest.mark.parametrize("folder", ["fastrec/ops", "kernels", "csrc"])
+def test_the_folders_of_the_ops_hold_nothing_else(folder):
+    found = {file.stem for file in (ROOT / folder).glob("*.*")} - {"__init__", "module"}
+    ops = {op.name for op in OPS}
+    assert found == ops if folder == "fastrec/ops" else found <= ops
 
 
 def test_without_the_extension_the_reference_serves_and_says_so_once(wheel, tmp_path):

@@ -1,4 +1,4 @@
-"""The random number contract, version 1: test vectors, uniformity, independence of the batch."""
+"""The random number contract, version 2: test vectors, uniformity, independence of the batch."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch
 from fastrec.random import SITES, Rng, draws, keep_mask, philox, threshold
 
 SEED = 0x0123456789ABCDEF
-VECTOR = dict(site="attention", view=1, layer=1, head=1)
+RNG, KEY = Rng(SEED, 7), torch.tensor(1 << 32 | 42)  # view 1 of sample 42
+VECTOR = dict(site="attention", layer=1, head=1)
 
 
 def words(values):
@@ -36,7 +37,7 @@ def test_philox_words_of_the_contract():
 
 
 def test_draws_of_8_bits():
-    got = draws(SEED, 7, torch.tensor(42), 3, torch.arange(16, 32), bits=8, **VECTOR)
+    got = draws(RNG, KEY, 3, torch.arange(16, 32), bits=8, **VECTOR)
     assert got.tolist() == [
         176,
         27,
@@ -60,19 +61,16 @@ def test_draws_of_8_bits():
 
 
 def test_draws_of_16_bits():
-    got = draws(SEED, 7, torch.tensor(42), 3, torch.arange(16, 24), bits=16, **VECTOR)
+    got = draws(RNG, KEY, 3, torch.arange(16, 24), bits=16, **VECTOR)
     assert got.tolist() == [53155, 29385, 47772, 21175, 58085, 58849, 48087, 34179]
 
 
 def test_keep_mask_is_the_same_stream():
-    rng = Rng(SEED, 7, view=1)
-    keep, scale = keep_mask(
-        rng, 0.2, torch.tensor([42]), torch.tensor([3]), 32, site="attention", layer=1, head=1
-    )
+    keep, scale = keep_mask(RNG, 0.2, KEY[None], torch.tensor([3]), 32, **VECTOR)
     assert "".join(str(int(k)) for k in keep[0, 16:]) == "1011111111011111"
     assert scale == 256 / (256 - 51)
     with pytest.raises(ValueError, match="leaves nothing"):
-        keep_mask(rng, 1.0, torch.tensor([42]), torch.tensor([3]), 32, site="attention")
+        keep_mask(RNG, 1.0, KEY[None], torch.tensor([3]), 32, site="attention")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_uniform(bits):
     the 1e-6 quantiles of 255 degrees of freedom on either side."""
     ids = torch.arange(512)[:, None, None]
     rows, cols = torch.arange(32)[None, :, None], torch.arange(64)[None, None, :]
-    got = draws(1234, 5, ids, rows, cols, site="embedding", bits=bits).flatten()
+    got = draws(Rng(1234, 5), ids, rows, cols, site="embedding", bits=bits).flatten()
     for part in (got >> (bits - 8), got & 255):
         count = torch.bincount(part, minlength=256).double()
         expected = got.numel() / 256
@@ -114,18 +112,24 @@ def test_uniform(bits):
 
 
 @pytest.mark.parametrize(
-    "field", ["seed", "seed_high", "step", "id", "row", "view", "layer", "head"]
+    "change",
+    [
+        dict(rng=Rng(4, 4)),
+        dict(rng=Rng(3 + (1 << 40), 4)),
+        dict(rng=Rng(3, 5)),
+        dict(keys=torch.tensor(1 << 32 | 6)),
+        dict(keys=torch.tensor(2 << 32 | 5)),
+        dict(keys=torch.tensor(5)),
+        dict(row=7),
+        dict(layer=2),
+        dict(head=2),
+    ],
+    ids=str,
 )
-def test_every_field_changes_the_stream(field):
+def test_every_field_changes_the_stream(change):
     cols = torch.arange(256)
-    base = dict(seed=3, step=4, sample_ids=torch.tensor(5), row=6, view=1, layer=1, head=1)
-    other = dict(base)
-    if field == "seed_high":
-        other["seed"] = 3 + (1 << 40)
-    elif field == "id":
-        other["sample_ids"] = torch.tensor(7)
-    else:
-        other[field] += 1
+    base = dict(rng=Rng(3, 4), keys=torch.tensor(1 << 32 | 5), row=6, layer=1, head=1)
+    other = base | change
     first, second = (draws(col=cols, site="attention", **fields) for fields in (base, other))
     assert (first == second).float().mean() < 0.02
     sites = {name: draws(col=cols, site=name, **base) for name in SITES}
@@ -136,47 +140,48 @@ def test_independent_of_batch_order_size_and_shape():
     ids = torch.arange(100)
     cols = torch.arange(20)
     rows = torch.arange(3)[:, None]
-    whole = draws(9, 2, ids[:, None, None], rows, cols, site="attention", bits=8)
+    whole = draws(Rng(9, 2), ids[:, None, None], rows, cols, site="attention", bits=8)
     order = torch.randperm(100)
-    shuffled = draws(9, 2, ids[order][:, None, None], rows, cols, site="attention", bits=8)
+    shuffled = draws(Rng(9, 2), ids[order][:, None, None], rows, cols, site="attention", bits=8)
     assert torch.equal(shuffled, whole[order])
-    one = draws(9, 2, torch.tensor(17), 2, torch.tensor(19), site="attention", bits=8)
+    one = draws(Rng(9, 2), torch.tensor(17), 2, torch.tensor(19), site="attention", bits=8)
     assert one == whole[17, 2, 19]
     assert torch.equal(
-        draws(9, 2, ids[:7, None, None], rows, cols[5:11], site="attention", bits=8),
+        draws(Rng(9, 2), ids[:7, None, None], rows, cols[5:11], site="attention", bits=8),
         whole[:7, :, 5:11],
     )
 
 
 def test_seed_and_step_may_be_tensors():
     ids, cols = torch.arange(4)[:, None], torch.arange(9)
-    expected = draws(SEED, 7, ids, 0, cols, site="attention")
-    got = draws(torch.tensor(SEED), torch.tensor(7), ids, 0, cols, site="attention")
+    expected = draws(RNG, ids, 0, cols, site="attention")
+    got = draws(Rng(torch.tensor(SEED), torch.tensor(7)), ids, 0, cols, site="attention")
     assert torch.equal(got, expected)
 
 
-def test_ids_and_steps_count_modulo_2_to_the_32():
-    cols = torch.arange(9)
-    expected = draws(1, 7, torch.tensor(5), 0, cols, site="attention")
-    assert torch.equal(draws(1, 7, torch.tensor(5 + 2**32), 0, cols, site="attention"), expected)
-    assert torch.equal(draws(1, 7 + 2**32, torch.tensor(5), 0, cols, site="attention"), expected)
+def test_steps_count_modulo_2_to_the_32_and_views_modulo_2_to_the_16():
+    cols, key = torch.arange(9), torch.tensor(65535 << 32 | 5)
+    expected = draws(Rng(1, 7), key, 0, cols, site="attention")
+    assert torch.equal(draws(Rng(1, 7 + 2**32), key, 0, cols, site="attention"), expected)
+    for same in (key + 2**48, torch.tensor(5 - 2**32)):
+        assert torch.equal(draws(Rng(1, 7), same, 0, cols, site="attention"), expected)
 
 
 def test_the_global_generator_is_neither_read_nor_advanced():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = draws(1, 2, torch.tensor(3), 4, torch.arange(50), site="attention")
+    first = draws(Rng(1, 2), torch.tensor(3), 4, torch.arange(50), site="attention")
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert torch.equal(draws(1, 2, torch.tensor(3), 4, torch.arange(50), site="attention"), first)
+    assert torch.equal(
+        draws(Rng(1, 2), torch.tensor(3), 4, torch.arange(50), site="attention"), first
+    )
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (dict(bits=4), "bits must be 8 or 16, got 4"),
-        (dict(view=65536), "view 65536"),
-        (dict(view=-1), "view -1"),
         (dict(layer=256), "layer 256"),
         (dict(head=256), "head 256"),
         (dict(row=65536), r"row must be in \[0, 65536\), got 65536"),
@@ -185,9 +190,7 @@ def test_the_global_generator_is_neither_read_nor_advanced():
     ],
 )
 def test_out_of_range(change, message):
-    fields = dict(
-        seed=1, step=0, sample_ids=torch.tensor(0), row=0, col=torch.arange(2), site="attention"
-    )
+    fields = dict(rng=Rng(1, 0), keys=torch.tensor(0), row=0, col=torch.arange(2), site="attention")
     with pytest.raises(ValueError, match=message):
         draws(**(fields | change))
 
@@ -200,10 +203,10 @@ def test_probability_out_of_range(p):
 
 def test_a_pinned_key_is_a_copy():
     seed, step = torch.tensor(2**40 + 3), torch.tensor([7], dtype=torch.int32)
-    rng = Rng(seed, step, view=2)
+    rng = Rng(seed, step)
     pinned = rng.pinned(seed.device)
     step += 1
-    assert pinned.view == 2 and pinned.key(seed.device).tolist() == [2**40 + 3, 7]
+    assert pinned.key(seed.device).tolist() == [2**40 + 3, 7]
     assert rng.key(seed.device).tolist() == [2**40 + 3, 8]
     assert pinned.pinned(seed.device).words is pinned.words, "nothing is copied twice"
     assert pinned.key(torch.device("meta")).device.type == "meta", "another device has its own"

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPR
     ],
 )
 def test_programs_of_several_blocks(op, name, types, monkeypatch):
-    from fastrec.kernels import rows
+    from fastrec.kernels.common import rows
 
     ranges = []
     monkeypatch.setattr(rows, "MOST_PARTIALS", 2)
@@ -47,7 +47,7 @@ def seen(function, results):
 @pytest.mark.parametrize("types", TYPES[:1] + TYPES[2:], ids=str)
 @pytest.mark.parametrize("name", ["width_300", "width_300_everything", "width_300_extreme"])
 def test_triton_wide_table_of_several_chunks(name, types, monkeypatch):
-    from fastrec.kernels import linear_cross_entropy_wide as wide
+    from fastrec.kernels.common import linear_cross_entropy_wide as wide
 
     monkeypatch.setattr(wide, "MOST", 7)
     monkeypatch.setattr(wide, "BLOCK", 2)

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrec.kernels.linear_cross_entropy_wide import product
-from fastrec.kernels.tiles import LOG2E, dot, load_rows, round_to
+from fastrec.kernels.common.linear_cross_entropy_wide import product
+from fastrec.kernels.common.tiles import LOG2E, dot, load_rows, round_to
 
 BUFFER_BYTES = 9 * 2**30
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) by BLOCK_D; no spills on sm_90 (Triton 3.6, 3.9).

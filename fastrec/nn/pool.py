@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.ops.arguments import accumulate_dtype
+from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.jagged_max_pool import jagged_max_pool
 
 Pooling = Literal["max", "mean", "cls", "ur", "last", "attention"]

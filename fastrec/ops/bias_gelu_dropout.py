@@ -13,33 +13,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.native import kernels_of, register_cuda
-from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views_of
+from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
+from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.random import Rng, keep_mask
 
 OP = "bias_gelu_dropout"
-_DROPOUT = (
-    " Tensor? keys, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
-    " int views"
-)
 
 # output and grad_input [T, D] have the dtype of input, grad_bias [D] ([0] if None) that of bias.
 torch.library.define(
-    f"fastrec::{OP}_fwd", f"(Tensor input, Tensor? bias,{_DROPOUT}) -> Tensor output"
+    f"fastrec::{OP}_fwd", f"(Tensor input, Tensor? bias, {SCHEMA}) -> Tensor output"
 )
 torch.library.define(
     f"fastrec::{OP}_bwd",
-    f"(Tensor grad_output, Tensor input, Tensor? bias,{_DROPOUT})"
+    f"(Tensor grad_output, Tensor input, Tensor? bias, {SCHEMA})"
     " -> (Tensor grad_input, Tensor grad_bias)",
 )
 
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
-def _(input, bias, *dropout):
+def _(input, bias, *mask):
     return input.new_empty(input.shape)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
-def _(grad_output, input, bias, *dropout):
+def _(grad_output, input, bias, *mask):
     grad_bias = input.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return input.new_empty(input.shape), grad_bias
 
@@ -49,22 +46,23 @@ register_cuda(OP, "fwd", "bwd")
 
 class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, bias, keys, positions, key, numbers, backend):
+    def forward(ctx, input, bias, backend, *arguments):
         fwd = kernels_of(OP, backend, input.device).bias_gelu_dropout_fwd
-        ctx.save_for_backward(input, bias, keys, positions, key)
-        ctx.numbers, ctx.backend = numbers, backend  # drop, site, layer, view, views
-        return fwd(input, bias, keys, positions, key, *numbers)
+        mask = Mask(*arguments)
+        ctx.save_for_backward(input, bias, *mask.tensors)
+        ctx.numbers, ctx.backend = mask.numbers, backend
+        return fwd(input, bias, *mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        input, bias, *key = ctx.saved_tensors
+        input, bias, *tensors = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, input.device).bias_gelu_dropout_bwd
-        grad_input, grad_bias = bwd(grad_output, input, bias, *key, *ctx.numbers)
+        grad_input, grad_bias = bwd(grad_output, input, bias, *tensors, *ctx.numbers)
         return (
             grad_input if ctx.needs_input_grad[0] else None,
             grad_bias if ctx.needs_input_grad[1] else None,
-            *[None] * 5,
+            *[None] * (1 + len(Mask._fields)),
         )
 
 
@@ -78,16 +76,12 @@ def bias_gelu_dropout_ref(
     positions=None,
     site="ffn_inner",
     layer=0,
-    views=1,
 ):
     """The oracle: plain PyTorch, the mask materialised."""
     output = F.gelu(input if bias is None else input + bias.to(input.dtype))
     if dropout_p > 0.0:
         width = input.shape[1]
-        view = views_of(rng, input.shape[0], views, input.device)
-        keep, scale = keep_mask(
-            rng, dropout_p, keys, positions, width, site=site, layer=layer, view=view
-        )
+        keep, scale = keep_mask(rng, dropout_p, keys, positions, width, site=site, layer=layer)
         output = output * (keep.to(output.dtype) * scale)
     return output
 
@@ -102,7 +96,6 @@ def bias_gelu_dropout(
     positions: Tensor | None = None,
     site: str = "ffn_inner",
     layer: int = 0,
-    views: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """dropout(GELU(input + bias)) with the exact GELU, z P(z) (Hendrycks and Gimpel, 2016).
@@ -114,10 +107,8 @@ def bias_gelu_dropout(
         bias: [D]; None adds nothing.
         dropout_p: probability, quantised to 1/256. 0 needs none of the following arguments.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        keys: int64 [T], the sample that each row belongs to.
-        positions: int64 [T], the place of each row in its sample, below 65,536.
-        views: the rows are that many blocks of equal size, and block i is dropped as view
-            `rng.view` + i.
+        keys: int64 [T], the key of the sequence that each row belongs to.
+        positions: int64 [T], the place of each row in its sequence, below 65,536.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -136,13 +127,11 @@ def bias_gelu_dropout(
         raise ValueError(f"bias must be [{input.shape[1]}], got {list(bias.shape)}")
     if bias is not None and (bias.dtype == torch.float64) != (input.dtype == torch.float64):
         raise TypeError(f"input and bias must both be float64, got {input.dtype} and {bias.dtype}")
-    check_views(input.shape[0], views, "rows")
-    dropout = dropout_arguments(
-        rng, dropout_p, keys, positions, input.shape[0], site=site, layer=layer, views=views
-    )
+    rows = input.shape[0]
+    mask = mask_of_rows(rng, dropout_p, keys, positions, rows, site=site, layer=layer)
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
-        dropout_p = dropout_p if dropout[3] else 0.0  # p rounds to 0: rng may be missing
+        dropout_p = dropout_p if mask.drop else 0.0  # p rounds to 0: rng may be missing
         return bias_gelu_dropout_ref(
             input,
             bias,
@@ -152,6 +141,5 @@ def bias_gelu_dropout(
             positions=positions,
             site=site,
             layer=layer,
-            views=views,
         )
-    return _BiasGeluDropout.apply(input, bias, *dropout[:3], dropout[3:], backend)
+    return _BiasGeluDropout.apply(input, bias, backend, *mask)

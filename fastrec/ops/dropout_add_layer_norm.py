@@ -17,21 +17,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype
-from fastrec.ops.native import kernels_of, register_cuda
-from fastrec.random import Rng, check_views, dropout_arguments, keep_mask, views_of
+from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
+from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.random import Rng, keep_mask
 
 OP = "dropout_add_layer_norm"
-_DROPOUT = (
-    " Tensor? keys, Tensor? positions, Tensor? key, int drop, int site, int layer, int view,"
-    " int views"
-)
 
 # output and sum [T, D] have the promoted dtype of input and residual; sum is [0, D] where it would
 # equal the input. mean and rstd [T] are float32, or float64 with the input.
 torch.library.define(
     f"fastrec::{OP}_fwd",
-    f"(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps,{_DROPOUT})"
+    f"(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, {SCHEMA})"
     " -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)",
 )
 # grad_residual [T, D] has the dtype of sum, grad_input that of `input_like`; it is [0, D] where
@@ -39,28 +36,25 @@ torch.library.define(
 torch.library.define(
     f"fastrec::{OP}_bwd",
     "(Tensor? grad_output, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, Tensor? weight,"
-    f" Tensor? bias, ScalarType input_dtype,{_DROPOUT})"
+    f" Tensor? bias, ScalarType input_dtype, {SCHEMA})"
     " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
 )
 
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
-def _(input, residual, weight, bias, eps, keys, positions, key, drop, site, layer, view, views):
+def _(input, residual, weight, bias, eps, *arguments):
     rows, width = input.shape
     dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     output = input.new_empty(rows, width, dtype=dtype)
     mean = input.new_empty(rows, dtype=accumulate_dtype(output))
-    plain = residual is None and drop == 0
+    plain = residual is None and Mask(*arguments).drop == 0
     return output, output.new_empty(0 if plain else rows, width), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
-def _(
-    grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype,
-    keys, positions, key, drop, site, layer, view, views,
-):  # fmt: skip
+def _(grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype, *arguments):
     rows, width = sum.shape
-    both = drop == 0 and input_dtype == sum.dtype
+    both = Mask(*arguments).drop == 0 and input_dtype == sum.dtype
     return (
         sum.new_empty(0 if both else rows, width, dtype=input_dtype),
         sum.new_empty(rows, width),
@@ -74,16 +68,14 @@ register_cuda(OP, "fwd", "bwd")
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, residual, weight, bias, keys, positions, key, numbers, eps, backend):
+    def forward(ctx, input, residual, weight, bias, eps, backend, *arguments):
         fwd = kernels_of(OP, backend, input.device).dropout_add_layer_norm_fwd
-        output, sum, mean, rstd = fwd(
-            input, residual, weight, bias, eps, keys, positions, key, *numbers
-        )
-        ctx.numbers = numbers  # drop, site, layer, view, views
-        plain = residual is None and numbers[0] == 0
+        mask = Mask(*arguments)
+        output, sum, mean, rstd = fwd(input, residual, weight, bias, eps, *mask)
+        plain = residual is None and mask.drop == 0
         saved = input if plain else sum
-        ctx.save_for_backward(saved, mean, rstd, weight, bias, keys, positions, key)
-        ctx.backend, ctx.input_dtype = backend, input.dtype
+        ctx.save_for_backward(saved, mean, rstd, weight, bias, *mask.tensors)
+        ctx.numbers, ctx.backend, ctx.input_dtype = mask.numbers, backend, input.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return output, sum
@@ -91,13 +83,13 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_sum):
-        sum, mean, rstd, weight, bias, *dropout = ctx.saved_tensors
+        sum, mean, rstd, weight, bias, *tensors = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, sum.device).dropout_add_layer_norm_bwd
         if sum.shape[0] > 0 and grad_sum is not None and grad_sum.shape[0] == 0:
             grad_sum = None  # of the [0, D] that stands for an input that is its own sum
         grad_input, grad_residual, grad_weight, grad_bias = bwd(
             grad_output, grad_sum, sum, mean, rstd, weight, bias, ctx.input_dtype,
-            *dropout, *ctx.numbers,
+            *tensors, *ctx.numbers,
         )  # fmt: skip
         if grad_input.shape[0] != sum.shape[0]:
             grad_input = grad_residual
@@ -107,7 +99,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             grad_residual.to(ctx.residual_dtype) if needed[1] else None,
             grad_weight if needed[2] else None,
             grad_bias if needed[3] else None,
-            *[None] * 6,
+            *[None] * (2 + len(Mask._fields)),
         )
 
 
@@ -131,15 +123,11 @@ def dropout_add_layer_norm_ref(
     positions=None,
     site="attention_output",
     layer=0,
-    views=1,
 ):
     """The oracle: plain PyTorch, the mask materialised."""
     sum, width = input, input.shape[1]
     if dropout_p > 0.0:
-        view = views_of(rng, input.shape[0], views, input.device)
-        keep, scale = keep_mask(
-            rng, dropout_p, keys, positions, width, site=site, layer=layer, view=view
-        )
+        keep, scale = keep_mask(rng, dropout_p, keys, positions, width, site=site, layer=layer)
         sum = input * (keep.to(input.dtype) * scale)
     if residual is not None:
         sum = residual + sum
@@ -175,7 +163,6 @@ def dropout_add_layer_norm(
     positions: Tensor | None = None,
     site: str = "attention_output",
     layer: int = 0,
-    views: int = 1,
     backend: str | None = None,
 ) -> DropoutAddLayerNorm:
     """LayerNorm(residual + dropout(input)) over the last dimension, and the sum itself.
@@ -190,10 +177,8 @@ def dropout_add_layer_norm(
         eps: added to the variance.
         dropout_p: probability, quantised to 1/256. 0 needs none of the following arguments.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        keys: int64 [T], the sample that each row belongs to.
-        positions: int64 [T], the place of each row in its sample, below 65,536.
-        views: the rows are that many blocks of equal size, and block i is dropped as view
-            `rng.view` + i.
+        keys: int64 [T], the key of the sequence that each row belongs to.
+        positions: int64 [T], the place of each row in its sequence, below 65,536.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -206,13 +191,11 @@ def dropout_add_layer_norm(
         RuntimeError: `backend` cannot run.
     """
     _check(input, residual, weight, bias)
-    check_views(input.shape[0], views, "rows")
-    dropout = dropout_arguments(
-        rng, dropout_p, keys, positions, input.shape[0], site=site, layer=layer, views=views
-    )
+    rows = input.shape[0]
+    mask = mask_of_rows(rng, dropout_p, keys, positions, rows, site=site, layer=layer)
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
-        dropout_p = dropout_p if dropout[3] else 0.0  # p rounds to 0: rng may be missing
+        dropout_p = dropout_p if mask.drop else 0.0  # p rounds to 0: rng may be missing
         return dropout_add_layer_norm_ref(
             input,
             residual,
@@ -225,11 +208,7 @@ def dropout_add_layer_norm(
             positions=positions,
             site=site,
             layer=layer,
-            views=views,
         )
-    key, numbers = dropout[:3], dropout[3:]
-    output, sum = _DropoutAddLayerNorm.apply(
-        input, residual, weight, bias, *key, numbers, eps, backend
-    )
-    plain = residual is None and dropout[3] == 0
+    output, sum = _DropoutAddLayerNorm.apply(input, residual, weight, bias, eps, backend, *mask)
+    plain = residual is None and mask.drop == 0
     return DropoutAddLayerNorm(output, input if plain else sum)

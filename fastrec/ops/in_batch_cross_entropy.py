@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype, ordered_sum
-from fastrec.ops.in_batch_cross_entropy_autograd import OP, InBatchCrossEntropy
-from fastrec.ops.in_batch_pairs import (
+from fastrec.ops.common.arguments import accumulate_dtype, ordered_sum
+from fastrec.ops.common.in_batch_cross_entropy_autograd import OP, InBatchCrossEntropy
+from fastrec.ops.common.in_batch_pairs import (
     allowed_ref,
     as_columns,
     check_loss,
@@ -220,7 +220,7 @@ def in_batch_cross_entropy(
     )
     with torch.autocast(device, enabled=False):
         if group is not None:
-            from fastrec.ops.in_batch_group import losses_of_group
+            from fastrec.ops.common.in_batch_group import losses_of_group
 
             if backend == "reference":
                 one_way = functools.partial(directed_ref, **options)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype
-from fastrec.ops.in_batch_pairs import (
+from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.in_batch_pairs import (
     allowed_ref,
     as_columns,
     check_pairs,
@@ -23,7 +23,7 @@ from fastrec.ops.in_batch_pairs import (
     promote_under_autocast,
     similarity_ref,
 )
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "in_batch_hardest"
 

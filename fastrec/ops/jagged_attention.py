@@ -7,7 +7,7 @@ S = scale Q K^T of one sequence and head, P = softmax_j(S), Z the keep mask and 
     dS = P o (dP - delta),   dQ = scale dS K,   dK = scale dS^T Q
 
 The kernels save the log-sum-exp of the rows of S and regenerate Z, a function of (seed, step,
-sample id, view, layer, head, i, j) alone. The reference sorts sequences into groups of similar
+key of the sequence, layer, head, i, j) alone. The reference sorts sequences into groups of similar
 length, so that short sequences do not pay for the longest one: of 768 Yelp users with 2 special
 tokens (average length 10, maximum 32) it computes 3.4 times fewer probabilities than padding to the
 maximum.
@@ -18,17 +18,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.native import kernels_of, register_cuda
-from fastrec.random import Rng, check_views, keep_mask, threshold, views_of
+from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_sequences
+from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.random import Rng, keep_mask
 
 OP = "jagged_attention"
 
-# rng [2] int64: seed and step. drop: an element is dropped where its 8-bit draw is below; 0 means
-# no dropout, and rng and keys may be None. lse [T, H] float32 (float64 for float64 inputs).
-_COMMON = (
-    "Tensor offsets, Tensor? keys, Tensor? rng, int max_seq_len, bool causal, float scale,"
-    " int drop, int view, int views, int layer"
-)
+# Of the mask positions are None: they are the places in the sequence. lse [T, H] is float32, or
+# float64 for float64 inputs.
+_COMMON = f"Tensor offsets, int max_seq_len, bool causal, float scale, {SCHEMA}"
 torch.library.define(
     f"fastrec::{OP}_fwd",
     f"(Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor out, Tensor lse)",
@@ -60,20 +58,23 @@ register_cuda(OP, "fwd", "bwd")
 
 class _JaggedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, offsets, keys, rng, settings, backend):
+    def forward(ctx, query, key, value, offsets, max_seq_len, causal, scale, backend, *arguments):
         fwd = kernels_of(OP, backend, query.device).jagged_attention_fwd
-        out, lse = fwd(query, key, value, offsets, keys, rng, *settings)
+        mask, settings = Mask(*arguments), (max_seq_len, causal, scale)
+        out, lse = fwd(query, key, value, offsets, *settings, *mask)
         kept = out if backend == "triton" else None
-        ctx.save_for_backward(query, key, value, kept, lse, offsets, keys, rng)
-        ctx.settings, ctx.backend = settings, backend
+        ctx.save_for_backward(query, key, value, kept, lse, offsets, *mask.tensors)
+        ctx.settings, ctx.numbers, ctx.backend = settings, mask.numbers, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         bwd = kernels_of(OP, ctx.backend, grad_out.device).jagged_attention_bwd
-        grad = bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
-        return *grad.unbind(1), None, None, None, None, None
+        *tensors, keys, positions, rng = ctx.saved_tensors
+        mask = Mask(keys, positions, rng, *ctx.numbers)
+        grad = bwd(grad_out, *tensors, *ctx.settings, *mask)
+        return *grad.unbind(1), *[None] * (5 + len(Mask._fields))
 
 
 class _Permute(torch.autograd.Function):
@@ -121,14 +122,12 @@ def jagged_attention_ref(
     rng=None,
     keys=None,
     layer=0,
-    views=1,
 ):
     """The oracle: plain PyTorch, probabilities materialised per length group."""
     heads, width = query.shape[1:]
     events, device = query.shape[0], query.device
     scale = width**-0.5 if scale is None else scale
     lengths = offsets.diff()
-    view = views_of(rng, lengths.shape[0], views, device) if dropout_p > 0.0 else 0
     groups = list(_length_groups(lengths))
     if not groups:
         return query + key + value  # no event: empty, with a live graph
@@ -167,7 +166,6 @@ def jagged_attention_ref(
                 site="attention",
                 layer=layer,
                 head=torch.arange(heads, device=device)[None, :, None],
-                view=view[sequences, None, None] if isinstance(view, Tensor) else view,
             )
             probabilities = probabilities * keep * keep_scale
         outputs.append((probabilities @ v).transpose(1, 2).reshape(count * size, heads * width))
@@ -213,7 +211,7 @@ def split_packed(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _SplitPacked.apply(packed)
 
 
-def _check(query, key, value, offsets, max_seq_len, drop, rng, keys, layer, views):
+def _check(query, key, value, offsets, max_seq_len):
     if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
             "query, key and value must be [T, H, D] alike, got"
@@ -239,25 +237,6 @@ def _check(query, key, value, offsets, max_seq_len, drop, rng, keys, layer, view
                 f" = {max_seq_len}, got {int(offsets[0])} to {int(offsets[-1])} in steps of"
                 f" {int(low)} to {int(high)}"
             )
-    check_views(offsets.shape[0] - 1, views, "sequences")
-    if drop == 0:
-        return
-    if rng is None or keys is None:
-        raise ValueError("dropout_p > 0 needs rng and keys: the mask is a function of them")
-    if drop == 256:
-        raise ValueError("dropout_p leaves nothing to keep")
-    if keys.dtype != torch.int64 or keys.shape != (offsets.shape[0] - 1,):
-        raise ValueError(
-            f"keys must be int64 [{offsets.shape[0] - 1}], one per sequence, got"
-            f" {keys.dtype} {list(keys.shape)}"
-        )
-    if max_seq_len > 65536 or query.shape[1] > 256 or not 0 <= layer < 256:
-        raise ValueError(
-            "with dropout at most 65536 events a sequence, 256 heads and layers 0 to 255, got"
-            f" max_seq_len {max_seq_len}, {query.shape[1]} heads, layer {layer}"
-        )
-    if not 0 <= rng.view <= 65536 - views:
-        raise ValueError(f"view must be in [0, 65536), got {rng.view} to {rng.view + views - 1}")
 
 
 def jagged_attention(
@@ -273,7 +252,6 @@ def jagged_attention(
     rng: Rng | None = None,
     keys: Tensor | None = None,
     layer: int = 0,
-    views: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(scale * Q K^T) V inside each sequence, dropout on the probabilities.
@@ -284,10 +262,10 @@ def jagged_attention(
         max_seq_len: upper bound of the lengths.
         causal: each event sees itself and earlier ones.
         scale: D^-0.5 unless given.
-        dropout_p: probability, quantised to 1/256; needs `rng` and `keys` int64 [B].
-        rng, keys, layer: the key of the mask (`fastrec.random`): the same in any batch.
-        views: the sequences are that many blocks of equal size, and block i is dropped as view
-            `rng.view` + i.
+        dropout_p: probability, quantised to 1/256; needs `rng` and `keys`.
+        rng, layer: the key of the mask (`fastrec.random`), with `keys`: the same in any batch.
+        keys: int64 [B], the key of each sequence. Sequences with the same events and different keys
+            are dropout views of one sample.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -300,13 +278,20 @@ def jagged_attention(
         of `offsets` are not looked at on a GPU and under torch.compile: rows of a sequence beyond
         `max_seq_len` are undefined there. RuntimeError: `backend` cannot run.
     """
-    device, drop = query.device.type, threshold(dropout_p, 8)
+    device = query.device.type
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         query, key, value = (
             x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value)
         )
-    _check(query, key, value, offsets, max_seq_len, drop, rng, keys, layer, views)
+    _check(query, key, value, offsets, max_seq_len)
+    sequences = offsets.shape[0] - 1
+    mask = mask_of_sequences(rng, dropout_p, keys, sequences, site="attention", layer=layer)
+    if mask.drop and (max_seq_len > 65536 or query.shape[1] > 256):
+        raise ValueError(
+            "with dropout at most 65536 events a sequence and 256 heads, got"
+            f" max_seq_len {max_seq_len}, {query.shape[1]} heads"
+        )
     backend = resolve(backend, OP, query.device)
     if backend == "reference":
         return jagged_attention_ref(
@@ -317,15 +302,12 @@ def jagged_attention(
             max_seq_len=max_seq_len,
             causal=causal,
             scale=scale,
-            dropout_p=dropout_p if drop else 0.0,
+            dropout_p=dropout_p if mask.drop else 0.0,
             rng=rng,
             keys=keys,
             layer=layer,
-            views=views,
         )
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    state, view = None, 0
-    if drop > 0 and rng is not None:
-        state, view = rng.key(query.device), rng.view
-    settings = (max_seq_len, causal, scale, drop, view, views, layer)
-    return _JaggedAttention.apply(query, key, value, offsets, keys, state, settings, backend)
+    return _JaggedAttention.apply(
+        query, key, value, offsets, max_seq_len, causal, scale, backend, *mask
+    )

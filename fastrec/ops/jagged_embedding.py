@@ -4,8 +4,6 @@ Legend: T events, V rows of the item table, P rows of the position table, D widt
 
     z_t = weight[values_t] + position_weight[positions_t]      output = dropout(LayerNorm(z))
 
-Several views share z and its LayerNorm and differ in the dropout alone.
-
 Backward gathers z again, turns grad_output into grad_z [T, D], and sums its rows by item and by
 position in the order of the events: sorted by index, no atomics on floats.
 """
@@ -16,28 +14,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype, check_range
-from fastrec.ops.native import kernels_of, register_cuda
-from fastrec.random import Rng, dropout_arguments, keep_mask, views_of
+from fastrec.ops.common.arguments import accumulate_dtype, check_range
+from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
+from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.random import Rng, keep_mask
 
 OP = "jagged_embedding"
 _INPUTS = (
-    "Tensor? values, Tensor weight, Tensor? position_weight, Tensor? positions,"
-    " Tensor? norm_weight, Tensor? norm_bias"
+    "Tensor? values, Tensor weight, Tensor? position_weight, Tensor? norm_weight, Tensor? norm_bias"
 )
-_DROPOUT = " Tensor? keys, Tensor? key, int drop, int site, int layer, int view, int views"
 
-# output [views T, D] has the dtype of weight; mean and rstd [T] ([0] without norm_weight) are
-# float32, or float64 with it. Without norm_weight there is no LayerNorm; without values event t has
-# row t.
+# output [T, D] has the dtype of weight; mean and rstd [T] ([0] without norm_weight) are float32, or
+# float64 with it. Without norm_weight there is no LayerNorm; without values event t has row t. The
+# positions of the mask are the rows of position_weight too.
 torch.library.define(
     f"fastrec::{OP}_fwd",
-    f"({_INPUTS}, float eps,{_DROPOUT}) -> (Tensor output, Tensor mean, Tensor rstd)",
+    f"({_INPUTS}, float eps, {SCHEMA}) -> (Tensor output, Tensor mean, Tensor rstd)",
 )
 # grad_z [T, D] has the dtype of mean; the others are [0] without norm_weight or norm_bias.
 torch.library.define(
     f"fastrec::{OP}_bwd",
-    f"(Tensor grad_output, {_INPUTS}, Tensor mean, Tensor rstd,{_DROPOUT})"
+    f"(Tensor grad_output, {_INPUTS}, Tensor mean, Tensor rstd, {SCHEMA})"
     " -> (Tensor grad_z, Tensor grad_norm_weight, Tensor grad_norm_bias)",
 )
 # out[i] = sum of the rows t of grad [T, D] with index_t = i, 0 where there is none.
@@ -52,17 +49,14 @@ def _events(values: Tensor | None, weight: Tensor) -> int:
 
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
-def _(values, weight, position_weight, positions, norm_weight, norm_bias, eps, *dropout):
-    events, views = _events(values, weight), dropout[-1]
+def _(values, weight, position_weight, norm_weight, norm_bias, eps, *mask):
+    events = _events(values, weight)
     mean = weight.new_empty(0 if norm_weight is None else events, dtype=accumulate_dtype(weight))
-    return weight.new_empty(views * events, weight.shape[1]), mean, torch.empty_like(mean)
+    return weight.new_empty(events, weight.shape[1]), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
-def _(
-    grad_output, values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
-    *dropout,
-):  # fmt: skip
+def _(grad_output, values, weight, position_weight, norm_weight, norm_bias, mean, rstd, *mask):
     def like(vector):
         return mean.new_empty(0) if vector is None else vector.new_empty(vector.shape)
 
@@ -81,34 +75,28 @@ register_cuda(OP, "fwd", "bwd", "scatter")
 class _JaggedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weight, position_weight, norm_weight, norm_bias, values, positions, keys, key,
-        numbers, eps, sparse, backend,
+        ctx, weight, position_weight, norm_weight, norm_bias, values, eps, sparse, backend,
+        *arguments,
     ):  # fmt: skip
         fwd = kernels_of(OP, backend, weight.device).jagged_embedding_fwd
-        output, mean, rstd = fwd(
-            values, weight, position_weight, positions, norm_weight, norm_bias, eps,
-            keys, key, *numbers,
-        )  # fmt: skip
-        ctx.save_for_backward(
-            values, weight, position_weight, positions, norm_weight, norm_bias, mean, rstd,
-            keys, key,
-        )  # fmt: skip
-        ctx.numbers = numbers  # drop, site, layer, view, views
-        ctx.sparse, ctx.backend = sparse, backend
+        mask, inputs = Mask(*arguments), (values, weight, position_weight, norm_weight, norm_bias)
+        output, mean, rstd = fwd(*inputs, eps, *mask)
+        ctx.save_for_backward(*inputs, mean, rstd, *mask.tensors)
+        ctx.numbers, ctx.sparse, ctx.backend = mask.numbers, sparse, backend
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        values, weight, position_weight, positions, norm_weight, *_ = ctx.saved_tensors
+        *saved, keys, positions, rng = ctx.saved_tensors
+        values, weight, position_weight, norm_weight, *_ = saved
+        mask = Mask(keys, positions, rng, *ctx.numbers)
         kernels = kernels_of(OP, ctx.backend, weight.device)
         bwd = kernels.jagged_embedding_bwd
         scatter = kernels.jagged_embedding_scatter
         grad_z, grad_norm_weight, grad_norm_bias = grad_output, None, None
-        if norm_weight is not None or ctx.numbers[0] or ctx.numbers[-1] > 1:
-            grad_z, grad_norm_weight, grad_norm_bias = bwd(
-                grad_output, *ctx.saved_tensors, *ctx.numbers
-            )
+        if norm_weight is not None or mask.drop:
+            grad_z, grad_norm_weight, grad_norm_bias = bwd(grad_output, *saved, *mask)
         needed = ctx.needs_input_grad
         grad_weight = grad_position = None
         if needed[0] and values is None:
@@ -123,14 +111,14 @@ class _JaggedEmbedding(torch.autograd.Function):
             grad_weight = scatter(grad_z, values, weight.shape[0], weight.dtype)
         if needed[1]:
             grad_position = scatter(
-                grad_z, positions, position_weight.shape[0], position_weight.dtype
+                grad_z, mask.positions, position_weight.shape[0], position_weight.dtype
             )
         return (
             grad_weight,
             grad_position,
             grad_norm_weight if needed[2] else None,
             grad_norm_bias if needed[3] else None,
-            *[None] * 8,
+            *[None] * (4 + len(Mask._fields)),
         )
 
 
@@ -148,7 +136,6 @@ def jagged_embedding_ref(
     keys=None,
     site="embedding",
     layer=0,
-    views=1,
     sparse=False,
 ):
     """The oracle: plain PyTorch, the mask materialised."""
@@ -158,13 +145,9 @@ def jagged_embedding_ref(
     if norm_weight is not None:
         bias = None if norm_bias is None else norm_bias.to(z.dtype)
         z = F.layer_norm(z, z.shape[1:], norm_weight.to(z.dtype), bias, eps)
-    z = z.repeat(views, 1)
     if dropout_p > 0.0:
-        keys, positions = keys.repeat(views), positions.repeat(views)
-        view = views_of(rng, z.shape[0], views, z.device)
-        keep, scale = keep_mask(
-            rng, dropout_p, keys, positions, z.shape[1], site=site, layer=layer, view=view
-        )
+        width = z.shape[1]
+        keep, scale = keep_mask(rng, dropout_p, keys, positions, width, site=site, layer=layer)
         z = z * (keep.to(z.dtype) * scale)
     return z
 
@@ -217,7 +200,6 @@ def jagged_embedding(
     keys: Tensor | None = None,
     site: str = "embedding",
     layer: int = 0,
-    views: int = 1,
     sparse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -235,15 +217,14 @@ def jagged_embedding(
         eps: added to the variance.
         dropout_p: probability, quantised to 1/256; needs `rng`, `keys` and `positions`.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        keys: int64 [T], the sample that each event belongs to.
-        views: how many times the events are written, block i dropped as view `rng.view` + i.
+        keys: int64 [T], the key of the sequence that each event belongs to.
         sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, as
             that of `torch.nn.functional.embedding`: for tables much larger than a batch. On a GPU
             backward waits for the number of these rows.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
-        [views T, D] in the dtype of `weight`, computed in float32 (float64 for float64). A gradient
+        [T, D] in the dtype of `weight`, computed in float32 (float64 for float64). A gradient
         has the dtype of its tensor; its rows are summed in float32 in the order of the events, the
         same bits on every call. Not twice differentiable, except on the reference backend.
 
@@ -252,12 +233,10 @@ def jagged_embedding(
         is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
     _check(values, weight, position_weight, positions, norm_weight, norm_bias)
-    if views < 1:
-        raise ValueError(f"views must be at least 1, got {views}")
-    keys, _, key, *numbers = dropout_arguments(
-        rng, dropout_p, keys, positions, _events(values, weight), site=site, layer=layer,
-        views=views,
-    )  # fmt: skip
+    events = _events(values, weight)
+    mask = mask_of_rows(rng, dropout_p, keys, positions, events, site=site, layer=layer)
+    if mask.positions is None:
+        mask = Mask(positions=positions)
     backend = resolve(backend, OP, weight.device)
     if backend == "reference":
         return jagged_embedding_ref(
@@ -268,15 +247,13 @@ def jagged_embedding(
             norm_weight=norm_weight,
             norm_bias=norm_bias,
             eps=eps,
-            dropout_p=dropout_p if numbers[0] else 0.0,  # p rounds to 0: rng may be missing
+            dropout_p=dropout_p if mask.drop else 0.0,  # p rounds to 0: rng may be missing
             rng=rng,
             keys=keys,
             site=site,
             layer=layer,
-            views=views,
             sparse=sparse,
         )
     return _JaggedEmbedding.apply(
-        weight, position_weight, norm_weight, norm_bias, values, positions, keys, key,
-        tuple(numbers), eps, sparse, backend,
-    )  # fmt: skip
+        weight, position_weight, norm_weight, norm_bias, values, eps, sparse, backend, *mask
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "jagged_max_pool"
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype, check_range
-from fastrec.ops.item_losses import check_arguments, reduce_loss
-from fastrec.ops.linear_cross_entropy_autograd import (
+from fastrec.ops.common.arguments import accumulate_dtype, check_range
+from fastrec.ops.common.item_losses import check_arguments, reduce_loss
+from fastrec.ops.common.linear_cross_entropy_autograd import (
     OP,
     STORED_ITEMS,
     LinearCrossEntropy,
@@ -122,7 +122,7 @@ def linear_cross_entropy(
         input = input.to(torch.get_autocast_dtype(device))
     sharded = group is not None or hasattr(linear_weight, "device_mesh")
     if sharded:
-        from fastrec.ops.linear_cross_entropy_group import local_tensors, sharded_rows
+        from fastrec.ops.common.linear_cross_entropy_group import local_tensors, sharded_rows
 
         linear_weight, group, linear_bias, weight = local_tensors(
             input, linear_weight, group, linear_bias, weight

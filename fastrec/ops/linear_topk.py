@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype
-from fastrec.ops.in_batch_pairs import Lists
-from fastrec.ops.linear_scores import allowed_items_ref, check_scores, scores_ref
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.in_batch_pairs import Lists
+from fastrec.ops.common.linear_scores import allowed_items_ref, check_scores, scores_ref
+from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "linear_topk"
 

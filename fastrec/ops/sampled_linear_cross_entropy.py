@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.arguments import accumulate_dtype, check_range
-from fastrec.ops.item_losses import check_arguments, reduce_loss, spread_rows
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.arguments import accumulate_dtype, check_range
+from fastrec.ops.common.item_losses import check_arguments, reduce_loss, spread_rows
+from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "sampled_linear_cross_entropy"
 LOSSES = ("softmax", "bce", "gbce")

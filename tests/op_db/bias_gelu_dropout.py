@@ -6,6 +6,7 @@ import torch
 
 import fastrec
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout_ref
+from fastrec.ops.common.dropout import Mask
 from op_db.case import Op, Sample, Types, generator
 from op_db.dropout_add_layer_norm import events
 
@@ -24,14 +25,10 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     yield problem("plain")
     yield problem("no_bias", bias=False, **drop)
     yield problem("p_half", **(drop | dict(dropout_p=0.5, site="ffn_output")))
-    # Three blocks of rows with the same keys, and with them consecutive places across a border.
-    key = events("views", t, device)
-    same = {name: key[name].repeat(3) for name in ("sample_ids", "positions")}
-    yield problem("views", t=3 * t, **(drop | same | dict(views=3)))
-    same["positions"] = torch.arange(3 * t, device=device)
-    same["sample_ids"] = torch.zeros_like(same["sample_ids"])
-    yield problem("views_of_one_sample", t=3 * t, **(drop | same | dict(views=3)))
-    yield problem("views_without_dropout", t=2 * t, views=2)
+    # Places go on where one view ends and the next begins: a mask is drawn for runs of them.
+    views = torch.arange(t, device=device) // (t // 3) << 32
+    place = torch.arange(t, device=device)
+    yield problem("views_of_one_sample", **(drop | dict(keys=views + 5, positions=place)))
     yield problem("one_row", t=1)
     yield problem("zero_rows", t=0, **(drop | events("none", 0, device)))
     for width in (1, 16, 64, 150):
@@ -59,14 +56,14 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         x, grad = (torch.randn(5, 18, generator=g, device=device).to(dtype) for _ in range(2))
         b = torch.randn(18, generator=g, device=device) if bias else None
         key = events("private", 5, device)
-        dropout = (None, None, None, 0, 0, 0, 0, 1)
+        mask = Mask()
         if p:
             seed = torch.tensor([9, 4], device=device)
-            dropout = (key["sample_ids"], key["positions"], seed, 77, 4, 1, 0, 5)
+            mask = Mask(key["keys"], key["positions"], seed, 77, 4, 1)
         if op.endswith("_fwd"):
-            yield x, b, *dropout
+            yield x, b, *mask
         else:
-            yield grad, x, b, *dropout
+            yield grad, x, b, *mask
 
 
 OP = Op(
@@ -77,6 +74,7 @@ OP = Op(
     differentiable=("input", "bias"),
     private=("bias_gelu_dropout_fwd", "bias_gelu_dropout_bwd"),
     private_samples=_private,
+    per_row=("input", "keys", "positions"),
     representative=("everything", "plain"),
     complete=("everything",),
     many_tasks=("many_rows",),

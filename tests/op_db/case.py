@@ -69,6 +69,8 @@ class Op:
     # use every differentiable argument.
     representative: tuple[str, ...]
     complete: tuple[str, ...]
+    # Of an op that drops: the arguments that are longer for a longer batch.
+    per_row: tuple[str, ...] = ()
     # More names for the test of 1, 2 and 4 threads: those with many tasks.
     many_tasks: tuple[str, ...] = ()
     types: tuple[Types, ...] = TYPES
@@ -98,9 +100,9 @@ def run(
     function: Callable,
     sample: Sample,
     differentiable: tuple[str, ...],
-    upstream: Tensor | None = None,
+    upstream: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients, by name. `upstream`: the gradient of a single output."""
+    """Outputs and gradients, by name. `upstream`: the gradients of the outputs."""
     kwargs, leaves = dict(sample.kwargs), {}
     for name in differentiable:
         if kwargs.get(name) is not None:
@@ -109,7 +111,8 @@ def run(
     if upstream is None:
         grads = gradients(outputs, leaves)
     else:
-        found = torch.autograd.grad(outputs["output"], list(leaves.values()), upstream)
+        roots = [outputs[name] for name in upstream]
+        found = torch.autograd.grad(roots, list(leaves.values()), list(upstream.values()))
         grads = dict(zip(leaves, found, strict=True))
     return {name: value.detach() for name, value in outputs.items()} | grads
 
@@ -124,6 +127,20 @@ def gradients(
     upstream = [scale * upstream_of(value).to(value.dtype) for value in roots]
     grads = torch.autograd.grad(roots, list(leaves.values()), upstream, **options)
     return dict(zip(leaves, grads, strict=True))
+
+
+def as_views(op: Op, sample: Sample, first: int, count: int) -> Sample:
+    """The batch of a sample `count` times end to end, copy i as view `first` + i of it."""
+    kwargs = dict(sample.kwargs)
+    for name in op.per_row:
+        if isinstance(value := kwargs[name], Tensor):
+            copies = [value] * count
+            if name == "keys":
+                copies = [value + (first + i << 32) for i in range(count)]
+            elif name == "offsets":
+                copies = [value[:1], *(value[1:] + i * value[-1] for i in range(count))]
+            kwargs[name] = torch.cat(copies)
+    return Sample(sample.name, kwargs, sample.floor, sample.why)
 
 
 def upstream_of(output: Tensor) -> Tensor:

@@ -5,21 +5,23 @@ from collections.abc import Iterator
 import torch
 
 import fastrec
+from fastrec.ops.common.dropout import Mask
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm_ref
 from fastrec.random import Rng
 from op_db.case import Op, Sample, Types, generator
 
 
 def events(name: str, rows: int, device: str) -> dict:
-    """Rows of samples of 1 to 7 events, as a batch lays them out; ids beyond 32 bits among them."""
+    """Rows of samples of 1 to 7 events, as a batch lays them out, several views and ids
+    above 2^31 among them."""
     lengths = torch.randint(1, 8, (rows,), generator=generator(name, "cpu"))
     owner = torch.repeat_interleave(torch.arange(rows), lengths)[:rows]
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])[owner]
-    ids = (owner * 37 + 5) + (owner % 3 == 1) * 2**33
+    keys = (owner * 37 + 5) + (owner % 2 << 31) + ((owner % 3 * 32767) << 32)
     return dict(
-        sample_ids=ids.to(device),
+        keys=keys.to(device),
         positions=(torch.arange(rows) - starts).to(device),
-        rng=Rng(2**40 + 3, 7, view=2),
+        rng=Rng(2**40 + 3, 7),
         layer=3,
     )
 
@@ -67,11 +69,8 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     rows = 70 if interpret_small else 1200
     many = dict(dropout_p=0.3, **events("many_rows", rows, device))
     yield problem("many_rows", t=rows, d=16, residual=stream, **many)
-    key = events("views", t, device)
-    same = {name: key[name].repeat(3) for name in ("sample_ids", "positions")}
-    yield problem("views", t=3 * t, residual=stream, **(drop | same | dict(views=3)))
     # The same sample twice, positions in no order: the mask follows the key, not the place.
-    shuffled = dict(drop, positions=drop["positions"].flip(0), sample_ids=drop["sample_ids"] % 3)
+    shuffled = dict(drop, positions=drop["positions"].flip(0), keys=drop["keys"] % 3)
     yield problem("shuffled_rows", residual=stream, **shuffled)
     large = problem("offset_1000", residual=stream, affine=False)
     large.kwargs["input"] += 1000  # the variance of numbers of size 1000
@@ -89,17 +88,17 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         x, r = (torch.randn(5, 18, generator=g, device=device).to(dtype) for _ in range(2))
         w = torch.randn(18, generator=g, device=device) if affine else None
         key = events("private", 5, device)
-        dropout = (None, None, None, 0, 0, 0, 0, 1)
+        mask = Mask()
         if p:
             seed = torch.tensor([9, 4], device=device)
-            dropout = (key["sample_ids"], key["positions"], seed, 77, 3, 1, 0, 5)
+            mask = Mask(key["keys"], key["positions"], seed, 77, 3, 1)
         if op.endswith("_fwd"):
-            yield x, r, w, w, 1e-5, *dropout
-            yield x, None, w, None, 1e-5, *dropout
+            yield x, r, w, w, 1e-5, *mask
+            yield x, None, w, None, 1e-5, *mask
         else:
             mean = x.float().mean(1)
-            yield x, r, x, mean, mean.abs() + 0.5, w, w, torch.bfloat16, *dropout
-            yield None, r, x, mean, mean.abs() + 0.5, w, None, x.dtype, *dropout
+            yield x, r, x, mean, mean.abs() + 0.5, w, w, torch.bfloat16, *mask
+            yield None, r, x, mean, mean.abs() + 0.5, w, None, x.dtype, *mask
 
 
 OP = Op(
@@ -110,6 +109,7 @@ OP = Op(
     differentiable=("input", "residual", "weight", "bias"),
     private=("dropout_add_layer_norm_fwd", "dropout_add_layer_norm_bwd"),
     private_samples=_private,
+    per_row=("input", "residual", "keys", "positions"),
     representative=("everything", "plain"),
     complete=("everything",),
     many_tasks=("many_rows",),

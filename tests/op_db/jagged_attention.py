@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from fastrec.ops.common.dropout import Mask
 from fastrec.ops.jagged_attention import jagged_attention, jagged_attention_ref
 from fastrec.random import Rng
 from op_db.case import TYPES, Op, Sample, Types, generator
@@ -23,16 +24,16 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         longest = max(lengths, default=0)
         return dict(query=q, key=k, value=v, offsets=offsets, max_seq_len=longest) | options
 
-    def dropout(name, lengths, p=0.5, heads=2, width=width, ids=None, view=0, layer=0, **options):
-        ids = range(len(lengths)) if ids is None else ids
+    def dropout(name, lengths, p=0.5, heads=2, width=width, keys=None, layer=0, **options):
+        keys = range(len(lengths)) if keys is None else keys
         return problem(
             name,
             lengths,
             heads,
             width,
             dropout_p=p,
-            rng=Rng(torch.tensor(2**61 + 12345), torch.tensor(7), view),
-            sample_ids=torch.tensor(list(ids), device=device),
+            rng=Rng(torch.tensor(2**61 + 12345), torch.tensor(7)),
+            keys=torch.tensor(list(keys), device=device),
             layer=layer,
             **options,
         )
@@ -63,14 +64,10 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     yield Sample("dropout_small", dropout("dropout_small", short, p=0.1, heads=3))
     yield Sample("dropout_almost_all", dropout("dropout_almost_all", short, p=0.99))
     yield Sample("dropout_below_1_512", dropout("dropout_below_1_512", short, p=0.0019))
-    yield Sample("repeated_ids", dropout("repeated_ids", [5, 9, 5, 5], ids=[7, 7, 3, 7]))
-    ids = [-1, 2**32 + 5, 2**62, 5]
-    case = dropout("large_ids", [4, 4, 17, 4], ids=ids, view=65535, layer=255)
-    yield Sample("large_ids", case | {"rng": Rng(-5, 2**40 + 1, 65535)})
-
-    blocks, ids = (3, [3, 8]) if interpret_small else (3, [3, 8, 40, 0])
-    case = dropout("views", ids * blocks, ids=[5, 2**33, 7, 1][: len(ids)] * blocks)
-    yield Sample("views", case | dict(views=blocks))
+    yield Sample("repeated_keys", dropout("repeated_keys", [5, 9, 5, 5], keys=[7, 7, 3, 7]))
+    keys = [-1, 2**32 + 5, 65535 << 32, 5]
+    case = dropout("large_keys", [4, 4, 17, 4], keys=keys, layer=255)
+    yield Sample("large_keys", case | {"rng": Rng(-5, 2**40 + 1)})
 
     for name, scale in {"scale_1": 1.0, "scale_negative": -0.7, "scale_0": 0.0}.items():
         yield Sample(name, problem(name, short, scale=scale))
@@ -113,19 +110,9 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         g = torch.Generator(device).manual_seed(0)
         q, k, v = (torch.randn(7, 2, 5, generator=g, device=device).to(dtype) for _ in range(3))
         offsets = torch.tensor([0, 3, 3, 7], device=device)
-        ids, rng = torch.arange(3, device=device), torch.tensor([5, 9], device=device)
-        common = (
-            offsets,
-            ids if drop else None,
-            rng if drop else None,
-            4,
-            True,
-            0.4,
-            drop,
-            2,
-            1,
-            1,
-        )
+        keys, rng = torch.arange(3, device=device), torch.tensor([5, 9], device=device)
+        mask = Mask(keys, None, rng, drop, 1, 1) if drop else Mask()
+        common = (offsets, 4, True, 0.4, *mask)
         if op.endswith("_fwd"):
             yield q, k, v, *common
         else:
@@ -141,6 +128,7 @@ OP = Op(
     differentiable=("query", "key", "value"),
     private=("jagged_attention_fwd", "jagged_attention_bwd"),
     private_samples=_private,
+    per_row=("query", "key", "value", "offsets", "keys"),
     representative=("plain", "dropout_causal"),
     complete=("dropout_causal",),
     many_tasks=("huge_and_tiny", "tile_edges_dropout_causal", "packed"),

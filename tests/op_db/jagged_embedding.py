@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 import fastrec
+from fastrec.ops.common.dropout import Mask
 from fastrec.ops.jagged_embedding import jagged_embedding_ref
 from op_db.case import Op, Sample, Types, generator
 from op_db.dropout_add_layer_norm import events
@@ -43,9 +44,6 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     # Vectors made elsewhere: row t of the "table" is event t.
     yield problem("identity", v=t, values=None)
     yield problem("identity_plain", v=t, values=None, norm=False, place=False, drop=False)
-    yield problem("views", views=3)
-    yield problem("views_plain", views=3, norm=False, place=False, drop=False)
-    yield problem("views_no_norm", views=2, norm=False)
     yield problem("sparse_rows", v=20 * v)  # most rows of the table have no event
     yield problem("one_event", t=1)
     yield problem("zero_events", t=0)
@@ -75,15 +73,16 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         key = events("private", 5, device)
         scale = torch.randn(18, generator=g, device=device) if norm else None
         mean = torch.randn(5 if norm else 0, generator=g, device=device)
-        inputs = (values, weight, places, key["positions"], scale, scale)
-        dropout = (None, None, 0, 0, 0, 0, 1)
+        inputs = (values, weight, places, scale, scale)
+        mask = Mask(positions=key["positions"])
         if norm:
-            dropout = (key["sample_ids"], torch.tensor([9, 4], device=device), 77, 2, 1, 0, 1)
+            seed = torch.tensor([9, 4], device=device)
+            mask = Mask(key["keys"], key["positions"], seed, 77, 2, 1)
         if op.endswith("_fwd"):
-            yield *inputs, 1e-5, *dropout
-            yield None, weight, None, key["positions"], scale, None, 1e-5, *dropout
+            yield *inputs, 1e-5, *mask
+            yield None, weight, None, scale, None, 1e-5, *mask
         elif op.endswith("_bwd"):
-            yield grad, *inputs, mean, mean.abs() + 0.5, *dropout
+            yield grad, *inputs, mean, mean.abs() + 0.5, *mask
         else:
             yield grad.float(), values, 7, dtype
 
@@ -96,6 +95,7 @@ OP = Op(
     differentiable=("weight", "position_weight", "norm_weight", "norm_bias"),
     private=("jagged_embedding_fwd", "jagged_embedding_bwd", "jagged_embedding_scatter"),
     private_samples=_private,
+    per_row=("values", "keys", "positions"),
     representative=("everything", "plain"),
     complete=("everything",),
     many_tasks=("many_events", "few_rows", "half_masked"),

@@ -1,4 +1,4 @@
-// The random number contract of fastrec/random.py (version 1) on vectors: Philox4x32 with 7 rounds,
+// The random number contract of fastrec/random.py (version 2) on vectors: Philox4x32 with 7 rounds,
 // 16 draws of 8 bits per call, one call for 16 consecutive columns of one row.
 //
 // A 64-bit lane holds one 32-bit word of one call, with garbage above it: the product of the low
@@ -26,23 +26,23 @@ enum class Site : uint32_t {
   ffn_output = 5,
 };
 
-// The words of a call that do not change inside one sample and head. c0 is row << 16 | group.
+// The words of a call that do not change inside one sequence and head. c0 is row << 16 | group.
 struct PhiloxKey {
   uint32_t k0, k1, c1, c2, c3;
 
-  PhiloxKey(int64_t seed, int64_t step, Site site, int64_t view, int64_t layer)
+  PhiloxKey(int64_t seed, int64_t step, Site site, int64_t layer)
       : k0(uint32_t(seed) ^ uint32_t(site) << 24 ^ 8u << 16),
         k1(uint32_t(uint64_t(seed) >> 32)),
-        c1(uint32_t(view) << 16 | uint32_t(layer) << 8),
+        c1(uint32_t(layer) << 8),
         c2(0),
         c3(uint32_t(step)) {}
 
-  // `block` counts views on from the first one.
-  FASTREC_INLINE PhiloxKey of(int64_t sample_id, int64_t head = 0, int64_t block = 0) const {
-    PhiloxKey key = *this;
-    key.c1 = (key.c1 + (uint32_t(block) << 16)) | uint32_t(head);
-    key.c2 = uint32_t(sample_id);
-    return key;
+  // key: of the sequence, view << 32 | sample id.
+  FASTREC_INLINE PhiloxKey of(int64_t key, int64_t head = 0) const {
+    PhiloxKey words = *this;
+    words.c1 |= uint32_t(uint64_t(key) >> 32) << 16 | uint32_t(head);
+    words.c2 = uint32_t(key);
+    return words;
   }
 };
 

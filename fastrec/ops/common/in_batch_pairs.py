@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrec.ops.arguments import accumulate_dtype, check_range, require
+from fastrec.ops.common.arguments import accumulate_dtype, check_range, require
 
 SIMILARITIES = ("dot", "cosine", "weighted_l2")
 Lists = tuple[Tensor, Tensor]

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrec.ops.arguments import accumulate_dtype
-from fastrec.ops.collectives import Group, agree, gather, gather_rows, process_group
-from fastrec.ops.in_batch_pairs import (
+from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.collectives import Group, agree, gather, gather_rows, process_group
+from fastrec.ops.common.in_batch_pairs import (
     Lists,
     as_columns,
     check_exclude,

@@ -6,8 +6,8 @@ Legend: N rows, V items, D width, E listed exclusions.
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrec.ops.arguments import accumulate_dtype, check_table
-from fastrec.ops.in_batch_pairs import Lists, allowed_ref, check_exclude
+from fastrec.ops.common.arguments import accumulate_dtype, check_table
+from fastrec.ops.common.in_batch_pairs import Lists, allowed_ref, check_exclude
 
 
 def scores_ref(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

@@ -8,7 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import allow_tf32, capability_of, dot, load_rows, product_in_chunks
+from fastrec.kernels.common.tiles import (
+    allow_tf32,
+    capability_of,
+    dot,
+    load_rows,
+    product_in_chunks,
+)
 
 
 @triton.jit

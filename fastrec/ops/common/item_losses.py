@@ -7,7 +7,7 @@ Legend: N scored rows, V items, D width, T rows of `input` before selection.
 import torch
 from torch import Tensor
 
-from fastrec.ops.arguments import check_table, ordered_sum
+from fastrec.ops.common.arguments import check_table, ordered_sum
 
 
 def reduce_loss(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:

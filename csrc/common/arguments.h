@@ -84,18 +84,17 @@ inline const int64_t* int64_data(const std::optional<Tensor>& tensor) {
 }
 
 struct DropoutTensors {
-  DropoutTensors(const std::optional<Tensor>& sample_ids_, const std::optional<Tensor>& positions_,
-                 const std::optional<Tensor>& key_, int64_t drop, int64_t site, int64_t layer,
-                 int64_t view, int64_t views)
-      : sample_ids(contiguous_or_none(sample_ids_)),
+  DropoutTensors(const std::optional<Tensor>& keys_, const std::optional<Tensor>& positions_,
+                 const std::optional<Tensor>& rng_, int64_t drop, int64_t site, int64_t layer)
+      : keys(contiguous_or_none(keys_)),
         positions(contiguous_or_none(positions_)),
-        key(contiguous_or_none(key_)),
-        value{int64_data(sample_ids), int64_data(positions),
-              PhiloxKey(key ? int64_data(key)[0] : 0, key ? int64_data(key)[1] : 0,
-                        static_cast<Site>(site), view, layer),
-              drop, sample_ids ? std::max<int64_t>(1, sample_ids->size(0) / views) : 1} {}
+        rng(contiguous_or_none(rng_)),
+        value{int64_data(keys), int64_data(positions),
+              PhiloxKey(rng ? int64_data(rng)[0] : 0, rng ? int64_data(rng)[1] : 0,
+                        static_cast<Site>(site), layer),
+              drop} {}
 
-  std::optional<Tensor> sample_ids, positions, key;
+  std::optional<Tensor> keys, positions, rng;
   Dropout value;
 };
 

@@ -45,10 +45,9 @@ struct Task {
 template <class T>
 struct AttentionArgs {
   int64_t heads, width, longest;
-  const int64_t* offsets;     // [B + 1]
-  const int64_t* sample_ids;  // [B], null without dropout
-  PhiloxKey key;
-  int64_t block;  // sequences of one view
+  const int64_t* offsets;         // [B + 1]
+  const int64_t* sequence_keys;  // [B], null without dropout
+  PhiloxKey key;                  // but for the key of the sequence
   int drop;  // an element is dropped where its draw is below; 0: no dropout
   bool causal;
   T scale;
@@ -250,7 +249,7 @@ struct Attention {
   }
 
   FASTREC_INLINE PhiloxKey key_of(int64_t b, int64_t h) const {
-    return a.drop ? a.key.of(a.sample_ids[b], h, b / a.block) : a.key;
+    return a.drop ? a.key.of(a.sequence_keys[b], h) : a.key;
   }
   FASTREC_INLINE int64_t keys_of(int64_t first, int64_t rows, int64_t length) const {
     return a.causal ? std::min(length, first + rows) : length;

@@ -19,31 +19,30 @@ using torch::stable::Tensor;
 template <class T>
 struct DrawArgs {
   PhiloxKey key;
-  const int64_t* sample_ids;
-  int64_t samples, head, rows, groups;
+  const int64_t* keys;
+  int64_t sequences, head, rows, groups;
   uint8_t *buffer, *out;
 };
 
 template <class S>
 FASTREC_INLINE void draw_samples(const DrawArgs<typename S::T>& a) {
   const int64_t bytes = a.rows * a.groups * 16;
-  for (int64_t i = 0; i < a.samples; ++i) {
-    Philox<sizeof(typename S::V)>::fill(a.key.of(a.sample_ids[i], a.head), 0, a.rows, a.groups,
-                                        a.buffer);
+  for (int64_t i = 0; i < a.sequences; ++i) {
+    Philox<sizeof(typename S::V)>::fill(a.key.of(a.keys[i], a.head), 0, a.rows, a.groups, a.buffer);
     std::memcpy(a.out + i * bytes, a.buffer, bytes);
   }
 }
 FASTREC_DEFINE_PER_ISA(draw, DrawArgs, draw_samples)
 
 // rng [2]: seed and step. uint8 [B, rows, 16 * groups].
-Tensor philox_draws(Tensor rng, Tensor sample_ids, int64_t rows, int64_t groups, int64_t site,
-                    int64_t view, int64_t layer, int64_t head) {
-  Tensor state = torch::stable::contiguous(rng), ids = torch::stable::contiguous(sample_ids);
+Tensor philox_draws(Tensor rng, Tensor keys, int64_t rows, int64_t groups, int64_t site,
+                    int64_t layer, int64_t head) {
+  Tensor state = torch::stable::contiguous(rng), ids = torch::stable::contiguous(keys);
   const int64_t* words = static_cast<const int64_t*>(state.data_ptr());
   Tensor out = torch::stable::new_empty(ids, {ids.size(0), rows, 16 * groups},
                                         torch::headeronly::ScalarType::Byte);
   std::vector<uint8_t> buffer(rows * groups * 16 + 128);  // the largest Philox::slack
-  draw<float>({PhiloxKey(words[0], words[1], static_cast<Site>(site), view, layer),
+  draw<float>({PhiloxKey(words[0], words[1], static_cast<Site>(site), layer),
                static_cast<const int64_t*>(ids.data_ptr()), ids.size(0), head, rows, groups,
                buffer.data(), static_cast<uint8_t*>(out.data_ptr())});
   return out;
@@ -54,8 +53,8 @@ Tensor philox_draws(Tensor rng, Tensor sample_ids, int64_t rows, int64_t groups,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastrec, m) {
   m.def(
-      "philox_draws(Tensor rng, Tensor sample_ids, int rows, int groups, int site, int view,"
-      " int layer, int head) -> Tensor");
+      "philox_draws(Tensor rng, Tensor keys, int rows, int groups, int site, int layer, int head)"
+      " -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastrec, CPU, m) {
   m.impl("philox_draws", TORCH_BOX(&fastrec::philox_draws));

@@ -9,7 +9,7 @@ additions depends on the indices only.
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import round_to
+from fastrec.kernels.common.tiles import round_to
 
 BLOCK_T = 32  # terms of a program: as many products per term and column
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrec.ops.arguments import accumulate_dtype, ordered_sum
-from fastrec.ops.item_losses import spread_rows
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.arguments import accumulate_dtype, ordered_sum
+from fastrec.ops.common.item_losses import spread_rows
+from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "linear_cross_entropy"
 

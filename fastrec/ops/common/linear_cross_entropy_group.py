@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
-from fastrec.ops.arguments import accumulate_dtype, check_range
-from fastrec.ops.collectives import Group, agree, gather, process_group, sum_over
-from fastrec.ops.item_losses import spread_rows
-from fastrec.ops.linear_cross_entropy_autograd import add_class_gradient, class_sums
-from fastrec.ops.native import kernels_of
+from fastrec.ops.common.arguments import accumulate_dtype, check_range
+from fastrec.ops.common.collectives import Group, agree, gather, process_group, sum_over
+from fastrec.ops.common.item_losses import spread_rows
+from fastrec.ops.common.linear_cross_entropy_autograd import add_class_gradient, class_sums
+from fastrec.ops.common.native import kernels_of
 
 
 class Part(NamedTuple):

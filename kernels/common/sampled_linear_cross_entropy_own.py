@@ -5,7 +5,7 @@ one row and gathers its negatives in tiles. Legend: N rows, V items, K negatives
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import load_rows
+from fastrec.kernels.common.tiles import load_rows
 
 
 @triton.jit

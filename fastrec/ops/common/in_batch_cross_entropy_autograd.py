@@ -16,8 +16,8 @@ exactly 0. The forward kernel returns dx_i / g_i, so that it needs no second swe
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastrec.ops.arguments import accumulate_dtype
-from fastrec.ops.native import kernels_of, register_cuda
+from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "in_batch_cross_entropy"
 

@@ -1,4 +1,4 @@
-"""The random number contract of `fastrec.random` (version 1) in Triton.
+"""The random number contract of `fastrec.random` (version 2) in Triton.
 
 Legend: R rows, G groups of 16 consecutive columns. One call of Philox4x32-7 serves one row and one
 group with 16 draws of 8 bits.
@@ -15,21 +15,21 @@ def philox_key(seed, site: tl.constexpr):
 
 
 @triton.jit
-def draws(key, row, first_group, view, layer, head, sample_id, step, GROUPS: tl.constexpr):
+def draws(seed, row, first_group, key, layer, head, step, GROUPS: tl.constexpr):
     """uint8 draws [R, 16 * GROUPS] of the rows `row` [R], columns from 16 * first_group.
 
-    `key` is from `philox_key`. `sample_id` and `step` are int64; `sample_id`, `view` and `head` are
-    scalars or [R].
+    `seed` is from `philox_key`. `key` and `step` are int64; `key` is a scalar or [R].
     """
     row = row.to(tl.uint32)
     none = row * 0
     zero = tl.zeros([1, GROUPS], tl.uint32)
     group = (first_group + tl.arange(0, GROUPS)).to(tl.uint32)
     c0 = (row << 16)[:, None] | group[None, :]
+    view = (key >> 32).to(tl.uint32)
     c1 = ((none + (view << 16)) | (layer << 8) | head)[:, None] + zero
-    c2 = (none + sample_id.to(tl.uint32))[:, None] + zero
+    c2 = (none + key.to(tl.uint32))[:, None] + zero
     c3 = (none + step.to(tl.uint32))[:, None] + zero
-    r0, r1, r2, r3 = tl.philox(key, c0, c1, c2, c3, n_rounds=7)
+    r0, r1, r2, r3 = tl.philox(seed, c0, c1, c2, c3, n_rounds=7)
     # Joining adds an innermost dimension: the words of a call, then the bytes of a word, in order.
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
     words = tl.reshape(words, [row.shape[0], 4 * GROUPS])

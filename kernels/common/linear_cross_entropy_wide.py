@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrec.kernels.tiles import LOG2E, exp_shifted, round_to
+from fastrec.kernels.common.tiles import LOG2E, exp_shifted, round_to
 
 # Scores of a chunk: 64 MiB in float32, and 32 MiB of their exponentials in 16 bits. Fewer items
 # than FEWEST are less than a tile of cuBLAS, and [N, FEWEST] is smaller than the rows themselves;

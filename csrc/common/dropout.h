@@ -1,5 +1,5 @@
-// Dropout of whole rows by the contract of fastrec/random.py: the key of a row is its sample id and
-// its position.
+// Dropout of whole rows by the contract of fastrec/random.py: a row has the key of its sequence and
+// its position there.
 #pragma once
 
 #include <algorithm>
@@ -10,13 +10,12 @@
 namespace fastrec {
 
 struct Dropout {
-  const int64_t *sample_ids, *positions;  // [T]
-  PhiloxKey key;
-  int64_t drop;  // of 256; 0 keeps everything
-  int64_t block;  // rows of one view
+  const int64_t *keys, *positions;  // [T]
+  PhiloxKey key;                     // but for the key of the row
+  int64_t drop;                      // of 256; 0 keeps everything
 };
 
-// Draws are made for a run of consecutive positions of one sample at a time: a row of 64 columns is
+// Draws are made for a run of consecutive positions of one sequence at a time: a row of 64 columns is
 // one vector of calls, which alone would wait for its own rounds.
 template <class S>
 class MaskTile {
@@ -29,11 +28,9 @@ class MaskTile {
         scale_(T(256) / T(256 - dropout.drop)),
         draws_(dropout.drop ? ROWS * groups_ * 16 + Generator::slack : 0) {}
 
-  // out = mask of row i * in. Rows up to `end` may be drawn ahead; i must not decrease. With `view`
-  // the rows are those of that view instead of all views laid end to end.
-  FASTREC_INLINE void apply(int64_t i, int64_t end, const T* in, T* __restrict out,
-                            int64_t view = -1) {
-    if (i >= end_) draw(i, end, view);
+  // out = mask of row i * in. Rows up to `end` may be drawn ahead; i must not decrease.
+  FASTREC_INLINE void apply(int64_t i, int64_t end, const T* in, T* __restrict out) {
+    if (i >= end_) draw(i, end);
     const uint8_t* draws = draws_ + (i - begin_) * groups_ * 16;
     typedef uint8_t Bytes __attribute__((vector_size(S::lanes)));
     typedef Bytes Unaligned __attribute__((aligned(1), may_alias));
@@ -51,18 +48,14 @@ class MaskTile {
   using Generator = Philox<sizeof(typename S::V)>;
   static constexpr int64_t ROWS = 32;
 
-  FASTREC_INLINE void draw(int64_t i, int64_t end, int64_t view) {
-    if (view < 0) {
-      view = i / dropout_.block;
-      end = std::min(end, (view + 1) * dropout_.block);
-    }
-    const int64_t *ids = dropout_.sample_ids, *positions = dropout_.positions;
+  FASTREC_INLINE void draw(int64_t i, int64_t end) {
+    const int64_t *keys = dropout_.keys, *positions = dropout_.positions;
     begin_ = i;
     end = std::min(end, i + ROWS);
     for (end_ = i + 1; end_ < end; ++end_) {
-      if (ids[end_] != ids[i] || positions[end_] != positions[i] + (end_ - i)) break;
+      if (keys[end_] != keys[i] || positions[end_] != positions[i] + (end_ - i)) break;
     }
-    Generator::fill(dropout_.key.of(ids[i], 0, view), positions[i], end_ - i, groups_, draws_);
+    Generator::fill(dropout_.key.of(keys[i]), positions[i], end_ - i, groups_, draws_);
   }
 
   const Dropout& dropout_;

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.sampled_linear_cross_entropy_own import binary, finish
-from fastrec.kernels.tiles import allow_tf32, dot, load_rows, product_in_chunks, round_to
+from fastrec.kernels.common.sampled_linear_cross_entropy_own import binary, finish
+from fastrec.kernels.common.tiles import allow_tf32, dot, load_rows, product_in_chunks, round_to
 
 
 @triton.jit(do_not_specialize=["n", "k", "beta"])

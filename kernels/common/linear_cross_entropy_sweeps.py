@@ -15,7 +15,7 @@ The number of scored rows stays on the device, so the host never waits; programs
 import triton
 import triton.language as tl
 
-from fastrec.kernels.tiles import (
+from fastrec.kernels.common.tiles import (
     dot,
     exp_shifted,
     join_means,

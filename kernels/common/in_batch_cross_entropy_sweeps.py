@@ -16,8 +16,13 @@ bits. The tiles are those of `linear_cross_entropy`, with the exclusions applied
 import triton
 import triton.language as tl
 
-from fastrec.kernels.in_batch_pairs import leave_out_groups, leave_out_listed, list_bounds, seek
-from fastrec.kernels.tiles import (
+from fastrec.kernels.common.in_batch_pairs import (
+    leave_out_groups,
+    leave_out_listed,
+    list_bounds,
+    seek,
+)
+from fastrec.kernels.common.tiles import (
     dot,
     exp_shifted,
     join_means,

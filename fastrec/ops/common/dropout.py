@@ -1,0 +1,88 @@
+"""The dropout arguments of an op: what its kernels need to draw the mask of `random.keep_mask`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrec.random import SITES, Rng, check_positions, threshold
+
+SCHEMA = "Tensor? keys, Tensor? positions, Tensor? rng, int drop, int site, int layer"
+
+
+class Mask(NamedTuple):
+    """`SCHEMA` as a value; without dropout as it is by default.
+
+    keys: int64, one per row or sequence.
+    positions: int64, one per row; None where a kernel counts the events of a sequence itself.
+    rng: int64 [2], seed and step.
+    drop: an element is dropped where its 8-bit draw is below.
+    site, layer: numbers of the contract.
+    """
+
+    keys: Tensor | None = None
+    positions: Tensor | None = None
+    rng: Tensor | None = None
+    drop: int = 0
+    site: int = 0
+    layer: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What autograd saves; `numbers` is the rest, and Mask(*tensors, *numbers) the whole."""
+        return self.keys, self.positions, self.rng
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        return self.drop, self.site, self.layer
+
+
+def mask_of_sequences(
+    rng: Rng | None,
+    p: float,
+    keys: Tensor | None,
+    count: int,
+    *,
+    site: str,
+    layer: int,
+    positions: Tensor | None = None,
+) -> Mask:
+    """The mask of `count` sequences; none where p rounds to 0. ValueError for a wrong argument."""
+    if site not in SITES:
+        raise ValueError(f"site must be one of {list(SITES)}, got {site!r}")
+    drop = threshold(p, 8)
+    if drop == 256:
+        raise ValueError(f"dropout probability {p} leaves nothing to keep")
+    if drop == 0:
+        return Mask()
+    if rng is None or keys is None:
+        raise ValueError("dropout_p > 0 needs rng and keys: the mask is a function of them")
+    _check_index("keys", keys, count)
+    if not 0 <= layer < 256:
+        raise ValueError(f"layer must be in [0, 256), got {layer}")
+    return Mask(keys, positions, rng.key(keys.device), drop, SITES[site], layer)
+
+
+def mask_of_rows(
+    rng: Rng | None,
+    p: float,
+    keys: Tensor | None,
+    positions: Tensor | None,
+    rows: int,
+    *,
+    site: str,
+    layer: int,
+) -> Mask:
+    """The same for rows [rows, D], each with the key of its sequence and its position there."""
+    mask = mask_of_sequences(rng, p, keys, rows, site=site, layer=layer, positions=positions)
+    if mask.drop:
+        if positions is None:
+            raise ValueError("dropout_p > 0 needs positions: the mask is a function of them")
+        _check_index("positions", positions, rows)
+        check_positions("positions", positions)
+    return mask
+
+
+def _check_index(name: str, index: Tensor, count: int) -> None:
+    if index.shape != (count,) or index.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 [{count}], got {index.dtype} {list(index.shape)}")
