@@ -38,9 +38,10 @@ class Recorder:
 def record_launches(monkeypatch) -> list:
     """Names of the kernels launched; backend "triton" on meta tensors reaches the launchers."""
     seen: list = []
-    names = [found.name for found in pkgutil.iter_modules(fastrec.kernels.__path__)]
+    found = pkgutil.walk_packages(fastrec.kernels.__path__, "fastrec.kernels.")
+    names = [module.name for module in found]
     # All of them first: one imports kernels of another, which must not be recorders by then.
-    for kernels in [importlib.import_module(f"fastrec.kernels.{name}") for name in names]:
+    for kernels in [importlib.import_module(name) for name in names]:
         for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
             monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), seen))
     monkeypatch.setattr("fastrec.backend.interpreting", lambda: True)

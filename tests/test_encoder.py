@@ -182,6 +182,7 @@ def test_dropout_views_are_separate_calls(backend, pre_norm, monkeypatch):
 
     together = model.encode(batch.as_views(views), Rng(3, 4)).states
     alone = [model.encode(batch.as_view(i), Rng(3, 4)).states for i in range(views)]
+    assert not torch.equal(alone[0], alone[1])
     assert together.shape == (views * len(batch.values), 32)
     assert torch.equal(together, torch.cat(alone))
     exact = UserModel(50, model.config).double()

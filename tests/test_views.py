@@ -58,8 +58,7 @@ def test_a_view_has_its_number_in_the_keys():
 
 def test_a_view_is_its_steps_one_after_another():
     side = side_of()
-    side.max_len = LENGTH
-    batch = side.gather(range(6))
+    batch = side.gather(range(6), LENGTH)
     steps = [Crop(0.7), Reorder(), Mask(0.4)]
     expected = batch.as_view(1)
     for step in steps:
