@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +173,20 @@ def test_errors_of_parts_name_them():
         fit(data, views={"main": []}, objectives={"mine": Narrow()})
     with pytest.raises(ValueError, match="next_item needs a causal encoder"):
         fit(data, views={"main": [NextItem()]}, objectives={"item": Item()})
+
+
+def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch):
+    """As they stand: ten lines, then a step, an objective and an encoder of one's own."""
+    synthetic(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+    names: dict = {"__name__": "snippet"}
+    for mark in ("python", "own"):
+        block = guide.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
+        exec(compile(block.split("```python")[1].split("```")[0], mark, "exec"), names)
+    assert names["best"].columns == ["user_id", "rank", "item_id", "score"]
+    assert names["best"].height and type(names["model"].encoder).__name__ == "RunningMean"
+    batch = names["model"].inputs_of([[1, 2, 3], [], [7]])
+    table = names["model"].item_table
+    expected = torch.stack([table[1], table[[1, 2]].mean(0), table[[1, 2, 3]].mean(0), table[7]])
+    torch.testing.assert_close(names["model"].encode(batch).states, expected)
