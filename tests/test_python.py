@@ -135,8 +135,8 @@ def test_a_run_with_own_parts_is_resumed_and_described(dataset, tmp_path):
         return fit(
             dataset, recipe=Recipe(model=CONFIG), output=tmp_path / folder, progress=False,
             views={"main": [NextItem()], "back": [Reversed()]},
-            objectives={"item": Item(views=["main"]), "mine": Narrow()}, **{**SHORT, **more},
-            steps=steps,
+            objectives={"item": Item(views=["main"]), "mine": Narrow()},
+            **{**SHORT, "steps": steps}, **more,
         )  # fmt: skip
 
     train("whole", 12)
