@@ -8,9 +8,9 @@ VECTOR_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
 # A worker process per core; tests of threads and of several processes bring their own.
 WORKERS := -n auto --dist worksteal
 
-.PHONY: help demo test smoke lint bench install clean
+.PHONY: help demo test test-all smoke lint bench install clean
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 install: .venv/installed  ## create .venv with pinned dependencies and the built extension
 
@@ -27,11 +27,14 @@ install: .venv/installed  ## create .venv with pinned dependencies and the built
 demo: .venv/installed  ## generate data, pre-train, fine-tune, evaluate, plot (about 4 minutes)
 	$(BIN)/fastrec demo
 
-test: .venv/installed  ## the whole suite; the Triton kernels in the interpreter; cpp with narrower vectors
-	$(BIN)/python -m pytest $(WORKERS)
+test: .venv/installed  ## the suite; the Triton kernels in the interpreter; cpp with narrower vectors
+	$(BIN)/python -m pytest $(WORKERS) -m "not exhaustive"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton
 	FASTREC_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
 	FASTREC_CPU_CAPABILITY=default $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
+
+test-all: test  ## the same and what is slow and says little, before a release
+	$(BIN)/python -m pytest $(WORKERS) -m exhaustive
 
 smoke: .venv/installed  ## the suite without the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
