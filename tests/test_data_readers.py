@@ -154,7 +154,7 @@ def test_movielens_100k(tmp_path):
 
 def test_movielens_100k_half_a_line(tmp_path):
     file = write(tmp_path / "u.data", "196\t242\t3\t881250949\n186\t302\n")
-    fails(readers.read_movielens_100k, file, file=file, row=2, match="has fewer")
+    fails(readers.read_movielens_100k, file, file=file, row=2, match="expected 4 fields, got 2")
     fails(readers.read_movielens_100k, tmp_path / "no", file=tmp_path / "no", match="missing")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -190,13 +190,13 @@ def test_recbole(tmp_path):
         ("user_id:token\titem_id:text\n1\t2\n", "item_id:text", 1, "name:type"),
         (HEAD + "1\t2\tx\t5\n", "rating", 2, "'x'"),
         (HEAD + "1\t2\t\t5\n", "rating", 2, "missing"),
-        (HEAD + "1\t2\t3\t5\n1\t2\t3\n", None, 3, "has fewer"),
+        (HEAD + "1\t2\t3\t5\n1\t2\t3\n", None, 3, "expected 4 fields, got 3"),
         (HEAD + "1\t2\t3\t5\n\t2\t3\t5\n", "user_id", 3, "missing"),
         (HEAD + "1\t2\t3\t5\n1\t2\t3\t5\t6\n", None, 3, "expected 4 fields"),
         (HEAD + "1\t2\t3\t5\n1\t2\t3\tnan\n", "timestamp", 3, "whole"),
         (HEAD, None, None, "no rows"),
         ("user_id:token\trating:float\ttimestamp:float\n1\t2\t3\n", "item_id", None, "missing"),
-        ("user_id:token\titem_id:token\n1\t2\n", "timestamp", None, "ordered"),
+        ("user_id:token\titem_id:token\n1\t2\n", None, None, "--ordered true"),
     ],
 )
 def test_recbole_bad_input(tmp_path, text, column, row, match):

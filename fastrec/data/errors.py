@@ -1,8 +1,12 @@
 """What bad input meets: the one error of the data path names the file, the column and the row."""
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DataError(ValueError):
-    """Bad input. The message reads `file: column 'x', row n: problem`.
+    """Bad input. The message reads `file: column 'x', row n: problem` and is one line.
 
     file: the file (or directory) at fault. column: its column, or None.
     row: 1-based line of a text file (the header counts), 1-based row of a Parquet file, or None.
@@ -11,6 +15,7 @@ class DataError(ValueError):
     def __init__(self, file, problem: str, *, column: str | None = None, row: int | None = None):
         where = [f"column {column!r}"] if column is not None else []
         where += [f"row {row}"] if row is not None else []
+        problem = " ".join(problem.split())
         super().__init__(f"{file}: " + (", ".join(where) + ": " if where else "") + problem)
         self.file, self.column, self.row, self.problem = str(file), column, row, problem
 
@@ -20,3 +25,18 @@ class DataError(ValueError):
 
 def _rebuild(file, problem, column, row):
     return DataError(file, problem, column=column, row=row)
+
+
+@contextmanager
+def reading(file, what: str = "cannot be read") -> Iterator[None]:
+    """Errors of polars, zlib, memory and recursion inside become a DataError about `file`."""
+    import polars as pl
+
+    foreign = (
+        pl.exceptions.PolarsError, pl.exceptions.PanicException, MemoryError, RecursionError,
+        OverflowError, EOFError, zlib.error,
+    )  # fmt: skip
+    try:
+        yield
+    except foreign as error:
+        raise DataError(file, f"{what}: {str(error)[:300] or type(error).__name__}") from error
