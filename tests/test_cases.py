@@ -6,9 +6,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from builders import model_of
 
 from fastrec.cli import main
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.prepare import prepare
+from fastrec.data.readers import RawData
+from fastrec.serve import recommend, write_table
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 
@@ -233,3 +237,37 @@ def test_flags_without_effect_are_errors(tmp_path, log):
         assert f"--{name}" in message and "no effect" in message
     message = refused(tmp_path, log, ordered="true", time_format="%Y")
     assert "--time_format has no effect without --timestamp_column" in message
+
+
+# Nothing left to recommend
+
+
+@pytest.mark.parametrize("ids", ["text", "integers"])
+def test_users_who_have_seen_everything_get_an_empty_table(tmp_path, ids):
+    """Alone, and 512 of them: a whole block without a row."""
+    known = [f"u{user:03}" if ids == "text" else user for user in range(600)]
+    seen = [[0, 1, 2, 3]] * 512 + [[0, 1]] * 88
+    events = [(user, item, 1) for user, items in zip(known, seen, strict=True) for item in items]
+    frame = pl.DataFrame(events, schema=["user_id", "item_id", "timestamp"], orient="row")
+    prepare(RawData("here", frame.with_columns(pl.col("item_id").cast(str))), tmp_path / "d")
+    dataset, model = SequenceDataset.load(tmp_path / "d"), model_of(num_items=4)
+    types = [pl.String if ids == "text" else pl.Int64, pl.Int64, pl.String, pl.Float32]
+    alone = recommend(model, dataset, 3, user_ids=known[:1])
+    assert alone.height == 0 and alone.dtypes == types
+    everyone = recommend(model, dataset, 3)
+    assert everyone.dtypes == types and set(everyone["item_id"]) == {"2", "3"}
+    assert everyone["user_id"].to_list() == [user for user in known[512:] for _ in range(2)]
+    assert recommend(model, dataset, 3, histories=[]).height == 0
+    for name in ("best.csv", "best.parquet"):
+        write_table(alone, tmp_path / name)
+    assert pl.read_parquet(tmp_path / "best.parquet").dtypes == types
+
+
+def test_recommend_for_the_bot(tmp_path):
+    log = case("10") / "log.csv"
+    dataset = prepared(
+        tmp_path, log, user_column="who", item_column="what", timestamp_column="when"
+    )
+    best = recommend(model_of(num_items=dataset.num_items), dataset, 10, user_ids=["bot"])
+    assert best.height == 0
+    assert best.dtypes == [pl.String, pl.Int64, pl.String, pl.Float32]
