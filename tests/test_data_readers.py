@@ -62,6 +62,12 @@ def test_s3rec_gzip_windows_ends_and_no_final_newline(tmp_path):
         ("1 2 3\n2 3\x00 4\n", None, 2, "NUL"),
         ("", None, None, "empty"),
         (" \n\n", None, None, "empty"),
+        ("1 2 3\n2 007 4\n", "item", 2, "'007'"),
+        ("1 2 3\n+2 3 4\n", "user", 2, r"'\+2'"),
+        ("1 2 3\n2 3 -0\n", "item", 2, "'-0'"),
+        ("1 2 3\n2 \uff17 3\n", "item", 2, "'\uff17'"),
+        ("1 2 3\r2 4 5\r", None, 1, "neither a blank nor a line end"),
+        ("1 2 3\n2\u00a03 4\n", None, 2, "neither a blank nor a line end"),
     ],
 )
 def test_s3rec_bad_input(tmp_path, text, column, row, match):

@@ -13,14 +13,19 @@ class DataError(ValueError):
     """
 
     def __init__(self, file, problem: str, *, column: str | None = None, row: int | None = None):
-        where = [f"column {column!r}"] if column is not None else []
+        where = [f"column {_short(repr(column))}"] if column is not None else []
         where += [f"row {row}"] if row is not None else []
-        problem = " ".join(problem.split())
+        problem = _short(" ".join(problem.split()))
         super().__init__(f"{file}: " + (", ".join(where) + ": " if where else "") + problem)
         self.file, self.column, self.row, self.problem = str(file), column, row, problem
 
     def __reduce__(self):
         return _rebuild, (self.file, self.problem, self.column, self.row)
+
+
+def _short(text: str) -> str:
+    """A field of a file may be as long as the file."""
+    return text if len(text) <= 600 else f"{text[:300]} .. {text[-300:]}"
 
 
 def _rebuild(file, problem, column, row):

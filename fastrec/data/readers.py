@@ -19,7 +19,7 @@ from fastrec.data import tables
 from fastrec.data.columns import check_unique, first_row, id_column, integers
 from fastrec.data.errors import DataError, reading
 from fastrec.data.side_tables import read_attributes, read_relations
-from fastrec.data.text import read_delimited, read_lines
+from fastrec.data.text import read_delimited, read_fields
 from fastrec.data.times import SOURCE
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_s3rec(file, item_attributes=None) -> RawData:
     """
     import polars as pl
 
-    lines = [line.split() for line in read_lines(file)]
+    lines = read_fields(file)
     lengths = np.fromiter(map(len, lines), dtype=np.int64, count=len(lines))
     row = first_row(lengths < 2, 1)
     if row is not None:
@@ -86,14 +86,13 @@ def read_pairs(file) -> RawData:
     """One `user item` pair a line, each user's oldest first (the ml-1m.txt of SASRec)."""
     import polars as pl
 
-    lines = read_lines(file)
-    fields = pl.Series("line", lines).str.strip_chars().str.extract_all(r"\S+")
-    row = first_row((fields.list.len() != 2).to_numpy(), 1)
-    if row is not None:
-        raise DataError(file, f"expected `user item`, got {lines[row - 1]!r}", row=row)
+    lines = read_fields(file)
+    for row, fields in enumerate(lines, 1):
+        if len(fields) != 2:
+            raise DataError(file, f"expected `user item`, got {' '.join(fields)!r}", row=row)
     columns = [
-        id_column(file, fields.list.get(place).alias(name), 1, "int").alias(f"{name}_id")
-        for place, name in enumerate(("user", "item"))
+        id_column(file, pl.Series(name, ids, dtype=pl.String), 1, "int").alias(f"{name}_id")
+        for name, ids in zip(("user", "item"), zip(*lines, strict=True), strict=True)
     ]
     return RawData(str(file), pl.DataFrame(columns), ordered=True)
 

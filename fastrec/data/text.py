@@ -1,6 +1,7 @@
 """Reading text files so that every problem is reported with file, column and row."""
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 
 from fastrec.data.errors import DataError, reading
 
-_NEWLINE, _QUOTE = 10, 34
+_NEWLINE, _RETURN, _QUOTE = 10, 13, 34
+# What str.split() takes for blanks, too: a line that ends in a return alone would go on.
+_OTHER_BLANKS = re.compile(r"[^\S \t]")
 
 
 def read_bytes(file, encoding: str = "utf-8") -> bytes:
@@ -48,6 +51,16 @@ def read_lines(file, encoding: str = "utf-8") -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
+
+
+def read_fields(file) -> list[list[str]]:
+    """The fields of each line of a text file, between blanks and tabs."""
+    lines = read_lines(file)
+    for row, line in enumerate(lines, 1):
+        odd = _OTHER_BLANKS.search(line)
+        if odd is not None:
+            raise DataError(file, f"{odd[0]!r} is neither a blank nor a line end", row=row)
+    return [line.split() for line in lines]
 
 
 def read_delimited(file, separator: str, names: list[str] | None = None, encoding: str = "utf-8"):
@@ -91,13 +104,16 @@ def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bo
     A line break or a separator between quotes is text.
     """
     text = np.frombuffer(data, np.uint8)
-    ends, splits = text == _NEWLINE, text == ord(separator)
+    ends, splits, returns = text == _NEWLINE, text == ord(separator), text == _RETURN
     if quotes and _QUOTE in data:
         inside = np.bitwise_xor.accumulate(text == _QUOTE)
         if inside[-1]:
             row = int((ends & ~inside)[: data.rfind(b'"')].sum()) + 1
             raise DataError(file, "a quote is not closed", row=row)
-        ends, splits = ends & ~inside, splits & ~inside
+        ends, splits, returns = ends & ~inside, splits & ~inside, returns & ~inside
+    if returns.any():
+        row = int(ends[: returns.argmax()].sum()) + 1
+        raise DataError(file, "holds a carriage return that ends no line", row=row)
     starts = np.concatenate(([0], np.flatnonzero(ends) + 1))
     fields = np.add.reduceat(splits, starts, dtype=np.int64) + 1
     lengths = np.diff(starts, append=len(data) + 1) - 1
