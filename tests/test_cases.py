@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from builders import model_of
 
-from fastrec.cli import main
+from fastrec.cli import _read_users, main
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare
 from fastrec.data.readers import RawData
@@ -271,3 +271,12 @@ def test_recommend_for_the_bot(tmp_path):
     best = recommend(model_of(num_items=dataset.num_items), dataset, 10, user_ids=["bot"])
     assert best.height == 0
     assert best.dtypes == [pl.String, pl.Int64, pl.String, pl.Float32]
+
+
+def test_the_list_of_users_may_have_a_byte_order_mark(tmp_path):
+    file = tmp_path / "users.txt"
+    file.write_bytes(b"\xef\xbb\xbfu1\r\n u2 \n")
+    assert _read_users(file) == ["u1", "u2"]
+    file.write_bytes(b"u1\nu\xe9\n")
+    with pytest.raises(ValueError, match=r"users.txt: row 2: byte 0xe9 is not utf-8"):
+        _read_users(file)

@@ -90,6 +90,8 @@ def prepare(
         raise ValueError(f"na_values must be 'ask', 'missing' or 'text', got {na_values!r}")
     if format in ("table", "recbole"):
         options["na_values"] = na_values
+    elif na_values != "ask" and not any((user_attributes, item_attributes, relations)):
+        raise ValueError(f"--na_values has no effect on --format {format} without side files")
     known_as = [options.get(name) for name in ("user", "item")]
     sides = {
         "user": (user_attributes, {"column": user_key, "known_as": known_as[0]}),

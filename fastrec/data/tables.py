@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastrec.data.columns import first_row, float_column, id_column
 from fastrec.data.errors import DataError, reading
-from fastrec.data.text import read_bytes, read_delimited
+from fastrec.data.text import check_file, read_bytes, read_delimited
 from fastrec.data.times import PLACE, time_column
 
 _SEPARATORS = {
@@ -57,9 +57,7 @@ def read_parquet(file):
     """polars.DataFrame of a Parquet file with rows; the name is a name, not a pattern."""
     import polars as pl
 
-    file = Path(file)
-    if not file.is_file():
-        raise DataError(file, "file is missing")
+    file = check_file(file)
     with reading(file, "truncated or corrupt Parquet"):
         frame = pl.read_parquet(BytesIO(file.read_bytes()))
     if frame.height == 0:

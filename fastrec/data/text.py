@@ -14,14 +14,20 @@ _NEWLINE, _RETURN, _QUOTE = 10, 13, 34
 _OTHER_BLANKS = re.compile(r"[^\S \t]")
 
 
+def check_file(file) -> Path:
+    """The path of a file that is there."""
+    file = Path(file)
+    if not file.is_file():
+        raise DataError(file, "file is missing" if not file.exists() else "is not a file")
+    return file
+
+
 def read_bytes(file, encoding: str = "utf-8") -> bytes:
     """The contents of a text file in UTF-8, gunzipped if its name ends in .gz; never empty.
 
     Lines end in a newline alone, and a byte-order mark is gone.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise DataError(file, "file is missing" if not file.exists() else "is not a file")
+    file = check_file(file)
     with reading(file):
         data = file.read_bytes()
     if file.suffix.lower() == ".gz":

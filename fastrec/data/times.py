@@ -4,6 +4,7 @@ A lost fraction would make ties, and ties are broken by the order of the file: w
 is refused.
 """
 
+import re
 from decimal import Decimal
 
 from fastrec.data.columns import check_present, first_row, int64, integers
@@ -17,6 +18,7 @@ _ISO = (
     r"(?<zone>Z|[+-][0-9]{2}:?[0-9]{2})?)?$"
 )
 _NUMBER = r"^[+-]?[0-9]*\.?[0-9]*([eE][+-]?[0-9]+)?$"
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]{1,9})?")
 _YEARS = ("%Y", "%y", "%G", "%g", "%F", "%D", "%x", "%c", "%v", "%s", "%+")
 _NANO_LIMIT = 9_214_560_000_000_000  # microseconds from 1970 to 2262-01-01
 
@@ -86,15 +88,11 @@ def _whole_text(file, series, first: int, whole):
 
 
 def _exact(text: str) -> int | None:
-    """The integer of 64 bits that the text is; None for a fraction, a leading zero or no number."""
-    digits = text.removeprefix("-")
-    if digits[:1] == "+" or (digits[:1] == "0" and digits[1:2].isdigit()):
+    """The integer of 64 bits that the text is; None for a fraction or another spelling."""
+    if not _WHOLE.fullmatch(text):
         return None
-    try:
-        number = Decimal(text)
-    except ArithmeticError:
-        return None
-    if not number.is_finite() or number.adjusted() > 18 or "_" in text or not text.isascii():
+    number = Decimal(text)
+    if number.adjusted() > 18:  # int() of 1e1000000000 takes for ever
         return None
     value = int(number)
     return value if value == number and -(2**63) <= value < 2**63 else None
