@@ -189,7 +189,10 @@ def people(folder: Path) -> tuple[str, dict[str, str]] | None:
     ):  # fmt: skip
         if (folder / name).exists():
             rows = _rows(_text(folder / name), "|" if separator == "\t" else separator)
-            key = rows.pop(0).index("user_id") if name == "p.csv" else 0
+            header = rows.pop(0) if name == "p.csv" else ["user_id", column]
+            if not {"user_id", column} <= set(header):
+                return None
+            key = header.index("user_id")
             return column, {row[key]: row[place] for row in rows}
     return None
 
@@ -199,7 +202,9 @@ def links(folder: Path) -> int | None:
     for name in ("l.csv", "l.tsv", "a.net"):
         if (folder / name).exists():
             rows = _rows(_text(folder / name), "," if name == "l.csv" else "\t")
-            return len(rows) - (not any(field.isdigit() for field in rows[0][:2]))
+            return len(rows) - (
+                not any(field.isascii() and field.isdigit() for field in rows[0][:2])
+            )
     return None
 
 

@@ -220,13 +220,27 @@ def test_an_index_column_is_no_attribute(tmp_path, log, name):
     assert "column 1 of 3 has no name" in message
 
 
-def test_text_links_and_a_header_that_may_be_one(tmp_path, log):
-    links = write(tmp_path / "links.tsv", "007\tz\n010\t10\n")
-    message = refused(tmp_path, log, timestamp_column="t", relations=links)
-    assert "row 1" in message and "'007' is a user" in message
-    write(links, "a\tb\n007\t010\n")
-    dataset = prepared(tmp_path, log, timestamp_column="t", relations=links)
+def test_text_links_and_a_header_that_may_be_one(tmp_path):
+    log = write(tmp_path / "log.csv", "user_id,item_id,t\n007,a,1\nann,b,2\n")
+    links = tmp_path / "links.tsv"
+    flags = dict(timestamp_column="t", relations=links)
+    write(links, "bob\tann\n007\tann\n")
+    message = refused(tmp_path, log, **flags)
+    assert "row 1" in message and "'ann' is a user" in message
+    write(links, "0001\tbob\n007\tann\n")  # nobody of the log, and no header
+    dataset = prepared(tmp_path, log, **flags)
     assert dataset.relations().tolist() == [[0, 1]]
+    lost = {"relations with an end without interactions": 1}
+    assert dataset.schema["filters"]["removed"] == lost
+    write(links, "a\tb\n007\tann\n")
+    assert prepared(tmp_path, log, "named", **flags).schema["filters"]["removed"] == {}
+
+
+def test_quoted_nothing_is_missing(tmp_path, log):
+    people = write(tmp_path / "people.csv", 'user_id,age,land\n007,"",""\n010,7,SE\n')
+    dataset = prepared(tmp_path, log, timestamp_column="t", user_attributes=people)
+    assert dataset.user_attributes().rows()[0] == (0, "007", None, None)
+    assert dataset.user_attributes()["age"].dtype == pl.Int64
 
 
 def test_flags_without_effect_are_errors(tmp_path, log):

@@ -50,6 +50,11 @@ def integers(series):
     return parsed.set(~series.str.contains(_INTEGER).fill_null(False), None)
 
 
+def looks_like_a_row(names) -> bool:
+    """Whether the names of columns hold a number: a first line that is no header."""
+    return bool(names.str.contains(_DIGITS).any())
+
+
 def int64(file, series, first: int):
     """Integers as Int64; raises for one that does not fit."""
     import polars as pl
@@ -160,6 +165,7 @@ def attribute_column(file, series, first: int, na_values: str = "ask", retype: b
 
     if series.dtype != pl.String:
         return series
+    series = series.set((series == "").fill_null(False), None)
     marked = series.is_in(list(NA)).fill_null(False)
     if na_values == "missing":
         series = series.set(marked, None)

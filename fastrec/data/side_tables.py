@@ -13,6 +13,7 @@ from fastrec.data.columns import (
     first_row,
     integers,
     key_column,
+    looks_like_a_row,
 )
 from fastrec.data.errors import DataError, reading
 from fastrec.data.tables import is_delimited, read_frame, recbole_columns
@@ -95,7 +96,7 @@ def _key_name(file, frame, key: str, column: str | None, known_as: str | None) -
         return found[0]
     what = f"{' and '.join(found)} may both hold" if found else "no column is known to hold"
     header = ""
-    if not found and integers(pl.Series(frame.columns)).is_not_null().any():
+    if not found and looks_like_a_row(pl.Series(frame.columns)):
         header = "; if the first line is a row, write the names of the columns above it"
     raise DataError(file, f"{what} the ids: say {_flag(key)} (there are {there}){header}")
 
@@ -167,8 +168,8 @@ def _read_id_json(file, key: str):
 def read_relations(file, like=None, na_values: str = "ask"):
     """polars.DataFrame (user_id, friend_id): the first two columns of a table, one link a row.
 
-    like: the ids of the interactions. A first line of integers is a link, not a header; one of text
-    that names a user of `like` may be either, and is refused.
+    like: the ids of the interactions. A first line with a number is a link, not a header; one of
+    text that names a user of `like` may be either, and is refused.
     """
     import polars as pl
 
@@ -179,7 +180,7 @@ def read_relations(file, like=None, na_values: str = "ask"):
         else:
             frame, first = read_frame(file)
             names = pl.Series(frame.columns[:2])
-            if is_delimited(file) and integers(names).is_not_null().any():
+            if is_delimited(file) and looks_like_a_row(names):
                 places = [f"column {place}" for place in range(1, frame.width + 1)]
                 frame, first = read_frame(file, names=places)
             elif is_delimited(file) and like is not None and like.dtype == pl.String:

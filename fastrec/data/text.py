@@ -122,11 +122,12 @@ def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bo
         raise DataError(file, "holds a carriage return that ends no line", row=row)
     starts = np.concatenate(([0], np.flatnonzero(ends) + 1))
     fields = np.add.reduceat(splits, starts, dtype=np.int64) + 1
-    lengths = np.diff(starts, append=len(data) + 1) - 1
     width = width or int(fields[0])
-    bad = np.flatnonzero((fields != width) | (lengths == 0))
+    bad = np.flatnonzero(fields != width)
     if bad.size:
-        got = int(fields[bad[0]]) if lengths[bad[0]] else "an empty line"
+        begin = starts[bad[0]]
+        empty = begin == len(data) or data[begin] == _NEWLINE
+        got = "an empty line" if empty else int(fields[bad[0]])
         raise DataError(file, f"expected {width} fields, got {got}", row=int(bad[0]) + 1)
     return len(starts)
 
