@@ -132,6 +132,16 @@ def test_with_an_exchange_there_is_always_a_data_set(tmp_path, monkeypatch):
     assert SequenceDataset.load(output).user_attributes()["age"].to_list() == [1, 2, 3]
 
 
+def test_a_link_to_a_data_set_stays_a_link(tmp_path):
+    prepare(raw(0), tmp_path / "real" / "d")
+    (tmp_path / "d").symlink_to(tmp_path / "real" / "d")
+    prepare(raw(1), tmp_path / "d", overwrite=True)
+    assert (tmp_path / "d").is_symlink() and names(tmp_path) == ["d", "real"]
+    dataset = SequenceDataset.load(tmp_path / "real" / "d")
+    assert dataset.user_attributes()["age"].to_list() == [1, 2, 3]
+    assert names(tmp_path / "real") == ["d"]
+
+
 # Files of another data set
 
 

@@ -174,6 +174,14 @@ def test_format_and_separator_must_be_known(tmp_path):
     with pytest.raises(ValueError, match="separator"):
         readers.read_table(file, **NAMES)
     assert rows(readers.read_table(file, separator=";", **NAMES)) == [(1, 2, 3)]
+    file = write(tmp_path / "t.csv", "who;what;when\na;2;3\n")
+    fails(readers.read_table, file, file=file, column="who", match="--separator", **NAMES)
+    write(file, 'who;what;when\n"a;b";"2";3\n')
+    assert rows(readers.read_table(file, separator=";", **NAMES)) == [("a;b", 2, 3)]
+    file = write(tmp_path / "t.log", "who\twhat\twhen\n1\t2\t3\n")
+    assert rows(readers.read_table(file, separator="\\t", **NAMES)) == [(1, 2, 3)]
+    with pytest.raises(ValueError, match="--separator cannot be"):
+        readers.read_table(file, separator='"', **NAMES)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +193,8 @@ def test_format_and_separator_must_be_known(tmp_path):
         ('who,what,when\n1,"a\n\nb",3\n\n1,2,3\n', 3, "an empty line"),
         ('who,what,when\n1,2,3\n1,"2,4\n1,3,5\n', 3, "a quote is not closed"),
         ("who,what,when\n1,2,3\n1,2\r,4\n", 3, "carriage return"),
+        ('who,what,when\n1,"a""b\n",3\n1,5" disk",4\n', 3, "middle of a field"),
+        ('who,what,when\n1,2,3\n1,"5"6,4\n', 3, "middle of a field"),
         ("who,what,who\n1,2,3\n", 1, "two columns are called 'who'"),
     ],
 )

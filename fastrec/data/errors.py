@@ -44,4 +44,5 @@ def reading(file, what: str = "cannot be read") -> Iterator[None]:
     try:
         yield
     except foreign as error:
-        raise DataError(file, f"{what}: {str(error)[:300] or type(error).__name__}") from error
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(file, f"{what}: {said[:300]}") from error

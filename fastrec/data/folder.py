@@ -19,7 +19,7 @@ def locked(output: Path) -> Iterator[None]:
     What a killed one left beside the folder is taken away, or back where it was replacing it.
     Raises FileExistsError that names the other process.
     """
-    output = output.absolute()
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     lock = output.with_name(f".{output.name}.lock")
     with lock.open("a+") as file:
@@ -53,6 +53,7 @@ def new_folder(output: Path) -> Path:
 
 def put(work: Path, output: Path) -> None:
     """Make the finished folder `work` be `output`, on disk; one that is there goes."""
+    output = output.resolve()  # through a link, the folder is replaced and not the link
     for file in work.iterdir():
         _sync(file)
     _sync(work)
@@ -69,11 +70,11 @@ def put(work: Path, output: Path) -> None:
             os.rename(old, output)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(output.absolute().parent)
+    _sync(output.parent)
 
 
 def _beside(output: Path, kind: str) -> Path:
-    output = output.absolute()
+    output = output.resolve()
     return output.with_name(f".{output.name}.{kind}")
 
 

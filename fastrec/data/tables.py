@@ -129,7 +129,8 @@ def interactions_of(
     for name in names.values():
         if name not in frame.columns:
             there = ", ".join(frame.columns)
-            raise DataError(file, f"column is missing; there are {there}", column=name)
+            hint = " (--separator says what stands between columns)" if frame.width == 1 else ""
+            raise DataError(file, f"column is missing; there are {there}{hint}", column=name)
     columns = {
         "user_id": id_column(file, frame[user], first, ids, na_values),
         "item_id": id_column(file, frame[item], first, ids, na_values),

@@ -83,7 +83,7 @@ def read_delimited(file, separator: str, names: list[str] | None = None, encodin
     if not separator.isascii() or separator in ('"', "\n", "\r"):
         raise ValueError(f"--separator cannot be {separator!r}")
     data = read_bytes(file, encoding).rstrip(b"\n")
-    quotes = separator == ","
+    quotes = separator in (",", ";")
     count = _check_rows(file, data, separator, None if names is None else len(names), quotes)
     with reading(file):
         frame = pl.read_csv(
@@ -117,6 +117,15 @@ def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bo
             row = int((ends & ~inside)[: data.rfind(b'"')].sum()) + 1
             raise DataError(file, "a quote is not closed", row=row)
         ends, splits, returns = ends & ~inside, splits & ~inside, returns & ~inside
+        # A quoted field is all of a field; a doubled quote in it closes and opens again.
+        edges = np.flatnonzero(text == _QUOTE)
+        beside = np.where(inside[edges], edges - 1, edges + 1)
+        within = (beside >= 0) & (beside < len(data))
+        beside = text[beside[within]]
+        bad = (beside != ord(separator)) & (beside != _NEWLINE) & (beside != _QUOTE)
+        if bad.any():
+            row = int(ends[: edges[within][bad][0]].sum()) + 1
+            raise DataError(file, "a quote stands in the middle of a field", row=row)
     if returns.any():
         row = int(ends[: returns.argmax()].sum()) + 1
         raise DataError(file, "holds a carriage return that ends no line", row=row)
