@@ -110,13 +110,14 @@ def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bo
     A line break or a separator between quotes is text.
     """
     text = np.frombuffer(data, np.uint8)
-    ends, splits, returns = text == _NEWLINE, text == ord(separator), text == _RETURN
+    ends, splits = text == _NEWLINE, text == ord(separator)
+    returns = text == _RETURN if _RETURN in data else ends[:0]
     if quotes and _QUOTE in data:
         inside = np.bitwise_xor.accumulate(text == _QUOTE)
         if inside[-1]:
             row = int((ends & ~inside)[: data.rfind(b'"')].sum()) + 1
             raise DataError(file, "a quote is not closed", row=row)
-        ends, splits, returns = ends & ~inside, splits & ~inside, returns & ~inside
+        ends, splits, returns = ends & ~inside, splits & ~inside, returns & ~inside[: len(returns)]
         # A quoted field is all of a field; a doubled quote in it closes and opens again.
         edges = np.flatnonzero(text == _QUOTE)
         beside = np.where(inside[edges], edges - 1, edges + 1)
@@ -130,7 +131,7 @@ def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bo
         row = int(ends[: returns.argmax()].sum()) + 1
         raise DataError(file, "holds a carriage return that ends no line", row=row)
     starts = np.concatenate(([0], np.flatnonzero(ends) + 1))
-    fields = np.add.reduceat(splits, starts, dtype=np.int64) + 1
+    fields = np.add.reduceat(splits.view(np.uint8), starts, dtype=np.uint32) + 1
     width = width or int(fields[0])
     bad = np.flatnonzero(fields != width)
     if bad.size:
