@@ -249,6 +249,8 @@ def test_flags_without_effect_are_errors(tmp_path, log):
         name, value = flag.split("=")
         message = refused(tmp_path, text, format="s3rec", **{name: value})
         assert f"--{name}" in message and "no effect" in message
+    message = refused(tmp_path, text, format="s3rec", na_values="missing")
+    assert "--na_values has no effect" in message
     message = refused(tmp_path, log, ordered="true", time_format="%Y")
     assert "--time_format has no effect without --timestamp_column" in message
 
