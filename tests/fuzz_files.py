@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 from random import Random
 
@@ -203,7 +204,7 @@ def links(folder: Path) -> int | None:
         if (folder / name).exists():
             rows = _rows(_text(folder / name), "," if name == "l.csv" else "\t")
             return len(rows) - (
-                not any(field.isascii() and field.isdigit() for field in rows[0][:2])
+                not any(re.fullmatch("[+-]?[0-9]+", field) for field in rows[0][:2])
             )
     return None
 

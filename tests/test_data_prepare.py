@@ -172,6 +172,17 @@ def test_attribute_frames_are_checked(tmp_path):
         prepare(raw(events, users=own), tmp_path / "d", user_attributes=own)
 
 
+def test_attributes_of_the_source_about_nobody_name_it(tmp_path):
+    stranger = pl.DataFrame({"user_id": [7], "age": [3]})
+    with pytest.raises(DataError, match="^here: column 'user_id': none of its 1 ids occurs"):
+        prepare(raw([(1, 10, 1)], users=stranger), tmp_path / "d")
+    links = pl.DataFrame({"user": [7], "friend": [8]})
+    with pytest.raises(DataError, match="^here: column 'user': none of its 1 ids occurs"):
+        prepare(raw([(1, 10, 1)], relations=links), tmp_path / "d")
+    with pytest.raises(DataError, match="^relations: column 'user': none of its 1 ids occurs"):
+        prepare(raw([(1, 10, 1)]), tmp_path / "d", relations=links, na_values="text")
+
+
 def test_arguments_are_checked(tmp_path):
     events = [(1, 10, 1), (2, 10, 1)]
     for options in ({"max_users": 0}, {"max_users": -1}, {"k_core": -1}):

@@ -9,21 +9,19 @@ from fastrec.data.errors import DataError
 from fastrec.data.side_tables import read_attributes, read_relations
 
 
-def attribute_table(ids, own, extra, key: str, everyone, **options):
-    """(the table of users or items, number of rows lost): one row per id, with the attributes of
-    the source (`own`) and of `extra`, a file or a frame.
+def attribute_table(ids, sources, key: str, everyone, **options):
+    """(the table of users or items, number of rows lost): one row per id, with all attributes.
 
+    sources: (name, file or frame or None); a file is its own name.
     everyone: all ids of the source, those that a filter removed too. options: of `read_attributes`.
     Raises DataError where not one row is about any of them: ids are written in another way.
     """
     table, lost = ids.rename(key).to_frame(), 0
-    for attributes in (own, extra):
-        if attributes is None:
+    for name, frame in sources:
+        if frame is None:
             continue
-        frame, name = attributes, "attributes"
-        if isinstance(attributes, (str, Path)):
-            name = str(attributes)
-            frame = read_attributes(attributes, key, like=everyone, **options)
+        if isinstance(frame, (str, Path)):
+            name, frame = frame, read_attributes(frame, key, like=everyone, **options)
         if key not in frame.columns:
             raise DataError(name, f"column is missing; there are {frame.columns}", column=key)
         for column in set(frame.columns) & (set(table.columns) | {key.removesuffix("_id")}) - {key}:
@@ -37,15 +35,14 @@ def attribute_table(ids, own, extra, key: str, everyone, **options):
     return table, lost
 
 
-def relation_table(relations, user_ids, everyone, na_values: str):
+def relation_table(name, relations, user_ids, everyone, na_values: str):
     """(user, friend) row numbers of links with both ends in `user_ids`, and how many were lost."""
     import polars as pl
 
     if relations is None:
         return None, 0
-    name = "relations"
     if isinstance(relations, (str, Path)):
-        name, relations = str(relations), read_relations(relations, everyone, na_values)
+        name, relations = relations, read_relations(relations, everyone, na_values)
     if relations.width < 2:
         raise DataError(name, f"expected two columns of ids, got {relations.columns}")
     ends = [key_column(name, relations[end], 1, everyone, "text") for end in relations.columns[:2]]

@@ -90,7 +90,7 @@ def prepare(
         raise ValueError(f"na_values must be 'ask', 'missing' or 'text', got {na_values!r}")
     if format in ("table", "recbole"):
         options["na_values"] = na_values
-    elif na_values != "ask" and not any((user_attributes, item_attributes, relations)):
+    elif na_values != "ask" and user_attributes is item_attributes is relations is None:
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
     known_as = [options.get(name) for name in ("user", "item")]
     sides = {
@@ -159,17 +159,17 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
     user, item, rows = user[order], item[order], rows[order]
 
     user_file, options = sides["user"]
-    users, lost = attribute_table(
-        user_ids[used_users], raw.users, user_file, "user_id", user_ids, **options
-    )
+    sources = [(raw.source, raw.users), ("user_attributes", user_file)]
+    users, lost = attribute_table(user_ids[used_users], sources, "user_id", user_ids, **options)
     _add(removed, "attribute rows of users without interactions", lost)
     item_file, options = sides["item"]
-    items, lost = attribute_table(
-        item_ids[used_items], raw.items, item_file, "item_id", item_ids, **options
-    )
+    sources = [(raw.source, raw.items), ("item_attributes", item_file)]
+    items, lost = attribute_table(item_ids[used_items], sources, "item_id", item_ids, **options)
     _add(removed, "attribute rows of items without interactions", lost)
-    links = raw.relations if relations is None else relations
-    links, lost = relation_table(links, users["user_id"], user_ids, na_values)
+    name, links = "relations", relations
+    if links is None:
+        name, links = raw.source, raw.relations
+    links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
     schema = write_dataset(
         output,
