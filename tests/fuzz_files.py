@@ -86,7 +86,7 @@ def _parquet(rows: list[dict]) -> bytes:
     return file.getvalue()
 
 
-def _token(random: Random, data: bytes) -> bytes:
+def change_token(random: Random, data: bytes) -> bytes:
     """A field becomes something special."""
     rows = data.split(b"\n")
     at = random.randrange(len(rows))
@@ -99,7 +99,7 @@ def _token(random: Random, data: bytes) -> bytes:
     return data
 
 
-def _lines(random: Random, data: bytes) -> bytes:
+def change_lines(random: Random, data: bytes) -> bytes:
     """A line goes, comes twice, is empty, loses or gains a field; or all are shuffled."""
     rows = data.split(b"\n")
     at = random.randrange(len(rows))
@@ -121,7 +121,7 @@ def _lines(random: Random, data: bytes) -> bytes:
     return b"\n".join(rows)
 
 
-def _bytes(random: Random, data: bytes) -> bytes:
+def change_bytes(random: Random, data: bytes) -> bytes:
     """Bytes change, go, or come in."""
     damaged = bytearray(data)
     for _ in range(random.choice([1, 1, 3, 20])):
@@ -131,7 +131,7 @@ def _bytes(random: Random, data: bytes) -> bytes:
     return bytes(damaged)
 
 
-def _whole(random: Random, data: bytes) -> bytes:
+def change_whole(random: Random, data: bytes) -> bytes:
     """The file is cut, empty, doubled, or written by another program."""
     cut = random.randrange(len(data) + 1)
     wrong = random.choice([(b",", b";"), (b"\t", b" "), (b"::", b":"), (b" ", b","), (b",", b"\t")])
@@ -152,7 +152,9 @@ def build(seed: int, folder: Path) -> tuple[Path, dict]:
     files = dict(files)
     victim = random.choice(list(files))
     for _ in range(random.choice([1, 1, 1, 2, 3])):
-        damage = random.choice([_token, _token, _token, _lines, _bytes, _whole])
+        damage = random.choice(
+            [change_token, change_token, change_token, change_lines, change_bytes, change_whole]
+        )
         files[victim] = damage(random, files[victim])
     for name, content in files.items():
         (folder / name).write_bytes(content)

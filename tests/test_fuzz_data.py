@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from fuzz_files import _bytes, _whole, build, events, links, people
+from fuzz_files import build, change_bytes, change_whole, events, links, people
 
 from fastrec.cli import prepare
 from fastrec.data.dataset import SequenceDataset
@@ -106,7 +106,9 @@ def test_damaged_data_sets(batch, tmp_path):
         random, folder = Random(seed), tmp_path / str(seed)
         shutil.copytree(whole, folder)
         file = folder / random.choice(read)
-        file.write_bytes(random.choice([_bytes, _bytes, _whole])(random, file.read_bytes()))
+        file.write_bytes(
+            random.choice([change_bytes, change_bytes, change_whole])(random, file.read_bytes())
+        )
         try:
             same = read_arrays(folder) == good
             wrong = None if same else "was accepted and is another"

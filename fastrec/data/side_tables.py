@@ -89,6 +89,8 @@ def _key_name(file, frame, key: str, column: str | None, known_as: str | None) -
     if column is not None:
         if column not in frame.columns:
             raise DataError(file, f"column is missing; there are {there}", column=column)
+        if column != key and key in frame.columns:
+            raise DataError(file, f"holds {key!r} too: rename that", column=column)
         return column
     names = dict.fromkeys((key, key.removesuffix("_id"), known_as or key))
     found = [name for name in names if name in frame.columns]
