@@ -17,6 +17,7 @@ from fastrec.cli_help import print_config, show_help
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.data.settings import from_values
+from fastrec.data.text import read_lines
 from fastrec.demo import demo
 from fastrec.nn.user_model import UserModel
 from fastrec.serve import check_table_path, user_vectors, write_table
@@ -41,6 +42,13 @@ def prepare(
     item_column: str = "item_id",
     timestamp_column: str | None = None,
     rating_column: str | None = None,
+    user_key: str | None = None,
+    item_key: str | None = None,
+    ids: Literal["auto", "int", "str"] = "auto",
+    na_values: Literal["ask", "missing", "text"] = "ask",
+    time_format: str | None = None,
+    separator: str | None = None,
+    ordered: bool = False,
     on_duplicate: Literal["error", "keep", "drop"] = "error",
     overwrite: bool = False,
 ):
@@ -53,26 +61,41 @@ def prepare(
         k_core: remove users and items with fewer events, again and again.
         min_rating: remove events rated below.
         max_users: keep only the first users in order of their id.
-        user_attributes: file with a user_id column.
-        item_attributes: file with an item_id column, or the attribute JSON of S3-Rec.
+        user_attributes: file with a column of user ids, called user_id, user or as in the source.
+        item_attributes: file with a column of item ids, or the attribute JSON of S3-Rec.
         relations: file whose first two columns are user and friend.
         user_column: of a table.
         item_column: of a table.
-        timestamp_column: of a table; without it the file must be in order.
+        timestamp_column: of a table: integers, dates or ISO times.
         rating_column: of a table.
+        user_key: column of user_attributes that holds the ids, if it is called otherwise.
+        item_key: the same of item_attributes.
+        ids: take ids as integers where all are, demand it, or keep text, in table and recbole.
+        na_values: whether words such as NA are missing values or text; without it they are refused.
+        time_format: how other times are written, such as "%m/%d/%Y" or "%d.%m.%Y %H:%M:%S".
+        separator: of a table, if its suffix does not say it.
+        ordered: each user's rows are oldest first: a table or recbole file without times needs it.
         on_duplicate: what to do with the same user, item and time twice.
         overwrite: replace a data set in `output`.
     """
     options: dict = {}
+    if format in ("table", "recbole"):
+        options = {"ids": ids, "time_format": time_format, "ordered": ordered}
+    elif ids != "auto" or time_format is not None or ordered:
+        raise ValueError(f"--ids, --time_format and --ordered have no effect on --format {format}")
     if format == "table":
-        options = {"user": user_column, "item": item_column, "timestamp": timestamp_column}
-        options |= {"rating": rating_column, "ordered": timestamp_column is None}
+        options |= {"user": user_column, "item": item_column, "timestamp": timestamp_column}
+        options |= {"rating": rating_column, "separator": separator}
     elif (user_column, item_column) != ("user_id", "item_id") or timestamp_column or rating_column:
         raise ValueError(f"column names are for --format table, {format} has its own")
+    elif separator is not None:
+        raise ValueError(f"--separator has no effect on --format {format}")
     if format not in ("s3rec", "pairs"):
         options["on_duplicate"] = on_duplicate
     elif on_duplicate != "error":
-        raise ValueError(f"on_duplicate has no meaning for {format}: its rows are distinct events")
+        raise ValueError(
+            f"--on_duplicate has no meaning for {format}: its rows are distinct events"
+        )
     report = prepare_dataset(
         source,
         output,
@@ -83,6 +106,9 @@ def prepare(
         user_attributes=user_attributes,
         item_attributes=item_attributes,
         relations=relations,
+        user_key=user_key,
+        item_key=item_key,
+        na_values=na_values,
         overwrite=overwrite,
         **options,
     )
@@ -255,7 +281,7 @@ def _model_for(
 def _read_users(path: Path | None) -> list[str] | None:
     if path is None:
         return None
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(path) if line.strip()]
 
 
 RECIPE_COMMANDS: dict[str, Callable[..., None]] = {

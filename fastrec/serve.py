@@ -89,8 +89,10 @@ def recommend(
     else:
         known = np.arange(len(histories))
         asked = _asked_histories(model, _numbered(item_ids, histories))
+    # Series, which know the type of the ids where no row is left.
+    users, items_of = polars.Series(known), polars.Series(item_ids)
     bias = model.item_head.bias.detach() - adjustment(dataset, logit_adjustment).to(table.device)
-    best, parts = min(k, len(table)), []
+    best, parts = min(k, len(table)), [_no_rows(users, items_of)]
     with torch.no_grad():
         for rows, batch, past in asked:
             query = model.next_item_query(model.encode(batch.to(table.device)))
@@ -105,14 +107,24 @@ def recommend(
             parts.append(
                 polars.DataFrame(
                     {
-                        "user_id": known[owners[kept]],
+                        "user_id": users.gather(owners[kept]),
                         "rank": ranks[kept],
-                        "item_id": item_ids[items[kept]],
+                        "item_id": items_of.gather(items[kept]),
                         "score": scores[kept],
                     }
                 )
             )
     return polars.concat(parts)
+
+
+def _no_rows(users, items):
+    import polars
+
+    types = {
+        "user_id": users.dtype, "rank": polars.Int64, "item_id": items.dtype,
+        "score": polars.Float32,
+    }  # fmt: skip
+    return polars.DataFrame(schema=types)
 
 
 # A block of rows, the input of the model, and what has been seen as (items, offsets).

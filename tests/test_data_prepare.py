@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrec.data import tables
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.prepare import k_core_mask, prepare
+from fastrec.data.graph import SocialGraph
+from fastrec.data.k_core import k_core_mask
+from fastrec.data.prepare import prepare
 from fastrec.data.readers import RawData
+from fastrec.data.side_tables import read_attributes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -146,18 +148,14 @@ def test_attributes_and_relations(tmp_path):
     assert dataset.user_attributes().rows() == [(0, 1, 10), (1, 2, None), (2, 5, 50)]
     assert dataset.item_attributes().rows() == [(0, 10, None), (1, 11, [4, 1])]
     assert dataset.relations().tolist() == [[0, 2], [1, 0], [0, 1], [1, 1]]
-    values, offsets = dataset.friends()
-    assert (values.tolist(), offsets.tolist()) == ([1, 2, 0, 0], [0, 2, 3, 4])
-    values, offsets = dataset.friends(symmetric=False)
-    assert (values.tolist(), offsets.tolist()) == ([1, 2, 0], [0, 2, 3, 3])
+    graph = SocialGraph.from_dataset(dataset)
+    assert (graph.values.tolist(), graph.offsets.tolist()) == ([1, 2, 0, 0], [0, 2, 3, 4])
     assert report.removed == {
         "attribute rows of users without interactions": 1,
         "attribute rows of items without interactions": 1,
         "relations with an end without interactions": 1,
     }
-    with pytest.raises(
-        DataError, match="column 'user_id': ids are String, those of the interactions Int64"
-    ):
+    with pytest.raises(DataError, match="column 'user_id', row 1: expected an integer id, got 'x'"):
         frame = pl.DataFrame({"user_id": ["x"], "age": [3]})
         prepare(raw(events), tmp_path / "e", user_attributes=frame)
 
@@ -172,6 +170,17 @@ def test_attribute_frames_are_checked(tmp_path):
     own = pl.DataFrame({"user_id": [1, 2], "age": [3, 4]})
     with pytest.raises(DataError, match="column 'age'"):
         prepare(raw(events, users=own), tmp_path / "d", user_attributes=own)
+
+
+def test_attributes_of_the_source_about_nobody_name_it(tmp_path):
+    stranger = pl.DataFrame({"user_id": [7], "age": [3]})
+    with pytest.raises(DataError, match="^here: column 'user_id': none of its 1 ids occurs"):
+        prepare(raw([(1, 10, 1)], users=stranger), tmp_path / "d")
+    links = pl.DataFrame({"user": [7], "friend": [8]})
+    with pytest.raises(DataError, match="^here: column 'user': none of its 1 ids occurs"):
+        prepare(raw([(1, 10, 1)], relations=links), tmp_path / "d")
+    with pytest.raises(DataError, match="^relations: column 'user': none of its 1 ids occurs"):
+        prepare(raw([(1, 10, 1)]), tmp_path / "d", relations=links, na_values="text")
 
 
 def test_arguments_are_checked(tmp_path):
@@ -275,10 +284,10 @@ def test_ml_100k_counts(tmp_path):
 
 def test_ml_1m_counts(tmp_path):
     folder = shared("ml-1m")
-    users = tables.read_attributes(
+    users = read_attributes(
         folder / "users.dat", "user_id", id_map=folder / "sas_to_original_users.txt"
     )
-    items = tables.read_attributes(
+    items = read_attributes(
         folder / "movies.dat", "item_id", id_map=folder / "sas_to_original_items.txt"
     )
     report = prepare(
@@ -303,10 +312,11 @@ def test_friends_of_lastfm(tmp_path):
         tmp_path / "d",
         item_attributes=folder / "LastFM_item2attributes.json",
         user_attributes=folder / "user_attrs.tsv",
+        user_key="s3_user",
         relations=folder / "friends.tsv",
     )
     dataset = SequenceDataset.load(tmp_path / "d")
     assert (dataset.num_users, dataset.num_items, dataset.num_events) == (1_090, 3_646, 52_551)
-    values, offsets = dataset.friends()
-    assert len(values) == 9_020 and int((offsets.diff() > 0).sum()) == 1_026
+    graph = SocialGraph.from_dataset(dataset)
+    assert len(graph.values) == 9_020 and int((np.diff(graph.offsets) > 0).sum()) == 1_026
     assert round(dataset.item_attributes()["attributes"].list.len().mean(), 1) == 12.5

@@ -62,6 +62,12 @@ def test_s3rec_gzip_windows_ends_and_no_final_newline(tmp_path):
         ("1 2 3\n2 3\x00 4\n", None, 2, "NUL"),
         ("", None, None, "empty"),
         (" \n\n", None, None, "empty"),
+        ("1 2 3\n2 007 4\n", "item", 2, "'007'"),
+        ("1 2 3\n+2 3 4\n", "user", 2, r"'\+2'"),
+        ("1 2 3\n2 3 -0\n", "item", 2, "'-0'"),
+        ("1 2 3\n2 \uff17 3\n", "item", 2, "'\uff17'"),
+        ("1 2 3\r2 4 5\r", None, 1, "neither a blank nor a line end"),
+        ("1 2 3\n2\u00a03 4\n", None, 2, "neither a blank nor a line end"),
     ],
 )
 def test_s3rec_bad_input(tmp_path, text, column, row, match):
@@ -154,7 +160,7 @@ def test_movielens_100k(tmp_path):
 
 def test_movielens_100k_half_a_line(tmp_path):
     file = write(tmp_path / "u.data", "196\t242\t3\t881250949\n186\t302\n")
-    fails(readers.read_movielens_100k, file, file=file, row=2, match="has fewer")
+    fails(readers.read_movielens_100k, file, file=file, row=2, match="expected 4 fields, got 2")
     fails(readers.read_movielens_100k, tmp_path / "no", file=tmp_path / "no", match="missing")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -190,13 +196,13 @@ def test_recbole(tmp_path):
         ("user_id:token\titem_id:text\n1\t2\n", "item_id:text", 1, "name:type"),
         (HEAD + "1\t2\tx\t5\n", "rating", 2, "'x'"),
         (HEAD + "1\t2\t\t5\n", "rating", 2, "missing"),
-        (HEAD + "1\t2\t3\t5\n1\t2\t3\n", None, 3, "has fewer"),
+        (HEAD + "1\t2\t3\t5\n1\t2\t3\n", None, 3, "expected 4 fields, got 3"),
         (HEAD + "1\t2\t3\t5\n\t2\t3\t5\n", "user_id", 3, "missing"),
         (HEAD + "1\t2\t3\t5\n1\t2\t3\t5\t6\n", None, 3, "expected 4 fields"),
         (HEAD + "1\t2\t3\t5\n1\t2\t3\tnan\n", "timestamp", 3, "whole"),
         (HEAD, None, None, "no rows"),
         ("user_id:token\trating:float\ttimestamp:float\n1\t2\t3\n", "item_id", None, "missing"),
-        ("user_id:token\titem_id:token\n1\t2\n", "timestamp", None, "ordered"),
+        ("user_id:token\titem_id:token\n1\t2\n", None, None, "--ordered true"),
     ],
 )
 def test_recbole_bad_input(tmp_path, text, column, row, match):

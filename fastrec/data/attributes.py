@@ -39,8 +39,14 @@ class Attribute:
     range: tuple[float, float] | None = None
 
     def __post_init__(self):
-        if self.range is not None and not self.range[0] < self.range[1]:
+        if self.range is not None and not _ascend(self.range):
             raise ValueError(f"attribute {self.name!r}: range must ascend, got {self.range}")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"attribute {self.name!r}: top must be at least 1, got {self.top}")
+
+
+def _ascend(numbers) -> bool:
+    return bool(np.isfinite(numbers).all()) and all(low < high for low, high in pairwise(numbers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +188,7 @@ def _standardised(numbers, attribute: Attribute, users, file) -> EncodedAttribut
 
 def _binned(numbers, attribute: Attribute, file) -> EncodedAttribute:
     bins = np.asarray(attribute.bins, dtype=np.float64)
-    if len(bins) == 0 or (np.diff(bins) <= 0).any():
+    if len(bins) == 0 or not _ascend(bins):
         raise DataError(file, f"bins must ascend, got {attribute.bins}", column=attribute.name)
     index = np.where(np.isnan(numbers), -1, np.searchsorted(bins, numbers, side="right"))
     edges = [f"{edge:g}" for edge in bins]

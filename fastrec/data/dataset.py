@@ -5,7 +5,8 @@
     users.parquet         user: int64 0..U-1, user_id: the original id, attributes
     items.parquet         item: int64 0..V-1, item_id: the original id, attributes
     relations.parquet     user, friend: int64 (optional)
-    schema.json           format version, counts, columns, tie rule, source, what filters removed
+    schema.json           format version, counts, columns, tie rule, source, what filters removed,
+                          a digest of every file
     values.npy            int32 or int64 [E], the items of all users end to end, in time order
     offsets.npy           int64 [U + 1], the events of user u are values[offsets[u]:offsets[u + 1]]
 
@@ -14,19 +15,18 @@ batch.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.errors import DataError
+from fastrec.data.dataset_files import check_digests, read_array, read_schema
+from fastrec.data.errors import DataError, reading
 
-FORMAT = "fastrec-dataset"
-FORMAT_VERSION = 1
 # How many of the last events of a user a split hides from its input.
 SPLITS = {"all": 0, "train": 2, "valid": 2, "test": 1}
 TARGETS = {"valid": 2, "test": 1}
@@ -57,18 +57,20 @@ class SequenceDataset:
     def load(cls, path, *, validate: bool = True) -> "SequenceDataset":
         """Open the directory `path`. The arrays are memory-mapped, read-only.
 
-        `validate=False` skips the checks that read the whole of values.npy and offsets.npy.
+        `validate=False` skips the checks that read whole files.
         Raises DataError that names the file: missing, truncated or corrupt file, unknown format
-        version, sizes that disagree with schema.json, offsets not monotone, items out of range.
+        version, sizes that disagree with schema.json, offsets not monotone, items out of range, a
+        file of another data set.
         """
         path = Path(path)
-        schema = _read_schema(path / "schema.json")
-        values = _read_array(path / "values.npy", ("int32", "int64"))
-        offsets = _read_array(path / "offsets.npy", ("int64",))
+        schema = read_schema(path / "schema.json")
+        values = read_array(path / "values.npy", ("int32", "int64"))
+        offsets = read_array(path / "offsets.npy", ("int64",))
         dataset = cls(path, schema, values, offsets)
         dataset._check_sizes()
         if validate:
             dataset._check_contents()
+            check_digests(path, schema)
         return dataset
 
     @property
@@ -246,10 +248,9 @@ class SequenceDataset:
         file = self.path / name
         if not file.exists():
             raise DataError(file, "file is missing")
-        try:
-            frame = pl.read_parquet(file)
-        except Exception as error:
-            raise DataError(file, f"cannot be read as Parquet: {error}") from error
+        # The bytes: a name in brackets would be a pattern.
+        with reading(file, "cannot be read as Parquet"):
+            frame = pl.read_parquet(BytesIO(file.read_bytes()))
         if rows is not None and frame.height != rows:
             raise DataError(file, f"schema.json says {rows} rows, the file has {frame.height}")
         return frame
@@ -265,35 +266,3 @@ def _hidden(split: str) -> int:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
     return SPLITS[split]
-
-
-def _read_schema(file: Path) -> dict:
-    if not file.exists():
-        raise DataError(file, "file is missing; is this a dataset directory (fastrec prepare)?")
-    try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(file, f"is not JSON: {error}") from error
-    if not isinstance(schema, dict) or schema.get("format") != FORMAT:
-        raise DataError(file, f'"format" must be {FORMAT!r}: not a fastrec dataset')
-    if schema.get("version") != FORMAT_VERSION:
-        raise DataError(
-            file, f"format version {schema.get('version')!r} is unknown, this library reads "
-            f"{FORMAT_VERSION}: prepare the dataset again",
-        )  # fmt: skip
-    for key in ("num_users", "num_items", "num_interactions"):
-        if not isinstance(schema.get(key), int) or schema[key] < 1:
-            raise DataError(file, f"{key!r} must be a positive integer, got {schema.get(key)!r}")
-    return schema
-
-
-def _read_array(file: Path, dtypes: tuple[str, ...]) -> np.ndarray:
-    if not file.exists():
-        raise DataError(file, "file is missing")
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(file, f"truncated or not a .npy array: {error}") from error
-    if array.dtype.name not in dtypes:
-        raise DataError(file, f"dtype must be {' or '.join(dtypes)}, got {array.dtype.name}")
-    return array

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrec.data import readers, tables
-from fastrec.data.errors import DataError
-from fastrec.data.text import check_unique
-from fastrec.data.writer import check_output, write_dataset
+from fastrec.data import readers
+from fastrec.data.errors import DataError, reading
+from fastrec.data.join import attribute_table, relation_table
+from fastrec.data.k_core import k_core_mask
+from fastrec.data.times import PLACE
+from fastrec.data.writer import claim, write_dataset
 
 TIE_RULE = "stable by (timestamp, row of the source)"
 ORDER_RULE = "order of the source, never sorted"
@@ -45,24 +47,6 @@ class PrepareReport:
         return "\n".join(lines)
 
 
-def k_core_mask(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
-    """bool [E]: the events of the k-core, where every user and every item has k events or more.
-
-    user, item: int64 [E], ids from 0. Events count, repeated (user, item) pairs too. The k-core is
-    unique: users and items below k are removed until none is left.
-    """
-    keep = np.ones(len(user), dtype=bool)
-    if k <= 1:
-        return keep
-    while True:
-        users = np.bincount(user[keep], minlength=1)
-        items = np.bincount(item[keep], minlength=1)
-        stay = (users[user[keep]] >= k) & (items[item[keep]] >= k)
-        if stay.all():
-            return keep
-        keep[np.flatnonzero(keep)[~stay]] = False
-
-
 def prepare(
     source,
     output,
@@ -74,6 +58,9 @@ def prepare(
     user_attributes=None,
     item_attributes=None,
     relations=None,
+    user_key: str | None = None,
+    item_key: str | None = None,
+    na_values: str = "ask",
     overwrite: bool = False,
     **options,
 ) -> PrepareReport:
@@ -82,23 +69,48 @@ def prepare(
     source: a path, or a `RawData`. format: a key of `readers.FORMATS`; `options` go to that reader.
     min_rating: events rated below are removed. max_users: the first users in order of their id are
     kept. k_core: then every user and item with fewer than k events goes, again and again.
-    user_attributes, item_attributes: a file (see `tables.read_attributes`; for s3rec items the
+    user_attributes, item_attributes: a file (see `side_tables.read_attributes`; for s3rec items the
     attribute JSON) or a polars.DataFrame with user_id (item_id) and attributes, one row per id. Ids
-    without events are left out and counted; ids without a row have nulls.
+    without events are left out and counted; ids without a row have nulls; a file without any id of
+    the source is an error. user_key, item_key: the column of such a file that holds the ids.
     relations: a file or frame whose first two columns are user and friend; links with an end that
     has no events are left out and counted.
+    na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
     from 1 without gaps just lose 1. Events are sorted stably by (timestamp, row), unless the source
     is in order already; schema.json states which. The output appears complete or not at all.
 
     Raises DataError for bad input and where a filter leaves nothing, FileExistsError if `output`
-    is not empty and may not be replaced.
+    is not empty and may not be replaced, or is being written by another process.
     """
-    check_output(Path(output), overwrite)
     if k_core < 0 or (max_users is not None and max_users < 1):
         raise ValueError(f"k_core must not be negative, max_users positive: {k_core}, {max_users}")
-    raw = source if isinstance(source, readers.RawData) else readers.read(source, format, **options)
+    if na_values not in ("ask", "missing", "text"):
+        raise ValueError(f"na_values must be 'ask', 'missing' or 'text', got {na_values!r}")
+    if format in ("table", "recbole"):
+        options["na_values"] = na_values
+    elif na_values != "ask" and user_attributes is item_attributes is relations is None:
+        raise ValueError(f"--na_values has no effect on --format {format} without side files")
+    known_as = [options.get(name) for name in ("user", "item")]
+    sides = {
+        "user": (user_attributes, {"column": user_key, "known_as": known_as[0]}),
+        "item": (item_attributes, {"column": item_key, "known_as": known_as[1]}),
+    }
+    for name, (file, settings) in sides.items():
+        if settings["column"] is not None and not isinstance(file, (str, Path)):
+            raise ValueError(f"--{name}_key has no effect without --{name}_attributes")
+        settings["na_values"] = na_values
+    with claim(Path(output), overwrite), reading(getattr(source, "source", source)):
+        raw = source
+        if not isinstance(source, readers.RawData):
+            raw = readers.read(source, format, **options)
+        filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
+        return _prepare(raw, Path(output), filters, sides, relations, na_values, overwrite)
+
+
+def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> PrepareReport:
+    k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
     user_ids, user = _codes(frame["user_id"])
     item_ids, item = _codes(frame["item_id"])
@@ -108,7 +120,11 @@ def prepare(
     keep = np.ones(frame.height, dtype=bool)
     if min_rating is not None:
         if "rating" not in frame.columns:
-            raise DataError(raw.source, "min_rating needs ratings", column="rating")
+            raise DataError(
+                raw.source,
+                "--min_rating needs ratings: --rating_column names them",
+                column="rating",
+            )
         keep &= frame["rating"].to_numpy() >= min_rating
         _count(removed, raw.source, f"interactions rated below {min_rating:g}", keep)
     if max_users is not None:
@@ -136,17 +152,24 @@ def prepare(
     else:
         if "timestamp" not in frame.columns:
             raise DataError(
-                raw.source, "events without times need a source that is in order (ordered=True)",
+                raw.source, "events without times need a source that is in order (--ordered true)",
                 column="timestamp",
             )  # fmt: skip
         order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], user))
     user, item, rows = user[order], item[order], rows[order]
 
-    users, lost = _join(user_ids[used_users], raw.users, user_attributes, "user_id")
+    user_file, options = sides["user"]
+    sources = [(raw.source, raw.users), ("user_attributes", user_file)]
+    users, lost = attribute_table(user_ids[used_users], sources, "user_id", user_ids, **options)
     _add(removed, "attribute rows of users without interactions", lost)
-    items, lost = _join(item_ids[used_items], raw.items, item_attributes, "item_id")
+    item_file, options = sides["item"]
+    sources = [(raw.source, raw.items), ("item_attributes", item_file)]
+    items, lost = attribute_table(item_ids[used_items], sources, "item_id", item_ids, **options)
     _add(removed, "attribute rows of items without interactions", lost)
-    links, lost = _links(raw.relations if relations is None else relations, users["user_id"])
+    name, links = "relations", relations
+    if links is None:
+        name, links = raw.source, raw.relations
+    links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
     schema = write_dataset(
         output,
@@ -155,17 +178,14 @@ def prepare(
         items=items,
         relations=links,
         tie_rule=ORDER_RULE if raw.ordered else TIE_RULE,
-        time="timestamp of the source"
-        if "timestamp" in frame.columns
-        else "place in the sequence, from 0",
+        time=raw.time if "timestamp" in frame.columns else PLACE,
         source=raw.source,
-        filters={"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
-        | {"removed": removed},
+        filters=filters | {"removed": removed},
         overwrite=overwrite,
     )
     lengths = np.bincount(user)
     return PrepareReport(
-        output=Path(output),
+        output=output,
         source=raw.source,
         before=before,
         after={name: schema[f"num_{name}"] for name in before},
@@ -209,62 +229,6 @@ def _interactions(frame, rows: np.ndarray, user: np.ndarray, item: np.ndarray):
             column = frame[name].gather(rows)
             columns[name] = column if dtype is None else column.cast(dtype)
     return pl.DataFrame(columns)
-
-
-def _join(ids, own, extra, key: str):
-    """The table of users (items): one row per id, with the attributes of the source and `extra`."""
-    table, lost = ids.rename(key).to_frame(), 0
-    for attributes in (own, extra):
-        if attributes is None:
-            continue
-        frame, name = attributes, "attributes"
-        if isinstance(attributes, (str, Path)):
-            frame, name = tables.read_attributes(attributes, key), str(attributes)
-        if key not in frame.columns:
-            raise DataError(name, f"column is missing; there are {frame.columns}", column=key)
-        for column in set(frame.columns) & (set(table.columns) | {key.removesuffix("_id")}) - {key}:
-            raise DataError(name, "the source has an attribute of that name", column=column)
-        check_unique(name, frame[key], 1)
-        if frame[key].dtype != table[key].dtype:
-            frame = frame.with_columns(_like(frame[key], table[key], name))
-        lost += frame.height - frame.join(table.select(key), on=key, how="semi").height
-        table = table.join(frame, on=key, how="left", maintain_order="left")
-    return table, lost
-
-
-def _links(relations, user_ids):
-    import polars as pl
-
-    if relations is None:
-        return None, 0
-    name = relations
-    if isinstance(relations, (str, Path)):
-        relations = tables.read_relations(relations)
-    else:
-        name = "relations"
-    if relations.width < 2:
-        raise DataError(name, f"expected two columns of ids, got {relations.columns}")
-    ends = {}
-    table = pl.DataFrame({"id": user_ids, "code": np.arange(len(user_ids))})
-    for column, end in zip(("user", "friend"), relations.columns[:2], strict=True):
-        ids = relations[end]
-        ids = ids if ids.dtype == user_ids.dtype else _like(ids, user_ids, name)
-        ends[column] = ids.to_frame("id").join(table, on="id", how="left", maintain_order="left")[
-            "code"
-        ]
-    links = pl.DataFrame(ends).drop_nulls()
-    return links, relations.height - links.height
-
-
-def _like(ids, other, file):
-    """`ids` in the type of `other`: text ids beside integer ids are a mistake, not a mismatch."""
-    import polars as pl
-
-    if other.dtype == pl.String and ids.dtype.is_integer():
-        return ids.cast(pl.String)
-    raise DataError(
-        file, f"ids are {ids.dtype}, those of the interactions {other.dtype}", column=ids.name
-    )
 
 
 def _count(removed: dict, source: str, reason: str, kept: np.ndarray, of=None) -> None:

@@ -1,31 +1,41 @@
-"""Reading text files and columns so that every problem is reported with file, column and row."""
+"""Reading text files so that every problem is reported with file, column and row."""
 
-import csv
 import gzip
-import io
+import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from fastrec.data.errors import DataError
+from fastrec.data.errors import DataError, reading
 
-# "007" and "+7" parse as integers but are not how an integer is written: such columns stay text.
-_CANONICAL_INT = r"^(0|-?[1-9][0-9]{0,18})$"
+_NEWLINE, _RETURN, _QUOTE = 10, 13, 34
+# What str.split() takes for blanks, too: a line that ends in a return alone would go on.
+_OTHER_BLANKS = re.compile(r"[^\S \t]")
 
 
-def read_bytes(file, encoding: str = "utf-8") -> bytes:
-    """The contents of a text file in UTF-8, gunzipped if its name ends in .gz; never empty."""
+def check_file(file) -> Path:
+    """The path of a file that is there."""
     file = Path(file)
     if not file.is_file():
         raise DataError(file, "file is missing" if not file.exists() else "is not a file")
-    data = file.read_bytes()
-    if file.suffix == ".gz":
+    return file
+
+
+def read_bytes(file, encoding: str = "utf-8") -> bytes:
+    """The contents of a text file in UTF-8, gunzipped if its name ends in .gz; never empty.
+
+    Lines end in a newline alone, and a byte-order mark is gone.
+    """
+    file = check_file(file)
+    with reading(file):
+        data = file.read_bytes()
+    if file.suffix.lower() == ".gz":
         try:
             data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, MemoryError) as error:
             raise DataError(file, f"truncated or corrupt gzip: {error}") from error
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
     if not data.strip():
         raise DataError(file, "file is empty")
     try:
@@ -44,48 +54,92 @@ def read_bytes(file, encoding: str = "utf-8") -> bytes:
 def read_lines(file, encoding: str = "utf-8") -> list[str]:
     """The lines of a text file without their ends; trailing empty lines are left out."""
     lines = read_bytes(file, encoding).decode().split("\n")
-    lines = [line.removesuffix("\r") for line in lines]
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
 
 
+def read_fields(file) -> list[list[str]]:
+    """The fields of each line of a text file, between blanks and tabs."""
+    lines = read_lines(file)
+    for row, line in enumerate(lines, 1):
+        odd = _OTHER_BLANKS.search(line)
+        if odd is not None:
+            raise DataError(file, f"{odd[0]!r} is neither a blank nor a line end", row=row)
+    return [line.split() for line in lines]
+
+
 def read_delimited(file, separator: str, names: list[str] | None = None, encoding: str = "utf-8"):
-    """polars.DataFrame of a delimited file with every column as text, quotes honoured.
+    """polars.DataFrame of a delimited file with every column as text, quotes honoured in csv.
 
     names: the columns of a file without a header (all must be there); None reads the header.
-    Empty fields are null. Raises DataError for a row with another number of fields.
+    Empty fields are null. Raises DataError for a row that is empty or has another number of fields,
+    and for two columns of one name.
     """
     import polars as pl
 
     if len(separator) > 1:
         return _split_lines(file, read_lines(file, encoding), separator, names)
-    data = read_bytes(file, encoding)
-    try:
+    if not separator.isascii() or separator in ('"', "\n", "\r"):
+        raise ValueError(f"--separator cannot be {separator!r}")
+    data = read_bytes(file, encoding).rstrip(b"\n")
+    quotes = separator in (",", ";")
+    count = _check_rows(file, data, separator, None if names is None else len(names), quotes)
+    with reading(file):
         frame = pl.read_csv(
             data,
             separator=separator,
-            has_header=names is None,
+            has_header=False,
             infer_schema=False,
-            quote_char='"' if separator == "," else None,
+            quote_char='"' if quotes else None,
         )
-    except pl.exceptions.PolarsError as error:
-        width = len(names) if names else data.split(b"\n", 1)[0].count(separator.encode()) + 1
-        raise DataError(
-            file, f"expected {width} fields: {str(error).splitlines()[0]}",
-            row=_first_ragged(data, separator, width),
-        ) from error  # fmt: skip
-    if names is not None:
-        if frame.width != len(names):
-            raise DataError(file, f"expected {len(names)} fields, got {frame.width}", row=1)
-        frame.columns = names
+    if frame.height != count:
+        raise DataError(file, f"quotes do not pair: {count} lines, but {frame.height} rows")
+    if names is None:
+        names, frame = [name or "" for name in frame.row(0)], frame[1:]
+        _check_names(file, names)
     if frame.height == 0:
         raise DataError(file, "holds a header and no rows")
-    if frame[:, -1].null_count():  # polars fills rows that are too short
-        row = _first_short(data, separator, frame.width)
-        if row is not None:
-            raise DataError(file, f"expected {frame.width} fields, the row has fewer", row=row)
+    frame.columns = names
     return frame
+
+
+def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bool) -> int:
+    """The number of rows, all of which have `width` fields (those of the first where it is None).
+
+    A line break or a separator between quotes is text.
+    """
+    text = np.frombuffer(data, np.uint8)
+    ends, splits = text == _NEWLINE, text == ord(separator)
+    returns = text == _RETURN if _RETURN in data else ends[:0]
+    if quotes and _QUOTE in data:
+        inside = np.bitwise_xor.accumulate(text == _QUOTE)
+        if inside[-1]:
+            row = int((ends & ~inside)[: data.rfind(b'"')].sum()) + 1
+            raise DataError(file, "a quote is not closed", row=row)
+        ends, splits, returns = ends & ~inside, splits & ~inside, returns & ~inside[: len(returns)]
+        # A quoted field is all of a field; a doubled quote in it closes and opens again.
+        edges = np.flatnonzero(text == _QUOTE)
+        beside = np.where(inside[edges], edges - 1, edges + 1)
+        within = (beside >= 0) & (beside < len(data))
+        beside = text[beside[within]]
+        bad = (beside != ord(separator)) & (beside != _NEWLINE) & (beside != _QUOTE)
+        if bad.any():
+            row = int(ends[: edges[within][bad][0]].sum()) + 1
+            raise DataError(file, "a quote stands in the middle of a field", row=row)
+    if returns.any():
+        row = int(ends[: returns.argmax()].sum()) + 1
+        raise DataError(file, "holds a carriage return that ends no line", row=row)
+    starts = np.concatenate(([0], np.flatnonzero(ends) + 1))
+    fields = np.add.reduceat(splits.view(np.uint8), starts, dtype=np.uint32) + 1
+    width = width or int(fields[0])
+    bad = np.flatnonzero(fields != width)
+    if bad.size:
+        begin = starts[bad[0]]
+        empty = begin == len(data) or data[begin] == _NEWLINE
+        got = "an empty line" if empty else int(fields[bad[0]])
+        raise DataError(file, f"expected {width} fields, got {got}", row=int(bad[0]) + 1)
+    return len(starts)
 
 
 def _split_lines(file, lines: list[str], separator: str, names: list[str] | None):
@@ -95,9 +149,12 @@ def _split_lines(file, lines: list[str], separator: str, names: list[str] | None
     first = 1
     if names is None:
         names, rows, first = rows[0], rows[1:], 2
+        _check_names(file, names)
     for row, fields in enumerate(rows, first):
         if len(fields) != len(names):
             raise DataError(file, f"expected {len(names)} fields, got {len(fields)}", row=row)
+    if not rows:
+        raise DataError(file, "holds a header and no rows")
     columns = zip(*rows, strict=True)
     return pl.DataFrame(
         {
@@ -107,147 +164,8 @@ def _split_lines(file, lines: list[str], separator: str, names: list[str] | None
     )
 
 
-def _first_short(data: bytes, separator: str, width: int) -> int | None:
-    if separator == "," and b'"' in data:
-        rows = csv.reader(io.StringIO(data.decode()))
-        return next((rows.line_num for row in rows if row and len(row) < width), None)
-    for row, line in enumerate(data.split(b"\n"), 1):
-        if line.strip(b"\r") and line.count(separator.encode()) + 1 < width:
-            return row
-    return None
-
-
-def _first_ragged(data: bytes, separator: str, width: int) -> int | None:
-    for row, line in enumerate(data.split(b"\n"), 1):
-        if line and line.count(separator.encode()) + 1 > width:
-            return row
-    return None
-
-
-def first_row(flags, first: int) -> int | None:
-    """The row number of the first set flag of a boolean series or array; None if there is none."""
-    where = np.flatnonzero(np.asarray(flags))
-    return int(where[0]) + first if where.size else None
-
-
-def check_present(file, series, first: int) -> None:
-    """Raise for the first null or empty value of a column."""
-    row = first_row(series.is_null().to_numpy(), first)
-    if row is not None:
-        raise DataError(file, "value is missing", column=series.name, row=row)
-
-
-def check_unique(file, ids, first: int, column: str | None = None) -> None:
-    """Raise for the first id of a series that occurred before."""
-    row = first_row(~ids.is_first_distinct(), first)
-    if row is not None:
-        raise DataError(
-            file, f"id {ids[row - first]} is listed twice", column=column or ids.name, row=row
-        )
-
-
-def id_column(file, series, first: int, kind: str = "auto"):
-    """An id column as Int64 (not negative) or String; `first` is the row number of its start.
-
-    kind: "int" demands integers, "str" keeps text, "auto" takes integers if every value is one.
-    """
-    import polars as pl
-
-    check_present(file, series, first)
-    if kind not in ("auto", "int", "str"):
-        raise ValueError(f"ids must be 'auto', 'int' or 'str', got {kind!r}")
-    if series.dtype in (pl.Categorical, pl.Enum):
-        series = series.cast(pl.String)
-    if series.dtype == pl.String and kind != "str":
-        parsed = series.cast(pl.Int64, strict=False)
-        bad = (parsed.is_null() | ~series.str.contains(_CANONICAL_INT)).to_numpy()
-        if bad.any() and kind == "int":
-            place = int(bad.argmax())
-            raise DataError(
-                file, f"expected an integer id, got {series[place]!r}",
-                column=series.name, row=place + first,
-            )  # fmt: skip
-        series = series if bad.any() else parsed
-    elif series.dtype.is_integer():
-        series = series.cast(pl.String) if kind == "str" else _int64(file, series, first)
-    elif series.dtype != pl.String:
-        raise DataError(
-            file, f"ids must be integers or text, got {series.dtype}", column=series.name
-        )
-    if series.dtype == pl.Int64:
-        row = first_row((series < 0).to_numpy(), first)
-        if row is not None:
-            raise DataError(file, f"negative id {series[row - first]}", column=series.name, row=row)
-    return series
-
-
-def _int64(file, series, first: int):
-    """Integers as Int64; raises for one that does not fit."""
-    import polars as pl
-
-    result = series.cast(pl.Int64, strict=False)
-    row = first_row(result.is_null().to_numpy(), first)
-    if row is not None:
-        raise DataError(
-            file, f"{series[row - first]} is beyond 64 bits", column=series.name, row=row
-        )
-    return result
-
-
-def float_column(file, series, first: int):
-    """A column as Float32; raises for null, text that is no number, NaN and infinity."""
-    import polars as pl
-
-    check_present(file, series, first)
-    values = series.cast(pl.Float32, strict=False) if _castable(series) else None
-    if values is None:
-        raise DataError(file, f"expected numbers, got {series.dtype}", column=series.name)
-    row = first_row((~values.is_finite()).fill_null(True).to_numpy(), first)
-    if row is not None:
-        raise DataError(
-            file, f"expected a finite number, got {series[row - first]!r}",
-            column=series.name, row=row,
-        )  # fmt: skip
-    return values
-
-
-def time_column(file, series, first: int):
-    """A time column as Int64: integers as they are, dates and ISO text as microseconds since 1970.
-
-    Numbers written as floats must be whole (a lost fraction would make ties).
-    """
-    import polars as pl
-
-    check_present(file, series, first)
-    if series.dtype.is_integer():
-        return _int64(file, series, first)
-    if series.dtype.is_temporal() and series.dtype not in (pl.Duration, pl.Time):
-        return series.cast(pl.Datetime("us")).cast(pl.Int64)
-    if not _castable(series):
-        raise DataError(file, f"expected times, got {series.dtype}", column=series.name)
-    whole = series.cast(pl.Int64, strict=False) if series.dtype == pl.String else None
-    if whole is not None and whole.null_count() == 0:
-        return whole
-    number = series.cast(pl.Float64, strict=False)
-    if series.dtype == pl.String and number.is_null()[0]:
-        parsed = series.str.to_datetime(strict=False, time_unit="us", ambiguous="null")
-        if parsed.is_null()[0]:
-            parsed = series.str.to_date(strict=False).cast(pl.Datetime("us"))
-        bad, what = parsed.is_null(), "a time"
-        result = parsed.cast(pl.Int64)
-    else:
-        bad = (~number.is_finite()).fill_null(True) | (number.round() != number).fill_null(True)
-        result, what = number.fill_nan(None).cast(pl.Int64, strict=False), "a whole number"
-        bad |= result.is_null()  # beyond 64 bits
-    row = first_row(bad.to_numpy(), first)
-    if row is not None:
-        raise DataError(
-            file, f"expected {what}, got {series[row - first]!r}", column=series.name, row=row
-        )
-    return result
-
-
-def _castable(series) -> bool:
-    import polars as pl
-
-    return series.dtype == pl.String or series.dtype.is_numeric()
+def _check_names(file, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        what = f"two columns are called {twice!r}" if twice else "two columns have no name"
+        raise DataError(file, what, row=1)

@@ -1,15 +1,17 @@
 """Writing the canonical dataset directory: all of it or nothing."""
 
 import json
-import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from fastrec.data.dataset import FORMAT, FORMAT_VERSION, MIN_EVENTS
+from fastrec.data.dataset import MIN_EVENTS
+from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest
 from fastrec.data.errors import DataError
+from fastrec.data.folder import locked, new_folder, put
 
 
 def write_dataset(
@@ -33,9 +35,10 @@ def write_dataset(
     (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
     time: what a timestamp is; tie_rule: the order of events with equal timestamps.
 
-    The files are written to a temporary directory beside `output`, which is then renamed. A
-    directory that is not empty raises FileExistsError; with `overwrite` it is replaced if it is a
-    fastrec dataset, and still raises if it holds anything else.
+    The files are written to a folder beside `output`, which then takes its place; schema.json holds
+    a digest of each. Callers hold `claim`. A folder that is not empty raises FileExistsError; with
+    `overwrite` it is replaced if it is a fastrec dataset, and still raises if it holds anything
+    else.
     """
     output = Path(output)
     check_output(output, overwrite)
@@ -72,26 +75,36 @@ def write_dataset(
         },
     }
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    work = new_folder(output)
     try:
         for name, table in tables.items():
             table.write_parquet(work / f"{name}.parquet")
         dtype = np.int32 if items.height <= np.iinfo(np.int32).max else np.int64
         np.save(work / "values.npy", item.astype(dtype))
         np.save(work / "offsets.npy", offsets)
+        schema["digests"] = {file.name: digest(file) for file in sorted(work.iterdir())}
         text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
         (work / "schema.json").write_text(text, encoding="utf-8")
-        work.chmod(0o777 & ~_umask())
-        _swap(work, output)
+        put(work, output)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return schema
 
 
+@contextmanager
+def claim(output: Path, overwrite: bool) -> Iterator[None]:
+    """Hold `output` for this process, from before the first file is read until it is written.
+
+    Raises FileExistsError if it must not be written, or another process holds it.
+    """
+    with locked(output):
+        check_output(output, overwrite)
+        yield
+
+
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise if `output` must not be written: call it before hours of reading."""
+    """Raise if `output` must not be written."""
     if not output.exists():
         return
     if not output.is_dir():
@@ -99,7 +112,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not any(output.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
+        raise FileExistsError(f"{output} is not empty; --overwrite true replaces it")
     schema = output / "schema.json"
     if not schema.is_file() or FORMAT not in schema.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{output} is not a fastrec dataset: it will not be replaced")
@@ -109,23 +122,3 @@ def _indexed(frame, name: str):
     import polars as pl
 
     return frame.select(pl.int_range(pl.len(), dtype=pl.Int64).alias(name), pl.exclude(name))
-
-
-def _swap(work: Path, output: Path) -> None:
-    if not output.exists():
-        os.rename(work, output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-    os.rename(output, old)
-    try:
-        os.rename(work, output)
-    except BaseException:
-        os.rename(old, output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

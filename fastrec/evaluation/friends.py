@@ -33,7 +33,7 @@ class FriendsJudge:
         if len(ids) - 1 - degree.max() < negatives:
             raise ValueError(
                 f"a user has {len(ids) - 1 - degree.max()} evaluated users who are not friends,"
-                f" {negatives} negatives were asked for"
+                f" {negatives} negatives were asked for: lower --evaluation.friend_negatives"
             )
         queries = np.repeat(np.arange(len(ids)), degree)
         friends = [graph.values[graph.offsets[u] : graph.offsets[u + 1]] for u in ids]
@@ -41,13 +41,15 @@ class FriendsJudge:
         candidates = np.empty((len(queries), 1 + negatives), dtype=np.int64)
         candidates[:, 0] = positives
         for i, (query, positive) in enumerate(zip(queries, positives, strict=True)):
-            refused = np.append(np.searchsorted(ids, friends[query]), query)
-            # Draw places among the users that are left, without replacement, and skip the others.
+            refused = np.sort(np.append(np.searchsorted(ids, friends[query]), query))
             generator = np.random.Generator(
                 np.random.Philox(key=(seed, ids[query] * dataset.num_users + ids[positive]))
             )
-            left = np.delete(np.arange(len(ids)), refused)
-            candidates[i, 1:] = generator.choice(left, negatives, replace=False)
+            # Places among the users that are left, without a list of them: the p-th is behind as
+            # many refused ones as have at most p others before them.
+            left = generator.choice(len(ids) - len(refused), negatives, replace=False)
+            before = refused - np.arange(len(refused))
+            candidates[i, 1:] = left + np.searchsorted(before, left, side="right")
         self.queries = torch.from_numpy(queries)
         self.candidates = torch.from_numpy(candidates)  # [P, C] places in `users`
         everyone = SocialGraph.from_dataset(dataset)

@@ -17,6 +17,8 @@ from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import rank_candidates
 from fastrec.ops.linear_rank import linear_rank
 
+_ROUNDS = 4  # of rejection, before a user whose history is most of the events costs O(items)
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -67,31 +69,39 @@ def row_blocks(count: int, size: int = 512) -> list[slice]:
 def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tensor:
     """int64 [U, count] negatives of `users`: popularity-proportional, unseen, all different.
 
-    Draws come in turn, and one that is seen or already taken is rejected, which is
-    sampling without replacement. The negatives of a user depend on (seed, user) only.
+    Draws come in turn, and one that is seen or already taken is rejected, which is sampling
+    without replacement. After `_ROUNDS` x 2 `count` draws the rest comes from exponential keys: the
+    same law, because what is drawn next depends on what is taken and not on how long it took. The
+    negatives of a user depend on (seed, user) only.
 
     Raises ValueError when a user has fewer than `count` unseen items with interactions.
     """
     popularity = np.bincount(np.asarray(dataset.values), minlength=dataset.num_items)
+    alive = np.flatnonzero(popularity)
     cumulative = np.cumsum(popularity)
-    alive = int((popularity > 0).sum())
     out = np.empty((len(users), count), dtype=np.int64)
     values, offsets = np.asarray(dataset.values), np.asarray(dataset.offsets)
     for i, user in enumerate(users.tolist()):
-        seen = set(values[offsets[user] : offsets[user + 1]].tolist())
-        if alive - len(seen) < count:
+        seen = np.unique(values[offsets[user] : offsets[user + 1]])
+        if len(alive) - len(seen) < count:
             raise ValueError(
-                f"user {user} has {alive - len(seen)} unseen items,"
-                f" {count} negatives were asked for"
+                f"user {user} has {len(alive) - len(seen)} unseen items, {count} negatives were"
+                " asked for: lower --evaluation.negatives"
             )
         generator = np.random.Generator(np.random.Philox(key=(seed, user)))
-        taken: dict[int, None] = {}
-        while len(taken) < count:
+        taken = np.empty(0, dtype=np.int64)
+        for _ in range(_ROUNDS):
             ticks = generator.integers(0, cumulative[-1], size=2 * count)
-            for item in np.searchsorted(cumulative, ticks, side="right").tolist():
-                if item not in seen:
-                    taken.setdefault(item)
-        out[i] = np.fromiter(taken, dtype=np.int64, count=len(taken))[:count]
+            drawn = np.searchsorted(cumulative, ticks, side="right")
+            taken = np.concatenate((taken, drawn[~np.isin(drawn, seen)]))
+            taken = taken[np.sort(np.unique(taken, return_index=True)[1])]
+            if len(taken) >= count:
+                break
+        else:
+            left = alive[~np.isin(alive, np.concatenate((seen, taken)))]
+            keys = generator.standard_exponential(len(left)) / popularity[left]
+            taken = np.concatenate((taken, left[keys.argsort()]))
+        out[i] = taken[:count]
     return torch.from_numpy(out)
 
 

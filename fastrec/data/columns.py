@@ -1,0 +1,188 @@
+"""Checked columns: ids, integers and numbers, every problem reported with file, column and row.
+
+An integer has one spelling here: "007", "+7" and "-0" are text.
+"""
+
+import numpy as np
+
+from fastrec.data.errors import DataError
+
+_INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
+_DIGITS = r"^[+-]?[0-9]+$"
+_NUMBER = r"^-?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][+-]?[0-9]+)?$"
+_LEADING_ZERO = r"^[+-]?0[0-9]"
+# What programs write where a value is missing. It may as well be text: Namibia is "NA".
+NA = ("NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "\\N")
+
+
+def first_row(flags, first: int) -> int | None:
+    """The row number of the first set flag of a boolean series or array; None if there is none."""
+    where = np.flatnonzero(np.asarray(flags))
+    return int(where[0]) + first if where.size else None
+
+
+def check_present(file, series, first: int) -> None:
+    """Raise for the first null or empty value of a column."""
+    import polars as pl
+
+    missing = series.is_null()
+    if series.dtype == pl.String:
+        missing |= (series == "").fill_null(True)
+    row = first_row(missing.to_numpy(), first)
+    if row is not None:
+        raise DataError(file, "value is missing", column=series.name, row=row)
+
+
+def check_unique(file, ids, first: int, column: str | None = None) -> None:
+    """Raise for the first id of a series that occurred before."""
+    row = first_row(~ids.is_first_distinct(), first)
+    if row is not None:
+        raise DataError(
+            file, f"id {ids[row - first]} is listed twice", column=column or ids.name, row=row
+        )
+
+
+def integers(series):
+    """Text as Int64, null where it is no integer of 64 bits in its one spelling."""
+    import polars as pl
+
+    parsed = series.cast(pl.Int64, strict=False)
+    return parsed.set(~series.str.contains(_INTEGER).fill_null(False), None)
+
+
+def looks_like_a_row(names) -> bool:
+    """Whether the names of columns hold a number: a first line that is no header."""
+    return bool(names.str.contains(_DIGITS).any())
+
+
+def int64(file, series, first: int):
+    """Integers as Int64; raises for one that does not fit."""
+    import polars as pl
+
+    result = series.cast(pl.Int64, strict=False)
+    row = first_row((result.is_null() & series.is_not_null()).to_numpy(), first)
+    if row is not None:
+        raise DataError(
+            file, f"{series[row - first]} is beyond 64 bits", column=series.name, row=row
+        )
+    return result
+
+
+def id_column(file, series, first: int, kind: str = "auto", na_values: str = "ask"):
+    """An id column as Int64 (not negative) or String; `first` is the row number of its start.
+
+    kind: "int" demands integers, "str" keeps text, "auto" takes integers if every value is one.
+    na_values: "text" takes words such as NA for ids; they are refused otherwise.
+    """
+    import polars as pl
+
+    check_present(file, series, first)
+    if kind not in ("auto", "int", "str"):
+        raise ValueError(f"ids must be 'auto', 'int' or 'str', got {kind!r}")
+    if series.dtype in (pl.Categorical, pl.Enum):
+        series = series.cast(pl.String)
+    if series.dtype == pl.String:
+        series = _text_ids(file, series, first, kind, na_values)
+    elif series.dtype.is_integer():
+        series = series.cast(pl.String) if kind == "str" else int64(file, series, first)
+    else:
+        raise DataError(
+            file, f"ids must be integers or text, got {series.dtype}", column=series.name
+        )
+    if series.dtype == pl.Int64:
+        row = first_row((series < 0).to_numpy(), first)
+        if row is not None:
+            raise DataError(file, f"negative id {series[row - first]}", column=series.name, row=row)
+    return series
+
+
+def _text_ids(file, series, first: int, kind: str, na_values: str):
+    if kind != "str":
+        parsed = integers(series)
+        row = first_row(parsed.is_null().to_numpy(), first)
+        if row is None:
+            return parsed
+        if kind == "int":
+            raise DataError(
+                file, f"expected an integer id, got {series[row - first]!r}",
+                column=series.name, row=row,
+            )  # fmt: skip
+    row = first_row(series.is_in(list(NA)).to_numpy(), first) if na_values != "text" else None
+    if row is not None:
+        raise DataError(
+            file, f"{series[row - first]!r} looks like a missing id; --na_values text takes it as"
+            " an id", column=series.name, row=row,
+        )  # fmt: skip
+    return series
+
+
+def key_column(file, series, first: int, like=None, na_values: str = "ask"):
+    """The ids of a side file in the type of those that they are compared with.
+
+    like: ids of the interactions, Int64 or String; None takes integers where all are. Text is never
+    retyped: only what is written as an integer is compared with integers.
+    """
+    import polars as pl
+
+    if like is None:
+        return id_column(file, series, first, "auto", na_values)
+    if like.dtype == pl.Int64:
+        return id_column(file, series, first, "int", na_values)
+    if series.dtype.is_integer():
+        zeros = like.filter(like.str.contains(_LEADING_ZERO))
+        if len(zeros):
+            raise DataError(
+                file, f"ids are integers, those of the interactions text such as {zeros[0]!r}:"
+                " write them as text", column=series.name,
+            )  # fmt: skip
+    return id_column(file, series, first, "str", na_values)
+
+
+def float_column(file, series, first: int):
+    """A column as Float32; raises for null, text that is no number, NaN and infinity."""
+    import polars as pl
+
+    check_present(file, series, first)
+    if series.dtype != pl.String and not series.dtype.is_numeric():
+        raise DataError(file, f"expected numbers, got {series.dtype}", column=series.name)
+    values = series.cast(pl.Float32, strict=False)
+    row = first_row((~values.is_finite()).fill_null(True).to_numpy(), first)
+    if row is not None:
+        raise DataError(
+            file, f"expected a finite number, got {series[row - first]!r}",
+            column=series.name, row=row,
+        )  # fmt: skip
+    return values
+
+
+def attribute_column(file, series, first: int, na_values: str = "ask", retype: bool = True):
+    """Text that holds nothing but integers (numbers) and nulls as Int64 (Float64); else as it is.
+
+    na_values: words such as NA are refused ("ask"), become null ("missing") or stay ("text").
+    Leading zeros keep a column text: a zip code is no number.
+    """
+    import polars as pl
+
+    if series.dtype != pl.String:
+        return series
+    series = series.set((series == "").fill_null(False), None)
+    marked = series.is_in(list(NA)).fill_null(False)
+    if na_values == "missing":
+        series = series.set(marked, None)
+    elif na_values == "ask":
+        row = first_row(marked.to_numpy(), first)
+        if row is not None:
+            raise DataError(
+                file, f"{series[row - first]!r} may stand for a missing value: --na_values missing"
+                " takes it so, --na_values text as a value", column=series.name, row=row,
+            )  # fmt: skip
+    if not retype:
+        return series
+    whole = integers(series)
+    if whole.null_count() == series.null_count():
+        return whole
+    number = series.cast(pl.Float64, strict=False)
+    # Digits that are no integer by `integers` are codes, or lose their end in 53 bits.
+    code = series.str.contains(_DIGITS) & whole.is_null()
+    plain = series.str.contains(_NUMBER) & ~code & number.is_finite()
+    return number if plain.all() else series

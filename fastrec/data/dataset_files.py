@@ -1,0 +1,83 @@
+"""The files of a data set folder: schema.json, the two arrays, and whether they belong together."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fastrec.data.errors import DataError, reading
+
+FORMAT = "fastrec-dataset"
+FORMAT_VERSION = 1
+_MANY = 2**48  # more users, items or events than any machine holds
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def check_digests(folder: Path, schema: dict) -> None:
+    """Raise for a file that is not the one that was written with schema.json, and for sizes that
+    items.parquet and users.parquet do not have. interactions.parquet, which nothing here reads, is
+    left alone."""
+    import polars as pl
+
+    digests = schema["digests"]
+    names = {"values.npy", "offsets.npy", "users.parquet", "items.parquet", "relations.parquet"}
+    for name in sorted(names):
+        file = folder / name
+        if not file.exists() and name in digests:
+            raise DataError(file, "file is missing")
+        if file.exists() and digest(file) != digests.get(name):
+            raise DataError(
+                file, "is not the file that was written with schema.json: damaged, or of another"
+                " data set",
+            )  # fmt: skip
+    for name, key in (("users.parquet", "num_users"), ("items.parquet", "num_items")):
+        with reading(folder / name):
+            rows = pl.scan_parquet(folder / name, glob=False).select(pl.len()).collect().item()
+        if rows != schema[key]:
+            raise DataError(
+                folder / "schema.json", f"{key!r} is {schema[key]}, {name} has {rows} rows"
+            )
+
+
+def read_schema(file: Path) -> dict:
+    if not file.exists():
+        raise DataError(file, "file is missing; is this a dataset directory (fastrec prepare)?")
+    try:
+        with reading(file):
+            schema = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(file, f"is not JSON: {error}") from error
+    if not isinstance(schema, dict) or schema.get("format") != FORMAT:
+        raise DataError(file, f'"format" must be {FORMAT!r}: not a fastrec dataset')
+    version = schema.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise DataError(
+            file, f"format version {version!r} is unknown, this library reads "
+            f"{FORMAT_VERSION}: prepare the dataset again",
+        )  # fmt: skip
+    for key in ("num_users", "num_items", "num_interactions"):
+        if type(schema.get(key)) is not int or not 0 < schema[key] < _MANY:
+            got = str(schema.get(key, "nothing"))[:40]
+            raise DataError(file, f"{key!r} must be a positive integer, got {got!r}")
+    digests = schema.get("digests")
+    if not isinstance(digests, dict) or not all(type(each) is str for each in digests.values()):
+        raise DataError(file, "'digests' of the files are missing: prepare the dataset again")
+    return schema
+
+
+def read_array(file: Path, dtypes: tuple[str, ...]) -> np.ndarray:
+    if not file.exists():
+        raise DataError(file, "file is missing")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header meets a tokenizer and a parser
+        raise DataError(file, f"truncated or not a .npy array: {error}") from error
+    if array.dtype.name not in dtypes:
+        raise DataError(file, f"dtype must be {' or '.join(dtypes)}, got {array.dtype.name}")
+    return array

@@ -1,0 +1,103 @@
+"""An output folder: claimed by one process, complete or not there, replaced in one step."""
+
+import ctypes
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Only one process is inside for a folder; the lock ends with its process.
+
+    What a killed one left beside the folder is taken away, or back where it was replacing it.
+    Raises FileExistsError that names the other process.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = output.with_name(f".{output.name}.lock")
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A process that ended just now has removed the file: then a third may hold another.
+            mine = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise FileExistsError(f"{output} is being written by {owner}")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            _tidy(output)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def new_folder(output: Path) -> Path:
+    """The empty folder beside `output` in which it is built, for `put`."""
+    work = _beside(output, "new")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return work
+
+
+def put(work: Path, output: Path) -> None:
+    """Make the finished folder `work` be `output`, on disk; one that is there goes."""
+    output = output.resolve()  # through a link, the folder is replaced and not the link
+    for file in work.iterdir():
+        _sync(file)
+    _sync(work)
+    if not output.exists():
+        os.rename(work, output)
+    elif _exchange(work, output):
+        shutil.rmtree(work, ignore_errors=True)
+    else:
+        old = _beside(output, "old")
+        os.rename(output, old)
+        try:
+            os.rename(work, output)
+        except BaseException:
+            os.rename(old, output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(output.parent)
+
+
+def _beside(output: Path, kind: str) -> Path:
+    output = output.resolve()
+    return output.with_name(f".{output.name}.{kind}")
+
+
+def _tidy(output: Path) -> None:
+    old = _beside(output, "old")
+    if old.exists() and not output.exists():
+        os.rename(old, output)
+    for kind in ("new", "old"):
+        shutil.rmtree(_beside(output, kind), ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,62 @@
+"""The tables of users, items and relations: side files joined to the ids of the interactions."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fastrec.data.columns import check_unique, key_column
+from fastrec.data.errors import DataError
+from fastrec.data.side_tables import read_attributes, read_relations
+
+
+def attribute_table(ids, sources, key: str, everyone, **options):
+    """(the table of users or items, number of rows lost): one row per id, with all attributes.
+
+    sources: (name, file or frame or None); a file is its own name.
+    everyone: all ids of the source, those that a filter removed too. options: of `read_attributes`.
+    Raises DataError where not one row is about any of them: ids are written in another way.
+    """
+    table, lost = ids.rename(key).to_frame(), 0
+    for name, frame in sources:
+        if frame is None:
+            continue
+        if isinstance(frame, (str, Path)):
+            name, frame = frame, read_attributes(frame, key, like=everyone, **options)
+        if key not in frame.columns:
+            raise DataError(name, f"column is missing; there are {frame.columns}", column=key)
+        for column in set(frame.columns) & (set(table.columns) | {key.removesuffix("_id")}) - {key}:
+            raise DataError(name, "the source has an attribute of that name", column=column)
+        frame = frame.with_columns(key_column(name, frame[key], 1, everyone, "text"))
+        check_unique(name, frame[key], 1)
+        if not frame[key].is_in(everyone.implode()).any():
+            raise _foreign(name, frame[key], everyone)
+        lost += int((~frame[key].is_in(ids.implode())).sum())
+        table = table.join(frame, on=key, how="left", maintain_order="left")
+    return table, lost
+
+
+def relation_table(name, relations, user_ids, everyone, na_values: str):
+    """(user, friend) row numbers of links with both ends in `user_ids`, and how many were lost."""
+    import polars as pl
+
+    if relations is None:
+        return None, 0
+    if isinstance(relations, (str, Path)):
+        name, relations = relations, read_relations(relations, everyone, na_values)
+    if relations.width < 2:
+        raise DataError(name, f"expected two columns of ids, got {relations.columns}")
+    ends = [key_column(name, relations[end], 1, everyone, "text") for end in relations.columns[:2]]
+    if relations.height and not any(end.is_in(everyone.implode()).any() for end in ends):
+        raise _foreign(name, ends[0], everyone)
+    table = pl.DataFrame({"id": user_ids, "code": np.arange(len(user_ids))})
+    codes = [
+        end.to_frame("id").join(table, on="id", how="left", maintain_order="left")["code"]
+        for end in ends
+    ]
+    links = pl.DataFrame({"user": codes[0], "friend": codes[1]}).drop_nulls()
+    return links, relations.height - links.height
+
+
+def _foreign(file, ids, everyone) -> DataError:
+    what = f"none of its {len(ids):,} ids occurs in the interactions"
+    return DataError(file, f"{what}: {ids[0]!r} here, {everyone[0]!r} there", column=ids.name)

@@ -1,0 +1,124 @@
+"""Times: exact, or refused in one line; never a guess."""
+
+import datetime
+
+import polars as pl
+import pytest
+from test_data_readers import rows, write
+
+from fastrec.data import readers
+from fastrec.data.errors import DataError
+
+NAMES = {"user": "who", "item": "what", "timestamp": "when"}
+
+
+def test_iso_times_and_datetimes(tmp_path):
+    text = "who,what,when\n1,1,2020-01-01 00:00:01\n1,2,2020-01-01 00:00:00.5\n"
+    file = write(tmp_path / "t.csv", text)
+    first, second = (row[2] for row in rows(readers.read_table(file, **NAMES)))
+    assert first - second == 500_000
+    frame = pl.DataFrame(
+        {"who": [1], "what": ["x"], "when": [datetime.datetime(2020, 1, 1, 0, 0, 1)]}
+    )
+    frame.write_parquet(tmp_path / "t.parquet")
+    assert rows(readers.read_table(tmp_path / "t.parquet", **NAMES)) == [(1, "x", first)]
+
+
+def times(tmp_path, values, **options):
+    file = write(
+        tmp_path / "t.tsv", "\n".join(["who\twhat\twhen", *(f"1\t2\t{v}" for v in values)])
+    )
+    raw = readers.read_table(file, on_duplicate="keep", **NAMES, **options)
+    return raw.interactions["timestamp"].to_list(), raw.time
+
+
+SECOND = 1_000_000
+DAY = 86_400 * SECOND
+MICRO, NANO = "microseconds since 1970", "nanoseconds since 1970"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "unit"),
+    [
+        (["1970-01-02", "1970-01-01T00:00:01"], [DAY, SECOND], MICRO),
+        (["1970-01-01 00:00:01.000001", "1969-12-31T23:59:59.5"], [SECOND + 1, -500_000], MICRO),
+        (["1970-01-01T00:00:00.000000002", "1970-01-01"], [2, 0], NANO),
+        (["1970-01-01T01:00:00Z", "1970-01-01T01:00+01:00", "1970-01-01T00:00-0030"],
+         [3600 * SECOND, 0, 1800 * SECOND], MICRO),
+        (["0001-01-01", "9999-12-31"], [-719_162 * DAY, 2_932_896 * DAY], MICRO),
+        # Beside a number that a float wrote, the others stay as they are: 256 ns apart as floats.
+        (["1706695200000000100", "1706695200000000200.0", "1.7066952e18"],
+         [1706695200000000100, 1706695200000000200, 1706695200000000000],
+         "timestamp of the source"),
+        (["-5", "0"], [-5, 0], "timestamp of the source"),
+    ],
+)  # fmt: skip
+def test_times_of_text(tmp_path, values, expected, unit):
+    assert times(tmp_path, values) == (expected, unit)
+
+
+@pytest.mark.parametrize(
+    ("values", "row"),
+    [
+        (["01/05/2024"], 2), (["5.1.2024"], 2), (["2024-1-5"], 2), (["2024-01-05 10:00 PM"], 2),
+        (["2024-02-30"], 2), (["2024-01-01T24:01"], 2), (["2024-01-01", "20240102"], 3),
+        (["2024-01-01T00:00Z", "2024-01-01T00:00"], 3), (["2024-01-01T00:00:00.0000000001"], 2),
+        (["1", "007"], 3), (["1", "+7"], 3), (["1", "1_0"], 3), (["1", "1.5"], 3),
+        (["1", "1e999999999"], 3), (["1", "nan"], 3), (["1", "\uff17"], 3), (["1", " 2"], 3),
+        (["1", "9223372036854775808"], 3), (["9999-12-31", "2024-01-01T00:00:00.000000001"], 2),
+    ],
+)  # fmt: skip
+def test_times_that_would_be_a_guess_or_lose_something(tmp_path, values, row):
+    with pytest.raises(DataError, match="expected") as caught:
+        times(tmp_path, values)
+    assert (caught.value.column, caught.value.row) == ("when", row)
+
+
+def test_a_format_of_times(tmp_path):
+    us = ["01/05/1970", "02/03/1970 00:00"]
+    assert times(tmp_path, us[:1], time_format="%m/%d/%Y") == ([4 * DAY], MICRO)
+    with pytest.raises(DataError, match=r"row 3: .* follows --time_format '%m/%d/%Y'"):
+        times(tmp_path, us, time_format="%m/%d/%Y")
+    fine = ["01.01.1970 00:00:00.000000007"]
+    assert times(tmp_path, fine, time_format="%d.%m.%Y %H:%M:%S%.f") == ([7], NANO)
+    assert times(tmp_path, ["31.12.9999"], time_format="%d.%m.%Y") == ([2_932_896 * DAY], MICRO)
+    with pytest.raises(ValueError, match="has no year"):
+        times(tmp_path, ["10:00"], time_format="%H:%M")
+    file = tmp_path / "t.parquet"
+    pl.DataFrame({"who": [1], "what": [2], "when": [3]}).write_parquet(file)
+    with pytest.raises(DataError, match="--time_format is for text, the column is Int64"):
+        readers.read_table(file, time_format="%Y", **NAMES)
+
+
+def test_times_of_parquet(tmp_path):
+    def read(values, dtype):
+        frame = pl.DataFrame(
+            {"who": [1, 1], "what": [1, 2], "when": pl.Series(values, dtype=dtype)}
+        )
+        frame.write_parquet(tmp_path / "t.parquet")
+        raw = readers.read_table(tmp_path / "t.parquet", **NAMES)
+        return raw.interactions["timestamp"].to_list(), raw.time
+
+    assert read([900, 100], pl.Datetime("ns")) == ([900, 100], NANO)
+    assert read([9000, 1000], pl.Datetime("ns")) == ([9, 1], MICRO)
+    assert read([9, 1], pl.Datetime("ms", "Europe/Oslo")) == ([9000, 1000], MICRO)
+    assert read([2, 1], pl.Date) == ([2 * DAY, DAY], MICRO)
+    assert read([2.0, 1.0], pl.Float64)[0] == [2, 1]
+    for values, dtype, match in (
+        ([1.7e18, 1.0], pl.Float64, "beyond it times are rounded"),
+        ([1.7e9, 1.0], pl.Float32, "beyond it times are rounded"),
+        ([1.0, 1.5], pl.Float64, "a whole number"),
+        ([2**62, 1], pl.Datetime("ms"), "fit 64 bits"),
+        ([1, 2], pl.Time, "expected times"),
+    ):
+        with pytest.raises(DataError, match=match):
+            read(values, dtype)
+
+
+def test_times_of_recbole_are_read_as_they_are_written(tmp_path):
+    head = "user_id:token\titem_id:token\ttimestamp:float\n"
+    file = write(
+        tmp_path / "a.inter", head + "1\t2\t1706695200000000900\n1\t3\t1706695200000000100\n"
+    )
+    raw = readers.read_recbole(file)
+    assert raw.interactions["timestamp"].to_list() == [1706695200000000900, 1706695200000000100]
