@@ -6,11 +6,12 @@ import sys
 def main() -> None:
     try:
         from fastrec import cli
+
+        cli.main()
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("fastrec"):
             raise
         sys.exit(f"fastrec: error: {missing.name} is missing: pip install 'fastrec[train]'")
-    cli.main()
 
 
 if __name__ == "__main__":

@@ -417,7 +417,7 @@ def test_a_sweep_over_a_step_of_a_view(runs, tmp_path):
         run = tmp_path / f"{key}={value}" / "seed-0" / "pretraining"
         stage = json.loads((run / "stage.json").read_text())
         assert stage["views"]["main"][0]["mask"]["share"] == value
-        tables.append(load_file(run / "model" / "model.safetensors")["item_embedding.weight"])
+        tables.append(load_file(run / "model" / "model.safetensors")["item_input.ids.weight"])
     assert not torch.equal(*tables)
     assert json.loads((tmp_path / "sweep.json").read_text())["key"] == key
 
@@ -447,11 +447,17 @@ def test_recommendations_for_histories_are_those_for_users(runs, recipe):
         serve.recommend(model, dataset, 4, ["u1"], histories=histories)
 
 
-def test_without_the_training_extra_the_command_says_what_to_install():
-    program = "import sys; sys.modules['lightning'] = None; import fastrec.__main__ as m; m.main()"
+@pytest.mark.parametrize(("module", "command"), [("lightning", "pretrain"), ("yaml", "evaluate")])
+def test_without_the_training_extra_the_command_says_what_to_install(module, command, runs):
+    program = (
+        f"import sys; sys.modules[{module!r}] = None; import fastrec.__main__ as m;"
+        f"sys.argv = ['fastrec', {command!r}, '--config=sasrec', '--data={runs / 'data'}',"
+        f" '--output={runs / 'none'}', '--pretrained=x'][: 5 if {command!r} == 'pretrain' else 6];"
+        "m.main()"
+    )
     got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert got.returncode == 1
-    assert got.stderr == "fastrec: error: lightning is missing: pip install 'fastrec[train]'\n"
+    assert got.stderr == f"fastrec: error: {module} is missing: pip install 'fastrec[train]'\n"
 
 
 def test_help_fits_a_screen_and_names_keys_that_exist(capsys):
