@@ -247,7 +247,7 @@ def test_a_start_that_training_only_spoils_is_kept(data, tmp_path):
     pretrained = run(data, tmp_path / "pretrain", recipe(steps=60))
     tuned = run(data, tmp_path / "finetune", recipe(learning_rate=3.0, steps=10), model=pretrained)
     assert torch.equal(tuned.item_table, pretrained.item_table)
-    last = trained_weights(tmp_path / "finetune")["model.item_embedding.weight"]
+    last = trained_weights(tmp_path / "finetune")["model.item_input.ids.weight"]
     assert not torch.equal(last, pretrained.item_embedding.weight)
     summary = json.loads((tmp_path / "finetune" / "summary.json").read_text())
     assert summary["steps"] == 10
