@@ -300,15 +300,32 @@ def test_an_objective_of_ones_own_is_a_module_or_settings():
         assert [id(p) for p in joint.find(Near).parameters()] == [id(joint.parts["near"].scale)]
 
 
+class Returns(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, model, rng, view):
+        return self.value
+
+
 def test_errors_name_the_problem():
     model, side = model_of(), social_side()
     with pytest.raises(ValueError, match="there is no objective to train"):
         JointObjective({}, model, side)
     with pytest.raises(ValueError, match=r"the weight of item is 0\.0, expected above 0"):
         JointObjective({"item": Item(weight=0)}, model, side)
+    for objective in (UserAttributes(pool="cls"), Friends(pool="cls")):
+        with pytest.raises(ValueError, match=r"pool 'cls' needs cls in model\.tokens, \[\]"):
+            JointObjective({"mine": objective}, model, side)
+    with pytest.raises(TypeError, match="the objective mine is a class: give an instance of it"):
+        JointObjective({"mine": Item}, model, side)
     views = loader_of(model, {"main": []}, side).batch_at(0)
+    for wrong in (torch.zeros(()), {"a": torch.zeros(())}, {"a": (torch.zeros(2), 2)}, None):
+        joint = JointObjective({"mine": Returns(wrong)}, model, side)
+        with pytest.raises(TypeError, match=r"the objective mine returned .*, expected {label:"):
+            joint(model, views, Rng(0, 0))
     for objective, message in (
-        (UserAttributes(pool="cls"), r"pool 'cls' needs cls in model\.tokens, \[\]"),
         (Friends(), "the objective friends has no pairs: it needs friend"),
         (Item(), "the objective item has no targets: it needs mask, mask_last or next_item"),
     ):

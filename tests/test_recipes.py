@@ -250,6 +250,13 @@ def test_a_base_is_merged_key_by_key(tmp_path):
     assert recipes.load(base)["model"]["tokens"] == ["cls", "sep"], "the base is left as it is"
 
 
+def test_an_objective_without_settings_that_is_null_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: sasrec\npretraining: {objectives: {item: {}, friends: }}\n")
+    with pytest.raises(ValueError, match=r"objectives\.friends is null, .* it is friends: {}"):
+        recipes.load(str(file))
+
+
 def test_a_base_is_a_recipe_or_a_file_relative_to_the_file(tmp_path, monkeypatch):
     written(tmp_path, "inner/first.yaml", "seed: 1\nusers: {fraction: 0.5}\n")
     written(tmp_path, "inner/second.yaml", "base: first.yaml\nseed: 2\n")

@@ -91,10 +91,13 @@ class NegativeSampler:
         zero = torch.zeros((), dtype=torch.int64, device=self.log_q.device)
         return self._draw(number, rng, zero, zero, "negatives_shared")
 
-    def own(self, number: int, rng: Rng, keys: Tensor, positions: Tensor) -> Tensor:
+    def own(
+        self, number: int, rng: Rng, keys: Tensor, positions: Tensor, site: str = "negatives_own"
+    ) -> Tensor:
         """int64 [N, K]: negatives of each row, the event at `positions` [N] of the sequence
-        with the key `keys` [N] (site 29). Positions must be below 65,536."""
-        return self._draw(number, rng, keys, positions, "negatives_own")
+        with the key `keys` [N]. Positions must be below 65,536. Two objectives that draw at the
+        same places need sites of their own."""
+        return self._draw(number, rng, keys, positions, site)
 
     def _draw(self, number, rng, keys, positions, site) -> Tensor:
         if not 0 < number <= 2 * 65536:

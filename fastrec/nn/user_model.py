@@ -159,6 +159,11 @@ class UserModel(nn.Module):
             for (name, view), part in zip(views.items(), parts, strict=True)
         }
 
+    def check_pool(self, how: Pooling) -> None:
+        """Raise ValueError for a pool of a token that this model's input does not have."""
+        if how in ("cls", "ur") and how not in self.config.tokens:
+            raise ValueError(f"pool {how!r} needs {how} in model.tokens, {self.config.tokens}")
+
     def pool(self, encoded: Encoded, how: Pooling) -> Tensor:
         """User vectors [B, D]: "max" or "mean" over the items, the state of [CLS] or [UR], or that
         of the last item. A pool with parameters, "attention", is a module: `nn.pool.Pool`."""
@@ -168,8 +173,7 @@ class UserModel(nn.Module):
 
     def _pool(self, encoded: Encoded, how: Pooling) -> Tensor:
         batch, states = encoded.batch, encoded.states
-        if how in ("cls", "ur") and how not in self.config.tokens:
-            raise ValueError(f"pool {how!r} needs {how} in model.tokens, {self.config.tokens}")
+        self.check_pool(how)
         if how == "cls":
             return states[batch.offsets[:-1]]
         if how == "ur":

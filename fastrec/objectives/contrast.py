@@ -44,6 +44,7 @@ class Contrast:
             raise ValueError(f"contrast.temperature must be above 0, got {self.temperature}")
 
     def build(self, model, side: SideData) -> "ViewContrast":
+        model.check_pool(self.pool)
         return ViewContrast(self, model.config.width)
 
 

@@ -32,6 +32,7 @@ class Friends:
     initial: float | None = None
 
     def build(self, model, side: SideData) -> "SocialRelationDetection":
+        model.check_pool(self.pool)
         return SocialRelationDetection(model.config.width, self.initial, self.pool)
 
 

@@ -40,6 +40,8 @@ class JointObjective(nn.Module):
         self.views: dict[str, list[str]] = {}
         for name, objective in objectives.items():
             module = objective
+            if isinstance(objective, type):
+                raise TypeError(f"the objective {name} is a class: give an instance of it")
             if not isinstance(objective, nn.Module):
                 module = objective.build(model, side)
             if hasattr(module, "backend"):
@@ -53,7 +55,9 @@ class JointObjective(nn.Module):
                     " needs settings of its own"
                 )
             if not self.weights[name] > 0:
-                raise ValueError(f"the weight of {name} is {self.weights[name]}, expected above 0")
+                raise ValueError(
+                    f"the weight of {name} is {float(self.weights[name])}, expected above 0"
+                )
 
     def find(self, kind: type) -> nn.Module | None:
         """The first objective of a class, for a judge that reads its parameters."""
@@ -65,10 +69,24 @@ class JointObjective(nn.Module):
         encoded, terms = model.encode_views(views, rng), []
         for name, part in self.parts.items():
             losses = part(model, rng, *(encoded[view] for view in self.views[name]))
+            _check(name, losses)
             for label, (loss, number) in losses.items():
                 label = label if label == name else f"{name}.{label}"
                 terms.append(Term(label, self.weights[name], loss, number))
         return terms
+
+
+def _check(name: str, losses) -> None:
+    """Raise TypeError unless an objective returned what `forward` expects of it."""
+    right = isinstance(losses, dict) and all(
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor)
+        for value in losses.values()
+    )
+    if not right or any(loss.dim() for loss, _ in losses.values()):
+        raise TypeError(
+            f"the objective {name} returned {type(losses).__name__}, expected"
+            " {label: (loss, count)} with losses without dimensions, means over count things"
+        )
 
 
 def total_loss(terms: list[Term], world_size: int = 1) -> Tensor:

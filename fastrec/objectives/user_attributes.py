@@ -30,6 +30,7 @@ class UserAttributes:
     pool: Pooling = "max"
 
     def build(self, model, side: SideData) -> "UserAttributePrediction":
+        model.check_pool(self.pool)
         side.user_columns |= {attribute.name: attribute.values for attribute in side.attributes}
         return UserAttributePrediction(model.config.width, side.attributes, self.pool)
 

@@ -49,12 +49,27 @@ def load(name_or_file: str, *below: Path) -> dict:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    # A file names its base as a recipe, or relative to itself.
-    beside = file.parent / str(base)
-    return merged(load(str(beside) if beside.is_file() else str(base), *below, file), values)
+    name, base = values.pop("base", None), {}
+    if name is not None:
+        # A file names its base as a recipe, or relative to itself.
+        beside = file.parent / str(name)
+        base = load(str(beside) if beside.is_file() else str(name), *below, file)
+    _check_nothing(file, base, values)
+    return merged(base, values)
+
+
+def _check_nothing(file: Path, base: dict, values: dict) -> None:
+    """Raise ValueError for a null objective that no base has, `friends:` for `friends: {}`."""
+    for stage, settings in values.items():
+        parts = settings.get("objectives") if isinstance(settings, dict) else None
+        before = base.get(stage)
+        known = (before.get("objectives") or {}) if isinstance(before, dict) else {}
+        for name, part in parts.items() if isinstance(parts, dict) else ():
+            if part is None and known.get(name) is None:
+                raise ValueError(
+                    f"{file}: {stage}.objectives.{name} is null, which takes a part of a base out,"
+                    f" and there is none; with its defaults it is {name}: {{}}"
+                )
 
 
 def merged(base: dict, values: dict) -> dict:
