@@ -11,12 +11,12 @@ namespace fastrec {
 
 struct Dropout {
   const int64_t *keys, *positions;  // [T]
-  PhiloxKey key;                     // but for the key of the row
-  int64_t drop;                      // of 256; 0 keeps everything
+  PhiloxKey key;                    // but for the key of the row
+  int64_t drop;                     // of 256; 0 keeps everything
 };
 
-// Draws are made for a run of consecutive positions of one sequence at a time: a row of 64 columns is
-// one vector of calls, which alone would wait for its own rounds.
+// Draws are made for a run of consecutive positions of one sequence at a time: a row of 64 columns
+// is one vector of calls, which alone would wait for its own rounds.
 template <class S>
 class MaskTile {
  public:

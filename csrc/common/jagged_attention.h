@@ -45,9 +45,9 @@ struct Task {
 template <class T>
 struct AttentionArgs {
   int64_t heads, width, longest;
-  const int64_t* offsets;         // [B + 1]
+  const int64_t* offsets;        // [B + 1]
   const int64_t* sequence_keys;  // [B], null without dropout
-  PhiloxKey key;                  // but for the key of the sequence
+  PhiloxKey key;                 // but for the key of the sequence
   int drop;  // an element is dropped where its draw is below; 0: no dropout
   bool causal;
   T scale;

@@ -37,13 +37,13 @@ FASTREC_DEFINE_PER_ISA(draw, DrawArgs, draw_samples)
 // rng [2]: seed and step. uint8 [B, rows, 16 * groups].
 Tensor philox_draws(Tensor rng, Tensor keys, int64_t rows, int64_t groups, int64_t site,
                     int64_t layer, int64_t head) {
-  Tensor state = torch::stable::contiguous(rng), ids = torch::stable::contiguous(keys);
+  Tensor state = torch::stable::contiguous(rng), all = torch::stable::contiguous(keys);
   const int64_t* words = static_cast<const int64_t*>(state.data_ptr());
-  Tensor out = torch::stable::new_empty(ids, {ids.size(0), rows, 16 * groups},
+  Tensor out = torch::stable::new_empty(all, {all.size(0), rows, 16 * groups},
                                         torch::headeronly::ScalarType::Byte);
   std::vector<uint8_t> buffer(rows * groups * 16 + 128);  // the largest Philox::slack
   draw<float>({PhiloxKey(words[0], words[1], static_cast<Site>(site), layer),
-               static_cast<const int64_t*>(ids.data_ptr()), ids.size(0), head, rows, groups,
+               static_cast<const int64_t*>(all.data_ptr()), all.size(0), head, rows, groups,
                buffer.data(), static_cast<uint8_t*>(out.data_ptr())});
   return out;
 }
