@@ -6,6 +6,7 @@ A backend is compared with the float64 reference on the same values, within the 
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -224,9 +225,22 @@ def test_memory_layout(op, backend, device, types, name, layout):
     check(op, name, backend, device, types, move)
 
 
+@functools.cache
+def _torch_reads_around(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own product reads the memory around its operands, as that of bfloat16 does
+    on a processor with AMX (torch 2.13.0)."""
+    for rows, width in itertools.product((1, 5, 17, 33), (20, 23, 48, 64)):
+        a, b = (_padded(torch.ones(n, width, dtype=dtype), torch.nan, 3) for n in (rows, 19))
+        if (a @ b.T).isnan().any() or (b.T @ b).isnan().any() or (b @ a.T).isnan().any():
+            return True
+    return False
+
+
 @each_representative
 def test_neighbouring_memory_is_neither_read_nor_written(op, backend, device, types, name):
     """NaN (the largest integer, True) around every argument: reading it spoils the result."""
+    if backend == "reference" and _torch_reads_around(types.input):
+        pytest.skip(f"PyTorch's product of {types.input} reads the memory around its operands here")
     moved = []
 
     def move(tensor):

@@ -56,5 +56,6 @@ def test_a_stage_is_adamw_with_clipping_and_a_schedule(data, tmp_path, schedule,
     trained = trained_weights(tmp_path / "run")
     for name, value in model.state_dict().items():
         # The fused optimiser rounds otherwise; states in bfloat16 magnify that.
-        close = dict(rtol=1e-4, atol=1e-6) if precision == "32-true" else dict(rtol=1e-3, atol=1e-4)
+        # Adam takes lr times a ratio: of a gradient near 0 the last bits are seen.
+        close = dict(rtol=1e-4, atol=1e-5) if precision == "32-true" else dict(rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(trained[f"model.{name}"], value, **close)

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from fastrec.ops.common.arguments import accumulate_dtype, ordered_sum
 from fastrec.ops.common.item_losses import spread_rows
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.products import products, weighted_rows
 
 OP = "linear_cross_entropy"
 
@@ -93,10 +94,13 @@ def class_sums(x, linear_weight, linear_bias, target, class_weight) -> tuple[Ten
     # a whole table in float32 is large.
     with torch.autocast(x.device.type, enabled=False):
         pieces = zip(class_weight.split(65536), linear_weight.split(65536), strict=True)
-        class_mean = sum(a @ w.to(dtype) for a, w in pieces)
-        class_sum = (x.to(dtype) @ class_mean).masked_fill(target < 0, 0)
+        class_mean = class_weight.new_zeros(linear_weight.shape[1])
+        for a, w in pieces:
+            class_mean = class_mean + weighted_rows(a, w.to(dtype))
+        class_sum = products(x.to(dtype), class_mean).masked_fill(target < 0, 0)
         if linear_bias is not None:
-            class_sum = class_sum + (class_weight @ linear_bias.to(dtype)) * (target >= 0)
+            bias = ordered_sum(class_weight * linear_bias.to(dtype))
+            class_sum = class_sum + bias * (target >= 0)
     return class_mean, class_sum
 
 
@@ -107,7 +111,7 @@ def add_class_gradient(
     # The same rank-1 term for every row: no second [V, D] buffer. Not addr_, whose bits depend on
     # the number of threads.
     with torch.autocast(x.device.type, enabled=False):  # backward may run under any
-        direction = (grad_class_sum @ x.to(class_weight.dtype)).to(grad_weight.dtype)
+        direction = weighted_rows(grad_class_sum, x.to(class_weight.dtype)).to(grad_weight.dtype)
     grad_weight.addcmul_(class_weight[:, None].to(grad_weight.dtype), direction)
     if linear_bias is None:
         return grad_bias
