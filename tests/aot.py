@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
+from fastrec.kernels.common.linear_scores import config_of
+
 # Shared memory that one program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Name: dtypes of the activations and of the table.
@@ -144,3 +146,14 @@ def print_table(names: str, cases: list, build: Callable[..., Binary], product: 
 def _tool(name: str, *arguments) -> str:
     command = [str(BIN / name), *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def score_arguments(types: str, width: int, capability: int) -> tuple[dict, dict]:
+    """What both ranking ops pass: contiguous tensors, a bias, exclusions. (arguments, options)"""
+    dtype, table = TYPES[types]
+    config = config_of(width, table, capability)
+    options = take_options(config)
+    arguments = dict(x=POINTER[dtype], w=POINTER[table], bias=POINTER[table], d="i32:16")
+    arguments |= dict(stride_xn="i32:16", stride_xd=1, stride_wv="i32:16", stride_wd=1, stride_b=1)
+    arguments |= dict(listed="*i64:16", offsets="*i64:16", n="i32", v="i32", per_range="i32")
+    return arguments | config, options

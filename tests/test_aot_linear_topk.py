@@ -4,8 +4,17 @@ Run as a script it prints the numbers of docs/kernels/linear_topk.md.
 """
 
 import pytest
-from aot import SHARED_LIMIT, TYPES, WIDTHS, Binary, case, compile_for, needs_compiler, print_table
-from test_aot_linear_rank import arguments_of
+from aot import (
+    SHARED_LIMIT,
+    TYPES,
+    WIDTHS,
+    Binary,
+    case,
+    compile_for,
+    needs_compiler,
+    print_table,
+    score_arguments,
+)
 
 from fastrec.kernels import linear_topk as kernels
 
@@ -21,7 +30,7 @@ CASES = [
 
 
 def build(kernel: str, types: str, width: int, capability: int) -> Binary:
-    arguments, options = arguments_of(types, width, capability)
+    arguments, options = score_arguments(types, width, capability)
     arguments |= dict(keys="*i64:16")
     if kernel == "select":
         for name in ("n", "per_range"):

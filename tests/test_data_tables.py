@@ -6,7 +6,7 @@ import json
 
 import polars as pl
 import pytest
-from test_data_readers import fails, rows, write
+from files import fails, rows, write
 
 from fastrec.data import readers
 from fastrec.data.side_tables import read_attributes

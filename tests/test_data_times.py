@@ -4,7 +4,7 @@ import datetime
 
 import polars as pl
 import pytest
-from test_data_readers import rows, write
+from files import rows, write
 
 from fastrec.data import readers
 from fastrec.data.errors import DataError

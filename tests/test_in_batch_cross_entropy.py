@@ -5,24 +5,15 @@ import math
 
 import pytest
 import torch
-from backends import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_batch_problem import NAMES, cpp, every_backend, on, problem
 from op_db.case import Sample, excess, promote, run
 from op_db.in_batch_cross_entropy import by_tensors, embeddings, ids, lists, parameters
 
 from fastrec import in_batch_cross_entropy
 from fastrec.ops.common.in_batch_pairs import SIMILARITIES
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy_ref
-
-OP = "in_batch_cross_entropy"
-NAMES = ("query", "candidate", "weight", "candidate_bias", "temperature")
-every_backend = backends(OP, "reference", "cpp")
-cpp = backends(OP, "cpp")
-
-
-def on(backend):
-    return by_tensors(lambda **kwargs: in_batch_cross_entropy(**kwargs, backend=backend))
 
 
 class Double:
@@ -212,14 +203,6 @@ def test_all_negatives_left_out_is_exactly_zero(backend, symmetric, how):
     assert torch.equal(loss, torch.zeros(b))
     for grad in torch.autograd.grad(loss.sum(), (*case.values(), weight)):
         assert torch.equal(grad, torch.zeros_like(grad))
-
-
-def problem(b=4, c=5, d=3, dtype=torch.float32):
-    g = torch.Generator().manual_seed(b + c + d)
-    return {
-        "query": torch.randn(b, d, generator=g).to(dtype),
-        "candidate": torch.randn(c, d, generator=g).to(dtype),
-    }
 
 
 @cpp

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from in_batch_problem import NAMES, cpp, every_backend, on, problem
 from op_db.case import Sample, run
-from test_in_batch_cross_entropy import NAMES, cpp, every_backend, on, problem
 
 from fastrec import in_batch_cross_entropy
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_in_batch_cross_entropy import cpp, every_backend
+from in_batch_problem import cpp, every_backend
 
 from fastrec import in_batch_cross_entropy
 from fastrec.ops.common.in_batch_pairs import operands, similarity_ref

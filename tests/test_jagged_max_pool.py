@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from backends import params
-from test_device_paths import launches  # noqa: F401
 
 from fastrec import jagged_max_pool
 
@@ -59,7 +58,7 @@ def test_more_sequences_than_an_axis_of_a_grid():
     assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-def test_grid_of_many_sequences(launches):  # noqa: F811
+def test_grid_of_many_sequences(launches):
     """The recorder refuses a grid with more than 65,535 programs on its second axis."""
     values = torch.zeros(300_000, 130, device="meta", requires_grad=True)
     offsets = torch.zeros(100_001, dtype=torch.int64, device="meta")

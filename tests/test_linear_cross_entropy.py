@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from item_problem import NAMES, cpp, every_backend, problem
 from op_db.case import Sample, excess, promote, run
 
 from fastrec import (
@@ -17,21 +17,6 @@ from fastrec import (
     sampled_linear_cross_entropy,
 )
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
-
-OP = "linear_cross_entropy"
-NAMES = ("input", "linear_weight", "linear_bias")
-every_backend = backends(OP, "reference", "cpp")
-cpp = backends(OP, "cpp")
-
-
-def problem(n=4, v=5, d=3, dtype=torch.float32):
-    g = torch.Generator().manual_seed(n + v + d)
-    return {
-        "input": torch.randn(n, d, generator=g).to(dtype),
-        "linear_weight": torch.randn(v, d, generator=g).to(dtype),
-        "target": torch.randint(v, (n,), generator=g),
-    }
-
 
 # With W = diag(ln 2, ln 3), the unit rows e_0, e_1 and 0 as input have the probabilities below.
 LN2, LN3 = math.log(2.0), math.log(3.0)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from backends import backends
+from item_problem import NAMES, cpp, every_backend, problem
 from op_db.case import Sample, run
-from test_linear_cross_entropy import NAMES, cpp, every_backend, problem
 
 from fastrec import linear_cross_entropy
 from fastrec.ops.common.linear_cross_entropy_autograd import PlainLoss

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_check import check
 from op_db import (
     bias_gelu_dropout,
     dropout_add_layer_norm,
@@ -9,7 +10,6 @@ from op_db import (
     linear_cross_entropy,
 )
 from op_db.case import TYPES
-from test_ops import check
 
 from fastrec import sampled_linear_cross_entropy
 from fastrec.backend import interpreting
