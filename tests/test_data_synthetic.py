@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.graph import SocialGraph
 from fastrec.data.synthetic import generate
 
 
@@ -76,9 +77,8 @@ def test_order_beats_popularity(dataset, tmp_path):
 def test_friends_share_items_and_regions(dataset):
     pairs = dataset.relations()
     assert (pairs[:, 0] < pairs[:, 1]).all() and len(np.unique(pairs, axis=0)) == len(pairs)
-    _, offsets = dataset.friends()
-    degrees = offsets.diff()
-    assert 4 < degrees.double().mean() < 9 and 0.1 < (degrees == 0).double().mean() < 0.2
+    degrees = np.diff(SocialGraph.from_dataset(dataset).offsets)
+    assert 4 < degrees.mean() < 9 and 0.1 < (degrees == 0).mean() < 0.2
     bought = torch.zeros(dataset.num_users, dataset.num_items)
     whole = dataset.gather(dataset.users("all"), "all")
     bought[whole.segment_ids(), whole.values] = 1
