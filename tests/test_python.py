@@ -190,3 +190,22 @@ def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch):
     table = names["model"].item_table
     expected = torch.stack([table[1], table[[1, 2]].mean(0), table[[1, 2, 3]].mean(0), table[7]])
     torch.testing.assert_close(names["model"].encode(batch).states, expected)
+
+
+def test_the_objective_of_contributing_trains_and_is_its_formula(tmp_path):
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    names: dict = {"__name__": "contributing"}
+    exec(compile(text.split("```python")[1].split("```")[0], "CONTRIBUTING", "exec"), names)
+    dataset = SequenceDataset.load(synthetic(tmp_path))
+    model = UserModel(dataset.num_items, CONFIG)
+    parts = {"item": Item(), "size": names["Size"](weight=0.1)}
+    fit(dataset, model, views={"main": [NextItem()]}, objectives=parts, progress=False, **SHORT)
+    objective = names["Size"]().build(model, None)
+    view = model.encode(model.inputs_of([[1, 2, 3], [4]]))
+    loss, count = objective(model, None, view)["size"]
+    users = [view.states[:3].max(0).values, view.states[3]]
+    assert count == 2
+    assert loss.item() == pytest.approx(sum(user.square().sum().item() for user in users) / 2)
+    half = replace(view.batch, real=torch.tensor([True, False]))
+    loss, count = objective(model, None, replace(view, batch=half, pooled={}))["size"]
+    assert count == 1 and loss.item() == pytest.approx(users[0].square().sum().item())
