@@ -49,6 +49,7 @@ PACKAGES = (
     ".nn.encoders",
     ".objectives",
     ".data",
+    ".data.prepare",
     ".data.steps",
     ".evaluation",
     ".training",

@@ -16,13 +16,13 @@ import torch
 from fastrec.data.batch import framed
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.loader import SequenceLoader, epoch_order
+from fastrec.data.prepare.synthetic import generate
 from fastrec.data.side import SideData
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.reorder import Reorder
-from fastrec.data.synthetic import generate
 from fastrec.data.views import Views
 
 VIEWS = {

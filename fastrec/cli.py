@@ -16,8 +16,8 @@ from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare as prepare_dataset
+from fastrec.data.prepare.text import read_lines
 from fastrec.data.settings import from_values
-from fastrec.data.text import read_lines
 from fastrec.demo import demo
 from fastrec.nn.user_model import UserModel
 from fastrec.serve import check_table_path, user_vectors, write_table

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fastrec.bench import bench
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
-from fastrec.data.synthetic import generate
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_by_length, plot_losses, print_metrics

@@ -15,10 +15,10 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.graph import SocialGraph
 from fastrec.data.loader import SequenceLoader
 from fastrec.data.pairs import Pairs
+from fastrec.data.prepare.synthetic import generate
 from fastrec.data.side import SideData
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
-from fastrec.data.synthetic import generate
 from fastrec.data.views import Views
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel

@@ -11,7 +11,7 @@ from builders import model_of
 from fastrec.cli import _read_users, main
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare
-from fastrec.data.readers import RawData
+from fastrec.data.prepare.readers import RawData
 from fastrec.serve import recommend, write_table
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"

@@ -18,11 +18,11 @@ from fastrec.cli import RECIPE_COMMANDS, _read_users, _recipe_settings, main
 from fastrec.cli_help import recipe_keys
 from fastrec.data.attributes import Attribute
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.prepare.synthetic import generate
 from fastrec.data.settings import from_values
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
-from fastrec.data.synthetic import generate
 from fastrec.evaluation.next_item import Protocol, row_blocks
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel

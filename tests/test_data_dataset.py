@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.writer import write_dataset
+from fastrec.data.prepare.writer import write_dataset
 
 SEQUENCES = [[3, 1, 4, 1, 5], [2, 0], [5, 4, 3], [], [1], [0, 1, 2, 3]]
 V = 6

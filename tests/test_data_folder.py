@@ -11,14 +11,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fastrec.data import folder
 from fastrec.data.attributes import Attribute, encode_attributes
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.k_core import k_core_mask
-from fastrec.data.prepare import prepare
-from fastrec.data.readers import RawData
-from fastrec.data.writer import claim
+from fastrec.data.prepare import folder, prepare
+from fastrec.data.prepare.k_core import k_core_mask
+from fastrec.data.prepare.readers import RawData
+from fastrec.data.prepare.writer import claim
 
 
 def raw(shift: int = 0, users: int = 3) -> RawData:

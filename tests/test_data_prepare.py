@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
 from fastrec.data.graph import SocialGraph
-from fastrec.data.k_core import k_core_mask
 from fastrec.data.prepare import prepare
-from fastrec.data.readers import RawData
-from fastrec.data.side_tables import read_attributes
+from fastrec.data.prepare.k_core import k_core_mask
+from fastrec.data.prepare.readers import RawData
+from fastrec.data.prepare.side_tables import read_attributes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -5,8 +5,8 @@ import gzip
 import pytest
 from files import fails, rows, write
 
-from fastrec.data import readers
 from fastrec.data.errors import DataError
+from fastrec.data.prepare import readers
 
 # S3-Rec text
 

@@ -8,7 +8,7 @@ import torch
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.graph import SocialGraph
-from fastrec.data.synthetic import generate
+from fastrec.data.prepare.synthetic import generate
 
 
 @pytest.fixture(scope="module")

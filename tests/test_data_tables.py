@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 from files import fails, rows, write
 
-from fastrec.data import readers
-from fastrec.data.side_tables import read_attributes
+from fastrec.data.prepare import readers
+from fastrec.data.prepare.side_tables import read_attributes
 
 NAMES = {"user": "who", "item": "what", "timestamp": "when"}
 

@@ -6,8 +6,8 @@ import polars as pl
 import pytest
 from files import rows, write
 
-from fastrec.data import readers
 from fastrec.data.errors import DataError
+from fastrec.data.prepare import readers
 
 NAMES = {"user": "who", "item": "what", "timestamp": "when"}
 

@@ -13,7 +13,7 @@ from fuzz_files import build, change_bytes, change_whole, events, links, people
 
 from fastrec.cli import prepare
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.synthetic import generate
+from fastrec.data.prepare.synthetic import generate
 
 FILES = int(os.environ.get("FASTREC_FUZZ", 300))
 BATCHES = 10

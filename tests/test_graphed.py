@@ -21,10 +21,10 @@ from builders import (
 
 from fastrec import backend
 from fastrec.data.graph import SocialGraph
+from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
-from fastrec.data.synthetic import generate
 from fastrec.data.views import Again
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled

@@ -12,8 +12,8 @@ from builders import dataset_of, lists_of
 from fastrec.data.attributes import Attribute
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
+from fastrec.data.prepare.writer import write_dataset
 from fastrec.data.side import SideData
-from fastrec.data.writer import write_dataset
 
 SEQUENCES = [[3, 1, 4, 1, 5], [2, 0, 1], [5, 4, 3], [0, 1, 2, 3, 5, 4], [1, 1, 1]]
 AGES = [10.0, 20.0, 30.0, 40.0, None]

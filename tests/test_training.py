@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare
-from fastrec.data.readers import RawData
+from fastrec.data.prepare.readers import RawData
 from fastrec.data.side import SideData
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.friend import Friend

@@ -9,8 +9,8 @@ from builders import dataset_of, jagged, model_of, trained_weights
 from torch.nn import functional as F
 
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask
-from fastrec.data.synthetic import generate
 from fastrec.nn.encoders.transformer import Patch
 from fastrec.nn.transfer import PARTS, freeze, take, trained_share
 from fastrec.nn.user_model import UserModel

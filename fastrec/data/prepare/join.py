@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrec.data.columns import check_unique, key_column
 from fastrec.data.errors import DataError
-from fastrec.data.side_tables import read_attributes, read_relations
+from fastrec.data.prepare.columns import check_unique, key_column
+from fastrec.data.prepare.side_tables import read_attributes, read_relations
 
 
 def attribute_table(ids, sources, key: str, everyone, **options):

@@ -13,7 +13,7 @@ Sequences are short, as in the Yelp data of UPRec: from 5, median 7, mean about 
 import numpy as np
 
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.writer import check_output, claim, write_dataset
+from fastrec.data.prepare.writer import check_output, claim, write_dataset
 
 REGIONS = ("north", "east", "south", "west", "centre", "islands")
 _SUCCESSORS = np.array([0.3, 0.22, 0.16, 0.13, 0.1, 0.09])  # probability of each successor
@@ -111,7 +111,7 @@ def generate(
             relations=pl.DataFrame(_links(rng, main, mean_friends), schema=["user", "friend"]),
             tie_rule="no ties",
             time="seconds since 1970",
-            source=f"fastrec.data.synthetic, seed {seed}",
+            source=f"fastrec.data.prepare.synthetic, seed {seed}",
             overwrite=overwrite,
         )
     return SequenceDataset.load(output)

@@ -4,10 +4,10 @@ import json
 from io import BytesIO
 from pathlib import Path
 
-from fastrec.data.columns import first_row, float_column, id_column
 from fastrec.data.errors import DataError, reading
-from fastrec.data.text import check_file, read_bytes, read_delimited
-from fastrec.data.times import PLACE, time_column
+from fastrec.data.prepare.columns import first_row, float_column, id_column
+from fastrec.data.prepare.text import check_file, read_bytes, read_delimited
+from fastrec.data.prepare.times import PLACE, time_column
 
 _SEPARATORS = {
     ".csv": ",",

@@ -7,7 +7,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from fastrec.data.columns import (
+from fastrec.data.errors import DataError, reading
+from fastrec.data.prepare.columns import (
     attribute_column,
     check_unique,
     first_row,
@@ -15,9 +16,8 @@ from fastrec.data.columns import (
     key_column,
     looks_like_a_row,
 )
-from fastrec.data.errors import DataError, reading
-from fastrec.data.tables import is_delimited, read_frame, recbole_columns
-from fastrec.data.text import read_bytes, read_delimited
+from fastrec.data.prepare.tables import is_delimited, read_frame, recbole_columns
+from fastrec.data.prepare.text import read_bytes, read_delimited
 
 _DAT_COLUMNS = {
     "users.dat": ["user_id", "gender", "age", "occupation", "zip_code"],

@@ -7,8 +7,8 @@ is refused.
 import re
 from decimal import Decimal
 
-from fastrec.data.columns import check_present, first_row, int64, integers
 from fastrec.data.errors import DataError
+from fastrec.data.prepare.columns import check_present, first_row, int64, integers
 
 SOURCE = "timestamp of the source"
 PLACE = "place in the sequence, from 0"
