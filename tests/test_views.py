@@ -179,3 +179,9 @@ def test_the_parts_of_a_view():
     found = list(parts_of([Step(friend=Friend()), Step(one_of=inner), NextItem()]))
     kinds = [type(part) for part in found]
     assert kinds == [Friend, OneOf, Crop, OneOf, Mask, Reorder, NextItem]
+
+
+@pytest.mark.parametrize("steps", [[Mask(0.2), Mask(0.4)], [Step(crop=Crop()), Crop(0.5)]])
+def test_steps_of_one_kind_in_a_view_are_refused(steps):
+    with pytest.raises(ValueError, match=r"view 'main' has (Mask|Crop) twice: both would draw"):
+        made_of({"main": steps})

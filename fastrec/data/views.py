@@ -58,6 +58,12 @@ class Views:
                 raise ValueError(
                     f"view {name!r} takes {source!r} again, which does not stand before it"
                 )
+            kinds = [type(getattr(step, "part", step)) for step in steps]
+            twice = [kind for kind in kinds if kinds.count(kind) > 1]
+            if twice and twice[0].__module__.startswith("fastrec."):
+                raise ValueError(
+                    f"view {name!r} has {twice[0].__name__} twice: both would draw the same numbers"
+                )
 
     def __call__(self, batch: JaggedBatch, rng: Rng, shard: Shard) -> dict[str, JaggedBatch]:
         """The views of the sequences of `batch`, this process's part of the users of a step."""
