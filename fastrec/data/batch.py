@@ -117,7 +117,8 @@ class JaggedBatch:
         target = self.events.get("target")
         if target is None:
             return self
-        scored = (target != NO_TARGET).flatten(1).any(1) if target.dim() > 1 else target != -100
+        scored = target != NO_TARGET
+        scored = scored.flatten(1).any(1) if target.dim() > 1 else scored
         return replace(self, scored=scored.nonzero().squeeze(1))
 
     @staticmethod

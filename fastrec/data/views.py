@@ -23,8 +23,8 @@ class Again:
         raise ValueError(f"again: {self.view} must be the first step of its view")
 
 
-def taken(view: str, steps: list) -> str | None:
-    """The view that the steps of `view` start from; None: from the users' own sequences."""
+def taken(steps: list) -> str | None:
+    """The view that steps start from; None: from the users' own sequences."""
     first = getattr(steps[0], "part", steps[0]) if steps else None
     return first.view if isinstance(first, Again) else None
 
@@ -53,7 +53,7 @@ class Views:
     ):
         self.views, self.frame, self.side, self.max_len = dict(views), frame, side, max_len
         for number, (name, steps) in enumerate(self.views.items()):
-            source = taken(name, steps)
+            source = taken(steps)
             if source is not None and source not in list(self.views)[:number]:
                 raise ValueError(
                     f"view {name!r} takes {source!r} again, which does not stand before it"
@@ -69,7 +69,7 @@ class Views:
         """The views of the sequences of `batch`, this process's part of the users of a step."""
         made: dict[str, JaggedBatch] = {}
         for number, (name, steps) in enumerate(self.views.items()):
-            source, room = taken(name, steps), self.max_len + extra(steps)
+            source, room = taken(steps), self.max_len + extra(steps)
             self.side.shard = shard._replace(view=number, max_len=room)
             if source is not None:
                 view, steps = made[source], steps[1:]

@@ -53,6 +53,16 @@ class Protocol:
                 "evaluation.seen has no effect: sampled candidates are never items that were seen"
             )
 
+    @property
+    def others(self) -> int:
+        """Negatives beside a target."""
+        return 99 if self.negatives is None else self.negatives
+
+    @property
+    def other_friends(self) -> int:
+        """Users beside a friend."""
+        return 99 if self.friend_negatives is None else self.friend_negatives
+
     def check_used(self, judges: set[str]) -> None:
         """Raise ValueError for a key that none of the judges of a recipe reads."""
         if judges and self.friend_negatives is not None and "friends" not in judges:
@@ -147,8 +157,7 @@ class NextItemJudge:
         self.targets = dataset.targets(split)[users]
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         if protocol.candidates == "sampled":
-            count = 99 if protocol.negatives is None else protocol.negatives
-            negatives = popularity_negatives(dataset, users, count, protocol.seed)
+            negatives = popularity_negatives(dataset, users, protocol.others, protocol.seed)
             self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
 
     def __len__(self) -> int:

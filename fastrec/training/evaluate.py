@@ -79,7 +79,7 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
 
 def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path) -> dict:
     users, evaluation = held_out_users(dataset, recipe.users), recipe.evaluation
-    others = 99 if evaluation.friend_negatives is None else evaluation.friend_negatives
+    others = evaluation.other_friends
     judge = FriendsJudge(dataset, users, "all", others, evaluation.seed)
     settings = stage.parts.get("friends", Friends())
     objective = JointObjective({"friends": settings}, model, side_data(dataset, recipe))

@@ -87,7 +87,6 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     elif stage.judge == "attributes":
         judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
     else:
-        negatives = recipe.evaluation.friend_negatives
-        seed = recipe.evaluation.seed
-        judge = FriendsJudge(dataset, judged, "train", 99 if negatives is None else negatives, seed)
+        how = recipe.evaluation
+        judge = FriendsJudge(dataset, judged, "train", how.other_friends, how.seed)
     return StageData(users, side, judge)
