@@ -151,7 +151,7 @@ struct Layer {
         in_panels(packed<T>(data<T>(w_in), 1, d, d, f)),
         b_in(padded<T>(bias_in, f)) {
     args.end = input.size(0), args.d = d, args.f = f, args.e = e;
-    args.x = reinterpret_cast<const T*>(x.rows.data);
+    args.x = x.elements<T>();
     args.x_row = x.rows.stride / int64_t(sizeof(T));
     args.in_panels = in_panels, args.bias_in = b_in;
   }
@@ -194,7 +194,7 @@ Gradients backward_typed(const Tensor& grad_output, const Tensor& input, const T
   Buffer<T> grad_panels = packed<T>(data<T>(layer.w_out), f, 1, e, f);
   Buffer<T> back_panels = packed<T>(data<T>(layer.w_in), d, 1, f, d);
   FfnArgs<T>& all = layer.args;
-  all.g = reinterpret_cast<const T*>(g.rows.data);
+  all.g = g.elements<T>();
   all.g_row = g.rows.stride / int64_t(sizeof(T));
   all.grad_panels = grad_panels, all.back_panels = back_panels;
   all.out = input_needed ? data<T>(grad_input) : nullptr;

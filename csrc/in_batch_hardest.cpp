@@ -41,7 +41,7 @@ template <class T>
 Tensor backward_typed(const Tensor& grad, const Tensor& index, int64_t candidates) {
   Tensor source = torch::stable::contiguous(grad), ids = torch::stable::contiguous(index);
   int64_t rows = grad.size(0), width = grad.size(1);
-  const int64_t* item = static_cast<const int64_t*>(ids.data_ptr());
+  const int64_t* item = int64_data(ids);
   std::vector<int64_t> begin(candidates + 1, 0);
   for (int64_t i = 0; i < rows; ++i) {
     STD_TORCH_CHECK(item[i] < candidates, "index ", item[i], " is outside [0, ", candidates, ")");

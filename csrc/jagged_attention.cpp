@@ -23,6 +23,7 @@ Tensor with_contiguous_features(const Tensor& x) {
 }
 
 Heads heads_of(const Tensor& x) {
+  bytes_of(x.scalar_type());
   return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.scalar_type()};
 }
 

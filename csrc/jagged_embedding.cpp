@@ -239,7 +239,7 @@ Tensor scatter_typed(const Tensor& grad, const Tensor& index, int64_t rows, Scal
   int64_t events = index.size(0), width = grad.size(1);
   Matrix source(grad);
   Tensor ids = torch::stable::contiguous(index);
-  const int64_t* row = static_cast<const int64_t*>(ids.data_ptr());
+  const int64_t* row = int64_data(ids);
   check_index(row, events, rows);
   Tensor out = torch::stable::new_zeros(grad, {rows, width}, dtype);
   std::vector<int64_t> order = sorted_events(row, events, rows);

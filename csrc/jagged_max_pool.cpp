@@ -65,9 +65,7 @@ FASTREC_INLINE void forward_sequences(const PoolArgs<T>& a) {
 
 template <class S, class T = typename S::T>
 FASTREC_INLINE void backward_sequences(const PoolArgs<T>& a) {
-  const int64_t width = a.width, item = a.dtype == ScalarType::Double  ? 8
-                                        : a.dtype == ScalarType::Float ? 4
-                                                                       : 2;
+  const int64_t width = a.width, item = bytes_of(a.dtype);
   char* out = static_cast<char*>(a.out);
   for (int64_t b = a.begin; b < a.end; ++b) {
     const int64_t first = a.offsets[b], rows = a.offsets[b + 1] - first;
@@ -94,7 +92,7 @@ FASTREC_DEFINE_PER_ISA(pool_forward, PoolArgs, forward_sequences)
 
 // Offsets are walked as pointers.
 void check(const Tensor& offsets, int64_t events) {
-  const int64_t* at = static_cast<const int64_t*>(offsets.data_ptr());
+  const int64_t* at = int64_data(offsets);
   int64_t sequences = offsets.size(0) - 1;
   STD_TORCH_CHECK(at[0] == 0 && at[sequences] == events, "offsets must rise from 0 to ", events,
                   ", got ", at[0], " to ", at[sequences]);

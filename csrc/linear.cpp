@@ -94,7 +94,7 @@ Tensor times(const Tensor& a, const T* b, int64_t b_row, int64_t b_column, int64
   Buffer<T> panels = packed(b, b_row, b_column, depth, columns);
   std::optional<Buffer<T>> bias_row;
   if (bias) bias_row.emplace(padded<T>(*bias, columns));
-  RowsArgs<T> all{0, count, depth, columns, reinterpret_cast<const T*>(rows.rows.data),
+  RowsArgs<T> all{0, count, depth, columns, rows.elements<T>(),
                   rows.rows.stride / int64_t(sizeof(T)), panels,
                   bias ? static_cast<const T*>(*bias_row) : nullptr, static_cast<T*>(out.data_ptr())};
   torch::stable::parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
@@ -113,8 +113,8 @@ void sums(const Tensor& grad, const Tensor& input, Tensor& weight, Tensor& bias,
   int64_t range = rows_of_a_range(count);
   int64_t ranges = (count + range - 1) / range, size = n * (width + 1);
   Buffer<T> partials(std::max<int64_t>(1, ranges) * size);
-  SumsArgs<T> all{0, 0, n, k, width, reinterpret_cast<const T*>(g.rows.data),
-                  g.rows.stride / int64_t(sizeof(T)), reinterpret_cast<const T*>(x.rows.data),
+  SumsArgs<T> all{0, 0, n, k, width, g.elements<T>(),
+                  g.rows.stride / int64_t(sizeof(T)), x.elements<T>(),
                   x.rows.stride / int64_t(sizeof(T)), nullptr, nullptr};
   torch::stable::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {

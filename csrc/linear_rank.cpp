@@ -16,7 +16,7 @@ Tensor forward_typed(const Tensor& input, const Tensor& linear_weight,
                      const std::optional<Tensor>& exclude_values,
                      const std::optional<Tensor>& exclude_offsets) {
   Tensor ids = torch::stable::contiguous(target);
-  const int64_t* y = static_cast<const int64_t*>(ids.data_ptr());
+  const int64_t* y = int64_data(ids);
   int64_t rows = input.size(0), items = linear_weight.size(0);
   for (int64_t i = 0; i < rows; ++i)
     STD_TORCH_CHECK(y[i] >= 0 && y[i] < items, "target ", y[i], " is outside [0, ", items, ")");

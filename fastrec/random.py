@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrec.ops.common.arguments import INDEX, has_values
+
 # Sites 1-5 are dropout sites of an encoder; 16 and up belong to the data path. Numbers are part of
 # the contract: a new site gets a new number, an old one is never reused.
 SITES = {
@@ -67,7 +69,7 @@ def _word(value: Tensor | int, device: torch.device | None = None) -> Tensor:
     if device is not None and device.type != "cpu":
         return torch.full((), value, dtype=torch.int64, device=device)
     # Not torch.as_tensor: compiled, with an int that varies, it keeps 32 of 64 bits (torch 2.13).
-    return torch.tensor(value)
+    return torch.tensor(value, device="cpu")
 
 
 def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,22 +87,23 @@ def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c0, c1, c2, c3
 
 
-def threshold(p: float, bits: int = 16) -> int:
+def threshold(p: float, bits: int = 16, name: str = "probability") -> int:
     """T such that `draw < T` happens with probability T / 2^bits, the nearest to p."""
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"probability must be in [0, 1], got {p}")
+        raise ValueError(f"{name} must be in [0, 1], got {p}")
     return int(2**bits * p + 0.5)
 
 
 def check_positions(name: str, index: Tensor | int) -> None:
     """A position of 65,536 would run into the next field of its word. No host sync on a GPU."""
-    if isinstance(index, Tensor) and (index.device.type != "cpu" or index.numel() == 0):
+    if not isinstance(index, Tensor):
+        low = high = float(index)
+    elif not has_values(index) or index.numel() == 0:
         return
-    if torch.compiler.is_compiling():
-        return
-    low, high = torch.as_tensor(index).aminmax()
+    else:
+        low, high = (value.item() for value in index.aminmax())
     if low < 0 or high >= 65536:
-        raise ValueError(f"{name} must be in [0, 65536), got {int(low if low < 0 else high)}")
+        raise ValueError(f"{name} must be in [0, 65536), got {low if low < 0 else high:.0f}")
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,24 @@ class Rng:
     step: Tensor | int
     words: Tensor | None = None
 
+    def __post_init__(self):
+        for name, word in (("seed", self.seed), ("step", self.step)):
+            if isinstance(word, Tensor):
+                if word.dtype not in INDEX or word.numel() != 1:
+                    raise TypeError(
+                        f"{name} as a tensor must be one int64 or int32, got {word.dtype}"
+                        f" {list(word.shape)}"
+                    )
+            elif not torch.compiler.is_compiling() and not -(2**63) <= word < 2**63:
+                raise ValueError(f"{name} must be in [-2^63, 2^63), got {word}")
+
     def key(self, device: torch.device) -> Tensor:
         """int64 [2] on `device`, (seed, step) as the kernels read them. A copy: a step counter that
         is advanced in place between forward and backward does not change the mask."""
         if self.words is not None and self.words.device == device:
             return self.words
         if device.type == "cpu" and isinstance(self.seed, int) and isinstance(self.step, int):
-            return torch.tensor([self.seed, self.step])
+            return torch.tensor([self.seed, self.step], device=device)
         words = (_word(word, device).to(torch.int64) for word in (self.seed, self.step))
         return torch.stack([word.reshape(()) for word in words])
 
@@ -142,6 +156,8 @@ def _call(
     bits: int = 16,
 ) -> Tensor:
     """The four words of each call: int64 [..., 4], `keys`, `row`, `group` and `head` broadcast."""
+    if keys.dtype != torch.int64:  # the view is in the upper half
+        raise TypeError(f"keys must be int64, got {keys.dtype}")
     seed, step = _word(rng.seed), _word(rng.step)
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16), (seed >> 32) & _MASK32)
     counter = (

@@ -64,22 +64,3 @@ def test_grid_of_many_sequences(launches):
     offsets = torch.zeros(100_001, dtype=torch.int64, device="meta")
     jagged_max_pool(values, offsets, backend="triton").sum().backward()
     assert launches == ["_fwd_kernel", "_bwd_kernel"]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(values=torch.zeros(5)), r"floating point \[T, D\], got torch.float32 \[5\]"),
-        (dict(values=torch.zeros(5, 2, dtype=torch.int64)), "got torch.int64"),
-        (dict(offsets=torch.tensor([0.0, 5])), r"int64 \[B \+ 1\]"),
-        (dict(offsets=torch.tensor([0, 4])), "rise from 0 to T = 5, got 0 to 4"),
-        (dict(offsets=torch.tensor([1, 5])), "got 1 to 5"),
-        (dict(offsets=torch.tensor([0, 4, 3, 5])), "with a fall between"),
-        (dict(mask=torch.ones(4, dtype=torch.bool)), r"mask must be bool \[5\]"),
-        (dict(mask=torch.ones(5)), "got torch.float32"),
-    ],
-)
-def test_errors_name_the_argument(change, message):
-    good = dict(values=torch.zeros(5, 2), offsets=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match=message):
-        jagged_max_pool(**(good | change))

@@ -1,4 +1,5 @@
-"""Arguments of linear_cross_entropy: error texts, dtype rules, autocast, what needs a gradient."""
+"""Arguments of linear_cross_entropy: shapes, dtype rules, autocast, what needs a gradient. Wrong
+ones are those of test_wrong_arguments.py."""
 
 import pytest
 import torch
@@ -11,41 +12,32 @@ from fastrec.ops.common.linear_cross_entropy_autograd import PlainLoss
 
 
 @every_backend
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        (dict(target=[0, 5, 1, 1]), IndexError, r"target\[1\] is 5, expected .* \[0, 5\)"),
-        (dict(target=[0, 1, 1, -1]), IndexError, r"target\[3\] is -1, expected .* \[0, 5\)"),
-        (dict(target=[0, 1, 1, -100], ignore_index=0), IndexError, r"target\[3\] is -100"),
-        (dict(target=[0, 1, 2**40, 1]), IndexError, rf"target\[2\] is {2**40}"),
-        (dict(rows=[0, 4, 1, 1]), IndexError, r"rows\[1\] is 4, expected .* \[0, 4\)"),
-        (dict(rows=[0, 1, 1, -1]), IndexError, r"rows\[3\] is -1"),
-        (dict(input=torch.zeros(4)), ValueError, r"input must be \[rows, D\].* got \[4\]"),
-        (dict(input=torch.zeros(4, 2)), ValueError, r"got \[4, 2\] and \[5, 3\]"),
-        (dict(linear_weight=torch.zeros(5, 3, 1)), ValueError, r"and \[5, 3, 1\]"),
-        (dict(linear_weight=torch.zeros(0, 3)), ValueError, "no item to score"),
-        (dict(target=[0, 1]), ValueError, r"target must be \[4\].* got \[2\]"),
-        (dict(rows=[0, 1]), ValueError, r"target must be \[2\].* got \[4\]"),
-        (dict(rows=torch.ones(3, dtype=torch.bool)), ValueError, r"mask must be \[4\].* \[3\]"),
-        (dict(linear_bias=torch.zeros(4)), ValueError, r"linear_bias must be \[5\], got \[4\]"),
-        (dict(weight=torch.zeros(5, 1)), ValueError, r"weight must be \[5\], got \[5, 1\]"),
-        (dict(reduction="avg"), ValueError, "'none', 'mean' or 'sum', got 'avg'"),
-        (dict(label_smoothing=1.5), ValueError, r"in \[0, 1\], got 1.5"),
-        (dict(label_smoothing=-0.1), ValueError, r"in \[0, 1\], got -0.1"),
-        (dict(target=torch.zeros(4, dtype=torch.int32)), TypeError, "int64 item ids, got .*int32"),
-        (dict(target=torch.zeros(4)), TypeError, "int64 item ids, got .*float32"),
-        (dict(input=torch.zeros(4, 3, dtype=torch.int64)), TypeError, "input must be a floating"),
-        (dict(linear_weight=torch.zeros(5, 3, dtype=torch.int8)), TypeError, "linear_weight must"),
-        (dict(rows=torch.zeros(4, dtype=torch.int32)), TypeError, "rows must be int64 .*int32"),
-        (dict(input=torch.zeros(4, 3, dtype=torch.float64)), TypeError, "linear_weight"),
-        (dict(linear_weight=torch.zeros(5, 3, dtype=torch.bfloat16)), TypeError, "linear_weight"),
-        (dict(linear_bias=torch.zeros(5, dtype=torch.int64)), TypeError, "linear_bias"),
-    ],
-)
-def test_wrong_arguments(backend, change, error, message):
-    change = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in change.items()}
-    with pytest.raises(error, match=message):
-        linear_cross_entropy(**(problem() | change), backend=backend)
+def test_only_ignore_index_is_ignored(backend):
+    case = problem() | dict(target=torch.tensor([0, 1, 1, -100]), ignore_index=0)
+    with pytest.raises(IndexError, match=r"target\[3\] is -100, expected a value in \[0, 5\)"):
+        linear_cross_entropy(**case, backend=backend)
+
+
+@every_backend
+@pytest.mark.parametrize("rows", [None, torch.eye(2, 3) > 0, torch.tensor([4, 1, 1, 5])])
+def test_leading_dimensions_are_rows(backend, rows):
+    """[..., D] beside targets [...]: the losses of the rows, in the shape of the targets."""
+    case = problem(6) | dict(rows=rows, reduction="none", backend=backend)
+    if rows is not None and rows.dtype == torch.int64:
+        case["target"] = case["target"][:4]
+    flat = linear_cross_entropy(**case | dict(rows=None if rows is None else rows.flatten()))
+    case["input"] = case["input"].view(2, 3, 3)
+    if rows is None or rows.dtype == torch.bool:
+        case["target"] = case["target"].view(2, 3)
+    loss = linear_cross_entropy(**case)
+    assert loss.shape == case["target"].shape and torch.equal(loss.flatten(), flat)
+    assert linear_cross_entropy(**case | dict(reduction="sum")).shape == ()
+
+
+def test_one_row_without_other_dimensions():
+    case = problem(1)
+    loss = linear_cross_entropy(case["input"][0], case["linear_weight"], case["target"][0])
+    torch.testing.assert_close(loss, linear_cross_entropy(**case))
 
 
 def test_ignored_targets_are_not_range_checked():

@@ -21,6 +21,7 @@ T* data(const Tensor& tensor) {
 }
 
 inline ScalarType promote(ScalarType a, ScalarType b) {
+  bytes_of(a), bytes_of(b);
   if (a == b) return a;
   bool wide = a == ScalarType::Double || b == ScalarType::Double;
   return wide ? ScalarType::Double : ScalarType::Float;  // also of bfloat16 and float16
@@ -29,11 +30,19 @@ inline ScalarType promote(ScalarType a, ScalarType b) {
 struct Matrix {
   explicit Matrix(const std::optional<Tensor>& matrix) {
     if (!matrix) return;
+    const int64_t size = bytes_of(matrix->scalar_type());
     bool rows_are = matrix->stride(1) == 1 || matrix->size(1) == 1;
     tensor = rows_are ? *matrix : torch::stable::contiguous(*matrix);
     rows = {static_cast<const char*>(tensor->data_ptr()),
-            tensor->stride(0) * static_cast<int64_t>(tensor->element_size()),
-            tensor->scalar_type()};
+            tensor->stride(0) * size, tensor->scalar_type()};
+  }
+  // The elements of a matrix that is read in place.
+  template <class T>
+  const T* elements() const {
+    STD_TORCH_CHECK(rows.dtype == compute_dtype<T>(), "expected ",
+                    torch::headeronly::toString(compute_dtype<T>()), ", got ",
+                    torch::headeronly::toString(rows.dtype));
+    return reinterpret_cast<const T*>(rows.data);
   }
   std::optional<Tensor> tensor;
   Rows rows{nullptr, 0, ScalarType::Float};  // data stays null for no matrix
@@ -60,6 +69,7 @@ class Vector {
   // n elements; `fill` where there is no vector.
   Vector(const std::optional<Tensor>& vector, int64_t n, T fill = T(0)) : filled_(vector ? 0 : n) {
     if (vector) {
+      bytes_of(vector->scalar_type());
       tensor_ = torch::stable::contiguous(torch::stable::to(*vector, compute_dtype<T>()));
     } else {
       std::fill_n(static_cast<T*>(filled_), n, fill);
@@ -79,8 +89,14 @@ inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& ten
   return torch::stable::contiguous(*tensor);
 }
 
+inline const int64_t* int64_data(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, "expected int64, got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  return static_cast<const int64_t*>(tensor.data_ptr());
+}
+
 inline const int64_t* int64_data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const int64_t*>(tensor->data_ptr()) : nullptr;
+  return tensor ? int64_data(*tensor) : nullptr;
 }
 
 struct DropoutTensors {

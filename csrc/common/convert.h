@@ -2,8 +2,10 @@
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "simd.h"
@@ -18,6 +20,28 @@ using torch::headeronly::ScalarType;
 template <class T>
 constexpr ScalarType compute_dtype() {
   return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+// A dtype that is none of the four: there is no other way to read an element, so nothing goes on.
+[[noreturn]] __attribute__((cold, noinline)) inline void refuse(ScalarType dtype) {
+  STD_TORCH_CHECK(false, "the kernels read and write float64, float32, bfloat16 and float16, got ",
+                  torch::headeronly::toString(dtype));
+  std::abort();  // not reached
+}
+
+// Bytes of an element. Whoever takes a tensor asks, before the threads start.
+inline int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      refuse(dtype);
+  }
 }
 
 // The conversions are written without branches so that the loops around them become vector code.
@@ -60,8 +84,10 @@ struct Rows {
         return convert_row(reinterpret_cast<const float*>(source), out, n);
       case ScalarType::BFloat16:
         return convert_row(reinterpret_cast<const BFloat16*>(source), out, n);
-      default:
+      case ScalarType::Half:
         return convert_row(reinterpret_cast<const Half*>(source), out, n);
+      default:
+        refuse(dtype);
     }
   }
 };
@@ -80,8 +106,10 @@ FASTREC_INLINE void store_row(const T* values, void* out, ScalarType dtype, int6
       return narrow_row(values, static_cast<float*>(out) + at, n);
     case ScalarType::BFloat16:
       return narrow_row(values, static_cast<BFloat16*>(out) + at, n);
-    default:
+    case ScalarType::Half:
       return narrow_row(values, static_cast<Half*>(out) + at, n);
+    default:
+      refuse(dtype);
   }
 }
 

@@ -27,7 +27,7 @@ class Batch {
     int64_t items = candidate.size(0), width = candidate.size(1), ld = padded<T>(width);
     Tensor y = positive ? torch::stable::contiguous(*positive) : candidate;
     for (int64_t i = 0; i < query.size(0); ++i) {
-      int64_t item = positive ? static_cast<const int64_t*>(y.data_ptr())[i] : -1;
+      int64_t item = positive ? int64_data(y)[i] : -1;
       STD_TORCH_CHECK(item < items, "positive ", item, " is outside [0, ", items, ")");
       if (positive && item < 0) continue;
       row.push_back(i);
@@ -57,8 +57,8 @@ class Batch {
   void load_groups(const Tensor& query_group, const Tensor& candidate_group) {
     Tensor of_rows = torch::stable::contiguous(query_group);
     Tensor of_items = torch::stable::contiguous(candidate_group);
-    const int64_t* rows = static_cast<const int64_t*>(of_rows.data_ptr());
-    const int64_t* items = static_cast<const int64_t*>(of_items.data_ptr());
+    const int64_t* rows = int64_data(of_rows);
+    const int64_t* items = int64_data(of_items);
     int64_t columns = of_items.size(1), count = pairs.rows, all = pairs.items;
     row_group_.resize(columns * count);
     item_group_.resize(columns * all);
@@ -92,12 +92,12 @@ class Batch {
   void load_lists(const Tensor& values, const Tensor& offsets) {
     values_ = torch::stable::contiguous(values);
     Tensor bounds = torch::stable::contiguous(offsets);
-    const int64_t* bound = static_cast<const int64_t*>(bounds.data_ptr());
+    const int64_t* bound = int64_data(bounds);
     for (int64_t i : row) {
       list_begin_.push_back(bound[i]);
       list_end_.push_back(bound[i + 1]);
     }
-    pairs.listed = static_cast<const int64_t*>(values_->data_ptr());
+    pairs.listed = int64_data(values_);
     pairs.list_begin = list_begin_.data();
     pairs.list_end = list_end_.data();
     if (values_->size(0) == 0) pairs.listed = nullptr;

@@ -32,7 +32,7 @@ struct Heads {
     return reinterpret_cast<Element*>(data) + t * event + h * head;
   }
   FASTREC_INLINE Rows rows(int64_t t, int64_t h) const {
-    int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    int64_t size = bytes_of(dtype);
     return {data + (t * event + h * head) * size, event * size, dtype};
   }
 };

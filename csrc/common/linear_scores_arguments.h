@@ -36,12 +36,12 @@ class Ranked {
     if (exclude_values && exclude_values->size(0) > 0) {
       values_ = torch::stable::contiguous(*exclude_values);
       Tensor offsets = torch::stable::contiguous(*exclude_offsets);
-      const int64_t* bound = static_cast<const int64_t*>(offsets.data_ptr());
+      const int64_t* bound = int64_data(offsets);
       for (int64_t i : order) {
         list_begin_.push_back(bound[i]);
         list_end_.push_back(bound[i + 1]);
       }
-      scores.listed = static_cast<const int64_t*>(values_->data_ptr());
+      scores.listed = int64_data(values_);
       scores.list_begin = list_begin_.data();
       scores.list_end = list_end_.data();
     }

@@ -33,7 +33,7 @@ struct Scored {
          const Tensor& target, int64_t ignore_index = -1)
       : weight(linear_weight) {
     Tensor ids = torch::stable::contiguous(target);
-    const int64_t* y = static_cast<const int64_t*>(ids.data_ptr());
+    const int64_t* y = int64_data(ids);
     int64_t items = linear_weight.size(0), width = linear_weight.size(1);
     for (int64_t i = 0; i < input.size(0); ++i) {
       if (y[i] == ignore_index) continue;

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.common.arguments import beside, check_tensor, check_width
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.random import Rng, keep_mask
@@ -103,12 +104,12 @@ def bias_gelu_dropout(
     What follows the first product of a feed-forward network; `input` is that product without bias.
 
     Args:
-        input: [T, D].
-        bias: [D]; None adds nothing.
+        input: [T, D], D > 0: float64, float32, bfloat16 or float16.
+        bias: [D], float64 with the input or not at all; None adds nothing.
         dropout_p: probability, quantised to 1/256. 0 needs none of the following arguments.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        keys: int64 [T], the key of the sequence that each row belongs to.
-        positions: int64 [T], the place of each row in its sequence, below 65,536.
+        keys: [T], int64 or int32, the key of the sequence that each row belongs to.
+        positions: [T], int64 or int32, the place of each row in its sequence, below 65,536.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -119,17 +120,12 @@ def bias_gelu_dropout(
         ValueError, TypeError: a shape, dtype or option is wrong.
         RuntimeError: `backend` cannot run.
     """
-    if input.dim() != 2 or not input.is_floating_point():
-        raise ValueError(
-            f"input must be floating point [T, D], got {input.dtype} {list(input.shape)}"
-        )
-    if bias is not None and bias.shape != input.shape[1:]:
-        raise ValueError(f"bias must be [{input.shape[1]}], got {list(bias.shape)}")
-    if bias is not None and (bias.dtype == torch.float64) != (input.dtype == torch.float64):
-        raise TypeError(f"input and bias must both be float64, got {input.dtype} and {bias.dtype}")
-    rows = input.shape[0]
-    mask = mask_of_rows(rng, dropout_p, keys, positions, rows, site=site, layer=layer)
-    backend = resolve(backend, OP, input.device)
+    check_width("input", input, ("T", "D"))
+    rows, device = input.shape[0], input.device
+    if bias is not None:
+        check_tensor("bias", bias, input.shape[1:], beside(input), device)
+    mask = mask_of_rows(rng, dropout_p, keys, positions, rows, device, site=site, layer=layer)
+    backend = resolve(backend, OP, device)
     if backend == "reference":
         dropout_p = dropout_p if mask.drop else 0.0  # p rounds to 0: rng may be missing
         return bias_gelu_dropout_ref(
@@ -137,8 +133,8 @@ def bias_gelu_dropout(
             bias,
             dropout_p=dropout_p,
             rng=rng,
-            keys=keys,
-            positions=positions,
+            keys=mask.keys,
+            positions=mask.positions,
             site=site,
             layer=layer,
         )

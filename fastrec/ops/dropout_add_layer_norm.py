@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.arguments import accumulate_dtype, beside, check_tensor, check_width
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.random import Rng, keep_mask
@@ -136,18 +136,13 @@ def dropout_add_layer_norm_ref(
 
 
 def _check(input, residual, weight, bias):
-    if input.dim() != 2 or not input.is_floating_point():
-        raise ValueError(
-            f"input must be floating point [T, D], got {input.dtype} {list(input.shape)}"
-        )
-    if residual is not None and residual.shape != input.shape:
-        raise ValueError(f"residual must be {list(input.shape)}, got {list(residual.shape)}")
+    check_width("input", input, ("T", "D"))
+    dtypes, device = beside(input), input.device
+    if residual is not None:
+        check_tensor("residual", residual, input.shape, dtypes, device)
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != input.shape[1:]:
-            raise ValueError(f"{name} must be [{input.shape[1]}], got {list(vector.shape)}")
-    doubles = [t.dtype == torch.float64 for t in (input, residual, weight, bias) if t is not None]
-    if any(doubles) and not all(doubles):
-        raise TypeError("input, residual, weight and bias must be float64 together or not at all")
+        if vector is not None:
+            check_tensor(name, vector, input.shape[1:], dtypes, device)
 
 
 def dropout_add_layer_norm(
@@ -171,14 +166,15 @@ def dropout_add_layer_norm(
     goes on with `output`, a pre-norm one with both.
 
     Args:
-        input: [T, D], the output of a sublayer.
+        input: [T, D], D > 0, the output of a sublayer: float64, float32, bfloat16 or float16.
         residual: [T, D]; None adds nothing.
-        weight, bias: [D]; None is 1 and 0.
+        weight, bias: [D]; None is 1 and 0. They and residual are float64 with the input or not at
+            all.
         eps: added to the variance.
         dropout_p: probability, quantised to 1/256. 0 needs none of the following arguments.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        keys: int64 [T], the key of the sequence that each row belongs to.
-        positions: int64 [T], the place of each row in its sequence, below 65,536.
+        keys: [T], int64 or int32, the key of the sequence that each row belongs to.
+        positions: [T], int64 or int32, the place of each row in its sequence, below 65,536.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -191,9 +187,9 @@ def dropout_add_layer_norm(
         RuntimeError: `backend` cannot run.
     """
     _check(input, residual, weight, bias)
-    rows = input.shape[0]
-    mask = mask_of_rows(rng, dropout_p, keys, positions, rows, site=site, layer=layer)
-    backend = resolve(backend, OP, input.device)
+    rows, device = input.shape[0], input.device
+    mask = mask_of_rows(rng, dropout_p, keys, positions, rows, device, site=site, layer=layer)
+    backend = resolve(backend, OP, device)
     if backend == "reference":
         dropout_p = dropout_p if mask.drop else 0.0  # p rounds to 0: rng may be missing
         return dropout_add_layer_norm_ref(
@@ -204,8 +200,8 @@ def dropout_add_layer_norm(
             eps=eps,
             dropout_p=dropout_p,
             rng=rng,
-            keys=keys,
-            positions=positions,
+            keys=mask.keys,
+            positions=mask.positions,
             site=site,
             layer=layer,
         )

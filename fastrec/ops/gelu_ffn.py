@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
+from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor, check_width
 from fastrec.ops.linear import linear
 
 OP = "gelu_ffn"
@@ -74,9 +75,9 @@ def gelu_ffn_ref(input, weight_in, bias_in, weight_out, bias_out):
 def gelu_ffn(
     input: Tensor,
     weight_in: Tensor,
-    bias_in: Tensor,
+    bias_in: Tensor | None,
     weight_out: Tensor,
-    bias_out: Tensor,
+    bias_out: Tensor | None,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -84,9 +85,11 @@ def gelu_ffn(
     Hendrycks and Gimpel, 2016).
 
     Args:
-        input: [T, D].
-        weight_in: [F, D], bias_in: [F].
-        weight_out: [E, F], bias_out: [E].
+        input: [T, D], D > 0: float64, float32, bfloat16 or float16.
+        weight_in: [F, D], F > 0. All parameters have the dtype of `input`, but for autocast.
+        bias_in: [F]; None adds nothing, as for bias_out.
+        weight_out: [E, F], E > 0.
+        bias_out: [E].
         backend: None ("cpp" for float32 and float64 on a CPU outside autocast, else `linear`,
             `bias_gelu_dropout` and `linear`), "reference" or "cpp".
 
@@ -98,27 +101,33 @@ def gelu_ffn(
     Raises:
         ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.
     """
+    check_width("input", input, ("T", "D"))
+    device, low = input.device, autocast_dtype(input.device)
+    dtypes = (input.dtype,) if low is None else FLOATS
+    check_tensor("weight_in", weight_in, ("F", input.shape[1]), dtypes, device)
+    inner = weight_in.shape[0]
+    check_tensor("weight_out", weight_out, ("E", inner), dtypes, device)
+    out = weight_out.shape[0]
+    for name, rows in (("weight_in", inner), ("weight_out", out)):
+        if rows == 0:
+            raise ValueError(f"{name} has no rows")
+    for name, bias, size in (("bias_in", bias_in, inner), ("bias_out", bias_out, out)):
+        if bias is not None:
+            check_tensor(name, bias, (size,), dtypes, device)
     tensors = (input, weight_in, bias_in, weight_out, bias_out)
-    inner, out = len(bias_in), len(bias_out)
-    rows, width = input.shape if input.dim() == 2 else (-1, -1)
-    shapes = [(rows, width), (inner, width), (inner,), (out, inner), (out,)]
-    if [tuple(tensor.shape) for tensor in tensors] != shapes:
-        raise ValueError(
-            "input, weight_in, bias_in, weight_out and bias_out must be [T, D], [F, D], [F], [E, F]"
-            f" and [E], got {', '.join(str(list(tensor.shape)) for tensor in tensors)}"
-        )
     wide = input.dtype in (torch.float32, torch.float64)
-    wide = wide and all(tensor.dtype == input.dtype for tensor in tensors)
-    if backend is None:
-        own = input.device.type == "cpu" and wide and min(inner, width, out) > 0
-        if not own or torch.is_autocast_enabled("cpu"):
-            hidden = bias_gelu_dropout(linear(input, weight_in), bias_in)
-            return linear(hidden, weight_out, bias_out)
-    if resolve(backend, OP, input.device) == "reference":
+    wide = wide and all(t is None or t.dtype == input.dtype for t in tensors)
+    if backend is None and (device.type != "cpu" or not wide or low is not None):
+        hidden = bias_gelu_dropout(linear(input, weight_in), bias_in)
+        return linear(hidden, weight_out, bias_out)
+    if resolve(backend, OP, device) == "reference":
         return gelu_ffn_ref(*tensors)
-    if not wide or min(inner, width, out) == 0:
+    if not wide:
         raise TypeError(
-            "the cpp kernel of gelu_ffn takes float32 or float64 tensors of one dtype with widths"
-            f" above 0, got {input.dtype} and {weight_in.dtype}, widths {width}, {inner}, {out}"
+            "the cpp kernel of gelu_ffn takes float32 or float64 tensors of one dtype, got input of"
+            f" {input.dtype} and weight_in of {weight_in.dtype}"
         )
-    return _GeluFfn.apply(*tensors)
+    # The kernel adds a bias in any case, for which zeros are as fast as nothing.
+    bias_in = weight_in.new_zeros(inner) if bias_in is None else bias_in
+    bias_out = weight_out.new_zeros(out) if bias_out is None else bias_out
+    return _GeluFfn.apply(input, weight_in, bias_in, weight_out, bias_out)

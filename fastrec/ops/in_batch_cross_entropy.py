@@ -17,11 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype, ordered_sum
+from fastrec.ops.common.arguments import (
+    accumulate_dtype,
+    autocast_dtype,
+    ordered_sum,
+    without_autocast,
+)
 from fastrec.ops.common.in_batch_cross_entropy_autograd import OP, InBatchCrossEntropy
 from fastrec.ops.common.in_batch_pairs import (
     allowed_ref,
     as_columns,
+    check_exclude,
     check_loss,
     check_pairs,
     check_positive,
@@ -156,11 +162,12 @@ def in_batch_cross_entropy(
         temperature: a positive number, or a tensor without dimensions (then with a gradient).
         candidate_bias: [C], added after the temperature: -log Q corrects for the popularity of
             sampled candidates. -inf takes a candidate out (a positive then has an infinite loss).
-        positive: int64 [B], the candidate of each query. None: query i has candidate i.
-        query_group, candidate_group: int64 ids [B] and [C], or [B, G] and [C, G] for several
+        positive: [B], the candidate of each query. None: query i has candidate i.
+        query_group, candidate_group: ids [B] and [C], or [B, G] and [C, G] for several
             columns. Equal ids in the same column exclude the pair; a negative id equals none.
         exclude: (values, offsets): the candidates values[offsets[i] : offsets[i + 1]], sorted, are
-            left out for query i. int64, [E] and [B + 1].
+            left out for query i. [E] and [B + 1]. Positions and ids are int64, or int32, which is
+            converted.
         symmetric: average with the loss of each positive candidate against all queries, with the
             same pairs left out. The positives must differ.
         reduction: "mean", "sum" or "none" ([B]).
@@ -191,18 +198,21 @@ def in_batch_cross_entropy(
         a GPU). RuntimeError: `backend` cannot run.
     """
     query, candidate = promote_under_autocast(query, candidate)
+    query_group, candidate_group, exclude = check_pairs(
+        query, candidate, similarity, weight, query_group, candidate_group, exclude
+    )
+    positive = check_loss(query, candidate, temperature, candidate_bias, positive, reduction)
     # With a group, `positive` and `exclude` count in candidates that are not here yet.
-    own = exclude if group is None else None
-    check_pairs(query, candidate, similarity, weight, query_group, candidate_group, own)
-    check_loss(query, candidate, temperature, candidate_bias, positive, reduction)
+    if exclude is not None and group is None:
+        check_exclude(exclude, len(query), len(candidate))
     if positive is not None and group is None:
         check_positive(positive, len(candidate), symmetric)
     if candidates_per_rank is not None and group is None:
         raise ValueError("candidates_per_rank belongs to a group, got none")
     backend = resolve(backend, OP, query.device)
-    device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device) and dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(device)  # of the products: centring comes first
+    dtype, low = query.dtype, autocast_dtype(query.device)
+    if low is not None and dtype == torch.float32:
+        dtype = low  # of the products: centring comes first
     options: dict[str, Any] = {
         "similarity": similarity,
         "weight": weight,
@@ -218,7 +228,7 @@ def in_batch_cross_entropy(
     one_way: Callable[..., Tensor] = functools.partial(
         directed, **options, dtype=dtype, backend=backend
     )
-    with torch.autocast(device, enabled=False):
+    with without_autocast(query.device):
         if group is not None:
             from fastrec.ops.common.in_batch_group import losses_of_group
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.arguments import accumulate_dtype, without_autocast
 from fastrec.ops.common.in_batch_pairs import (
     allowed_ref,
     as_columns,
+    check_exclude,
     check_pairs,
     operands,
     promote_under_autocast,
@@ -152,11 +153,15 @@ def in_batch_hardest(
         is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
     query, candidate = promote_under_autocast(query, candidate)
-    check_pairs(query, candidate, similarity, weight, query_group, candidate_group, exclude)
+    query_group, candidate_group, exclude = check_pairs(
+        query, candidate, similarity, weight, query_group, candidate_group, exclude
+    )
+    if exclude is not None:
+        check_exclude(exclude, len(query), len(candidate))
     if len(candidate) == 0:
         raise ValueError("candidate has no rows: there is nothing to choose from")
     backend = resolve(backend, OP, query.device)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         if backend == "reference":
             return in_batch_hardest_ref(
                 query,

@@ -18,6 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.common.arguments import (
+    accumulate_dtype,
+    autocast_dtype,
+    check_index,
+    check_offsets,
+    check_tensor,
+)
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_sequences
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.random import Rng, keep_mask
@@ -43,8 +50,8 @@ torch.library.define(
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
 def _(query, *args):
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate)
+    lse = query.new_empty(query.shape[:2], dtype=accumulate_dtype(query))
+    return query.new_empty(query.shape), lse
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
@@ -212,31 +219,15 @@ def split_packed(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check(query, key, value, offsets, max_seq_len):
-    if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
-        raise ValueError(
-            "query, key and value must be [T, H, D] alike, got"
-            f" {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
-    if not query.is_floating_point() or {key.dtype, value.dtype} != {query.dtype}:
-        raise TypeError(
-            "query, key and value must be floating point tensors of one dtype, got"
-            f" {query.dtype}, {key.dtype}, {value.dtype}"
-        )
+    """offsets as int64."""
+    check_tensor("query", query, ("T", "H", "D"))
+    check_tensor("key", key, query.shape, (query.dtype,), query.device)
+    check_tensor("value", value, query.shape, (query.dtype,), query.device)
     if not 1 <= query.shape[2] <= 256:
-        raise ValueError(f"the head width must be in [1, 256], got {query.shape[2]}")
-    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] == 0:
-        raise ValueError(
-            f"offsets must be int64 [B + 1], got {offsets.dtype} {list(offsets.shape)}"
-        )
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = offsets.diff()
-        low, high = lengths.aminmax() if len(lengths) else (0, 0)
-        if offsets[0] != 0 or offsets[-1] != query.shape[0] or low < 0 or high > max_seq_len:
-            raise ValueError(
-                f"offsets must rise from 0 to T = {query.shape[0]} in steps of at most max_seq_len"
-                f" = {max_seq_len}, got {int(offsets[0])} to {int(offsets[-1])} in steps of"
-                f" {int(low)} to {int(high)}"
-            )
+        raise ValueError(f"the head width D of query must be in [1, 256], got {query.shape[2]}")
+    offsets = check_index("offsets", offsets, ("B + 1",), query.device)
+    check_offsets("offsets", offsets, query.shape[0], "T", max_seq_len)
+    return offsets
 
 
 def jagged_attention(
@@ -258,13 +249,13 @@ def jagged_attention(
 
     Args:
         query, key, value: [T, H, D]; sequence b is rows offsets[b] to offsets[b + 1].
-        offsets: int64 [B + 1], from 0 to T.
+        offsets: [B + 1], from 0 to T. Like `keys` int64, or int32, which is converted.
         max_seq_len: upper bound of the lengths.
         causal: each event sees itself and earlier ones.
         scale: D^-0.5 unless given.
         dropout_p: probability, quantised to 1/256; needs `rng` and `keys`.
         rng, layer: the key of the mask (`fastrec.random`), with `keys`: the same in any batch.
-        keys: int64 [B], the key of each sequence. Sequences with the same events and different keys
+        keys: [B], the key of each sequence. Sequences with the same events and different keys
             are dropout views of one sample.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
@@ -278,21 +269,20 @@ def jagged_attention(
         of `offsets` are not looked at on a GPU and under torch.compile: rows of a sequence beyond
         `max_seq_len` are undefined there. RuntimeError: `backend` cannot run.
     """
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
+    low = autocast_dtype(query.device) if isinstance(query, Tensor) else None
+    if low is not None:
         query, key, value = (
             x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value)
         )
-    _check(query, key, value, offsets, max_seq_len)
-    sequences = offsets.shape[0] - 1
-    mask = mask_of_sequences(rng, dropout_p, keys, sequences, site="attention", layer=layer)
+    offsets = _check(query, key, value, offsets, max_seq_len)
+    sequences, device = offsets.shape[0] - 1, query.device
+    mask = mask_of_sequences(rng, dropout_p, keys, sequences, device, site="attention", layer=layer)
     if mask.drop and (max_seq_len > 65536 or query.shape[1] > 256):
         raise ValueError(
             "with dropout at most 65536 events a sequence and 256 heads, got"
             f" max_seq_len {max_seq_len}, {query.shape[1]} heads"
         )
-    backend = resolve(backend, OP, query.device)
+    backend = resolve(backend, OP, device)
     if backend == "reference":
         return jagged_attention_ref(
             query,
@@ -304,7 +294,7 @@ def jagged_attention(
             scale=scale,
             dropout_p=dropout_p if mask.drop else 0.0,
             rng=rng,
-            keys=keys,
+            keys=mask.keys,
             layer=layer,
         )
     scale = query.shape[2] ** -0.5 if scale is None else scale

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype, check_range
+from fastrec.ops.common.arguments import (
+    accumulate_dtype,
+    beside,
+    check_index,
+    check_range,
+    check_tensor,
+    check_width,
+)
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.random import Rng, keep_mask
@@ -153,37 +160,25 @@ def jagged_embedding_ref(
 
 
 def _check(values, weight, position_weight, positions, norm_weight, norm_bias):
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight must be floating point [V, D], got {weight.dtype} {list(weight.shape)}"
-        )
-    events, width = _events(values, weight), weight.shape[1]
-    if position_weight is not None and positions is None:
-        raise ValueError("position_weight needs positions")
-    for name, index in (("values", values), ("positions", positions)):
-        if index is not None and (index.dtype != torch.int64 or index.shape != (events,)):
-            raise ValueError(
-                f"{name} must be int64 [{events}], got {index.dtype} {list(index.shape)}"
-            )
-    if position_weight is not None and position_weight.shape[1:] != (width,):
-        raise ValueError(f"position_weight must be [P, {width}], got {list(position_weight.shape)}")
+    """values and positions as int64."""
+    check_width("weight", weight, ("V", "D"))
+    device, width, dtypes = weight.device, weight.shape[1], beside(weight)
+    if values is not None:
+        values = check_index("values", values, ("T",), device)
+        check_range("values", values, weight.shape[0])
+    if positions is not None:
+        positions = check_index("positions", positions, (_events(values, weight),), device)
+    if position_weight is not None:
+        check_tensor("position_weight", position_weight, ("P", width), dtypes, device)
+        if positions is None:
+            raise ValueError("position_weight needs positions")
+        check_range("positions", positions, position_weight.shape[0])
     for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if vector is not None and vector.shape != (width,):
-            raise ValueError(f"{name} must be [{width}], got {list(vector.shape)}")
+        if vector is not None:
+            check_tensor(name, vector, (width,), dtypes, device)
     if norm_bias is not None and norm_weight is None:
         raise ValueError("norm_bias needs norm_weight: without a weight there is no LayerNorm")
-    for name, tensor in (
-        ("position_weight", position_weight),
-        ("norm_weight", norm_weight),
-        ("norm_bias", norm_bias),
-    ):
-        double = weight.dtype == torch.float64
-        if tensor is not None and (tensor.dtype == torch.float64) != double:
-            raise TypeError(f"weight and {name} must both be float64 or neither")
-    if values is not None:
-        check_range("values", values, weight.shape[0])
-    if position_weight is not None:
-        check_range("positions", positions, position_weight.shape[0])
+    return values, positions
 
 
 def jagged_embedding(
@@ -209,15 +204,17 @@ def jagged_embedding(
     LayerNorm and dropout of BERT. Special tokens are rows of `weight` like items.
 
     Args:
-        values: int64 [T], rows of `weight`; None: event t has row t, for vectors made elsewhere.
-        weight: [V, D].
+        values: [T], rows of `weight`; None: event t has row t, for vectors made elsewhere.
+        weight: [V, D], D > 0: float64, float32, bfloat16 or float16.
         position_weight: [P, D]; None adds nothing.
-        positions: int64 [T], the place of each event in its sequence.
-        norm_weight, norm_bias: [D]; without a weight there is no LayerNorm.
+        positions: [T], the place of each event in its sequence. Like `values` and `keys` int64, or
+            int32, which is converted.
+        norm_weight, norm_bias: [D]; without a weight there is no LayerNorm. They and
+            position_weight are float64 with `weight` or not at all.
         eps: added to the variance.
         dropout_p: probability, quantised to 1/256; needs `rng`, `keys` and `positions`.
         rng, site, layer: the key of the mask, see `fastrec.random`.
-        keys: int64 [T], the key of the sequence that each event belongs to.
+        keys: [T], the key of the sequence that each event belongs to.
         sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, as
             that of `torch.nn.functional.embedding`: for tables much larger than a batch. On a GPU
             backward waits for the number of these rows.
@@ -232,12 +229,12 @@ def jagged_embedding(
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value or a position
         is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
-    _check(values, weight, position_weight, positions, norm_weight, norm_bias)
-    events = _events(values, weight)
-    mask = mask_of_rows(rng, dropout_p, keys, positions, events, site=site, layer=layer)
+    values, positions = _check(values, weight, position_weight, positions, norm_weight, norm_bias)
+    events, device = _events(values, weight), weight.device
+    mask = mask_of_rows(rng, dropout_p, keys, positions, events, device, site=site, layer=layer)
     if mask.positions is None:
         mask = Mask(positions=positions)
-    backend = resolve(backend, OP, weight.device)
+    backend = resolve(backend, OP, device)
     if backend == "reference":
         return jagged_embedding_ref(
             values,
@@ -249,7 +246,7 @@ def jagged_embedding(
             eps=eps,
             dropout_p=dropout_p if mask.drop else 0.0,  # p rounds to 0: rng may be missing
             rng=rng,
-            keys=keys,
+            keys=mask.keys,
             site=site,
             layer=layer,
             sparse=sparse,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.common.arguments import BOOL, check_index, check_offsets, check_tensor
 from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "jagged_max_pool"
@@ -82,25 +83,13 @@ def jagged_max_pool_ref(values, offsets, mask=None):
 
 
 def _check(values, offsets, mask):
-    if values.dim() != 2 or not values.is_floating_point():
-        raise ValueError(
-            f"values must be floating point [T, D], got {values.dtype} {list(values.shape)}"
-        )
-    if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] == 0:
-        raise ValueError(
-            f"offsets must be int64 [B + 1], got {offsets.dtype} {list(offsets.shape)}"
-        )
-    events = values.shape[0]
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (events,)):
-        raise ValueError(f"mask must be bool [{events}], got {mask.dtype} {list(mask.shape)}")
-    # No host synchronisation on a GPU.
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        falls = offsets.diff().lt(0).any()
-        if offsets[0] != 0 or offsets[-1] != events or falls:
-            raise ValueError(
-                f"offsets must rise from 0 to T = {events}, got {int(offsets[0])} to"
-                f" {int(offsets[-1])}" + (" with a fall between" if falls else "")
-            )
+    """offsets as int64."""
+    check_tensor("values", values, ("T", "D"))
+    offsets = check_index("offsets", offsets, ("B + 1",), values.device)
+    check_offsets("offsets", offsets, values.shape[0], "T")
+    if mask is not None:
+        check_tensor("mask", mask, values.shape[:1], BOOL, values.device)
+    return offsets
 
 
 def jagged_max_pool(
@@ -119,7 +108,8 @@ def jagged_max_pool(
 
     Args:
         values: [T, D], float64, float32, bfloat16 or float16.
-        offsets: int64 [B + 1], from 0 to T; sequence b is rows offsets[b] to offsets[b + 1].
+        offsets: [B + 1], int64 or int32, from 0 to T; sequence b is rows offsets[b] to
+            offsets[b + 1].
         mask: bool [T], the events that count; None: all.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
@@ -128,10 +118,10 @@ def jagged_max_pool(
         arguments give equal bits. Not twice differentiable, except on the reference backend.
 
     Raises:
-        ValueError: a shape or dtype is wrong, or `offsets` (on a CPU) do not rise from 0 to T.
-        RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape or dtype is wrong, or `offsets` (on a CPU) do not rise from 0
+        to T. RuntimeError: `backend` cannot run.
     """
-    _check(values, offsets, mask)
+    offsets = _check(values, offsets, mask)
     backend = resolve(backend, OP, values.device)
     if backend == "reference":
         return jagged_max_pool_ref(values, offsets, mask)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
+from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor
 
 OP = "linear"
 
@@ -69,38 +70,40 @@ def linear(
     """`torch.nn.functional.linear` of the rows of a matrix.
 
     Args:
-        input: [T, K].
-        weight: [N, K].
-        bias: [N]; None adds nothing.
+        input: [T, K] or [..., K]: float64, float32, bfloat16 or float16.
+        weight: [N, K], same dtype, but for autocast.
+        bias: [N], same dtype, but for autocast; None adds nothing.
         backend: None ("cpp" for float32 and float64 on a CPU outside autocast, else PyTorch's own
             product, which is "reference"), "reference" or "cpp".
 
     Returns:
-        [T, N] in the dtype of `input`. On cpp a row of the output or of the gradient of `input` has
-        the same bits in any batch, and all gradients have for any number of threads. Not twice
-        differentiable, except on the reference backend.
+        [T, N] or [..., N] in the dtype of `input`. On cpp a row of the output or of the gradient of
+        `input` has the same bits in any batch, and all gradients have for any number of threads.
+        Not twice differentiable, except on the reference backend.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.
     """
-    if input.dim() != 2 or weight.dim() != 2 or input.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "input and weight must be [T, K] and [N, K], got"
-            f" {list(input.shape)} and {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    device = input.device
+    check_tensor("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must be [..., K], got []")
+    device, low = input.device, autocast_dtype(input.device)
+    dtypes = (input.dtype,) if low is None else FLOATS
+    check_tensor("weight", weight, ("N", input.shape[-1]), dtypes, device)
+    if bias is not None:
+        check_tensor("bias", bias, weight.shape[:1], dtypes, device)
     wide = input.dtype in (torch.float32, torch.float64)
-    own = device.type == "cpu" and wide and not torch.is_autocast_enabled("cpu")
+    own = device.type == "cpu" and wide and low is None
     if backend is None and not own:
         backend = "reference"
     if resolve(backend, OP, device) == "reference":
         return linear_ref(input, weight, bias)
-    dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
-    if not wide or len(dtypes) > 1:
+    if not wide or weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         raise TypeError(
-            "the cpp kernel of linear takes float32 or float64 tensors of one dtype, got"
-            f" {', '.join(sorted(map(str, dtypes)))}"
+            "the cpp kernel of linear takes float32 or float64 tensors of one dtype, got input of"
+            f" {input.dtype} and weight of {weight.dtype}"
         )
-    return _Linear.apply(input, weight, bias)
+    if input.dim() == 2:
+        return _Linear.apply(input, weight, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    return _Linear.apply(rows, weight, bias).view(*input.shape[:-1], weight.shape[0])

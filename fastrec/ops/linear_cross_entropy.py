@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype, check_range
-from fastrec.ops.common.item_losses import check_arguments, reduce_loss
+from fastrec.ops.common.arguments import (
+    accumulate_dtype,
+    autocast_dtype,
+    check_range,
+    without_autocast,
+)
+from fastrec.ops.common.item_losses import check_arguments, reduce_loss, scored_rows
 from fastrec.ops.common.linear_cross_entropy_autograd import (
     OP,
     STORED_ITEMS,
@@ -82,16 +87,17 @@ def linear_cross_entropy(
     This is the softmax of masked item prediction (UPRec, eq. 6-7) with the item table as W.
 
     Args:
-        input: [T, D], float64, float32, bfloat16 or float16.
+        input: [T, D], float64, float32, bfloat16 or float16; [..., D] counts as its rows.
         linear_weight: item table [V, D], same dtype, or float32 beside a low-precision input.
-        target: int64 item ids in [0, V), one per scored row: [N] for index `rows`, else [T].
+        target: item ids in [0, V), one per scored row: [N] for index `rows`, else [T], or [...]
+            like the input. Ids and `rows` are int64, or int32, which is converted.
         linear_bias: [V]. -inf takes an item out of the softmax.
         weight: class weights [V], not differentiated.
         reduction: "mean" (divided by sum of a_i; 0 when that is 0), "sum" or "none".
         ignore_index: target value of rows that are not scored: loss 0, no gradient. None is -100,
             as in torch.
         label_smoothing: in [0, 1].
-        rows: positions of `input` to score: int64 [N] (repeats allowed) or a bool mask [T].
+        rows: positions in the T rows to score: [N] (repeats allowed), or a bool mask [T] or [...].
         z_loss: weight of the squared log-partition term.
         group: a torch.distributed process group (or one-dimensional DeviceMesh) whose ranks hold
             consecutive slices of the items: `linear_weight`, `linear_bias` and `weight` are those
@@ -101,8 +107,8 @@ def linear_cross_entropy(
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or per scored row for "none" ([T] for a mask,
-        0 where it is False). Gradients have the dtype of their tensor; products accumulate in
+        float32 (float64 for float64 input): a scalar, or like `target` for "none" (0 where a mask
+        is False). Gradients have the dtype of their tensor; products accumulate in
         float32. Not twice differentiable, except on the reference backend without `group`.
 
         With `group` the loss is that of the whole table and the same on all ranks. It is counted
@@ -117,19 +123,19 @@ def linear_cross_entropy(
         out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
-        input = input.to(torch.get_autocast_dtype(device))
     sharded = group is not None or hasattr(linear_weight, "device_mesh")
     if sharded:
         from fastrec.ops.common.linear_cross_entropy_group import local_tensors, sharded_rows
 
+        # Before the other checks: it says what may be a DTensor.
         linear_weight, group, linear_bias, weight = local_tensors(
             input, linear_weight, group, linear_bias, weight
         )
-    check_arguments(
-        input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, rows, sharded
-    )
+    input, target, rows, shape = scored_rows(input, target, rows)
+    low = autocast_dtype(input.device)
+    if low is not None and input.dtype == torch.float32:
+        input = input.to(low)
+    check_arguments(input, linear_weight, linear_bias, weight, reduction, label_smoothing, sharded)
     if rows is not None and rows.dtype == torch.bool:
         target, rows = torch.where(rows, target, ignore_index), None
     backend = resolve(backend, OP, input.device)
@@ -147,8 +153,8 @@ def linear_cross_entropy(
     if rows is not None:
         check_range("rows", rows, input.shape[0])
     if backend == "reference" and not sharded:
-        with torch.autocast(device, enabled=False):  # its sums over the items overflow float16
-            return linear_cross_entropy_ref(
+        with without_autocast(input.device):  # its sums over the items overflow float16
+            loss = linear_cross_entropy_ref(
                 input,
                 linear_weight,
                 target,
@@ -160,6 +166,7 @@ def linear_cross_entropy(
                 rows=rows,
                 z_loss=z_loss,
             )
+        return loss.view(shape) if reduction == "none" else loss
     if stored:
         x = input if rows is None else input.index_select(0, rows)
         class_weight = None if weight is None else weight.detach().to(input.dtype).contiguous()
@@ -199,4 +206,5 @@ def linear_cross_entropy(
         loss = loss + label_smoothing * (kept * smoothing)
     if z_loss:
         loss = loss + z_loss * row_weight * lse.square()
-    return reduce_loss(loss, row_weight, reduction)
+    loss = reduce_loss(loss, row_weight, reduction)
+    return loss.view(shape) if reduction == "none" else loss

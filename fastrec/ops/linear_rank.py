@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import check_range
+from fastrec.ops.common.arguments import check_index, check_range, without_autocast
 from fastrec.ops.common.in_batch_pairs import Lists
 from fastrec.ops.common.linear_scores import allowed_items_ref, check_scores, scores_ref
 from fastrec.ops.common.native import kernels_of, register_cuda
@@ -63,10 +63,10 @@ def linear_rank(
         input: [N, D], float64, float32, bfloat16 or float16.
         linear_weight: item table [V, D], V > 0, same dtype, or float32 beside a low-precision
             input.
-        target: int64 item ids in [0, V), [N].
+        target: item ids in [0, V), [N]. Ids are int64, or int32, which is converted.
         linear_bias: [V]. -inf puts an item behind all items of a finite score.
-        exclude: (values [E], offsets [N + 1]), int64: the items values[offsets[i]:offsets[i + 1]],
-            sorted within the row, are left out of the ranking of row i; the target never is.
+        exclude: (values [E], offsets [N + 1]): the items values[offsets[i]:offsets[i + 1]], sorted
+            within the row, are left out of the ranking of row i; the target never is.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -78,14 +78,11 @@ def linear_rank(
         ValueError, TypeError: a shape or dtype is wrong. IndexError: a target or a value of
         `exclude` is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
-    check_scores(input, linear_weight, linear_bias, exclude)
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 item ids, got {target.dtype}")
-    if target.shape != (input.shape[0],):
-        raise ValueError(f"target must be [{input.shape[0]}], got {list(target.shape)}")
+    exclude = check_scores(input, linear_weight, linear_bias, exclude)
+    target = check_index("target", target, input.shape[:1], input.device)
     check_range("target", target, linear_weight.shape[0])
     backend = resolve(backend, OP, input.device)
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(input.device):
         if backend == "reference":
             return linear_rank_ref(
                 input, linear_weight, target, linear_bias=linear_bias, exclude=exclude

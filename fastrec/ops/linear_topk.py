@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.arguments import accumulate_dtype, without_autocast
 from fastrec.ops.common.in_batch_pairs import Lists
 from fastrec.ops.common.linear_scores import allowed_items_ref, check_scores, scores_ref
 from fastrec.ops.common.native import kernels_of, register_cuda
@@ -76,8 +76,8 @@ def linear_topk(
             input.
         k: from 1 to V.
         linear_bias: [V]. -inf takes an item out.
-        exclude: (values [E], offsets [N + 1]), int64: the items values[offsets[i]:offsets[i + 1]],
-            sorted within the row, are no result of row i.
+        exclude: (values [E], offsets [N + 1]): the items values[offsets[i]:offsets[i + 1]], sorted
+            within the row, are no result of row i. int64, or int32, which is converted.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
@@ -88,11 +88,11 @@ def linear_topk(
         ValueError, TypeError: a shape, dtype or k is wrong. IndexError: a value of `exclude` is out
         of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
-    check_scores(input, linear_weight, linear_bias, exclude)
+    exclude = check_scores(input, linear_weight, linear_bias, exclude)
     if not 1 <= k <= linear_weight.shape[0]:
         raise ValueError(f"k must be from 1 to {linear_weight.shape[0]}, the items, got {k}")
     backend = resolve(backend, OP, input.device)
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(input.device):
         if backend == "reference":
             return linear_topk_ref(
                 input, linear_weight, k, linear_bias=linear_bias, exclude=exclude

@@ -20,8 +20,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype, check_range
-from fastrec.ops.common.item_losses import check_arguments, reduce_loss, spread_rows
+from fastrec.ops.common.arguments import (
+    accumulate_dtype,
+    autocast_dtype,
+    check_index,
+    check_range,
+    check_tensor,
+)
+from fastrec.ops.common.item_losses import (
+    check_arguments,
+    reduce_loss,
+    scored_rows,
+    spread_rows,
+)
 from fastrec.ops.common.native import kernels_of, register_cuda
 
 OP = "sampled_linear_cross_entropy"
@@ -189,24 +200,22 @@ def sampled_linear_cross_entropy_ref(
     return reduce_loss(torch.where(kept, losses * row_weight, 0), row_weight, reduction)
 
 
-def _check_sampled(linear_weight, target, negatives, log_q, loss, gbce_t):
-    if negatives.dtype != torch.int64:
-        raise TypeError(f"negatives must be int64 item ids, got {negatives.dtype}")
-    if negatives.dim() not in (1, 2) or negatives.shape[-1] == 0:
-        raise ValueError(f"negatives must be [K] or [N, K], K > 0, got {list(negatives.shape)}")
-    if negatives.dim() == 2 and negatives.shape[0] != target.shape[0]:
-        raise ValueError(
-            f"negatives must be [K] or [{target.shape[0]}, K], one row per scored row, got"
-            f" {list(negatives.shape)}"
-        )
-    if log_q is not None and log_q.shape != linear_weight.shape[:1]:
-        raise ValueError(f"log_q must be [{linear_weight.shape[0]}], got {list(log_q.shape)}")
-    if log_q is not None and not log_q.is_floating_point():
-        raise TypeError(f"log_q must be a floating point tensor, got {log_q.dtype}")
+def _check_sampled(linear_weight, log_q, loss, gbce_t):
+    if log_q is not None:
+        check_tensor("log_q", log_q, linear_weight.shape[:1], device=linear_weight.device)
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
     if not 0.0 <= gbce_t <= 1.0:
         raise ValueError(f"gbce_t must be in [0, 1], got {gbce_t}")
+
+
+def _flat_negatives(negatives: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """int64 [K] or [N, K] of negatives of targets of a shape."""
+    shared = isinstance(negatives, Tensor) and negatives.dim() == 1
+    negatives = check_index("negatives", negatives, ("K",) if shared else (*shape, "K"), device)
+    if negatives.shape[-1] == 0:
+        raise ValueError("negatives has no columns: K must be at least 1")
+    return negatives if shared else negatives.reshape(-1, negatives.shape[-1])
 
 
 def sampled_linear_cross_entropy(
@@ -245,10 +254,11 @@ def sampled_linear_cross_entropy(
     factor of the logarithm.
 
     Args:
-        input: [T, D], float64, float32, bfloat16 or float16.
+        input: [T, D], float64, float32, bfloat16 or float16; [..., D] counts as its rows.
         linear_weight: item table [V, D], same dtype, or float32 beside a low-precision input.
-        target: int64 item ids in [0, V), one per scored row: [N] for index `rows`, else [T].
-        negatives: int64 item ids in [0, V): [K], the same for all rows, or one line per target.
+        target: item ids in [0, V), one per scored row: [N] for index `rows`, else [T], or [...]
+            like the input. Ids and `rows` are int64, or int32, which is converted.
+        negatives: item ids in [0, V): [K], the same for all rows, or K for every target, [N, K].
         linear_bias: [V].
         log_q: [V], log of the probability (or expected count) with which an item is drawn, not
             differentiated. Finite for targets; see `fastrec.data.negatives`.
@@ -258,15 +268,15 @@ def sampled_linear_cross_entropy(
         reduction: "mean" (divided by sum of a_i; 0 when that is 0), "sum" or "none".
         ignore_index: target value of rows that are not scored: loss 0, no gradient. None is -100,
             as in torch.
-        rows: positions of `input` to score: int64 [N] (repeats allowed) or a bool mask [T].
+        rows: positions in the T rows to score: [N] (repeats allowed), or a bool mask [T] or [...].
         sparse_grad: the gradients of `linear_weight` and `linear_bias` are sparse tensors of the
             items that occur (coalesced, except on the reference backend), for
             `torch.optim.SparseAdam`; on a GPU the host waits for their number.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or per scored row for "none" ([T] for a mask,
-        0 where it is False). Gradients have the dtype of their tensor; products accumulate in
+        float32 (float64 for float64 input): a scalar, or like `target` for "none" (0 where a mask
+        is False). Gradients have the dtype of their tensor; products accumulate in
         float32, and the rows of a gradient are summed in a fixed order. Not twice differentiable,
         except on the reference backend.
 
@@ -275,18 +285,20 @@ def sampled_linear_cross_entropy(
         or a row is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype == torch.float32:
-        input = input.to(torch.get_autocast_dtype(device))
-    check_arguments(input, linear_weight, target, linear_bias, weight, reduction, 0.0, rows)
-    _check_sampled(linear_weight, target, negatives, log_q, loss, gbce_t)
+    input, target, rows, shape = scored_rows(input, target, rows)
+    low = autocast_dtype(input.device)
+    if low is not None and input.dtype == torch.float32:
+        input = input.to(low)
+    check_arguments(input, linear_weight, linear_bias, weight, reduction, 0.0)
+    _check_sampled(linear_weight, log_q, loss, gbce_t)
+    negatives = _flat_negatives(negatives, shape, input.device)
     check_range("target", target, linear_weight.shape[0], ignore_index)
-    check_range("negatives", negatives.flatten(), linear_weight.shape[0])
+    check_range("negatives", negatives, linear_weight.shape[0])
     if rows is not None and rows.dtype == torch.int64:
         check_range("rows", rows, input.shape[0])
     backend = resolve(backend, OP, input.device)
     if backend == "reference":
-        return sampled_linear_cross_entropy_ref(
+        losses = sampled_linear_cross_entropy_ref(
             input,
             linear_weight,
             target,
@@ -301,6 +313,7 @@ def sampled_linear_cross_entropy(
             rows=rows,
             sparse_grad=sparse_grad,
         )
+        return losses.view(shape) if reduction == "none" else losses
     if rows is not None and rows.dtype == torch.bool:
         target, rows = torch.where(rows, target, ignore_index), None
     kept = target != ignore_index
@@ -314,4 +327,5 @@ def sampled_linear_cross_entropy(
     if weight is not None:
         row_weight = row_weight * weight.detach().to(losses.dtype)[y.clamp_min(0)]
         losses = losses * row_weight
-    return reduce_loss(losses, row_weight, reduction)
+    losses = reduce_loss(losses, row_weight, reduction)
+    return losses.view(shape) if reduction == "none" else losses

@@ -1,15 +1,42 @@
-"""Checks of arguments that several ops make, and the dtype that they accumulate in.
+"""Checks of arguments that the ops share, and the dtype that they accumulate in.
 
-On a GPU, and under torch.compile, a check of values must not synchronise the host: there it is a
-device assertion, as in PyTorch's own losses, that carries the message.
+A check of sizes, dtypes and devices reads no values. One of values must not synchronise the host:
+on a GPU and under torch.compile it is a device assertion, as in PyTorch's own losses, that carries
+the message. Where there are no values (meta and fake tensors) nothing is checked.
 """
+
+import contextlib
 
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SINGLE = FLOATS[1:]
+DOUBLE = FLOATS[:1]
+INDEX = (torch.int64, torch.int32)
+BOOL = (torch.bool,)
+
 
 def accumulate_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def beside(input: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of a parameter beside `input`: float64 together or not at all."""
+    return DOUBLE if input.dtype == torch.float64 else SINGLE
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds float32 to; None outside it and on a device that has none (meta)."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device):
+    kind = device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def ordered_sum(values: Tensor) -> Tensor:
@@ -20,40 +47,130 @@ def ordered_sum(values: Tensor) -> Tensor:
     return torch.stack([part.sum() for part in values.split(32768)]).sum()
 
 
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """TypeError unless `tensor` is a dense tensor of one of `dtypes`, ValueError unless it is on
+    `device` and has `shape`: a letter stands for any size, None for any shape."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} is a nested tensor: pass its values() and its offsets()")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+    if tensor.dtype not in dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        known = " or ".join(known.rsplit(", ", 1))
+        raise TypeError(f"{name} must be {known}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device} like the others")
+    if shape is None:
+        return
+    sizes = tensor.shape
+    if len(sizes) == len(shape):
+        for size, expected in zip(sizes, shape, strict=True):
+            if size != expected and not isinstance(expected, str):
+                break
+        else:
+            return
+    expected = ", ".join(map(str, shape))
+    raise ValueError(f"{name} must be [{expected}], got {list(sizes)}")
+
+
+def check_width(name: str, tensor: Tensor, shape: tuple) -> None:
+    """A floating point matrix of at least one column."""
+    check_tensor(name, tensor, shape)
+    if tensor.shape[1] == 0:
+        raise ValueError(f"{name} has no columns: {shape[1]} must be at least 1")
+
+
+def check_index(name: str, index: Tensor, shape: tuple, device: torch.device) -> Tensor:
+    """`index` as int64, of int64 or int32."""
+    check_tensor(name, index, shape, INDEX, device)
+    return index if index.dtype == torch.int64 else index.to(torch.int64)
+
+
 def check_range(name: str, index: Tensor, size: int, ignored: int | None = None) -> None:
-    """Raise IndexError when a value of `index` [.] other than `ignored` is outside [0, size)."""
-    on_host = _on_host(index)
-    if on_host and index.numel():
+    """Raise IndexError when a value of `index` other than `ignored` is outside [0, size)."""
+    index = _behind(index)
+    readable = has_values(index)
+    if readable and index.numel():
         low, high = index.aminmax()
         if low.item() >= 0 and high.item() < size:  # usual, and cheaper than the operations below
             return
     wrong = (index < 0) | (index >= size)
     if ignored is not None:
         wrong = wrong & (index != ignored)
-    if not on_host:
+    if not readable:
         torch._assert_async(~wrong.any(), f"{name} outside [0, {size})")
     elif wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise IndexError(f"{name}[{at}] is {int(index[at])}, expected a value in [0, {size})")
+        at = wrong.nonzero()[0].tolist()
+        value = int(index[tuple(at)])
+        place = ", ".join(map(str, at))
+        raise IndexError(f"{name}[{place}] is {value}, expected a value in [0, {size})")
+
+
+def check_offsets(
+    name: str, offsets: Tensor, end: int, what: str, max_seq_len: int | None = None
+) -> None:
+    """Raise ValueError unless `offsets` [B + 1] rise from 0 to `end` in steps of at most
+    `max_seq_len`. Elsewhere than on the host nothing is looked at."""
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{name} must be [B + 1], from 0 to {what}, got []")
+    offsets = _behind(offsets)
+    if offsets.dim() != 1 or not has_values(offsets):
+        return
+    first, last = offsets[0].item(), offsets[-1].item()
+    low, high = 0.0, 0.0
+    if offsets.shape[0] > 1:
+        low, high = (step.item() for step in offsets.diff().aminmax())
+    # No step above `end`: a difference that runs over 2^63 is one, or negative.
+    bound = end if max_seq_len is None else min(end, max_seq_len)
+    if first != 0 or last != end or low < 0 or high > bound:
+        most = ""
+        if max_seq_len is not None:
+            most = f" in steps of at most max_seq_len = {max_seq_len}"
+        raise ValueError(
+            f"{name} must rise from 0 to {what} = {end}{most}, got {first} to {last} in steps of"
+            f" {low:.0f} to {high:.0f}"
+        )
 
 
 def require(condition: Tensor, message: str) -> None:
     """Raise ValueError unless `condition`, a bool of no dimensions."""
-    if not _on_host(condition):
+    condition = _behind(condition)
+    if condition.dim():  # of the calls of a vmap
+        condition = condition.all()
+    if not has_values(condition):
         torch._assert_async(condition, message)
     elif not condition:
         raise ValueError(message)
 
 
-def _on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def has_values(tensor: Tensor) -> bool:
+    """Whether the host can read the values of a tensor."""
+    if not tensor.is_cpu or torch.compiler.is_compiling():
+        return False
+    return type(tensor) is Tensor or not hasattr(tensor, "fake_mode")
+
+
+def _behind(tensor: Tensor) -> Tensor:
+    """Under torch.func: the tensor behind its wrappers, with the values of all calls of a vmap."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def check_table(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, sharded: bool = False
 ) -> None:
-    """Shapes and dtypes of rows beside the item table that scores them. `sharded`: the table is a
-    part of one, and may have no rows."""
+    """Rows beside the item table that scores them. `sharded`: the table is a part of one, and may
+    have no rows."""
     named = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
     for name, tensor in named.items():
         if hasattr(tensor, "device_mesh"):
@@ -61,23 +178,13 @@ def check_table(
                 f"{name} is a DTensor, which only the table of linear_cross_entropy may be, and its"
                 " bias and class weights beside it: use full_tensor()"
             )
-    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
-        raise ValueError(
-            "input must be [rows, D] and linear_weight [V, D], got"
-            f" {list(input.shape)} and {list(linear_weight.shape)}"
-        )
-    if input.shape[1] == 0:
-        raise ValueError("input has no columns: D must be at least 1")
+    check_width("input", input, ("N", "D"))
+    device, width = input.device, input.shape[1]
+    low_precision = input.dtype in (torch.bfloat16, torch.float16)
+    allowed = (input.dtype, torch.float32) if low_precision else (input.dtype,)
+    check_tensor("linear_weight", linear_weight, ("V", width), allowed, device)
     items = linear_weight.shape[0]
     if items == 0 and not sharded:
         raise ValueError("linear_weight has no rows: there is no item to score")
-    for name, tensor in (("input", input), ("linear_bias", linear_bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
-    low_precision = input.dtype in (torch.bfloat16, torch.float16)
-    allowed = (input.dtype, torch.float32) if low_precision else (input.dtype,)
-    if linear_weight.dtype not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise TypeError(f"linear_weight must be {expected}, got {linear_weight.dtype}")
-    if linear_bias is not None and linear_bias.shape != (items,):
-        raise ValueError(f"linear_bias must be [{items}], got {list(linear_bias.shape)}")
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias, (items,), FLOATS, device)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrec.ops.common.arguments import check_index
 from fastrec.random import SITES, Rng, check_positions, threshold
 
 SCHEMA = "Tensor? keys, Tensor? positions, Tensor? rng, int drop, int site, int layer"
@@ -42,25 +43,28 @@ def mask_of_sequences(
     p: float,
     keys: Tensor | None,
     count: int,
+    device: torch.device,
     *,
     site: str,
     layer: int,
-    positions: Tensor | None = None,
 ) -> Mask:
-    """The mask of `count` sequences; none where p rounds to 0. ValueError for a wrong argument."""
+    """The mask of `count` sequences of tensors on `device`; none where p rounds to 0. ValueError or
+    TypeError for a wrong argument."""
     if site not in SITES:
         raise ValueError(f"site must be one of {list(SITES)}, got {site!r}")
-    drop = threshold(p, 8)
+    drop = threshold(p, 8, "dropout_p")
     if drop == 256:
-        raise ValueError(f"dropout probability {p} leaves nothing to keep")
+        raise ValueError(f"dropout_p {p} leaves nothing to keep")
     if drop == 0:
         return Mask()
     if rng is None or keys is None:
         raise ValueError("dropout_p > 0 needs rng and keys: the mask is a function of them")
-    _check_index("keys", keys, count)
+    if not isinstance(rng, Rng):
+        raise TypeError(f"rng must be a fastrec.random.Rng, got {type(rng).__name__}")
+    keys = check_index("keys", keys, (count,), device)
     if not 0 <= layer < 256:
         raise ValueError(f"layer must be in [0, 256), got {layer}")
-    return Mask(keys, positions, rng.key(keys.device), drop, SITES[site], layer)
+    return Mask(keys, None, rng.key(device), drop, SITES[site], layer)
 
 
 def mask_of_rows(
@@ -69,20 +73,17 @@ def mask_of_rows(
     keys: Tensor | None,
     positions: Tensor | None,
     rows: int,
+    device: torch.device,
     *,
     site: str,
     layer: int,
 ) -> Mask:
     """The same for rows [rows, D], each with the key of its sequence and its position there."""
-    mask = mask_of_sequences(rng, p, keys, rows, site=site, layer=layer, positions=positions)
-    if mask.drop:
-        if positions is None:
-            raise ValueError("dropout_p > 0 needs positions: the mask is a function of them")
-        _check_index("positions", positions, rows)
-        check_positions("positions", positions)
-    return mask
-
-
-def _check_index(name: str, index: Tensor, count: int) -> None:
-    if index.shape != (count,) or index.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64 [{count}], got {index.dtype} {list(index.shape)}")
+    mask = mask_of_sequences(rng, p, keys, rows, device, site=site, layer=layer)
+    if not mask.drop:
+        return mask
+    if positions is None:
+        raise ValueError("dropout_p > 0 needs positions: the mask is a function of them")
+    positions = check_index("positions", positions, (rows,), device)
+    check_positions("positions", positions)
+    return mask._replace(positions=positions)

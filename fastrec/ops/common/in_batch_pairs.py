@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrec.ops.common.arguments import accumulate_dtype, check_range, require
+from fastrec.ops.common.arguments import (
+    accumulate_dtype,
+    autocast_dtype,
+    check_index,
+    check_offsets,
+    check_range,
+    check_tensor,
+    check_width,
+    has_values,
+    require,
+)
 
 SIMILARITIES = ("dot", "cosine", "weighted_l2")
 Lists = tuple[Tensor, Tensor]
@@ -86,72 +96,50 @@ def allowed_ref(shape, positive, query_group, candidate_group, exclude, device):
 def promote_under_autocast(query: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast one side may come from a LayerNorm (float32) and the other from a projection:
     both in the wider dtype. What is multiplied is rounded later, after it is centred."""
-    different = query.dtype != candidate.dtype and candidate.is_floating_point()
-    if not different or not torch.is_autocast_enabled(query.device.type):
+    check_tensor("query", query)
+    check_tensor("candidate", candidate, device=query.device)
+    if query.dtype == candidate.dtype or autocast_dtype(query.device) is None:
         return query, candidate
     dtype = torch.promote_types(query.dtype, candidate.dtype)
     return query.to(dtype), candidate.to(dtype)
 
 
 def check_pairs(query, candidate, similarity, weight, query_group, candidate_group, exclude):
-    """What in_batch_cross_entropy and in_batch_hardest ask of their common arguments."""
-    if query.dim() != 2 or candidate.dim() != 2 or query.shape[1] != candidate.shape[1]:
-        raise ValueError(
-            "query must be [B, D] and candidate [C, D], got"
-            f" {list(query.shape)} and {list(candidate.shape)}"
-        )
-    if query.shape[1] == 0:
-        raise ValueError("query has no columns: D must be at least 1")
-    if not query.is_floating_point():
-        raise TypeError(f"query must be a floating point tensor, got {query.dtype}")
-    if candidate.dtype != query.dtype:
-        raise TypeError(f"candidate must be {query.dtype} like query, got {candidate.dtype}")
+    """What in_batch_cross_entropy and in_batch_hardest ask of their common arguments, but for the
+    values of `exclude`. Returns the group ids and `exclude` as int64."""
+    check_width("query", query, ("B", "D"))
+    device, width = query.device, query.shape[1]
+    check_tensor("candidate", candidate, ("C", width), (query.dtype,), device)
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
     if weight is not None:
         if similarity != "weighted_l2":
             raise ValueError(f"weight belongs to similarity 'weighted_l2', got {similarity!r}")
-        if weight.shape != (query.shape[1],):
-            raise ValueError(f"weight must be [{query.shape[1]}], got {list(weight.shape)}")
-        if not weight.is_floating_point():
-            raise TypeError(f"weight must be a floating point tensor, got {weight.dtype}")
+        check_tensor("weight", weight, (width,), device=device)
     if (query_group is None) != (candidate_group is None):
         raise ValueError("query_group and candidate_group go together, one of them is None")
     if query_group is not None:
+        columns = ("G",) if isinstance(query_group, Tensor) and query_group.dim() > 1 else ()
+        query_group = check_index("query_group", query_group, (len(query), *columns), device)
         columns = query_group.shape[1:]
-        for name, ids, rows in (
-            ("query_group", query_group, len(query)),
-            ("candidate_group", candidate_group, len(candidate)),
-        ):
-            if ids.dtype != torch.int64:
-                raise TypeError(f"{name} must be int64 ids, got {ids.dtype}")
-            if ids.dim() not in (1, 2) or len(ids) != rows or ids.shape[1:] != columns:
-                expected = [rows, *columns] if ids.dim() < 3 and len(columns) < 2 else [rows, "G"]
-                raise ValueError(f"{name} must be {expected}, got {list(ids.shape)}")
-    if exclude is not None:
-        check_exclude(exclude, len(query), len(candidate))
+        candidate_group = check_index(
+            "candidate_group", candidate_group, (len(candidate), *columns), device
+        )
+    exclude = int64_lists(exclude, device)
+    return query_group, candidate_group, exclude
 
 
 def check_loss(query, candidate, temperature, candidate_bias, positive, reduction):
-    """What in_batch_cross_entropy asks besides; the range of `positive` is `check_positive`'s."""
+    """What in_batch_cross_entropy asks besides; the range of `positive` is `check_positive`'s.
+    Returns `positive` as int64."""
     rows, candidates = len(query), len(candidate)
     if isinstance(temperature, Tensor):
-        if temperature.dim() != 0 or not temperature.is_floating_point():
-            raise ValueError(
-                "temperature must be a number or a floating point tensor without dimensions, got"
-                f" {temperature.dtype} {list(temperature.shape)}"
-            )
+        on_host = temperature.device.type == "cpu"  # a number, also beside a GPU
+        check_tensor("temperature", temperature, (), device=None if on_host else query.device)
     elif not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if candidate_bias is not None:
-        if candidate_bias.shape != (candidates,):
-            raise ValueError(
-                f"candidate_bias must be [{candidates}], got {list(candidate_bias.shape)}"
-            )
-        if not candidate_bias.is_floating_point():
-            raise TypeError(
-                f"candidate_bias must be a floating point tensor, got {candidate_bias.dtype}"
-            )
+        check_tensor("candidate_bias", candidate_bias, (candidates,), device=query.device)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if positive is None:
@@ -160,11 +148,8 @@ def check_loss(query, candidate, temperature, candidate_bias, positive, reductio
                 f"{candidates} candidates for {rows} queries: pass `positive`, the candidate of"
                 " each query"
             )
-        return
-    if positive.dtype != torch.int64:
-        raise TypeError(f"positive must be int64 candidate positions, got {positive.dtype}")
-    if positive.shape != (rows,):
-        raise ValueError(f"positive must be [{rows}], got {list(positive.shape)}")
+        return None
+    return check_index("positive", positive, (rows,), query.device)
 
 
 def check_positive(positive: Tensor, candidates: int, symmetric: bool) -> None:
@@ -177,21 +162,29 @@ def check_positive(positive: Tensor, candidates: int, symmetric: bool) -> None:
         )
 
 
-def check_exclude(exclude, queries: int, candidates: int) -> None:
+def int64_lists(exclude, device: torch.device) -> Lists | None:
+    if exclude is None:
+        return None
     if not isinstance(exclude, tuple | list) or len(exclude) != 2:
         raise TypeError("exclude must be a pair (values, offsets)")
     values, offsets = exclude
-    for name, tensor in (("values", values), ("offsets", offsets)):
-        if tensor.dtype != torch.int64 or tensor.dim() != 1:
-            raise TypeError(
-                f"exclude {name} must be int64 and one-dimensional, got {tensor.dtype}"
-                f" {list(tensor.shape)}"
-            )
+    return (
+        check_index("exclude values", values, ("E",), device),
+        check_index("exclude offsets", offsets, ("B + 1",), device),
+    )
+
+
+def check_exclude(exclude: Lists, queries: int, candidates: int) -> None:
+    """The lists of `queries` rows, of positions below `candidates`."""
+    values, offsets = exclude
     if len(offsets) != queries + 1:
         raise ValueError(f"exclude offsets must be [{queries + 1}], got [{len(offsets)}]")
     check_range("exclude values", values, candidates)
-    ordered = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == len(values))
-    require(ordered, f"exclude offsets must rise from 0 to {len(values)}, the number of values")
+    check_offsets("exclude offsets", offsets, len(values), "E")
+    if not has_values(offsets):
+        rise = (offsets[1:] >= offsets[:-1]).all()  # a difference may run over 2^63
+        rise = rise & (offsets[0] == 0) & (offsets[-1] == len(values))
+        require(rise, f"exclude offsets must rise from 0 to E = {len(values)}")
     starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
     # A wrong offset was refused above (on a GPU: is about to be).
     starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)

@@ -7,7 +7,15 @@ Legend: N scored rows, V items, D width, T rows of `input` before selection.
 import torch
 from torch import Tensor
 
-from fastrec.ops.common.arguments import check_table, ordered_sum
+from fastrec.ops.common.arguments import (
+    BOOL,
+    FLOATS,
+    INDEX,
+    check_index,
+    check_table,
+    check_tensor,
+    ordered_sum,
+)
 
 
 def reduce_loss(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
@@ -30,32 +38,37 @@ def spread_rows(grad: Tensor, rows: Tensor | None, shape) -> Tensor:
     return grad.new_zeros(shape).index_put_((rows,), grad, accumulate=True)
 
 
+def scored_rows(
+    input: Tensor, target: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, torch.Size]:
+    """(input [T, D], target int64 [N], rows int64 [N] or bool [T], shape of the losses) of an input
+    [..., D]; ranges are `check_range`'s."""
+    check_tensor("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must be [..., D], got []")
+    device, shape = input.device, input.shape[:-1]
+    if rows is not None:
+        check_tensor("rows", rows, None, INDEX + BOOL, device)
+        if rows.dtype == torch.bool:
+            check_tensor("rows, a mask,", rows, shape, BOOL)
+            rows = rows.reshape(-1)
+        else:
+            rows = check_index("rows", rows, ("N",), device)
+            shape = rows.shape
+    target = check_index("target", target, shape, device)
+    if input.dim() != 2:
+        input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    return input, target, rows, shape
+
+
 def check_arguments(
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    reduction,
-    label_smoothing,
-    rows,
-    sharded=False,
+    input, linear_weight, linear_bias, weight, reduction, label_smoothing, sharded=False
 ):
-    """What the losses ask of their common arguments; ranges are `check_range`'s."""
+    """What the losses ask of their other common arguments."""
     check_table(input, linear_weight, linear_bias, sharded)
-    items = linear_weight.shape[0]
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 item ids, got {target.dtype}")
-    if weight is not None and weight.shape != (items,):
-        raise ValueError(f"weight must be [{items}], got {list(weight.shape)}")
+    if weight is not None:
+        check_tensor("weight", weight, linear_weight.shape[:1], FLOATS, input.device)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if rows is not None and rows.dtype not in (torch.int64, torch.bool):
-        raise TypeError(f"rows must be int64 positions or a bool mask, got {rows.dtype}")
-    scored = input.shape[0] if rows is None or rows.dtype == torch.bool else rows.shape[0]
-    if target.shape != (scored,):
-        raise ValueError(f"target must be [{scored}], one per scored row, got {list(target.shape)}")
-    if rows is not None and rows.dtype == torch.bool and rows.shape != (scored,):
-        raise ValueError(f"rows as a mask must be [{scored}], got {list(rows.shape)}")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.ops.common.arguments import accumulate_dtype, check_table
-from fastrec.ops.common.in_batch_pairs import Lists, allowed_ref, check_exclude
+from fastrec.ops.common.in_batch_pairs import Lists, allowed_ref, check_exclude, int64_lists
 
 
 def scores_ref(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
@@ -23,7 +23,10 @@ def allowed_items_ref(scores: Tensor, exclude: Lists | None) -> Tensor:
 
 def check_scores(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, exclude: Lists | None
-) -> None:
+) -> Lists | None:
+    """`exclude` as int64."""
     check_table(input, linear_weight, linear_bias)
+    exclude = int64_lists(exclude, input.device)
     if exclude is not None:
         check_exclude(exclude, input.shape[0], linear_weight.shape[0])
+    return exclude
