@@ -69,5 +69,5 @@ def test_draws_from_host_words(seed):
     assert draws(Rng(seed, 7), ids[:, None], 0, ids, site="mask_item").device.type == "meta"
     mask, _ = keep_mask(Rng(seed, 7), 0.5, ids, ids, 20, site="embedding")
     assert mask.device.type == "meta" and mask.shape == (3, 20)
-    dropout = mask_of_rows(Rng(seed, 7), 0.5, ids, ids, 3, site="embedding", layer=0)
+    dropout = mask_of_rows(Rng(seed, 7), 0.5, ids, ids, 3, ids.device, site="embedding", layer=0)
     assert dropout.rng.device.type == "meta"
