@@ -135,9 +135,9 @@ def jagged_attention_ref(
     events, device = query.shape[0], query.device
     scale = width**-0.5 if scale is None else scale
     lengths = offsets.diff()
-    groups = list(_length_groups(lengths))
-    if not groups:
-        return query + key + value  # no event: empty, with a live graph
+    groups = [] if offsets.is_meta else list(_length_groups(lengths))
+    if not groups:  # no event, or none that has values: with a live graph
+        return query + key + value
     slots = []
     for sequences, size in groups:
         column = torch.arange(size, device=device)
