@@ -34,9 +34,13 @@ def loss_times(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, width, generator=generator).to(device).requires_grad_()
-    table = (0.1 * torch.randn(items, width, generator=generator)).to(device).requires_grad_()
-    target = torch.randint(items, (rows,), generator=generator).to(device)
+    x = torch.randn(rows, width, generator=generator, device="cpu").to(device).requires_grad_()
+    table = (
+        (0.1 * torch.randn(items, width, generator=generator, device="cpu"))
+        .to(device)
+        .requires_grad_()
+    )
+    target = torch.randint(items, (rows,), generator=generator, device="cpu").to(device)
 
     def run(loss):
         def step():

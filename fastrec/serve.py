@@ -47,7 +47,7 @@ def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
     indices, vectors = _users(dataset, user_ids), []
     with torch.no_grad():
         for rows in row_blocks(len(indices)):
-            batch = model.inputs(dataset, torch.as_tensor(indices[rows]), "all")
+            batch = model.inputs(dataset, torch.as_tensor(indices[rows], device="cpu"), "all")
             encoded = model.encode(batch.to(model.item_table.device))
             vectors.append(model.pool(encoded, pool).float().cpu())
     ids = dataset.user_ids()[indices]
@@ -133,15 +133,17 @@ Asked = Iterator[tuple[slice, JaggedBatch, tuple[Tensor, Tensor]]]
 
 def _asked_users(model, dataset, indices: np.ndarray) -> Asked:
     for rows in row_blocks(len(indices)):
-        users = torch.as_tensor(indices[rows])
+        users = torch.as_tensor(indices[rows], device="cpu")
         yield rows, model.inputs(dataset, users, "all", ask=True), seen_items(dataset, users, "all")
 
 
 def _asked_histories(model, histories: list[list[int]]) -> Asked:
     for rows in row_blocks(len(histories)):
         part = histories[rows]
-        lengths = torch.tensor([0, *(len(history) for history in part)])
-        past = torch.tensor([item for history in part for item in sorted(history)]).long()
+        lengths = torch.tensor([0, *(len(history) for history in part)], device="cpu")
+        past = torch.tensor(
+            [item for history in part for item in sorted(history)], device="cpu"
+        ).long()
         yield rows, model.inputs_of(part, ask=True), (past, lengths.cumsum(0))
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from op_check import FLOAT32, need, on, samples
+from op_check import need, on
 from op_db import OPS
 from op_db.case import run
 from torch._subclasses.fake_tensor import FakeTensorMode

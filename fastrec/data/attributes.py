@@ -84,7 +84,7 @@ class EncodedAttribute:
 
     def known(self, users) -> Tensor:
         """bool [N]: which of the users have a value."""
-        values = self.values[torch.as_tensor(users)]
+        values = self.values[torch.as_tensor(users, device="cpu")]
         return values >= 0 if self.labels else ~values.isnan()
 
 

@@ -180,13 +180,17 @@ def spans(starts: Tensor, lengths: Tensor, offsets: Tensor) -> Tensor:
 
 def from_sequences(sequences: Sequence[Sequence[int]], sample_ids=None) -> JaggedBatch:
     """A batch of lists of item ids; sample ids 0, 1, .. unless given."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
-    values = torch.tensor([item for sequence in sequences for item in sequence], dtype=torch.int64)
+    lengths = torch.tensor(
+        [len(sequence) for sequence in sequences], dtype=torch.int64, device="cpu"
+    )
+    values = torch.tensor(
+        [item for sequence in sequences for item in sequence], dtype=torch.int64, device="cpu"
+    )
     ids = range(len(sequences)) if sample_ids is None else sample_ids
     return JaggedBatch(
         values=values,
         offsets=offsets_of(lengths),
-        keys=torch.tensor(list(ids), dtype=torch.int64),
+        keys=torch.tensor(list(ids), dtype=torch.int64, device="cpu"),
         max_seq_len=int(lengths.max()) if len(lengths) else 0,
     )
 

@@ -139,7 +139,9 @@ class SequenceDataset:
         tensors are on the CPU. A user without events in `split` gives an empty sequence in "train"
         and "all"; in "valid" and "test" it has no target and raises ValueError.
         """
-        users = np.ascontiguousarray(torch.as_tensor(users, dtype=torch.int64).numpy())
+        users = np.ascontiguousarray(
+            torch.as_tensor(users, dtype=torch.int64, device="cpu").numpy()
+        )
         self._check_users(users, split)
         starts, ends = self.offsets[users], self.offsets[users + 1]
         kept = ends - starts

@@ -86,7 +86,10 @@ class SocialGraph:
         users = np.asarray(users, dtype=np.int64)
         degree = self.degrees(users)
         rows = np.flatnonzero(degree)
-        sample, zero = torch.from_numpy(users[rows]), torch.zeros(len(rows), dtype=torch.int64)
+        sample, zero = (
+            torch.from_numpy(users[rows]),
+            torch.zeros(len(rows), dtype=torch.int64, device="cpu"),
+        )
         high, low = (draws(rng, sample, row, zero, site="draw_friend").numpy() for row in (0, 1))
         pick = (high << 16 | low) * degree[rows] >> 32
         return rows, self.values[self.offsets[users[rows]] + pick].astype(np.int64)

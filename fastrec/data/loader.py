@@ -119,7 +119,7 @@ def _checked_users(dataset: SequenceDataset, split: str, users) -> np.ndarray:
     eligible = dataset.users(split)
     if users is None:
         return eligible
-    users = torch.as_tensor(users, dtype=torch.int64).numpy()
+    users = torch.as_tensor(users, dtype=torch.int64, device="cpu").numpy()
     if len(users) == 0:
         raise ValueError(f"there is no user to load in split {split!r}")
     unique, counts = np.unique(users, return_counts=True)

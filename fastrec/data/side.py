@@ -52,10 +52,10 @@ class SideData:
         self.dataset, self.split = dataset, split
         self.num_items = dataset.num_items
         self.mask_id = self.num_items + SPECIAL_TOKENS.index("mask")
-        everyone = torch.arange(dataset.num_users)
+        everyone = torch.arange(dataset.num_users, device="cpu")
         self._settings = list(attributes)
-        self._users = everyone if users is None else torch.as_tensor(users)
-        self._labelled = everyone if labelled is None else torch.as_tensor(labelled)
+        self._users = everyone if users is None else torch.as_tensor(users, device="cpu")
+        self._labelled = everyone if labelled is None else torch.as_tensor(labelled, device="cpu")
         self.shard = Shard(np.empty(0, np.int64))
         # [U, ...] by name: `gather` gives every batch the rows of its sequences. Objectives add
         # what they predict.
@@ -76,7 +76,7 @@ class SideData:
     @cached_property
     def attributes(self) -> list[EncodedAttribute]:
         """The attributes of users, missing for those who are not `labelled`."""
-        hidden = torch.ones(self.dataset.num_users, dtype=torch.bool)
+        hidden = torch.ones(self.dataset.num_users, dtype=torch.bool, device="cpu")
         hidden[self._labelled] = False
         hidden = hidden.nonzero().squeeze(1)
         return [attribute.without(hidden) for attribute in self.encoded]

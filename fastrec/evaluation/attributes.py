@@ -30,7 +30,7 @@ class AttributesJudge:
         self.majority = [
             attribute.values[training_users][attribute.known(training_users)].mode().values.double()
             if attribute.labels
-            else torch.tensor(0.0, dtype=torch.float64)
+            else torch.tensor(0.0, dtype=torch.float64, device="cpu")
             for attribute in attributes
         ]
         for attribute in attributes:

@@ -24,7 +24,7 @@ class FriendsJudge:
 
     def __init__(self, dataset, users: Tensor, split: str, negatives: int = 99, seed: int = 0):
         self.dataset, self.split = dataset, split
-        self.users = torch.as_tensor(users).sort().values
+        self.users = torch.as_tensor(users, device="cpu").sort().values
         ids = self.users.numpy()
         graph = SocialGraph.from_dataset(dataset, ids)
         degree = graph.degrees(ids)
@@ -70,7 +70,11 @@ class FriendsJudge:
 
     @property
     def metric_names(self) -> list[str]:
-        return list(friend_metrics(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.bool)))
+        return list(
+            friend_metrics(
+                torch.zeros(1, 2, device="cpu"), torch.zeros(1, 1, dtype=torch.bool, device="cpu")
+            )
+        )
 
     def metrics(self, vectors: Tensor, objective) -> dict[str, float]:
         """`friend_metrics` under the trained similarity (equal weights without one).
@@ -78,7 +82,7 @@ class FriendsJudge:
         vectors: [N, D], what `score` gives for all users.
         """
         head = objective.find(SocialRelationDetection)
-        weight = torch.ones(vectors.shape[1])
+        weight = torch.ones(vectors.shape[1], device="cpu")
         if head is not None:
             weight = head.weight.detach().float().cpu()
         scores = []
@@ -96,7 +100,7 @@ class FriendsJudge:
         owner = owned // items
         lengths = torch.bincount(owner, minlength=len(self.users))
         starts = lengths.cumsum(0) - lengths
-        scores = torch.empty(self.candidates.shape)
+        scores = torch.empty(self.candidates.shape, device="cpu")
         for row, query in enumerate(self.queries.tolist()):
             mine = owned[starts[query] : starts[query] + lengths[query]] % items
             wanted = self.candidates[row, :, None] * items + mine

@@ -135,7 +135,7 @@ def adjustment(dataset, tau: float) -> Tensor:
     if not math.isfinite(tau):
         raise ValueError(f"logit_adjustment must be finite, got {tau}")
     if tau == 0:
-        return torch.zeros(dataset.num_items)
+        return torch.zeros(dataset.num_items, device="cpu")
     counts = dataset.item_counts("train").double().clamp_min(1)
     return (tau * (counts / counts.sum()).log()).float()
 
@@ -169,7 +169,7 @@ class NextItemJudge:
 
     @property
     def metric_names(self) -> list[str]:
-        return list(ranking_metrics(torch.ones(1)))
+        return list(ranking_metrics(torch.ones(1, device="cpu")))
 
     def metrics(self, ranks: Tensor, objective=None) -> dict[str, float]:
         """`ranking_metrics` of what `score` gives for all rows."""
@@ -191,11 +191,13 @@ class NextItemJudge:
     def popularity_ranks(self) -> Tensor:
         """Ranks under a ranker by number of training interactions: the baseline and, for sampled
         negatives, the self-test of the protocol (it must fall to chance)."""
-        counts = torch.as_tensor(self.dataset.item_counts("train"), dtype=torch.float64)
-        table = torch.zeros(len(counts), 1, dtype=torch.float64)
+        counts = torch.as_tensor(
+            self.dataset.item_counts("train"), dtype=torch.float64, device="cpu"
+        )
+        table = torch.zeros(len(counts), 1, dtype=torch.float64, device="cpu")
         parts = []
         for rows in row_blocks(len(self.users)):
-            query = torch.ones(rows.stop - rows.start, 1, dtype=torch.float64)
+            query = torch.ones(rows.stop - rows.start, 1, dtype=torch.float64, device="cpu")
             parts.append(self._rank(query, table, counts, rows))
         return torch.cat(parts)
 

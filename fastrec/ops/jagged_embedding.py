@@ -112,7 +112,12 @@ class _JaggedEmbedding(torch.autograd.Function):
             rows, index = torch.unique(values, return_inverse=True)
             sums = scatter(grad_z, index, rows.shape[0], weight.dtype)
             grad_weight = torch.sparse_coo_tensor(
-                rows[None], sums, weight.shape, is_coalesced=True, check_invariants=False
+                rows[None],
+                sums,
+                weight.shape,
+                is_coalesced=True,
+                check_invariants=False,
+                device=grad_z.device,
             )
         elif needed[0]:
             grad_weight = scatter(grad_z, values, weight.shape[0], weight.dtype)

@@ -129,7 +129,7 @@ class _SampledLoss(torch.autograd.Function):
                 grad_weight, grad_bias = (
                     torch.sparse_coo_tensor(
                         index[None], grad, (linear_weight.shape[0], *grad.shape[1:]),
-                        is_coalesced=True, check_invariants=False,
+                        is_coalesced=True, check_invariants=False, device=grad.device
                     )
                     if needed
                     else None

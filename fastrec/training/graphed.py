@@ -87,7 +87,7 @@ def padded(
         scored=None
         if batch.scored is None
         else _to(batch.scored, capacity.rows, capacity.events - 1),
-        real=torch.arange(sequences) < len(batch),
+        real=torch.arange(sequences, device="cpu") < len(batch),
     )
 
 
@@ -96,7 +96,11 @@ def _padded_pairs(pairs: Pairs, capacity: Capacity) -> Pairs:
     listed, offsets = pairs.exclude
     # The spare exclusions are shared by the padding: one long list would be walked by one program.
     share = torch.linspace(
-        len(listed), capacity.excluded, capacity.queries + 1 - queries, dtype=torch.float64
+        len(listed),
+        capacity.excluded,
+        capacity.queries + 1 - queries,
+        dtype=torch.float64,
+        device="cpu",
     )
 
     def profiles(ids: Tensor | None, size: int) -> Tensor | None:
@@ -116,8 +120,8 @@ def _padded_pairs(pairs: Pairs, capacity: Capacity) -> Pairs:
         negatives=0.0,  # of the batch; one number would be captured
         # Candidate 0 is the friend of all padding, so it exists.
         real=(
-            torch.arange(capacity.queries) < queries,
-            torch.arange(capacity.candidates) < candidates,
+            torch.arange(capacity.queries, device="cpu") < queries,
+            torch.arange(capacity.candidates, device="cpu") < candidates,
         ),
     )
 
@@ -233,7 +237,7 @@ class GraphedObjective:
         spare = -(-max(capacity.events for capacity in self.capacities.values()) // length)
         inputs = (
             {n: padded(v, self.capacities[n], spare, length, filler) for n, v in views.items()},
-            (torch.tensor(self.seed), torch.tensor(step)),
+            (torch.tensor(self.seed, device="cpu"), torch.tensor(step, device="cpu")),
         )
         device = self.model.item_embedding.weight.device
         packs = _packed(inputs)

@@ -25,18 +25,22 @@ class StageData:
 
 def select_users(dataset, users: Users) -> Tensor:
     """int64: the evaluated users, a random `fraction` of those with a test target, ascending."""
-    everyone = torch.as_tensor(dataset.users("test"))
+    everyone = torch.as_tensor(dataset.users("test"), device="cpu")
     if users.fraction >= 1.0:
         return everyone
     generator = torch.Generator().manual_seed(users.seed)
     count = round(len(everyone) * users.fraction)
-    return everyone[torch.randperm(len(everyone), generator=generator)[:count]].sort().values
+    return (
+        everyone[torch.randperm(len(everyone), generator=generator, device="cpu")[:count]]
+        .sort()
+        .values
+    )
 
 
 def held_out_users(dataset, users: Users) -> Tensor:
     """int64: the users with a test target that `select_users` leaves out, ascending. They test the
     judges "attributes" and "friends"."""
-    everyone = torch.as_tensor(dataset.users("test"))
+    everyone = torch.as_tensor(dataset.users("test"), device="cpu")
     rest = everyone[~torch.isin(everyone, select_users(dataset, users))]
     if len(rest) == 0:
         raise ValueError(f"users.fraction is {users.fraction}: no user is held out to test on")
@@ -47,7 +51,11 @@ def _validation_users(selected: Tensor, users: Users) -> Tensor:
     """A random tenth of the training users, ascending, to choose a model by."""
     generator = torch.Generator().manual_seed(users.seed + 1)
     count = max(1, len(selected) // 10)
-    return selected[torch.randperm(len(selected), generator=generator)[:count]].sort().values
+    return (
+        selected[torch.randperm(len(selected), generator=generator, device="cpu")[:count]]
+        .sort()
+        .values
+    )
 
 
 def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideData:
@@ -76,7 +84,9 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     if stage.judge != "next_item" or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
     if stage.judge == "next_item":
-        short = torch.as_tensor(np.setdiff1d(dataset.users("train"), dataset.users("test")))
+        short = torch.as_tensor(
+            np.setdiff1d(dataset.users("train"), dataset.users("test")), device="cpu"
+        )
         users, labelled = (torch.cat([part, short]).sort().values for part in (users, labelled))
     else:
         users = labelled

@@ -39,11 +39,11 @@ class NextItem:
         index = spans(batch.offsets[:-1], kept, offsets)
         out = batch.with_events(index, offsets, max(batch.max_seq_len - 1, 0))
         end = batch.offsets[1:].repeat_interleave(kept, output_size=len(index)).unsqueeze(1)
-        places = index.unsqueeze(1) + torch.arange(1, self.ahead + 1)
+        places = index.unsqueeze(1) + torch.arange(1, self.ahead + 1, device="cpu")
         target = batch.values[places.clamp_max(max(len(batch.values) - 1, 0))]
         target = target.masked_fill((places >= end) | (target >= side.num_items), NO_TARGET)
         if self.positions == "last":
-            last = torch.zeros(len(index), dtype=torch.bool)
+            last = torch.zeros(len(index), dtype=torch.bool, device="cpu")
             last[offsets[1:][kept > 0] - 1] = True
             target = target.masked_fill(~last.unsqueeze(1), NO_TARGET)
         if self.ahead == 1:

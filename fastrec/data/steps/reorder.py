@@ -32,6 +32,6 @@ class Reorder:
         inside = (position >= start[owner]) & (position < (start + length)[owner])
         run = inside.nonzero().squeeze(1)
         key = random_order(rng, batch.keys[owner[run]], position[run], "reorder_key")
-        index = torch.arange(len(batch.values))
+        index = torch.arange(len(batch.values), device="cpu")
         index[run] = run[(owner[run] << 32 | key).argsort(stable=True)]
         return batch.with_events(index, batch.offsets, batch.max_seq_len)

@@ -1,0 +1,93 @@
+"""torch.set_default_device changes nothing but where the parameters of a new model are."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils._device
+from builders import JOINT, SOCIAL_VIEWS, loader_of, model_of, social_side
+from op_check import need, on
+from op_db import OPS
+from op_db.case import run
+from wrong_arguments import covering
+
+import fastrec
+from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.random import Rng
+
+FACTORIES = {function.__name__ for function in torch.utils._device._device_constructors()}
+
+
+@pytest.fixture
+def on_meta():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def without_device(tree: ast.AST) -> list[int]:
+    """Lines of calls torch.<factory>(...) without a device, but for those of a new Parameter."""
+    lines = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr == "Parameter":
+                continue
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            given = {keyword.arg for keyword in node.keywords}
+            named = "device" in given or None in given  # None: of **options
+            if of_torch and node.func.attr in FACTORIES and not named:
+                lines.append(node.lineno)
+        lines += without_device(node)
+    return lines
+
+
+def test_every_factory_call_names_its_device():
+    source = "nn.Parameter(torch.zeros(3))\ntorch.zeros(3)\ntorch.zeros(3, device=x)"
+    assert without_device(ast.parse(source)) == [2]
+    root = Path(fastrec.__file__).parent
+    found = {
+        str(path.relative_to(root)): lines
+        for path in sorted(root.rglob("*.py"))
+        if (lines := without_device(ast.parse(path.read_text())))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    "op, sample",
+    [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for case in covering(op)],
+)
+def test_ops(op, backend, sample, request):
+    need(op, backend, "cpu")
+    expected = run(on(op, backend), sample, op.differentiable)
+    request.getfixturevalue("on_meta")
+    actual = run(on(op, backend), sample, op.differentiable)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
+
+
+def step_and_ranks(model, objective, side):
+    """The loss and the gradients of a step of training, and the ranks of the judge."""
+    views = loader_of(model, SOCIAL_VIEWS, side).batch_at(0)
+    loss = total_loss(objective(model, views, Rng(0, 0)))
+    found = {"loss": loss.detach()}
+    parameters = dict([*model.named_parameters(), *objective.named_parameters()])
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found |= {k: v for k, v in zip(parameters, grads, strict=True) if v is not None}
+    users = torch.arange(5, device="cpu")
+    judge = NextItemJudge(side.dataset, users, "test", Protocol(candidates="full"))
+    return found | {"ranks": judge.score(model, objective, slice(0, 5))}
+
+
+def test_a_step_of_training_and_its_evaluation(request):
+    model, side = model_of(tokens=["cls", "sep"]), social_side()
+    objective = JointObjective(JOINT, model, side)
+    expected = step_and_ranks(model, objective, side)
+    request.getfixturevalue("on_meta")
+    actual = step_and_ranks(model, objective, side)
+    assert len(expected) > 10
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
