@@ -64,17 +64,18 @@ def tensor_changes(name: str, tensor: torch.Tensor) -> Iterator[Change]:
     yield Change(name, "sparse", tensor.to_sparse())
     if tensor.is_floating_point():
         yield Change(name, "nested", torch.nested.nested_tensor([tensor], layout=torch.jagged))
-    yield Change(name, "one dimension less", tensor[0], True)
-    for axis in {0, tensor.dim() - 1}:
+    if tensor.shape[0]:
+        yield Change(name, "one dimension less", tensor[0], True)
+    for axis in {0, tensor.dim() - 1} if tensor.numel() else ():
         last = tensor.narrow(axis, tensor.shape[axis] - 1, 1)
         yield Change(name, f"one more on axis {axis}", torch.cat([tensor, last], axis), True)
         fewer = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
         yield Change(name, f"one less on axis {axis}", fewer, True)
         yield Change(name, f"none on axis {axis}", tensor.narrow(axis, 0, 0), True)
-    if tensor.dtype == torch.int64:
+    if tensor.dtype == torch.int64 and tensor.numel():
         for value in (-1, LARGEST, -LARGEST - 1, 2**40, -100):
             for at in (0, tensor.numel() - 1):
-                changed = tensor.clone()
+                changed = tensor.clone(memory_format=torch.contiguous_format)
                 changed.view(-1)[at] = value
                 yield Change(name, f"{value} at {at}", changed, name == "exclude_values")
     if name.endswith("offsets"):
@@ -116,8 +117,7 @@ def verdict(op: Op, backend: str, sample: Sample, change: Change) -> str | None:
         return f"the error names no argument: {type(error).__name__}: {str(error)[:200]}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
-    floats = [name for name in op.differentiable if changed.kwargs.get(name) is not None]
-    if not all(changed.kwargs[name].is_floating_point() for name in floats):
+    if not can_learn(op, changed):
         return "was accepted"
     try:
         low = run(on(op, "reference"), changed, op.differentiable)
@@ -131,6 +131,12 @@ def verdict(op: Op, backend: str, sample: Sample, change: Change) -> str | None:
     except Exception as error:
         return f"was accepted, then {type(error).__name__}: {str(error)[:200]}"
     return None
+
+
+def can_learn(op: Op, sample: Sample) -> bool:
+    """Whether what has a gradient in op_db can have one here."""
+    values = [sample.kwargs.get(name) for name in op.differentiable]
+    return all(v is None or (isinstance(v, torch.Tensor) and v.is_floating_point()) for v in values)
 
 
 def covering(op: Op) -> list[Sample]:
