@@ -17,13 +17,17 @@ BATCHES = max(1, min(10, CALLS // 400))
 
 
 def environment() -> dict[str, str]:
-    """That of a child; the sanitizer has to be loaded before everything else."""
+    """That of a child; the sanitizer has to be loaded before everything else, and with it the
+    library whose exceptions it watches."""
     if "FASTREC_FUZZ_EXTENSION" not in os.environ:
         return dict(os.environ)
-    library = subprocess.run(
-        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    libraries = [
+        subprocess.run(
+            ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return os.environ | {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

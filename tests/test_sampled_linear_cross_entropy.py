@@ -166,3 +166,19 @@ def test_wrong_arguments_are_named(change, error, message):
     )
     with pytest.raises(error, match=message):
         sampled_linear_cross_entropy(**arguments | change)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@backends("sampled_linear_cross_entropy", "reference", "cpp")
+def test_leading_dimensions_are_rows(backend, shared):
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 3, 4, generator=g), torch.randn(9, 4, generator=g)
+    y = torch.randint(9, (2, 3), generator=g)
+    negatives = torch.randint(9, (5,) if shared else (2, 3, 5), generator=g)
+    options = dict(reduction="none", backend=backend)
+    loss = sampled_linear_cross_entropy(x, w, y, negatives, **options)
+    flat = negatives if shared else negatives.flatten(0, 1)
+    expected = sampled_linear_cross_entropy(x.flatten(0, 1), w, y.flatten(), flat, **options)
+    assert torch.equal(loss, expected.view(2, 3))
+    low = (y.int(), negatives.int())
+    assert torch.equal(sampled_linear_cross_entropy(x, w, *low, **options), loss)

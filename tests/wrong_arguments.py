@@ -40,13 +40,14 @@ class Change:
 
 
 def changes(sample: Sample) -> Iterator[Change]:
-    first = True
+    tensors = [name for name, value in sample.kwargs.items() if isinstance(value, torch.Tensor)]
     for name, value in sample.kwargs.items():
         if isinstance(value, torch.Tensor):
             for change in tensor_changes(name, value):
+                if change.what == "meta" and len(tensors) == 1:
+                    continue  # all are there
                 # The others are compared with the first argument.
-                yield dataclasses.replace(change, shared=change.shared or first)
-            first = False
+                yield dataclasses.replace(change, shared=change.shared or name == tensors[0])
         for wrong in OPTIONS.get(name, ()):
             yield Change(name, repr(wrong), wrong)
 
