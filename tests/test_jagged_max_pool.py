@@ -2,6 +2,7 @@
 errors."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -83,3 +84,16 @@ def test_errors_name_the_argument(change, message):
     good = dict(values=torch.zeros(5, 2), offsets=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match=message):
         jagged_max_pool(**(good | change))
+
+
+def test_events_of_no_sequence_get_a_gradient_of_zero(backend, poisoned_memory, monkeypatch):
+    """Where the values of offsets are not looked at: behind the last one."""
+    module = sys.modules["fastrec.ops.jagged_max_pool"]
+    monkeypatch.setattr(module, "_check", lambda *arguments: None)
+    values = torch.randn(50, 20, requires_grad=True)
+    pooled = jagged_max_pool(values, torch.tensor([0, 9, 9, 12]), backend=backend)
+    pooled.sum().backward()
+    top = torch.stack([values[:9].amax(0), torch.zeros(20), values[9:12].amax(0)])
+    assert torch.equal(pooled, top)
+    assert torch.equal(values.grad[12:], torch.zeros(38, 20))
+    assert values.grad.sum() == 40

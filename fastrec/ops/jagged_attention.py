@@ -24,8 +24,9 @@ from fastrec.random import Rng, keep_mask
 
 OP = "jagged_attention"
 
-# Of the mask positions are None: they are the places in the sequence. lse [T, H] is float32, or
-# float64 for float64 inputs.
+# Of the mask positions are None: they are the places in the sequence. lse [2, T, H] (rounded, and
+# what rounding left out) is float32, or float64 for float64 inputs. Events behind the last offset
+# belong to no sequence: 0 in out and grad.
 _COMMON = f"Tensor offsets, int max_seq_len, bool causal, float scale, {SCHEMA}"
 torch.library.define(
     f"fastrec::{OP}_fwd",
@@ -44,7 +45,7 @@ torch.library.define(
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
 def _(query, *args):
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate)
+    return query.new_empty(query.shape), query.new_empty(2, *query.shape[:2], dtype=accumulate)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
@@ -139,7 +140,7 @@ def jagged_attention_ref(
     slot_to_event = torch.cat(slots)
     slot_ids = torch.arange(slot_to_event.shape[0], device=device)
     used = slot_to_event >= 0
-    event_to_slot = torch.empty(events, dtype=torch.int64, device=device)
+    event_to_slot = torch.full((events,), -1, dtype=torch.int64, device=device)
     event_to_slot[slot_to_event[used]] = slot_ids[used]
 
     packed = torch.cat([query, key, value], dim=1).flatten(1)
@@ -275,8 +276,9 @@ def jagged_attention(
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key. The values
-        of `offsets` are not looked at on a GPU and under torch.compile: rows of a sequence beyond
-        `max_seq_len` are undefined there. RuntimeError: `backend` cannot run.
+        of `offsets` are not looked at on a GPU and under torch.compile. There rows of a sequence
+        beyond `max_seq_len` are undefined, and events behind the last offset, which belong to no
+        sequence, have an output and gradients of 0. RuntimeError: `backend` cannot run.
     """
     device = query.device.type
     if torch.is_autocast_enabled(device):

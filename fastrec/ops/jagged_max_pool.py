@@ -65,18 +65,20 @@ def jagged_max_pool_ref(values, offsets, mask=None):
     events, sequences = values.shape[0], offsets.shape[0] - 1
     event = torch.arange(events, device=values.device).unsqueeze(1).expand_as(values)
     ends = offsets[1:].contiguous()
+    # Events behind the last offset, which only a GPU and torch.compile let pass, are one more segment.
     segment = torch.searchsorted(ends, event[:, :1].contiguous(), right=True)
     segment = segment.expand_as(values)
     counted = values.detach()
     if mask is not None:
         counted = counted.masked_fill(~mask.unsqueeze(1), -torch.inf)
-    top = counted.new_full((sequences, values.shape[1]), -torch.inf)
+    top = counted.new_full((sequences + 1, values.shape[1]), -torch.inf)
     top = top.scatter_reduce(0, segment, counted, "amax")
     largest = (counted == top.gather(0, segment)) | counted.isnan()
     if mask is not None:
         largest = largest & mask.unsqueeze(1)
     first = event.new_full(top.shape, events)
     first = first.scatter_reduce(0, segment, event.masked_fill(~largest, events), "amin")
+    first = first[:sequences]
     # Row T stands for nothing to choose from: a zero without a gradient.
     return torch.cat([values, values.new_zeros(1, values.shape[1])]).gather(0, first)
 
@@ -128,8 +130,9 @@ def jagged_max_pool(
         arguments give equal bits. Not twice differentiable, except on the reference backend.
 
     Raises:
-        ValueError: a shape or dtype is wrong, or `offsets` (on a CPU) do not rise from 0 to T.
-        RuntimeError: `backend` cannot run.
+        ValueError: a shape or dtype is wrong, or `offsets` do not rise from 0 to T. That is not
+        looked at on a GPU and under torch.compile, where events behind the last offset belong to no
+        sequence and have a gradient of 0. RuntimeError: `backend` cannot run.
     """
     _check(values, offsets, mask)
     backend = resolve(backend, OP, values.device)

@@ -108,7 +108,7 @@ def linear_cross_entropy(
         With `group` the loss is that of the whole table and the same on all ranks. It is counted
         once: every rank gets the whole gradient of `input` (summed over the ranks in backward) and
         that of its own items, neither scaled by the number of ranks. Two collectives forward, a
-        few integers and at most four numbers a row; one backward, [N, D], if `input` needs a
+        few integers and at most five numbers a row; one backward, [N, D], if `input` needs a
         gradient.
 
     Raises:
@@ -185,10 +185,9 @@ def linear_cross_entropy(
             input, linear_weight, linear_bias, y, rows, class_weight, smoothed, backend, group
         )
     else:
-        lse, target_logit, class_sum = LinearCrossEntropy.apply(
+        lse, nll, class_sum = LinearCrossEntropy.apply(
             input, linear_weight, linear_bias, y, rows, smoothed, backend
         )
-        nll = lse - target_logit
         row_weight = kept.to(accumulate)
         if class_weight is not None:
             row_weight = row_weight * class_weight[y.clamp_min(0)]

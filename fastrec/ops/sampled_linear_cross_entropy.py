@@ -34,7 +34,7 @@ _INPUTS = (
 # target [N] int64, -1 = row not scored: its outputs are 0. beta: of the binary loss, negative for
 # the softmax. The outputs have the accumulating dtype: loss [N], dloss_i / dx_i [N, D] ([0, D] if
 # not asked for), c_iy [N], c_ij [N, K] ([0, K] if not asked for, or for shared negatives) and what
-# the softmax of shared negatives needs in backward, lse [N].
+# the softmax of shared negatives needs in backward, lse [2, N]: rounded, and what that left out.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     f"({_INPUTS}, float beta, bool with_input, bool with_weight) -> (Tensor loss,"
@@ -59,7 +59,7 @@ def _(input, linear_weight, linear_bias, log_q, target, negatives, beta, with_in
         loss.new_empty(rows if with_input else 0, width),
         torch.empty_like(loss),
         loss.new_empty(kept, negatives.shape[-1]),
-        torch.empty_like(loss),
+        loss.new_empty(2, rows),
     )
 
 
@@ -178,7 +178,7 @@ def sampled_linear_cross_entropy_ref(
     hit[:, 0] = False
     if loss == "softmax":
         scores = scores.masked_fill(hit, -torch.inf)
-        losses = torch.logsumexp(scores, 1) - scores[:, 0]
+        losses = -torch.log_softmax(scores, 1)[:, 0]
     else:
         beta = _beta(loss, gbce_t, negatives.shape[-1], linear_weight.shape[0])
         negative = F.softplus(scores[:, 1:]).masked_fill(hit[:, 1:], 0).sum(1)

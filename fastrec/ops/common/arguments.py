@@ -20,6 +20,14 @@ def ordered_sum(values: Tensor) -> Tensor:
     return torch.stack([part.sum() for part in values.split(32768)]).sum()
 
 
+def split_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b, rounded, and what rounding left out (Knuth's two-sum; 0 where a + b is infinite)."""
+    whole = a + b
+    part = whole - a
+    rest = (a - (whole - part)) + (b - part)
+    return whole, torch.where(rest == rest, rest, 0.0)
+
+
 def check_range(name: str, index: Tensor, size: int, ignored: int | None = None) -> None:
     """Raise IndexError when a value of `index` [.] other than `ignored` is outside [0, size)."""
     on_host = _on_host(index)

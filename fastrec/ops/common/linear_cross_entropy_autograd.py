@@ -29,8 +29,9 @@ from fastrec.ops.common.products import products, weighted_rows
 
 OP = "linear_cross_entropy"
 
-# target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse,
-# target_logit [N] and mean_offset [N, D] ([0, D] if not asked for) are float32 or float64 with it.
+# target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse
+# [2, N] (rounded, and what rounding left out), target_logit [N] and mean_offset [N, D] ([0, D] if
+# not asked for) are float32 or float64 with it.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
@@ -59,7 +60,7 @@ torch.library.define(
 def _(input, linear_weight, linear_bias, target, with_offset):
     rows, width = input.shape
     out = input.new_empty(rows, dtype=accumulate_dtype(input))
-    return out, torch.empty_like(out), out.new_empty(rows if with_offset else 0, width)
+    return out.new_empty(2, rows), out, out.new_empty(rows if with_offset else 0, width)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
@@ -118,8 +119,13 @@ def add_class_gradient(
     return grad_bias + (class_weight * ordered_sum(grad_class_sum)).to(grad_bias.dtype)
 
 
+def loss_of(lse: Tensor, target_logit: Tensor) -> Tensor:
+    """lse - target_logit with all digits of both parts of lse [2, N]."""
+    return (lse[0] - target_logit) + lse[1]
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """(lse, target_logit, class_sum) with class_sum_i = sum_j class_weight_j s_ij (0 if None)."""
+    """(lse, lse - target_logit, class_sum), class_sum_i = sum_j class_weight_j s_ij (0 if None)."""
 
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, target, rows, class_weight, backend):
@@ -128,18 +134,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         lse, target_logit, mean_offset = fwd(
             x, linear_weight, linear_bias, target, ctx.needs_input_grad[0]
         )
-        class_mean, class_sum = None, torch.zeros_like(lse)
+        class_mean, class_sum = None, torch.zeros_like(target_logit)
         if class_weight is not None:
             class_mean, class_sum = class_sums(x, linear_weight, linear_bias, target, class_weight)
         ctx.save_for_backward(
             x, linear_weight, linear_bias, target, rows, class_weight, lse, mean_offset, class_mean
         )
         ctx.backend, ctx.input_shape = backend, input.shape
-        return lse, target_logit, class_sum
+        return lse[0], loss_of(lse, target_logit), class_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_lse, grad_target_logit, grad_class_sum):
+    def backward(ctx, grad_lse, grad_nll, grad_class_sum):
         (
             x,
             linear_weight,
@@ -153,8 +159,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         ) = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, x.device).linear_cross_entropy_bwd
         scored = (target >= 0).to(lse.dtype)
-        grad_lse = (grad_lse * scored).contiguous()
-        grad_target_logit = (grad_target_logit * scored).contiguous()
+        grad_target_logit = (-grad_nll * scored).contiguous()
+        grad_lse = (grad_lse * scored - grad_target_logit).contiguous()
         grad_class_sum = grad_class_sum * scored
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
