@@ -65,7 +65,7 @@ def jagged_max_pool_ref(values, offsets, mask=None):
     events, sequences = values.shape[0], offsets.shape[0] - 1
     event = torch.arange(events, device=values.device).unsqueeze(1).expand_as(values)
     ends = offsets[1:].contiguous()
-    # Events behind the last offset, which only a GPU and torch.compile let pass, are one more segment.
+    # Events behind the last offset, which a GPU and torch.compile let pass, are one more segment.
     segment = torch.searchsorted(ends, event[:, :1].contiguous(), right=True)
     segment = segment.expand_as(values)
     counted = values.detach()

@@ -126,7 +126,7 @@ def _combine_kernel(
     # others = log(sum of the others / exp(logit)), -inf when all are left out.
     alone = total == 0.0
     log_sum = tl.log(tl.where(alone, 1.0, total))
-    others = tl.where(alone, float("-inf"), shift + log_sum - logit)
+    others = tl.where(alone, float("-inf"), (shift - logit) + log_sum)
     above = others > 0
     small = tl.exp(-tl.abs(others))
     extra = _log1p(small)

@@ -98,7 +98,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     }
     for name, (rows, columns, width) in sizes.items():
         # Distances grow with the width, and p inherits their rounding.
-        temperature = math.sqrt(width) if width < 300 else float(width)
+        temperature = math.sqrt(width) if width < 130 else float(width)
         yield sample(name, problem(name, rows, columns, width, fixed_temperature=temperature))
     yield sample("one_pair", l2("one_pair", 1, 1))
     for reduction in ("mean", "none"):

@@ -23,9 +23,9 @@ OP = "in_batch_cross_entropy"
 
 # A logit is query_i . candidate_j + bias_j. positive [B], -1 = row not scored: loss 0, no gradient.
 # query_group [B, G] with candidate_group [C, G] and exclude_values [E] with exclude_offsets [B + 1]
-# leave pairs out. loss [B], lse [2, B] (rounded, and what rounding left out) and direction [B, D] (the
-# gradient of the loss with respect to the query, [0, D] if not asked for) are float32, or float64
-# with the query.
+# leave pairs out. loss [B], lse [2, B] (rounded, and what rounding left out) and direction [B, D]
+# (the gradient of the loss with respect to the query, [0, D] if not asked for) are float32, or
+# float64 with the query.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     "(Tensor query, Tensor candidate, Tensor? bias, Tensor positive, Tensor? query_group,"

@@ -172,7 +172,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         parts = [*lse, logit.masked_fill(~mine, 0)]
         class_mean, total = None, lse.new_zeros(1)
         if class_weight is not None:
-            class_mean, class_sum = x.new_zeros(x.shape[1], dtype=lse.dtype), torch.zeros_like(logit)
+            class_mean, class_sum = lse.new_zeros(x.shape[1]), torch.zeros_like(logit)
             if items:
                 class_mean, class_sum = class_sums(
                     x, linear_weight, linear_bias, local, class_weight
