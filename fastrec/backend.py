@@ -82,9 +82,14 @@ def _say_once(message: str) -> None:
 def resolve(backend: str | None, op: str, device: torch.device) -> str:
     """The backend that serves `op` on `device`: the native one for None, else exactly `backend`.
 
-    Raises RuntimeError with the reason when an explicit request cannot run. With None, a missing
-    native backend means the reference, said once.
+    Raises RuntimeError with the reason when an explicit request cannot run, and inside a transform
+    of torch.func. With None, a missing native backend means the reference, said once.
     """
+    if backend != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op} under torch.func (grad, vmap, jvp) needs backend='reference': its kernels know"
+            " autograd alone"
+        )
     if backend is None:
         native = NATIVE.get(device.type, "reference")
         if why := unavailable_reason(native, op, device):

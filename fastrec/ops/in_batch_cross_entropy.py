@@ -177,7 +177,7 @@ def in_batch_cross_entropy(
     Returns:
         float32 (float64 for float64 input). Gradients have the dtype of their tensor. Embeddings
         are centred in float32 before anything is rounded or multiplied, so a common offset costs
-        no precision. Not twice differentiable, except on the reference backend without `group`.
+        no precision.
 
         With `group` the loss is that of the queries of this rank, "mean" over them alone. A
         candidate gets the sum of its gradients from the losses of all ranks, as does a query with

@@ -15,11 +15,11 @@ maximum.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_sequences
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import twice_differentiable
 from fastrec.random import Rng, keep_mask
 
 OP = "jagged_attention"
@@ -57,6 +57,17 @@ def _(grad_out, query, *args):
 register_cuda(OP, "fwd", "bwd")
 
 
+def _again(ctx, query, key, value, kept, lse, offsets, *tensors):
+    max_seq_len, causal, scale = ctx.settings
+    options = Mask(*tensors, *ctx.numbers).options
+    for name in ("site", "positions"):  # the places in a sequence, at the site of attention
+        options.pop(name, None)
+    output = jagged_attention_ref(
+        query, key, value, offsets, max_seq_len=max_seq_len, causal=causal, scale=scale, **options
+    )
+    return (query, key, value), (output,)
+
+
 class _JaggedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, offsets, max_seq_len, causal, scale, backend, *arguments):
@@ -69,7 +80,7 @@ class _JaggedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_out):
         bwd = kernels_of(OP, ctx.backend, grad_out.device).jagged_attention_bwd
         *tensors, keys, positions, rng = ctx.saved_tensors
@@ -82,10 +93,15 @@ class _Permute(torch.autograd.Function):
     """out[i] = x[index[i]], 0 where index is -1. Every row of x is read exactly once, so the
     gradient is the gather by `inverse`: no scatter-add, no atomics."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, index, inverse):
-        ctx.save_for_backward(index, inverse)
+    def forward(x, index, inverse):
         return _gather_or_zero(x, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -272,7 +288,7 @@ def jagged_attention(
     Returns:
         [T, H, D] in the dtype of the inputs: float64, float32, bfloat16 or float16; sums are
         float32 (float64 for float64). A sequence of length 0 has no output rows. Equal arguments
-        give equal bits. Not twice differentiable, except on the reference backend.
+        give equal bits.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key. The values

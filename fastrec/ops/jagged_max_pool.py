@@ -10,10 +10,10 @@ one that is. Backward writes every element of the gradient once: no atomics, no 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import leaf, twice_differentiable
 
 OP = "jagged_max_pool"
 
@@ -43,17 +43,25 @@ def _(grad_output, index, offsets, events):
 register_cuda(OP, "fwd", "bwd")
 
 
+def _again(ctx, index, offsets):
+    width = index.shape[1]
+    values = leaf((ctx.events, width), index, ctx.dtype)
+    # Row T stands for nothing to choose from.
+    row = torch.where(index < 0, ctx.events, offsets[:-1, None] + index)
+    return (values,), (torch.cat([values, values.new_zeros(1, width)]).gather(0, row),)
+
+
 class _JaggedMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, offsets, mask, backend):
         fwd = kernels_of(OP, backend, values.device).jagged_max_pool_fwd
         output, index = fwd(values, offsets, mask)
         ctx.save_for_backward(index, offsets)
-        ctx.events, ctx.backend = values.shape[0], backend
+        ctx.events, ctx.backend, ctx.dtype = values.shape[0], backend, values.dtype
         return output
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_output):
         index, offsets = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, grad_output.device).jagged_max_pool_bwd
@@ -127,7 +135,7 @@ def jagged_max_pool(
 
     Returns:
         [B, D] in the dtype of `values`: an element of it or 0, exact in every dtype. Equal
-        arguments give equal bits. Not twice differentiable, except on the reference backend.
+        arguments give equal bits.
 
     Raises:
         ValueError: a shape or dtype is wrong, or `offsets` do not rise from 0 to T. That is not

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import accumulate_dtype, check_range
-from fastrec.ops.common.item_losses import check_arguments, reduce_loss
+from fastrec.ops.common.item_losses import check_arguments, reduce_loss, select_rows
 from fastrec.ops.common.linear_cross_entropy_autograd import (
     OP,
     STORED_ITEMS,
@@ -103,7 +103,7 @@ def linear_cross_entropy(
     Returns:
         float32 (float64 for float64 input): a scalar, or per scored row for "none" ([T] for a mask,
         0 where it is False). Gradients have the dtype of their tensor; products accumulate in
-        float32. Not twice differentiable, except on the reference backend without `group`.
+        float32. Not twice differentiable with `group`.
 
         With `group` the loss is that of the whole table and the same on all ranks. It is counted
         once: every rank gets the whole gradient of `input` (summed over the ranks in backward) and
@@ -161,7 +161,7 @@ def linear_cross_entropy(
                 z_loss=z_loss,
             )
     if stored:
-        x = input if rows is None else input.index_select(0, rows)
+        x = select_rows(input, rows)
         class_weight = None if weight is None else weight.detach().to(input.dtype).contiguous()
         mean = reduction == "mean"
         try:
@@ -186,7 +186,7 @@ def linear_cross_entropy(
         )
     else:
         lse, nll, class_sum = LinearCrossEntropy.apply(
-            input, linear_weight, linear_bias, y, rows, smoothed, backend
+            select_rows(input, rows), linear_weight, linear_bias, y, smoothed, backend
         )
         row_weight = kept.to(accumulate)
         if class_weight is not None:

@@ -32,6 +32,7 @@ from fastrec.ops.common.item_losses import spread_rows
 from fastrec.ops.common.linear_cross_entropy_autograd import (
     add_class_gradient,
     class_sums,
+    logits_ref,
     loss_of,
 )
 from fastrec.ops.common.native import kernels_of
@@ -101,7 +102,7 @@ def fingerprint(values: Tensor) -> Tensor:
 
 def _fwd_ref(x, linear_weight, linear_bias, target, with_offset):
     dtype = accumulate_dtype(x)
-    logits = _logits_ref(x, linear_weight, linear_bias)
+    logits = logits_ref(x, linear_weight, linear_bias)
     top, y = logits.amax(1).clamp_min(torch.finfo(dtype).min), target.clamp_min(0)
     log_sum = (logits - top[:, None]).exp().sum(1).log()
     lse = torch.stack(split_sum(top, log_sum))
@@ -115,18 +116,12 @@ def _fwd_ref(x, linear_weight, linear_bias, target, with_offset):
 
 
 def _bwd_ref(x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit):
-    logits = _logits_ref(x, linear_weight, linear_bias)
+    logits = logits_ref(x, linear_weight, linear_bias)
     p = (logits - lse[0, :, None] - lse[1, :, None]).exp() * grad_lse[:, None]
     place = (torch.arange(len(p), device=p.device), target.clamp_min(0))
     p = p.index_put(place, grad_target_logit, accumulate=True)
     grad_bias = lse.new_empty(0) if linear_bias is None else p.sum(0).to(linear_bias.dtype)
     return (p.T @ x.to(p.dtype)).to(linear_weight.dtype), grad_bias
-
-
-def _logits_ref(x, linear_weight, linear_bias):
-    dtype = accumulate_dtype(x)
-    logits = x.to(dtype) @ linear_weight.to(x.dtype).to(dtype).T
-    return logits if linear_bias is None else logits + linear_bias.to(dtype)
 
 
 def _kernels(backend: str, device: torch.device):
