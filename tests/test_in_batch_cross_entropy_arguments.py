@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from in_batch_problem import NAMES, cpp, every_backend, on, problem
+from in_batch_problem import NAMES, every_backend, on, problem
 from op_db.case import Sample, run
 
 from fastrec import in_batch_cross_entropy

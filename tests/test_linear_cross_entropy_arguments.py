@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import backends
-from item_problem import NAMES, cpp, every_backend, problem
+from item_problem import NAMES, every_backend, problem
 from op_db.case import Sample, run
 
 from fastrec import linear_cross_entropy
