@@ -7,6 +7,7 @@ filled, and a Triton launcher when CUDA is. `resolve` only translates names.
 import functools
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -20,10 +21,17 @@ def _load_extension() -> str | None:
     try:
         import fastrec._C  # noqa: F401
     except ModuleNotFoundError:
-        return "the C++ extension is not built (reinstall fastrec where a C++ compiler is found)"
+        return _not_built(Path(__file__).parent)
     except ImportError as error:
         return f"the C++ extension does not load: {error}"
     return None
+
+
+def _not_built(package: Path) -> str:
+    where = f"the C++ extension is not built in {package}"
+    if (package.parent / "setup.py").is_file():
+        return f"{where}, a checkout, which hides an installed fastrec from a process started in it"
+    return f"{where} (reinstall fastrec where a C++ compiler is found)"
 
 
 _EXTENSION_ERROR = _load_extension()

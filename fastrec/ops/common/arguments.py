@@ -67,7 +67,9 @@ def check_table(
         if hasattr(tensor, "device_mesh"):
             raise TypeError(
                 f"{name} is a DTensor, which only the table of linear_cross_entropy may be, and its"
-                " bias and class weights beside it: use full_tensor()"
+                " bias and class weights beside it: pass"
+                f" {name}.full_tensor(grad_placements=[Partial('avg')]), which averages the"
+                " gradients of the ranks as FSDP does"
             )
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
