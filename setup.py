@@ -1,21 +1,49 @@
 """Build of fastrec: the pure Python package, the Triton kernels and one C++ extension.
 
 The C++ sources are globbed. Without a C++ compiler (or with FASTREC_NO_EXTENSION=1) the package
-still installs and the reference backend serves CPU tensors.
+still installs and the reference backend serves CPU tensors; a compiler that CXX names must exist.
 """
 
 import os
+import shlex
 import shutil
+import sys
 from glob import glob
 
 from setuptools import setup
 
+# Last on the command line, so that they also win over CFLAGS and CXXFLAGS: a reordered sum or an
+# approximate division bends the exponential, and a compiler that assumes that no number is infinite
+# drops the masks. csrc/common/simd.h refuses what gets past them.
+STRICT = ["-fno-fast-math", "-fno-finite-math-only", "-O3"]
+
+
+def find_compiler() -> bool:
+    """Whether there is one. CXX may begin with a launcher: "ccache g++"."""
+    asked = os.environ.get("CXX")
+    words = shlex.split(asked or "g++")
+    missing = [word for word in words if not word.startswith("-") and not shutil.which(word)]
+    if missing and asked:
+        raise SystemExit(f"fastrec: CXX is {asked!r}, and there is no {missing[0]}")
+    if missing:
+        print(
+            "fastrec: no g++ found: installing without the C++ kernels, CPU tensors will use the"
+            " slower reference (CXX names another compiler)",
+            file=sys.stderr,
+        )
+    if not missing and len(words) > 1:
+        # torch takes CXX for the name of one program, and knows compilers by their names.
+        wrapper = os.path.abspath("build/compiler/g++")
+        os.makedirs(os.path.dirname(wrapper), exist_ok=True)
+        with open(wrapper, "w") as file:
+            file.write(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        os.chmod(wrapper, 0o755)
+        os.environ["CXX"] = wrapper
+    return not missing
+
 
 def extension_arguments() -> dict:
-    if os.environ.get("FASTREC_NO_EXTENSION") == "1":
-        return {}
-    if not shutil.which(os.environ.get("CXX", "g++").split()[0]):
-        print("fastrec: no C++ compiler found, installing without the cpp backend")
+    if os.environ.get("FASTREC_NO_EXTENSION") == "1" or not find_compiler():
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -24,14 +52,10 @@ def extension_arguments() -> dict:
         sorted(glob("csrc/**/*.cpp", recursive=True)),
         include_dirs=[os.path.abspath("csrc/common")],
         extra_compile_args=[
-            "-O3",
-            "-fopenmp",
-            "-fopenmp-simd",
-            "-std=c++17",
-            "-Wall",
-            "-Wno-psabi",
+            *("-fopenmp", "-fopenmp-simd", "-std=c++17", "-Wall", "-Wno-psabi"),
+            *STRICT,
         ],
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *STRICT],
     )
     return {
         "ext_modules": [extension],

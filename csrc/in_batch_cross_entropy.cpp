@@ -13,7 +13,7 @@ namespace fastrec {
 namespace {
 
 template <class T>
-void combine(const InBatchForward<T>& a, int64_t i, T& loss, T& lse, T* direction) {
+void combine(const InBatchForward<T>& a, int64_t i, T& loss, T& lse, T& left_out, T* direction) {
   const Pairs<T>& q = a.pairs;
   T top = OUT<T>, positive = a.positive_logit[i];
   for (int64_t r = 0; r < a.ranges; ++r) top = std::max(top, a.top[r * q.rows + i]);
@@ -25,7 +25,7 @@ void combine(const InBatchForward<T>& a, int64_t i, T& loss, T& lse, T* directio
   double others = double(top) + std::log(sum) - positive;  // -inf when all are left out
   double exact = std::max(others, 0.0) + std::log1p(std::exp(-std::fabs(others)));
   loss = static_cast<T>(exact);
-  lse = std::max(static_cast<T>(positive + exact), std::max(top, positive));
+  split_lse(positive, exact, lse, left_out);
   if (!direction) return;
   double rest = -std::expm1(-exact);  // 1 - p_positive
   std::fill_n(direction, q.width, T(0));
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(
   const Pairs<T>& q = batch.pairs;
   int64_t rows = query.size(0);
   Tensor loss = torch::stable::new_zeros(query, {rows});
-  Tensor lse = torch::stable::new_zeros(query, {rows});
+  Tensor lse = torch::stable::new_zeros(query, {2, rows});
   Tensor direction = torch::stable::new_zeros(query, {with_direction ? rows : 0, q.width});
 
   InBatchForward<T> a{};
@@ -69,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(
   torch::stable::parallel_for(0, q.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t row = batch.row[i];
-      combine(a, i, loss_out[row], lse_out[row], with_direction ? out + row * q.width : nullptr);
+      combine(a, i, loss_out[row], lse_out[row], lse_out[rows + row],
+              with_direction ? out + row * q.width : nullptr);
     }
   });
   return {loss, lse, direction};
@@ -110,10 +111,11 @@ std::tuple<Tensor, Tensor> backward_typed(
   std::vector<T> shift(q.rows), grad(q.rows), grad_positive(q.rows);
   for (int64_t i = 0; i < q.rows; ++i) {
     int64_t row = batch.row[i];
-    shift[i] = finite_shift(static_cast<const T*>(shifts.data_ptr())[row]);
-    grad[i] = static_cast<const T*>(grads.data_ptr())[row];
+    shift[i] = finite_shift(data<T>(shifts)[row]);
+    const T upstream = data<T>(grads)[row];
+    grad[i] = upstream * std::exp(-data<T>(shifts)[query.size(0) + row]);
     double rest = -std::expm1(-double(static_cast<const T*>(losses.data_ptr())[row]));
-    grad_positive[i] = static_cast<T>(-rest * grad[i]);
+    grad_positive[i] = static_cast<T>(-rest * upstream);
   }
 
   InBatchBackward<T> a{};

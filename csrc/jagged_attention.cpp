@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,6 +18,11 @@ namespace fastrec {
 namespace {
 
 using torch::stable::Tensor;
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
 
 Tensor with_contiguous_features(const Tensor& x) {
   return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x);
@@ -48,7 +54,7 @@ struct Problem {
              static_cast<const int64_t*>(bounds.data_ptr()), nullptr,
              PhiloxKey(0, 0, Site::attention, 0), static_cast<int>(drop), causal,
              static_cast<T>(scale), heads_of(q), heads_of(k), heads_of(v),
-             {}, {}, {}, {}, {}, nullptr, nullptr, nullptr, 0, nullptr} {
+             {}, {}, {}, {}, {}, nullptr, nullptr, nullptr, nullptr, 0, nullptr} {
     sequences = offsets.size(0) - 1;
     if (drop > 0) {
       STD_TORCH_CHECK(rng && keys, "dropout needs rng and keys");
@@ -60,8 +66,9 @@ struct Problem {
       args.sequence_keys = static_cast<const int64_t*>(sequence_keys->data_ptr());
     }
     const int64_t* at = args.offsets;
+    STD_TORCH_CHECK(at[0] == 0, "offsets must start at 0, got ", at[0]);
     for (int64_t b = 0; b < sequences; ++b) {
-      STD_TORCH_CHECK(at[b] >= 0 && at[b] <= at[b + 1] && at[b + 1] <= query.size(0),
+      STD_TORCH_CHECK(at[b] <= at[b + 1] && at[b + 1] <= query.size(0),
                       "offsets must rise from 0 to ", query.size(0), ", got ", at[b], ", ",
                       at[b + 1]);
       args.longest = std::max(args.longest, at[b + 1] - at[b]);
@@ -105,6 +112,14 @@ struct Problem {
     }
   }
 
+  // The rows of a contiguous result that belong to no sequence.
+  void zero_rest(const Tensor& out) const {
+    const int64_t bytes = out.stride(0) * static_cast<int64_t>(out.element_size());
+    const int64_t used = args.offsets[sequences];
+    std::memset(static_cast<char*>(out.data_ptr()) + used * bytes, 0,
+                (out.size(0) - used) * bytes);
+  }
+
   void run(void (*worker)(const AttentionArgs<T>&)) {
     sort();
     plan();
@@ -128,9 +143,10 @@ std::tuple<Tensor, Tensor> forward_typed(Problem<T>&& problem, const Tensor& que
   constexpr ScalarType accumulate = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   int64_t events = query.size(0), heads = query.size(1);
   Tensor out = torch::stable::new_empty(query, {events, heads, query.size(2)});
-  Tensor lse = torch::stable::new_empty(query, {events, heads}, accumulate);
+  Tensor lse = torch::stable::new_empty(query, {2, events, heads}, accumulate);
   problem.args.out = heads_of(out);
-  problem.args.lse = static_cast<T*>(lse.data_ptr());
+  problem.args.lse = data<T>(lse), problem.args.left_out = data<T>(lse) + events * heads;
+  problem.zero_rest(out);
   problem.run(attention_forward<T>);
   return {out, lse};
 }
@@ -144,7 +160,9 @@ Tensor backward_typed(Problem<T>&& problem, const Tensor& grad_out, const Tensor
   problem.args.grad_query = heads_of(grad, 0);
   problem.args.grad_key = heads_of(grad, 1);
   problem.args.grad_value = heads_of(grad, 2);
-  problem.args.lse = static_cast<T*>(saved.data_ptr());
+  problem.args.lse = data<T>(saved);
+  problem.args.left_out = data<T>(saved) + query.size(0) * query.size(1);
+  problem.zero_rest(grad);
   problem.run(attention_backward<T>);
   return grad;
 }

@@ -94,7 +94,7 @@ FASTREC_DEFINE_PER_ISA(pool_forward, PoolArgs, forward_sequences)
 void check(const Tensor& offsets, int64_t events) {
   const int64_t* at = int64_data(offsets);
   int64_t sequences = offsets.size(0) - 1;
-  STD_TORCH_CHECK(at[0] == 0 && at[sequences] == events, "offsets must rise from 0 to ", events,
+  STD_TORCH_CHECK(at[0] == 0 && at[sequences] <= events, "offsets must rise from 0 to ", events,
                   ", got ", at[0], " to ", at[sequences]);
   for (int64_t b = 0; b < sequences; ++b)
     STD_TORCH_CHECK(at[b] <= at[b + 1] && at[b + 1] - at[b] <= INT32_MAX, "sequence ", b, " has ",
@@ -138,6 +138,9 @@ Tensor jagged_max_pool_bwd(Tensor grad_output, Tensor index, Tensor offsets, int
   check(bounds, events);
   Matrix source(grad_output);
   Tensor grad = torch::stable::new_empty(grad_output, {events, width});
+  const int64_t used = int64_data(bounds)[sequences];  // the rest belongs to no sequence
+  const int64_t bytes = width * static_cast<int64_t>(grad.element_size());
+  std::memset(static_cast<char*>(grad.data_ptr()) + used * bytes, 0, (events - used) * bytes);
   PoolArgs<float> all{0, sequences, width, int64_data(bounds), nullptr, source.rows,
                       grad.data_ptr(), grad.scalar_type(), static_cast<int32_t*>(at.data_ptr())};
   torch::stable::parallel_for(0, sequences, grain(sequences, events * width),

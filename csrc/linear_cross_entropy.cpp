@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -21,24 +22,24 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(const Tensor& input, const Tens
   Scored<T> scored(input, linear_weight, linear_bias, target);
   const Problem<T>& q = scored.problem;
   int64_t rows = input.size(0), mean_rows = with_offset ? rows : 0;
-  Tensor lse = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
+  Tensor lse = torch::stable::new_zeros(input, {2, rows}, compute_dtype<T>());
   Tensor target_logit = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
   Tensor mean_offset = torch::stable::new_zeros(input, {mean_rows, q.width}, compute_dtype<T>());
   forward_sweep(q, with_offset, [&](int64_t i, const ForwardArgs<T>& a) {
     int64_t row = scored.row[i];
     T* mean = with_offset ? data<T>(mean_offset) + row * q.width : nullptr;
-    combine(a, i, data<T>(lse)[row], mean);
+    combine(a, i, data<T>(lse)[row], data<T>(lse)[rows + row], mean);
     data<T>(target_logit)[row] = a.target_logit[i];
   });
   return {lse, target_logit, mean_offset};
 }
 
 template <class T>
-std::vector<T> gather(const Tensor& values, const std::vector<int64_t>& rows) {
+std::vector<T> gather(const Tensor& values, const std::vector<int64_t>& rows, int64_t first = 0) {
   Tensor source = torch::stable::contiguous(values);
   std::vector<T> out;
   out.reserve(rows.size());
-  for (int64_t row : rows) out.push_back(data<T>(source)[row]);
+  for (int64_t row : rows) out.push_back(data<T>(source)[first + row]);
   return out;
 }
 
@@ -54,6 +55,8 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& lin
                                               {linear_bias ? q.items : 0});
   std::vector<T> row_grad = gather<T>(grad_lse, scored.row);
   std::vector<T> target_grad = gather<T>(grad_target_logit, scored.row);
+  std::vector<T> rest = gather<T>(lse, scored.row, input.size(0));
+  for (size_t i = 0; i < rest.size(); ++i) row_grad[i] *= std::exp(-rest[i]);
   backward_sweep(q, gather<T>(lse, scored.row), row_grad.data(), target_grad.data(), grad_weight,
                  linear_bias ? &grad_bias : nullptr);
   return {grad_weight, grad_bias};

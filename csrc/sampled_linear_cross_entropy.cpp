@@ -106,10 +106,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_typed(Sampled<T> samp
     return torch::stable::new_empty(input, std::vector<int64_t>(shape), compute_dtype<T>());
   };
   const bool keep = with_weight && sampled.own;
-  Tensor loss = out({a.rows}), grad_target = out({a.rows}), lse = out({a.rows});
+  Tensor loss = out({a.rows}), grad_target = out({a.rows}), lse = out({2, a.rows});
   Tensor grad_input = out({with_input ? a.rows : 0, a.width});
   Tensor grad_negatives = out({keep ? a.rows : 0, a.negatives});
-  a.loss = data<T>(loss), a.grad_target = data<T>(grad_target), a.lse = data<T>(lse);
+  a.loss = data<T>(loss), a.grad_target = data<T>(grad_target);
+  a.lse = data<T>(lse), a.left_out = a.lse + a.rows;
   a.grad_input = with_input ? data<T>(grad_input) : nullptr;
   a.grad_negatives = keep ? data<T>(grad_negatives) : nullptr;
   if (sampled.own)
@@ -162,15 +163,16 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Sampled<T> sampled, const Tens
   Tensor grad_target = torch::stable::contiguous(grad_target_);
   Tensor grad_negatives = torch::stable::contiguous(grad_negatives_);
   Tensor lse = torch::stable::contiguous(lse_), grad_loss = torch::stable::contiguous(grad_loss_);
-  Buffer<T> shift(N), upstream(N), grad_shared(sampled.own ? 0 : K * a.ld);
+  Buffer<T> shift(N), upstream(N), through_lse(N), grad_shared(sampled.own ? 0 : K * a.ld);
   Buffer<T> grad_offset(sampled.own ? 0 : K);
   for (int64_t i = 0; i < N; ++i) {
     const bool scored = a.target[i] >= 0;
     shift[i] = scored ? data<T>(lse)[i] : std::numeric_limits<T>::infinity();
     upstream[i] = scored ? data<T>(grad_loss)[i] : T(0);
+    through_lse[i] = upstream[i] * std::exp(-data<T>(lse)[N + i]);
   }
   if (!sampled.own) {
-    a.lse = shift, a.grad_loss = upstream;
+    a.lse = shift, a.grad_loss = through_lse;
     a.grad_shared = grad_shared, a.grad_offset = grad_offset;
     each_range(a, blocks_of(K), 1, shared_backward<T>);
   }

@@ -7,6 +7,7 @@ filled, and a Triton launcher when CUDA is. `resolve` only translates names.
 import functools
 import os
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -20,10 +21,17 @@ def _load_extension() -> str | None:
     try:
         import fastrec._C  # noqa: F401
     except ModuleNotFoundError:
-        return "the C++ extension is not built (reinstall fastrec where a C++ compiler is found)"
+        return _not_built(Path(__file__).parent)
     except ImportError as error:
         return f"the C++ extension does not load: {error}"
     return None
+
+
+def _not_built(package: Path) -> str:
+    where = f"the C++ extension is not built in {package}"
+    if (package.parent / "setup.py").is_file():
+        return f"{where}, a checkout, which hides an installed fastrec from a process started in it"
+    return f"{where} (reinstall fastrec where a C++ compiler is found)"
 
 
 _EXTENSION_ERROR = _load_extension()
@@ -82,9 +90,14 @@ def _say_once(message: str) -> None:
 def resolve(backend: str | None, op: str, device: torch.device) -> str:
     """The backend that serves `op` on `device`: the native one for None, else exactly `backend`.
 
-    Raises RuntimeError with the reason when an explicit request cannot run. With None, a missing
-    native backend means the reference, said once.
+    Raises RuntimeError with the reason when an explicit request cannot run, and inside a transform
+    of torch.func. With None, a missing native backend means the reference, said once.
     """
+    if backend != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op} under torch.func (grad, vmap, jvp) needs backend='reference': its kernels know"
+            " autograd alone"
+        )
     if backend is None:
         native = NATIVE.get(device.type, "reference")
         if why := unavailable_reason(native, op, device):

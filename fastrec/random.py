@@ -110,6 +110,9 @@ def check_positions(name: str, index: Tensor | int) -> None:
 class Rng:
     """What a draw depends on besides its element: `seed` and `step`.
 
+    A step that is a tensor is read when an op is called. Activation checkpointing calls it again in
+    backward: there, pass `rng.pinned(device)`, so that both calls read the same step.
+
     words: what `pinned` has copied.
     """
 

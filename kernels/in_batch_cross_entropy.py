@@ -69,7 +69,7 @@ def options_of(query: torch.Tensor) -> dict[str, dict]:
 
 
 def _combine_rows(block_d: int) -> int:
-    return 4 if block_d == 128 else 8  # 8 rows of 128 columns spill 8 bytes on sm_100
+    return 4 if block_d == 64 else 8  # 8 rows of 64 columns spill 8 bytes on sm_90
 
 
 def in_batch_cross_entropy_fwd(
@@ -81,7 +81,7 @@ def in_batch_cross_entropy_fwd(
     bias = None if bias is None else bias.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
     vector = {"dtype": torch.float32, "device": query.device}
-    loss, lse = torch.empty(n, **vector), torch.empty(n, **vector)
+    loss, lse = torch.empty(n, **vector), torch.empty(2, n, **vector)
     direction = torch.empty(n if with_direction else 0, d, **vector)
     if n == 0:
         return loss, lse, direction
@@ -115,10 +115,10 @@ def in_batch_cross_entropy_bwd(
     query, candidate, positive = query.contiguous(), candidate.contiguous(), positive.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
     # -g (1 - p of the positive); its own vector, because p - 1 would cancel.
-    vectors = torch.stack([grad_loss, torch.expm1(-loss) * grad_loss])
+    vectors = torch.stack([grad_loss * torch.exp(-lse[1]), torch.expm1(-loss) * grad_loss])
     vectors = vectors.masked_fill(positive < 0, 0)
     # Theirs is 0, and exp(s - 0) may overflow: inf times their gradient 0.
-    lse = lse.masked_fill(positive < 0, math.inf)
+    lse = lse[0].masked_fill(positive < 0, math.inf)
     scale = torch.ones((), device=query.device)
     if query.dtype == torch.float16 and n > 0:
         # A power of two that brings the gradients of the rows to at most 1 (and back in the end).

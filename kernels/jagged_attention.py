@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fastrec.kernels.common.philox import draws, philox_key
 from fastrec.kernels.common.rows import dense
-from fastrec.kernels.common.tiles import LOG2E, allow_tf32, dot, round_to
+from fastrec.kernels.common.tiles import LOG2E, allow_tf32, dot, round_to, split_lse
 
 
 @triton.jit
@@ -58,10 +58,41 @@ def _kept(
     return drawn.to(tl.int32) >= drop
 
 
-@triton.jit(do_not_specialize=["drop", "layer"])
+@triton.jit
+def _load_lse(lse, events, heads, t, h, row, length):
+    """The log-sum-exp of the events t + row, rounded, and what rounding left out."""
+    at = lse + (t + row) * heads + h
+    whole = tl.load(at, mask=row < length, other=0.0)
+    return whole, tl.load(at + events.to(tl.int64) * heads, mask=row < length, other=0.0)
+
+
+@triton.jit
+def _probabilities(s, lse, left_out, PRECISION: tl.constexpr):
+    """exp(s - lse), for float32 inputs with both parts of lse."""
+    if PRECISION == "ieee":
+        return tl.exp2((s - lse[:, None] - left_out[:, None]) * LOG2E)
+    return tl.exp2((s - lse[:, None]) * LOG2E)
+
+
+@triton.jit
+def _zero_rest(
+    out, used, events, part, parts, columns, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Zeros in the rows [used, events) of a contiguous [events, columns], BLOCK of every
+    BLOCK * parts of them: those that belong to no sequence."""
+    for start in range(used + part * BLOCK, events, parts * BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        for first in range(0, columns, BLOCK_D):
+            col = first + tl.arange(0, BLOCK_D)
+            keep = (row < events)[:, None] & (col < columns)[None, :]
+            value = tl.zeros([BLOCK, BLOCK_D], out.dtype.element_ty)
+            tl.store(out + row[:, None] * columns + col[None, :], value, mask=keep)
+
+
+@triton.jit(do_not_specialize=["events", "drop", "layer"])
 def _fwd_kernel(
     q, k, v, offsets, keys, rng, out, lse,
-    heads, d, scale, keep_scale, drop, layer,
+    events, heads, d, scale, keep_scale, drop, layer,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     SITE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,6 +100,11 @@ def _fwd_kernel(
     b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
+    if b == tl.num_programs(0) - 1:
+        _zero_rest(
+            out, t, events, tl.program_id(1), tl.num_programs(1), heads * d, BLOCK, BLOCK_D
+        )  # fmt: skip
+        return
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
     if first >= length:
         return
@@ -97,13 +133,16 @@ def _fwd_kernel(
             acc = dot(round_to(p, q.dtype.element_ty), v_tile, acc * fade[:, None], PRECISION)
         acc *= (keep_scale / total)[:, None]
         _store_tile(out, acc, t, h, row, length, (t * 0 + heads) * d, d, d, BLOCK_D)
-        tl.store(lse + (t + row) * heads + h, peak + tl.log(total), mask=row < length)
+        whole, left_out = split_lse(peak, tl.log(total), peak)
+        at = lse + (t + row) * heads + h
+        tl.store(at, whole, mask=row < length)
+        tl.store(at + events.to(tl.int64) * heads, left_out, mask=row < length)
 
 
-@triton.jit(do_not_specialize=["drop", "layer"])
+@triton.jit(do_not_specialize=["events", "drop", "layer"])
 def _bwd_kernel(
     g, q, k, v, out, lse, offsets, keys, rng, grad,
-    heads, d, scale, keep_scale, drop, layer,
+    events, heads, d, scale, keep_scale, drop, layer,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     SITE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -111,6 +150,11 @@ def _bwd_kernel(
     b = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
+    if b == tl.num_programs(0) - 1:
+        _zero_rest(
+            grad, t, events, tl.program_id(1), tl.num_programs(1), 3 * heads * d, BLOCK, BLOCK_D
+        )  # fmt: skip
+        return
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
     if first >= length:
         return
@@ -150,9 +194,9 @@ def _bwd_kernel(
                 g_tile = _load_tile(g, t, h, row, length, stride_gt, stride_gh, d, BLOCK_D)
                 o_tile = _load_tile(out, t, h, row, length, third, d, d, BLOCK_D)
                 delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-                shift = tl.load(lse + (t + row) * heads + h, mask=row < length, other=0.0)
+                shift, left_out = _load_lse(lse, events, heads, t, h, row, length)
                 s = _scores(q_tile, k_own, row, own, length, scale, CAUSAL, PRECISION)
-                p = tl.exp2((s - shift[:, None]) * LOG2E)
+                p = _probabilities(s, shift, left_out, PRECISION)
                 dp = dot(g_tile, tl.trans(v_own), None, PRECISION) * keep_scale
                 a = p
                 if keys is not None:
@@ -163,13 +207,13 @@ def _bwd_kernel(
                 dk = dot(tl.trans(ds), q_tile, dk, PRECISION)
             o_own = _load_tile(out, t, h, own, length, third, d, d, BLOCK_D)
             delta = tl.sum(g_own.to(tl.float32) * o_own.to(tl.float32), 1)
-            shift = tl.load(lse + (t + own) * heads + h, mask=own < length, other=0.0)
+            shift, left_out = _load_lse(lse, events, heads, t, h, own, length)
             for start in range(0, end, BLOCK):  # the own queries against blocks of keys
                 col = start + tl.arange(0, BLOCK)
                 k_tile = _load_tile(k, t, h, col, length, stride_kt, stride_kh, d, BLOCK_D)
                 v_tile = _load_tile(v, t, h, col, length, stride_vt, stride_vh, d, BLOCK_D)
                 s = _scores(q_own, k_tile, own, col, length, scale, CAUSAL, PRECISION)
-                p = tl.exp2((s - shift[:, None]) * LOG2E)
+                p = _probabilities(s, shift, left_out, PRECISION)
                 dp = dot(g_own, tl.trans(v_tile), None, PRECISION) * keep_scale
                 if keys is not None:
                     kept = _kept(rng, keys, b, own, start, layer, h, drop, SITE, BLOCK)
@@ -224,7 +268,8 @@ def _launch(kernel, query, offsets, max_seq_len):
     options = _config(kernel, query.shape[2], query.dtype, max_seq_len)
     allow_tf32(options)
     # Sequences on x: the other axes end at 65,535.
-    return (offsets.shape[0] - 1, triton.cdiv(max_seq_len, options["BLOCK"])), options
+    # One more than sequences, for what belongs to none.
+    return (offsets.shape[0], triton.cdiv(max_seq_len, options["BLOCK"])), options
 
 
 def jagged_attention_fwd(
@@ -235,14 +280,14 @@ def jagged_attention_fwd(
     query, key, value = map(_features_contiguous, (query, key, value))
     events, heads, width = query.shape
     out = query.new_empty(query.shape)
-    lse = query.new_empty(events, heads, dtype=torch.float32)
+    lse = query.new_empty(2, events, heads, dtype=torch.float32)
     if events == 0:
         return out, lse
     strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
     with torch.cuda.device_of(query):
         _fwd_kernel[grid](
             query, key, value, *dense(offsets, keys, rng), out, lse,
-            heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
+            events, heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
             SITE=site, CAUSAL=causal, **options,
         )  # fmt: skip
     return out, lse
@@ -262,7 +307,7 @@ def jagged_attention_bwd(
     with torch.cuda.device_of(query):
         _bwd_kernel[grid](
             grad_out, query, key, value, out, lse, *dense(offsets, keys, rng), grad,
-            heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
+            events, heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
             SITE=site, CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], **options,
         )  # fmt: skip
     return grad

@@ -53,18 +53,22 @@ def _fwd_kernel(
     tl.store(index + out, tl.where(found, top_place, -1), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "events"])
 def _bwd_kernel(
-    grad_output, index, offsets, grad, d, stride,
+    grad_output, index, offsets, grad, sequences, events, d, stride,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     start = tl.load(offsets + b)
-    length = (tl.load(offsets + b + 1) - start).to(tl.int32)
+    if b < sequences:
+        length = (tl.load(offsets + b + 1) - start).to(tl.int32)
+    else:  # the events that belong to no sequence
+        length = (events - start).to(tl.int32)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     real = col < d
-    top_place = tl.load(index + b * d + col, mask=real, other=-1)
-    g = tl.load(grad_output + b * stride + col, mask=real, other=0.0)
+    found = real & (b + col * 0 < sequences)
+    top_place = tl.load(index + b * d + col, mask=found, other=-1)
+    g = tl.load(grad_output + b * stride + col, mask=found, other=0.0)
     for first in range(0, length, BLOCK_T):
         place = first + tl.arange(0, BLOCK_T)
         x = tl.where(place[:, None] == top_place[None, :], g[None, :], 0.0)
@@ -100,12 +104,12 @@ def jagged_max_pool_fwd(values, offsets, mask):
 def jagged_max_pool_bwd(grad_output, index, offsets, events):
     sequences, width = grad_output.shape
     grad = grad_output.new_empty(events, width)
-    if sequences == 0 or width == 0 or events == 0:
+    if width == 0 or events == 0:
         return grad
     grad_output, config = rows_of(grad_output), _config(width)
     with torch.cuda.device_of(grad):
-        _bwd_kernel[_grid(sequences, width, config["BLOCK_D"])](
-            grad_output, index.contiguous(), offsets.contiguous(), grad, width,
+        _bwd_kernel[_grid(sequences + 1, width, config["BLOCK_D"])](
+            grad_output, index.contiguous(), offsets.contiguous(), grad, sequences, events, width,
             grad_output.stride(0), **config,
         )  # fmt: skip
     return grad

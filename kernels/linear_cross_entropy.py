@@ -96,7 +96,7 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_off
         with torch.cuda.device_of(input):
             return wide.forward(input, linear_weight, linear_bias, target, with_offset, config)
     vector = {"dtype": torch.float32, "device": input.device}
-    lse, logit = torch.empty(n, **vector), torch.empty(n, **vector)
+    lse, logit = torch.empty(2, n, **vector), torch.empty(n, **vector)
     offset = torch.empty(n if with_offset else 0, d, **vector)
     if n == 0:
         return lse, logit, offset
@@ -127,7 +127,7 @@ def linear_cross_entropy_bwd(
 ):
     config = _options(input, linear_weight)["bwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
-    vectors = torch.stack([lse, grad_lse, grad_target_logit])
+    vectors = torch.stack([lse[0], grad_lse * torch.exp(-lse[1]), grad_target_logit])
     scale = torch.ones((), device=input.device)
     if input.dtype == torch.float16 and n > 0:
         # A power of two that brings the gradients of the rows to at most 1 (and back in the end).

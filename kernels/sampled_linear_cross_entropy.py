@@ -69,9 +69,8 @@ def sampled_linear_cross_entropy_fwd(
 ):
     _check(input, linear_weight)
     (n, d), k, own = input.shape, negatives.shape[-1], negatives.dim() == 2
-    loss, grad_target, lse = (
-        torch.empty(n, dtype=torch.float32, device=input.device) for _ in range(3)
-    )
+    loss, grad_target = torch.empty(2, n, dtype=torch.float32, device=input.device)
+    lse = torch.empty(2, n, dtype=torch.float32, device=input.device)
     grad_input = loss.new_empty(n if with_input else 0, d)
     grad_negatives = loss.new_empty(n if own and with_weight else 0, k)
     outputs = (loss, grad_input, grad_target, grad_negatives, lse)
@@ -99,7 +98,9 @@ def sampled_linear_cross_entropy_fwd(
                 SOFTMAX=softmax, WITH_INPUT=with_input, **config,
             )  # fmt: skip
     if softmax and own and with_weight:
-        grad_negatives.sub_(lse[:, None]).exp_().masked_fill_((target < 0)[:, None], 0)
+        grad_negatives.sub_(lse[0, :, None]).sub_(lse[1, :, None]).exp_().masked_fill_(
+            (target < 0)[:, None], 0
+        )
     elif own and with_weight:
         grad_negatives.masked_fill_((target < 0)[:, None], 0)
     return outputs
@@ -151,16 +152,16 @@ def sampled_linear_cross_entropy_bwd(
         ranges, per_range = ranges_of(input.device, blocks * config["CHUNKS"], tiles)
         grad_rows = input.new_empty(ranges, k, d, dtype=torch.float32)
         grad_offset = input.new_empty(ranges, k, dtype=torch.float32)
-        scale, upstream = torch.ones((), device=input.device), grad_loss
+        scale, upstream = torch.ones((), device=input.device), grad_loss * torch.exp(-lse[1])
         if input.dtype == torch.float16 and n > 0:
             # A power of two that brings the gradients of the rows near 2^8: float16 has 5 bits of
             # exponent.
-            exponent = torch.frexp(grad_loss.abs().amax()).exponent - 8
+            exponent = torch.frexp(upstream.abs().amax()).exponent - 8
             scale = torch.ldexp(scale, exponent)
-            upstream = grad_loss / scale
+            upstream = upstream / scale
         with torch.cuda.device_of(input):
             _shared_bwd_kernel[(ranges * blocks, config["CHUNKS"])](
-                input, rows, offset, negatives, target, lse, upstream, scale, grad_rows,
+                input, rows, offset, negatives, target, lse[0], upstream, scale, grad_rows,
                 grad_offset, n, k, d, per_range, *input.stride(), SOFTMAX=beta < 0, **config,
             )  # fmt: skip
         grad_rows, grad_offset = sum_ranges(grad_rows), sum_ranges(grad_offset)

@@ -49,7 +49,8 @@ def build(kernel: str, dtype: str, width: int, length: int, capability: int) -> 
     tensors = ("q", "k", "v")
     arguments = dict.fromkeys((*tensors, "out"), x) | dict.fromkeys(("offsets", "keys"), ids)
     arguments |= dict(
-        rng=ids, lse="*fp32:16", heads="i32", d="i32:16", scale="fp32", keep_scale="fp32",
+        rng=ids, lse="*fp32:16", events="i32", heads="i32", d="i32:16", scale="fp32",
+        keep_scale="fp32",
         drop="i32", layer="i32", SITE=1, CAUSAL=False, **config,
     )  # fmt: skip
     if kernel == "bwd":

@@ -3,7 +3,7 @@ gradient. Single wrong arguments are those of test_wrong_arguments.py."""
 
 import pytest
 import torch
-from in_batch_problem import NAMES, cpp, every_backend, on, problem
+from in_batch_problem import NAMES, every_backend, on, problem
 from op_db.case import Sample, run
 
 from fastrec import in_batch_cross_entropy
@@ -69,14 +69,3 @@ def test_dtypes(backend, input, table, output):
         got = run(on(backend), Sample("dtypes", case | {"reduction": reduction}), NAMES)
         assert got["output"].dtype == output
         assert [got[name].dtype for name in NAMES] == [input, input, table, table, table]
-
-
-@cpp
-def test_second_derivative_is_refused(backend):
-    case = problem()
-    q = case["query"].requires_grad_()
-    (grad,) = torch.autograd.grad(
-        in_batch_cross_entropy(**case, backend=backend), q, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
-        grad.sum().backward()

@@ -1,5 +1,7 @@
 """jagged_attention: what the reference cannot express. Masks, invariance, limits, statistics."""
 
+import sys
+
 import pytest
 import torch
 from backends import backends, needs
@@ -343,3 +345,37 @@ def test_errors_name_the_problem(change, error, message):
     )
     with pytest.raises(error, match=message):
         jagged_attention(**(arguments | change))
+
+
+@each_backend
+def test_events_of_no_sequence_get_zeros(backend, poisoned_memory, monkeypatch):
+    """Where the values of offsets are not looked at (a GPU, torch.compile), events behind the last
+    one have an output and gradients of 0, whatever lay in their memory."""
+    module = sys.modules["fastrec.ops.jagged_attention"]
+    monkeypatch.setattr(module, "_check", lambda q, k, v, offsets, longest: offsets)
+    tensors = [x.requires_grad_() for x in inputs([70, 3, 40])]
+    offsets = torch.tensor([0, 70, 73])
+    out = jagged_attention(*tensors, offsets, max_seq_len=70, backend=backend)
+    grads = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    own = [x.detach()[:73].requires_grad_() for x in tensors]
+    expected = jagged_attention(*own, offsets, max_seq_len=70, backend="reference")
+    wanted = torch.autograd.grad(expected, own, torch.ones_like(expected))
+    for got, want in zip((out, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(got[:73], want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(got[73:], torch.zeros_like(got[73:]))
+
+
+@each_backend
+def test_nan_stays_nan_in_the_gradients(backend):
+    query, key, value = (x.requires_grad_() for x in inputs([5, 20]))
+    with torch.no_grad():
+        query[7] = torch.nan
+    out = jagged_attention(query, key, value, offsets_of([5, 20]), max_seq_len=20, backend=backend)
+    for grad in torch.autograd.grad(out.sum(), (query, key, value)):
+        assert grad[:5].isfinite().all()
+    _, grad_key, grad_value = torch.autograd.grad(
+        jagged_attention(query, key, value, offsets_of([5, 20]), max_seq_len=20, backend=backend),
+        (query, key, value),
+        torch.ones_like(out),
+    )
+    assert grad_key[5:].isnan().all() and grad_value[5:].isnan().all()

@@ -2,6 +2,7 @@
 errors."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -64,3 +65,16 @@ def test_grid_of_many_sequences(launches):
     offsets = torch.zeros(100_001, dtype=torch.int64, device="meta")
     jagged_max_pool(values, offsets, backend="triton").sum().backward()
     assert launches == ["_fwd_kernel", "_bwd_kernel"]
+
+
+def test_events_of_no_sequence_get_a_gradient_of_zero(backend, poisoned_memory, monkeypatch):
+    """Where the values of offsets are not looked at: behind the last one."""
+    module = sys.modules["fastrec.ops.jagged_max_pool"]
+    monkeypatch.setattr(module, "_check", lambda values, offsets, mask: offsets)
+    values = torch.randn(50, 20, requires_grad=True)
+    pooled = jagged_max_pool(values, torch.tensor([0, 9, 9, 12]), backend=backend)
+    pooled.sum().backward()
+    top = torch.stack([values[:9].amax(0), torch.zeros(20), values[9:12].amax(0)])
+    assert torch.equal(pooled, top)
+    assert torch.equal(values.grad[12:], torch.zeros(38, 20))
+    assert values.grad.sum() == 40

@@ -19,7 +19,7 @@ from memory import needs_proc, peak_of
 from op_db.case import TYPES, Sample, promote, run
 from op_db.linear_cross_entropy import OP
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fastrec import (
     linear_cross_entropy,
@@ -174,6 +174,13 @@ def behaviour(group):
         )
         seen["dtensor", items] = [loss.detach(), found[0], *whole, torch.equal(same, loss)]
 
+    # What the error about other tables advises, as FSDP has them: other rows on every rank.
+    table = distribute_tensor(w.detach(), mesh, [Shard(0)]).requires_grad_()
+    gathered = table.full_tensor(grad_placements=[Partial("avg")])
+    own = slice(rank, None, world)
+    loss = sampled_linear_cross_entropy(x[own], gathered, case["target"][own], torch.arange(10))
+    seen["advice"] = grads(loss, table)[0].full_tensor()
+
     def error(name, **change):
         arguments = {"group": group} | case | change
         seen["error", name] = message_of(lambda: linear_cross_entropy(**arguments))
@@ -310,6 +317,19 @@ def test_a_table_that_is_a_dtensor(seen, items):
         assert same
         for value, reference in zip(got, expected, strict=True):
             torch.testing.assert_close(value, reference)
+
+
+def test_the_advice_for_other_tables_that_are_dtensors(seen):
+    case, (x, w, _) = leaves()
+    losses = [
+        sampled_linear_cross_entropy(
+            x[r :: len(seen)], w, case["target"][r :: len(seen)], torch.arange(10)
+        )
+        for r in range(len(seen))
+    ]
+    (expected,) = grads(sum(losses) / len(seen), w)
+    for rank in seen:
+        torch.testing.assert_close(rank["advice"], expected)
 
 
 def test_one_rank_is_the_plain_op(seen):

@@ -78,6 +78,17 @@ def with_gradient(op):
     return op.representative if op.differentiable else ()
 
 
+def _differentiable(op, backend, sample):
+    """(function of the differentiable arguments, these)."""
+    names = [n for n in op.differentiable if sample.kwargs.get(n) is not None]
+
+    def f(*tensors):
+        given = sample.kwargs | dict(zip(names, tensors, strict=True))
+        return tuple(v for v in outputs_of(on(op, backend), given).values() if v.requires_grad)
+
+    return f, tuple(sample.kwargs[n].clone().requires_grad_() for n in names)
+
+
 each_representative = pytest.mark.parametrize(
     "op, backend, device, types, name",
     cases(types=[t for t in TYPES if t.name in ("float32", "bfloat16")], only=representative),
@@ -90,17 +101,19 @@ each_representative = pytest.mark.parametrize(
 )
 def test_gradcheck(op, backend, device, types, name):
     need(op, backend, device)
-    sample = samples(op.name, device, types, True)[name]
-    names = [n for n in op.differentiable if sample.kwargs.get(n) is not None]
-    leaves = tuple(sample.kwargs[n].clone().requires_grad_() for n in names)
-
-    def f(*tensors):
-        outputs = outputs_of(
-            on(op, backend), {**sample.kwargs, **dict(zip(names, tensors, strict=True))}
-        )
-        return tuple(value for value in outputs.values() if value.requires_grad)
-
+    f, leaves = _differentiable(op, backend, samples(op.name, device, types, True)[name])
     assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=(FLOAT64,), backends=("cpp",), only=with_gradient),
+)
+def test_gradgradcheck(op, backend, device, types, name):
+    """Second derivatives, that of the upstream gradient included."""
+    need(op, backend, device)
+    f, leaves = _differentiable(op, backend, samples(op.name, device, types, True)[name])
+    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is shipped: an sdist that builds, a wheel without a top-level `kernels`, no compiler. And
 folders whose listing is the list of ops."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -9,24 +10,32 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from op_db import OPS
 
+import fastrec
+
 ROOT = Path(__file__).parent.parent
+
+
+def _source(folder: Path) -> Path:
+    folder.mkdir()
+    tracked = ("fastrec", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in")
+    for name in (*tracked, "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    for stale in folder.rglob("*.so"):
+        stale.unlink()
+    return folder
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from the sdist, as on a machine without a C++ compiler."""
     folder = tmp_path_factory.mktemp("dist")
-    source = folder / "source"
-    tracked = ("fastrec", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in")
-    source.mkdir()
-    for name in (*tracked, "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    for stale in source.rglob("*.so"):
-        stale.unlink()
-    environment = {**os.environ, "CXX": "no-such-compiler"}
+    source = _source(folder / "source")
+    environment = os.environ | {"PATH": str(Path(sys.executable).parent)}
+    environment.pop("CXX", None)
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)],
         check=True, env=environment, capture_output=True, timeout=900,
@@ -81,3 +90,60 @@ assert len(ours) == 1 and "extension is not built" in ours[0], ours
         [sys.executable, "-c", script.format(root=str(tmp_path))],
         check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
+
+
+def _build(source: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=source, text=True,
+        env=os.environ | {"MAX_JOBS": "1"} | environment, capture_output=True, timeout=300,
+    )  # fmt: skip
+
+
+def _program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_the_flags_of_the_build_win_and_cxx_may_begin_with_a_launcher(tmp_path):
+    """A compiler that only writes down how it is called."""
+    source = _source(tmp_path / "source")
+    programs, calls = tmp_path / "programs", tmp_path / "calls"
+    programs.mkdir()
+    touch = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done'
+    _program(programs / "g++", f'echo "$@" >> {calls}\n{touch}')
+    _program(programs / "launcher", '[ "$1" = --version ] || exec "$@"')
+    built = _build(
+        source, PATH=f"{programs}:{os.environ['PATH']}", CXX="launcher g++", CFLAGS="-ffast-math"
+    )
+    assert built.returncode == 0, built.stderr[-2000:]
+    compiled = [call for call in calls.read_text().splitlines() if " -c " in call]
+    assert len(compiled) == len(list((ROOT / "csrc").rglob("*.cpp")))
+    for call in compiled:
+        assert -1 < call.index("-ffast-math") < call.index("-fno-fast-math")
+    assert list(source.glob("fastrec/*.so"))
+
+
+def test_a_compiler_that_is_named_must_exist(tmp_path):
+    built = _build(_source(tmp_path / "source"), CXX="no-such-g++")
+    assert built.returncode != 0
+    assert "CXX is 'no-such-g++', and there is no no-such-g++" in built.stderr
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("flags, stops", [("-O2", False), ("-ffast-math", True), ("-Ofast", True)])
+def test_fast_math_does_not_compile(flags, stops):
+    tried = subprocess.run(
+        ["g++", "-fsyntax-only", "-std=c++17", flags, "-I", ROOT / "csrc/common", "-x", "c++", "-"],
+        input='#include "simd.h"\n', text=True, capture_output=True,
+    )  # fmt: skip
+    assert ("IEEE arithmetic" in tried.stderr) == stops, tried.stderr
+
+
+def test_small_numbers_survive_the_extension():
+    """A library linked with -ffast-math makes the processor round them to 0, everywhere."""
+    assert torch.tensor([1e-39]).mul(0.5).item() > 0
+
+
+def test_the_package_can_be_reloaded():
+    importlib.reload(fastrec)
+    assert fastrec.linear(torch.ones(1, 2), torch.ones(3, 2)).tolist() == [[2.0, 2.0, 2.0]]

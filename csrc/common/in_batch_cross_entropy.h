@@ -28,8 +28,8 @@ template <class T>
 struct InBatchBackward {
   Pairs<T> pairs;
   int64_t block, blocks;     // candidates per task
-  const T* lse;              // [N], and the gradient of the loss
-  const T* grad;             // [N]
+  const T* lse;              // [N], rounded
+  const T* grad;             // [N]: gradient of the loss, times what the rounding of lse left out
   const T* grad_positive;    // [N]: -grad (1 - p_positive)
   const Excluded* excluded;  // listed pairs by block of candidates, then by row
   const int64_t* excluded_begin;  // [blocks + 1]

@@ -13,6 +13,7 @@
 
 #include "convert.h"
 #include "gemm.h"
+#include "lse.h"
 #include "philox.h"
 #include "simd.h"
 #include "small_gemm.h"
@@ -53,7 +54,7 @@ struct AttentionArgs {
   T scale;
   Heads query, key_, value, out;                   // out: forward only
   Heads grad_out, grad_query, grad_key, grad_value;  // backward only
-  T* lse;                                          // [T, H]
+  T *lse, *left_out;                               // [T, H]: rounded, what rounding left out
   const int64_t* order;
   const Task* tasks;
   int64_t task_count;
@@ -177,7 +178,7 @@ struct Attention {
     V peak = S::load(row);
     for (int64_t j = 1; j < vectors; ++j) peak = S::max(peak, S::load(row + j * S::lanes));
     top = reduce<S>(peak, [](auto x, auto y) { return x > y ? x : y; });
-    const T shift = top == -infinity ? T(0) : top;
+    const T shift = finite_shift(top);
     V total{};
     by_vectors(vectors, [&](int64_t j, auto n) __attribute__((always_inline)) {
       constexpr int N = decltype(n)::value;
@@ -198,24 +199,22 @@ struct Attention {
     for (int64_t j = vectors * S::lanes; j < count; j += S::lanes) S::store(row + j, V{});
   }
 
-  // s -> e = exp(s - lse) with the sign bit where dropped, dp -> dP with 0 there; also sum_j e and
-  // sum_j e dP. e is P up to the rounding of lse, which can be far above that of s - max: dividing
-  // by the sum removes it.
-  FASTREC_INLINE void probabilities(T* row, T* grad, int64_t valid, const uint8_t* draw, T lse,
-                                    T& sum, T& weighted) const {
+  // s -> P = exp(s - lse) with the sign bit where dropped, dp -> dP with 0 there. Returns
+  // delta = sum_j P dP. The rounding of lse can be far above that of s - lse: so both its parts.
+  FASTREC_INLINE T probabilities(T* row, T* grad, int64_t valid, const uint8_t* draw, T lse,
+                                 T left_out) const {
     int64_t vectors = end_row(row, valid, -infinity);
-    V total{}, total_weighted{};
+    V total_weighted{};
     by_vectors(vectors, [&](int64_t j, auto n) __attribute__((always_inline)) {
       constexpr int N = decltype(n)::value;
       V p[N];
       T *at = row + j * S::lanes, *grad_at = grad + j * S::lanes;
 #pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) p[i] = S::load(at + i * S::lanes) - lse;
+      for (int i = 0; i < N; ++i) p[i] = S::load(at + i * S::lanes) - lse - left_out;
       S::exp(p);
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
         V g = S::load(grad_at + i * S::lanes);
-        total += p[i];
         if (a.drop) {
           I keep = Random::template keep<S>(draw + (j + i) * S::lanes, a.drop);
           g = select(keep, g);
@@ -228,19 +227,19 @@ struct Attention {
         S::store(at + i * S::lanes, p[i]);
       }
     });
-    sum = reduce<S>(total, [](auto x, auto y) { return x + y; });
-    weighted = reduce<S>(total_weighted, [](auto x, auto y) { return x + y; });
+    return reduce<S>(total_weighted, [](auto x, auto y) { return x + y; });
   }
 
-  // (e with signs, dP) -> (P with 0 where dropped, dS); 0 beyond the valid keys.
-  static FASTREC_INLINE void score_gradients(T* row, T* grad, int64_t valid, int64_t count, T sum,
-                                             T weighted) {
-    const T inverse = 1 / sum, delta = weighted * inverse;
+  // (P with signs, dP) -> (P with 0 where dropped, dS); 0 beyond the valid keys. By bits, so that a
+  // NaN stays one.
+  static FASTREC_INLINE void score_gradients(T* row, T* grad, int64_t valid, int64_t count,
+                                             T delta) {
+    const I sign = (I)-V{};
     int64_t j = 0;
     for (; j < valid; j += S::lanes) {
-      V p = S::load(row + j) * inverse, g = S::load(grad + j);
-      S::store(row + j, S::max(p, V{}));
-      S::store(grad + j, S::max(p, -p) * (g - delta));
+      V p = S::load(row + j), g = S::load(grad + j);
+      S::store(row + j, select((((I)p & sign) == I{}) | (p != p), p));
+      S::store(grad + j, (V)((I)p & ~sign) * (g - delta));
     }
     for (; j < count; j += S::lanes) {
       S::store(row + j, V{});
@@ -272,7 +271,8 @@ struct Attention {
         softmax(s + i * keys, a.causal ? first + i + 1 : length, padded, draws + i * groups * 16,
                 top, sum);
         normaliser[i] = keep_scale / sum;
-        a.lse[(t + first + i) * a.heads + h] = top + std::log(sum);
+        const int64_t at = (t + first + i) * a.heads + h;
+        split_lse(top, std::log(double(sum)), a.lse[at], a.left_out[at]);
       }
       combine(rows, count, s, keys, 1, v, {out.data + first * out.ld, out.ld}, normaliser, 1,
               false);
@@ -299,10 +299,10 @@ struct Attention {
       for (int64_t i = 0; i < rows; ++i) {
         T *p = s + i * keys, *grad = dp + i * keys;
         const int64_t valid = a.causal ? first + i + 1 : length;
-        T sum, weighted;
-        probabilities(p, grad, valid, draws + i * groups * 16,
-                      a.lse[(t + first + i) * a.heads + h], sum, weighted);
-        score_gradients(p, grad, valid, padded, sum, weighted);
+        const int64_t at = (t + first + i) * a.heads + h;
+        const T delta =
+            probabilities(p, grad, valid, draws + i * groups * 16, a.lse[at], a.left_out[at]);
+        score_gradients(p, grad, valid, padded, delta);
       }
       // Causal: the keys of this block were not seen by earlier ones.
       const int64_t seen = first == 0 ? 0 : keys_of(first - ROWS, ROWS, length);

@@ -12,6 +12,7 @@
 
 #include "convert.h"
 #include "gemm.h"
+#include "lse.h"
 #include "simd.h"
 
 namespace fastrec {
@@ -58,7 +59,7 @@ template <class T>
 struct BackwardArgs {
   Problem<T> problem;
   int64_t block, blocks;       // items per task
-  const T* shift;              // [N]: lse
+  const T* shift;              // [N]: lse, rounded; grad_lse has what that left out
   const T* grad_lse;           // [N]
   const T* grad_target_logit;  // [N]
   const OneHot* one_hot;    // [N], sorted by item, then by row
@@ -68,12 +69,6 @@ struct BackwardArgs {
   const bf16::Tile* rows_in_pairs;  // x for linear_cross_entropy_bf16.h, else null
   std::atomic<int64_t>* next;
 };
-
-template <class T>
-FASTREC_INLINE T finite_shift(T top) {
-  // Everything at -inf: exp(-inf - 0) = 0 where exp(-inf - -inf) would be NaN.
-  return top == -std::numeric_limits<T>::infinity() ? T(0) : top;
-}
 
 // s -> scale(i, exp(argument(i, j, s))) for `ROWS` rows i and the vectors j of a panel.
 template <int ROWS, int64_t STRIDE, class S, class Argument, class Scale>

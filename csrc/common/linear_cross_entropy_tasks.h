@@ -33,7 +33,7 @@ void plan(ForwardArgs<T>& a, int64_t block) {
 }
 
 template <class T>
-void combine(const ForwardArgs<T>& a, int64_t i, T& lse, T* mean_offset) {
+void combine(const ForwardArgs<T>& a, int64_t i, T& lse, T& rest, T* mean_offset) {
   const Problem<T>& q = a.problem;
   T top = -std::numeric_limits<T>::infinity();
   for (int64_t r = 0; r < a.ranges; ++r) top = std::max(top, a.top[r * q.rows + i]);
@@ -42,8 +42,9 @@ void combine(const ForwardArgs<T>& a, int64_t i, T& lse, T* mean_offset) {
     double scale = std::exp(double(a.top[r * q.rows + i]) - finite_shift(top));
     sum += scale * a.sum[r * q.rows + i];
   }
-  lse = static_cast<T>(top + std::log(sum));
-  if (lse < a.target_logit[i]) lse = a.target_logit[i];
+  split_lse(top, std::log(sum), lse, rest);
+  if (lse < a.target_logit[i]) lse = a.target_logit[i], rest = 0;
+  rest = std::max(rest, a.target_logit[i] - lse);  // p_y <= 1 and loss >= 0 in spite of rounding
   if (!a.with_mean) return;
   q.weight.load(q.target[i], mean_offset, q.width);  // as the kernel multiplied it
   for (int64_t d = 0; d < q.width; ++d)

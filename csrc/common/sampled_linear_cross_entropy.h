@@ -39,8 +39,11 @@ struct SampledArgs {
   const T *shared, *shared_offset;
   const Hit* sorted;       // [K]
   int64_t begin, end;      // rows, or blocks of rows (forward) or negatives (backward)
-  T *loss, *grad_input, *grad_target, *grad_negatives, *lse;  // grad_input may be null
-  const T* grad_loss;      // backward of shared negatives, with lse = inf where a row is not scored
+  T *loss, *grad_input, *grad_target, *grad_negatives;  // grad_input may be null
+  T *lse, *left_out;       // [N]: rounded, and what rounding left out
+  // Backward of shared negatives: times what the rounding of lse left out; lse = inf where a row is
+  // not scored.
+  const T* grad_loss;
   T *grad_shared, *grad_offset;
 
   T offset(int64_t item) const {
@@ -105,18 +108,19 @@ struct Seen {
 // Loss, c_iy, and the factor of the terms exp(s - top) that make them the c_ij.
 template <class T>
 FASTREC_INLINE void finish_softmax(const Seen& seen, double target, T& loss, T& grad_target, T& lse,
-                                   T& scale) {
+                                   T& left_out, T& scale) {
   double top = seen.top, sum = seen.sum;
   if (sum == 0) {
-    loss = grad_target = scale = T(0), lse = static_cast<T>(target);
+    loss = grad_target = left_out = scale = T(0), lse = static_cast<T>(target);
   } else if (target >= top) {
     double e = std::exp(top - target), others = sum * e;
-    loss = static_cast<T>(std::log1p(others)), lse = static_cast<T>(target + std::log1p(others));
+    loss = static_cast<T>(std::log1p(others));
+    split_lse(static_cast<T>(target), std::log1p(others), lse, left_out);
     grad_target = static_cast<T>(-others / (1 + others)), scale = static_cast<T>(e / (1 + others));
   } else {
     double total = sum + std::exp(target - top);
     loss = static_cast<T>(std::log(total) + (top - target));
-    lse = static_cast<T>(std::log(total) + top);
+    split_lse(static_cast<T>(top), std::log(total), lse, left_out);
     grad_target = static_cast<T>(-sum / total), scale = static_cast<T>(1 / total);
   }
 }

@@ -70,7 +70,7 @@ FASTREC_INLINE void own_forward_rows(const SampledArgs<T>& a) {
     const int64_t y = a.target[i], *drawn = a.drawn + i * K;
     T* kept = a.grad_negatives ? a.grad_negatives + i * K : nullptr;
     if (y < 0) {
-      a.loss[i] = a.grad_target[i] = a.lse[i] = T(0);
+      a.loss[i] = a.grad_target[i] = a.lse[i] = a.left_out[i] = T(0);
       if (kept) std::fill_n(kept, K, T(0));
       if (a.grad_input) std::fill_n(a.grad_input + i * a.width, a.width, T(0));
       continue;
@@ -126,24 +126,24 @@ FASTREC_INLINE void own_forward_rows(const SampledArgs<T>& a) {
     }
     T scale = T(1);
     if (softmax)
-      finish_softmax(seen, target, a.loss[i], a.grad_target[i], a.lse[i], scale);
+      finish_softmax(seen, target, a.loss[i], a.grad_target[i], a.lse[i], a.left_out[i], scale);
     else
-      finish_binary(a, seen.sum, target, a.loss[i], a.grad_target[i]), a.lse[i] = T(0);
+      finish_binary(a, seen.sum, target, a.loss[i], a.grad_target[i]), a.lse[i] = a.left_out[i] = T(0);
     if (a.grad_input) {
       for (int64_t d = 0; d < width; ++d) sum[d] *= scale;
       add_scaled<S>(width, a.grad_target[i], target_row, sum);
       std::copy_n(sum, a.width, a.grad_input + i * a.width);
     }
     if (!softmax || !kept) continue;
-    const V lse = V{} + a.lse[i];
+    const V shift = V{} + finite_shift(static_cast<T>(seen.top));
     for (int64_t j = 0; j < K; j += S::lanes) {
       const int64_t n = std::min<int64_t>(S::lanes, K - j);
       if (n == S::lanes) {
-        S::store(kept + j, exp_of<S>(S::load(kept + j) - lse));
+        S::store(kept + j, scale * exp_of<S>(S::load(kept + j) - shift));
         continue;
       }
       std::copy_n(kept + j, n, s);
-      S::store(s, exp_of<S>(S::load(s) - lse));
+      S::store(s, scale * exp_of<S>(S::load(s) - shift));
       std::copy_n(s, n, kept + j);
     }
   }

@@ -88,7 +88,7 @@ FASTREC_INLINE void shared_forward_blocks(const SampledArgs<T>& a) {
       const int64_t i = first + r, y = a.target[i];
       T* out = a.grad_input ? a.grad_input + i * a.width : nullptr;
       if (y < 0) {
-        a.loss[i] = a.grad_target[i] = a.lse[i] = T(0);
+        a.loss[i] = a.grad_target[i] = a.lse[i] = a.left_out[i] = T(0);
         if (out) std::fill_n(out, a.width, T(0));
         continue;
       }
@@ -98,9 +98,10 @@ FASTREC_INLINE void shared_forward_blocks(const SampledArgs<T>& a) {
       const double target = score[0] + a.offset(y);
       T scale = T(1);
       if (a.beta < 0)
-        finish_softmax({top[r], sum[r]}, target, a.loss[i], a.grad_target[i], a.lse[i], scale);
+        finish_softmax({top[r], sum[r]}, target, a.loss[i], a.grad_target[i], a.lse[i],
+                       a.left_out[i], scale);
       else
-        finish_binary(a, sum[r], target, a.loss[i], a.grad_target[i]), a.lse[i] = T(0);
+        finish_binary(a, sum[r], target, a.loss[i], a.grad_target[i]), a.lse[i] = a.left_out[i] = T(0);
       for (int64_t d = 0; out && d < a.width; ++d)
         out[d] = acc[r * a.ld + d] * scale + a.grad_target[i] * target_row[d];
     }

@@ -9,6 +9,10 @@
 #error "the C++ kernels need g++ 12 or later; FASTREC_NO_EXTENSION=1 installs without them"
 #endif
 
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "the C++ kernels need IEEE arithmetic: build them without -ffast-math"
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>

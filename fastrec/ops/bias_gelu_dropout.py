@@ -10,12 +10,12 @@ and grad_bias is the column sum of grad_input. Backward recomputes z from input 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import beside, check_tensor, check_width
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import twice_differentiable
 from fastrec.random import Rng, keep_mask
 
 OP = "bias_gelu_dropout"
@@ -45,6 +45,11 @@ def _(grad_output, input, bias, *mask):
 register_cuda(OP, "fwd", "bwd")
 
 
+def _again(ctx, input, bias, *tensors):
+    options = Mask(*tensors, *ctx.numbers).options
+    return (input, bias), (bias_gelu_dropout_ref(input, bias, **options),)
+
+
 class _BiasGeluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, bias, backend, *arguments):
@@ -55,7 +60,7 @@ class _BiasGeluDropout(torch.autograd.Function):
         return fwd(input, bias, *mask)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_output):
         input, bias, *tensors = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, input.device).bias_gelu_dropout_bwd
@@ -114,7 +119,7 @@ def bias_gelu_dropout(
 
     Returns:
         [T, D] in the dtype of `input`, computed in float32 (float64 for float64). A gradient has
-        the dtype of its tensor. Not twice differentiable, except on the reference backend.
+        the dtype of its tensor.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong.

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import accumulate_dtype, beside, check_tensor, check_width
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import leaf, twice_differentiable
 from fastrec.random import Rng, keep_mask
 
 OP = "dropout_add_layer_norm"
@@ -66,6 +66,19 @@ def _(grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype, *argume
 register_cuda(OP, "fwd", "bwd")
 
 
+def _again(ctx, sum, mean, rstd, weight, bias, *tensors):
+    # The derivative depends on the sum alone: nothing is added to it, in both ways.
+    mask = Mask(*tensors, *ctx.numbers)
+    input, residual = leaf(sum.shape, sum, ctx.input_dtype), None
+    if ctx.residual_dtype is not None:
+        residual = leaf(sum.shape, sum, ctx.residual_dtype)
+    added = dropout_add_layer_norm_ref(input, residual, None, None, **mask.options).sum
+    whole = sum + added
+    output = dropout_add_layer_norm_ref(whole, None, weight, bias, eps=ctx.eps).output
+    plain = residual is None and mask.drop == 0
+    return (input, residual, weight, bias), (output, whole[:0] if plain else whole)
+
+
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, residual, weight, bias, eps, backend, *arguments):
@@ -76,12 +89,13 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         saved = input if plain else sum
         ctx.save_for_backward(saved, mean, rstd, weight, bias, *mask.tensors)
         ctx.numbers, ctx.backend, ctx.input_dtype = mask.numbers, backend, input.dtype
+        ctx.eps = eps
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         return output, sum
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_output, grad_sum):
         sum, mean, rstd, weight, bias, *tensors = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, sum.device).dropout_add_layer_norm_bwd
@@ -180,7 +194,7 @@ def dropout_add_layer_norm(
     Returns:
         (output, sum), both in the promoted dtype of input and residual; `sum` is `input` itself
         without dropout and residual. Statistics and sums are float32 (float64 for float64), a
-        gradient has the dtype of its tensor. Not twice differentiable, except on the reference.
+        gradient has the dtype of its tensor.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong.

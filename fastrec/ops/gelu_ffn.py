@@ -15,11 +15,11 @@ and compute z again in backward: a seventh product of T D F where there were six
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor, check_width
+from fastrec.ops.common.second_order import leaf, twice_differentiable
 from fastrec.ops.linear import linear
 
 OP = "gelu_ffn"
@@ -50,6 +50,11 @@ def _(grad_output, input, weight_in, bias_in, weight_out, input_needed, weights_
     return grad_input, like(inner, width), like(1, inner), like(out, inner), like(1, out)
 
 
+def _again(ctx, input, weight_in, bias_in, weight_out):
+    inputs = input, weight_in, bias_in, weight_out, leaf(weight_out.shape[0], weight_out)
+    return inputs, (gelu_ffn_ref(*inputs),)
+
+
 class _GeluFfn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight_in, bias_in, weight_out, bias_out):
@@ -57,13 +62,13 @@ class _GeluFfn(torch.autograd.Function):
         return torch.ops.fastrec.gelu_ffn_fwd(input, weight_in, bias_in, weight_out, bias_out)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_output):
         needed = ctx.needs_input_grad
         grad_input, w_in, b_in, w_out, b_out = torch.ops.fastrec.gelu_ffn_bwd(
             grad_output, *ctx.saved_tensors, needed[0], any(needed[1:])
         )
-        grads = (grad_input, w_in, b_in.flatten(), w_out, b_out.flatten())
+        grads = (grad_input, w_in, b_in.squeeze(0), w_out, b_out.squeeze(0))
         return tuple(grad if asked else None for grad, asked in zip(grads, needed, strict=True))
 
 
@@ -95,8 +100,7 @@ def gelu_ffn(
 
     Returns:
         [T, E] in the dtype of `input`. On cpp a row of the output or of the gradient of `input` has
-        the same bits in any batch, and all gradients have for any number of threads. Not twice
-        differentiable, except on the reference backend.
+        the same bits in any batch, and all gradients have for any number of threads.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.

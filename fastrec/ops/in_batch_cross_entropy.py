@@ -60,14 +60,14 @@ def in_batch_cross_entropy_ref(
     logits = similarity_ref(query, candidate, similarity, weight) / temperature
     allowed = allowed_ref(shape, positive, query_group, candidate_group, exclude, query.device)
     biased = logits if candidate_bias is None else logits + candidate_bias.to(logits.dtype)
-    target = biased.gather(1, positive[:, None]).squeeze(1)
-    loss = biased.masked_fill(~allowed, -math.inf).logsumexp(1) - target
+    # Not logsumexp, whose gradient inherits the rounding of a large result.
+    log_p = biased.masked_fill(~allowed, -math.inf).log_softmax(1)
+    loss = -log_p.gather(1, positive[:, None]).squeeze(1)
     if symmetric:
         # The candidate of each query against all queries.
         turned = similarity_ref(candidate[positive], query, similarity, weight) / temperature
         masked = turned.masked_fill(~allowed[:, positive].T, -math.inf)
-        loss = loss + masked.logsumexp(1) - turned.diagonal()
-        loss = loss / 2
+        loss = (loss - masked.log_softmax(1).diagonal()) / 2
     return _reduce(loss, reduction)
 
 
@@ -184,7 +184,7 @@ def in_batch_cross_entropy(
     Returns:
         float32 (float64 for float64 input). Gradients have the dtype of their tensor. Embeddings
         are centred in float32 before anything is rounded or multiplied, so a common offset costs
-        no precision. Not twice differentiable, except on the reference backend without `group`.
+        no precision.
 
         With `group` the loss is that of the queries of this rank, "mean" over them alone. A
         candidate gets the sum of its gradients from the losses of all ranks, as does a query with

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import accumulate_dtype, without_autocast
@@ -25,6 +24,7 @@ from fastrec.ops.common.in_batch_pairs import (
     similarity_ref,
 )
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import leaf, twice_differentiable
 
 OP = "in_batch_hardest"
 
@@ -61,21 +61,26 @@ def _(grad, index, candidates):
 register_cuda(OP, "fwd", "bwd")
 
 
+def _again(ctx, index):
+    candidate = leaf(ctx.shape, index, ctx.dtype)
+    return (candidate,), (candidate.index_select(0, index.clamp_min(0)),)
+
+
 class _Select(torch.autograd.Function):
     """candidate[index], with a gradient that is summed in a fixed order. Row 0 for -1."""
 
     @staticmethod
     def forward(ctx, candidate, index, backend):
         ctx.save_for_backward(index)
-        ctx.candidates, ctx.backend = candidate.shape[0], backend
+        ctx.shape, ctx.dtype, ctx.backend = candidate.shape, candidate.dtype, backend
         return candidate.index_select(0, index.clamp_min(0))
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, grad.device).in_batch_hardest_bwd
-        return bwd(grad.contiguous(), index, ctx.candidates), None, None
+        return bwd(grad.contiguous(), index, ctx.shape[0]), None, None
 
 
 def _pair_similarity(query: Tensor, chosen: Tensor, similarity: str, weight: Tensor | None):
@@ -145,8 +150,7 @@ def in_batch_hardest(
 
     Returns:
         Hardest(values, indices), both [B]: float32 (float64 for float64 input) and int64.
-        Similarities are compared in that dtype. Not twice differentiable, except on the reference
-        backend.
+        Similarities are compared in that dtype.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value of `exclude`

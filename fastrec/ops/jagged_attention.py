@@ -15,7 +15,6 @@ maximum.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import (
@@ -27,12 +26,14 @@ from fastrec.ops.common.arguments import (
 )
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_sequences
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import twice_differentiable
 from fastrec.random import Rng, keep_mask
 
 OP = "jagged_attention"
 
-# Of the mask positions are None: they are the places in the sequence. lse [T, H] is float32, or
-# float64 for float64 inputs.
+# Of the mask positions are None: they are the places in the sequence. lse [2, T, H] (rounded, and
+# what rounding left out) is float32, or float64 for float64 inputs. Events behind the last offset
+# belong to no sequence: 0 in out and grad.
 _COMMON = f"Tensor offsets, int max_seq_len, bool causal, float scale, {SCHEMA}"
 torch.library.define(
     f"fastrec::{OP}_fwd",
@@ -50,7 +51,7 @@ torch.library.define(
 
 @torch.library.register_fake(f"fastrec::{OP}_fwd")
 def _(query, *args):
-    lse = query.new_empty(query.shape[:2], dtype=accumulate_dtype(query))
+    lse = query.new_empty(2, *query.shape[:2], dtype=accumulate_dtype(query))
     return query.new_empty(query.shape), lse
 
 
@@ -61,6 +62,17 @@ def _(grad_out, query, *args):
 
 
 register_cuda(OP, "fwd", "bwd")
+
+
+def _again(ctx, query, key, value, kept, lse, offsets, *tensors):
+    max_seq_len, causal, scale = ctx.settings
+    options = Mask(*tensors, *ctx.numbers).options
+    for name in ("site", "positions"):  # the places in a sequence, at the site of attention
+        options.pop(name, None)
+    output = jagged_attention_ref(
+        query, key, value, offsets, max_seq_len=max_seq_len, causal=causal, scale=scale, **options
+    )
+    return (query, key, value), (output,)
 
 
 class _JaggedAttention(torch.autograd.Function):
@@ -75,7 +87,7 @@ class _JaggedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_out):
         bwd = kernels_of(OP, ctx.backend, grad_out.device).jagged_attention_bwd
         *tensors, keys, positions, rng = ctx.saved_tensors
@@ -88,10 +100,15 @@ class _Permute(torch.autograd.Function):
     """out[i] = x[index[i]], 0 where index is -1. Every row of x is read exactly once, so the
     gradient is the gather by `inverse`: no scatter-add, no atomics."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, index, inverse):
-        ctx.save_for_backward(index, inverse)
+    def forward(x, index, inverse):
         return _gather_or_zero(x, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -146,7 +163,7 @@ def jagged_attention_ref(
     slot_to_event = torch.cat(slots)
     slot_ids = torch.arange(slot_to_event.shape[0], device=device)
     used = slot_to_event >= 0
-    event_to_slot = torch.empty(events, dtype=torch.int64, device=device)
+    event_to_slot = torch.full((events,), -1, dtype=torch.int64, device=device)
     event_to_slot[slot_to_event[used]] = slot_ids[used]
 
     packed = torch.cat([query, key, value], dim=1).flatten(1)
@@ -262,12 +279,13 @@ def jagged_attention(
     Returns:
         [T, H, D] in the dtype of the inputs: float64, float32, bfloat16 or float16; sums are
         float32 (float64 for float64). A sequence of length 0 has no output rows. Equal arguments
-        give equal bits. Not twice differentiable, except on the reference backend.
+        give equal bits.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key. The values
-        of `offsets` are not looked at on a GPU and under torch.compile: rows of a sequence beyond
-        `max_seq_len` are undefined there. RuntimeError: `backend` cannot run.
+        of `offsets` are not looked at on a GPU and under torch.compile. There rows of a sequence
+        beyond `max_seq_len` are undefined, and events behind the last offset, which belong to no
+        sequence, have an output and gradients of 0. RuntimeError: `backend` cannot run.
     """
     low = autocast_dtype(query.device) if isinstance(query, Tensor) else None
     if low is not None:

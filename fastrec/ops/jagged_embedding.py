@@ -11,7 +11,6 @@ position in the order of the events: sorted by index, no atomics on floats.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import (
@@ -24,6 +23,7 @@ from fastrec.ops.common.arguments import (
 )
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import twice_differentiable
 from fastrec.random import Rng, keep_mask
 
 OP = "jagged_embedding"
@@ -79,6 +79,17 @@ def _(grad, index, rows, dtype):
 register_cuda(OP, "fwd", "bwd", "scatter")
 
 
+def _again(
+    ctx, values, weight, position_weight, norm_weight, norm_bias, mean, rstd, keys, positions, rng
+):  # fmt: skip
+    mask = Mask(keys, positions, rng, *ctx.numbers)
+    output = jagged_embedding_ref(
+        values, weight, position_weight, norm_weight=norm_weight, norm_bias=norm_bias, eps=ctx.eps,
+        **{"positions": positions} | mask.options,
+    )  # fmt: skip
+    return (weight, position_weight, norm_weight, norm_bias), (output,)
+
+
 class _JaggedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,11 +100,11 @@ class _JaggedEmbedding(torch.autograd.Function):
         mask, inputs = Mask(*arguments), (values, weight, position_weight, norm_weight, norm_bias)
         output, mean, rstd = fwd(*inputs, eps, *mask)
         ctx.save_for_backward(*inputs, mean, rstd, *mask.tensors)
-        ctx.numbers, ctx.sparse, ctx.backend = mask.numbers, sparse, backend
+        ctx.numbers, ctx.sparse, ctx.backend, ctx.eps = mask.numbers, sparse, backend, eps
         return output
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_output):
         *saved, keys, positions, rng = ctx.saved_tensors
         values, weight, position_weight, norm_weight, *_ = saved
@@ -228,7 +239,7 @@ def jagged_embedding(
     Returns:
         [T, D] in the dtype of `weight`, computed in float32 (float64 for float64). A gradient
         has the dtype of its tensor; its rows are summed in float32 in the order of the events, the
-        same bits on every call. Not twice differentiable, except on the reference backend.
+        same bits on every call.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value or a position

@@ -10,11 +10,11 @@ one that is. Backward writes every element of the gradient once: no atomics, no 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import BOOL, check_index, check_offsets, check_tensor
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import leaf, twice_differentiable
 
 OP = "jagged_max_pool"
 
@@ -44,17 +44,25 @@ def _(grad_output, index, offsets, events):
 register_cuda(OP, "fwd", "bwd")
 
 
+def _again(ctx, index, offsets):
+    width = index.shape[1]
+    values = leaf((ctx.events, width), index, ctx.dtype)
+    # Row T stands for nothing to choose from.
+    row = torch.where(index < 0, ctx.events, offsets[:-1, None] + index)
+    return (values,), (torch.cat([values, values.new_zeros(1, width)]).gather(0, row),)
+
+
 class _JaggedMaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, offsets, mask, backend):
         fwd = kernels_of(OP, backend, values.device).jagged_max_pool_fwd
         output, index = fwd(values, offsets, mask)
         ctx.save_for_backward(index, offsets)
-        ctx.events, ctx.backend = values.shape[0], backend
+        ctx.events, ctx.backend, ctx.dtype = values.shape[0], backend, values.dtype
         return output
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_output):
         index, offsets = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, grad_output.device).jagged_max_pool_bwd
@@ -66,18 +74,20 @@ def jagged_max_pool_ref(values, offsets, mask=None):
     events, sequences = values.shape[0], offsets.shape[0] - 1
     event = torch.arange(events, device=values.device).unsqueeze(1).expand_as(values)
     ends = offsets[1:].contiguous()
+    # Events behind the last offset, which a GPU and torch.compile let pass, are one more segment.
     segment = torch.searchsorted(ends, event[:, :1].contiguous(), right=True)
     segment = segment.expand_as(values)
     counted = values.detach()
     if mask is not None:
         counted = counted.masked_fill(~mask.unsqueeze(1), -torch.inf)
-    top = counted.new_full((sequences, values.shape[1]), -torch.inf)
+    top = counted.new_full((sequences + 1, values.shape[1]), -torch.inf)
     top = top.scatter_reduce(0, segment, counted, "amax")
     largest = (counted == top.gather(0, segment)) | counted.isnan()
     if mask is not None:
         largest = largest & mask.unsqueeze(1)
     first = event.new_full(top.shape, events)
     first = first.scatter_reduce(0, segment, event.masked_fill(~largest, events), "amin")
+    first = first[:sequences]
     # Row T stands for nothing to choose from: a zero without a gradient.
     return torch.cat([values, values.new_zeros(1, values.shape[1])]).gather(0, first)
 
@@ -115,11 +125,12 @@ def jagged_max_pool(
 
     Returns:
         [B, D] in the dtype of `values`: an element of it or 0, exact in every dtype. Equal
-        arguments give equal bits. Not twice differentiable, except on the reference backend.
+        arguments give equal bits.
 
     Raises:
-        ValueError, TypeError: a shape or dtype is wrong, or `offsets` (on a CPU) do not rise from 0
-        to T. RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape or dtype is wrong, or `offsets` do not rise from 0 to T. That
+        is not looked at on a GPU and under torch.compile, where events behind the last offset
+        belong to no sequence and have a gradient of 0. RuntimeError: `backend` cannot run.
     """
     offsets = _check(values, offsets, mask)
     backend = resolve(backend, OP, values.device)

@@ -13,10 +13,10 @@ is the right one: there is no Triton kernel.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor
+from fastrec.ops.common.second_order import leaf, twice_differentiable
 
 OP = "linear"
 
@@ -45,6 +45,11 @@ def _(grad_output, input, weight, input_needed, weight_needed, bias_needed):
     )
 
 
+def _again(ctx, input, weight):
+    bias = leaf(weight.shape[0], weight) if ctx.needs_input_grad[2] else None
+    return (input, weight, bias), (F.linear(input, weight, bias),)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias):
@@ -52,7 +57,7 @@ class _Linear(torch.autograd.Function):
         return torch.ops.fastrec.linear_fwd(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_output):
         needed = ctx.needs_input_grad
         grads = torch.ops.fastrec.linear_bwd(grad_output, *ctx.saved_tensors, *needed)
@@ -79,7 +84,6 @@ def linear(
     Returns:
         [T, N] or [..., N] in the dtype of `input`. On cpp a row of the output or of the gradient of
         `input` has the same bits in any batch, and all gradients have for any number of threads.
-        Not twice differentiable, except on the reference backend.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.

@@ -17,7 +17,7 @@ from fastrec.ops.common.arguments import (
     check_range,
     without_autocast,
 )
-from fastrec.ops.common.item_losses import check_arguments, reduce_loss, scored_rows
+from fastrec.ops.common.item_losses import check_arguments, reduce_loss, scored_rows, select_rows
 from fastrec.ops.common.linear_cross_entropy_autograd import (
     OP,
     STORED_ITEMS,
@@ -109,12 +109,12 @@ def linear_cross_entropy(
     Returns:
         float32 (float64 for float64 input): a scalar, or like `target` for "none" (0 where a mask
         is False). Gradients have the dtype of their tensor; products accumulate in
-        float32. Not twice differentiable, except on the reference backend without `group`.
+        float32. Not twice differentiable with `group`.
 
         With `group` the loss is that of the whole table and the same on all ranks. It is counted
         once: every rank gets the whole gradient of `input` (summed over the ranks in backward) and
         that of its own items, neither scaled by the number of ranks. Two collectives forward, a
-        few integers and at most four numbers a row; one backward, [N, D], if `input` needs a
+        few integers and at most five numbers a row; one backward, [N, D], if `input` needs a
         gradient.
 
     Raises:
@@ -168,7 +168,7 @@ def linear_cross_entropy(
             )
         return loss.view(shape) if reduction == "none" else loss
     if stored:
-        x = input if rows is None else input.index_select(0, rows)
+        x = select_rows(input, rows)
         class_weight = None if weight is None else weight.detach().to(input.dtype).contiguous()
         mean = reduction == "mean"
         try:
@@ -192,10 +192,9 @@ def linear_cross_entropy(
             input, linear_weight, linear_bias, y, rows, class_weight, smoothed, backend, group
         )
     else:
-        lse, target_logit, class_sum = LinearCrossEntropy.apply(
-            input, linear_weight, linear_bias, y, rows, smoothed, backend
+        lse, nll, class_sum = LinearCrossEntropy.apply(
+            select_rows(input, rows), linear_weight, linear_bias, y, smoothed, backend
         )
-        nll = lse - target_logit
         row_weight = kept.to(accumulate)
         if class_weight is not None:
             row_weight = row_weight * class_weight[y.clamp_min(0)]

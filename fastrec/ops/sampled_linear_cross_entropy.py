@@ -17,7 +17,6 @@ backward. dW is summed over the pairs sorted by item, in the order of the rows.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import (
@@ -31,9 +30,10 @@ from fastrec.ops.common.item_losses import (
     check_arguments,
     reduce_loss,
     scored_rows,
-    spread_rows,
+    select_rows,
 )
 from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.second_order import twice_differentiable
 
 OP = "sampled_linear_cross_entropy"
 LOSSES = ("softmax", "bce", "gbce")
@@ -45,7 +45,7 @@ _INPUTS = (
 # target [N] int64, -1 = row not scored: its outputs are 0. beta: of the binary loss, negative for
 # the softmax. The outputs have the accumulating dtype: loss [N], dloss_i / dx_i [N, D] ([0, D] if
 # not asked for), c_iy [N], c_ij [N, K] ([0, K] if not asked for, or for shared negatives) and what
-# the softmax of shared negatives needs in backward, lse [N].
+# the softmax of shared negatives needs in backward, lse [2, N]: rounded, and what that left out.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     f"({_INPUTS}, float beta, bool with_input, bool with_weight) -> (Tensor loss,"
@@ -70,7 +70,7 @@ def _(input, linear_weight, linear_bias, log_q, target, negatives, beta, with_in
         loss.new_empty(rows if with_input else 0, width),
         torch.empty_like(loss),
         loss.new_empty(kept, negatives.shape[-1]),
-        torch.empty_like(loss),
+        loss.new_empty(2, rows),
     )
 
 
@@ -90,36 +90,40 @@ def _(
 register_cuda(OP, "fwd", "bwd")
 
 
+def _again(ctx, x, linear_weight, linear_bias, log_q, target, negatives, *results):
+    losses = _losses_ref(
+        x, linear_weight, target.clamp_min(0), negatives, linear_bias, log_q, ctx.beta
+    )
+    return (x, linear_weight, linear_bias), (losses.masked_fill(target < 0, 0),)
+
+
 class _SampledLoss(torch.autograd.Function):
     """loss [N] of the rows; `learns`: whether gradients will be asked for."""
 
     @staticmethod
     def forward(
-        ctx, input, linear_weight, linear_bias, log_q, target, negatives, rows, beta, sparse,
-        learns, backend,
-    ):  # fmt: skip
-        fwd = kernels_of(OP, backend, input.device).sampled_linear_cross_entropy_fwd
+        ctx, x, linear_weight, linear_bias, log_q, target, negatives, beta, sparse, learns, backend
+    ):
+        fwd = kernels_of(OP, backend, x.device).sampled_linear_cross_entropy_fwd
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        x = input if rows is None else input.index_select(0, rows)
         loss, *grads = fwd(
             x, linear_weight, linear_bias, log_q, target, negatives, beta,
             learns and needs_input, learns and (needs_weight or needs_bias),
         )  # fmt: skip
-        ctx.save_for_backward(x, linear_weight, linear_bias, log_q, target, negatives, rows, *grads)
-        ctx.beta, ctx.sparse, ctx.backend, ctx.shape = beta, sparse, backend, input.shape
+        ctx.save_for_backward(x, linear_weight, linear_bias, log_q, target, negatives, *grads)
+        ctx.beta, ctx.sparse, ctx.backend = beta, sparse, backend
         return loss
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_again)
     def backward(ctx, grad_loss):
-        x, linear_weight, linear_bias, log_q, target, negatives, rows, *grads = ctx.saved_tensors
+        x, linear_weight, linear_bias, log_q, target, negatives, *grads = ctx.saved_tensors
         per_row, grad_target, grad_negatives, lse = grads
         bwd = kernels_of(OP, ctx.backend, x.device).sampled_linear_cross_entropy_bwd
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             grad_input = (per_row * grad_loss[:, None]).to(x.dtype)
-            grad_input = spread_rows(grad_input, rows, ctx.shape)
         if needs_weight or needs_bias:
             index, grad_weight, grad_bias = bwd(
                 x, linear_weight, linear_bias, log_q, target, negatives, grad_target,
@@ -139,7 +143,7 @@ class _SampledLoss(torch.autograd.Function):
             grad_input,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            *[None] * 8,
+            *[None] * 7,
         )
 
 
@@ -176,6 +180,17 @@ def sampled_linear_cross_entropy_ref(
         input = input[rows]
     kept = target != ignore_index
     y = torch.where(kept, target, 0)
+    beta = _beta(loss, gbce_t, negatives.shape[-1], linear_weight.shape[0])
+    losses = _losses_ref(input, linear_weight, y, negatives, linear_bias, log_q, beta, sparse_grad)
+    row_weight = kept.to(losses.dtype)
+    if weight is not None:
+        row_weight = row_weight * weight.detach().to(losses.dtype)[y]
+    return reduce_loss(torch.where(kept, losses * row_weight, 0), row_weight, reduction)
+
+
+def _losses_ref(
+    input, linear_weight, y, negatives, linear_bias, log_q, beta, sparse_grad=False
+) -> Tensor:
     drawn = negatives.expand(len(y), -1) if negatives.dim() == 1 else negatives
     candidates = torch.cat([y[:, None], drawn], 1)
     table = F.embedding(candidates, linear_weight, sparse=sparse_grad)
@@ -187,17 +202,10 @@ def sampled_linear_cross_entropy_ref(
         scores = scores - log_q.detach().to(scores.dtype)[candidates]
     hit = candidates == y[:, None]
     hit[:, 0] = False
-    if loss == "softmax":
-        scores = scores.masked_fill(hit, -torch.inf)
-        losses = torch.logsumexp(scores, 1) - scores[:, 0]
-    else:
-        beta = _beta(loss, gbce_t, negatives.shape[-1], linear_weight.shape[0])
-        negative = F.softplus(scores[:, 1:]).masked_fill(hit[:, 1:], 0).sum(1)
-        losses = (beta * F.softplus(-scores[:, 0]) + negative) / candidates.shape[1]
-    row_weight = kept.to(losses.dtype)
-    if weight is not None:
-        row_weight = row_weight * weight.detach().to(losses.dtype)[y]
-    return reduce_loss(torch.where(kept, losses * row_weight, 0), row_weight, reduction)
+    if beta < 0:  # softmax
+        return -torch.log_softmax(scores.masked_fill(hit, -torch.inf), 1)[:, 0]
+    negative = F.softplus(scores[:, 1:]).masked_fill(hit[:, 1:], 0).sum(1)
+    return (beta * F.softplus(-scores[:, 0]) + negative) / candidates.shape[1]
 
 
 def _check_sampled(linear_weight, log_q, loss, gbce_t):
@@ -277,8 +285,7 @@ def sampled_linear_cross_entropy(
     Returns:
         float32 (float64 for float64 input): a scalar, or like `target` for "none" (0 where a mask
         is False). Gradients have the dtype of their tensor; products accumulate in
-        float32, and the rows of a gradient are summed in a fixed order. Not twice differentiable,
-        except on the reference backend.
+        float32, and the rows of a gradient are summed in a fixed order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a target, a negative
@@ -320,8 +327,9 @@ def sampled_linear_cross_entropy(
     y = torch.where(kept, target, -1)
     beta = _beta(loss, gbce_t, negatives.shape[-1], linear_weight.shape[0])
     losses = _SampledLoss.apply(
-        input, linear_weight, linear_bias, None if log_q is None else log_q.detach(), y, negatives,
-        rows, beta, sparse_grad, torch.is_grad_enabled(), backend,
+        select_rows(input, rows), linear_weight, linear_bias,
+        None if log_q is None else log_q.detach(), y, negatives,
+        beta, sparse_grad, torch.is_grad_enabled(), backend,
     )  # fmt: skip
     row_weight = kept.to(losses.dtype)
     if weight is not None:

@@ -31,6 +31,7 @@ from fastrec.kernels.common.tiles import (
     product_in_chunks,
     round_to,
     softmax_step,
+    split_lse,
     store_sums,
 )
 
@@ -124,17 +125,22 @@ def _combine_kernel(
 
     # others = log(sum of the others / exp(logit)), -inf when all are left out.
     alone = total == 0.0
-    peak = shift + tl.log(tl.where(alone, 1.0, total))
-    others = tl.where(alone, float("-inf"), peak - logit)
+    log_sum = tl.log(tl.where(alone, 1.0, total))
+    others = tl.where(alone, float("-inf"), (shift - logit) + log_sum)
+    above = others > 0
     small = tl.exp(-tl.abs(others))
     extra = _log1p(small)
-    loss = tl.where(others > 0, others, 0.0) + extra
-    lse = tl.where(others > 0, peak, logit) + extra
-    rest = tl.where(others > 0, 1.0, small) / (1.0 + small)  # 1 - p of the positive
-    tl.store(loss_out + row, tl.where(live, loss, 0.0), mask=row < n)
+    tl.store(
+        loss_out + row, tl.where(live, tl.where(above, others, 0.0) + extra, 0.0), mask=row < n
+    )
+    lse, left_out = split_lse(
+        tl.where(above, shift, logit), tl.where(above, log_sum, 0.0) + extra, logit
+    )
     tl.store(lse_out + row, tl.where(live, lse, 0.0), mask=row < n)
+    tl.store(lse_out + n + row, tl.where(live, left_out, 0.0), mask=row < n)
 
     if WITH_MEAN:
+        rest = tl.where(above, 1.0, small) / (1.0 + small)  # 1 - p of the positive
         share = tl.where(rounded > 0, rest / tl.where(rounded > 0, rounded, 1.0), 0.0)
         for k in range(CHUNKS):
             col = k * BLOCK_D + tl.arange(0, BLOCK_D)

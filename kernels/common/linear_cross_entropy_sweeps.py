@@ -23,6 +23,7 @@ from fastrec.kernels.common.tiles import (
     load_rows,
     round_to,
     softmax_step,
+    split_lse,
     store_sums,
 )
 
@@ -114,9 +115,9 @@ def _combine_kernel(
     if bias is not None:
         logit += tl.load(bias + y * stride_b, mask=live, other=0.0).to(tl.float32)
 
-    lse = shift + tl.log(total)
-    lse = tl.where(lse < logit, logit, lse)  # p_y <= 1 and loss >= 0 in spite of rounding
+    lse, rest = split_lse(shift, tl.log(total), logit)
     tl.store(lse_out + row, tl.where(live, lse, 0.0), mask=at < n)
+    tl.store(lse_out + n + row, tl.where(live, rest, 0.0), mask=at < n)
     tl.store(logit_out + row, tl.where(live, logit, 0.0), mask=at < n)
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrec.kernels.common.tiles import LOG2E, exp_shifted, round_to
+from fastrec.ops.common.arguments import split_sum
 
 # Scores of a chunk: 64 MiB in float32, and 32 MiB of their exponentials in 16 bits. Fewer items
 # than FEWEST are less than a tile of cuBLAS, and [N, FEWEST] is smaller than the rows themselves;
@@ -134,7 +135,10 @@ def forward(input, linear_weight, linear_bias, target, with_offset, options):
             mean.mul_(fade[:, None]).add_(product(p, w))
     live = target >= 0
     total, rounded = sums.unbind(1)
-    lse = torch.maximum(shift + total.log(), logit)  # p_y <= 1 and loss >= 0 in spite of rounding
+    lse, rest = split_sum(shift, total.log())
+    low = lse < logit  # p_y <= 1 and loss >= 0 in spite of rounding
+    rest = torch.where(low, 0.0, torch.maximum(rest, logit - lse))
+    lse = torch.stack([torch.where(low, logit, lse), rest])
     if with_offset:
         target_rows = linear_weight.index_select(0, target.clamp_min(0)).to(input.dtype)
         mean = mean / rounded[:, None] - target_rows.float()

@@ -5,7 +5,7 @@ one row and gathers its negatives in tiles. Legend: N rows, V items, K negatives
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.tiles import load_rows
+from fastrec.kernels.common.tiles import load_rows, split_lse
 
 
 @triton.jit
@@ -19,7 +19,8 @@ def binary(s):
 
 @triton.jit
 def finish(s_y, top, total, k, beta, SOFTMAX: tl.constexpr):
-    """(loss, c_iy, lse, factor of the terms exp(s - top)) of rows from their negatives."""
+    """(loss, c_iy, lse, what its rounding left out, factor of the terms exp(s - top)) of rows from
+    their negatives."""
     if SOFTMAX:
         # Relative to the larger of target and negatives. c_iy = -sum_j p_ij, which does not cancel.
         peak = tl.maximum(s_y, top)
@@ -29,12 +30,13 @@ def finish(s_y, top, total, k, beta, SOFTMAX: tl.constexpr):
         near = tl.where(small, others * (1.0 - 0.5 * others), tl.log(1.0 + others))
         loss = tl.where(s_y >= top, near, tl.log(others + own) + (peak - s_y))
         whole = others + own
-        return loss, -others / whole, peak + tl.log(whole), scale / whole
+        lse, left_out = split_lse(peak, tl.log(whole), peak)
+        return loss, -others / whole, lse, left_out, scale / whole
     else:
         softplus, sigmoid = binary(-s_y)
         count = k + 1.0
         loss = (beta * softplus + total) / count
-        return loss, -beta * sigmoid / count, s_y * 0.0, s_y * 0.0 + 1.0
+        return loss, -beta * sigmoid / count, s_y * 0.0, s_y * 0.0, s_y * 0.0 + 1.0
 
 
 @triton.jit
@@ -92,11 +94,12 @@ def _own_fwd_kernel(
             acc += tl.sum(p[:, None] * w_tile, 0)
         if WITH_WEIGHT:
             tl.store(grad_negatives + i * k + at, kept, mask=live)
-    loss, c, lse, scale = finish(s_y, top, total, k, beta, SOFTMAX)
+    loss, c, lse, left_out, scale = finish(s_y, top, total, k, beta, SOFTMAX)
     c = tl.where(scored, c, 0.0)
     tl.store(loss_out + i, tl.where(scored, loss, 0.0))
     tl.store(grad_target + i, c)
     tl.store(lse_out + i, tl.where(scored, lse, 0.0))
+    tl.store(lse_out + tl.num_programs(0) + i, tl.where(scored, left_out, 0.0))
     if WITH_INPUT:
         tl.store(grad_x + i * d + col, acc * scale + c * w_row, mask=real)
 

@@ -51,13 +51,14 @@ def _shared_fwd_kernel(
             w_tile = load_rows(w, place, real, d, 1, own, d, BLOCK_D)
             w_tile = round_to(w_tile, x.dtype.element_ty)
             acc = dot(round_to(p, x.dtype.element_ty), w_tile, acc, PRECISION)
-    loss, c, lse, scale = finish(s_y, top, total, k, beta, SOFTMAX)
+    loss, c, lse, left_out, scale = finish(s_y, top, total, k, beta, SOFTMAX)
     scored = live & (y >= 0)
     c = tl.where(scored, c, 0.0)
     if own == 0:
         tl.store(loss_out + at, tl.where(scored, loss, 0.0), mask=live)
         tl.store(grad_target + at, c, mask=live)
         tl.store(lse_out + at, tl.where(scored, lse, 0.0), mask=live)
+        tl.store(lse_out + n + at, tl.where(scored, left_out, 0.0), mask=live)
     if WITH_INPUT:
         row = load_rows(w_target, at, live, stride_td, 1, own, d, BLOCK_D).to(tl.float32)
         grad = tl.where(scored[:, None], acc * scale[:, None] + c[:, None] * row, 0.0)

@@ -39,6 +39,18 @@ def exp_shifted(s, shift, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def split_lse(shift, log_sum, least):
+    """lse = shift + log_sum, and what its rounding left out: at large scores that is far more than
+    an eps of exp(s - lse). Both together are at least `least`."""
+    lse = shift + log_sum
+    part = lse - shift
+    rest = (shift - (lse - part)) + (log_sum - part)
+    rest = tl.where(rest == rest, rest, 0.0)  # of an infinite lse
+    low = lse < least
+    return tl.where(low, least, lse), tl.where(low, 0.0, tl.maximum(rest, least - lse))
+
+
+@triton.jit
 def load_rows(base, row, keep, stride_row, stride_col, first, d, BLOCK_D: tl.constexpr):
     """[len(row), BLOCK_D] tile of a [?, d] matrix, columns from `first`; 0 where not kept."""
     col = first + tl.arange(0, BLOCK_D)

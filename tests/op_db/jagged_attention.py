@@ -94,11 +94,13 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         for start in case["offsets"][:-1].tolist():
             k[start : start + top, :, 0] = 80.0
         case |= {"query": q, "key": k}
+        size = 10240.0 if types.input == torch.float64 else 8.0
         yield Sample(
             name,
             case,
-            floor={"query": 10240.0 * 80, "key": 10240.0 * 128, "value": 10240.0},
-            why="p = exp(s - lse) inherits the rounding of lse, of size 1e4; times K (Q) in dS",
+            floor={"query": size * 80, "key": size * 128},
+            why="dS = P (dP - delta), a difference of numbers of size 8, times K (Q); the float64"
+            " oracle: P = exp(s - lse) inherits the rounding of lse",
         )
     case = problem("peaked", short, width=16)
     yield Sample("peaked", case | {"key": 10 * case["query"]})

@@ -47,6 +47,14 @@ def ordered_sum(values: Tensor) -> Tensor:
     return torch.stack([part.sum() for part in values.split(32768)]).sum()
 
 
+def split_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b, rounded, and what rounding left out (Knuth's two-sum; 0 where a + b is infinite)."""
+    whole = a + b
+    part = whole - a
+    rest = (a - (whole - part)) + (b - part)
+    return whole, torch.where(rest == rest, rest, 0.0)
+
+
 def check_tensor(
     name: str,
     tensor: Tensor,
@@ -176,7 +184,9 @@ def check_table(
         if hasattr(tensor, "device_mesh"):
             raise TypeError(
                 f"{name} is a DTensor, which only the table of linear_cross_entropy may be, and its"
-                " bias and class weights beside it: use full_tensor()"
+                " bias and class weights beside it: pass"
+                f" {name}.full_tensor(grad_placements=[Partial('avg')]), which averages the"
+                " gradients of the ranks as FSDP does"
             )
     check_width("input", input, ("N", "D"))
     device, width = input.device, input.shape[1]

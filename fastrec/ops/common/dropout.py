@@ -1,6 +1,6 @@
 """The dropout arguments of an op: what its kernels need to draw the mask of `random.keep_mask`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ class Mask(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What autograd saves; `numbers` is the rest, and Mask(*tensors, *numbers) the whole."""
         return self.keys, self.positions, self.rng
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As arguments of a reference."""
+        if not self.drop:
+            return {}
+        assert self.rng is not None
+        site = next(name for name, number in SITES.items() if number == self.site)
+        options = dict(dropout_p=self.drop / 256, rng=Rng(*self.rng), site=site, layer=self.layer)
+        return options | dict(keys=self.keys, positions=self.positions)
 
     @property
     def numbers(self) -> tuple[int, int, int]:

@@ -28,14 +28,32 @@ def reduce_loss(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
     return ordered_sum(loss) / torch.where(total == 0, 1, total)
 
 
+class _SelectRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, rows):
+        ctx.save_for_backward(rows)
+        ctx.shape = input.shape
+        return input.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        return spread_rows(grad, rows, ctx.shape), None
+
+
+def select_rows(input: Tensor, rows: Tensor | None) -> Tensor:
+    """input[rows], all for None, with a gradient that is added up in a fixed order."""
+    return input if rows is None else _SelectRows.apply(input, rows)
+
+
 def spread_rows(grad: Tensor, rows: Tensor | None, shape) -> Tensor:
     """The gradient of input[rows] as the gradient of the input, in a fixed order of additions."""
     if rows is None:
         return grad
     if grad.is_cpu:
-        return grad.new_zeros(shape).index_add_(0, rows, grad)
+        return grad.new_zeros(shape).index_add(0, rows, grad)
     # Sorts; index_add there is atomic.
-    return grad.new_zeros(shape).index_put_((rows,), grad, accumulate=True)
+    return grad.new_zeros(shape).index_put((rows,), grad, accumulate=True)
 
 
 def scored_rows(

@@ -20,17 +20,18 @@ exponentials of a chunk of rows stay in a cache, so the scores need not be compu
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrec.ops.common.arguments import accumulate_dtype, ordered_sum
-from fastrec.ops.common.item_losses import spread_rows
+from fastrec.ops.common.item_losses import reduce_loss
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.ops.common.products import products, weighted_rows
+from fastrec.ops.common.second_order import twice_differentiable
 
 OP = "linear_cross_entropy"
 
-# target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse,
-# target_logit [N] and mean_offset [N, D] ([0, D] if not asked for) are float32 or float64 with it.
+# target [N] int64, -1 = row not scored: its outputs are 0 and it contributes no gradient. lse
+# [2, N] (rounded, and what rounding left out), target_logit [N] and mean_offset [N, D] ([0, D] if
+# not asked for) are float32 or float64 with it.
 torch.library.define(
     f"fastrec::{OP}_fwd",
     "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
@@ -59,7 +60,7 @@ torch.library.define(
 def _(input, linear_weight, linear_bias, target, with_offset):
     rows, width = input.shape
     out = input.new_empty(rows, dtype=accumulate_dtype(input))
-    return out, torch.empty_like(out), out.new_empty(rows if with_offset else 0, width)
+    return out.new_empty(2, rows), out, out.new_empty(rows if with_offset else 0, width)
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
@@ -118,43 +119,70 @@ def add_class_gradient(
     return grad_bias + (class_weight * ordered_sum(grad_class_sum)).to(grad_bias.dtype)
 
 
+def loss_of(lse: Tensor, target_logit: Tensor) -> Tensor:
+    """lse - target_logit with all digits of both parts of lse [2, N]."""
+    return (lse[0] - target_logit) + lse[1]
+
+
+def logits_ref(x, linear_weight, linear_bias) -> Tensor:
+    dtype = accumulate_dtype(x)
+    logits = x.to(dtype) @ linear_weight.to(x.dtype).to(dtype).T
+    return logits if linear_bias is None else logits + linear_bias.to(dtype)
+
+
+def _losses_ref(x, linear_weight, linear_bias, target) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, lse, lse - target_logit), the last two 0 where not scored."""
+    logits = logits_ref(x, linear_weight, linear_bias)
+    nll = -logits.log_softmax(1).gather(1, target.clamp_min(0)[:, None]).squeeze(1)
+    out = target < 0
+    return logits, logits.logsumexp(1).masked_fill(out, 0), nll.masked_fill(out, 0)
+
+
+def _again(ctx, x, linear_weight, linear_bias, target, class_weight, lse, offset, class_mean):
+    inputs = x, linear_weight, linear_bias
+    logits, lse, nll = _losses_ref(*inputs, target)
+    if class_weight is None:
+        return inputs, (lse, nll, torch.zeros_like(lse))
+    return inputs, (lse, nll, (logits @ class_weight).masked_fill(target < 0, 0))
+
+
+def _plain_again(ctx, x, linear_weight, linear_bias, target, weight, *grads):
+    inputs = x, linear_weight, linear_bias
+    kept = target != ctx.ignore_index
+    *_, nll = _losses_ref(*inputs, torch.where(kept, target, -1))
+    row_weight = kept.to(nll.dtype)
+    if weight is not None:
+        row_weight = row_weight * weight[torch.where(kept, target, 0)]
+    return inputs, (reduce_loss(nll * row_weight, row_weight, "mean" if ctx.mean else "sum"),)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
-    """(lse, target_logit, class_sum) with class_sum_i = sum_j class_weight_j s_ij (0 if None)."""
+    """(lse, lse - target_logit, class_sum), class_sum_i = sum_j class_weight_j s_ij (0 if None)."""
 
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, target, rows, class_weight, backend):
-        fwd = kernels_of(OP, backend, input.device).linear_cross_entropy_fwd
-        x = input if rows is None else input.index_select(0, rows)
+    def forward(ctx, x, linear_weight, linear_bias, target, class_weight, backend):
+        fwd = kernels_of(OP, backend, x.device).linear_cross_entropy_fwd
         lse, target_logit, mean_offset = fwd(
             x, linear_weight, linear_bias, target, ctx.needs_input_grad[0]
         )
-        class_mean, class_sum = None, torch.zeros_like(lse)
+        class_mean, class_sum = None, torch.zeros_like(target_logit)
         if class_weight is not None:
             class_mean, class_sum = class_sums(x, linear_weight, linear_bias, target, class_weight)
         ctx.save_for_backward(
-            x, linear_weight, linear_bias, target, rows, class_weight, lse, mean_offset, class_mean
+            x, linear_weight, linear_bias, target, class_weight, lse, mean_offset, class_mean
         )
-        ctx.backend, ctx.input_shape = backend, input.shape
-        return lse, target_logit, class_sum
+        ctx.backend = backend
+        return lse[0], loss_of(lse, target_logit), class_sum
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_lse, grad_target_logit, grad_class_sum):
-        (
-            x,
-            linear_weight,
-            linear_bias,
-            target,
-            rows,
-            class_weight,
-            lse,
-            mean_offset,
-            class_mean,
-        ) = ctx.saved_tensors
+    @twice_differentiable(_again)
+    def backward(ctx, grad_lse, grad_nll, grad_class_sum):
+        x, linear_weight, linear_bias, target, class_weight, *rest = ctx.saved_tensors
+        lse, mean_offset, class_mean = rest
         bwd = kernels_of(OP, ctx.backend, x.device).linear_cross_entropy_bwd
         scored = (target >= 0).to(lse.dtype)
-        grad_lse = (grad_lse * scored).contiguous()
-        grad_target_logit = (grad_target_logit * scored).contiguous()
+        grad_target_logit = (-grad_nll * scored).contiguous()
+        grad_lse = (grad_lse * scored - grad_target_logit).contiguous()
         grad_class_sum = grad_class_sum * scored
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -163,7 +191,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad = torch.addcmul(grad, target_rows, (grad_lse + grad_target_logit)[:, None])
             if class_mean is not None:
                 grad = torch.addcmul(grad, class_mean, grad_class_sum[:, None])
-            grad_input = spread_rows(grad.to(x.dtype), rows, ctx.input_shape)
+            grad_input = grad.to(x.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_weight, grad_bias = bwd(
                 x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit
@@ -176,10 +204,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_input,
             grad_weight if ctx.needs_input_grad[1] else None,
             grad_bias if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 3,
         )
 
 
@@ -201,11 +226,12 @@ class PlainLoss(torch.autograd.Function):
             needs_input,
             needs_weight or needs_bias,
         )
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, *grads)
+        ctx.ignore_index, ctx.mean = ignore_index, mean
         return loss
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_plain_again)
     def backward(ctx, grad_loss):
-        grads = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        grads = zip(ctx.saved_tensors[5:], ctx.needs_input_grad, strict=False)
         return *(grad * grad_loss if needed else None for grad, needed in grads), *[None] * 4

@@ -26,10 +26,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
-from fastrec.ops.common.arguments import accumulate_dtype, check_range
+from fastrec.ops.common.arguments import accumulate_dtype, check_range, split_sum
 from fastrec.ops.common.collectives import Group, agree, gather, process_group, sum_over
 from fastrec.ops.common.item_losses import spread_rows
-from fastrec.ops.common.linear_cross_entropy_autograd import add_class_gradient, class_sums
+from fastrec.ops.common.linear_cross_entropy_autograd import (
+    add_class_gradient,
+    class_sums,
+    logits_ref,
+    loss_of,
+)
 from fastrec.ops.common.native import kernels_of
 
 
@@ -97,28 +102,26 @@ def fingerprint(values: Tensor) -> Tensor:
 
 def _fwd_ref(x, linear_weight, linear_bias, target, with_offset):
     dtype = accumulate_dtype(x)
-    logits = _logits_ref(x, linear_weight, linear_bias)
-    lse, y = logits.logsumexp(1), target.clamp_min(0)
+    logits = logits_ref(x, linear_weight, linear_bias)
+    top, y = logits.amax(1).clamp_min(torch.finfo(dtype).min), target.clamp_min(0)
+    log_sum = (logits - top[:, None]).exp().sum(1).log()
+    lse = torch.stack(split_sum(top, log_sum))
     offset = lse.new_empty(0, x.shape[1])
     if with_offset:
         w = linear_weight.to(dtype)
-        offset = ((logits - lse[:, None]).exp() @ w - w[y]) * (target >= 0)[:, None]
+        p = (logits - top[:, None] - log_sum[:, None]).exp()
+        offset = (p @ w - w[y]) * (target >= 0)[:, None]
     logit = logits.gather(1, y[:, None]).squeeze(1)
     return lse.masked_fill(target < 0, 0), logit.masked_fill(target < 0, 0), offset
 
 
 def _bwd_ref(x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit):
-    p = (_logits_ref(x, linear_weight, linear_bias) - lse[:, None]).exp() * grad_lse[:, None]
+    logits = logits_ref(x, linear_weight, linear_bias)
+    p = (logits - lse[0, :, None] - lse[1, :, None]).exp() * grad_lse[:, None]
     place = (torch.arange(len(p), device=p.device), target.clamp_min(0))
     p = p.index_put(place, grad_target_logit, accumulate=True)
     grad_bias = lse.new_empty(0) if linear_bias is None else p.sum(0).to(linear_bias.dtype)
     return (p.T @ x.to(p.dtype)).to(linear_weight.dtype), grad_bias
-
-
-def _logits_ref(x, linear_weight, linear_bias):
-    dtype = accumulate_dtype(x)
-    logits = x.to(dtype) @ linear_weight.to(x.dtype).to(dtype).T
-    return logits if linear_bias is None else logits + linear_bias.to(dtype)
 
 
 def _kernels(backend: str, device: torch.device):
@@ -129,16 +132,18 @@ def _kernels(backend: str, device: torch.device):
 
 
 def _local_lse(x, linear_weight, linear_bias, target, with_offset, backend):
-    """(lse_r, logit, offset) of the items of this rank, of which there may be none."""
+    """(lse_r [2, N], logit, offset) of the items of this rank, of which there may be none."""
     if linear_weight.shape[0] == 0:
-        lse = x.new_full((len(x),), -torch.inf, dtype=accumulate_dtype(x))
+        lse = x.new_full((2, len(x)), -torch.inf, dtype=accumulate_dtype(x))
+        lse[1] = 0
         offset = lse.new_zeros(len(x) if with_offset else 0, x.shape[1])
-        return lse, torch.zeros_like(lse), offset
+        return lse, torch.zeros_like(lse[0]), offset
     fwd, _ = _kernels(backend, x.device)
     lse, logit, offset = fwd(x, linear_weight, linear_bias, target, with_offset)
     if linear_bias is not None:  # a bias of -inf takes an item out, and here perhaps all items
         out = (linear_bias == -torch.inf).all()
-        lse = torch.where(out, -torch.inf, lse)
+        lse[0].masked_fill_(out, -torch.inf)
+        lse[1].masked_fill_(out, 0)
         offset = torch.where(out, 0, offset)
     return lse, logit, offset
 
@@ -159,10 +164,10 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         mine = scored & (place >= 0) & (place < items)
         local = torch.where(mine, place, torch.where(scored, 0, -1))
         lse, logit, offset = _local_lse(x, linear_weight, linear_bias, local, with_offset, backend)
-        parts = [lse, logit.masked_fill(~mine, 0)]
+        parts = [*lse, logit.masked_fill(~mine, 0)]
         class_mean, total = None, lse.new_zeros(1)
         if class_weight is not None:
-            class_mean, class_sum = x.new_zeros(x.shape[1], dtype=lse.dtype), torch.zeros_like(lse)
+            class_mean, class_sum = lse.new_zeros(x.shape[1]), torch.zeros_like(logit)
             if items:
                 class_mean, class_sum = class_sums(
                     x, linear_weight, linear_bias, local, class_weight
@@ -172,27 +177,32 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         if weight is not None and items:
             parts.append(weight[local.clamp_min(0)].masked_fill(~mine, 0))
         elif weight is not None:
-            parts.append(torch.zeros_like(lse))
+            parts.append(torch.zeros_like(logit))
         sent = gather(torch.cat([*parts, total]), part.group)
         every = sent[:, :-1].unflatten(1, (len(parts), -1))  # [R, parts, N]
 
-        whole = every[:, 0].logsumexp(0)
+        # lse of all items, and the shares of this rank and of those without the target: exp of
+        # differences of the rounded parts and of what their rounding left out, taken apart.
+        top = every[:, 0].amax(0).clamp_min(torch.finfo(lse.dtype).min)
+        shares = (every[:, 0] - top).add_(every[:, 1]).exp_()
+        sums = shares.sum(0)
+        whole = torch.stack(split_sum(top, sums.log())).masked_fill(~scored, 0)
         holder = torch.searchsorted(part.ends, target.clamp_min(0), right=True)[None]
-        others = every[:, 0].scatter(0, holder, -torch.inf).logsumexp(0)
-        logit = every[:, 1].sum(0)
-        rest = list(every[:, 2:].sum(0))
-        class_sum = torch.zeros_like(lse) if class_weight is None else rest.pop(0)
+        others = shares.scatter(0, holder, 0).sum(0) / sums
+        share = shares[part.rank] / sums
+        logit = every[:, 2].sum(0)
+        rest = list(every[:, 3:].sum(0))
+        class_sum = torch.zeros_like(logit) if class_weight is None else rest.pop(0)
         row_weight = scored.to(lse.dtype) if weight is None else rest.pop(0)
 
-        whole = whole.masked_fill(~scored, 0)
         ctx.save_for_backward(
             x, linear_weight, linear_bias, target, local, mine, rows, class_weight, whole,
-            (lse - whole).exp(), (others - whole).exp(), offset, class_mean,
+            share, others, offset, class_mean,
         )  # fmt: skip
         ctx.backend, ctx.input_shape, ctx.part = backend, input.shape, part
         class_total = sent[:, -1].sum()
         ctx.mark_non_differentiable(row_weight, class_total)
-        return whole, whole - logit, class_sum, row_weight, class_total
+        return whole[0], loss_of(whole, logit), class_sum, row_weight, class_total
 
     @staticmethod
     @once_differentiable
