@@ -1,8 +1,11 @@
 """Recipes: one named composition per system. `load("uprec-mip")` is its YAML, bases included."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
+MOST_VALUES = 100_000  # of a recipe or a flag
 
 
 def names() -> list[str]:
@@ -38,15 +41,14 @@ def load(name_or_file: str, *below: Path) -> dict:
 
     Raises ValueError that names the file: not YAML, no mapping, or its own base.
     """
-    import yaml
-
     file = path(name_or_file)
     if file in below:
         raise ValueError(f"{file} is its own base: {' -> '.join(map(str, (*below, file)))}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
+    values = read_yaml(text, str(file)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
     name, base = values.pop("base", None), {}
@@ -57,6 +59,38 @@ def load(name_or_file: str, *below: Path) -> dict:
     if file.suffix != ".json":  # recipe.json of a run states every key
         _check_nothing(file, base, values)
     return merged(base, values)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The plain values of a YAML text. A line may stand for as much as it refers to, so that a few
+    lines hold more than any machine: references are counted as what they stand for.
+
+    Raises ValueError that begins with `what`.
+    """
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES} values")
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ValueError(f"{what} is not YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _size(node, known: dict[int, float]) -> float:
+    """The values in a node of YAML; infinite for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inside = node.value if isinstance(node.value, list) else []
+        parts = [part for each in inside for part in (each if type(each) is tuple else (each,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _check_nothing(file: Path, base: dict, values: dict) -> None:
