@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastrec import recipes
 from fastrec.bench import bench
@@ -318,13 +318,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _parser():
     """The parser of all commands, without recipe keys."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, get_loader, set_loader
 
-    parser = ArgumentParser(prog="fastrec", description=__doc__, exit_on_error=False)
+    def load(text: str):
+        recipes.check_yaml(text, "a value")
+        return get_loader("yaml")(text)
+
+    set_loader("fastrec", load, exceptions=(ValueError,))
+    how: dict[str, Any] = {"exit_on_error": False, "parser_mode": "fastrec"}
+    parser = ArgumentParser(prog="fastrec", description=__doc__, **how)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        sub = ArgumentParser(prog=f"fastrec {name}", description=summary, exit_on_error=False)
+        sub = ArgumentParser(prog=f"fastrec {name}", description=summary, **how)
         if name not in RECIPE_COMMANDS:
             sub.add_argument("--config", action="config", help="YAML file of the flags")
         sub.add_function_arguments(function, skip={"recipe"}, as_group=False)

@@ -62,25 +62,29 @@ def load(name_or_file: str, *below: Path) -> dict:
 
 
 def read_yaml(text: str, what: str) -> Any:
-    """The plain values of a YAML text. A line may stand for as much as it refers to, so that a few
-    lines hold more than any machine: references are counted as what they stand for.
-
-    Raises ValueError that begins with `what`.
-    """
+    """The plain values of a YAML text. Raises ValueError that begins with `what`."""
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    check_yaml(text, what)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _size(node, {}) > MOST_VALUES:
-            raise ValueError(f"it has more than {MOST_VALUES} values")
-        return loader.construct_document(node)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{what} is not YAML: {error}") from error
-    finally:
-        loader.dispose()
+
+
+def check_yaml(text: str, what: str) -> None:
+    """Raise ValueError for a text that is no YAML, or whose values are more than a recipe can be. A
+    line may refer to others, so that a few lines hold more than any machine: a reference counts as
+    what it stands for."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = 0 if node is None else _size(node, {})
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{what} is not YAML: {error}") from error
+    if size > MOST_VALUES:
+        raise ValueError(f"{what} holds more than {MOST_VALUES} values")
 
 
 def _size(node, known: dict[int, float]) -> float:

@@ -134,8 +134,9 @@ def read_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path} cannot be read: it is damaged, or fastrec did not write it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(state["global_step"], int) or not isinstance(state["run"], dict):
-            raise TypeError("it is not of a run")
+        for key, kind in (("global_step", int), ("run", dict), ("kept", bool)):
+            if type(state[key]) is not kind:
+                raise TypeError(f"{key} is {state[key]!r}")
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return state
