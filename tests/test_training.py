@@ -346,7 +346,7 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
         ),
         (lambda: Stage(backend="c"), "backend must be one of"),
         (lambda: Stage(judge="items"), "judge must be one of"),
-        (lambda: Stage(devices=0), "devices must be at least 1 or 'auto', got 0"),
+        (lambda: Stage(devices=0), "devices must be in .1, 1024. or 'auto', got 0"),
         (lambda: Stage(steps=0), "steps must be at least 1, got 0"),
         (lambda: Stage(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: Stage(validate_every=0), "validate_every must be at least 1, got 0"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-MOST_VALUES = 100_000  # of a recipe or a flag
+MOST_VALUES = 20_000  # of a recipe or a flag
 
 
 def names() -> list[str]:
@@ -48,7 +48,8 @@ def load(name_or_file: str, *below: Path) -> dict:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
-    values = read_yaml(text, str(file)) or {}
+    values = read_yaml(text, str(file))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
     name, base = values.pop("base", None), {}

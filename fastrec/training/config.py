@@ -100,8 +100,8 @@ class Stage:
 
     def __post_init__(self):
         check_choices(self)
-        if self.devices != "auto" and int(self.devices) < 1:
-            raise ValueError(f"devices must be at least 1 or 'auto', got {self.devices}")
+        if self.devices != "auto" and not 1 <= int(self.devices) <= 1024:
+            raise ValueError(f"devices must be in [1, 1024] or 'auto', got {self.devices}")
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
