@@ -7,14 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from builders import assert_same_weights, recipe, run, synthetic
 
 from fastrec.data import output
 from fastrec.data.steps.mask import MaskLast
 from fastrec.nn.user_model import UserModel
+from fastrec.training.checkpoint import read_checkpoint, write_checkpoint
 
 FILL = ("rename", "replace", "mkdir", "fsync")  # what may find the disk full
 CALLS = (*FILL, "unlink", "rmdir")
+ANY = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 class Dead(BaseException):
@@ -79,13 +82,24 @@ def writes_of(monkeypatch, full: bool, work) -> int:
     return counter.count
 
 
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
+    file = tmp_path / "last.ckpt"
+    state = {"global_step": 1, "run": {}, "kept": False, "weights": torch.ones(100_000)}
+    write_checkpoint(state, file)
+    (tmp_path / ".new.last.ckpt").symlink_to("/dev/full")  # takes no byte
+    with pytest.raises(OSError, match="last.ckpt cannot be written: .*No space left on device"):
+        write_checkpoint({**state, "global_step": 2}, file)
+    assert read_checkpoint(file)["global_step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("started", "full", "every"),
     [
-        pytest.param(True, False, 1, id="killed_at_any", marks=pytest.mark.slow),
+        pytest.param(True, False, 1, id="killed_at_any", marks=ANY),
         pytest.param(True, False, 4, id="killed"),
         pytest.param(False, False, 3, id="killed_without_a_model"),
-        pytest.param(True, True, 3, id="disk_full"),
+        pytest.param(True, True, 5, id="disk_full"),
     ],
 )
 def test_every_write_may_be_the_last(data, initial, tmp_path, monkeypatch, started, full, every):

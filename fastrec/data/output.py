@@ -64,17 +64,22 @@ def check_absent(output: Path, overwrite: bool) -> None:
 @contextmanager
 def new_file(output: Path) -> Iterator[Path]:
     """The name under which the file `output` is written beside it, with the same ending. When that
-    is done it is `output`, on disk; otherwise it goes."""
+    is done it is `output`, on disk; otherwise it goes. Raises OSError that names `output`, whatever
+    the library that writes says."""
     output = output.resolve()  # through a link, the file is replaced and not the link
     work = _beside(output, "new")
     try:
         yield work
         _sync(work)
         os.replace(work, output)
-    except BaseException:
+        _sync(output.parent)
+    except BaseException as error:
         work.unlink(missing_ok=True)
-        raise
-    _sync(output.parent)
+        if not isinstance(error, Exception):
+            raise
+        # torch says that its archive is not finished, and why in the error before.
+        why = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{output} cannot be written: {why}") from error
 
 
 def write_text(output: Path, text: str) -> None:

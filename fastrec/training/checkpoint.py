@@ -115,13 +115,12 @@ def start_run(folder: Path, dataset, recipe: Recipe, stage: str, resume: bool) -
 def write_checkpoint(state: dict, path: Path) -> None:
     """`torch.save`, complete and on disk or not at all. The comment of the file, which is a zip
     archive, is the digest of all before it."""
-    with new_file(path) as work:
-        torch.save(state, work)
-        with work.open("r+b") as file:
-            file.seek(-2, os.SEEK_END)
-            file.write(_DIGEST.to_bytes(2, "little"))  # the length of the comment
-            file.flush()
-            file.write(_digest(work, file.tell()).encode())
+    with new_file(path) as work, work.open("w+b") as file:
+        torch.save(state, file)  # into a file of Python's, which says why it cannot be written
+        file.seek(-2, os.SEEK_END)
+        file.write(_DIGEST.to_bytes(2, "little"))  # the length of the comment
+        file.flush()
+        file.write(_digest(work, file.tell()).encode())
 
 
 def read_checkpoint(path: Path) -> dict:
