@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,56 +147,67 @@ def test_a_folder_without_a_checkpoint_can_be_used_again(data, tmp_path, monkeyp
     run(data, tmp_path / "run")
 
 
+@contextmanager
 def started(data, folder, *flags):
     """A process that trains for ever, and has come to its first checkpoint."""
     process = subprocess.Popen(
         command("pretrain", "--data", data, "--output", folder, *FLAGS,
                 "--pretraining.steps=100000", *flags),
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 600
-    while not (folder / "last.ckpt").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
+    try:
+        deadline = time.monotonic() + 600
+        while not (folder / "last.ckpt").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def children(process) -> list[int]:
-    """The processes that this one has started, as Linux knows them."""
-    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    return [int(each) for each in text.split()]
+def child(process) -> int:
+    """The one process that this one has started, as Linux knows it."""
+    (found,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(found)
+
+
+def runs(pid: int) -> bool:
+    """One that nobody has waited for yet, Z, has ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(") ")[2][0] != "Z"
 
 
 @pytest.mark.slow
 def test_sigterm_is_no_success_and_one_run_has_one_process(data, tmp_path):
-    process = started(data, tmp_path / "run")
-    second = subprocess.run(
-        command("pretrain", "--data", data, "--output", tmp_path / "run", *FLAGS, "--resume=true"),
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert second.returncode == 1
-    assert f"run is being written by process {process.pid} on " in second.stderr
-    process.terminate()
-    _, said = process.communicate(timeout=600)
+    with started(data, tmp_path / "run") as process:
+        second = subprocess.run(
+            command("pretrain", "--data", data, "--output", tmp_path / "run", *FLAGS,
+                    "--resume=true"), capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert f"run is being written by process {process.pid} on " in second.stderr
+        process.terminate()
+        _, said = process.communicate(timeout=600)
     assert process.returncode == 143 and "SIGTERM ended the run in" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_of_two_processes_ends_both(data, tmp_path, rank):
-    process = started(data, tmp_path / "run", "--pretraining.devices=2")
-    (other,) = children(process)
-    os.kill(process.pid if rank == 0 else other, signal.SIGTERM)
-    start = time.monotonic()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode not in (0, None) and time.monotonic() - start < 20, said
-    if rank == 0:
-        assert process.returncode == 143 and "SIGTERM ended the run in" in said
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{other}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    with started(data, tmp_path / "run", "--pretraining.devices=2") as process:
+        other = child(process)
+        os.kill(process.pid if rank == 0 else other, signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+        assert process.returncode != 0
+        if rank == 0:
+            assert process.returncode == 143 and "SIGTERM ended the run in" in said
+        deadline = time.monotonic() + 20
+        while runs(other):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     assert trained_weights(tmp_path / "run")["step"] > 0
 
 
