@@ -29,6 +29,7 @@ from builders import (
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.dataset_files import digest
 from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.demo import demo
 from fastrec.training.sweep import sweep
 
 # The first of the four validations finds the best model: this rate spoils it.
@@ -225,3 +226,37 @@ def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):
         sweep(chosen, data, tmp_path / name, "model.dropout", [0.1])
     results = {name: (tmp_path / name / "sweep.json").read_text() for name in ways}
     assert len(set(results.values())) == 1, results
+
+
+def test_a_sweep_keeps_points_of_its_own_data_and_whole_ones(data, tmp_path):
+    chosen, output = recipe(steps=10, batch_size=64, validate_every=5), tmp_path / "sweep"
+    sweep(chosen, data, output, "model.dropout", [0.1])
+    other = synthetic(tmp_path, seed=4)
+    with pytest.raises(ValueError, match="is from another recipe or data set"):
+        sweep(chosen, other, output, "model.dropout", [0.1])
+    metrics = output / "model.dropout=0.1" / "seed-0" / "metrics.json"
+    before = metrics.read_text()
+    for damage, message in (("{", "is not JSON"), ("{}", "holds no metrics; remove it")):
+        metrics.write_text(damage)
+        with pytest.raises(ValueError, match=f"metrics.json {message}"):
+            sweep(chosen, data, output, "model.dropout", [0.1])
+    metrics.unlink()
+    sweep(chosen, data, output, "model.dropout", [0.1])
+    assert metrics.read_text() == before
+
+
+def test_a_demo_replaces_a_demo_and_nothing_else(tmp_path, monkeypatch):
+    def dies(*arguments, **options):
+        raise Killed
+
+    monkeypatch.setattr("fastrec.demo.generate", dies)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            demo(tmp_path / "demo")
+        assert [path.name for path in (tmp_path / "demo").iterdir()] == [".fastrec-demo"]
+        (tmp_path / "demo" / "data").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(FileExistsError, match="mine holds something else"):
+        demo(tmp_path / "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "mine"}
