@@ -394,8 +394,10 @@ def main(arguments: list[str] | None = None) -> None:
         values.pop("config", None)
         COMMANDS[config.command](**values)
     except BaseException as error:
+        from jsonargparse import ArgumentError
+
         full = type(error) is RuntimeError and "can't allocate memory" in str(error)
-        if not full and not isinstance(error, input_errors()):
+        if not full and not isinstance(error, (ArgumentError, *input_errors())):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         sys.exit(f"fastrec: error: {'not enough memory: ' if full else ''}{said}")

@@ -17,11 +17,11 @@ from fastrec.cli import main, recommend
 from fastrec.data.dataset_files import digest
 from fastrec.data.output import locked
 from fastrec.nn.model_files import NAMES, write_digests
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.checkpoint import write_checkpoint
-from fastrec.training.config import Users
 
 FLAGS = [
     "--model.width=16", "--model.dropout=0.3", "--model.max_len=12", "--model.tokens=[cls, sep]",
@@ -133,6 +133,27 @@ def test_weights_that_are_not_finite(made, copy, command, name):
             return  # they do not read it
         arguments.append("--pretraining.init.take=[items, encoder, head, user_attributes]")
     assert "is not finite" in refused(copy, arguments, str(model / name))
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "message"),
+    [
+        ("recommend", "item_head.norm.weight", "states of the model are not finite"),
+        ("embed", "encoder.layers.0.ffn_norm.weight", "user vectors of the model are not"),
+    ],
+)
+def test_finite_weights_that_lead_to_infinite_numbers(made, copy, command, name, message):
+    model = copy / "run" / "model"
+    state = load_file(model / "model.safetensors")
+    state[name] = torch.full_like(state[name], 3e38)
+    save_file(state, model / "model.safetensors")
+    write_digests(model)
+    refused(copy, asks(made, model)[command], message)
+
+
+def test_scores_beyond_what_a_number_can_be(made, copy):
+    command = asks(made, copy / "run" / "model")["recommend"]
+    refused(copy, [*command, "--logit_adjustment=1e300"], "scores of the model are not finite")
 
 
 def places(values: dict, path: tuple = ()) -> list[tuple]:
@@ -318,4 +339,16 @@ def test_users_are_remembered_in_every_data_set(made, copy):
     main([*tune, "--pretraining.init.users=other"])
     own = np.load(copy / "tuned" / "model" / "users.npy")
     assert len(own) == 84, "other people of the same names are not counted"
-    assert Users(fraction=0.7).fraction * 120 == pytest.approx(84)
+
+
+def test_a_model_that_does_not_say_whom_it_has_seen(made, tmp_path):
+    """From Python, without the folder of the model that it started from."""
+    start = UserModel.from_pretrained(made / "run" / "model")
+    run(made / "data", tmp_path / "run", recipe(steps=1), model=start)
+    model = tmp_path / "run" / "model"
+    assert not (model / "users.npy").exists()
+    command = asks(made, model)["evaluate"] + ["--pretraining.judge=friends"]
+    command.append("--evaluation.friend_negatives=5")
+    command = [part for part in command if not part.startswith("--output")]
+    with pytest.warns(UserWarning, match="model does not say which users it has seen"):
+        main(command)

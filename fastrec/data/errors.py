@@ -36,13 +36,12 @@ def input_errors() -> tuple[type[BaseException], ...]:
     """What bad input, or too much of it, meets here and in the libraries that read files."""
     import csv
 
-    import jsonargparse
     import polars as pl
     import safetensors
     import yaml
 
     return (
-        ValueError, OSError, jsonargparse.ArgumentError,
+        ValueError, OSError,
         pl.exceptions.PolarsError, pl.exceptions.PanicException, safetensors.SafetensorError,
         yaml.YAMLError, csv.Error, zlib.error, MemoryError, RecursionError, OverflowError, EOFError,
     )  # fmt: skip
