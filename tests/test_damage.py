@@ -233,6 +233,7 @@ def test_what_is_there_for_people_is_written_again(made, copy):
     folder, before = copy / "run", [(made / "run" / name).read_text() for name in names[:2]]
     for name in names:
         (folder / name).write_text("{")
+    (folder / "metrics" / "version_mine").mkdir()
     main(resume(made, folder))
     assert [(folder / name).read_text() for name in names[:2]] == before
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
@@ -251,7 +252,7 @@ def test_the_checkpoint_of_something_else(made, copy, state):
     write_checkpoint(state, copy / "run" / "last.ckpt")
     refused(copy, resume(made, copy / "run"), "last.ckpt cannot be read")
     torch.save(state, copy / "run" / "last.ckpt")
-    assert "fastrec did not write it" in refused(copy, resume(made, copy / "run"), "last.ckpt")
+    assert "of another or earlier program" in refused(copy, resume(made, copy / "run"), "last.ckpt")
 
 
 def test_two_commands_in_one_folder(made, copy):

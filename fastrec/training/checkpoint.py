@@ -130,7 +130,7 @@ def read_checkpoint(path: Path) -> dict:
         file.seek(size)
         said = file.read()
     if said != _digest(path, size).encode():
-        raise ValueError(f"{path} cannot be read: it is damaged, or fastrec did not write it")
+        raise ValueError(f"{path} cannot be read: it is damaged, or of another or earlier program")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         for key, kind in (("global_step", int), ("run", dict), ("kept", bool)):
