@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.bench import OPS, ROOT, SLOW, Entry, entries, measure, module, peak_memory
 from benchmarks.roofline import ceilings, plot
+from fastrec.data.output import write_text
 
 
 def environment() -> dict:
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         results["environments"][entry.op] = environment()
         if arguments.output:  # after every entry: an interrupted run keeps what it has
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            write_text(arguments.output, json.dumps(results, indent=1) + "\n")
     for op in results["ops"]:
         print(render(results, op))
     if arguments.table:

@@ -3,18 +3,21 @@
 `--config` takes a recipe name or a YAML file, and every recipe key is a flag that overrides it.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastrec import recipes
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.errors import input_errors
+from fastrec.data.output import locked_file, write_text
 from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.data.prepare.text import read_lines
 from fastrec.data.settings import from_values
@@ -22,9 +25,10 @@ from fastrec.demo import demo
 from fastrec.nn.user_model import UserModel
 from fastrec.serve import check_table_path, user_vectors, write_table
 from fastrec.serve import recommend as recommend_items
-from fastrec.training.checkpoint import check_model, first_process
+from fastrec.training.checkpoint import first_process
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
+from fastrec.training.model_folder import check_model
 from fastrec.training.sweep import sweep
 
 
@@ -154,7 +158,8 @@ def finetune(
     initial = None
     if init is not None:
         same_items = bool({"items", "head"} & set(stage.init.take))
-        initial = _model_for(init, dataset, _held_out(recipe, stage), same_items)
+        held_out = _held_out(recipe, stage) if stage.init.users == "same" else None
+        initial = _model_for(init, dataset, held_out, same_items)
     fit(
         dataset,
         initial,
@@ -174,6 +179,7 @@ def evaluate(
     task: str | None = None,
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
+    overwrite: bool = False,
 ):
     """Measure a model as a stage of the recipe judges it, beside a baseline.
 
@@ -186,15 +192,20 @@ def evaluate(
             class; their friends are found beside shared items ("Sim").
         split: which held-out item, for the next item.
         output: JSON file for the metrics.
+        overwrite: replace a file `output`.
     """
+    with contextlib.nullcontext() if output is None else locked_file(output, overwrite):
+        result = _evaluate(recipe, data, pretrained, task, split)
+        if output is not None:
+            write_text(output, json.dumps(result, indent=2) + "\n")
+
+
+def _evaluate(recipe: Recipe, data: Path, pretrained: Path, task: str | None, split: str) -> dict:
     dataset = SequenceDataset.load(data)
     task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
     stage = recipe.stage(task)
     trained = _model_for(pretrained, dataset, _held_out(recipe, stage))
-    result = evaluate_stage(dataset, recipe, stage, trained, pretrained, split)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n")
+    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split)
 
 
 def embed(
@@ -203,6 +214,7 @@ def embed(
     output: Path,
     users: Path | None = None,
     pool: Literal["max", "mean", "cls", "ur", "last"] = "max",
+    overwrite: bool = False,
 ):
     """Write user vectors (pooled states) to a Parquet file.
 
@@ -212,12 +224,14 @@ def embed(
         output: .parquet file with columns user_id and vector.
         users: text file with one original user id a line; all users without it.
         pool: max (UPRec, eq. 8) or mean over the items, the state of a token, or of the last item.
+        overwrite: replace a file `output`.
     """
     if output.suffix != ".parquet":
         raise ValueError(f"{output}: user vectors are written to a .parquet file")
-    dataset = SequenceDataset.load(data)
-    model = _model_for(pretrained, dataset)
-    write_table(user_vectors(model, dataset, _read_users(users), pool), output)
+    with locked_file(output, overwrite):
+        dataset = SequenceDataset.load(data)
+        model = _model_for(pretrained, dataset)
+        write_table(user_vectors(model, dataset, _read_users(users), pool), output, overwrite)
 
 
 def recommend(
@@ -228,6 +242,7 @@ def recommend(
     k: int = 10,
     seen: Literal["exclude", "none"] = "exclude",
     logit_adjustment: float = 0.0,
+    overwrite: bool = False,
 ):
     """Write the k best next items of each user, in the ids of the original data.
 
@@ -240,13 +255,14 @@ def recommend(
         seen: leave out or keep the items that a user already has.
         logit_adjustment: what is taken from a score is this times the log of the item's share of
             the training events; with 1, items are ranked by how much likelier the user makes them.
+        overwrite: replace a file `output`.
     """
     check_table_path(output)
-    dataset = SequenceDataset.load(data)
-    trained = _model_for(pretrained, dataset)
-    write_table(
-        recommend_items(trained, dataset, k, _read_users(users), seen, logit_adjustment), output
-    )
+    with locked_file(output, overwrite):
+        dataset = SequenceDataset.load(data)
+        trained = _model_for(pretrained, dataset)
+        best = recommend_items(trained, dataset, k, _read_users(users), seen, logit_adjustment)
+        write_table(best, output, overwrite)
 
 
 def list_recipes():
@@ -302,13 +318,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def _parser():
     """The parser of all commands, without recipe keys."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, get_loader, set_loader
 
-    parser = ArgumentParser(prog="fastrec", description=__doc__, exit_on_error=False)
+    def load(text: str):
+        recipes.check_yaml(text, "a value")
+        return get_loader("yaml")(text)
+
+    set_loader("fastrec", load, exceptions=(ValueError,))
+    how: dict[str, Any] = {"exit_on_error": False, "parser_mode": "fastrec"}
+    parser = ArgumentParser(prog="fastrec", description=__doc__, **how)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        sub = ArgumentParser(prog=f"fastrec {name}", description=summary, exit_on_error=False)
+        sub = ArgumentParser(prog=f"fastrec {name}", description=summary, **how)
         if name not in RECIPE_COMMANDS:
             sub.add_argument("--config", action="config", help="YAML file of the flags")
         sub.add_function_arguments(function, skip={"recipe"}, as_group=False)
@@ -319,8 +341,6 @@ def _parser():
 def _recipe_settings(arguments: list[str]) -> tuple[dict, list[str]]:
     """(what the recipe after --config says, bases included, with the flags over it wherever they
     stand; the arguments that are no recipe keys)."""
-    import yaml
-
     keys = {"config", *(field.name for field in dataclasses.fields(Recipe))}
     settings: dict = {}
     flags: dict = {}
@@ -336,10 +356,7 @@ def _recipe_settings(arguments: list[str]) -> tuple[dict, list[str]]:
         if key == "config":
             settings = recipes.merged(settings, recipes.load(value))
             continue
-        try:
-            part = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{key} is {value!r}, which is not YAML") from error
+        part = recipes.read_yaml(value, key)
         for name in reversed(key.split(".")):
             part = {name: part}
         flags = recipes.merged(flags, part)
@@ -364,8 +381,6 @@ def _with_recipe(name: str, arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Errors in the input end with status 1 and one line, not a traceback."""
-    from jsonargparse import ArgumentError
-
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else ""
     try:
@@ -378,5 +393,11 @@ def main(arguments: list[str] | None = None) -> None:
         values = dict(parser.instantiate(config)[config.command])
         values.pop("config", None)
         COMMANDS[config.command](**values)
-    except (ValueError, OSError, ArgumentError) as error:
-        sys.exit(f"fastrec: error: {' '.join(str(error).split())}")
+    except BaseException as error:
+        from jsonargparse import ArgumentError
+
+        full = type(error) is RuntimeError and "can't allocate memory" in str(error)
+        if not full and not isinstance(error, (ArgumentError, *input_errors())):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"fastrec: error: {'not enough memory: ' if full else ''}{said}")

@@ -1,11 +1,11 @@
 """`fastrec demo`: from nothing to a table that shows what pre-training gives."""
 
-import shutil
 import time
 from pathlib import Path
 
 from fastrec.bench import bench
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.output import locked, remove_folder
 from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
@@ -52,6 +52,11 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
         items: number of synthetic items.
         seed: of the generator.
     """
+    with locked(output):
+        _demo(output, users, items, seed)
+
+
+def _demo(output: Path, users: int, items: int, seed: int) -> None:
     from fastrec.training.fit import fit  # Lightning, 3 s: `fastrec --help` does without it
 
     start = time.perf_counter()
@@ -99,6 +104,7 @@ def _replace(output: Path) -> None:
     marker = output / ".fastrec-demo"
     if output.is_dir() and any(output.iterdir()) and not marker.exists():
         raise FileExistsError(f"{output} holds something else; choose another folder")
-    shutil.rmtree(output, ignore_errors=True)
+    if output.is_dir():
+        remove_folder(output)
     output.mkdir(parents=True)
     marker.touch()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.output import check_absent, new_file
 from fastrec.evaluation.next_item import adjustment, row_blocks, seen_items
 from fastrec.nn.pool import Pooling
 from fastrec.ops.linear_topk import linear_topk
@@ -49,7 +50,7 @@ def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
         for rows in row_blocks(len(indices)):
             batch = model.inputs(dataset, torch.as_tensor(indices[rows], device="cpu"), "all")
             encoded = model.encode(batch.to(model.item_table.device))
-            vectors.append(model.pool(encoded, pool).float().cpu())
+            vectors.append(_finite(model.pool(encoded, pool).float().cpu(), "user vectors"))
     ids = dataset.user_ids()[indices]
     return polars.DataFrame({"user_id": ids, "vector": torch.cat(vectors).numpy()})
 
@@ -96,12 +97,14 @@ def recommend(
     with torch.no_grad():
         for rows, batch, past in asked:
             query = model.next_item_query(model.encode(batch.to(table.device)))
+            _finite(query, "states")  # a score that is no number counts as none
             exclude = None
             if seen == "exclude":
                 exclude = past[0].to(table.device), past[1].to(table.device)
             found = linear_topk(query, table, best, linear_bias=bias, exclude=exclude)
             scores, items = (part.cpu().numpy() for part in found)
             kept = items >= 0
+            _finite(torch.from_numpy(scores[kept]), "scores")
             ranks = np.broadcast_to(np.arange(1, best + 1), kept.shape)
             owners = np.broadcast_to(np.arange(rows.start, rows.stop)[:, None], kept.shape)
             parts.append(
@@ -115,6 +118,13 @@ def recommend(
                 )
             )
     return polars.concat(parts)
+
+
+def _finite(numbers: Tensor, what: str) -> Tensor:
+    """Raises ValueError where finite weights have led beyond what a number can be."""
+    if not numbers.isfinite().all():
+        raise ValueError(f"{what} of the model are not finite: has its training diverged?")
+    return numbers
 
 
 def _no_rows(users, items):
@@ -153,15 +163,21 @@ def _numbered(item_ids: np.ndarray, histories: Sequence[Sequence]) -> list[list[
     return [[next(rows) for _ in history] for history in histories]
 
 
-def write_table(frame, path: Path | str) -> None:
-    """Write a frame as .csv or .parquet, by the ending. Raises ValueError for another one."""
+def write_table(frame, path: Path | str, overwrite: bool = False) -> None:
+    """Write a frame as .csv or .parquet, by the ending; the file is complete or not there.
+
+    Raises ValueError for another ending, FileExistsError for a file that is there, but for
+    `overwrite`.
+    """
     path = Path(path)
     check_table_path(path)
+    check_absent(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        frame.write_parquet(path)
-    else:
-        frame.write_csv(path)
+    with new_file(path) as work:
+        if path.suffix == ".parquet":
+            frame.write_parquet(work)
+        else:
+            frame.write_csv(work)
 
 
 def check_table_path(path: Path) -> None:

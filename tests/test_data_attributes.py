@@ -90,7 +90,6 @@ def test_equal_profiles_have_equal_ids():
         (Attribute("a"), [1.0, float("inf")], "row 2: inf is not finite"),
         (Attribute("a", log=True), [0, -3], r"row 2: log\(1 \+ -3\) is not finite"),
         (Attribute("a", kind="numeric"), ["x", "y"], "is String, not numeric"),
-        (Attribute("a", bins=[2, 1]), [1, 2], r"bins must ascend, got \[2, 1\]"),
         (Attribute("a"), ["x", "x"], "fewer than two classes"),
         (Attribute("a"), [[1], [2]], r"List\(Int64\) cannot be predicted"),
         (Attribute("a"), [str(i) for i in range(1001)], "has 1001 different values; `top` keeps"),

@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from fastrec.data import output as folder
 from fastrec.data.attributes import Attribute, encode_attributes
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.prepare import folder, prepare
+from fastrec.data.prepare import prepare
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.readers import RawData
 from fastrec.data.prepare.writer import claim

@@ -401,7 +401,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
         ("--pretraining.stepps=3", "pretraining.stepps is no key; pretraining has views, obj"),
         ("--pretraining.views.main=[msk: {}]", "pretraining.views.main.0.msk is no key"),
         ("--pretraining.objectives.itm.loss=bce", "pretraining.objectives.itm is no key"),
-        ("--pretraining.views=[", "pretraining.views is '[', which is not YAML"),
+        ("--pretraining.views=[", "pretraining.views is not YAML: while parsing a flow node"),
         ("--model.width=8.5", "model.width is 8.5, expected a whole number"),
     ],
 )

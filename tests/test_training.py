@@ -291,11 +291,11 @@ def test_errors_name_the_problem(data, tmp_path):
     with pytest.raises(ValueError, match="after 10 steps the loss is nan, score nan: the training"):
         spoilt = recipe(
             views={"main": []}, objectives=Objectives(user_attributes=UserAttributes()),
-            judge="attributes", learning_rate=1e38,
+            judge="attributes", learning_rate=1e38, checkpoint_every=10,
         )  # fmt: skip
         run(data, tmp_path / "diverges", spoilt)
     with pytest.raises(ValueError, match="after 10 steps the loss is nan, NDCG@10 0.0"):
-        run(data, tmp_path / "lost", recipe(learning_rate=1e30))
+        run(data, tmp_path / "lost", recipe(learning_rate=1e30, checkpoint_every=10))
     new = tmp_path / "free"
     with pytest.raises(ValueError, match="backend is 'triton': triton runs on cuda"):
         run(data, new, recipe(backend="triton"))
@@ -346,7 +346,7 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
         ),
         (lambda: Stage(backend="c"), "backend must be one of"),
         (lambda: Stage(judge="items"), "judge must be one of"),
-        (lambda: Stage(devices=0), "devices must be at least 1 or 'auto', got 0"),
+        (lambda: Stage(devices=0), "devices must be in .1, 1024. or 'auto', got 0"),
         (lambda: Stage(steps=0), "steps must be at least 1, got 0"),
         (lambda: Stage(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: Stage(validate_every=0), "validate_every must be at least 1, got 0"),

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars
@@ -26,6 +29,7 @@ from builders import (
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.dataset_files import digest
 from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.demo import demo
 from fastrec.training.sweep import sweep
 
 # The first of the four validations finds the best model: this rate spoils it.
@@ -144,21 +148,68 @@ def test_a_folder_without_a_checkpoint_can_be_used_again(data, tmp_path, monkeyp
     run(data, tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_sigterm_is_no_success(data, tmp_path):
+@contextmanager
+def started(data, folder, *flags):
+    """A process that trains for ever, and has come to its first checkpoint."""
     process = subprocess.Popen(
-        command("pretrain", "--data", data, "--output", tmp_path / "run", *FLAGS,
-                "--pretraining.steps=100000"),
+        command("pretrain", "--data", data, "--output", folder, *FLAGS,
+                "--pretraining.steps=100000", *flags),
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 600
-    while not (tmp_path / "run" / "last.ckpt").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()
-    _, said = process.communicate(timeout=600)
+    try:
+        deadline = time.monotonic() + 600
+        while not (folder / "last.ckpt").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def child(process) -> int:
+    """The one process that this one has started, as Linux knows it."""
+    (found,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(found)
+
+
+def runs(pid: int) -> bool:
+    """One that nobody has waited for yet, Z, has ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(") ")[2][0] != "Z"
+
+
+@pytest.mark.slow
+def test_sigterm_is_no_success_and_one_run_has_one_process(data, tmp_path):
+    with started(data, tmp_path / "run") as process:
+        second = subprocess.run(
+            command("pretrain", "--data", data, "--output", tmp_path / "run", *FLAGS,
+                    "--resume=true"), capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert f"run is being written by process {process.pid} on " in second.stderr
+        process.terminate()
+        _, said = process.communicate(timeout=600)
     assert process.returncode == 143 and "SIGTERM ended the run in" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_of_two_processes_ends_both(data, tmp_path, rank):
+    with started(data, tmp_path / "run", "--pretraining.devices=2") as process:
+        other = child(process)
+        os.kill(process.pid if rank == 0 else other, signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+        assert process.returncode != 0
+        if rank == 0:
+            assert process.returncode == 143 and "SIGTERM ended the run in" in said
+        deadline = time.monotonic() + 20
+        while runs(other):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert trained_weights(tmp_path / "run")["step"] > 0
 
 
 def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):
@@ -175,3 +226,37 @@ def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):
         sweep(chosen, data, tmp_path / name, "model.dropout", [0.1])
     results = {name: (tmp_path / name / "sweep.json").read_text() for name in ways}
     assert len(set(results.values())) == 1, results
+
+
+def test_a_sweep_keeps_points_of_its_own_data_and_whole_ones(data, tmp_path):
+    chosen, output = recipe(steps=10, batch_size=64, validate_every=5), tmp_path / "sweep"
+    sweep(chosen, data, output, "model.dropout", [0.1])
+    other = synthetic(tmp_path, seed=4)
+    with pytest.raises(ValueError, match="is from another recipe or data set"):
+        sweep(chosen, other, output, "model.dropout", [0.1])
+    metrics = output / "model.dropout=0.1" / "seed-0" / "metrics.json"
+    before = metrics.read_text()
+    for damage, message in (("{", "is not JSON"), ("{}", "holds no metrics; remove it")):
+        metrics.write_text(damage)
+        with pytest.raises(ValueError, match=f"metrics.json {message}"):
+            sweep(chosen, data, output, "model.dropout", [0.1])
+    metrics.unlink()
+    sweep(chosen, data, output, "model.dropout", [0.1])
+    assert metrics.read_text() == before
+
+
+def test_a_demo_replaces_a_demo_and_nothing_else(tmp_path, monkeypatch):
+    def dies(*arguments, **options):
+        raise Killed
+
+    monkeypatch.setattr("fastrec.demo.generate", dies)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            demo(tmp_path / "demo")
+        assert [path.name for path in (tmp_path / "demo").iterdir()] == [".fastrec-demo"]
+        (tmp_path / "demo" / "data").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(FileExistsError, match="mine holds something else"):
+        demo(tmp_path / "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "mine"}

@@ -1,7 +1,9 @@
 """The user model: what it reads, whom it is asked about, and how it is kept."""
 
 import json
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch import nn
 
 from fastrec.data.batch import from_sequences
 from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.user_model import ModelConfig, UserModel, parameters
 from fastrec.random import Rng
 
 MASK, CLS, SEP, UR = 20, 21, 22, 23
@@ -235,24 +238,67 @@ def test_broken_model_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         UserModel.from_pretrained(tmp_path)
     model_of(num_items=11).save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        UserModel.from_pretrained(tmp_path)
-    weights.write_bytes(whole)
     path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
+    whole = json.loads(path.read_text())
+    encoder = {"transformer": {**whole["encoder"]["transformer"], "depth": 1}}
     for change, message in (
-        ({"format": 1}, r"config\.json: unknown format version, expected 2"),
-        ({"wdith": 8}, r"config\.json: .*wdith"),
-        ({"encoder": {"rnn": {}}}, r"config\.json: unknown encoder 'rnn'"),
-        ({"encoder": {"transformer": {"depth": 1}}}, r"config\.json: .*depth"),
-        ({"width": 16}, r"model\.safetensors: .*size mismatch"),
+        ({"format": 1}, "config.json: unknown format version 1, expected 3"),
+        ({"num_items": "11"}, "config.json: num_items must be a whole number above 0, got '11'"),
+        ({"wdith": 8}, "config.json: model.wdith is no key; model has width"),
+        ({"encoder": {"rnn": {}}}, "config.json: model.encoder.rnn is no key"),
+        ({"encoder": encoder}, "config.json: model.encoder.transformer.depth is no key"),
+        (
+            {"width": 16},
+            "config.json: it describes a model of 4027 numbers, model.saf",
+        ),
+        ({"max_len": 10**15}, "config.json: it describes a model of 80000000000"),
+        ({"dropout": "0.3"}, "config.json: model.dropout is '0.3', expected 0.3"),
+        ({"tokens": None}, "config.json: model.tokens is None, expected []"),
     ):
-        path.write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=f"(?s){message}"):
+        path.write_text(json.dumps(whole | change))
+        write_digests(tmp_path)  # as if it had been saved like this
+        with pytest.raises(ValueError, match=re.escape(message)):
             UserModel.from_pretrained(tmp_path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json"):
+
+
+@pytest.mark.parametrize(
+    "tokens, head_transform, encoder",
+    [
+        ([], True, Transformer()),
+        (["cls", "ur"], False, Transformer(layers=3, heads=4, ffn_width=5, patch=3)),
+        ([], True, Transformer(layers=1, heads=1, causal=True, pre_norm=True)),
+    ],
+)
+def test_the_size_of_a_model_is_known_before_it_is_made(tokens, head_transform, encoder):
+    config = ModelConfig(
+        width=12, max_len=7, tokens=tokens, head_transform=head_transform, encoder=encoder
+    )
+    made = UserModel(11, config)
+    assert parameters(11, config) == sum(part.numel() for part in made.parameters())
+    assert parameters(11, replace(config, tokens=[], encoder=BagSettings())) is None
+
+
+def test_a_saved_model_takes_the_place_of_another_and_of_what_belongs_to_it(tmp_path):
+    model_of(num_items=11).save_pretrained(tmp_path)
+    (tmp_path / "heads.safetensors").write_text("of the other model")
+    model_of(num_items=12).save_pretrained(tmp_path)
+    names = {"config.json", "digests.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert UserModel.from_pretrained(tmp_path).num_items == 12
+    old = os.umask(0o027)
+    try:
+        model_of(num_items=12).save_pretrained(tmp_path)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+def test_a_model_of_an_earlier_fastrec_is_read_with_a_warning(tmp_path):
+    model_of(num_items=11).save_pretrained(tmp_path)
+    (tmp_path / "digests.json").unlink()
+    with pytest.raises(ValueError, match=r"digests\.json is missing: the model was saved in part"):
         UserModel.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 2}))
+    with pytest.warns(UserWarning, match="was saved by an earlier fastrec: without digests.json"):
+        assert UserModel.from_pretrained(tmp_path).num_items == 11

@@ -41,6 +41,8 @@ class Attribute:
     def __post_init__(self):
         if self.range is not None and not _ascend(self.range):
             raise ValueError(f"attribute {self.name!r}: range must ascend, got {self.range}")
+        if self.bins is not None and (not self.bins or not _ascend(self.bins)):
+            raise ValueError(f"attribute {self.name!r}: bins must ascend, got {self.bins}")
         if self.top is not None and self.top < 1:
             raise ValueError(f"attribute {self.name!r}: top must be at least 1, got {self.top}")
 
@@ -122,7 +124,7 @@ def encode_attributes(dataset, attributes, users) -> list[EncodedAttribute]:
             if attribute.bins is None:
                 encoded.append(_standardised(numbers, attribute, users, file))
             else:
-                encoded.append(_binned(numbers, attribute, file))
+                encoded.append(_binned(numbers, attribute))
         else:
             encoded.append(_classes(column, attribute, users, file))
     return encoded
@@ -186,10 +188,8 @@ def _standardised(numbers, attribute: Attribute, users, file) -> EncodedAttribut
     )
 
 
-def _binned(numbers, attribute: Attribute, file) -> EncodedAttribute:
+def _binned(numbers, attribute: Attribute) -> EncodedAttribute:
     bins = np.asarray(attribute.bins, dtype=np.float64)
-    if len(bins) == 0 or not _ascend(bins):
-        raise DataError(file, f"bins must ascend, got {attribute.bins}", column=attribute.name)
     index = np.where(np.isnan(numbers), -1, np.searchsorted(bins, numbers, side="right"))
     edges = [f"{edge:g}" for edge in bins]
     inner = [f"{low} - {high}" for low, high in pairwise(edges)]

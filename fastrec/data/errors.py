@@ -32,6 +32,21 @@ def _rebuild(file, problem, column, row):
     return DataError(file, problem, column=column, row=row)
 
 
+def input_errors() -> tuple[type[BaseException], ...]:
+    """What bad input, or too much of it, meets here and in the libraries that read files."""
+    import csv
+
+    import polars as pl
+    import safetensors
+    import yaml
+
+    return (
+        ValueError, OSError,
+        pl.exceptions.PolarsError, pl.exceptions.PanicException, safetensors.SafetensorError,
+        yaml.YAMLError, csv.Error, zlib.error, MemoryError, RecursionError, OverflowError, EOFError,
+    )  # fmt: skip
+
+
 @contextmanager
 def reading(file, what: str = "cannot be read") -> Iterator[None]:
     """Errors of polars, zlib, memory and recursion inside become a DataError about `file`."""

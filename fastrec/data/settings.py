@@ -2,6 +2,7 @@
 one part of several, and how they are read from YAML."""
 
 import dataclasses
+import math
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -54,18 +55,28 @@ def from_values(hint: Any, value: Any, path: str = "") -> Any:
         return tuple(from_values(part, each, f"{path}.{i}") for i, (part, each) in enumerate(pairs))
     elif hint is float and not isinstance(value, bool):
         try:
-            return float(value)  # also of a word: for YAML 1e-4 is one
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is hint:
+            number = float(value)  # also of a word: for YAML 1e-4 is one
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif type(value) is hint and (hint is not int or -(2**63) <= value < 2**63):
         return value
-    raise ValueError(f"{path} is {value!r}, expected {_words(hint)}")
+    raise ValueError(f"{path} is {_short(value)}, expected {_words(hint)}")
+
+
+def _short(value: Any) -> str:
+    """A value of a file may be as long as the file."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} .. {text[-100:]}"
 
 
 def _section(kind, value: Any, path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is {value!r}, expected a group of keys: {', '.join(fields)}")
+        raise ValueError(
+            f"{path} is {_short(value)}, expected a group of keys: {', '.join(fields)}"
+        )
     hints, chosen = get_type_hints(kind), {}
     for name, part in value.items():
         where = f"{path}.{name}".lstrip(".")
@@ -104,7 +115,7 @@ def _one_of(hints: tuple, value: Any, path: str) -> Any:
             return from_values(hint, value, path)
         except ValueError:
             continue
-    raise ValueError(f"{path} is {value!r}, expected {' or '.join(map(_words, rest))}")
+    raise ValueError(f"{path} is {_short(value)}, expected {' or '.join(map(_words, rest))}")
 
 
 def _words(hint: Any) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastrec.data.output import new_file
+
 
 def print_metrics(
     rows: dict[str, dict[str, float]],
@@ -53,7 +55,8 @@ def _finish(figure, axes, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with new_file(path) as work:
+        figure.savefig(work, dpi=120)
     plt.close(figure)
 
 

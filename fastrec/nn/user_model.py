@@ -1,7 +1,6 @@
 """The user model: item input, encoder and item head. Legend: B sequences, T events, V items,
 D width."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,10 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
+from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.transformer import Patch, Transformer
 from fastrec.nn.heads import ItemHead
 from fastrec.nn.items import ItemInput, Items
+from fastrec.nn.model_files import (
+    CONFIG,
+    NAMES,
+    WEIGHTS,
+    check_format,
+    check_like,
+    checked,
+    count_numbers,
+    read_json,
+    read_tensors,
+    write_model,
+)
 from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
 
@@ -196,17 +208,9 @@ class UserModel(nn.Module):
         return self.item_head.query(states).to(self.item_table.dtype)
 
     def save_pretrained(self, path: Path | str) -> None:
-        """Write `model.safetensors` and `config.json` into the folder `path`."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        config = {"format": 2, "num_items": self.num_items, **described(self.config)}
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
-            path / "model.safetensors",
-        )
+        """Write `model.safetensors`, `config.json` and `digests.json` into the folder `path`."""
+        config = {"num_items": self.num_items, **described(self.config)}
+        write_model(Path(path), config, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, path: Path | str, encoder: Any = None) -> "UserModel":
@@ -214,28 +218,48 @@ class UserModel(nn.Module):
 
         encoder: settings of the encoder, where they are not fastrec's own.
 
-        Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
+        Raises FileNotFoundError or ValueError that names the file and what is wrong with it: it is
+        missing, damaged or of another model, or the weights are not finite.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = Path(path)
-        for name in ("config.json", "model.safetensors"):
+        for name in (CONFIG, WEIGHTS):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path / name} is missing: {path} holds no fastrec model")
+        _, file = (checked(path, name) for name in NAMES[:2])
+        for name in NAMES[2:]:
+            checked(path, name)
+        values = read_json(path / CONFIG)
         try:
-            config = json.loads((path / "config.json").read_text())
-            if config.pop("format", None) != 2:
-                raise ValueError("unknown format version, expected 2")
-            num_items = config.pop("num_items")
-            model = cls(num_items, _config_of(config, encoder))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path / 'config.json'}: {error}") from error
-        try:
-            model.load_state_dict(load_file(path / "model.safetensors"))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path / 'model.safetensors'}: {error}") from error
+            check_format(path, values.pop("format", None))
+            num_items = values.pop("num_items", None)
+            if type(num_items) is not int or num_items < 1:
+                raise ValueError(f"num_items must be a whole number above 0, got {num_items!r}")
+            config = _config_of(values, encoder)
+            numbers = parameters(num_items, config)
+            if numbers is not None and numbers != count_numbers(file):
+                raise ValueError(
+                    f"it describes a model of {numbers} numbers, {WEIGHTS} holds"
+                    f" {count_numbers(file)}"
+                )
+            model = cls(num_items, config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path / CONFIG}: {error}") from error
+        state = read_tensors(file)
+        check_like(file, state, model.state_dict())
+        model.load_state_dict(state)
         return model
+
+
+def parameters(num_items: int, config: ModelConfig) -> int | None:
+    """How many numbers a model has, known before memory is allocated for them; None where that of
+    somebody else's encoder is not known."""
+    width, encoder = config.width, settings_of(config.encoder)
+    if type(encoder) is not Transformer:
+        return None
+    positions = config.max_len + len(config.tokens)
+    head = num_items + (width * width + 3 * width) * config.head_transform
+    table = (num_items + len(SPECIAL_TOKENS)) * width
+    return table + head + encoder.parameters(width, positions)
 
 
 def described(config: ModelConfig) -> dict:
@@ -248,12 +272,18 @@ def described(config: ModelConfig) -> dict:
 
 
 def _config_of(values: dict, encoder: Any) -> ModelConfig:
-    saved = values["encoder"]
-    if "class" in saved and encoder is None:
+    saved = values.get("encoder")
+    if encoder is None and isinstance(saved, dict) and "class" in saved:
         raise ValueError(f"the encoder is {saved['class']}: give from_pretrained its settings")
     if encoder is None:
-        encoder = Encoders.of({name: part for name, part in saved.items() if part is not None})
-    return ModelConfig(**{**values, "encoder": encoder, "items": Items(**values["items"])})
+        config = from_values(ModelConfig, values, "model")
+    else:
+        plain = {name: part for name, part in values.items() if name != "encoder"}
+        config = replace(from_values(ModelConfig, plain, "model"), encoder=encoder)
+    for name, value in described(config).items():
+        if values.get(name) != value:
+            raise ValueError(f"model.{name} is {values.get(name)!r}, expected {value!r}")
+    return config
 
 
 def _init_bert(module: nn.Module) -> None:

@@ -1,8 +1,11 @@
 """Recipes: one named composition per system. `load("uprec-mip")` is its YAML, bases included."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
+MOST_VALUES = 20_000  # of a recipe or a flag
 
 
 def names() -> list[str]:
@@ -38,15 +41,15 @@ def load(name_or_file: str, *below: Path) -> dict:
 
     Raises ValueError that names the file: not YAML, no mapping, or its own base.
     """
-    import yaml
-
     file = path(name_or_file)
     if file in below:
         raise ValueError(f"{file} is its own base: {' -> '.join(map(str, (*below, file)))}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
+    values = read_yaml(text, str(file))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{file}: a recipe is a mapping of keys, not {type(values).__name__}")
     name, base = values.pop("base", None), {}
@@ -57,6 +60,42 @@ def load(name_or_file: str, *below: Path) -> dict:
     if file.suffix != ".json":  # recipe.json of a run states every key
         _check_nothing(file, base, values)
     return merged(base, values)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The plain values of a YAML text. Raises ValueError that begins with `what`."""
+    import yaml
+
+    check_yaml(text, what)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ValueError(f"{what} is not YAML: {error}") from error
+
+
+def check_yaml(text: str, what: str) -> None:
+    """Raise ValueError for a text that is no YAML, or whose values are more than a recipe can be. A
+    line may refer to others, so that a few lines hold more than any machine: a reference counts as
+    what it stands for."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = 0 if node is None else _size(node, {})
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{what} is not YAML: {error}") from error
+    if size > MOST_VALUES:
+        raise ValueError(f"{what} holds more than {MOST_VALUES} values")
+
+
+def _size(node, known: dict[int, float]) -> float:
+    """The values in a node of YAML; infinite for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inside = node.value if isinstance(node.value, list) else []
+        parts = [part for each in inside for part in (each if type(each) is tuple else (each,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _check_nothing(file: Path, base: dict, values: dict) -> None:

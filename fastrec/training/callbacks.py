@@ -1,20 +1,23 @@
-"""What a run keeps: the best model, and checkpoints to resume from."""
+"""What a run keeps: the best model, and checkpoints to resume from; and how it ends early."""
 
 import math
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from fastrec.training.checkpoint import save_heads
+from fastrec.training.checkpoint import first_process, write_checkpoint
 
 
 class KeepBest(Callback):
-    """Save the model to `path` whenever the monitored metric improves (safetensors, no pickle), and
-    the heads of the objectives beside it."""
+    """Call `save` with the number of steps whenever the monitored metric improves."""
 
-    def __init__(self, path: Path, describe: Callable[[Path], None]):
-        self.path, self.describe, self.best = path, describe, float("-inf")
+    def __init__(self, save: Callable[[int], None]):
+        self.save, self.best = save, float("-inf")
 
     def state_dict(self) -> dict:
         return {"best": self.best}
@@ -22,29 +25,30 @@ class KeepBest(Callback):
     def load_state_dict(self, state: dict) -> None:
         self.best = state["best"]
 
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        checkpoint["kept"] = self.best > float("-inf")
+
     def on_validation_end(self, trainer, module) -> None:
         value = float(trainer.callback_metrics["valid"])
         loss = float(trainer.callback_metrics.get("train_loss", 0.0))
         if not (math.isfinite(value) and math.isfinite(loss)):
-            raise ValueError(
-                f"after {trainer.global_step} steps the loss is {loss}, {module.stage.monitored}"
-                f" {value}: the training has diverged; a smaller learning_rate or a gradient_clip"
-                " may help"
-            )
+            raise _diverged(trainer, f"loss is {loss}, {module.stage.monitored} {value}")
+        _check_finite(trainer, module)
         if value > self.best:
             self.best = value
             if trainer.is_global_zero:
-                module.model.save_pretrained(self.path)
-                save_heads(module.objective, self.path)
-                self.describe(self.path)
+                self.save(trainer.global_step)
 
 
 class SaveToResume(Checkpoint):
     """Write `path` every so many steps and after each validation: a resumed run does not repeat the
-    validation of its first step, whose outcome is the best so far and the patience left."""
+    validation of its first step, whose outcome is the best so far and the patience left.
 
-    def __init__(self, path: Path, every: int, patience: int):
-        self.path, self.every, self.patience = path, every, patience
+    run: what the run was started with, `checkpoint.identity`.
+    """
+
+    def __init__(self, path: Path, run: dict, every: int, patience: int):
+        self.path, self.run, self.every, self.patience = path, run, every, patience
         self.stopped: int | None = None
 
     def state_dict(self) -> dict:
@@ -53,15 +57,68 @@ class SaveToResume(Checkpoint):
     def load_state_dict(self, state: dict) -> None:
         self.stopped = state["stopped"]
 
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        checkpoint["run"] = self.run
+
     def on_train_start(self, trainer, module) -> None:
         trainer.should_stop = self.stopped == self.patience  # the run had ended
 
-    def on_train_batch_end(self, trainer, *args) -> None:
+    def on_train_batch_end(self, trainer, module, *args) -> None:
         # The last batch of a pass is followed by a validation.
         if trainer.global_step % self.every == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path)
+            self._save(trainer, module)
 
     def on_validation_end(self, trainer, module) -> None:  # Lightning calls checkpoints last
         if trainer.state.fn == "fit":
             self.stopped = (trainer.should_stop and self.patience) or None
-            trainer.save_checkpoint(self.path)
+            self._save(trainer, module)
+
+    def _save(self, trainer, module) -> None:
+        _check_finite(trainer, module)
+        trainer.save_checkpoint(self.path)
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Lightning's own writes in another folder first and moves the file."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        write_checkpoint(checkpoint, Path(path))
+
+
+class EndAtOnce(Callback):
+    """SIGTERM ends all processes of a run. Lightning's handler waits for the others in a collective
+    that they may never come to; what a run keeps is complete at any moment."""
+
+    def __init__(self, output: Path):
+        self.output = output
+
+    def on_validation_start(self, trainer, module) -> None:
+        self._listen(trainer)
+
+    def on_train_start(self, trainer, module) -> None:
+        self._listen(trainer)
+
+    def _listen(self, trainer) -> None:
+        def end(*args) -> None:
+            for process in getattr(trainer.strategy.launcher, "procs", []):
+                process.kill()
+            if first_process():
+                print(f"fastrec: SIGTERM ended the run in {self.output}", file=sys.stderr)
+            os._exit(128 + signal.SIGTERM)
+
+        if trainer.world_size > 1:
+            signal.signal(signal.SIGTERM, end)
+
+
+def _check_finite(trainer, module) -> None:
+    """On every process, whose weights are the same: all stop."""
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise _diverged(trainer, f"weights are not finite, those of {name} for one")
+
+
+def _diverged(trainer, what: str) -> ValueError:
+    return ValueError(
+        f"after {trainer.global_step} steps the {what}: the training has diverged; a smaller"
+        " learning_rate or a gradient_clip may help. The model and checkpoint of before are kept"
+    )

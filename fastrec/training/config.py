@@ -25,13 +25,18 @@ class Init:
             taken over where both models have them. The rest starts at random.
         freeze: items, encoder or head, not trained; patches are.
         patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
+        users: whose ids that model has seen: the "same" as in this data set, who are not held out
+            to test it then, or "other" people.
     """
 
     take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
     freeze: list[Literal["items", "encoder", "head"]] = field(default_factory=list)
     patch: int = 0
+    users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
+        if self.users not in ("same", "other"):
+            raise ValueError(f"init.users must be 'same' or 'other', got {self.users!r}")
         known = ("items", "encoder", "head", *(f.name for f in dataclasses.fields(Objectives)))
         for name in self.take:
             if name not in known:
@@ -95,8 +100,8 @@ class Stage:
 
     def __post_init__(self):
         check_choices(self)
-        if self.devices != "auto" and int(self.devices) < 1:
-            raise ValueError(f"devices must be at least 1 or 'auto', got {self.devices}")
+        if self.devices != "auto" and not 1 <= int(self.devices) <= 1024:
+            raise ValueError(f"devices must be in [1, 1024] or 'auto', got {self.devices}")
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -11,12 +11,13 @@ from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.metrics import length_groups, ranking_metrics
 from fastrec.evaluation.next_item import NextItemJudge, row_blocks
 from fastrec.evaluation.report import print_metrics
+from fastrec.nn.model_files import HEADS
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.user_attributes import UserAttributes
-from fastrec.training.checkpoint import HEADS, load_heads, saved_scales
 from fastrec.training.config import Recipe, Stage
+from fastrec.training.model_folder import load_heads, saved_scales
 from fastrec.training.stage_data import held_out_users, select_users, side_data
 
 

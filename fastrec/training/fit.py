@@ -1,6 +1,6 @@
 """Run one stage with Lightning: loggers, checkpoints to resume from, the best model kept."""
 
-import copy
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,24 +19,30 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastrec.backend import unavailable_reason
 from fastrec.data.loader import SequenceLoader
+from fastrec.data.output import locked, write_text
 from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
-from fastrec.nn.transfer import PARTS, freeze, take, trained_share
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.transfer import PARTS, trained_share
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
-from fastrec.training.callbacks import KeepBest, SaveToResume
+from fastrec.training.callbacks import CheckpointFile, EndAtOnce, KeepBest, SaveToResume
 from fastrec.training.checkpoint import (
-    check_checkpoint,
+    LAST,
+    MODEL,
+    SUMMARY,
     check_free,
-    check_same_run,
-    describe_model,
-    describe_run,
+    check_resumed,
     first_process,
-    load_heads,
+    identity,
+    short,
+    start_run,
+    tidy_run,
 )
-from fastrec.training.config import Init, Recipe, Stage
+from fastrec.training.config import Recipe, Stage
+from fastrec.training.model_folder import load_heads, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.stage_data import stage_data
+from fastrec.training.start import seen_by_run, started_model, with_model
 
 
 def fit(
@@ -75,9 +81,10 @@ def fit(
         settings: fields of `Stage`, which replace those of the stage.
 
     Raises:
-        FileExistsError: `output` holds a run and `resume` is off. FileNotFoundError: nothing to
-        resume. ValueError: `last.ckpt` cannot be read, is of a run with other settings, or the
-        stage cannot run as it says. Nothing is written then.
+        FileExistsError: `output` holds a run and `resume` is off, or another process is writing it.
+        FileNotFoundError: nothing to resume. ValueError: `last.ckpt` or the best model is damaged
+        or of a run with other settings, or the stage cannot run as it says. Nothing is written
+        then.
     """
     if output is None:
         if resume:
@@ -87,23 +94,37 @@ def fit(
                 dataset, model, recipe=recipe, stage=stage, output=Path(folder) / "run",
                 initial_folder=initial_folder, progress=progress, **settings,
             )  # fmt: skip
-    recipe, output, initial = recipe or Recipe(), Path(output), model
-    current = dataclasses.replace(recipe.stages.get(stage) or Stage(), **settings)
+    whole, output = recipe or Recipe(), Path(output)
+    chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **settings)
+    with locked(output) if first_process() else contextlib.nullcontext():
+        return _fit(dataset, model, whole, stage, chosen, output, initial_folder, resume, progress)
+
+
+def _fit(
+    dataset,
+    initial: UserModel | None,
+    recipe: Recipe,
+    stage: str,
+    current: Stage,
+    output: Path,
+    initial_folder: Path | None,
+    resume: bool,
+    progress: bool,
+) -> UserModel:
     if initial is not None:
-        recipe = _with_model(recipe, initial, current.init)
+        recipe = with_model(recipe, initial, current.init)
     elif current.init.freeze or current.init.patch:
         raise ValueError(
             f"{stage}: init freezes or patches a model, and there is none to start from"
         )
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
-    checkpoint = output / "last.ckpt"
-    if resume and not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint} is missing: there is no run to resume in {output}")
-    if not resume and first_process():
-        check_free(output)
+    encoder = settings_of(recipe.model.encoder)
+    if first_process():
+        tidy_run(output)
     if resume:
-        check_same_run(output, dataset, recipe, stage)
-        check_checkpoint(checkpoint, current.steps)
+        check_resumed(output, identity(dataset, recipe, stage), current.steps, encoder)
+    elif first_process():
+        check_free(output, dataset, recipe, stage)
     if current.cuda_graph:
         _check_one_gpu(current.devices)
     if current.backend is not None:
@@ -112,7 +133,7 @@ def fit(
             raise ValueError(f"backend is {current.backend!r}: {why}")
 
     torch.manual_seed(recipe.seed)
-    trained, taken = _started(dataset, recipe.model, initial, current.init)
+    trained, taken = started_model(dataset, recipe.model, initial, current.init)
     data = stage_data(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     if initial_folder is not None:
@@ -127,20 +148,24 @@ def fit(
         steps_per_pass=current.pass_steps,
     )
     module = StageModule(trained, objective, current, loader, data.judge)
+    run = identity(dataset, recipe, stage)
+    trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
+    kept = output / MODEL if resume else None
+    seen = seen_by_run(dataset, data.users, recipe, current, initial, initial_folder, kept)
+    keep = KeepBest(
+        lambda steps: save_model(
+            output / MODEL, trained, objective, {**trained_on, "steps": steps}, seen
+        )
+    )
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
-        describe_run(output, dataset, recipe, stage)
-        (output / "summary.json").unlink(missing_ok=True)
-    keep = KeepBest(
-        output / "model",
-        lambda folder: describe_model(folder, dataset, recipe, stage, initial_folder),
-    )
-    trainer = _trainer(output, current, keep, loader.steps_per_pass, progress)
+        start_run(output, dataset, recipe, stage, resume)
+    trainer = _trainer(output, run, current, keep, loader.steps_per_pass, progress)
     start = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
     try:
-        trainer.fit(module, ckpt_path=checkpoint if resume else None, weights_only=True)
+        trainer.fit(module, ckpt_path=output / LAST if resume else None, weights_only=True)
     except SIGTERMException as stop:  # a SystemExit with status 0
         print(f"fastrec: SIGTERM ended the run in {output}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stop
@@ -157,17 +182,18 @@ def fit(
         "threads": torch.get_num_threads(),
     }
     if trainer.is_global_zero:
-        (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     trainer.strategy.barrier()
-    return UserModel.from_pretrained(output / "model", settings_of(recipe.model.encoder))
+    return UserModel.from_pretrained(output / MODEL, encoder)
 
 
 def _trainer(
-    output: Path, stage: Stage, keep: KeepBest, steps_per_pass: int, progress: bool
+    output: Path, run: dict, stage: Stage, keep: KeepBest, steps_per_pass: int, progress: bool
 ) -> lightning.Trainer:
     callbacks: list[Callback] = [
         keep,
-        SaveToResume(output / "last.ckpt", stage.checkpoint_every, stage.patience),
+        SaveToResume(output / LAST, run, stage.checkpoint_every, stage.patience),
+        EndAtOnce(output),
     ]
     if stage.patience:
         callbacks.append(
@@ -197,6 +223,7 @@ def _trainer(
         strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
         precision=stage.precision,
         callbacks=callbacks,
+        plugins=[CheckpointFile()],
         logger=[
             # Lightning deletes the CSV of an earlier run in the same folder: a new one each time.
             CSVLogger(output, name="metrics", version=_next_version(output / "metrics")),
@@ -211,8 +238,8 @@ def _trainer(
 
 
 def _next_version(folder: Path) -> int:
-    versions = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*")]
-    return max(versions, default=-1) + 1
+    versions = [path.name.removeprefix("version_") for path in folder.glob("version_*")]
+    return max((int(each) for each in versions if each.isdecimal()), default=-1) + 1
 
 
 def _check_one_gpu(devices: int | str) -> None:
@@ -222,37 +249,3 @@ def _check_one_gpu(devices: int | str) -> None:
         raise ValueError(
             f"cuda_graph needs one process on one GPU: devices is {devices}, {gpus} GPUs are here"
         )
-
-
-def _started(
-    dataset, config: ModelConfig, initial: UserModel | None, init: Init
-) -> tuple[UserModel, list[str]]:
-    """The model that a stage trains, and the names of the tensors that `initial` gave it."""
-    if initial is None:
-        return UserModel(dataset.num_items, config), []
-    whole = set(PARTS) <= set(init.take) and not init.patch
-    if whole and initial.num_items == dataset.num_items:
-        model, taken = copy.deepcopy(initial), list(initial.state_dict())
-    else:
-        model = UserModel(dataset.num_items, config)
-        taken = take(model, initial, init.take)
-    freeze(model, init.freeze)
-    return model, taken
-
-
-def _with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
-    """The recipe with the settings of the model that a stage starts from, and a warning if they
-    differ."""
-    config = initial.config
-    if recipe.model != config and recipe.model != ModelConfig():
-        asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
-        other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
-        warnings.warn(
-            f"the model to start from keeps its own settings: {', '.join(other)}", stacklevel=3
-        )
-    if init.patch:
-        encoder = settings_of(config.encoder)
-        if not hasattr(encoder, "patch"):
-            raise ValueError(f"init.patch: {type(encoder).__name__} has no model patches")
-        config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, patch=init.patch))
-    return dataclasses.replace(recipe, model=config)

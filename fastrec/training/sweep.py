@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.output import locked, write_text
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_sweep, print_table
+from fastrec.nn.model_files import read_json
 from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import plain
 from fastrec.training.config import Recipe
@@ -82,15 +83,19 @@ def sweep(
         )
     recipes = {value: with_value(recipe, key, value) for value in values}
     dataset = SequenceDataset.load(data)
-    results = {
-        str(value): [
-            _point(dataset, chosen, output / f"{key}={value}", seed) for seed in range(seeds)
-        ]
-        for value, chosen in recipes.items()
-    }
-    (output / "sweep.json").write_text(
-        json.dumps({"key": key, "results": results}, indent=2) + "\n"
-    )
+    with locked(output):
+        results = {
+            str(value): [
+                _point(dataset, chosen, output / f"{key}={value}", seed) for seed in range(seeds)
+            ]
+            for value, chosen in recipes.items()
+        }
+        text = json.dumps({"key": key, "results": results}, indent=2) + "\n"
+        write_text(output / "sweep.json", text)
+        _show(key, results, seeds, output / "sweep.png")
+
+
+def _show(key: str, results: dict[str, list[dict[str, float]]], seeds: int, plot: Path) -> None:
     rows = {}
     for value, runs in results.items():
         columns = {metric: [100 * run[metric] for run in runs] for metric in runs[0]}
@@ -99,22 +104,25 @@ def sweep(
             for column in columns.values()
         ]
     print_table([key, *next(iter(results.values()))[0]], rows, title=f"test, x 100, {seeds} seeds")
-    plot_sweep(key, results, output / "sweep.png")
-    print(f"plot: {output / 'sweep.png'}")
+    plot_sweep(key, results, plot)
+    print(f"plot: {plot}")
 
 
 def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]:
     from fastrec.training.fit import fit  # Lightning, 3 s: `fastrec --help` does without it
 
     folder, recipe = folder / f"seed-{seed}", dataclasses.replace(recipe, seed=seed)
-    result, started = folder / "metrics.json", folder / "recipe.json"
-    text = json.dumps(plain(recipe), indent=2) + "\n"
-    if started.is_file() and started.read_text() != text:
-        raise ValueError(f"{folder} is from another recipe; choose another output folder")
+    result, started = folder / "metrics.json", folder / "point.json"
+    point = {"items": dataset.items_hash, "events": dataset.events_hash, "recipe": plain(recipe)}
+    text = json.dumps(point, indent=2) + "\n"
+    if started.is_file() and started.read_text(encoding="utf-8", errors="replace") != text:
+        raise ValueError(
+            f"{folder} is from another recipe or data set; choose another output folder"
+        )
     if result.is_file():
-        return json.loads(result.read_text())
+        return _metrics(result)
     folder.mkdir(parents=True, exist_ok=True)
-    started.write_text(text)
+    write_text(started, text)
     model = None
     for name in ("pretraining", "recommendation"):
         run = folder / name
@@ -124,10 +132,15 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
             model = UserModel.from_pretrained(run / "model")
             continue
         resume = (run / "last.ckpt").is_file()
-        if not resume and run.is_dir():
-            shutil.rmtree(run)  # it ended before its first checkpoint
         model = fit(dataset, model, recipe=recipe, stage=name, output=run, resume=resume)
     judge = NextItemJudge(dataset, select_users(dataset, recipe.users), "test", recipe.evaluation)
     metrics = ranking_metrics(judge.ranks(model))
-    result.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(result, json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _metrics(file: Path) -> dict[str, float]:
+    values = read_json(file)
+    if not values or not all(type(each) is float for each in values.values()):
+        raise ValueError(f"{file} holds no metrics; remove it, and they are computed again")
+    return values

@@ -11,7 +11,7 @@ import numpy as np
 from fastrec.data.dataset import MIN_EVENTS
 from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest
 from fastrec.data.errors import DataError
-from fastrec.data.prepare.folder import locked, new_folder, put
+from fastrec.data.output import locked, new_folder, put
 
 
 def write_dataset(

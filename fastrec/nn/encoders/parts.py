@@ -24,14 +24,6 @@ class Encoders:
     def __post_init__(self):
         part_of(self)
 
-    @classmethod
-    def of(cls, values: dict[str, dict]) -> "Encoders":
-        """From {name: settings}. Raises ValueError or TypeError for what is unknown."""
-        hints = get_type_hints(cls)
-        if unknown := [name for name in values if name not in hints]:
-            raise ValueError(f"unknown encoder {unknown[0]!r}, expected one of {list(hints)}")
-        return cls(**{name: get_args(hints[name])[0](**part) for name, part in values.items()})
-
 
 def wrapped(encoder):
     """Settings of an encoder as they stand in a recipe; those of somebody else stay as they are."""

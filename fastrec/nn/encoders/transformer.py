@@ -3,6 +3,7 @@
 Legend: T events of a batch, D width, H heads.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng
+
+MOST_LAYERS = 1000  # a module takes about a millisecond to make, whatever its width
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,22 @@ class Transformer:
     patch: int = 0
 
     def __post_init__(self):
-        for name, low in (("layers", 1), ("heads", 1), ("patch", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name, low in (("layers", 1), ("heads", 1), ("ffn_width", 1), ("patch", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"layers must be at most {MOST_LAYERS}, got {self.layers}")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be positive and finite, got {self.norm_eps}")
+
+    def parameters(self, width: int, max_positions: int) -> int:
+        """How many numbers the encoder has."""
+        inner = self.ffn_width or 4 * width
+        layer = 4 * width * width + 9 * width + 2 * width * inner + inner
+        if self.patch:
+            layer += 2 * (2 * width * self.patch + self.patch + width)
+        return self.layers * layer + (max_positions + 2) * width
 
     def build(self, width: int, max_positions: int, dropout: float) -> "TransformerEncoder":
         return TransformerEncoder(self, width, max_positions, dropout)

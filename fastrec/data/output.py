@@ -1,4 +1,5 @@
-"""An output folder: claimed by one process, complete or not there, replaced in one step."""
+"""An output, a file or a folder: claimed by one process, complete or not there, replaced in one
+step."""
 
 import ctypes
 import fcntl
@@ -14,9 +15,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Only one process is inside for a folder; the lock ends with its process.
+    """Only one process is inside for an output; the lock ends with its process.
 
-    What a killed one left beside the folder is taken away, or back where it was replacing it.
+    What a killed one left beside the output is taken away, or back where it was replacing it.
     Raises FileExistsError that names the other process.
     """
     output = output.resolve()
@@ -37,10 +38,54 @@ def locked(output: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
-            _tidy(output)
+            tidy(output)
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_file(output: Path, overwrite: bool) -> Iterator[None]:
+    """`locked` for a file that must not be there yet. Raises FileExistsError where it is, but for
+    `overwrite`."""
+    if output.is_dir():
+        raise FileExistsError(f"{output} is a folder")
+    with locked(output):
+        check_absent(output, overwrite)
+        yield
+
+
+def check_absent(output: Path, overwrite: bool) -> None:
+    """Raise FileExistsError for a file that must not be replaced."""
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} is there already; --overwrite true replaces it")
+
+
+@contextmanager
+def new_file(output: Path) -> Iterator[Path]:
+    """The name under which the file `output` is written beside it, with the same ending. When that
+    is done it is `output`, on disk; otherwise it goes. Raises OSError that names `output`, whatever
+    the library that writes says."""
+    output = output.resolve()  # through a link, the file is replaced and not the link
+    work = _beside(output, "new")
+    try:
+        yield work
+        _sync(work)
+        os.replace(work, output)
+        _sync(output.parent)
+    except BaseException as error:
+        work.unlink(missing_ok=True)
+        if not isinstance(error, Exception):
+            raise
+        # torch says that its archive is not finished, and why in the error before.
+        why = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{output} cannot be written: {why}") from error
+
+
+def write_text(output: Path, text: str) -> None:
+    """`Path.write_text` as `new_file` does it."""
+    with new_file(output) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def new_folder(output: Path) -> Path:
@@ -73,17 +118,28 @@ def put(work: Path, output: Path) -> None:
     _sync(output.parent)
 
 
-def _beside(output: Path, kind: str) -> Path:
-    output = output.resolve()
-    return output.with_name(f".{output.name}.{kind}")
+def remove_folder(folder: Path) -> None:
+    """Take a folder away in one step."""
+    gone = new_folder(folder)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
-def _tidy(output: Path) -> None:
+def tidy(output: Path) -> None:
+    """Take away what a killed process left beside `output`, or back where it was replacing it."""
     old = _beside(output, "old")
     if old.exists() and not output.exists():
         os.rename(old, output)
     for kind in ("new", "old"):
-        shutil.rmtree(_beside(output, kind), ignore_errors=True)
+        left = _beside(output, kind)
+        if left.is_file():
+            left.unlink()
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(output: Path, kind: str) -> Path:
+    output = output.resolve()
+    return output.with_name(f".{kind}.{output.name}")
 
 
 def _exchange(one: Path, other: Path) -> bool:

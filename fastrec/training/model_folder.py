@@ -1,0 +1,197 @@
+"""What stands beside the weights of a trained model: the parameters of objectives, the items that
+its table means, and the users that it has seen."""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterable
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.output import new_folder, put, write_text
+from fastrec.nn.model_files import (
+    HEADS,
+    TRAINED_ON,
+    USERS,
+    checked,
+    read_json,
+    read_tensors,
+    write_digests,
+    write_tensors,
+)
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.joint import JointObjective
+from fastrec.training.config import Users
+from fastrec.training.stage_data import held_out_users
+
+KEYS = {"items": str, "stage": str, "run": str, "steps": int}
+
+
+def save_model(
+    folder: Path,
+    model: UserModel,
+    objective: JointObjective,
+    trained_on: dict,
+    seen: np.ndarray | None,
+) -> None:
+    """Write a model with all that belongs to it; one that is in `folder` is replaced in one step.
+
+    trained_on: see `KEYS`. seen: of `seen_users`.
+    """
+    work = new_folder(folder)
+    try:
+        model.save_pretrained(work)
+        save_heads(objective, work)
+        write_text(work / TRAINED_ON, json.dumps(trained_on, indent=2) + "\n")
+        if seen is not None:
+            np.save(work / USERS, seen)
+        write_digests(work)
+        put(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def read_trained_on(folder: Path) -> dict:
+    """What `save_model` wrote beside a model; empty for one that was saved otherwise."""
+    file = checked(folder, TRAINED_ON)
+    values = read_json(file) if file.is_file() else {}
+    for key, kind in KEYS.items():
+        if key in values and type(values[key]) is not kind:
+            raise ValueError(f"{file}: {key} is {values[key]!r}, expected {kind.__name__}")
+    return values
+
+
+def seen_users(dataset, users: Tensor, earlier: Iterable[Path | None]) -> np.ndarray | None:
+    """Whom a model has seen that is trained on `users`, after models in the folders `earlier`:
+    uint64, ascending, a hash of each original id, so that a user is the same in every data set.
+    None where an earlier model does not say it."""
+    parts = [hashes(dataset.user_ids()[users.numpy()])]
+    for folder in earlier:
+        known = None if folder is None else read_seen(folder)
+        if known is None:
+            return None
+        parts.append(known)
+    return np.unique(np.concatenate(parts))
+
+
+def hashes(ids: np.ndarray) -> np.ndarray:
+    """uint64: of the text of each id."""
+    made = (hashlib.blake2b(str(each).encode(), digest_size=8).digest() for each in ids.tolist())
+    return np.frombuffer(b"".join(made), dtype="<u8")
+
+
+def read_seen(folder: Path) -> np.ndarray | None:
+    """Whom the model in `folder` has seen; None if it does not say it."""
+    file = checked(folder, USERS)
+    if not file.is_file():
+        return None
+    try:
+        seen = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is no list of users: {error}") from error
+    if seen.dtype != np.dtype("<u8") or seen.ndim != 1:
+        raise ValueError(f"{file} is no list of users: {seen.dtype} {list(seen.shape)}")
+    return seen
+
+
+def check_model(
+    folder: Path,
+    dataset: SequenceDataset,
+    held_out: Users | None = None,
+    same_items: bool = True,
+) -> None:
+    """Raise ValueError if the model in `folder` was trained on other items than those of `dataset`
+    (but for `same_items` false), or has seen users of `dataset` that `held_out` leaves out."""
+    made = read_trained_on(folder)
+    if same_items and made.get("items", dataset.items_hash) != dataset.items_hash:
+        raise ValueError(
+            f"{folder} was trained on other items, or in another order, than {dataset.path} has"
+        )
+    if held_out is None or held_out.fraction >= 1:
+        return
+    seen = read_seen(folder)
+    if seen is None:
+        warnings.warn(
+            f"{folder} does not say which users it has seen: it may be tested on some of them",
+            stacklevel=2,
+        )
+        return
+    tested = dataset.user_ids()[held_out_users(dataset, held_out).numpy()]
+    known = np.isin(hashes(tested), seen)
+    if known.any():
+        raise ValueError(
+            f"{folder} would be tested on users that it has seen: {known.sum()} of {len(tested)},"
+            f" the first is {str(tested[known.argmax()])!r}; it was trained with other"
+            " users.fraction or users.seed, or on another data set"
+        )
+
+
+def save_heads(objective: JointObjective, folder: Path) -> None:
+    """Write the parameters of the objectives into `folder`; nothing without parameters. What the
+    outputs of an objective stand for, its `scales`, is stored with them."""
+    if state := objective.parts.state_dict():
+        write_tensors(folder / HEADS, state, {"scales": json.dumps(_scales(objective))})
+
+
+def load_heads(objective: JointObjective, folder: Path, only: list[str] | None = None) -> list[str]:
+    """Read what `save_heads` wrote; returns the names of the tensors that were set.
+
+    only: take over these objectives, where both sides have them; otherwise the file must hold every
+        parameter of `objective`, with the same `scales`: the same attributes with the same classes,
+        standardisation and pool.
+
+    Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
+    """
+    file, own = checked(folder, HEADS), objective.parts.state_dict()
+    if not file.is_file():
+        if only is not None or not own:
+            return []
+        raise FileNotFoundError(f"{file} is missing: the model was not trained for this task")
+    state = read_tensors(file)
+    names = [n for n in own if only is None or (n.split(".")[0] in only and n in state)]
+    for name in names:
+        if name not in state or state[name].shape != own[name].shape:
+            given = list(state[name].shape) if name in state else "nothing"
+            raise ValueError(
+                f"{file}: {name} must be {list(own[name].shape)}, the file has {given};"
+                " is it from another set of attributes or another width?"
+            )
+    # Other lists may have as many outputs: one of two classes, or two numbers.
+    saved, scales = saved_scales(folder), _scales(objective)
+    for objective_name in {name.split(".")[0] for name in names} & set(scales):
+        pairs = zip_longest(saved.get(objective_name, []), scales[objective_name])
+        for trained, here in pairs:
+            if trained != here:
+                raise ValueError(
+                    f"{file}: it was trained to predict {trained}, here that output is {here}"
+                )
+    objective.parts.load_state_dict({name: state[name] for name in names}, strict=False)
+    return names
+
+
+def saved_scales(folder: Path) -> dict[str, list]:
+    """What the outputs of the objectives beside a model stand for."""
+    from safetensors import SafetensorError, safe_open
+
+    file = checked(folder, HEADS)
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            scales = json.loads((opened.metadata() or {}).get("scales", "{}"))
+        if not all(isinstance(part["pool"], str) for part in scales.get("user_attributes", [])):
+            raise ValueError("the scales of user_attributes have no pool")
+    except (SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return scales
+
+
+def _scales(objective: JointObjective) -> dict[str, list]:
+    parts = objective.parts.items()
+    return {name: list(part.scales) for name, part in parts if hasattr(part, "scales")}  # type: ignore[arg-type]

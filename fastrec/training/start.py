@@ -1,0 +1,82 @@
+"""What a stage starts with: a model, new or from another run, and whom that one has seen."""
+
+import copy
+import dataclasses
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.transfer import PARTS, freeze, take
+from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.training.config import Init, Recipe, Stage
+from fastrec.training.model_folder import seen_users
+from fastrec.training.stage_data import select_users
+
+
+def started_model(
+    dataset, config: ModelConfig, initial: UserModel | None, init: Init
+) -> tuple[UserModel, list[str]]:
+    """The model that a stage trains, and the names of the tensors that `initial` gave it."""
+    _check_memory(dataset.num_items, config)
+    if initial is None:
+        return UserModel(dataset.num_items, config), []
+    whole = set(PARTS) <= set(init.take) and not init.patch
+    if whole and initial.num_items == dataset.num_items:
+        model, taken = copy.deepcopy(initial), list(initial.state_dict())
+    else:
+        model = UserModel(dataset.num_items, config)
+        taken = take(model, initial, init.take)
+    freeze(model, init.freeze)
+    return model, taken
+
+
+def seen_by_run(
+    dataset,
+    users: torch.Tensor,
+    recipe: Recipe,
+    stage: Stage,
+    initial: UserModel | None,
+    initial_folder: Path | None,
+    kept: Path | None,
+) -> np.ndarray | None:
+    """Whom a model that is trained on `users` has seen, see `seen_users`. `kept`: of a resumed run,
+    the best model so far; it knows what `initial` had seen, which a resumed run may not say."""
+    selected = select_users(dataset, recipe.users)
+    everyone = torch.cat([users, selected]).unique()
+    earlier: list[Path | None] = []
+    if kept is not None and kept.exists():
+        earlier.append(kept)
+    elif initial is not None and stage.init.users == "same":
+        earlier.append(initial_folder)
+    return seen_users(dataset, everyone, earlier)
+
+
+def _check_memory(num_items: int, config: ModelConfig) -> None:
+    size = 4 * (parameters(num_items, config) or 0)
+    if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise ValueError(
+            f"the weights of the model are {size / 1e9:,.1f} GB, this machine has"
+            f" {memory / 1e9:,.1f} GB of memory: smaller model.* is needed"
+        )
+
+
+def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
+    """The recipe with the settings of the model that a stage starts from, and a warning if they
+    differ."""
+    config = initial.config
+    if recipe.model != config and recipe.model != ModelConfig():
+        asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
+        other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
+        warnings.warn(
+            f"the model to start from keeps its own settings: {', '.join(other)}", stacklevel=4
+        )
+    if init.patch:
+        encoder = settings_of(config.encoder)
+        if not hasattr(encoder, "patch"):
+            raise ValueError(f"init.patch: {type(encoder).__name__} has no model patches")
+        config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, patch=init.patch))
+    return dataclasses.replace(recipe, model=config)
