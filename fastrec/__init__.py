@@ -1,5 +1,10 @@
 """fastrec: fused, exact kernels and objectives for recommender user models."""
 
+from fastrec import threads
+
+if threads.is_command():
+    threads.prepare_command()  # before torch is imported
+
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastrec.ops.gelu_ffn import gelu_ffn

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from fastrec import recipes
+from fastrec import recipes, threads
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.data.dataset import SequenceDataset
@@ -131,6 +131,7 @@ def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
 
     dataset = SequenceDataset.load(data)
     recipe.stage("pretraining")
+    _print_threads()
     fit(dataset, recipe=recipe, stage="pretraining", output=output, resume=resume)
     _print_model(output)
 
@@ -160,6 +161,7 @@ def finetune(
         same_items = bool({"items", "head"} & set(stage.init.take))
         held_out = _held_out(recipe, stage) if stage.init.users == "same" else None
         initial = _model_for(init, dataset, held_out, same_items)
+    _print_threads()
     fit(
         dataset,
         initial,
@@ -270,6 +272,11 @@ def list_recipes():
     width = max(map(len, recipes.names()))
     for name in recipes.names():
         print(f"{name:{width}}  {recipes.summary(name)}")
+
+
+def _print_threads() -> None:
+    if first_process():
+        print(threads.described())
 
 
 def _print_model(output: Path) -> None:

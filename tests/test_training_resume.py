@@ -74,7 +74,9 @@ def test_a_resumed_run_keeps_the_same_model(
         with pytest.raises(Killed):
             run(data, cut, stage)
     run(data, cut, stage, resume=True)
-    assert json.loads((whole / "summary.json").read_text())["valid NDCG@10"] == pytest.approx(1 / 11)
+    assert json.loads((whole / "summary.json").read_text())["valid NDCG@10"] == pytest.approx(
+        1 / 11
+    )
     assert_same_weights(whole, cut)
     assert trained_weights(whole)["step"] == (30 if patience else 40)
     said = [json.loads((path / "summary.json").read_text()) for path in (whole, cut)]
