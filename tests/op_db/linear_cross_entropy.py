@@ -173,8 +173,8 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     # Logits of +-1e4, exact in every dtype (small integers), so that they carry no rounding that
     # differs between implementations: 2 items, 1 or all others share the maximum; a row is ignored.
     extremes = (("extreme_tied", 2, d), ("extreme_single", 1, d), ("width_300_extreme", 2, 300))
-    for name, top, width in extremes:
-        case = problem(name, n, v, width, reduction="sum")
+    for name, top, width in (*extremes, ("extreme_none", 2, d)):  # cpp: sums store, none sweeps
+        case = problem(name, n, v, width, reduction="none" if name == "extreme_none" else "sum")
         x, w = torch.zeros_like(case["input"]), torch.zeros_like(case["linear_weight"])
         x[:, 0], w[:, 0] = 128.0, -80.0  # -10,240
         w[:top, 0] = 80.0
