@@ -254,7 +254,7 @@ def parameters(num_items: int, config: ModelConfig) -> int | None:
     """How many numbers a model has, known before memory is allocated for them; None where that of
     somebody else's encoder is not known."""
     width, encoder = config.width, settings_of(config.encoder)
-    if type(encoder) is not Transformer:
+    if not hasattr(encoder, "parameters"):
         return None
     positions = config.max_len + len(config.tokens)
     head = num_items + (width * width + 3 * width) * config.head_transform
