@@ -107,15 +107,24 @@ class Known(SideData):
 
 
 def model_of(dropout: float = 0.3, num_items: int = 20, **config) -> UserModel:
-    """A tiny model; `layers`, `heads`, `causal`, `pre_norm` are the transformer's."""
+    """A tiny model; `layers`, `heads`, `causal`, `pre_norm`, `layer` are the transformer's."""
     torch.manual_seed(1)
-    names = ("layers", "heads", "causal", "pre_norm", "ffn_width", "patch", "norm_eps")
+    names = ("layers", "heads", "causal", "pre_norm", "ffn_width", "patch", "norm_eps", "layer")
     inner = {name: config.pop(name) for name in names if name in config}
     settings = {"width": 8, "max_len": 10, **config}
     return UserModel(
         num_items,
         ModelConfig(dropout=dropout, encoder=Transformer(**{"layers": 1, **inner}), **settings),
     )
+
+
+# The forms of a transformer.
+FORMS = {
+    "post_norm": {},
+    "pre_norm": {"pre_norm": True},
+    "sasrec": {"pre_norm": True, "layer": "sasrec"},
+    "ligr": {"pre_norm": True, "layer": "ligr"},
+}
 
 
 def social_side(split: str = "train") -> Known:

@@ -196,7 +196,9 @@ def test_wrong_values_in_the_json_of_a_model(made, copy, name):
             output.unlink()
             allowed = {"heads", "causal", "pre_norm", "norm_eps", "scale", "dropout", "steps",
                        "stage", "run", "patch", "layers"}  # fmt: skip
-            assert name != "digests.json" and path[-1] in allowed, (path, wrong)
+            # A group that names nothing has its defaults, as in a model of an earlier fastrec.
+            assert name != "digests.json", (path, wrong)
+            assert path[-1] in allowed or (path == ("items",) and wrong == {}), (path, wrong)
     assert len(said) > 30
 
 

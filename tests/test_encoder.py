@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from builders import jagged
+from builders import FORMS, jagged
 from op_db.case import excess
 from torch import nn
 
@@ -12,7 +12,8 @@ import fastrec.backend
 from fastrec.data.batch import JaggedBatch, from_sequences, offsets_of
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
-from fastrec.nn.encoders.transformer import EventDropout, Transformer
+from fastrec.nn.encoders.sublayers import EventDropout
+from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.user_model import ModelConfig, UserModel
 from fastrec.ops.jagged_attention import jagged_attention
 from fastrec.ops.jagged_embedding import jagged_embedding
@@ -161,11 +162,11 @@ def on_backend(monkeypatch, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_dropout_views_are_separate_calls(backend, pre_norm, monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_views_are_separate_calls(backend, form, monkeypatch):
     """Bit for bit forward; the gradient is the sum of theirs, up to the order of its additions."""
     on_backend(monkeypatch, backend)
-    model = model_of(width=32, pre_norm=pre_norm, ffn_width=48)
+    model = model_of(width=32, **FORMS[form], ffn_width=48)
     batch, views = jagged([5, 1, 33, 8, 0, 9, 60], first_id=2**31), 3
     upstream = torch.randn(views, len(batch.values), 32)
 
@@ -189,7 +190,8 @@ def test_dropout_views_are_separate_calls(backend, pre_norm, monkeypatch):
     expected = [p.grad for p in exact.encoder.parameters()] + [exact.item_embedding.weight.grad]
     for one, sum_of, truth in zip(gradients(together), gradients(*alone), expected, strict=True):
         error, budget = excess(one, sum_of, truth)
-        assert error <= budget
+        # The order of the sums of the reference is that of BLAS, another one for more rows.
+        assert error <= (2 if backend == "reference" else 1) * budget
 
 
 def test_views_without_dropout_are_copies():
@@ -238,11 +240,11 @@ def shuffled(batch: JaggedBatch, seed: int) -> tuple[JaggedBatch, torch.Tensor]:
 LENGTHS = [5, 1, 33, 8, 0, 9, 60, 2, 17, 31, 1, 4, 12]
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_bits_do_not_depend_on_the_batch(pre_norm, causal):
+def test_bits_do_not_depend_on_the_batch(form, causal):
     """With the native kernels: any order, any part, one sequence alone; dropout on."""
-    model = model_of(width=24, pre_norm=pre_norm, causal=causal)
+    model = model_of(width=24, **FORMS[form], causal=causal)
     batch, rng = jagged(LENGTHS, first_id=FIRST), Rng(2**40 + 3, 7)
     whole = model.encode(batch, rng).states
     for seed in (0, 1):
@@ -323,13 +325,14 @@ def gradients(model: UserModel, states: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_autocast_on_a_cpu(backend, pre_norm, monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_on_a_cpu(backend, form, monkeypatch):
     """bfloat16 products: states within 8 eps of bfloat16 of the largest float32 state (a product
     rounds its operands and result, 2 layers have 8 of them in a row), gradients within 16 of the
-    largest of their tensor; parameters and their gradients stay float32."""
+    largest of their tensor, with ReLU 32: what rounds to the other side of 0 loses or gains its
+    whole gradient. Parameters and their gradients stay float32."""
     on_backend(monkeypatch, backend)
-    model = model_of(width=32, pre_norm=pre_norm)
+    model = model_of(width=32, **FORMS[form])
     batch, rng = jagged(LENGTHS), Rng(5, 7)
     plain = model.encode(batch, rng).states
     with torch.autocast("cpu", torch.bfloat16):
@@ -343,12 +346,12 @@ def test_autocast_on_a_cpu(backend, pre_norm, monkeypatch):
     for name, grad in expected.items():
         assert actual[name].dtype == torch.float32, name
         error = (actual[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-3)
-        assert error < 16 * eps, f"{name}: {error / eps:.1f} eps"
+        assert error < (32 if form == "sasrec" else 16) * eps, f"{name}: {error / eps:.1f} eps"
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_compiled_without_graph_break(pre_norm):
-    model, rng = model_of(pre_norm=pre_norm), Rng(5, 7)
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_without_graph_break(form):
+    model, rng = model_of(**FORMS[form]), Rng(5, 7)
 
     def states_of(batch):
         return model.encode(batch, rng).states

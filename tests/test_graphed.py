@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from builders import (
+    FORMS,
     JOINT,
     SOCIAL_VIEWS,
     Known,
@@ -51,6 +52,8 @@ SYSTEMS = {
         {"main": [NextItem(positions="last", ahead=3)]},
         {"item": Item(loss="bce", sampled=Sampled(6, shared=False))},
     ),
+    "next_item_sasrec": ({"main": [NextItem()]}, {"item": Item()}),
+    "next_item_ligr": ({"main": [NextItem()]}, {"item": Item()}),
     "contrast": (PAIR, {"contrast": Contrast(["a", "b"])}),
     "contrast_of_the_first": (
         PAIR,
@@ -75,7 +78,9 @@ def system_of(name: str):
     """(model, objective, side data, views) of a system."""
     views, objectives = SYSTEMS[name]
     causal = name.startswith("next")
-    model, side = model_of(tokens=[] if causal else ["cls", "sep"], causal=causal), social_side()
+    form = FORMS.get(name.removeprefix("next_item_"), {})
+    tokens, side = [] if causal else ["cls", "sep"], social_side()
+    model = model_of(tokens=tokens, causal=causal, **form)
     return model, JointObjective(objectives, model, side), side, views
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import jagged, model_of
+from builders import FORMS, jagged, model_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -48,9 +48,9 @@ def test_an_adapter_is_the_layer_with_its_product_added(name, pre_norm):
     assert (adapted - plain).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_a_hook_sees_and_changes_every_submodule(pre_norm):
-    model, batch = model_of(pre_norm=pre_norm), jagged([4, 0, 7], 20)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_hook_sees_and_changes_every_submodule(form):
+    model, batch = model_of(**FORMS[form]), jagged([4, 0, 7], 20)
     plain = model.encode(batch, RNG).states
     seen = set()
     names = {id(module): name for name, module in model.named_modules()}

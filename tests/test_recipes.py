@@ -1,6 +1,7 @@
 """Every recipe: what its file is, that it trains in both precisions, resumes and is shared by two
 processes; how bases merge; keys that are wrong or have no effect."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def test_the_recipes_are_those_of_the_folder():
     files = [path.stem for path in recipes.FOLDER.iterdir() if path.suffix == ".yaml"]
     assert sorted(files) == NAMES
     assert {"bert4rec", "cl4srec", "sasrec", "uprec", "uprec-mip"} <= set(NAMES)
+    assert {"esasrec", "gsasrec", "sasrec-bce", "sasrec-sampled"} <= set(NAMES)
     assert {name for name, _ in STAGES} == set(NAMES), "every recipe is something of its own"
     assert {stage for _, stage in STAGES} == {
         "pretraining",
@@ -306,6 +308,8 @@ WRONG = [
     ("uprec-mip", "steps: true", "pretraining.steps is True, expected a whole number"),
     ("uprec-mip", "steps: 0", "pretraining.steps must be at least 1, got 0"),
     ("uprec-mip", "devices: many", "pretraining.devices is 'many', expected a whole number or 'a"),
+    ("uprec-mip", "betas: [0.9, 1.0]", "pretraining.betas must be in [0, 1), got [0.9, 1.0]"),
+    ("uprec-mip", "betas: 0.9", "pretraining.betas is 0.9, expected a list of 2"),
     ("uprec-mip", "schedule: cosin", "pretraining.schedule is 'cosin', expected one of 'constant'"),
     ("uprec-mip", "init: {take: [itms]}", "pretraining.init.take names 'itms', expected some of"),
     # Views that nobody makes or reads.
@@ -350,6 +354,8 @@ OUTSIDE = [
     ("uprec-mip", "model: {tokens: [cls, foo]}", "model.tokens.1 is 'foo', expected one of 'cls'"),
     ("uprec-mip", "model: {encoder: {transfromer: {}}}", "model.encoder.transfromer is no key; mo"),
     ("uprec-mip", "model: {encoder: {transformer: {layers: 0}}}", "transformer.layers must be at "),
+    ("sasrec", "model: {encoder: {transformer: {layer: caser}}}", "transformer.layer is 'caser', "),
+    ("bert4rec", "model: {encoder: {transformer: {layer: ligr}}}", "transformer.pre_norm must be "),
     ("uprec-mip", "model: {encoder: {transformer: null}}", "model.encoder: encoders names none: o"),
     ("uprec", "attributes: [{nam: region}]", "attributes.0.nam is no key; attributes.0 has name"),
     ("uprec", "attributes: [{kind: numeric}]", "attributes.0.name is missing"),
@@ -409,3 +415,25 @@ def test_a_wrong_flag_ends_in_one_line_that_names_the_key(flag, message):
     with pytest.raises(SystemExit) as stopped:
         main(["pretrain", "--config=uprec", flag, "--data=nowhere", "--output=nowhere"])
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("name", ["esasrec", "gsasrec", "sasrec-bce", "sasrec-sampled"])
+def test_a_causal_recipe_from_the_command_line(data, tmp_path, name):
+    """Trained, evaluated and asked: the best items are those of the largest products."""
+    flags = [f"--config={name}", f"--data={data}", "--model.width=16", "--model.max_len=12"]
+    short = [f"--pretraining.{key}" for key in ("steps=4", "validate_every=4", "batch_size=50")]
+    main(["pretrain", *flags, *short, f"--output={tmp_path / 'run'}"])
+    folder, found = tmp_path / "run" / "model", tmp_path / "found.json"
+    main(["evaluate", *flags, *short, f"--pretrained={folder}", f"--output={found}"])
+    assert "model" in json.loads(found.read_text())["metrics"]
+    best = tmp_path / "best.csv"
+    main(["recommend", f"--data={data}", f"--pretrained={folder}", "--k=3", f"--output={best}"])
+    rows = polars.read_csv(best, schema_overrides={"user_id": str, "item_id": str})
+    dataset, model = SequenceDataset.load(data), UserModel.from_pretrained(folder)
+    users = torch.arange(dataset.num_users)
+    query = model.next_item_query(model.encode(model.inputs(dataset, users, "all", ask=True)))
+    scores = query @ model.item_table.T + model.item_head.bias
+    seen = dataset.gather(users, "all", max_len=None)
+    scores[seen.segment_ids(), seen.values] = -torch.inf
+    expected = dataset.item_ids()[scores.topk(3).indices.flatten()]
+    assert rows["item_id"].to_list() == [str(item) for item in expected]

@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 def test_a_stage_is_adamw_with_clipping_and_a_schedule(data, tmp_path, schedule, clip, precision):
     chosen = recipe(
         steps=6, validate_every=6, warmup_steps=2, schedule=schedule, weight_decay=0.2,
-        gradient_clip=clip, learning_rate=0.01, precision=precision,
+        gradient_clip=clip, learning_rate=0.01, precision=precision, betas=(0.8, 0.98),
     )  # fmt: skip
     run(data, tmp_path / "run", chosen)
 
@@ -41,7 +41,7 @@ def test_a_stage_is_adamw_with_clipping_and_a_schedule(data, tmp_path, schedule,
     objective = JointObjective({"item": Item()}, model, side)
     users = torch.as_tensor(dataset.users("test"))
     loader = loader_of(model, {"main": [Mask()]}, side, batch_size=64, users=users)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.2, betas=(0.8, 0.98))
     norms = []
     for step, factor in enumerate(FACTORS[schedule]):
         for group in optimizer.param_groups:

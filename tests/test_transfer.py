@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask
-from fastrec.nn.encoders.transformer import Patch
+from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.transfer import PARTS, freeze, take, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item

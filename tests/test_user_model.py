@@ -261,12 +261,45 @@ def test_broken_model_folder_is_named(tmp_path):
             UserModel.from_pretrained(tmp_path)
 
 
+def test_a_setting_that_a_saved_model_does_not_name_has_its_default(tmp_path):
+    """It was saved before fastrec had the setting."""
+    model_of(num_items=11).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["head_bias"], values["encoder"]["transformer"]["layer"]
+    path.write_text(json.dumps(values))
+    write_digests(tmp_path)
+    again = UserModel.from_pretrained(tmp_path)
+    assert again.config == model_of(num_items=11).config and again.item_head.bias.requires_grad
+    values["encoder"]["transformer"]["norm_eps"] = "1e-05"  # not as it was written
+    path.write_text(json.dumps(values))
+    write_digests(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.encoder is .*'1e-05'.*, expected "):
+        UserModel.from_pretrained(tmp_path)
+
+
+def test_without_a_bias_of_items_it_stays_zero(tmp_path):
+    model = model_of(num_items=11, head_transform=False, head_bias=False)
+    batch = model.inputs_of([[3, 1], [4]], ask=True)
+    query, targets = model.next_item_query(model.encode(batch)), torch.tensor([5, 6])
+    loss = model.item_head.loss(query, model.item_table, targets)
+    expected = nn.functional.cross_entropy(query @ model.item_table.T, targets)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert model.item_head.bias.grad is None and not model.item_head.bias.requires_grad
+    model.save_pretrained(tmp_path)
+    again = UserModel.from_pretrained(tmp_path)
+    assert not again.item_head.bias.requires_grad and not again.item_head.bias.any()
+
+
 @pytest.mark.parametrize(
     "tokens, head_transform, encoder",
     [
         ([], True, Transformer()),
         (["cls", "ur"], False, Transformer(layers=3, heads=4, ffn_width=5, patch=3)),
         ([], True, Transformer(layers=1, heads=1, causal=True, pre_norm=True)),
+        (["sep"], True, Transformer(pre_norm=True, layer="sasrec", patch=3)),
+        ([], False, Transformer(layers=3, pre_norm=True, layer="ligr", ffn_width=5, patch=2)),
     ],
 )
 def test_the_size_of_a_model_is_known_before_it_is_made(tokens, head_transform, encoder):

@@ -47,7 +47,8 @@ def _pairs(module: nn.Module, names: tuple[str, ...]) -> Entries:
 def _torch_entries(encoder: TransformerEncoder) -> Entries:
     entries: Entries = []
     for i, layer in enumerate(encoder.layers):
-        assert isinstance(layer, TransformerLayer)
+        if not isinstance(layer, TransformerLayer):
+            raise ValueError(f"torch.nn.TransformerEncoder has no {type(layer).__name__}")
         packed, prefix = layer.query_key_value, f"layers.{i}"
         entries.append((packed.weight, (f"{prefix}.self_attn.in_proj_weight",)))
         entries.append((packed.bias, (f"{prefix}.self_attn.in_proj_bias",)))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fastrec.nn.encoders.transformer import Patch
+from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.user_model import UserModel
 
 PARTS = {"items": "item_input", "encoder": "encoder", "head": "item_head"}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
-from fastrec.nn.encoders.transformer import Patch, Transformer
+from fastrec.nn.encoders.sublayers import Patch
+from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.heads import ItemHead
 from fastrec.nn.items import ItemInput, Items
 from fastrec.nn.model_files import (
@@ -44,6 +45,8 @@ class ModelConfig:
             `build(width, max_positions, dropout)`.
         tokens: special tokens around the items: cls before, sep and ur after.
         head_transform: dense-GELU-LayerNorm between state and item scores (BERT).
+        head_bias: a trained bias of each item in its score; the original SASRec, gSASRec and
+            eSASRec have none.
     """
 
     width: int = 64
@@ -53,6 +56,7 @@ class ModelConfig:
     encoder: Encoders = field(default_factory=lambda: Encoders(transformer=Transformer()))
     tokens: list[Literal["cls", "sep", "ur"]] = field(default_factory=list)
     head_transform: bool = True
+    head_bias: bool = True
 
     def __post_init__(self):
         for name in ("width", "max_len"):
@@ -96,7 +100,9 @@ class UserModel(nn.Module):
         self.encoder = settings_of(config.encoder).build(
             config.width, self.max_positions, config.dropout
         )
-        self.item_head = ItemHead(config.width, num_items, transform=config.head_transform)
+        self.item_head = ItemHead(
+            config.width, num_items, transform=config.head_transform, bias=config.head_bias
+        )
         self.apply(_init_bert)
 
     def token(self, name: str) -> int:
@@ -281,16 +287,24 @@ def _config_of(values: dict, encoder: Any) -> ModelConfig:
         plain = {name: part for name, part in values.items() if name != "encoder"}
         config = replace(from_values(ModelConfig, plain, "model"), encoder=encoder)
     for name, value in described(config).items():
-        if values.get(name) != value:
-            raise ValueError(f"model.{name} is {values.get(name)!r}, expected {value!r}")
+        if name in values and not _agrees(values[name], value):
+            raise ValueError(f"model.{name} is {values[name]!r}, expected {value!r}")
     return config
+
+
+def _agrees(said: Any, read: Any) -> bool:
+    """Whether a file says what was read of it. A setting that is missing there has its default: the
+    model was saved before fastrec had the setting, and is what the default makes."""
+    if isinstance(said, dict) and isinstance(read, dict):
+        return all(name in read and _agrees(part, read[name]) for name, part in said.items())
+    return said == read
 
 
 def _init_bert(module: nn.Module) -> None:
     # N(0, 0.02) for weights, zero biases, LayerNorm at identity (Devlin et al., 2019).
     if isinstance(module, nn.Linear | nn.Embedding):
         torch.nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         torch.nn.init.zeros_(module.bias)
     if isinstance(module, Patch):
         module.reset()

@@ -64,6 +64,7 @@ class Stage:
         schedule: "constant", or "cosine" or "linear" down to 0 at the last step, after warm-up.
         warmup_steps: linear warm-up from 0.
         weight_decay: decoupled (AdamW).
+        betas: of Adam, the decay of its averages of the gradient and of its square.
         gradient_clip: largest gradient norm; 0 = off.
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
@@ -88,6 +89,7 @@ class Stage:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
     gradient_clip: float = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     validate_every: int = 1000
@@ -108,6 +110,8 @@ class Stage:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {list(self.betas)}")
         if self.steps % self.pass_steps:
             raise ValueError(
                 f"steps ({self.steps}) must be a multiple of validate_every"

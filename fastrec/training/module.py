@@ -101,6 +101,7 @@ class StageModule(lightning.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters(),
             lr=stage.learning_rate,
+            betas=stage.betas,
             weight_decay=stage.weight_decay,
             fused=True,
         )

@@ -5,16 +5,19 @@ Legend: T events of a batch, D width, H heads.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.settings import check_choices
+from fastrec.nn.encoders.layers import LiGRLayer, SASRecLayer
+from fastrec.nn.encoders.sublayers import EventDropout, attend, first_norm, join, patches_of
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear, embedding_table, is_plain
-from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
 from fastrec.ops.gelu_ffn import gelu_ffn
-from fastrec.ops.jagged_attention import jagged_attention, split_packed
+from fastrec.ops.jagged_attention import split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng
 
@@ -27,12 +30,14 @@ class Transformer:
 
     Attributes:
         layers, heads: how many.
-        ffn_width: inner width of the feed-forward network; 4 D if None.
+        ffn_width: inner width of the feed-forward network; if None 4 D, of the layer sasrec D.
         causal: left-to-right instead of bidirectional attention.
         pre_norm: LayerNorm before the sublayers instead of after.
         norm_eps: added to the variance in the LayerNorms.
         patch: width of a bottleneck after each sublayer, 0 for none: what is trained beside a
             frozen encoder (PeterRec, Yuan et al., 2020, section 3.3; serial).
+        layer: "standard", or of those that are always pre-norm "sasrec", the original's (ReLU, the
+            normalised input in the residuals), or "ligr", that of eSASRec (gates, SwiGLU).
     """
 
     layers: int = 2
@@ -42,8 +47,12 @@ class Transformer:
     pre_norm: bool = False
     norm_eps: float = 1e-5
     patch: int = 0
+    layer: Literal["standard", "sasrec", "ligr"] = "standard"
 
     def __post_init__(self):
+        check_choices(self)
+        if self.layer != "standard" and not self.pre_norm:
+            raise ValueError(f"pre_norm must be true for the layer {self.layer}")
         for name, low in (("layers", 1), ("heads", 1), ("ffn_width", 1), ("patch", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -53,67 +62,25 @@ class Transformer:
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps must be positive and finite, got {self.norm_eps}")
 
+    def inner(self, width: int) -> int:
+        """F, the inner width of the feed-forward network."""
+        return self.ffn_width or (width if self.layer == "sasrec" else 4 * width)
+
     def parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
-        inner = self.ffn_width or 4 * width
-        layer = 4 * width * width + 9 * width + 2 * width * inner + inner
+        square, inner = width * width, self.inner(width)
+        layer = {
+            "standard": 4 * square + 9 * width + 2 * width * inner + inner,
+            "sasrec": 3 * square + 8 * width + 2 * width * inner + inner,
+            "ligr": 6 * square + 10 * width + 3 * width * inner,
+        }[self.layer]
         if self.patch:
             layer += 2 * (2 * width * self.patch + self.patch + width)
-        return self.layers * layer + (max_positions + 2) * width
+        norm = 0 if self.layer == "ligr" else 2 * width  # of the embedding, or the final one
+        return self.layers * layer + max_positions * width + norm
 
     def build(self, width: int, max_positions: int, dropout: float) -> "TransformerEncoder":
         return TransformerEncoder(self, width, max_positions, dropout)
-
-
-class EventDropout:
-    """Dropout of [T, D] activations by the Philox contract: the key of an element is that of its
-    sequence, its position there and its feature. Without `rng` it is the identity."""
-
-    def __init__(self, batch: JaggedBatch, p: float, rng: Rng | None):
-        self.rng = rng.pinned(batch.offsets.device) if rng and p > 0.0 else None
-        self.p = p if self.rng else 0.0
-        self.positions = batch.positions()
-        self.keys = batch.keys[batch.segment_ids()] if self.rng else None
-
-    def at(self, site: str, layer: int = 0) -> dict:
-        """The dropout arguments of a fused op."""
-        return dict(
-            dropout_p=self.p,
-            rng=self.rng,
-            keys=self.keys,
-            positions=self.positions,
-            site=site,
-            layer=layer,
-        )
-
-
-class Patch(nn.Module):
-    """x + up(GELU(down(x))): a model patch of PeterRec. `up` starts at 0, so it starts as x."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def reset(self) -> None:
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.gelu(self.down(x)))
-
-
-def _join(
-    input: Tensor,
-    residual: Tensor | None,
-    norm: nn.Module,
-    dropout: dict,
-) -> DropoutAddLayerNorm:
-    """(LayerNorm of the sum, the sum) of the residual and the input after dropout."""
-    if is_plain(norm, nn.LayerNorm):
-        return dropout_add_layer_norm(
-            input, residual, norm.weight, norm.bias, eps=norm.eps, **dropout
-        )
-    sum = dropout_add_layer_norm(input, residual, None, None, **dropout).sum
-    return DropoutAddLayerNorm(norm(sum), sum)
 
 
 class TransformerLayer(nn.Module):
@@ -126,7 +93,7 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, settings: Transformer, width: int):
         super().__init__()
-        ffn_width, norm_eps = settings.ffn_width or 4 * width, settings.norm_eps
+        ffn_width, norm_eps = settings.inner(width), settings.norm_eps
         self.heads, self.pre_norm = settings.heads, settings.pre_norm
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention_output = nn.Linear(width, width)
@@ -134,26 +101,12 @@ class TransformerLayer(nn.Module):
         self.ffn_inner = nn.Linear(width, ffn_width)
         self.ffn_output = nn.Linear(ffn_width, width)
         self.ffn_norm = nn.LayerNorm(width, norm_eps)
-        self.patches = nn.ModuleList()
-        if settings.patch:
-            self.patches.extend(Patch(width, settings.patch) for _ in range(2))
+        self.patches = patches_of(width, settings.patch)
 
     def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
         packed = apply_linear(self.query_key_value, x).unflatten(1, (3, self.heads, -1))
-        query, key, value = split_packed(packed)
-        out = jagged_attention(
-            query,
-            key,
-            value,
-            batch.offsets,
-            max_seq_len=batch.max_seq_len,
-            causal=causal,
-            dropout_p=dropout.p,
-            rng=dropout.rng,
-            keys=batch.keys,
-            layer=layer,
-        )
-        out = apply_linear(self.attention_output, out.flatten(1))
+        out = attend(*split_packed(packed), batch, causal, dropout, layer)
+        out = apply_linear(self.attention_output, out)
         return self.patches[0](out) if self.patches else out
 
     def ffn(self, x: Tensor):
@@ -174,22 +127,16 @@ class TransformerLayer(nn.Module):
         pending: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if self.pre_norm:
-            normed, x = _first_norm(x, pending, self.attention_norm, dropout, layer)
+            normed, x = first_norm(x, pending, self.attention_norm, dropout, layer)
             attended = self.attention(normed, batch, causal, dropout, layer)
-            normed, x = _join(attended, x, self.ffn_norm, dropout.at("attention_output", layer))
+            normed, x = join(attended, x, self.ffn_norm, dropout.at("attention_output", layer))
             return x, self.ffn(normed)
         attended = self.attention(x, batch, causal, dropout, layer)
-        x = _join(attended, x, self.attention_norm, dropout.at("attention_output", layer)).output
-        return _join(self.ffn(x), x, self.ffn_norm, dropout.at("ffn_output", layer)).output, None
+        x = join(attended, x, self.attention_norm, dropout.at("attention_output", layer)).output
+        return join(self.ffn(x), x, self.ffn_norm, dropout.at("ffn_output", layer)).output, None
 
 
-def _first_norm(
-    x: Tensor, pending: Tensor | None, norm: nn.Module, dropout: EventDropout, layer: int
-) -> DropoutAddLayerNorm:
-    """(LayerNorm of the residual stream, the stream), with what layer - 1 left pending."""
-    if pending is None:
-        return _join(x, None, norm, {})
-    return _join(pending, x, norm, dropout.at("ffn_output", layer - 1))
+LAYERS = {"standard": TransformerLayer, "sasrec": SASRecLayer, "ligr": LiGRLayer}
 
 
 class TransformerEncoder(nn.Module):
@@ -197,7 +144,7 @@ class TransformerEncoder(nn.Module):
 
     Defaults are UPRec's encoder (section 3.2): post-norm, bidirectional, erf GELU, FFN width 4 D,
     dropout on embeddings, attention probabilities and both sublayer outputs. Pre-norm has one
-    LayerNorm more, at the end.
+    LayerNorm more, at the end, but for LiGR.
 
     Args:
         settings: of the layers.
@@ -215,9 +162,10 @@ class TransformerEncoder(nn.Module):
         self.max_positions = max_positions
         self.positions = nn.Embedding(max_positions, width)
         self.embedding_norm = nn.Identity() if pre_norm else nn.LayerNorm(width, norm_eps)
-        self.final_norm = nn.LayerNorm(width, norm_eps) if pre_norm else nn.Identity()
+        last = pre_norm and settings.layer != "ligr"
+        self.final_norm = nn.LayerNorm(width, norm_eps) if last else nn.Identity()
         self.layers = nn.ModuleList(
-            TransformerLayer(settings, width) for _ in range(settings.layers)
+            LAYERS[settings.layer](settings, width) for _ in range(settings.layers)
         )
 
     def forward(self, embedded: ItemRows, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
@@ -237,7 +185,7 @@ class TransformerEncoder(nn.Module):
             x, pending = block(x, batch, self.causal, dropout, layer, pending)
         if type(self.final_norm) is nn.Identity:
             return x
-        return _first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
+        return first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
 
     def _embed(self, embedded: ItemRows, dropout: EventDropout) -> Tensor:
         """[T, D]: dropout of the LayerNorm, if the encoder is post-norm, of items + positions."""
