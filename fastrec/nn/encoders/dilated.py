@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.nn.encoders.transformer import EventDropout, Patch
+from fastrec.nn.encoders.sublayers import EventDropout, join, patches_of
 from fastrec.nn.items import ItemRows
-from fastrec.nn.plain import apply_linear, is_plain
+from fastrec.nn.plain import apply_linear
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng
@@ -141,9 +141,7 @@ class DilatedBlock(nn.Module):
             for times in (1, 2)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width, settings.norm_eps) for _ in range(2))
-        self.patches = nn.ModuleList()
-        if settings.patch:
-            self.patches.extend(Patch(width, settings.patch) for _ in range(2))
+        self.patches = patches_of(width, settings.patch)
 
     def forward(self, x: Tensor, places: Places, dropout: dict) -> Tensor:
         out = x
@@ -153,14 +151,8 @@ class DilatedBlock(nn.Module):
             out = convolution(out, places)
             if self.patches:
                 out = self.patches[index](out)
-            out = F.relu(_normed(out, norm))
+            out = F.relu(join(out, None, norm, {}).output)
         return dropout_add_layer_norm(out, x, None, None, **dropout).sum
-
-
-def _normed(x: Tensor, norm: nn.Module) -> Tensor:
-    if not is_plain(norm, nn.LayerNorm):
-        return norm(x)
-    return dropout_add_layer_norm(x, None, norm.weight, norm.bias, eps=norm.eps).output
 
 
 class DilatedEncoder(nn.Module):

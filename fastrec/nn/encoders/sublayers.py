@@ -52,7 +52,7 @@ class Patch(nn.Module):
 
 
 def patches_of(width: int, inner: int) -> nn.ModuleList:
-    """One behind attention and one behind the feed-forward network, or none."""
+    """Two, one behind each sublayer or convolution of a block, or none."""
     return nn.ModuleList(Patch(width, inner) for _ in range(2 if inner else 0))
 
 
