@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
 from fastrec.data.settings import from_values
+from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.transformer import Patch, Transformer
 from fastrec.nn.heads import ItemHead
@@ -254,7 +255,7 @@ def parameters(num_items: int, config: ModelConfig) -> int | None:
     """How many numbers a model has, known before memory is allocated for them; None where that of
     somebody else's encoder is not known."""
     width, encoder = config.width, settings_of(config.encoder)
-    if type(encoder) is not Transformer:
+    if type(encoder) not in (Transformer, Gru):
         return None
     positions = config.max_len + len(config.tokens)
     head = num_items + (width * width + 3 * width) * config.head_transform

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 from fastrec.data.settings import part_of
+from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
 
 
@@ -17,9 +18,11 @@ class Encoders:
 
     Attributes:
         transformer: self-attention.
+        gru: a recurrent network, causal.
     """
 
     transformer: Transformer | None = None
+    gru: Gru | None = None
 
     def __post_init__(self):
         part_of(self)
