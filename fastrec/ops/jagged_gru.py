@@ -11,9 +11,10 @@ with h the state before an event, or 0:
     g of the event before += g z + W_hh^T (dr, dz, dq)
 
 The kernels make the recurrence alone. W_ih x of all events is one product before it, and the
-gradients of both weights and of the input are products of all events after it, by the kernel of
-`linear`. r, z, n and q are saved: computing them again would take a third product where there are
-two, and needs the 3 H numbers of W_ih x, which are not kept where these 4 H are.
+gradients of both weights and of the input are products of all events after it: by the kernel of
+`linear` or, on a GPU, by PyTorch. r, z, n and q are saved: computing them again would take a third
+product where there are two, and needs the 3 H numbers of W_ih x, which are not kept where these 4 H
+are.
 """
 
 import torch
@@ -30,6 +31,7 @@ from fastrec.ops.common.arguments import (
     check_tensor,
     without_autocast,
 )
+from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.ops.common.second_order import twice_differentiable
 
 OP = "jagged_gru"
@@ -61,41 +63,52 @@ def _(grad_states, states, gates, offsets, weight_hh):
     return states.new_empty(gates.shape), states.new_empty(states.shape)
 
 
+register_cuda(OP, "fwd", "bwd")
+
+
 def _again(ctx, input, weight_ih, weight_hh, bias_ih, bias_hh, offsets, states, gates):
     parameters = weight_ih, weight_hh, bias_ih, bias_hh
     return (input, *parameters), (jagged_gru_ref(input, offsets, *parameters),)
 
 
+def _linear_bwd(backend, grad, input, weight, *needed):
+    """(grad_input, grad_weight, grad_bias) of a product with the transposed weight."""
+    if backend == "cpp":
+        return torch.ops.fastrec.linear_bwd(grad, input, weight, *needed)
+    grad_input = grad @ weight if needed[0] else None
+    return grad_input, grad.T @ input if needed[1] else None, grad.sum(0) if needed[2] else None
+
+
 class _JaggedGru(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight_ih, weight_hh, bias_ih, bias_hh, offsets, gates_needed):
-        projected = torch.ops.fastrec.linear_fwd(input, weight_ih, bias_ih)
-        states, gates = torch.ops.fastrec.jagged_gru_fwd(
-            projected, offsets, weight_hh, bias_hh, gates_needed
-        )
+    def forward(ctx, input, weight_ih, weight_hh, bias_ih, bias_hh, offsets, gates_needed, backend):
+        product = torch.ops.fastrec.linear_fwd if backend == "cpp" else F.linear
+        fwd = kernels_of(OP, backend, input.device).jagged_gru_fwd
+        projected = product(input, weight_ih, bias_ih)
+        states, gates = fwd(projected, offsets, weight_hh, bias_hh, gates_needed)
         ctx.save_for_backward(input, weight_ih, weight_hh, bias_ih, bias_hh, offsets, states, gates)
+        ctx.backend = backend
         return states
 
     @staticmethod
     @twice_differentiable(_again)
     def backward(ctx, grad_states):
         input, weight_ih, weight_hh, _, _, offsets, states, gates = ctx.saved_tensors
-        grads, previous = torch.ops.fastrec.jagged_gru_bwd(
-            grad_states, states, gates, offsets, weight_hh
-        )
+        bwd = kernels_of(OP, ctx.backend, input.device).jagged_gru_bwd
+        grads, previous = bwd(grad_states, states, gates, offsets, weight_hh)
         width, needed = states.shape[1], ctx.needs_input_grad
-        linear_bwd = torch.ops.fastrec.linear_bwd
-        grad_input, grad_weight_ih, grad_bias_ih = linear_bwd(
-            grads[:, width:], input, weight_ih, needed[0], needed[1], needed[3]
+        grad_input, grad_weight_ih, grad_bias_ih = _linear_bwd(
+            ctx.backend, grads[:, width:], input, weight_ih, needed[0], needed[1], needed[3]
         )
-        _, weight, bias = linear_bwd(
-            grads[:, : 3 * width], previous, weight_hh, False, needed[2], needed[4]
+        _, weight, bias = _linear_bwd(
+            ctx.backend, grads[:, : 3 * width], previous, weight_hh, False, needed[2], needed[4]
         )
         # Those of q came first, and are the last gate of the parameters.
-        grad_weight_hh, grad_bias_hh = weight.roll(-width, 0), bias.roll(-width, 0)
+        grad_weight_hh = weight.roll(-width, 0) if needed[2] else None
+        grad_bias_hh = bias.roll(-width, 0) if needed[4] else None
         found = grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
         own = (grad if asked else None for grad, asked in zip(found, needed[:5], strict=True))
-        return *own, None, None
+        return *own, None, None, None
 
 
 def jagged_gru_ref(input, offsets, weight_ih, weight_hh, bias_ih=None, bias_hh=None):
@@ -158,8 +171,8 @@ def jagged_gru(
         weight_ih, weight_hh: [3 H, D] and [3 H, H], the gates r, z and n one under the other, as in
             `torch.nn.GRU`. All parameters have the dtype of `input`, but for autocast.
         bias_ih, bias_hh: [3 H]; None adds nothing.
-        backend: None ("cpp" on a CPU, else "reference", which waits for the longest length and
-            steps through time), "reference" or "cpp".
+        backend: None (native to the device), "reference", "cpp" or "triton" (not for float64). The
+            reference waits for the longest length and steps through time.
 
     Returns:
         [T, H], the state after each event, in the dtype of `input`, computed in float32 (float64
@@ -181,4 +194,5 @@ def jagged_gru(
             return jagged_gru_ref(x, offsets, w_ih, w_hh, b_ih, b_hh).to(input.dtype)
     tensors = (x, w_ih, w_hh, b_ih, b_hh)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _JaggedGru.apply(*tensors, offsets, recorded).to(input.dtype)
+    with without_autocast(input.device):
+        return _JaggedGru.apply(*tensors, offsets, recorded, backend).to(input.dtype)
