@@ -44,6 +44,7 @@ OPS = (
     "in_batch_cross_entropy",
     "in_batch_hardest",
     "jagged_attention",
+    "jagged_gru",
     "uprec_step",
 )
 

@@ -12,6 +12,7 @@ from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
 from fastrec.ops.in_batch_hardest import in_batch_hardest
 from fastrec.ops.jagged_attention import jagged_attention
 from fastrec.ops.jagged_embedding import jagged_embedding
+from fastrec.ops.jagged_gru import jagged_gru
 from fastrec.ops.jagged_max_pool import jagged_max_pool
 from fastrec.ops.linear import linear
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
@@ -28,6 +29,7 @@ __all__ = [
     "in_batch_hardest",
     "jagged_attention",
     "jagged_embedding",
+    "jagged_gru",
     "jagged_max_pool",
     "linear",
     "linear_cross_entropy",

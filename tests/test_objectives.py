@@ -14,6 +14,7 @@ from builders import (
     JOINT,
     SOCIAL_VIEWS,
     Known,
+    dataset_of,
     loader_of,
     model_of,
     six_users,
@@ -30,6 +31,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
 from fastrec.nn.pool import Encoded
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.bpr_max import bpr_max
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends, SocialRelationDetection
 from fastrec.objectives.item import Item, ItemPrediction, Sampled
@@ -338,6 +340,12 @@ def test_errors_name_the_problem():
         Item(loss="bce", sampled=Sampled(log_q=True))
     with pytest.raises(ValueError, match="gbce_t has no effect on the loss softmax"):
         Item(sampled=Sampled(gbce_t=0.5))
+    with pytest.raises(ValueError, match="bpr_reg has no effect on the loss bce"):
+        Item(loss="bce", sampled=Sampled(bpr_reg=0.5))
+    with pytest.raises(ValueError, match="bpr_max needs shared negatives: sampled.shared: true"):
+        Item(loss="bpr_max", sampled=Sampled(shared=False))
+    with pytest.raises(ValueError, match=r"sampled\.bpr_reg must be at least 0, got -1"):
+        Sampled(bpr_reg=-1)
     with pytest.raises(ValueError, match=r"loss must be one of .*, got 'hinge'"):
         Item(loss="hinge")
     with pytest.raises(ValueError, match=r"sampled\.alpha has no effect: negatives are uniform"):
@@ -401,6 +409,41 @@ def test_nothing_to_predict_gives_zero_with_a_live_graph(sampled):
     loss, count = Item(sampled=sampled).build(model, side)(model, Rng(0, 0), view)["item"]
     loss.backward()
     assert loss == 0 and int(count) == 0 and not view.states.grad.any()
+
+
+@pytest.mark.parametrize("reg", [None, 0.0, 0.3])
+def test_bpr_max_by_hand(reg):
+    """Row by row over lists: hits are no negatives, repeats count twice, and a row without a
+    target, or with hits alone, has neither loss nor gradient."""
+    model, side = model_of(dropout=0.0, num_items=5), Known(dataset_of([[0, 1, 2, 3, 4]], 5))
+    torch.nn.init.normal_(model.item_head.bias)
+    batch = from_sequences([[0, 3, 1], [2], [4, 4]])
+    targets = torch.tensor([3, 1, -100, -100, 2, 0])
+    view = states_of(replace(batch, events={"target": targets}))
+    settings = Item(loss="bpr_max", sampled=Sampled(negatives=7, bpr_reg=reg))
+    (loss, count) = settings.build(model, side)(model, Rng(1, 2), view)["item"]
+    negatives = NegativeSampler.uniform(5).shared(7, Rng(1, 2)).tolist()
+    assert len(set(negatives)) < 7 and 1 in negatives
+    scores = model.item_head.query(view.states) @ model.item_table.T + model.item_head.bias
+    total = 0.0
+    for row, target in enumerate(targets.tolist()):
+        if target != -100:
+            s = scores[row, [j for j in negatives if j != target]]
+            a, own = s.softmax(0), scores[row, target]
+            total = total - (a * (own - s).sigmoid()).sum().log()
+            total = total + (1.0 if reg is None else reg) * (a * s**2).sum()
+    torch.testing.assert_close(loss, total / 4)
+    assert int(count) == 4
+    inputs = [view.states, model.item_embedding.weight, model.item_head.bias]
+    found = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for actual, expected in zip(found, torch.autograd.grad(total / 4, inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.abs().max() > 0
+    only = torch.full((7,), 3)
+    args = (view.states[:3], model.item_table, model.item_head.bias, targets[:3], only, 1.0)
+    loss = bpr_max(*args)
+    (grad,) = torch.autograd.grad(loss, view.states)
+    assert loss > 0 and not grad[0].any() and not grad[2].any() and grad[1].abs().max() > 0
 
 
 @pytest.mark.parametrize("shared", [True, False])

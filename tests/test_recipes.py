@@ -107,7 +107,7 @@ def test_every_stage_of_every_recipe_trains_in_both_precisions(
     (optimizer,) = checkpoint["optimizer_states"]
     moments = [m for state in optimizer["state"].values() for m in state.values()]
     weights = list(checkpoint["state_dict"].values())
-    assert len(moments) > 20 and checkpoint["global_step"] == 20
+    assert len(moments) > 15 and checkpoint["global_step"] == 20
     for tensor in (*weights, *moments, *trained.state_dict().values()):
         assert tensor.dtype == torch.float32 and tensor.isfinite().all()
 

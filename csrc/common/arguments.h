@@ -99,6 +99,14 @@ inline const int64_t* int64_data(const std::optional<Tensor>& tensor) {
   return tensor ? int64_data(*tensor) : nullptr;
 }
 
+// Offsets are walked as pointers. Events behind the last one belong to no sequence.
+inline void check_offsets(const int64_t* at, int64_t sequences, int64_t events) {
+  STD_TORCH_CHECK(at[0] == 0, "offsets must start at 0, got ", at[0]);
+  for (int64_t b = 0; b < sequences; ++b)
+    STD_TORCH_CHECK(at[b] <= at[b + 1] && at[b + 1] <= events, "offsets must rise from 0 to ",
+                    events, ", got ", at[b], ", ", at[b + 1]);
+}
+
 struct DropoutTensors {
   DropoutTensors(const std::optional<Tensor>& keys_, const std::optional<Tensor>& positions_,
                  const std::optional<Tensor>& rng_, int64_t drop, int64_t site, int64_t layer)

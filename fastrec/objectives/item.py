@@ -15,6 +15,7 @@ from fastrec.data.negatives import NegativeSampler
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.nn.pool import Encoded
+from fastrec.objectives.bpr_max import bpr_max
 from fastrec.random import Rng
 
 
@@ -30,6 +31,7 @@ class Sampled:
         log_q: correct the scores of the softmax by the log of the sampling probability; true for
             the softmax if None.
         gbce_t: calibration of gbce (Petrov and Macdonald, 2023); 0.75 if None.
+        bpr_reg: weight of the squared scores of negatives in bpr_max; 1 if None.
     """
 
     negatives: int = 256
@@ -38,6 +40,7 @@ class Sampled:
     shared: bool = True
     log_q: bool | None = None
     gbce_t: float | None = None
+    bpr_reg: float | None = None
 
     def __post_init__(self):
         check_choices(self)
@@ -47,6 +50,8 @@ class Sampled:
             raise ValueError(
                 "sampled.alpha has no effect: negatives are uniform (by: popularity uses it)"
             )
+        if self.bpr_reg is not None and self.bpr_reg < 0:
+            raise ValueError(f"sampled.bpr_reg must be at least 0, got {self.bpr_reg}")
 
     def sampler(self, side: SideData) -> NegativeSampler:
         if self.by == "uniform":
@@ -63,13 +68,13 @@ class Item:
     Attributes:
         views: whose targets are predicted.
         weight: in the joint loss.
-        loss: "softmax", "bce" or "gbce", see `sampled_linear_cross_entropy`.
+        loss: "softmax", "bce" or "gbce", see `sampled_linear_cross_entropy`, or "bpr_max".
         sampled: negatives; None: the softmax over all items.
     """
 
     views: list[str] = field(default_factory=lambda: ["main"])
     weight: float = 1.0
-    loss: Literal["softmax", "bce", "gbce"] = "softmax"
+    loss: Literal["softmax", "bce", "gbce", "bpr_max"] = "softmax"
     sampled: Sampled | None = None
 
     def __post_init__(self):
@@ -81,6 +86,10 @@ class Item:
             raise ValueError(f"sampled.log_q has no effect on the loss {self.loss}")
         if how is not None and how.gbce_t is not None and self.loss != "gbce":
             raise ValueError(f"sampled.gbce_t has no effect on the loss {self.loss}")
+        if how is not None and how.bpr_reg is not None and self.loss != "bpr_max":
+            raise ValueError(f"sampled.bpr_reg has no effect on the loss {self.loss}")
+        if how is not None and not how.shared and self.loss == "bpr_max":
+            raise ValueError("item.loss bpr_max needs shared negatives: sampled.shared: true")
 
     def build(self, model, side: SideData) -> "ItemPrediction":
         return ItemPrediction(self, self.sampled.sampler(side) if self.sampled else None)
@@ -117,6 +126,11 @@ class ItemPrediction(nn.Module):
             places = [_places(view.batch) for view in views]
             keys, events = (torch.cat(part) for part in zip(*places, strict=True))
             negatives = self.sampler.own(how.negatives, rng, keys, events)
+        if self.settings.loss == "bpr_max":
+            head, reg = model.item_head, 1.0 if how.bpr_reg is None else how.bpr_reg
+            query = head.query(states)
+            loss = bpr_max(query, model.item_table, head.bias, targets, negatives, reg)
+            return {"item": (loss, count)}
         correct = self.settings.loss == "softmax" and how.log_q is not False
         loss = model.item_head.sampled_loss(
             states,

@@ -5,6 +5,7 @@ from typing import get_args, get_type_hints
 
 from fastrec.data.settings import part_of
 from fastrec.nn.encoders.dilated import Dilated
+from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
 
 
@@ -19,10 +20,12 @@ class Encoders:
     Attributes:
         transformer: self-attention.
         dilated: dilated convolutions.
+        gru: a recurrent network, causal.
     """
 
     transformer: Transformer | None = None
     dilated: Dilated | None = None
+    gru: Gru | None = None
 
     def __post_init__(self):
         part_of(self)

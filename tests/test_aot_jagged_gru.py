@@ -1,0 +1,43 @@
+"""What ptxas makes of the kernels of jagged_gru: no GPU is needed.
+
+Run as a script it prints the numbers of docs/kernels/jagged_gru.md.
+"""
+
+import pytest
+from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
+
+from fastrec.kernels import jagged_gru as kernels
+
+pytestmark = needs_compiler
+
+# The plain suite compiles the target device; the other architectures are slow.
+CASES = [
+    case(kernel, capability, plain=capability == 90)
+    for kernel in ("fwd", "bwd")
+    for capability in SHARED_LIMIT
+]
+
+
+def build(kernel: str, capability: int) -> Binary:
+    config = dict(kernels.CONFIG)
+    options = take_options(config)
+    rows, ids = "*fp32:16", "*i64:16"
+    arguments = dict(offsets=ids, order=ids, sequences="i32", width="i32:16", **config)
+    names = dict.fromkeys(("weight", "states", "gates"), rows)
+    if kernel == "fwd":
+        arguments |= names | dict(projected=rows, bias=rows)
+    else:
+        names |= dict.fromkeys(("grad_states", "grads", "previous", "carry"), rows)
+        arguments |= names | dict(stride="i32:16")
+    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+
+
+@pytest.mark.parametrize(("kernel", "capability"), CASES)
+def test_no_spill(kernel, capability):
+    binary = build(kernel, capability)
+    binary.assert_fits(capability)
+    assert binary.count("BAR") > 0, "a step of time does not wait for the one before"
+
+
+if __name__ == "__main__":
+    print_table("kernel", CASES, build)
