@@ -11,6 +11,7 @@ import torch
 from builders import (
     Killed,
     assert_same_weights,
+    dataset_of,
     killed_at,
     synthetic,
     trained_weights,
@@ -19,9 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrec import recipes
 from fastrec.cli import main
+from fastrec.data.batch import from_sequences
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.loader import SequenceLoader
 from fastrec.data.settings import from_values
+from fastrec.data.side import SideData
+from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Views
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
@@ -437,3 +441,17 @@ def test_a_causal_recipe_from_the_command_line(data, tmp_path, name):
     scores[seen.segment_ids(), seen.values] = -torch.inf
     expected = dataset.item_ids()[scores.topk(3).indices.flatten()]
     assert rows["item_id"].to_list() == [str(item) for item in expected]
+
+
+def test_gsasrec_starts_where_a_target_pulls_as_hard_as_its_negatives_push():
+    """From scores of 0 the push is 900 times the pull: the table learns to lower all of them."""
+    chosen, side = from_values(Recipe, recipes.load("gsasrec")), SideData(dataset_of([[0]], 12101))
+    part = chosen.pretraining.objectives.item.build(None, side)
+    batch = NextItem()(from_sequences([list(range(40)), list(range(50, 99))]), Rng(0, 0), side)
+    ratios = []
+    for start in (chosen.model.head_bias_start, 0.0):
+        model = UserModel(12101, replace(chosen.model, head_bias_start=start))
+        part(model, Rng(0, 0), model.encode(batch))["item"][0].backward()
+        grad = model.item_head.bias.grad
+        ratios.append(-float(grad[grad > 0].sum() / grad[grad < 0].sum()))
+    assert 0.9 < ratios[0] < 1.1 and ratios[1] > 500

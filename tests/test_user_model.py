@@ -292,6 +292,18 @@ def test_without_a_bias_of_items_it_stays_zero(tmp_path):
     assert not again.item_head.bias.requires_grad and not again.item_head.bias.any()
 
 
+def test_biases_of_items_start_where_they_are_told_and_are_trained():
+    model = model_of(num_items=11, head_bias_start=-2.5)
+    assert torch.equal(model.item_head.bias, torch.full((11,), -2.5))
+    query, targets = torch.randn(3, 8), torch.tensor([5, 6, 5])
+    model.item_head.loss(query, model.item_table, targets).backward()
+    assert model.item_head.bias.grad.abs().min() > 0
+    with pytest.raises(ValueError, match=r"model\.head_bias_start has no effect: head_bias is fal"):
+        ModelConfig(head_bias=False, head_bias_start=-1.0)
+    with pytest.raises(ValueError, match=r"model\.head_bias_start must be finite, got nan"):
+        ModelConfig(head_bias_start=float("nan"))
+
+
 @pytest.mark.parametrize(
     "tokens, head_transform, encoder",
     [

@@ -11,15 +11,19 @@ from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entrop
 class ItemHead(nn.Module):
     """Scores of all items for a state: LN(GELU(W h)) . E_j + b_j, with the tied item table E.
 
-    The dense-GELU-LayerNorm transform is BERT's; `transform=False` scores the state itself. With
-    `bias=False` b stays 0.
+    The dense-GELU-LayerNorm transform is BERT's; `transform=False` scores the state itself. `bias`
+    is where b starts; None: b stays 0.
     """
 
-    def __init__(self, width: int, num_items: int, transform: bool = True, bias: bool = True):
+    def __init__(
+        self, width: int, num_items: int, transform: bool = True, bias: float | None = 0.0
+    ):
         super().__init__()
         self.dense = nn.Linear(width, width) if transform else None
         self.norm = nn.LayerNorm(width) if transform else None
-        self.bias = nn.Parameter(torch.zeros(num_items), requires_grad=bias)
+        self.bias = nn.Parameter(
+            torch.full((num_items,), bias or 0.0), requires_grad=bias is not None
+        )
 
     def query(self, states: Tensor) -> Tensor:
         """[N, D] states to the [N, D] vectors that are compared with the item table."""

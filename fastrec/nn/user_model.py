@@ -1,6 +1,7 @@
 """The user model: item input, encoder and item head. Legend: B sequences, T events, V items,
 D width."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -45,8 +46,10 @@ class ModelConfig:
             `build(width, max_positions, dropout)`.
         tokens: special tokens around the items: cls before, sep and ur after.
         head_transform: dense-GELU-LayerNorm between state and item scores (BERT).
-        head_bias: a trained bias of each item in its score; the original SASRec, gSASRec and
-            eSASRec have none.
+        head_bias: a trained bias of each item in its score; the original SASRec and eSASRec have
+            none.
+        head_bias_start: of these biases. With bce or gbce and K negatives -log(K / beta), where a
+            target pulls as hard as its negatives push.
     """
 
     width: int = 64
@@ -57,6 +60,7 @@ class ModelConfig:
     tokens: list[Literal["cls", "sep", "ur"]] = field(default_factory=list)
     head_transform: bool = True
     head_bias: bool = True
+    head_bias_start: float = 0.0
 
     def __post_init__(self):
         for name in ("width", "max_len"):
@@ -64,6 +68,10 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
+        if not math.isfinite(self.head_bias_start):
+            raise ValueError(f"model.head_bias_start must be finite, got {self.head_bias_start}")
+        if self.head_bias_start and not self.head_bias:
+            raise ValueError("model.head_bias_start has no effect: head_bias is false")
         object.__setattr__(self, "encoder", wrapped(self.encoder))
         order = [token for token in ("cls", "sep", "ur") if token in self.tokens]
         if sorted(self.tokens) != sorted(order):
@@ -101,7 +109,10 @@ class UserModel(nn.Module):
             config.width, self.max_positions, config.dropout
         )
         self.item_head = ItemHead(
-            config.width, num_items, transform=config.head_transform, bias=config.head_bias
+            config.width,
+            num_items,
+            transform=config.head_transform,
+            bias=config.head_bias_start if config.head_bias else None,
         )
         self.apply(_init_bert)
 
