@@ -48,6 +48,10 @@ SYSTEMS = {
     "sampled_shared": (MASKED, {"item": Item(sampled=Sampled(6))}),
     "sampled_own": (MASKED, {"item": Item(sampled=Sampled(6, shared=False))}),
     "next_item": ({"main": [NextItem()]}, {"item": Item()}),
+    "next_by_bpr_max": (
+        {"main": [NextItem()]},
+        {"item": Item(loss="bpr_max", sampled=Sampled(6))},
+    ),
     "next_three": (
         {"main": [NextItem(positions="last", ahead=3)]},
         {"item": Item(loss="bce", sampled=Sampled(6, shared=False))},

@@ -35,7 +35,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     yield problem("no_event", [0, 0, 0])
     yield problem("one_event", [1])
     yield problem("empty_sequences", [0, 5, 0, 0, 3, 0])
-    yield problem("long_and_tiny", [40, 1, 2] if interpret_small else [507, 1, 63, 2])
+    yield problem("long_and_tiny", [20, 1, 2] if interpret_small else [507, 1, 63, 2])
     yield problem("equal", [5] * 13)
     yield problem("ascending", range(14))
     yield problem("many", [2, 1, 3] * 10 if interpret_small else [9, 1, 4, 30] * 60)
