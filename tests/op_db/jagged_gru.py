@@ -45,7 +45,11 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     yield problem("one_number", [1], d=1, h=1)
     # More than one block of columns, or chain of additions.
     yield problem("wide", [2, 1, 3], d=40, h=40 if interpret_small else 150)
-    yield problem("closed_gates", short, scale=1e4)  # 0, 1 and -1, to the last bit
+    # Every gate is 0, 1 or -1 to the last bit, and lets no gradient through.
+    closed = problem("closed_gates", short, d=1)
+    closed.kwargs["input"].sign_().mul_(1e4)
+    closed.kwargs["weight_ih"].sign_()
+    yield closed
     yield problem("small_numbers", short, biases=(), scale=1e-4)  # tanh keeps its digits
 
 
