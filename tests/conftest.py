@@ -1,11 +1,23 @@
 """Seed, poisoned memory, thread count, and the count of operator cases that ran or were skipped."""
 
+import hashlib
+import os
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastrec.backend import unavailable_reason
+
+# The compiler's cache knows operators by their names: it would run what it compiled for an op that
+# has changed since.
+_OPS = sorted((Path(__file__).parent.parent / "fastrec" / "ops").rglob("*.py"))
+_STATE = hashlib.sha256(b"".join(file.read_bytes() for file in _OPS)).hexdigest()[:16]
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"fastrec-inductor-{_STATE}")
+)
 
 
 @pytest.fixture(autouse=True)
