@@ -136,15 +136,26 @@ void stored_chunks(const Problem<T>& q, const T* grad_row, double* loss, T* grad
   a.row_top = row_top, a.row_scale = row_scale, a.target_logit = logit;
   a.loss = loss, a.grad_row = grad_row;
   a.grad_x = grad_x, a.grad_weight = grad_weight, a.grad_bias = grad_bias;
-  for (a.first = 0; a.first < q.rows; a.first += step) {
-    a.rows = std::min(step, q.rows - a.first);
-    begin_chunk(a);
-    run(a, a.tiles, score<T>);
-    end_score(a);
-    if (!grad_x && !grad_weight && !grad_bias) continue;
-    run(a, a.ranges, spread<T>);
-    end_spread(a);
-  }
+  const bool learns = grad_x || grad_weight || grad_bias;
+  std::vector<Phase> phases(5 * divide_up(q.rows, step));
+  int64_t workers = std::min<int64_t>(a.tiles, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    Phase* phase = phases.data();
+    for (int64_t first = 0; first < q.rows; first += step) {
+      StoredArgs<T> mine = a;
+      mine.first = first, mine.rows = std::min(step, q.rows - first);
+      auto tasks = [&](void (*worker)(const StoredArgs<T>&)) {
+        mine.next = &phase->next;
+        phase++->share([&] { worker(mine); });
+      };
+      phase++->once([&] { begin_chunk(mine); });
+      tasks(score<T>);
+      phase++->once([&] { end_score(mine); });
+      if (!learns) continue;
+      tasks(spread<T>);
+      phase++->once([&] { end_spread(mine); });
+    }
+  });
 }
 
 }  // namespace

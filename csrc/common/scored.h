@@ -8,6 +8,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #include "arguments.h"
@@ -25,6 +26,35 @@ void run(Args& args, int64_t tasks, void (*worker)(const Args&)) {
   int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(args); });
 }
+
+// Tasks that the tasks of the next phase wait for. Many phases share one parallel region: to wake its
+// threads takes 80 us, which is a tenth of a short phase (docs/log/neighbours.md).
+struct alignas(64) Phase {
+  std::atomic<int64_t> next{0}, inside{0};
+
+  // `work` draws tasks from `next` until there are none. Then this worker waits for those that are
+  // inside, since no other holds a task: one that comes late finds none, and one that never comes
+  // is not waited for. After a while the processor is left to whoever else wants it.
+  template <class Work>
+  void share(const Work& work) {
+    ++inside;
+    work();
+    --inside;
+    for (int turn = 0; inside.load() != 0; ++turn) {
+      if (turn > 1000) std::this_thread::yield();
+#if defined(__x86_64__)
+      else __builtin_ia32_pause();
+#endif
+    }
+  }
+
+  template <class Work>
+  void once(const Work& work) {
+    share([&] {
+      if (next.fetch_add(1) == 0) work();
+    });
+  }
+};
 
 // The tensors of a problem, without the rows that are not scored.
 template <class T>
