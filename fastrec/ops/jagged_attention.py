@@ -23,6 +23,8 @@ from fastrec.ops.common.arguments import (
     check_index,
     check_offsets,
     check_tensor,
+    is_nested,
+    jagged_parts,
 )
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_sequences
 from fastrec.ops.common.native import kernels_of, register_cuda
@@ -251,7 +253,7 @@ def jagged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None = None,
     *,
     max_seq_len: int,
     causal: bool = False,
@@ -265,7 +267,8 @@ def jagged_attention(
     """softmax(scale * Q K^T) V inside each sequence, dropout on the probabilities.
 
     Args:
-        query, key, value: [T, H, D]; sequence b is rows offsets[b] to offsets[b + 1].
+        query, key, value: [T, H, D]; sequence b is rows offsets[b] to offsets[b + 1]. Or nested
+            tensors [B, *, H, D] of the layout torch.jagged, without `offsets`.
         offsets: [B + 1], from 0 to T. Like `keys` int64, or int32, which is converted.
         max_seq_len: upper bound of the lengths.
         causal: each event sees itself and earlier ones.
@@ -277,9 +280,9 @@ def jagged_attention(
         backend: None (native to the device), "reference", "cpp" or "triton".
 
     Returns:
-        [T, H, D] in the dtype of the inputs: float64, float32, bfloat16 or float16; sums are
-        float32 (float64 for float64). A sequence of length 0 has no output rows. Equal arguments
-        give equal bits.
+        [T, H, D], or nested, in the dtype of the inputs: float64, float32, bfloat16 or float16;
+        sums are float32 (float64 for float64). A sequence of length 0 has no output rows. Equal
+        arguments give equal bits.
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key. The values
@@ -287,6 +290,13 @@ def jagged_attention(
         beyond `max_seq_len` are undefined, and events behind the last offset, which belong to no
         sequence, have an output and gradients of 0. RuntimeError: `backend` cannot run.
     """
+    if is_nested(query):
+        (query, key, value), offsets = jagged_parts(offsets, query=query, key=key, value=value)
+        out = jagged_attention(
+            query, key, value, offsets, max_seq_len=max_seq_len, causal=causal, scale=scale,
+            dropout_p=dropout_p, rng=rng, keys=keys, layer=layer, backend=backend,
+        )  # fmt: skip
+        return torch.nested.nested_tensor_from_jagged(out, offsets)
     low = autocast_dtype(query.device) if isinstance(query, Tensor) else None
     if low is not None:
         query, key, value = (

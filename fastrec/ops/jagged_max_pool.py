@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import BOOL, check_index, check_offsets, check_tensor
+from fastrec.ops.common.arguments import (
+    BOOL,
+    check_index,
+    check_offsets,
+    check_tensor,
+    is_nested,
+    jagged_parts,
+)
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.ops.common.second_order import leaf, twice_differentiable
 
@@ -104,7 +111,7 @@ def _check(values, offsets, mask):
 
 def jagged_max_pool(
     values: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
@@ -117,7 +124,8 @@ def jagged_max_pool(
     is the maximum, as in PyTorch. A sequence without an event that counts gives 0 and no gradient.
 
     Args:
-        values: [T, D], float64, float32, bfloat16 or float16.
+        values: [T, D], float64, float32, bfloat16 or float16. Or a nested tensor [B, *, D] of the
+            layout torch.jagged, without `offsets`.
         offsets: [B + 1], int64 or int32, from 0 to T; sequence b is rows offsets[b] to
             offsets[b + 1].
         mask: bool [T], the events that count; None: all.
@@ -132,6 +140,8 @@ def jagged_max_pool(
         is not looked at on a GPU and under torch.compile, where events behind the last offset
         belong to no sequence and have a gradient of 0. RuntimeError: `backend` cannot run.
     """
+    if is_nested(values):
+        (values,), offsets = jagged_parts(offsets, values=values)
     offsets = _check(values, offsets, mask)
     backend = resolve(backend, OP, values.device)
     if backend == "reference":

@@ -6,6 +6,7 @@ the message. Where there are no values (meta and fake tensors) nothing is checke
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,34 @@ def check_tensor(
             return
     expected = ", ".join(map(str, shape))
     raise ValueError(f"{name} must be [{expected}], got {list(sizes)}")
+
+
+def is_nested(tensor: Tensor | None) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_nested
+
+
+def jagged_parts(offsets: Tensor | None, **nested: Any) -> tuple[list[Tensor], Tensor]:
+    """(values, offsets) of nested tensors in the layout torch.jagged, whose sequences are alike."""
+    names = ", ".join(nested)
+    for name, tensor in nested.items():
+        if not (is_nested(tensor) and tensor.layout is torch.jagged):
+            raise TypeError(f"{names} must all be nested tensors of the layout torch.jagged")
+        if tensor.lengths() is not None or tensor._ragged_idx != 1:
+            raise ValueError(f"{name} must be [B, *, ...] without holes: pass {name}.contiguous()")
+    if offsets is not None:
+        raise ValueError(f"offsets are those of the nested tensors {names}: pass none")
+    first, *others = (tensor.offsets() for tensor in nested.values())
+    for other in others:
+        if other is not first:
+            check_same_offsets(names, first, other)
+    return [tensor.values() for tensor in nested.values()], first
+
+
+def check_same_offsets(names: str, first: Tensor, other: Tensor) -> None:
+    message = f"{names} must have sequences of the same lengths"
+    if first.shape != other.shape:
+        raise ValueError(message)
+    require((first == other).all(), message)
 
 
 def check_width(name: str, tensor: Tensor, shape: tuple) -> None:
