@@ -105,17 +105,13 @@ def jagged_parts(offsets: Tensor | None, **nested: Any) -> tuple[list[Tensor], T
     if offsets is not None:
         raise ValueError(f"offsets are those of the nested tensors {names}: pass none")
     first, *others = (tensor.offsets() for tensor in nested.values())
-    for other in others:
-        if other is not first:
-            check_same_offsets(names, first, other)
-    return [tensor.values() for tensor in nested.values()], first
-
-
-def check_same_offsets(names: str, first: Tensor, other: Tensor) -> None:
     message = f"{names} must have sequences of the same lengths"
-    if first.shape != other.shape:
-        raise ValueError(message)
-    require((first == other).all(), message)
+    for other in others:
+        if other.shape != first.shape:
+            raise ValueError(message)
+        if other is not first:
+            require((other == first).all(), message)
+    return [tensor.values() for tensor in nested.values()], first
 
 
 def check_width(name: str, tensor: Tensor, shape: tuple) -> None:
