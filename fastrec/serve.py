@@ -96,7 +96,7 @@ def recommend(
     best, parts = min(k, len(table)), [_no_rows(users, items_of)]
     with torch.no_grad():
         for rows, batch, past in asked:
-            query = model.next_item_query(model.encode(batch.to(table.device)))
+            query = model.ask(batch.to(table.device))
             _finite(query, "states")  # a score that is no number counts as none
             exclude = None
             if seen == "exclude":

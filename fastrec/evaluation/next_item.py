@@ -143,7 +143,7 @@ def adjustment(dataset, tau: float) -> Tensor:
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     """[N, D] item-head queries for the item that follows the input of each user in `split`."""
     batch = model.inputs(dataset, users, split, ask=True).to(model.item_table.device)
-    return model.next_item_query(model.encode(batch))
+    return model.ask(batch)
 
 
 class NextItemJudge:

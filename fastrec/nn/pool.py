@@ -51,6 +51,17 @@ def weighted_sum(states: Tensor, weight: Tensor, batch: JaggedBatch) -> Tensor:
     return torch.segment_reduce(rows, "sum", offsets=batch.offsets, initial=0.0).to(states.dtype)
 
 
+def softmax_of_sequences(scores: Tensor, batch: JaggedBatch) -> Tensor:
+    """[T]: softmax of `scores` [T] over the events of each sequence. -inf leaves an event out; a
+    sequence of nothing else gets 0."""
+    segment = batch.segment_ids()
+    top = scores.new_full((len(batch),), -torch.inf)
+    top = top.scatter_reduce(0, segment, scores.detach(), "amax").clamp_min(-1e30)
+    weight = (scores - top.index_select(0, segment)).exp()
+    total = torch.segment_reduce(weight, "sum", offsets=batch.offsets, initial=0.0)
+    return weight / total.clamp_min(1e-30).index_select(0, segment)
+
+
 def last_pool(states: Tensor, batch: JaggedBatch, num_items: int) -> Tensor:
     """[B, D]: the state of the last item of a sequence; without items that of its last event, and
     0 without events."""
@@ -91,11 +102,5 @@ class Pool(nn.Module):
         scores = scores.to(accumulate_dtype(scores)).masked_fill(
             ~is_item(batch, model.num_items), -torch.inf
         )
-        segment = batch.segment_ids()
-        top = scores.new_full((len(batch),), -torch.inf)
-        top = top.scatter_reduce(0, segment, scores.detach(), "amax").clamp_min(-1e30)
-        weight = (scores - top[segment]).exp()
-        total = weighted_sum(weight.unsqueeze(1), torch.ones_like(weight), batch)
-        return weighted_sum(states, weight.to(states.dtype), batch) / total.clamp_min(1e-30).to(
-            states.dtype
-        )
+        weight = softmax_of_sequences(scores, batch)
+        return weighted_sum(states, weight.to(states.dtype), batch)

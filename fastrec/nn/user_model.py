@@ -218,9 +218,22 @@ class UserModel(nn.Module):
     def next_item_query(self, encoded: Encoded) -> Tensor:
         """[B, D] vectors whose products with `item_table` score the item that follows each
         sequence of `inputs(..., ask=True)`: from the state of its [MASK] (UPRec, section 3.5), or
-        of a causal model from that of its last item."""
+        of a causal model from that of its last item. `ask` does the same without other states."""
+        return self._query(encoded.states[self._asked(encoded.batch)])
+
+    def ask(self, batch: JaggedBatch) -> Tensor:
+        """`next_item_query(encode(batch))`, of which the encoder computes what it needs: the last
+        layer of a transformer is that of one event of each sequence."""
+        rows = self._asked(batch)
+        if not getattr(self.encoder, "takes_rows", False):
+            return self._query(self.encode(batch).states[rows])
+        return self._query(self.encoder(self.item_input(batch), batch, rows=rows))
+
+    def _asked(self, batch: JaggedBatch) -> Tensor:
         after = sum(name != "cls" for name in self.config.tokens)
-        states = encoded.states[encoded.batch.offsets[1:] - 1 - after]
+        return batch.offsets[1:] - 1 - after
+
+    def _query(self, states: Tensor) -> Tensor:
         # In the table's dtype also under autocast, where the states may be bfloat16.
         return self.item_head.query(states).to(self.item_table.dtype)
 

@@ -2,18 +2,27 @@
 linear layers are the fused ops; ReLU, SwiGLU and the gates are plain PyTorch.
 
 Both are pre-norm. A layer maps (x, pending) to the same: the residual stream, and what is to be
-added to it, after dropout, where the next LayerNorm reads it; None if nothing is.
+added to it, after dropout, where the next LayerNorm reads it; None if nothing is. With `rows`,
+int64 [B], it is the last layer, of the events `rows` alone, one of each sequence, and without
+dropout.
 
-Legend: T events of a batch, D width, F inner width.
+Legend: T events of a batch of B sequences, D width, F inner width.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.nn.encoders.sublayers import EventDropout, attend, first_norm, join, patches_of
-from fastrec.nn.plain import apply_linear
-from fastrec.ops.jagged_attention import split_packed
+from fastrec.nn.encoders.sublayers import (
+    EventDropout,
+    attend,
+    attend_at,
+    first_norm,
+    join,
+    patches_of,
+    self_attend,
+)
+from fastrec.nn.plain import apply_linear, is_plain
 
 
 class SASRecLayer(nn.Module):
@@ -46,18 +55,31 @@ class SASRecLayer(nn.Module):
         dropout: EventDropout,
         layer: int,
         pending: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         normed, x = first_norm(x, pending, self.attention_norm, dropout, layer)
-        query = apply_linear(self.query, normed).unflatten(1, (self.heads, -1))
-        packed = apply_linear(self.key_value, x).unflatten(1, (2, self.heads, -1))
-        key, value = packed.unbind(1)
-        attended = attend(query, key, value, batch, causal, dropout, layer)
+        attended = self._attention(normed, x, batch, causal, dropout, layer, rows)
+        if rows is not None:
+            normed = normed.index_select(0, rows)
         if self.patches:
             attended = self.patches[0](attended)
         normed = join(attended, normed, self.ffn_norm, {}).output
         inner = F.relu(apply_linear(self.ffn_inner, normed))
         out = apply_linear(self.ffn_output, dropout(inner, "ffn_inner", layer))
         return normed, self.patches[1](out) if self.patches else out
+
+    def _attention(self, normed: Tensor, x: Tensor, batch, causal, dropout, layer, rows):
+        if rows is not None and is_plain(self.key_value, nn.Linear):
+            query = apply_linear(self.query, normed.index_select(0, rows))
+            query = query.unflatten(1, (self.heads, -1))
+            key_weight, value_weight = self.key_value.weight.chunk(2)
+            bias = self.key_value.bias.chunk(2)[1]
+            return attend_at(rows, query, x, key_weight, value_weight, bias, batch, causal)
+        query = apply_linear(self.query, normed).unflatten(1, (self.heads, -1))
+        packed = apply_linear(self.key_value, x).unflatten(1, (2, self.heads, -1))
+        key, value = packed.unbind(1)
+        out = attend(query, key, value, batch, causal, dropout, layer)
+        return out if rows is None else out.index_select(0, rows)
 
 
 class LiGRLayer(nn.Module):
@@ -91,10 +113,12 @@ class LiGRLayer(nn.Module):
         dropout: EventDropout,
         layer: int,
         pending: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         normed = join(x, None, self.attention_norm, {}).output
-        packed = apply_linear(self.query_key_value, normed).unflatten(1, (3, self.heads, -1))
-        out = attend(*split_packed(packed), batch, causal, dropout, layer)
+        project = self.query_key_value
+        out = self_attend(project, normed, self.heads, batch, causal, dropout, layer, rows)
+        x = x if rows is None else x.index_select(0, rows)
         out = apply_linear(self.attention_output, out)
         if self.patches:
             out = self.patches[0](out)

@@ -1,13 +1,18 @@
-"""What the layers of a transformer are made of. Legend: T events of a batch, D width, H heads."""
+"""What the layers of a transformer are made of. Legend: T events of B sequences, D width,
+H heads."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.nn.plain import is_plain
+from fastrec.nn.plain import apply_linear, is_plain
+from fastrec.nn.pool import softmax_of_sequences, weighted_sum
+from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
-from fastrec.ops.jagged_attention import jagged_attention
+from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
+from fastrec.ops.linear import linear
 from fastrec.random import Rng
 
 
@@ -78,6 +83,68 @@ def attend(
         keys=batch.keys,
         layer=layer,
     ).flatten(1)
+
+
+def self_attend(
+    project: nn.Module,
+    x: Tensor,
+    heads: int,
+    batch: JaggedBatch,
+    causal: bool,
+    dropout: EventDropout,
+    layer: int,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """`attend` of x [T, D] to itself, `project` to queries, keys and values: [T, D], or [B, D] of
+    the events `rows` alone."""
+    if rows is not None and is_plain(project, nn.Linear):
+        weight, bias = project.weight.chunk(3), project.bias.chunk(3)
+        query = linear(x.index_select(0, rows), weight[0], bias[0]).unflatten(1, (heads, -1))
+        return attend_at(rows, query, x, weight[1], weight[2], bias[2], batch, causal)
+    packed = apply_linear(project, x).unflatten(1, (3, heads, -1))
+    out = attend(*split_packed(packed), batch, causal, dropout, layer)
+    return out if rows is None else out.index_select(0, rows)
+
+
+def attend_at(
+    rows: Tensor,
+    query: Tensor,
+    x: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    batch: JaggedBatch,
+    causal: bool,
+) -> Tensor:
+    """[B, D] of `attend` for the events `rows` int64 [B], one of each sequence, without dropout and
+    without the keys and values of any event. With keys W_k x + b_k and values W_v x + b_v:
+
+        q . (W_k x + b_k) = (W_k^T q) . x + q . b_k, and the softmax does not see q . b_k
+        sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v
+
+    Args:
+        query: [B, H, D / H], of these events.
+        x: [T, D], what keys and values are made of.
+        key_weight, value_weight: [D, D]. value_bias: [D].
+    """
+    heads, size = query.shape[1:]
+    scale = size**-0.5
+    x = x.to(accumulate_dtype(x))
+    segment = batch.segment_ids()
+    hidden = None
+    if causal:
+        event = torch.arange(len(x), device=x.device)
+        hidden = event > rows.index_select(0, segment)
+    parts = []
+    for head in range(heads):  # one at a time: [T, D] is stored, not [T, H, D]
+        part = slice(head * size, (head + 1) * size)
+        asked = linear(query[:, head], key_weight[part].T * scale).to(x.dtype)
+        scores = torch.linalg.vecdot(x, asked.index_select(0, segment))
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        mean = weighted_sum(x, softmax_of_sequences(scores, batch), batch)
+        parts.append(linear(mean.to(query.dtype), value_weight[part], value_bias[part]))
+    return torch.cat(parts, 1)
 
 
 def join(

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.nn.encoders.layers import LiGRLayer, SASRecLayer
-from fastrec.nn.encoders.sublayers import EventDropout, attend, first_norm, join, patches_of
+from fastrec.nn.encoders.sublayers import EventDropout, first_norm, join, patches_of, self_attend
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear, embedding_table, is_plain
 from fastrec.ops.gelu_ffn import gelu_ffn
-from fastrec.ops.jagged_attention import split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng
 
@@ -88,7 +87,8 @@ class TransformerLayer(nn.Module):
 
     The states of a layer are a pair (x, pending). Post-norm: the output and None. Pre-norm: the
     residual stream and the output of the last feed-forward network, whose dropout and addition are
-    one operation with the LayerNorm that comes next, in whichever module that is.
+    one operation with the LayerNorm that comes next, in whichever module that is. With `rows` see
+    `layers`.
     """
 
     def __init__(self, settings: Transformer, width: int):
@@ -103,9 +103,9 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, norm_eps)
         self.patches = patches_of(width, settings.patch)
 
-    def attention(self, x: Tensor, batch: JaggedBatch, causal, dropout: EventDropout, layer: int):
-        packed = apply_linear(self.query_key_value, x).unflatten(1, (3, self.heads, -1))
-        out = attend(*split_packed(packed), batch, causal, dropout, layer)
+    def attention(self, x: Tensor, batch, causal, dropout: EventDropout, layer: int, rows):
+        project = self.query_key_value
+        out = self_attend(project, x, self.heads, batch, causal, dropout, layer, rows)
         out = apply_linear(self.attention_output, out)
         return self.patches[0](out) if self.patches else out
 
@@ -125,13 +125,16 @@ class TransformerLayer(nn.Module):
         dropout: EventDropout,
         layer: int,
         pending: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if self.pre_norm:
             normed, x = first_norm(x, pending, self.attention_norm, dropout, layer)
-            attended = self.attention(normed, batch, causal, dropout, layer)
+            attended = self.attention(normed, batch, causal, dropout, layer, rows)
+            x = x if rows is None else x.index_select(0, rows)
             normed, x = join(attended, x, self.ffn_norm, dropout.at("attention_output", layer))
             return x, self.ffn(normed)
-        attended = self.attention(x, batch, causal, dropout, layer)
+        attended = self.attention(x, batch, causal, dropout, layer, rows)
+        x = x if rows is None else x.index_select(0, rows)
         x = join(attended, x, self.attention_norm, dropout.at("attention_output", layer)).output
         return join(self.ffn(x), x, self.ffn_norm, dropout.at("ffn_output", layer)).output, None
 
@@ -168,8 +171,19 @@ class TransformerEncoder(nn.Module):
             LAYERS[settings.layer](settings, width) for _ in range(settings.layers)
         )
 
-    def forward(self, embedded: ItemRows, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
+    takes_rows = True
+
+    def forward(
+        self,
+        embedded: ItemRows,
+        batch: JaggedBatch,
+        rng: Rng | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """[T, D] states of the events. `rng` turns dropout on and is its key.
+
+        rows: int64 [B], an event of each sequence: [B, D] states of these alone, without dropout.
+            The last layer computes no others, and no keys and values.
 
         Raises ValueError when a sequence is longer than `max_positions`.
         """
@@ -178,11 +192,14 @@ class TransformerEncoder(nn.Module):
                 f"a sequence has {batch.max_seq_len} positions, the encoder was built for"
                 f" {self.max_positions}"
             )
+        if rows is not None and rng is not None:
+            raise ValueError("states of some rows are without dropout: give rows or rng, not both")
         dropout = EventDropout(batch, self.dropout, rng)
         x = self._embed(embedded, dropout)
-        pending = None
+        pending, last = None, len(self.layers) - 1
         for layer, block in enumerate(self.layers):
-            x, pending = block(x, batch, self.causal, dropout, layer, pending)
+            asked = rows if layer == last else None
+            x, pending = block(x, batch, self.causal, dropout, layer, pending, asked)
         if type(self.final_norm) is nn.Identity:
             return x
         return first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
