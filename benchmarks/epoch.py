@@ -1,17 +1,21 @@
-"""Training steps of BERT4Rec on one file in fastrec, RecTools and RecBole, what an epoch takes and
+"""Training steps of one model on one file in fastrec, RecTools and RecBole, what an epoch takes and
 what the model has learnt.
 
     python benchmarks/epoch.py fastrec  --source Yelp.txt --steps 20 [--evaluate]
     python benchmarks/epoch.py rectools --source Yelp.txt --steps 5
     python benchmarks/epoch.py recbole  --source Yelp.txt --steps 5
+    python benchmarks/epoch.py fastrec  --source Beauty.txt --model sasrec --length 50 --steps 20
 
 The libraries cannot share an environment: run each with the Python that has it; no other is
-imported. The same model everywhere: 2 layers, 2 heads, D = 64, the last 30 items, dropout 0.5, a
-fifth of the items masked, softmax over all items, Adam, 256 sequences a step. What is an epoch is
-the library's choice: fastrec and RecTools see every user once, RecBole one sequence for every
-prefix. Prints the median time of a step (batch, forward, backward, optimiser) without the first.
-With `--evaluate`, also HR@10 and NDCG@10 of every user's last item among all items, those of the
-user's history included, after these steps.
+imported. The same model everywhere, D = 64, softmax over all items, Adam. What is an epoch is the
+library's choice: fastrec and RecTools see every user once, RecBole one sequence for every prefix,
+of which SASRec and GRU4Rec predict the last item alone. Prints the median time of a step (batch,
+forward, backward, optimiser) without the first. With `--evaluate`, also HR@10 and NDCG@10 of every
+user's last item among all items, those of the user's history included, after these steps.
+
+    bert4rec    2 layers, 2 heads, a fifth of the items masked
+    sasrec      2 layers, 1 head
+    gru4rec     1 layer of 128; not in RecTools
 
 `source`: a line a user, `user item item ...`, oldest first; the last two items are held out.
 """
@@ -27,7 +31,16 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-BATCH, LENGTH, WIDTH, MASKED, DROPOUT = 256, 30, 64, 0.2, 0.5
+WIDTH, MASKED, HIDDEN = 64, 0.2, 128
+
+
+class Task(NamedTuple):
+    source: Path
+    model: str
+    steps: int
+    batch: int
+    length: int
+    dropout: float
 
 
 def read(source: Path) -> Iterator[tuple[str, list[str]]]:
@@ -58,7 +71,7 @@ class Trained(NamedTuple):
     ranks: Callable[[], Iterable[float]]
 
 
-def fastrec(source: Path, steps: int, folder: Path) -> Trained:
+def fastrec(task: Task, folder: Path) -> Trained:
     import torch
 
     from fastrec.data.dataset import SequenceDataset
@@ -66,24 +79,35 @@ def fastrec(source: Path, steps: int, folder: Path) -> Trained:
     from fastrec.data.prepare import prepare
     from fastrec.data.side import SideData
     from fastrec.data.steps.mask import Mask
+    from fastrec.data.steps.next_item import NextItem
     from fastrec.data.views import Views
     from fastrec.evaluation.next_item import NextItemJudge, Protocol
+    from fastrec.nn.encoders.gru import Gru
+    from fastrec.nn.encoders.transformer import Transformer
     from fastrec.nn.user_model import ModelConfig, UserModel
     from fastrec.objectives.item import Item
     from fastrec.objectives.joint import JointObjective, total_loss
     from fastrec.random import Rng
 
-    prepare(source, folder / "data", format="s3rec")
+    encoder, view = {
+        "bert4rec": (Transformer(heads=2), Mask(share=MASKED)),
+        "sasrec": (Transformer(heads=1, causal=True, pre_norm=True), NextItem()),
+        "gru4rec": (Gru(hidden=HIDDEN), NextItem()),
+    }[task.model]
+    prepare(task.source, folder / "data", format="s3rec")
     dataset = SequenceDataset.load(folder / "data")
-    config = ModelConfig(width=WIDTH, max_len=LENGTH, dropout=DROPOUT)
+    config = ModelConfig(
+        width=WIDTH, max_len=task.length, dropout=task.dropout, encoder=encoder,
+        head_transform=task.model == "bert4rec",
+    )  # fmt: skip
     torch.manual_seed(0)
     model, side = UserModel(dataset.num_items, config), SideData(dataset)
     joint = JointObjective({"item": Item()}, model, side)
-    views = Views({"main": [Mask(share=MASKED)]}, model.frame, side, LENGTH)
-    loader = SequenceLoader(views, batch_size=BATCH)
+    views = Views({"main": [view]}, model.frame, side, task.length)
+    loader = SequenceLoader(views, batch_size=task.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     clock = Clock()
-    for step in range(steps):
+    for step in range(task.steps):
         batch = loader.batch_at(step)
         optimizer.zero_grad(set_to_none=True)
         total_loss(joint(model, batch, Rng(0, step))).backward()
@@ -98,12 +122,12 @@ def fastrec(source: Path, steps: int, folder: Path) -> Trained:
     return Trained(clock, len(loader), ranks)
 
 
-def rectools(source: Path, steps: int, folder: Path) -> Trained:
+def rectools(task: Task, folder: Path) -> Trained:
     import pandas as pd
     import pytorch_lightning as pl
     from rectools import Columns
     from rectools.dataset import Dataset
-    from rectools.models import BERT4RecModel
+    from rectools.models import BERT4RecModel, SASRecModel
     from rectools.models.nn.item_net import IdEmbeddingsItemNet
 
     names = [Columns.User, Columns.Item, Columns.Weight, Columns.Datetime]
@@ -111,7 +135,7 @@ def rectools(source: Path, steps: int, folder: Path) -> Trained:
     def dataset(held_out: int) -> Dataset:
         rows = [
             (user, item, 1.0, place)
-            for user, items in read(source)
+            for user, items in read(task.source)
             for place, item in enumerate(items[:-held_out])
         ]
         frame = pd.DataFrame(rows, columns=names)
@@ -130,60 +154,66 @@ def rectools(source: Path, steps: int, folder: Path) -> Trained:
 
     def trainer() -> pl.Trainer:
         return pl.Trainer(
-            max_steps=steps, accelerator="cpu", callbacks=[Tick()], logger=False,
+            max_steps=task.steps, accelerator="cpu", callbacks=[Tick()], logger=False,
             enable_progress_bar=False, enable_checkpointing=False,
         )  # fmt: skip
 
     train = dataset(held_out=2)
-    model = BERT4RecModel(
-        n_blocks=2,
-        n_heads=2,
-        n_factors=WIDTH,
-        session_max_len=LENGTH,
-        batch_size=BATCH,
-        mask_prob=MASKED,
-        dropout_rate=DROPOUT,
-        loss="softmax",
-        item_net_block_types=(IdEmbeddingsItemNet,),
+    options = dict(
+        n_blocks=2, n_factors=WIDTH, session_max_len=task.length, batch_size=task.batch,
+        dropout_rate=task.dropout, loss="softmax", item_net_block_types=(IdEmbeddingsItemNet,),
         get_trainer_func=trainer,
-    ).fit(train)
+    )  # fmt: skip
+    if task.model == "bert4rec":
+        model = BERT4RecModel(n_heads=2, mask_prob=MASKED, **options).fit(train)
+    elif task.model == "sasrec":
+        model = SASRecModel(n_heads=1, **options).fit(train)
+    else:
+        raise SystemExit(f"RecTools has no {task.model}")
 
     def ranks() -> Iterable[float]:
-        last = {user: items[-1] for user, items in read(source)}
+        last = {user: items[-1] for user, items in read(task.source)}
         lists = model.recommend(list(last), dataset(held_out=1), k=10, filter_viewed=False)
         hits = lists[lists[Columns.Item] == lists[Columns.User].map(last)]
         found = dict(zip(hits[Columns.User], hits[Columns.Rank], strict=True))
         return [found.get(user, math.inf) for user in last]
 
-    return Trained(clock, -(-train.user_id_map.size // BATCH), ranks)
+    return Trained(clock, -(-train.user_id_map.size // task.batch), ranks)
 
 
-def recbole(source: Path, steps: int, folder: Path) -> Trained:
+def recbole(task: Task, folder: Path) -> Trained:
     import torch
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
-    from recbole.model.sequential_recommender import BERT4Rec
+    from recbole.model import sequential_recommender
 
-    (folder / "yelp").mkdir()
-    with open(folder / "yelp" / "yelp.inter", "w") as file:
+    name = {"bert4rec": "BERT4Rec", "sasrec": "SASRec", "gru4rec": "GRU4Rec"}[task.model]
+    if task.model == "gru4rec":
+        sizes = dict(embedding_size=WIDTH, hidden_size=HIDDEN, num_layers=1)
+        sizes |= dict(dropout_prob=task.dropout)
+    else:
+        sizes = dict(n_layers=2, n_heads=1 + (task.model == "bert4rec"), hidden_size=WIDTH)
+        sizes |= dict(inner_size=4 * WIDTH, mask_ratio=MASKED)
+        sizes |= dict(hidden_dropout_prob=task.dropout, attn_dropout_prob=task.dropout)
+    (folder / "file").mkdir()
+    with open(folder / "file" / "file.inter", "w") as file:
         file.write("user_id:token\titem_id:token\ttimestamp:float\n")
-        for user, items in read(source):
+        for user, items in read(task.source):
             file.writelines(f"{user}\t{item}\t{place}\n" for place, item in enumerate(items))
     options = dict(
         data_path=str(folder), USER_ID_FIELD="user_id", ITEM_ID_FIELD="item_id",
         TIME_FIELD="timestamp", load_col={"inter": ["user_id", "item_id", "timestamp"]},
-        MAX_ITEM_LIST_LENGTH=LENGTH, train_batch_size=BATCH, n_layers=2, n_heads=2,
-        hidden_size=WIDTH, inner_size=4 * WIDTH, hidden_dropout_prob=DROPOUT,
-        attn_dropout_prob=DROPOUT, mask_ratio=MASKED, loss_type="CE", train_neg_sample_args=None,
-        use_gpu=False, eval_args=dict(split={"LS": "valid_and_test"}, order="TO", mode="full"),
+        MAX_ITEM_LIST_LENGTH=task.length, train_batch_size=task.batch, loss_type="CE",
+        train_neg_sample_args=None, use_gpu=False,
+        eval_args=dict(split={"LS": "valid_and_test"}, order="TO", mode="full"), **sizes,
     )  # fmt: skip
-    config = Config(model="BERT4Rec", dataset="yelp", config_dict=options)
+    config = Config(model=name, dataset="file", config_dict=options)
     train, _, test = data_preparation(config, create_dataset(config))
-    model = BERT4Rec(config, train.dataset).train()
+    model = getattr(sequential_recommender, name)(config, train.dataset).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     clock = Clock()
     epochs = itertools.chain.from_iterable(itertools.repeat(train))
-    for batch in itertools.islice(epochs, steps):
+    for batch in itertools.islice(epochs, task.steps):
         optimizer.zero_grad(set_to_none=True)
         model.calculate_loss(batch).backward()
         optimizer.step()
@@ -211,13 +241,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("package", choices=packages)
     parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--model", choices=("bert4rec", "sasrec", "gru4rec"), default="bert4rec")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--length", type=int, default=30)
+    parser.add_argument("--dropout", type=float, default=0.5)
     parser.add_argument("--evaluate", action="store_true")
     options = parser.parse_args()
-    source = options.source.resolve()
+    task = Task(
+        options.source.resolve(), options.model, options.steps, options.batch, options.length,
+        options.dropout,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # RecBole writes logs where it stands
-        clock, batches, ranks = packages[options.package](source, options.steps, Path(folder))
+        clock, batches, ranks = packages[options.package](task, Path(folder))
         wall, process = (median(times) for times in zip(*clock.steps[1:], strict=True))
         print(
             f"{options.package}: {wall:.3f} s a step ({process:.3f} s of CPU), {batches} steps an"

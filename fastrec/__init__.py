@@ -1,4 +1,10 @@
-"""fastrec: fused, exact kernels and objectives for recommender user models."""
+"""fastrec: fused, exact kernels and objectives for recommender user models.
+
+The ops are imported here; what is above them, `LATER`, when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from fastrec import threads
 
@@ -20,10 +26,37 @@ from fastrec.ops.linear_rank import linear_rank
 from fastrec.ops.linear_topk import linear_topk
 from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
+if TYPE_CHECKING:
+    from fastrec.data.dataset import SequenceDataset
+    from fastrec.data.prepare import prepare
+    from fastrec.evaluation.next_item import evaluate
+    from fastrec.nn.user_model import ModelConfig, UserModel
+    from fastrec.serve import recommend, user_vectors
+    from fastrec.training.config import Recipe
+    from fastrec.training.fit import fit
+
 __version__ = "0.1.0"
+# Their modules import polars, Lightning and others: a program that only wants an op goes without.
+LATER = {
+    "ModelConfig": "fastrec.nn.user_model",
+    "Recipe": "fastrec.training.config",
+    "SequenceDataset": "fastrec.data.dataset",
+    "UserModel": "fastrec.nn.user_model",
+    "evaluate": "fastrec.evaluation.next_item",
+    "fit": "fastrec.training.fit",
+    "prepare": "fastrec.data.prepare",
+    "recommend": "fastrec.serve",
+    "user_vectors": "fastrec.serve",
+}
 __all__ = [
+    "ModelConfig",
+    "Recipe",
+    "SequenceDataset",
+    "UserModel",
     "bias_gelu_dropout",
     "dropout_add_layer_norm",
+    "evaluate",
+    "fit",
     "gelu_ffn",
     "in_batch_cross_entropy",
     "in_batch_hardest",
@@ -35,5 +68,19 @@ __all__ = [
     "linear_cross_entropy",
     "linear_rank",
     "linear_topk",
+    "prepare",
+    "recommend",
     "sampled_linear_cross_entropy",
+    "user_vectors",
 ]
+
+
+def __getattr__(name: str):
+    if name not in LATER:
+        raise AttributeError(f"module 'fastrec' has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(LATER[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LATER})

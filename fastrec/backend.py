@@ -108,3 +108,22 @@ def resolve(backend: str | None, op: str, device: torch.device) -> str:
     if why := unavailable_reason(backend, op, device):
         raise RuntimeError(f"backend={backend!r}: {why}")
     return backend
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a person names: "cpu", "cuda", "cuda:1", or "auto", a GPU where there is one.
+
+    Raises ValueError for another name and for a GPU that is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device is {name!r}, and PyTorch finds {gpus} GPUs")
+    return device

@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from fastrec import recipes, threads
+from fastrec import __version__, recipes, threads
+from fastrec.backend import device_of
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.data.dataset import SequenceDataset
@@ -22,13 +24,15 @@ from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.data.prepare.text import read_lines
 from fastrec.data.settings import from_values
 from fastrec.demo import demo
+from fastrec.evaluation.next_item import Protocol
+from fastrec.nn.model_files import RECIPE, read_json
 from fastrec.nn.user_model import UserModel
 from fastrec.serve import check_table_path, user_vectors, write_table
 from fastrec.serve import recommend as recommend_items
-from fastrec.training.checkpoint import first_process
+from fastrec.training.checkpoint import MODEL, SUMMARY, first_process, plain
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
-from fastrec.training.model_folder import check_model
+from fastrec.training.model_folder import check_model, recipe_of
 from fastrec.training.sweep import sweep
 
 
@@ -119,21 +123,22 @@ def prepare(
     print(report)
 
 
-def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False):
+def pretrain(recipe: Recipe, data: Path, output: Path, resume: bool = False, device: str = "auto"):
     """Train the first stage of a recipe, `pretraining`, on a prepared data set.
 
     Args:
         data: folder written by `fastrec prepare`.
         output: folder of the run; the best model on validation is in `output/model`.
         resume: go on from the last checkpoint in `output`.
+        device: cpu, cuda or cuda:N; auto is all GPUs, or the CPU.
     """
     from fastrec.training.fit import fit  # Lightning, 3 s: other commands do without it
 
     dataset = SequenceDataset.load(data)
     recipe.stage("pretraining")
     _print_threads()
-    fit(dataset, recipe=recipe, stage="pretraining", output=output, resume=resume)
-    _print_model(output)
+    fit(dataset, recipe=recipe, stage="pretraining", output=output, resume=resume, device=device)
+    _print_run(output)
 
 
 def finetune(
@@ -143,6 +148,7 @@ def finetune(
     task: str = "recommendation",
     init: Path | None = None,
     resume: bool = False,
+    device: str = "auto",
 ):
     """Train another stage of a recipe: next-item recommendation, user profiles or friends.
 
@@ -152,6 +158,7 @@ def finetune(
         task: name of the stage: recommendation, profile, relation.
         init: folder of a pre-trained model; random weights without it.
         resume: go on from the last checkpoint in `output`.
+        device: cpu, cuda or cuda:N; auto is all GPUs, or the CPU.
     """
     from fastrec.training.fit import fit
 
@@ -170,8 +177,9 @@ def finetune(
         output=output,
         initial_folder=init,
         resume=resume,
+        device=device,
     )
-    _print_model(output)
+    _print_run(output)
 
 
 def evaluate(
@@ -182,8 +190,10 @@ def evaluate(
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
     overwrite: bool = False,
+    device: str = "auto",
 ):
-    """Measure a model as a stage of the recipe judges it, beside a baseline.
+    """Measure a model as a stage of the recipe judges it, beside a baseline. Without --config the
+    recipe is that of the model.
 
     Args:
         data: folder written by `fastrec prepare`.
@@ -195,18 +205,23 @@ def evaluate(
         split: which held-out item, for the next item.
         output: JSON file for the metrics.
         overwrite: replace a file `output`.
+        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
     with contextlib.nullcontext() if output is None else locked_file(output, overwrite):
-        result = _evaluate(recipe, data, pretrained, task, split)
+        result = _evaluate(recipe, data, pretrained, task, split, device)
         if output is not None:
             write_text(output, json.dumps(result, indent=2) + "\n")
 
 
-def _evaluate(recipe: Recipe, data: Path, pretrained: Path, task: str | None, split: str) -> dict:
+def _evaluate(
+    recipe: Recipe, data: Path, pretrained: Path, task: str | None, split: str, device: str
+) -> dict:
     dataset = SequenceDataset.load(data)
     task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
     stage = recipe.stage(task)
-    trained = _model_for(pretrained, dataset, _held_out(recipe, stage))
+    trained = _model_for(pretrained, dataset, _held_out(recipe, stage)).to(device_of(device))
+    if stage.judge == "next_item":
+        _say_other_protocol(pretrained, recipe)
     return evaluate_stage(dataset, recipe, stage, trained, pretrained, split)
 
 
@@ -217,6 +232,7 @@ def embed(
     users: Path | None = None,
     pool: Literal["max", "mean", "cls", "ur", "last"] = "max",
     overwrite: bool = False,
+    device: str = "auto",
 ):
     """Write user vectors (pooled states) to a Parquet file.
 
@@ -227,13 +243,17 @@ def embed(
         users: text file with one original user id a line; all users without it.
         pool: max (UPRec, eq. 8) or mean over the items, the state of a token, or of the last item.
         overwrite: replace a file `output`.
+        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
     if output.suffix != ".parquet":
         raise ValueError(f"{output}: user vectors are written to a .parquet file")
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
-        model = _model_for(pretrained, dataset)
-        write_table(user_vectors(model, dataset, _read_users(users), pool), output, overwrite)
+        model = _model_for(pretrained, dataset).to(device_of(device))
+        vectors = user_vectors(model, dataset, _read_users(users), pool)
+        write_table(vectors, output, overwrite)
+    width = model.config.width
+    print(f"{output}: {len(vectors):,} user vectors of {width} numbers, {pool} of the states")
 
 
 def recommend(
@@ -245,6 +265,7 @@ def recommend(
     seen: Literal["exclude", "none"] = "exclude",
     logit_adjustment: float = 0.0,
     overwrite: bool = False,
+    device: str = "auto",
 ):
     """Write the k best next items of each user, in the ids of the original data.
 
@@ -258,13 +279,16 @@ def recommend(
         logit_adjustment: what is taken from a score is this times the log of the item's share of
             the training events; with 1, items are ranked by how much likelier the user makes them.
         overwrite: replace a file `output`.
+        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
     check_table_path(output)
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
-        trained = _model_for(pretrained, dataset)
+        trained = _model_for(pretrained, dataset).to(device_of(device))
         best = recommend_items(trained, dataset, k, _read_users(users), seen, logit_adjustment)
         write_table(best, output, overwrite)
+    past = "items of their history left out" if seen == "exclude" else "their history included"
+    print(f"{output}: {len(best):,} rows, the {k} best items of each user, {past}")
 
 
 def list_recipes():
@@ -279,9 +303,22 @@ def _print_threads() -> None:
         print(threads.described())
 
 
-def _print_model(output: Path) -> None:
-    if first_process():
-        print(f"model: {output / 'model'}")
+def _print_run(output: Path) -> None:
+    """The best step, its metrics, and where everything is."""
+    if not first_process():
+        return
+    run = read_json(output / SUMMARY)
+    best = ", ".join(f"{name} {value:.4f}" for name, value in run["valid"].items())
+    print(f"best on validation: step {run['best_step']:,} of {run['steps']:,}: {best}")
+    print(f"model: {output / MODEL}\nlogs: {output}/metrics, /validation and /tensorboard")
+
+
+def _say_other_protocol(pretrained: Path, recipe: Recipe) -> None:
+    """A model remembers how it was validated: numbers under two protocols are not compared."""
+    known = recipe_of(pretrained)
+    if known is not None and known.get("evaluation") != plain(recipe.evaluation):
+        chosen = from_values(Protocol, known["evaluation"])
+        print(f"the model was chosen by another protocol: {chosen}")
 
 
 def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
@@ -373,6 +410,8 @@ def _recipe_settings(arguments: list[str]) -> tuple[dict, list[str]]:
 def _with_recipe(name: str, arguments: list[str]) -> None:
     """Run a command that takes a recipe. Its other flags may stand in the YAML file as well."""
     command = RECIPE_COMMANDS[name]
+    if name == "evaluate" and not any(each.split("=")[0] == "--config" for each in arguments):
+        arguments = [*_own_recipe(arguments), *arguments]
     settings, rest = _recipe_settings(arguments)
     own = [key for key in settings if key in inspect.signature(command).parameters]
     written = {key: settings.pop(key) for key in own}
@@ -386,10 +425,21 @@ def _with_recipe(name: str, arguments: list[str]) -> None:
     command(recipe, **parser.instantiate(config)[name])
 
 
+def _own_recipe(arguments: list[str]) -> list[str]:
+    """--config with the recipe of the model that --pretrained names."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    for flag, value in [*pairs, *(a.partition("=")[::2] for a in arguments)]:
+        if flag == "--pretrained" and (Path(value) / RECIPE).is_file():
+            return ["--config", str(Path(value) / RECIPE)]
+    return []
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Errors in the input end with status 1 and one line, not a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else ""
+    if name == "--version":
+        return print(f"fastrec {__version__}")
     try:
         if name in RECIPE_COMMANDS and {"-h", "--help", "--help-all"} & set(arguments):
             return show_help(_parser(), name, whole="--help-all" in arguments)
@@ -400,6 +450,9 @@ def main(arguments: list[str] | None = None) -> None:
         values = dict(parser.instantiate(config)[config.command])
         values.pop("config", None)
         COMMANDS[config.command](**values)
+    except KeyboardInterrupt as stop:
+        print(f"fastrec: {stop or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BaseException as error:
         from jsonargparse import ArgumentError
 

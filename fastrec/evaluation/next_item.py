@@ -63,6 +63,19 @@ class Protocol:
         """Users beside a friend."""
         return 99 if self.friend_negatives is None else self.friend_negatives
 
+    def __str__(self) -> str:
+        """As a sentence."""
+        text = "the target ranked among all items"
+        if self.candidates == "sampled":
+            text = f"the target ranked among {self.others} sampled by popularity (seed {self.seed})"
+        elif self.seen == "exclude":
+            text += " but those of the user's history"
+        else:
+            text += ", those of the user's history included"
+        if self.logit_adjustment:
+            text += f", scores less {self.logit_adjustment:g} log of the popularity"
+        return text
+
     def check_used(self, judges: set[str]) -> None:
         """Raise ValueError for a key that none of the judges of a recipe reads."""
         if judges and self.friend_negatives is not None and "friends" not in judges:
@@ -144,6 +157,16 @@ def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     """[N, D] item-head queries for the item that follows the input of each user in `split`."""
     batch = model.inputs(dataset, users, split, ask=True).to(model.item_table.device)
     return model.ask(batch)
+
+
+def evaluate(
+    model, dataset, protocol: Protocol = Protocol(), split: str = "test", users=None
+) -> dict[str, float]:
+    """`ranking_metrics` of the held-out items of `users` (int64 indices; all users of the split)
+    under a protocol, `recipe.evaluation` for one. split: "valid" or "test"."""
+    users = dataset.users(split) if users is None else users
+    users = torch.as_tensor(users, dtype=torch.int64, device="cpu")
+    return ranking_metrics(NextItemJudge(dataset, users, split, protocol).ranks(model))
 
 
 class NextItemJudge:

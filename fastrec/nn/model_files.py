@@ -2,7 +2,7 @@
 
 config.json         settings of the model
 model.safetensors   its weights
-heads.safetensors, trained_on.json, users.npy   of a model that `fit` has trained
+heads.safetensors, trained_on.json, users.npy, recipe.json   of a model that `fit` has trained
 digests.json        a digest of each, written last
 """
 
@@ -20,14 +20,15 @@ from fastrec.data.output import new_file, write_text
 FORMAT = 3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADS, TRAINED_ON, USERS = "heads.safetensors", "trained_on.json", "users.npy"
-NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, USERS)
+RECIPE = "recipe.json"
+NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, USERS, RECIPE)
 DIGESTS = "digests.json"
 
 
 def write_model(folder: Path, config: dict, weights: Mapping[str, Tensor]) -> None:
     """Write a model into `folder`. What belongs to an earlier one there goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (HEADS, TRAINED_ON, USERS):
+    for name in NAMES[2:]:
         (folder / name).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS, weights)
     write_text(folder / CONFIG, json.dumps({"format": FORMAT, **config}, indent=2) + "\n")

@@ -4,8 +4,10 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
@@ -14,16 +16,18 @@ from fastrec.training.checkpoint import first_process, write_checkpoint
 
 
 class KeepBest(Callback):
-    """Call `save` with the number of steps whenever the monitored metric improves."""
+    """Call `save` with the number of steps whenever the monitored metric improves. `metrics` are
+    those of validation at that step."""
 
     def __init__(self, save: Callable[[int], None]):
-        self.save, self.best = save, float("-inf")
+        self.save, self.best, self.step = save, float("-inf"), 0
+        self.metrics: dict[str, float] = {}
 
     def state_dict(self) -> dict:
-        return {"best": self.best}
+        return {"best": self.best, "step": self.step, "metrics": self.metrics}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best = state["best"]
+        self.best, self.step, self.metrics = (state[key] for key in ("best", "step", "metrics"))
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         checkpoint["kept"] = self.best > float("-inf")
@@ -35,14 +39,23 @@ class KeepBest(Callback):
             raise _diverged(trainer, f"loss is {loss}, {module.stage.monitored} {value}")
         _check_finite(trainer, module)
         if value > self.best:
-            self.best = value
+            self.best, self.step = value, trainer.global_step
+            found = {k: float(v) for k, v in trainer.callback_metrics.items() if "valid/" in k}
+            self.metrics = {name.removeprefix("valid/"): value for name, value in found.items()}
             if trainer.is_global_zero:
                 self.save(trainer.global_step)
+
+
+class Interrupted(Exception):
+    """Ctrl-C has ended a run, and `last.ckpt` holds all its steps."""
 
 
 class SaveToResume(Checkpoint):
     """Write `path` every so many steps and after each validation: a resumed run does not repeat the
     validation of its first step, whose outcome is the best so far and the patience left.
+
+    Ctrl-C in a run of one process ends it behind the step, or the validation, that it is in, which
+    `path` then holds: raises Interrupted. A second one ends it at once.
 
     run: what the run was started with, `checkpoint.identity`.
     """
@@ -50,6 +63,7 @@ class SaveToResume(Checkpoint):
     def __init__(self, path: Path, run: dict, every: int, patience: int):
         self.path, self.run, self.every, self.patience = path, run, every, patience
         self.stopped: int | None = None
+        self.interrupted, self._before = False, cast(Any, None)
 
     def state_dict(self) -> dict:
         return {"stopped": self.stopped}
@@ -62,10 +76,24 @@ class SaveToResume(Checkpoint):
 
     def on_train_start(self, trainer, module) -> None:
         trainer.should_stop = self.stopped == self.patience  # the run had ended
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *args) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nfastrec: ending behind this step; Ctrl-C again ends at once", file=sys.stderr)
+
+    def teardown(self, trainer, module, stage: str) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
 
     def on_train_batch_end(self, trainer, module, *args) -> None:
         # The last batch of a pass is followed by a validation.
-        if trainer.global_step % self.every == 0 and not trainer.is_last_batch:
+        due = trainer.global_step % self.every == 0 or self.interrupted
+        if due and not trainer.is_last_batch:
             self._save(trainer, module)
 
     def on_validation_end(self, trainer, module) -> None:  # Lightning calls checkpoints last
@@ -76,6 +104,11 @@ class SaveToResume(Checkpoint):
     def _save(self, trainer, module) -> None:
         _check_finite(trainer, module)
         trainer.save_checkpoint(self.path)
+        if self.interrupted:
+            raise Interrupted(
+                f"Ctrl-C: the run ended after {trainer.global_step} of {module.stage.steps} steps,"
+                f" and {self.path} holds them all; it goes on with --resume true"
+            )
 
 
 class CheckpointFile(TorchCheckpointIO):

@@ -1,7 +1,7 @@
 """A run folder, so that none is taken for another, and a run that ends anywhere goes on.
 
     recipe.json, stage.json   what the run was started with, for people and `--config`
-    metrics/, tensorboard/    logs
+    metrics/, validation/, tensorboard/    logs
     model/                    the best model so far, first the one that the run started from
     last.ckpt                 what to resume from, and what it was started with
     summary.json              the run has ended
@@ -31,7 +31,7 @@ MAY_CHANGE = ("patience", "checkpoint_every", "devices", "backend", "cuda_graph"
 # Of the recipe: the other stages may change.
 COMPARED = ("model", "attributes", "evaluation", "users", "seed")
 # What a run leaves that ends before its first checkpoint, beside the model it started from.
-UNSTARTED = {"recipe.json", "stage.json", "metrics", "tensorboard"}
+UNSTARTED = {"recipe.json", "stage.json", "metrics", "validation", "tensorboard"}
 MODEL, LAST, SUMMARY = "model", "last.ckpt", "summary.json"
 _DIGEST = 64  # characters of SHA-256
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastrec import recipes
 from fastrec.data.attributes import Attribute
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
@@ -216,6 +217,24 @@ class Recipe:
         self.evaluation.check_used(judges)
         if stages and self.users.seed and self.users.fraction == 1 and judges == {"next_item"}:
             raise ValueError("users.seed has no effect: users.fraction is 1")
+
+    @classmethod
+    def load(cls, name_or_file: str, **changes) -> "Recipe":
+        """The recipe of a name (`fastrec recipes`) or YAML file with `changes`: keys of a recipe,
+        groups of them as dicts, merged as `base:` does; or keys of a stage, for `pretraining`.
+
+            Recipe.load("sasrec", steps=1000, model={"max_len": 20}, seed=1)
+
+        Raises FileNotFoundError that lists the recipes, TypeError or ValueError for a key.
+        """
+        own, stage = ([f.name for f in dataclasses.fields(kind)] for kind in (cls, Stage))
+        settings = recipes.load(str(name_or_file))
+        for key, value in changes.items():
+            if key not in own and key not in stage:
+                raise TypeError(f"{key!r} is no key of a recipe {own} nor of a stage {stage}")
+            part = {key: value} if key in own else {"pretraining": {key: value}}
+            settings = recipes.merged(settings, part)
+        return from_values(cls, settings)
 
     @property
     def stages(self) -> dict[str, Stage]:

@@ -43,7 +43,7 @@ def _next_item(dataset, recipe: Recipe, model: UserModel, split: str) -> dict:
         "popularity": ranking_metrics(judge.popularity_ranks()),
         "model": ranking_metrics(ranks),
     }
-    print(f"{len(judge)} users, {split}, {recipe.evaluation}")
+    print(f"{len(judge):,} users, split {split}, {recipe.evaluation}")
     print_metrics(rows)
     groups = {
         f"{label} ({mask.sum()} users)": ranking_metrics(ranks[mask])
@@ -67,6 +67,7 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
     settings = UserAttributes(pool=scales[0]["pool"])
     objective = JointObjective({"user_attributes": settings}, model, side)
     load_heads(objective, folder)
+    objective.to(model.item_table.device)
     trained = select_users(dataset, recipe.users)
     judge = AttributesJudge(dataset, users, "all", side.encoded, trained)
     rows = {
@@ -85,6 +86,7 @@ def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Pa
     settings = stage.parts.get("friends", Friends())
     objective = JointObjective({"friends": settings}, model, side_data(dataset, recipe))
     taken = load_heads(objective, folder, only=["friends"])
+    objective.to(model.item_table.device)
     rows = {
         "shared items (Sim)": judge.shared_items(),
         "model": judge.metrics(_all_scores(judge, model, objective), objective),

@@ -9,15 +9,18 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
 
-from fastrec.backend import unavailable_reason
+from fastrec.backend import device_of, unavailable_reason
 from fastrec.data.loader import SequenceLoader
 from fastrec.data.output import locked, write_text
 from fastrec.data.views import Views
@@ -25,7 +28,13 @@ from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.transfer import PARTS, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
-from fastrec.training.callbacks import CheckpointFile, EndAtOnce, KeepBest, SaveToResume
+from fastrec.training.callbacks import (
+    CheckpointFile,
+    EndAtOnce,
+    Interrupted,
+    KeepBest,
+    SaveToResume,
+)
 from fastrec.training.checkpoint import (
     LAST,
     MODEL,
@@ -34,15 +43,26 @@ from fastrec.training.checkpoint import (
     check_resumed,
     first_process,
     identity,
+    plain,
     short,
     start_run,
     tidy_run,
 )
 from fastrec.training.config import Recipe, Stage
+from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed
 from fastrec.training.model_folder import load_heads, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import seen_by_run, started_model, with_model
+
+
+class Around(NamedTuple):
+    """What the weights of a run do not depend on."""
+
+    device: str = "auto"
+    progress: bool = True
+    callbacks: Sequence[Callback] = ()
+    loggers: Sequence[Logger] = ()
 
 
 def fit(
@@ -54,7 +74,10 @@ def fit(
     output: Path | str | None = None,
     initial_folder: Path | None = None,
     resume: bool = False,
+    device: str = "auto",
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
     **settings,
 ) -> UserModel:
     """Train one stage and return the model that was best on validation.
@@ -63,8 +86,8 @@ def fit(
     recipe and the name of one of its stages is what the command line gives.
 
     Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`, with the
-    parameters of the objectives in heads.safetensors), `last.ckpt` (to resume from), `metrics/`
-    (CSV), `tensorboard/`, `recipe.json` (the whole recipe), `stage.json` (the stage),
+    parameters of the objectives in heads.safetensors), `last.ckpt` (to resume from), `metrics/` and
+    `validation/` (CSV), `tensorboard/`, `recipe.json` (the whole recipe), `stage.json` (the stage),
     `summary.json`.
 
     Args:
@@ -78,26 +101,30 @@ def fit(
             and the users that it was trained on count as seen.
         resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run. What
             the run was started with must be the same but for `checkpoint.MAY_CHANGE`.
+        device: "cpu", "cuda", "cuda:1", ..; "auto": all GPUs, or the CPU.
+        progress: a bar in a terminal, elsewhere a line for each validation.
+        callbacks, loggers: Lightning's, beside those of fastrec.
         settings: fields of `Stage`, which replace those of the stage.
 
     Raises:
         FileExistsError: `output` holds a run and `resume` is off, or another process is writing it.
         FileNotFoundError: nothing to resume. ValueError: `last.ckpt` or the best model is damaged
         or of a run with other settings, or the stage cannot run as it says. Nothing is written
-        then.
+        then. KeyboardInterrupt: Ctrl-C; `output/last.ckpt` holds all steps that were done.
     """
+    around = Around(device, progress, callbacks, loggers)
     if output is None:
         if resume:
             raise ValueError("a run without an output folder cannot be resumed")
         with tempfile.TemporaryDirectory() as folder:
             return fit(
                 dataset, model, recipe=recipe, stage=stage, output=Path(folder) / "run",
-                initial_folder=initial_folder, progress=progress, **settings,
+                initial_folder=initial_folder, **around._asdict(), **settings,
             )  # fmt: skip
     whole, output = recipe or Recipe(), Path(output)
     chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **settings)
     with locked(output) if first_process() else contextlib.nullcontext():
-        return _fit(dataset, model, whole, stage, chosen, output, initial_folder, resume, progress)
+        return _fit(dataset, model, whole, stage, chosen, output, initial_folder, resume, around)
 
 
 def _fit(
@@ -109,7 +136,7 @@ def _fit(
     output: Path,
     initial_folder: Path | None,
     resume: bool,
-    progress: bool,
+    around: Around,
 ) -> UserModel:
     if initial is not None:
         recipe = with_model(recipe, initial, current.init)
@@ -125,12 +152,12 @@ def _fit(
         check_resumed(output, identity(dataset, recipe, stage), current.steps, encoder)
     elif first_process():
         check_free(output, dataset, recipe, stage)
+    device = device_of(around.device)
     if current.cuda_graph:
-        _check_one_gpu(current.devices)
-    if current.backend is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if why := unavailable_reason(current.backend, "linear_cross_entropy", device):
-            raise ValueError(f"backend is {current.backend!r}: {why}")
+        _check_one_gpu(device, current.devices)
+    name = current.backend or "reference"
+    if why := unavailable_reason(name, "linear_cross_entropy", device):
+        raise ValueError(f"backend is {name!r}: {why}")
 
     torch.manual_seed(recipe.seed)
     trained, taken = started_model(dataset, recipe.model, initial, current.init)
@@ -154,13 +181,13 @@ def _fit(
     seen = seen_by_run(dataset, data.users, recipe, current, initial, initial_folder, kept)
     keep = KeepBest(
         lambda steps: save_model(
-            output / MODEL, trained, objective, {**trained_on, "steps": steps}, seen
+            output / MODEL, trained, objective, {**trained_on, "steps": steps}, plain(recipe), seen
         )
     )
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
-    trainer = _trainer(output, run, current, keep, loader.steps_per_pass, progress)
+    trainer = _trainer(output, run, current, keep, len(data.users), around)
     start = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
@@ -169,11 +196,15 @@ def _fit(
     except SIGTERMException as stop:  # a SystemExit with status 0
         print(f"fastrec: SIGTERM ended the run in {output}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from stop
+    except Interrupted as stop:  # Lightning would end the process for a KeyboardInterrupt
+        raise KeyboardInterrupt(str(stop)) from None
     parameters = trained_share(trained, objective)
     summary = {
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - start, 1),
         f"valid {current.monitored}": keep.best,
+        "best_step": keep.step,
+        "valid": keep.metrics,
         "users": len(data.users),
         "parameters": parameters[1],
         "trained": parameters[0],
@@ -188,10 +219,12 @@ def _fit(
 
 
 def _trainer(
-    output: Path, run: dict, stage: Stage, keep: KeepBest, steps_per_pass: int, progress: bool
+    output: Path, run: dict, stage: Stage, keep: KeepBest, users: int, around: Around
 ) -> lightning.Trainer:
     callbacks: list[Callback] = [
+        *around.callbacks,
         keep,
+        Speed(),
         SaveToResume(output / LAST, run, stage.checkpoint_every, stage.patience),
         EndAtOnce(output),
     ]
@@ -204,8 +237,10 @@ def _trainer(
                 check_on_train_epoch_end=False,  # but after validation, before SaveToResume
             )
         )
-    if progress:
-        callbacks.append(RichProgressBar())
+    console = Console()
+    bar = around.progress and (console.is_terminal or console.is_jupyter)
+    if around.progress:
+        callbacks.append(RichProgressBar() if bar else Lines(keep, users))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     noises = (
         ".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*",
@@ -213,11 +248,17 @@ def _trainer(
     )  # fmt: skip
     for noise in noises:
         warnings.filterwarnings("ignore", noise)
-    devices = max(1, torch.cuda.device_count()) if stage.devices == "auto" else int(stage.devices)
+    device, chosen = device_of(around.device), stage.devices
+    devices = max(1, torch.cuda.device_count()) if chosen == "auto" else int(chosen)
+    if device.index is not None and chosen not in ("auto", 1):
+        raise ValueError(f"devices is {chosen}, and device names one, {device}")
+    if (device.type == "cpu" and chosen == "auto") or device.index is not None:
+        devices = 1
     return lightning.Trainer(
         max_steps=stage.steps,
         max_epochs=stage.steps // stage.pass_steps,
-        devices=stage.devices,
+        accelerator=device.type,
+        devices=devices if device.index is None else [device.index],
         # Which parameters the objectives read is theirs to know: the item head of a stage without
         # item prediction has no gradient, and DDP would wait for it.
         strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
@@ -225,25 +266,23 @@ def _trainer(
         callbacks=callbacks,
         plugins=[CheckpointFile()],
         logger=[
-            # Lightning deletes the CSV of an earlier run in the same folder: a new one each time.
-            CSVLogger(output, name="metrics", version=_next_version(output / "metrics")),
+            *around.loggers,
+            Csv(output, TRAINING),
+            Csv(output, VALIDATION),
             TensorBoardLogger(output, name="tensorboard", version=""),
         ],
         num_sanity_val_steps=0,
-        enable_progress_bar=progress,
+        enable_progress_bar=bar,
         enable_model_summary=False,
-        log_every_n_steps=min(10, steps_per_pass),
+        log_every_n_steps=min(10, stage.pass_steps),
         use_distributed_sampler=False,
     )
 
 
-def _next_version(folder: Path) -> int:
-    versions = [path.name.removeprefix("version_") for path in folder.glob("version_*")]
-    return max((int(each) for each in versions if each.isdecimal()), default=-1) + 1
-
-
-def _check_one_gpu(devices: int | str) -> None:
-    gpus = torch.cuda.device_count()
+def _check_one_gpu(device: torch.device, devices: int | str) -> None:
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.index is not None:
+        devices = 1
     used = gpus if devices == "auto" else min(int(devices), gpus)
     if used != 1:
         raise ValueError(

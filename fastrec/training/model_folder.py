@@ -1,5 +1,5 @@
 """What stands beside the weights of a trained model: the parameters of objectives, the items that
-its table means, and the users that it has seen."""
+its table means, the users that it has seen, and the recipe."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.output import new_folder, put, write_text
 from fastrec.nn.model_files import (
     HEADS,
+    RECIPE,
     TRAINED_ON,
     USERS,
     checked,
@@ -37,17 +38,19 @@ def save_model(
     model: UserModel,
     objective: JointObjective,
     trained_on: dict,
+    recipe: dict,
     seen: np.ndarray | None,
 ) -> None:
     """Write a model with all that belongs to it; one that is in `folder` is replaced in one step.
 
-    trained_on: see `KEYS`. seen: of `seen_users`.
+    trained_on: see `KEYS`. recipe: as `--config` reads it. seen: of `seen_users`.
     """
     work = new_folder(folder)
     try:
         model.save_pretrained(work)
         save_heads(objective, work)
         write_text(work / TRAINED_ON, json.dumps(trained_on, indent=2) + "\n")
+        write_text(work / RECIPE, json.dumps(recipe, indent=2) + "\n")
         if seen is not None:
             np.save(work / USERS, seen)
         write_digests(work)
@@ -65,6 +68,12 @@ def read_trained_on(folder: Path) -> dict:
         if key in values and type(values[key]) is not kind:
             raise ValueError(f"{file}: {key} is {values[key]!r}, expected {kind.__name__}")
     return values
+
+
+def recipe_of(folder: Path) -> dict | None:
+    """The recipe that a model was trained by; None for one that was saved otherwise."""
+    file = checked(folder, RECIPE)
+    return read_json(file) if file.is_file() else None
 
 
 def seen_users(dataset, users: Tensor, earlier: Iterable[Path | None]) -> np.ndarray | None:

@@ -1,0 +1,188 @@
+"""What a run says and keeps for people: lines, CSV files, its recipe; and Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import polars
+import pytest
+import torch
+from builders import assert_same_weights, synthetic, trained_weights
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+import fastrec
+from fastrec.backend import device_of
+from fastrec.cli import main
+from fastrec.training.config import Recipe
+from fastrec.training.fit import fit
+
+SHORT = dict(
+    steps=40, batch_size=64, validate_every=20, warmup_steps=2,
+    model={"width": 16, "max_len": 8}, users={"fraction": 1.0},
+)  # fmt: skip
+FLAGS = [
+    "--config", "sasrec", "--model.width", "16", "--model.max_len", "8",
+    "--pretraining.batch_size", "64", "--pretraining.validate_every", "20",
+    "--pretraining.warmup_steps", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """data, and the run of a recipe on it in `run`."""
+    folder = tmp_path_factory.mktemp("reports")
+    synthetic(folder, num_users=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    seen = []
+
+    class Count(Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(1)
+
+    mine = CSVLogger(folder, name="mine")
+    recipe = Recipe.load("sasrec", **SHORT)
+    fit(dataset, recipe=recipe, output=folder / "run", callbacks=[Count()], loggers=[mine])
+    assert len(seen) == 40 and list((folder / "mine").rglob("metrics.csv")), "what was passed ran"
+    return folder / "run"
+
+
+def test_lines_without_a_terminal(folder, capfd):
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    fit(dataset, recipe=Recipe.load("sasrec", **SHORT))
+    lines = capfd.readouterr().out.splitlines()
+    users = len(dataset.users("train"))
+    assert lines[0] == f"step 0 of 40: {users} users, 64 a step, validated every 20 steps"
+    pattern = r"step \d0 of 40: loss \d\.\d{4}, NDCG@10 0\.\d{4}( \(best\))?, \d+ s"
+    assert len(lines) == 3 and all(re.fullmatch(pattern, line) for line in lines[1:]), lines
+    assert "(best)" in lines[1]
+    fit(dataset, recipe=Recipe.load("sasrec", **SHORT), progress=False)
+    assert capfd.readouterr().out == ""
+
+
+def test_csv_files_have_numbers_alone(run):
+    for name in ("metrics", "validation"):
+        frame = polars.read_csv(run / name / "version_0" / "metrics.csv")
+        assert all(kind.is_numeric() for kind in frame.dtypes), frame.schema
+        assert frame.null_count().sum_horizontal().item() == 0
+    assert frame["step"].to_list() == [19, 39] and "valid/NDCG@10" in frame.columns
+    frame = polars.read_csv(run / "metrics" / "version_0" / "metrics.csv")
+    assert frame["step"].to_list() == [9, 19, 29, 39]
+    assert (frame["events_per_second"] > 0).all()
+    assert frame["learning_rate"].to_list() == pytest.approx(
+        [0.002 * (1 - (step - 2) / 38) for step in (10, 20, 30, 40)]
+    )
+
+
+def test_the_summary_has_the_best_step_and_its_metrics(run):
+    summary = json.loads((run / "summary.json").read_text())
+    frame = polars.read_csv(run / "validation" / "version_0" / "metrics.csv")
+    best = frame[frame["valid/NDCG@10"].arg_max()]
+    assert summary["best_step"] == best["step"].item() + 1
+    for name, value in summary["valid"].items():
+        assert value == pytest.approx(best[f"valid/{name}"].item())
+
+
+def test_a_model_remembers_its_protocol(folder, run, capsys):
+    data = ["--data", str(folder / "data"), "--pretrained", str(run / "model")]
+    main(["evaluate", *data])
+    said = capsys.readouterr().out
+    assert "the target ranked among all items but those of the user's history" in said
+    assert "another protocol" not in said
+    main(["evaluate", *data, "--evaluation.seen", "none"])
+    said = capsys.readouterr().out
+    assert "the model was chosen by another protocol: the target ranked among all items but" in said
+    assert "the target ranked among all items, those of the user's history included" in said
+    main(["evaluate", *data, "--config", "sasrec"])
+    assert "another protocol" not in capsys.readouterr().out
+
+
+def test_commands_say_what_they_wrote(folder, run, capsys):
+    shared = ["--data", str(folder / "data"), "--pretrained", str(run / "model")]
+    best, vectors = folder / "best.csv", folder / "users.parquet"
+    main(["recommend", *shared, "--output", str(best), "--k", "3", "--device", "cpu"])
+    rows = polars.read_csv(best).height
+    assert f"{best}: {rows} rows, the 3 best items of each user" in capsys.readouterr().out
+    main(["embed", *shared, "--output", str(vectors)])
+    assert f"{vectors}: 200 user vectors of 16 numbers" in capsys.readouterr().out
+    main(["--version"])
+    assert capsys.readouterr().out == f"fastrec {fastrec.__version__}\n"
+
+
+def test_ctrl_c_keeps_every_step(folder, tmp_path):
+    """The run that was interrupted and goes on ends with the bits of one that was not."""
+    command = [
+        sys.executable, "-m", "fastrec", "pretrain", *FLAGS, "--pretraining.steps", "2000",
+        "--pretraining.checkpoint_every", "100000", "--data", str(folder / "data"),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "cut")], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 20 of"):
+            process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait() == 130 and "Traceback" not in said, said
+    found = re.search(r"Ctrl-C: the run ended after (\d+) of 2000 steps", said)
+    assert found, said
+    step = int(found.group(1))
+    assert trained_weights(tmp_path / "cut")["step"] == step
+    # Another interruption at the same step, without one: the same weights.
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    whole = Recipe.load("sasrec", **(SHORT | {"steps": 2000, "checkpoint_every": step}))
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == step + 1:
+                raise RuntimeError("far enough")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.raises(RuntimeError, match="far enough"):
+            fit(dataset, recipe=whole, output=tmp_path / "whole", callbacks=[Stop()])
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_recipes_from_python():
+    recipe = Recipe.load("sasrec", steps=500, model={"width": 32}, seed=3)
+    assert recipe.pretraining.steps == 500 and recipe.model.width == 32 and recipe.seed == 3
+    assert recipe.model.encoder.transformer.causal and recipe.pretraining.batch_size == 256
+    with pytest.raises(TypeError, match="'stepz' is no key of a recipe"):
+        Recipe.load("sasrec", stepz=1)
+    with pytest.raises(FileNotFoundError, match="the recipes are bert4rec, .*sasrec"):
+        Recipe.load("sasrek")
+
+
+def test_devices_by_name():
+    assert device_of("cpu") == torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    assert device_of("auto").type == ("cuda" if gpus else "cpu")
+    with pytest.raises(ValueError, match="device is 'cuda:99', and PyTorch finds"):
+        device_of("cuda:99")
+    for name in ("gpu", "meta", "cuda:x"):
+        with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N"):
+            device_of(name)
+
+
+def test_names_of_the_package_are_there_when_they_are_asked_for():
+    script = "import sys, fastrec; assert 'polars' not in sys.modules, 'import fastrec is light'"
+    script += (
+        "\nassert 'lightning' not in sys.modules; assert fastrec.Recipe and 'fit' in dir(fastrec)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert all(getattr(fastrec, name) is not None for name in fastrec.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        fastrec.fitt  # noqa: B018
