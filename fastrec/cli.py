@@ -167,7 +167,9 @@ def finetune(
     if init is not None:
         same_items = bool({"items", "head"} & set(stage.init.take))
         held_out = _held_out(recipe, stage) if stage.init.users == "same" else None
-        initial = _model_for(init, dataset, held_out, same_items)
+        # Other people have no vectors there: theirs start anew.
+        same_users = "head" in stage.init.take and stage.init.users == "same"
+        initial = _model_for(init, dataset, held_out, same_items, same_users)
     _print_threads()
     fit(
         dataset,
@@ -219,9 +221,11 @@ def _evaluate(
     dataset = SequenceDataset.load(data)
     task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
     stage = recipe.stage(task)
-    trained = _model_for(pretrained, dataset, _held_out(recipe, stage)).to(device_of(device))
-    if stage.judge == "next_item":
+    asked = stage.judge == "next_item"  # other judges read no user vectors
+    trained = _model_for(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
+    if asked:
         _say_other_protocol(pretrained, recipe)
+    trained = trained.to(device_of(device))
     return evaluate_stage(dataset, recipe, stage, trained, pretrained, split)
 
 
@@ -249,7 +253,8 @@ def embed(
         raise ValueError(f"{output}: user vectors are written to a .parquet file")
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
-        model = _model_for(pretrained, dataset).to(device_of(device))
+        model = _model_for(pretrained, dataset, same_users=False)  # pools read no user vectors
+        model = model.to(device_of(device))
         vectors = user_vectors(model, dataset, _read_users(users), pool)
         write_table(vectors, output, overwrite)
     width = model.config.width
@@ -327,14 +332,20 @@ def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
 
 
 def _model_for(
-    path: Path, dataset: SequenceDataset, held_out: Users | None = None, same_items: bool = True
+    path: Path,
+    dataset: SequenceDataset,
+    held_out: Users | None = None,
+    same_items: bool = True,
+    same_users: bool = True,
 ) -> UserModel:
     model = UserModel.from_pretrained(path)
     if same_items and model.num_items != dataset.num_items:
         raise ValueError(
             f"{path} was trained on {model.num_items} items, {dataset.path} has {dataset.num_items}"
         )
-    check_model(path, dataset, held_out, same_items)
+    if same_users:
+        model.check_users(dataset)
+    check_model(path, dataset, held_out, same_items, same_users)
     return model
 
 

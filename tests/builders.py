@@ -106,7 +106,7 @@ class Known(SideData):
         self.graph, self.profile_ids = graph, profiles
 
 
-def model_of(dropout: float = 0.3, num_items: int = 20, **config) -> UserModel:
+def model_of(dropout: float = 0.3, num_items: int = 20, num_users: int = 0, **config) -> UserModel:
     """A tiny model; `layers`, `heads`, `causal`, `pre_norm`, `layer` are the transformer's."""
     torch.manual_seed(1)
     names = ("layers", "heads", "causal", "pre_norm", "ffn_width", "patch", "norm_eps", "layer")
@@ -115,6 +115,7 @@ def model_of(dropout: float = 0.3, num_items: int = 20, **config) -> UserModel:
     return UserModel(
         num_items,
         ModelConfig(dropout=dropout, encoder=Transformer(**{"layers": 1, **inner}), **settings),
+        num_users,
     )
 
 

@@ -56,6 +56,7 @@ SYSTEMS = {
         {"main": [NextItem(positions="last", ahead=3)]},
         {"item": Item(loss="bce", sampled=Sampled(6, shared=False))},
     ),
+    "next_item_users": ({"main": [NextItem(ahead=2)]}, {"item": Item()}),
     "next_item_sasrec": ({"main": [NextItem()]}, {"item": Item()}),
     "next_item_ligr": ({"main": [NextItem()]}, {"item": Item()}),
     "contrast": (PAIR, {"contrast": Contrast(["a", "b"])}),
@@ -83,6 +84,8 @@ def system_of(name: str):
     views, objectives = SYSTEMS[name]
     causal = name.startswith("next")
     form = FORMS.get(name.removeprefix("next_item_"), {})
+    if name == "next_item_users":
+        form = {"head_table": "own", "head_transform": False, "user_width": 3, "num_users": 6}
     tokens, side = [] if causal else ["cls", "sep"], social_side()
     model = model_of(tokens=tokens, causal=causal, **form)
     return model, JointObjective(objectives, model, side), side, views

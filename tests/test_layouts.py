@@ -1,12 +1,15 @@
 """Weights of other layouts: the same function as torch.nn.TransformerEncoder and as BERT, and clear
 errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders import jagged
 from torch import nn
 from torch.nn import functional as F
 
+from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer, TransformerEncoder
 from fastrec.nn.items import ItemRows
 from fastrec.nn.layouts import bert_state, load_bert, load_torch_encoder, torch_encoder_state
@@ -206,3 +209,12 @@ def test_eps_is_saved(tmp_path):
     assert (
         again.config.encoder.transformer.norm_eps == again.encoder.layers[0].ffn_norm.eps == 1e-12
     )
+
+
+def test_a_bert_has_no_place_for_another_encoder_and_is_not_asked_for_the_head():
+    gru = UserModel(50, ModelConfig(width=WIDTH, max_len=32, encoder=Gru()))
+    with pytest.raises(ValueError, match="BertModel is a post-norm, bidirectional encoder; this"):
+        bert_state(gru)
+    plain = bert_model()
+    model = UserModel(50, replace(plain.config, head_table="own", user_width=4), num_users=3)
+    assert bert_state(model).keys() == bert_state(plain).keys()

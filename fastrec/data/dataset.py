@@ -173,8 +173,12 @@ class SequenceDataset:
     @cached_property
     def items_hash(self) -> str:
         """Of the original item ids in their order: what the rows of a trained item table mean."""
-        ids = "\n".join(map(str, self.item_ids().tolist()))
-        return hashlib.sha256(ids.encode()).hexdigest()[:16]
+        return _hash_of(self.item_ids())
+
+    @cached_property
+    def users_hash(self) -> str:
+        """Of the original user ids in their order: whom the rows of trained user vectors mean."""
+        return _hash_of(self.user_ids())
 
     @cached_property
     def events_hash(self) -> str:
@@ -262,6 +266,10 @@ class SequenceDataset:
         if column not in frame.columns:
             raise DataError(self.path / name, "column is missing", column=column)
         return frame[column].to_numpy()
+
+
+def _hash_of(ids: np.ndarray) -> str:
+    return hashlib.sha256("\n".join(map(str, ids.tolist())).encode()).hexdigest()[:16]
 
 
 def _hidden(split: str) -> int:

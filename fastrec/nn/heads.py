@@ -1,4 +1,7 @@
-"""Heads: what turns encoder states into scores. Legend: N rows, V items, D width."""
+"""Heads: what turns encoder states into scores.
+
+Legend: N rows, V items, D width, P width of a user vector.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,24 +12,56 @@ from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entrop
 
 
 class ItemHead(nn.Module):
-    """Scores of all items for a state: LN(GELU(W h)) . E_j + b_j, with the tied item table E.
+    """Scores of all items for a state h of a user p: LN(GELU(W [h; p])) . E_j + b_j.
 
-    The dense-GELU-LayerNorm transform is BERT's; `transform=False` scores the state itself. `bias`
-    is where b starts; None: b stays 0.
+    The dense-GELU-LayerNorm transform is BERT's; `transform=False` scores [h; p] itself. `bias` is
+    where b starts; None: b stays 0. E is the item embedding [V, D], whose vectors come with a call,
+    or, with `own`, `table` [V, D + P] of the head.
+
+    With `user_width` P > 0 every one of `num_users` users has a vector p (Caser, Tang and Wang,
+    2018, eq. 10), of an unknown user it is 0. It starts at 0, so that somebody who was never
+    trained is unknown.
     """
 
     def __init__(
-        self, width: int, num_items: int, transform: bool = True, bias: float | None = 0.0
+        self,
+        width: int,
+        num_items: int,
+        transform: bool = True,
+        bias: float | None = 0.0,
+        *,
+        own: bool = False,
+        num_users: int = 0,
+        user_width: int = 0,
     ):
         super().__init__()
-        self.dense = nn.Linear(width, width) if transform else None
-        self.norm = nn.LayerNorm(width) if transform else None
+        whole = width + user_width
+        scored = whole if own else width
+        self.dense = nn.Linear(whole, scored) if transform else None
+        self.norm = nn.LayerNorm(scored) if transform else None
         self.bias = nn.Parameter(
             torch.full((num_items,), bias or 0.0), requires_grad=bias is not None
         )
+        self.table = nn.Embedding(num_items, scored) if own else None
+        self.users = nn.Embedding(num_users, user_width) if user_width else None
+
+    def reset(self) -> None:
+        """User vectors as they start."""
+        if self.users is not None:
+            nn.init.zeros_(self.users.weight)
+
+    def with_users(self, states: Tensor, users: Tensor | None) -> Tensor:
+        """[N, D + P]: states [N, D] beside the vectors of their users, int64 [N]: 0 for -1, an
+        unknown user, and for None, where all are. Without user vectors the states themselves."""
+        if self.users is None:
+            return states
+        if users is None:
+            return F.pad(states, (0, self.users.embedding_dim))
+        vectors = self.users(users.clamp_min(0)).masked_fill(users[:, None] < 0, 0)
+        return torch.cat([states, vectors.to(states.dtype)], 1)
 
     def query(self, states: Tensor) -> Tensor:
-        """[N, D] states to the [N, D] vectors that are compared with the item table."""
+        """[N, D + P] of `with_users` to the vectors that are compared with the item table."""
         if self.dense is None or self.norm is None:
             return states
         return self.norm(F.gelu(self.dense(states)))

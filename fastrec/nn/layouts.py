@@ -61,7 +61,8 @@ def _torch_entries(encoder: TransformerEncoder) -> Entries:
 
 def _bert_entries(model: UserModel) -> Entries:
     encoder = model.encoder
-    if not isinstance(encoder.embedding_norm, nn.LayerNorm) or encoder.causal:
+    transformer = isinstance(encoder, TransformerEncoder)
+    if not transformer or not isinstance(encoder.embedding_norm, nn.LayerNorm) or encoder.causal:
         raise ValueError("BertModel is a post-norm, bidirectional encoder; this model is not")
     entries: Entries = [
         (model.item_embedding.weight, (_WORDS,)),
@@ -138,7 +139,8 @@ def bert_state(model: UserModel) -> dict[str, Tensor]:
 
     `vocab_size` is V + 4 (items, then the special tokens), `max_position_embeddings` P,
     `hidden_act` "gelu", `layer_norm_eps` the model's `norm_eps`. The two token types are zeros:
-    their part is in the positions. The item head is not in a `BertModel`.
+    their part is in the positions. The item head, its own table and user vectors included, is not
+    in a `BertModel`.
     """
     state = _export(_bert_entries(model))
     return state | {_TYPES: state[_WORDS].new_zeros(2, state[_WORDS].shape[1])}

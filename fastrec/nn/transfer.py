@@ -11,9 +11,12 @@ from fastrec.nn.user_model import UserModel
 PARTS = {"items": "item_input", "encoder": "encoder", "head": "item_head"}
 
 
-def take(model: UserModel, initial: UserModel, parts: list[str]) -> list[str]:
+def take(
+    model: UserModel, initial: UserModel, parts: list[str], same_users: bool = True
+) -> list[str]:
     """Copy `parts` ("items", "encoder", "head") of `initial` into `model`; returns the names of the
-    tensors that were copied. Patches that `initial` has not are left as they are.
+    tensors that were copied. Patches that `initial` has not are left as they are, and so are the
+    user vectors of the head where the users are not the same.
 
     Raises ValueError that names the first tensor that does not fit.
     """
@@ -22,6 +25,8 @@ def take(model: UserModel, initial: UserModel, parts: list[str]) -> list[str]:
     for part in (part for part in PARTS if part in parts):
         for name in (name for name in own if name.startswith(PARTS[part] + ".")):
             if name not in theirs and ".patches." in name:
+                continue
+            if name.startswith("item_head.users.") and not same_users:
                 continue
             if name not in theirs or own[name].shape != theirs[name].shape:
                 given = list(theirs[name].shape) if name in theirs else "nothing"

@@ -29,6 +29,7 @@ from fastrec.nn.model_files import (
     read_tensors,
     write_model,
 )
+from fastrec.nn.plain import embedding_table
 from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
 
@@ -50,6 +51,10 @@ class ModelConfig:
             none.
         head_bias_start: of these biases. With bce or gbce and K negatives -log(K / beta), where a
             target pulls as hard as its negatives push.
+        head_table: "tied", the item embedding scores items, or "own", a table of the head does.
+        user_width: width of a trained vector of each user, which stands behind the state where
+            items are scored; 0 for none. The head's own table is as much wider; the tied one is
+            not, so that it needs head_transform.
     """
 
     width: int = 64
@@ -61,8 +66,12 @@ class ModelConfig:
     head_transform: bool = True
     head_bias: bool = True
     head_bias_start: float = 0.0
+    head_table: Literal["tied", "own"] = "tied"
+    user_width: int = 0
 
     def __post_init__(self):
+        if self.head_table not in ("tied", "own"):
+            raise ValueError(f"model.head_table must be 'tied' or 'own', got {self.head_table!r}")
         for name in ("width", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
@@ -72,6 +81,13 @@ class ModelConfig:
             raise ValueError(f"model.head_bias_start must be finite, got {self.head_bias_start}")
         if self.head_bias_start and not self.head_bias:
             raise ValueError("model.head_bias_start has no effect: head_bias is false")
+        if self.user_width < 0:
+            raise ValueError(f"model.user_width must not be negative, got {self.user_width}")
+        if self.user_width and self.head_table == "tied" and not self.head_transform:
+            raise ValueError(
+                "model.user_width: the item embedding has no columns for user vectors: set"
+                " head_table: own, or head_transform: true"
+            )
         object.__setattr__(self, "encoder", wrapped(self.encoder))
         order = [token for token in ("cls", "sep", "ur") if token in self.tokens]
         if sorted(self.tokens) != sorted(order):
@@ -99,11 +115,22 @@ class UserModel(nn.Module):
     `inputs` makes its input, `encode` the states of a batch, `pool` user vectors of them and
     `next_item_query` what is compared with `item_table`. Dropout is on exactly where an `rng` is
     given, whatever train()/eval() say.
+
+    Args:
+        num_items: V.
+        config: sizes.
+        num_users: of the data set; read where `config.user_width` gives users a vector.
     """
 
-    def __init__(self, num_items: int, config: ModelConfig):
+    def __init__(self, num_items: int, config: ModelConfig, num_users: int = 0):
         super().__init__()
+        if config.user_width and num_users < 1:
+            raise ValueError(
+                f"model.user_width is {config.user_width}: num_users must be at least 1, got"
+                f" {num_users}"
+            )
         self.num_items, self.config = num_items, config
+        self.num_users = num_users if config.user_width else 0
         self.item_input = ItemInput(config.items, num_items, config.width)
         self.encoder = settings_of(config.encoder).build(
             config.width, self.max_positions, config.dropout
@@ -113,6 +140,9 @@ class UserModel(nn.Module):
             num_items,
             transform=config.head_transform,
             bias=config.head_bias_start if config.head_bias else None,
+            own=config.head_table == "own",
+            num_users=self.num_users,
+            user_width=config.user_width,
         )
         self.apply(_init_bert)
 
@@ -131,16 +161,40 @@ class UserModel(nn.Module):
         return self.item_input.ids
 
     @property
+    def output_table(self) -> Tensor:
+        """What scores items by its first V rows: the embedding [V + 4, D], or the head's own table
+        [V, D + user_width]."""
+        own = self.item_head.table
+        return self.item_input.table if own is None else embedding_table(own, self.num_items)
+
+    @property
     def item_table(self) -> Tensor:
-        """[V, D], the rows of the embedding that are items."""
-        return self.item_input.table[: self.num_items]
+        """[V, D] or, of the head, [V, D + user_width]: the vectors that score items."""
+        table = self.output_table
+        return table if len(table) == self.num_items else table[: self.num_items]
+
+    def check_users(self, dataset) -> None:
+        """Raise ValueError for a data set that cannot be that of this model's user vectors."""
+        if self.num_users and dataset.num_users != self.num_users:
+            raise ValueError(
+                f"the model has vectors of {self.num_users} users, {dataset.path} has"
+                f" {dataset.num_users}: they are of other users"
+            )
 
     def inputs(self, dataset, users, split: str, ask: bool = False) -> JaggedBatch:
-        """The input of `users` in a split of a data set. `ask`: for their next item."""
-        return self.frame(dataset.gather(users, split, self._room(ask)), ask)
+        """The input of `users` in a split of a data set. `ask`: for their next item, and with the
+        column "user" where the model has vectors of users.
+
+        Raises ValueError if these cannot be the users of the data set.
+        """
+        batch = dataset.gather(users, split, self._room(ask))
+        if ask and self.num_users:
+            self.check_users(dataset)
+            batch.users["user"] = batch.sample_ids
+        return self.frame(batch, ask)
 
     def inputs_of(self, histories: Sequence[Sequence[int]], ask: bool = False) -> JaggedBatch:
-        """The input of histories given as lists of item indices, oldest first.
+        """The input of histories given as lists of item indices, oldest first, of unknown users.
 
         Raises IndexError for an index out of [0, V).
         """
@@ -216,18 +270,18 @@ class UserModel(nn.Module):
         raise ValueError(f"pool {how!r} has parameters, or is none")
 
     def next_item_query(self, encoded: Encoded) -> Tensor:
-        """[B, D] vectors whose products with `item_table` score the item that follows each
+        """[B, D_out] vectors whose products with `item_table` score the item that follows each
         sequence of `inputs(..., ask=True)`: from the state of its [MASK] (UPRec, section 3.5), or
         of a causal model from that of its last item. `ask` does the same without other states."""
-        return self._query(encoded.states[self._asked(encoded.batch)])
+        return self._query(self.output(encoded, self._asked(encoded.batch)))
 
     def ask(self, batch: JaggedBatch) -> Tensor:
         """`next_item_query(encode(batch))`, of which the encoder computes what it needs: the last
         layer of a transformer is that of one event of each sequence."""
-        rows = self._asked(batch)
         if not getattr(self.encoder, "takes_rows", False):
-            return self._query(self.encode(batch).states[rows])
-        return self._query(self.encoder(self.item_input(batch), batch, rows=rows))
+            return self.next_item_query(self.encode(batch))
+        states = self.encoder(self.item_input(batch), batch, rows=self._asked(batch))
+        return self._query(self.item_head.with_users(states, batch.users.get("user")))
 
     def _asked(self, batch: JaggedBatch) -> Tensor:
         after = sum(name != "cls" for name in self.config.tokens)
@@ -237,9 +291,18 @@ class UserModel(nn.Module):
         # In the table's dtype also under autocast, where the states may be bfloat16.
         return self.item_head.query(states).to(self.item_table.dtype)
 
+    def output(self, encoded: Encoded, events: Tensor) -> Tensor:
+        """[N, D + user_width]: what the item head receives of `events`, int64 [N]: the states, and
+        beside them the vectors of their users by the column "user", 0 where it is -1 or missing."""
+        states, users = encoded.states.index_select(0, events), encoded.batch.users.get("user")
+        if users is not None and self.num_users:
+            users = users[encoded.batch.segment_ids()[events]]
+        return self.item_head.with_users(states, users)
+
     def save_pretrained(self, path: Path | str) -> None:
         """Write `model.safetensors`, `config.json` and `digests.json` into the folder `path`."""
-        config = {"num_items": self.num_items, **described(self.config)}
+        users = {"num_users": self.num_users} if self.num_users else {}
+        config = {"num_items": self.num_items, **users, **described(self.config)}
         write_model(Path(path), config, self.state_dict())
 
     @classmethod
@@ -264,14 +327,20 @@ class UserModel(nn.Module):
             num_items = values.pop("num_items", None)
             if type(num_items) is not int or num_items < 1:
                 raise ValueError(f"num_items must be a whole number above 0, got {num_items!r}")
+            num_users = values.pop("num_users", None)
             config = _config_of(values, encoder)
-            numbers = parameters(num_items, config)
+            if config.user_width and (type(num_users) is not int or num_users < 1):
+                raise ValueError(f"num_users must be a whole number above 0, got {num_users!r}")
+            if not config.user_width and num_users is not None:
+                raise ValueError(f"num_users is {num_users!r}, and users have no vectors")
+            num_users = num_users or 0
+            numbers = parameters(num_items, config, num_users)
             if numbers is not None and numbers != count_numbers(file):
                 raise ValueError(
                     f"it describes a model of {numbers} numbers, {WEIGHTS} holds"
                     f" {count_numbers(file)}"
                 )
-            model = cls(num_items, config)
+            model = cls(num_items, config, num_users)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path / CONFIG}: {error}") from error
         state = read_tensors(file)
@@ -280,16 +349,18 @@ class UserModel(nn.Module):
         return model
 
 
-def parameters(num_items: int, config: ModelConfig) -> int | None:
+def parameters(num_items: int, config: ModelConfig, num_users: int = 0) -> int | None:
     """How many numbers a model has, known before memory is allocated for them; None where that of
     somebody else's encoder is not known."""
     width, encoder = config.width, settings_of(config.encoder)
     if not hasattr(encoder, "parameters"):
         return None
     positions = config.max_len + len(config.tokens)
-    head = num_items + (width * width + 3 * width) * config.head_transform
-    table = (num_items + len(SPECIAL_TOKENS)) * width
-    return table + head + encoder.parameters(width, positions)
+    whole, own = width + config.user_width, config.head_table == "own"
+    scored = whole if own else width
+    head = num_items + (whole * scored + 3 * scored) * config.head_transform
+    tables = (num_items + len(SPECIAL_TOKENS)) * width + num_items * scored * own
+    return tables + num_users * config.user_width + head + encoder.parameters(width, positions)
 
 
 def described(config: ModelConfig) -> dict:
@@ -330,5 +401,5 @@ def _init_bert(module: nn.Module) -> None:
         torch.nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         torch.nn.init.zeros_(module.bias)
-    if isinstance(module, Patch):
+    if isinstance(module, Patch | ItemHead):
         module.reset()

@@ -92,6 +92,9 @@ class Item:
             raise ValueError("item.loss bpr_max needs shared negatives: sampled.shared: true")
 
     def build(self, model, side: SideData) -> "ItemPrediction":
+        if getattr(model, "num_users", 0):  # it has a vector of each user
+            model.check_users(side.dataset)
+            side.user_columns["user"] = torch.arange(model.num_users, device="cpu")
         return ItemPrediction(self, self.sampled.sampler(side) if self.sampled else None)
 
 
@@ -108,7 +111,7 @@ class ItemPrediction(nn.Module):
     def forward(self, model, rng: Rng, *views: Encoded) -> dict[str, tuple[Tensor, Tensor | int]]:
         """{"item": (loss, N)}; 0 with a live graph when nothing is predicted. Sampled negatives are
         a function of (seed, step) and, if not shared, of the key and the position of an event."""
-        parts = [_predicted(view) for view in views]
+        parts = [_predicted(model, view) for view in views]
         states, targets = parts[0]
         if len(parts) > 1:
             states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -116,7 +119,7 @@ class ItemPrediction(nn.Module):
         if any(view.batch.events["target"].dim() > 1 for view in views):
             count = (targets != NO_TARGET).sum()  # an event may have fewer than A targets
         if self.sampler is None or self.settings.sampled is None:
-            table = model.item_input.table
+            table = model.output_table
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
         how, self.sampler = self.settings.sampled, self.sampler.to(states.device)
@@ -158,14 +161,11 @@ def _rows(batch: JaggedBatch) -> Tensor:
     return scored if target.dim() == 1 else scored.repeat_interleave(target.shape[1])
 
 
-def _predicted(view: Encoded) -> tuple[Tensor, Tensor]:
-    """(states [N, D], targets int64 [N], -100 where none)."""
-    rows = _rows(view.batch)
-    target = view.batch.events["target"]
-    if target.dim() == 1:
-        return view.states.index_select(0, rows), target[rows]
-    scored = rows[:: target.shape[1]]
-    return view.states.index_select(0, rows), target[scored].flatten()
+def _predicted(model, view: Encoded) -> tuple[Tensor, Tensor]:
+    """(output states [N, D + user_width], targets int64 [N], -100 where none)."""
+    rows, target = _rows(view.batch), view.batch.events["target"]
+    scored = rows if target.dim() == 1 else rows[:: target.shape[1]]
+    return model.output(view, rows), target[scored].flatten()
 
 
 def _places(batch: JaggedBatch) -> tuple[Tensor, Tensor]:

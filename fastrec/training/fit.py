@@ -177,6 +177,8 @@ def _fit(
     module = StageModule(trained, objective, current, loader, data.judge)
     run = identity(dataset, recipe, stage)
     trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
+    if trained.num_users:
+        trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
     seen = seen_by_run(dataset, data.users, recipe, current, initial, initial_folder, kept)
     keep = KeepBest(

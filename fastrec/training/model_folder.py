@@ -30,7 +30,7 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Users
 from fastrec.training.stage_data import held_out_users
 
-KEYS = {"items": str, "stage": str, "run": str, "steps": int}
+KEYS = {"items": str, "users": str, "stage": str, "run": str, "steps": int}
 
 
 def save_model(
@@ -114,10 +114,16 @@ def check_model(
     dataset: SequenceDataset,
     held_out: Users | None = None,
     same_items: bool = True,
+    same_users: bool = True,
 ) -> None:
     """Raise ValueError if the model in `folder` was trained on other items than those of `dataset`
-    (but for `same_items` false), or has seen users of `dataset` that `held_out` leaves out."""
+    (but for `same_items` false), has vectors of other users (but for `same_users` false), or has
+    seen users of `dataset` that `held_out` leaves out."""
     made = read_trained_on(folder)
+    if same_users and "users" in made and made["users"] != dataset.users_hash:
+        raise ValueError(
+            f"{folder} has vectors of other users, or in another order, than {dataset.path} has"
+        )
     if same_items and made.get("items", dataset.items_hash) != dataset.items_hash:
         raise ValueError(
             f"{folder} was trained on other items, or in another order, than {dataset.path} has"

@@ -21,15 +21,18 @@ def started_model(
     dataset, config: ModelConfig, initial: UserModel | None, init: Init
 ) -> tuple[UserModel, list[str]]:
     """The model that a stage trains, and the names of the tensors that `initial` gave it."""
-    _check_memory(dataset.num_items, config)
+    _check_memory(dataset, config)
     if initial is None:
-        return UserModel(dataset.num_items, config), []
-    whole = set(PARTS) <= set(init.take) and not init.patch
+        return UserModel(dataset.num_items, config, dataset.num_users), []
+    same = init.users == "same"
+    if same and "head" in init.take:
+        initial.check_users(dataset)
+    whole = set(PARTS) <= set(init.take) and not init.patch and (same or not initial.num_users)
     if whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
-        model = UserModel(dataset.num_items, config)
-        taken = take(model, initial, init.take)
+        model = UserModel(dataset.num_items, config, dataset.num_users)
+        taken = take(model, initial, init.take, same)
     freeze(model, init.freeze)
     return model, taken
 
@@ -55,8 +58,8 @@ def seen_by_run(
     return seen_users(dataset, everyone, earlier)
 
 
-def _check_memory(num_items: int, config: ModelConfig) -> None:
-    size = 4 * (parameters(num_items, config) or 0)
+def _check_memory(dataset, config: ModelConfig) -> None:
+    size = 4 * (parameters(dataset.num_items, config, dataset.num_users) or 0)
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(
             f"the weights of the model are {size / 1e9:,.1f} GB, this machine has"
