@@ -2,7 +2,7 @@
 D width."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
+from fastrec.data.item_categories import Categories
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.sublayers import Patch
@@ -72,6 +73,7 @@ class ModelConfig:
             raise ValueError(f"model.head_bias_start must be finite, got {self.head_bias_start}")
         if self.head_bias_start and not self.head_bias:
             raise ValueError("model.head_bias_start has no effect: head_bias is false")
+        self.items.check_width(self.width)
         object.__setattr__(self, "encoder", wrapped(self.encoder))
         order = [token for token in ("cls", "sep", "ur") if token in self.tokens]
         if sorted(self.tokens) != sorted(order):
@@ -99,12 +101,23 @@ class UserModel(nn.Module):
     `inputs` makes its input, `encode` the states of a batch, `pool` user vectors of them and
     `next_item_query` what is compared with `item_table`. Dropout is on exactly where an `rng` is
     given, whatever train()/eval() say.
+
+    Args:
+        num_items: V.
+        config: sizes.
+        item_features: the categories of the items where `config.items` has attributes:
+            `item_categories(dataset, config.items.most)`. They are saved with the model.
     """
 
-    def __init__(self, num_items: int, config: ModelConfig):
+    def __init__(
+        self,
+        num_items: int,
+        config: ModelConfig,
+        item_features: Mapping[str, Categories] | None = None,
+    ):
         super().__init__()
         self.num_items, self.config = num_items, config
-        self.item_input = ItemInput(config.items, num_items, config.width)
+        self.item_input = ItemInput(config.items, num_items, config.width, item_features)
         self.encoder = settings_of(config.encoder).build(
             config.width, self.max_positions, config.dropout
         )
@@ -135,12 +148,20 @@ class UserModel(nn.Module):
         """[V, D], the rows of the embedding that are items."""
         return self.item_input.table[: self.num_items]
 
+    @property
+    def event_columns(self) -> list[str]:
+        """Columns of events that the model reads beside the items."""
+        return self.config.items.event_columns
+
     def inputs(self, dataset, users, split: str, ask: bool = False) -> JaggedBatch:
         """The input of `users` in a split of a data set. `ask`: for their next item."""
-        return self.frame(dataset.gather(users, split, self._room(ask)), ask)
+        batch = dataset.gather(users, split, self._room(ask), self.event_columns)
+        self.config.items.check_events(batch.events)
+        return self.frame(batch, ask)
 
     def inputs_of(self, histories: Sequence[Sequence[int]], ask: bool = False) -> JaggedBatch:
-        """The input of histories given as lists of item indices, oldest first.
+        """The input of histories given as lists of item indices, oldest first. Their events have
+        no ratings and no times.
 
         Raises IndexError for an index out of [0, V).
         """
@@ -149,7 +170,8 @@ class UserModel(nn.Module):
         if wrong.any():
             bad = int(batch.values[wrong][0])
             raise IndexError(f"item {bad} of a history is out of [0, {self.num_items})")
-        return self.frame(batch, ask)
+        none = torch.full(batch.values.shape, math.nan, device="cpu")
+        return self.frame(replace(batch, events=dict.fromkeys(self.event_columns, none)), ask)
 
     def frame(self, batch: JaggedBatch, ask: bool = False) -> JaggedBatch:
         """Sequences of items as the encoder reads them: the most recent ones, special tokens around
@@ -226,7 +248,9 @@ class UserModel(nn.Module):
 
     def save_pretrained(self, path: Path | str) -> None:
         """Write `model.safetensors`, `config.json` and `digests.json` into the folder `path`."""
-        config = {"num_items": self.num_items, **described(self.config)}
+        config: dict[str, Any] = {"num_items": self.num_items, **described(self.config)}
+        if classes := self.item_input.classes:
+            config["item_classes"] = classes
         write_model(Path(path), config, self.state_dict())
 
     @classmethod
@@ -251,32 +275,44 @@ class UserModel(nn.Module):
             num_items = values.pop("num_items", None)
             if type(num_items) is not int or num_items < 1:
                 raise ValueError(f"num_items must be a whole number above 0, got {num_items!r}")
+            classes = values.pop("item_classes", {})
             config = _config_of(values, encoder)
-            numbers = parameters(num_items, config)
+            _check_classes(config, classes)
+            numbers = parameters(num_items, config, classes)
             if numbers is not None and numbers != count_numbers(file):
                 raise ValueError(
                     f"it describes a model of {numbers} numbers, {WEIGHTS} holds"
                     f" {count_numbers(file)}"
                 )
-            model = cls(num_items, config)
+            features = {  # their tables are among the weights
+                name: Categories.unknown(num_items, most, classes[name])
+                for name, most in config.items.most.items()
+            }
+            model = cls(num_items, config, features)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path / CONFIG}: {error}") from error
         state = read_tensors(file)
         check_like(file, state, model.state_dict())
         model.load_state_dict(state)
+        try:
+            model.item_input.check_tables()
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         return model
 
 
-def parameters(num_items: int, config: ModelConfig) -> int | None:
+def parameters(
+    num_items: int, config: ModelConfig, item_classes: Mapping[str, int] | None = None
+) -> int | None:
     """How many numbers a model has, known before memory is allocated for them; None where that of
-    somebody else's encoder is not known."""
+    somebody else's encoder is not known. item_classes: categories of each attribute of items."""
     width, encoder = config.width, settings_of(config.encoder)
     if not hasattr(encoder, "parameters"):
         return None
     positions = config.max_len + len(config.tokens)
     head = num_items + (width * width + 3 * width) * config.head_transform
-    table = (num_items + len(SPECIAL_TOKENS)) * width
-    return table + head + encoder.parameters(width, positions)
+    items = config.items.parameters(num_items, width, item_classes or {})
+    return items + head + encoder.parameters(width, positions)
 
 
 def described(config: ModelConfig) -> dict:
@@ -303,6 +339,12 @@ def _config_of(values: dict, encoder: Any) -> ModelConfig:
     return config
 
 
+def _check_classes(config: ModelConfig, classes: Any) -> None:
+    names, sizes = list(config.items.attributes), classes if isinstance(classes, dict) else {}
+    if list(sizes) != names or not all(type(n) is int and n > 0 for n in sizes.values()):
+        raise ValueError(f"item_classes must be the categories of {names}, got {classes!r}")
+
+
 def _agrees(said: Any, read: Any) -> bool:
     """Whether a file says what was read of it. A setting that is missing there has its default: the
     model was saved before fastrec had the setting, and is what the default makes."""
@@ -317,5 +359,5 @@ def _init_bert(module: nn.Module) -> None:
         torch.nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         torch.nn.init.zeros_(module.bias)
-    if isinstance(module, Patch):
+    if isinstance(module, Patch | ItemInput):
         module.reset()

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fastrec.data.item_categories import Categories, item_categories
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.transfer import PARTS, freeze, take
 from fastrec.nn.user_model import ModelConfig, UserModel, parameters
@@ -21,15 +23,17 @@ def started_model(
     dataset, config: ModelConfig, initial: UserModel | None, init: Init
 ) -> tuple[UserModel, list[str]]:
     """The model that a stage trains, and the names of the tensors that `initial` gave it."""
-    _check_memory(dataset.num_items, config)
-    if initial is None:
-        return UserModel(dataset.num_items, config), []
+    config.items.check_events(
+        {name: dataset.event_column(name) for name in config.items.event_columns}
+    )
     whole = set(PARTS) <= set(init.take) and not init.patch
-    if whole and initial.num_items == dataset.num_items:
+    if initial is not None and whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
-        model = UserModel(dataset.num_items, config)
-        taken = take(model, initial, init.take)
+        features = item_categories(dataset, config.items.most)
+        _check_memory(dataset.num_items, config, features)
+        model = UserModel(dataset.num_items, config, features)
+        taken = [] if initial is None else take(model, initial, init.take)
     freeze(model, init.freeze)
     return model, taken
 
@@ -55,8 +59,9 @@ def seen_by_run(
     return seen_users(dataset, everyone, earlier)
 
 
-def _check_memory(num_items: int, config: ModelConfig) -> None:
-    size = 4 * (parameters(num_items, config) or 0)
+def _check_memory(num_items: int, config: ModelConfig, features: Mapping[str, Categories]) -> None:
+    classes = {name: categories.classes for name, categories in features.items()}
+    size = 4 * (parameters(num_items, config, classes) or 0)
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(
             f"the weights of the model are {size / 1e9:,.1f} GB, this machine has"
