@@ -15,7 +15,7 @@ from fastrec.data.pairs import Pairs
 SPECIAL_TOKENS = ("mask", "cls", "sep", "ur")
 NO_TARGET = -100  # of an event that predicts nothing, as in torch.nn.functional.cross_entropy
 # What an event that holds no item has in a column, by name; 0 in the others.
-FILL = {"target": NO_TARGET}
+FILL = {"target": NO_TARGET, "rating": float("nan"), "time_gap": float("nan")}
 _IDS = 0xFFFFFFFF
 
 
@@ -29,7 +29,8 @@ class JaggedBatch:
         seed and step. Sequences with the same events and different views are dropout views.
     max_seq_len: upper bound of the sequence lengths, known on the host.
     events: columns with one row per event, [T, ...]; `target` ([T] or [T, A]) is the item that an
-        event predicts, -100 for none.
+        event predicts, -100 for none; `rating` and `time_gap` are those of
+        `SequenceDataset.event_column`, NaN for none.
     users: columns with one row per sequence, [B, ...]: attributes, labels.
     pairs: who belongs to whom among the sequences.
     scored: int64 [N], the events that have a target, ascending; `with_scored` finds them on the

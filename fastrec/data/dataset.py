@@ -10,11 +10,12 @@
     values.npy            int32 or int64 [E], the items of all users end to end, in time order
     offsets.npy           int64 [U + 1], the events of user u are values[offsets[u]:offsets[u + 1]]
 
-Training reads the two arrays only. Letters: U users, V items, E events, B sequences, T events of a
-batch.
+Training reads the two arrays only, and of interactions.parquet the columns that a model reads
+beside the items. Letters: U users, V items, E events, B sequences, T events of a batch.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -26,6 +27,7 @@ import torch
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset_files import check_digests, read_array, read_schema
 from fastrec.data.errors import DataError, reading
+from fastrec.data.event_columns import read_event_column
 
 # How many of the last events of a user a split hides from its input.
 SPLITS = {"all": 0, "train": 2, "valid": 2, "test": 1}
@@ -130,11 +132,14 @@ class SequenceDataset:
             events = self.values[np.cumsum(ends[:-1], dtype=np.int8).astype(bool)]
         return torch.from_numpy(np.bincount(events, minlength=self.num_items))
 
-    def gather(self, users, split: str, max_len: int | None = None) -> JaggedBatch:
+    def gather(
+        self, users, split: str, max_len: int | None = None, columns: Sequence[str] = ()
+    ) -> JaggedBatch:
         """One batch: the inputs of `users` in `split`.
 
         users: int64 [B] tensor, array or list of user indices; they may repeat.
         max_len: the most recent max_len items are kept.
+        columns: of events, see `event_column`; they are in `events` of the batch.
         Keys of the batch are the user indices; max_seq_len is the longest sequence in it. The
         tensors are on the CPU. A user without events in `split` gives an empty sequence in "train"
         and "all"; in "valid" and "test" it has no target and raises ValueError.
@@ -160,7 +165,22 @@ class SequenceDataset:
             offsets=torch.from_numpy(offsets),
             keys=torch.from_numpy(users.copy()),
             max_seq_len=int(kept.max(initial=0)),
+            events={name: torch.from_numpy(self.event_column(name)[place]) for name in columns},
         )
+
+    def event_column(self, name: str) -> np.ndarray:
+        """[E]: "rating" (float32) or "time_gap" (float64 seconds since the event before, in the
+        whole sequence of the user), NaN where there is none; read once from interactions.parquet.
+
+        Raises ValueError for another name, DataError where the data set has no ratings or times.
+        """
+        if name not in self._event_columns:
+            self._event_columns[name] = read_event_column(self, name)
+        return self._event_columns[name]
+
+    @cached_property
+    def _event_columns(self) -> dict[str, np.ndarray]:
+        return {}
 
     def user_ids(self) -> np.ndarray:
         """[U]: the original user ids (int64, or object array of str), read from users.parquet."""
@@ -187,6 +207,10 @@ class SequenceDataset:
         for start in range(0, self.num_events, 1 << 24):
             digest.update(self.values[start : start + (1 << 24)].tobytes())
         return digest.hexdigest()[:16]
+
+    def column_hash(self, name: str) -> str:
+        """Of an `event_column`."""
+        return hashlib.sha256(self.event_column(name).tobytes()).hexdigest()[:16]
 
     def user_attributes(self):
         """polars.DataFrame of users.parquet: user, user_id and the attributes, one row per user."""

@@ -21,8 +21,8 @@ def digest(file: Path) -> str:
 
 def check_digests(folder: Path, schema: dict) -> None:
     """Raise for a file that is not the one that was written with schema.json, and for sizes that
-    items.parquet and users.parquet do not have. interactions.parquet, which nothing here reads, is
-    left alone."""
+    items.parquet and users.parquet do not have. interactions.parquet is checked when a column of
+    it is read."""
     import polars as pl
 
     digests = schema["digests"]

@@ -38,6 +38,7 @@ class SideData:
         attributes: settings of user attributes; an empty list takes all that have a type for it.
         users: int64, the users that standardise and class the attributes; default all.
         labelled: int64, the users whose attributes and friends may be seen; default all.
+        event_columns: that the model reads beside the items: `UserModel.event_columns`.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class SideData:
         attributes: Sequence[Attribute] = (),
         users=None,
         labelled=None,
+        event_columns: Sequence[str] = (),
     ):
         self.dataset, self.split = dataset, split
         self.num_items = dataset.num_items
         self.mask_id = self.num_items + SPECIAL_TOKENS.index("mask")
         everyone = torch.arange(dataset.num_users, device="cpu")
         self._settings = list(attributes)
+        self.event_columns = list(event_columns)
         self._users = everyone if users is None else torch.as_tensor(users, device="cpu")
         self._labelled = everyone if labelled is None else torch.as_tensor(labelled, device="cpu")
         self.shard = Shard(np.empty(0, np.int64))
@@ -62,8 +65,9 @@ class SideData:
         self.user_columns: dict[str, Tensor] = {}
 
     def gather(self, users, max_len: int | None = None) -> JaggedBatch:
-        """The sequences of `users`, the last `max_len` items, with the columns of users."""
-        batch = self.dataset.gather(users, self.split, max_len)
+        """The sequences of `users`, the last `max_len` items, with the columns of events and of
+        users."""
+        batch = self.dataset.gather(users, self.split, max_len, self.event_columns)
         for name, column in self.user_columns.items():
             batch.users[name] = column[batch.keys]
         return batch

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.nn.encoders.transformer import TransformerEncoder, TransformerLayer
+from fastrec.nn.items import Items
 from fastrec.nn.user_model import UserModel
 
 # Our module in a layer -> theirs, each with a weight and a bias. BERT has three for one of ours.
@@ -140,8 +141,10 @@ def bert_state(model: UserModel) -> dict[str, Tensor]:
     `vocab_size` is V + 4 (items, then the special tokens), `max_position_embeddings` P,
     `hidden_act` "gelu", `layer_norm_eps` the model's `norm_eps`. The two token types are zeros:
     their part is in the positions. The item head, its own table and user vectors included, is not
-    in a `BertModel`.
+    in a `BertModel`. Raises ValueError for a model whose input is more than the embeddings of ids.
     """
+    if model.config.items != Items():
+        raise ValueError(f"BertModel has no place for model.items: {model.config.items}")
     state = _export(_bert_entries(model))
     return state | {_TYPES: state[_WORDS].new_zeros(2, state[_WORDS].shape[1])}
 

@@ -2,7 +2,7 @@
 D width."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
+from fastrec.data.item_categories import Categories
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.sublayers import Patch
@@ -88,6 +89,7 @@ class ModelConfig:
                 "model.user_width: the item embedding has no columns for user vectors: set"
                 " head_table: own, or head_transform: true"
             )
+        self.items.check_width(self.width)
         object.__setattr__(self, "encoder", wrapped(self.encoder))
         order = [token for token in ("cls", "sep", "ur") if token in self.tokens]
         if sorted(self.tokens) != sorted(order):
@@ -120,9 +122,17 @@ class UserModel(nn.Module):
         num_items: V.
         config: sizes.
         num_users: of the data set; read where `config.user_width` gives users a vector.
+        item_features: the categories of the items where `config.items` has attributes:
+            `item_categories(dataset, config.items.most)`. They are saved with the model.
     """
 
-    def __init__(self, num_items: int, config: ModelConfig, num_users: int = 0):
+    def __init__(
+        self,
+        num_items: int,
+        config: ModelConfig,
+        num_users: int = 0,
+        item_features: Mapping[str, Categories] | None = None,
+    ):
         super().__init__()
         if config.user_width and num_users < 1:
             raise ValueError(
@@ -131,7 +141,7 @@ class UserModel(nn.Module):
             )
         self.num_items, self.config = num_items, config
         self.num_users = num_users if config.user_width else 0
-        self.item_input = ItemInput(config.items, num_items, config.width)
+        self.item_input = ItemInput(config.items, num_items, config.width, item_features)
         self.encoder = settings_of(config.encoder).build(
             config.width, self.max_positions, config.dropout
         )
@@ -181,13 +191,19 @@ class UserModel(nn.Module):
                 f" {dataset.num_users}: they are of other users"
             )
 
+    @property
+    def event_columns(self) -> list[str]:
+        """Columns of events that the model reads beside the items."""
+        return self.config.items.event_columns
+
     def inputs(self, dataset, users, split: str, ask: bool = False) -> JaggedBatch:
         """The input of `users` in a split of a data set. `ask`: for their next item, and with the
         column "user" where the model has vectors of users.
 
         Raises ValueError if these cannot be the users of the data set.
         """
-        batch = dataset.gather(users, split, self._room(ask))
+        batch = dataset.gather(users, split, self._room(ask), self.event_columns)
+        self.config.items.check_events(batch.events)
         if ask and self.num_users:
             self.check_users(dataset)
             batch.users["user"] = batch.sample_ids
@@ -195,6 +211,7 @@ class UserModel(nn.Module):
 
     def inputs_of(self, histories: Sequence[Sequence[int]], ask: bool = False) -> JaggedBatch:
         """The input of histories given as lists of item indices, oldest first, of unknown users.
+        Their events have no ratings and no times.
 
         Raises IndexError for an index out of [0, V).
         """
@@ -203,7 +220,8 @@ class UserModel(nn.Module):
         if wrong.any():
             bad = int(batch.values[wrong][0])
             raise IndexError(f"item {bad} of a history is out of [0, {self.num_items})")
-        return self.frame(batch, ask)
+        none = torch.full(batch.values.shape, math.nan, device="cpu")
+        return self.frame(replace(batch, events=dict.fromkeys(self.event_columns, none)), ask)
 
     def frame(self, batch: JaggedBatch, ask: bool = False) -> JaggedBatch:
         """Sequences of items as the encoder reads them: the most recent ones, special tokens around
@@ -301,8 +319,11 @@ class UserModel(nn.Module):
 
     def save_pretrained(self, path: Path | str) -> None:
         """Write `model.safetensors`, `config.json` and `digests.json` into the folder `path`."""
-        users = {"num_users": self.num_users} if self.num_users else {}
-        config = {"num_items": self.num_items, **users, **described(self.config)}
+        config: dict[str, Any] = {"num_items": self.num_items, **described(self.config)}
+        if self.num_users:
+            config["num_users"] = self.num_users
+        if classes := self.item_input.classes:
+            config["item_classes"] = classes
         write_model(Path(path), config, self.state_dict())
 
     @classmethod
@@ -327,31 +348,45 @@ class UserModel(nn.Module):
             num_items = values.pop("num_items", None)
             if type(num_items) is not int or num_items < 1:
                 raise ValueError(f"num_items must be a whole number above 0, got {num_items!r}")
-            num_users = values.pop("num_users", None)
+            num_users, classes = values.pop("num_users", None), values.pop("item_classes", {})
             config = _config_of(values, encoder)
             if config.user_width and (type(num_users) is not int or num_users < 1):
                 raise ValueError(f"num_users must be a whole number above 0, got {num_users!r}")
             if not config.user_width and num_users is not None:
                 raise ValueError(f"num_users is {num_users!r}, and users have no vectors")
             num_users = num_users or 0
-            numbers = parameters(num_items, config, num_users)
+            _check_classes(config, classes)
+            numbers = parameters(num_items, config, num_users, classes)
             if numbers is not None and numbers != count_numbers(file):
                 raise ValueError(
                     f"it describes a model of {numbers} numbers, {WEIGHTS} holds"
                     f" {count_numbers(file)}"
                 )
-            model = cls(num_items, config, num_users)
+            features = {  # their tables are among the weights
+                name: Categories.unknown(num_items, most, classes[name])
+                for name, most in config.items.most.items()
+            }
+            model = cls(num_items, config, num_users, features)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path / CONFIG}: {error}") from error
         state = read_tensors(file)
         check_like(file, state, model.state_dict())
         model.load_state_dict(state)
+        try:
+            model.item_input.check_tables()
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         return model
 
 
-def parameters(num_items: int, config: ModelConfig, num_users: int = 0) -> int | None:
+def parameters(
+    num_items: int,
+    config: ModelConfig,
+    num_users: int = 0,
+    item_classes: Mapping[str, int] | None = None,
+) -> int | None:
     """How many numbers a model has, known before memory is allocated for them; None where that of
-    somebody else's encoder is not known."""
+    somebody else's encoder is not known. item_classes: categories of each attribute of items."""
     width, encoder = config.width, settings_of(config.encoder)
     if not hasattr(encoder, "parameters"):
         return None
@@ -359,8 +394,9 @@ def parameters(num_items: int, config: ModelConfig, num_users: int = 0) -> int |
     whole, own = width + config.user_width, config.head_table == "own"
     scored = whole if own else width
     head = num_items + (whole * scored + 3 * scored) * config.head_transform
-    tables = (num_items + len(SPECIAL_TOKENS)) * width + num_items * scored * own
-    return tables + num_users * config.user_width + head + encoder.parameters(width, positions)
+    head += num_items * scored * own + num_users * config.user_width
+    items = config.items.parameters(num_items, width, item_classes or {})
+    return items + head + encoder.parameters(width, positions)
 
 
 def described(config: ModelConfig) -> dict:
@@ -387,6 +423,12 @@ def _config_of(values: dict, encoder: Any) -> ModelConfig:
     return config
 
 
+def _check_classes(config: ModelConfig, classes: Any) -> None:
+    names, sizes = list(config.items.attributes), classes if isinstance(classes, dict) else {}
+    if list(sizes) != names or not all(type(n) is int and n > 0 for n in sizes.values()):
+        raise ValueError(f"item_classes must be the categories of {names}, got {classes!r}")
+
+
 def _agrees(said: Any, read: Any) -> bool:
     """Whether a file says what was read of it. A setting that is missing there has its default: the
     model was saved before fastrec had the setting, and is what the default makes."""
@@ -401,5 +443,5 @@ def _init_bert(module: nn.Module) -> None:
         torch.nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         torch.nn.init.zeros_(module.bias)
-    if isinstance(module, Patch | ItemHead):
+    if isinstance(module, Patch | ItemInput | ItemHead):
         module.reset()

@@ -65,6 +65,7 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
         attributes=recipe.attributes,
         users=select_users(dataset, recipe.users),
         labelled=labelled,
+        event_columns=recipe.model.items.event_columns,
     )
 
 

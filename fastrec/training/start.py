@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fastrec.data.item_categories import Categories, item_categories
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.transfer import PARTS, freeze, take
 from fastrec.nn.user_model import ModelConfig, UserModel, parameters
@@ -21,18 +23,22 @@ def started_model(
     dataset, config: ModelConfig, initial: UserModel | None, init: Init
 ) -> tuple[UserModel, list[str]]:
     """The model that a stage trains, and the names of the tensors that `initial` gave it."""
-    _check_memory(dataset, config)
-    if initial is None:
-        return UserModel(dataset.num_items, config, dataset.num_users), []
+    config.items.check_events(
+        {name: dataset.event_column(name) for name in config.items.event_columns}
+    )
     same = init.users == "same"
-    if same and "head" in init.take:
-        initial.check_users(dataset)
-    whole = set(PARTS) <= set(init.take) and not init.patch and (same or not initial.num_users)
-    if whole and initial.num_items == dataset.num_items:
+    whole = set(PARTS) <= set(init.take) and not init.patch
+    if initial is not None:
+        if same and "head" in init.take:
+            initial.check_users(dataset)
+        whole &= same or not initial.num_users
+    if initial is not None and whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
-        model = UserModel(dataset.num_items, config, dataset.num_users)
-        taken = take(model, initial, init.take, same)
+        features = item_categories(dataset, config.items.most)
+        _check_memory(dataset, config, features)
+        model = UserModel(dataset.num_items, config, dataset.num_users, features)
+        taken = [] if initial is None else take(model, initial, init.take, same)
     freeze(model, init.freeze)
     return model, taken
 
@@ -58,8 +64,9 @@ def seen_by_run(
     return seen_users(dataset, everyone, earlier)
 
 
-def _check_memory(dataset, config: ModelConfig) -> None:
-    size = 4 * (parameters(dataset.num_items, config, dataset.num_users) or 0)
+def _check_memory(dataset, config: ModelConfig, features: Mapping[str, Categories]) -> None:
+    classes = {name: categories.classes for name, categories in features.items()}
+    size = 4 * (parameters(dataset.num_items, config, dataset.num_users, classes) or 0)
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(
             f"the weights of the model are {size / 1e9:,.1f} GB, this machine has"

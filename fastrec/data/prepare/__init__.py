@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from fastrec.data.errors import DataError, reading
+from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
-from fastrec.data.prepare.times import PLACE
 from fastrec.data.prepare.writer import claim, write_dataset
 
 TIE_RULE = "stable by (timestamp, row of the source)"

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastrec.data.errors import DataError, reading
+from fastrec.data.event_columns import SOURCE
 from fastrec.data.prepare import tables
 from fastrec.data.prepare.columns import check_unique, first_row, id_column, integers
 from fastrec.data.prepare.side_tables import read_attributes, read_relations
 from fastrec.data.prepare.text import read_delimited, read_fields
-from fastrec.data.prepare.times import SOURCE
 
 if TYPE_CHECKING:
     import polars as pl

@@ -13,6 +13,7 @@ Sequences are short, as in the Yelp data of UPRec: from 5, median 7, mean about 
 import numpy as np
 
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.event_columns import SECONDS
 from fastrec.data.prepare.writer import check_output, claim, write_dataset
 
 REGIONS = ("north", "east", "south", "west", "centre", "islands")
@@ -110,7 +111,7 @@ def generate(
             items=catalogue.table(rng),
             relations=pl.DataFrame(_links(rng, main, mean_friends), schema=["user", "friend"]),
             tie_rule="no ties",
-            time="seconds since 1970",
+            time=SECONDS,
             source=f"fastrec.data.prepare.synthetic, seed {seed}",
             overwrite=overwrite,
         )

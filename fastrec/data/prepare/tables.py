@@ -5,9 +5,10 @@ from io import BytesIO
 from pathlib import Path
 
 from fastrec.data.errors import DataError, reading
+from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare.columns import first_row, float_column, id_column
 from fastrec.data.prepare.text import check_file, read_bytes, read_delimited
-from fastrec.data.prepare.times import PLACE, time_column
+from fastrec.data.prepare.times import time_column
 
 _SEPARATORS = {
     ".csv": ",",

@@ -8,10 +8,9 @@ import re
 from decimal import Decimal
 
 from fastrec.data.errors import DataError
+from fastrec.data.event_columns import MICROSECONDS, NANOSECONDS, SOURCE
 from fastrec.data.prepare.columns import check_present, first_row, int64, integers
 
-SOURCE = "timestamp of the source"
-PLACE = "place in the sequence, from 0"
 _ISO = (
     r"^(?<date>[0-9]{4}-[0-9]{2}-[0-9]{2})"
     r"(?:[T ](?<time>[0-9]{2}:[0-9]{2}(?::[0-9]{2})?)(?<fraction>\.[0-9]{1,9})?"
@@ -153,10 +152,10 @@ def _moments(file, series, first: int):
 def _counted(file, series, first: int, micro, finer):
     """(Int64, unit): microseconds, or nanoseconds where one has a finer fraction (0 to 999)."""
     if not (finer != 0).any():
-        return micro, "microseconds since 1970"
+        return micro, MICROSECONDS
     what = "a time from 1678 to 2261, as others have nanoseconds"
     _refuse(file, series, first, micro.abs() > _NANO_LIMIT, what)
-    return micro * 1000 + finer, "nanoseconds since 1970"
+    return micro * 1000 + finer, NANOSECONDS
 
 
 def _refuse(file, series, first: int, bad, what: str, hint: str = "") -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrec.data.batch import NO_TARGET, JaggedBatch
+from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
 from fastrec.data.side import SideData
 from fastrec.random import Rng, draws, threshold
 
@@ -113,12 +113,19 @@ class MaskLast:
 
 
 def with_targets(batch: JaggedBatch, chosen: Tensor, items: Tensor) -> JaggedBatch:
-    """The batch whose `chosen` events [T] predict `items` [T]; targets that others have stay."""
+    """The batch whose `chosen` events [T] predict `items` [T]; targets that others have stay.
+
+    A rating says something of its item: those of chosen events are hidden. The time since the event
+    before does not: gaps stay.
+    """
     before = batch.events.get("target")
     target = items.masked_fill(~chosen, NO_TARGET)
     if before is not None:
         target = torch.where(chosen, items, before)
-    return replace(batch, events={**batch.events, "target": target})
+    events = {**batch.events, "target": target}
+    if "rating" in events:
+        events["rating"] = events["rating"].masked_fill(chosen, FILL["rating"])
+    return replace(batch, events=events)
 
 
 def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:
