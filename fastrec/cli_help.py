@@ -72,7 +72,8 @@ def _keys(kind, path: str) -> Iterator[tuple[str, str, object]]:
         yield key, texts.get(field.name, ""), default
         for section in _sections(hints[field.name]):
             if section not in (Stage, Step):
-                yield from _keys(section, key + ".N" * isinstance(default, list))
+                inside = ".N" if isinstance(default, list) else ".NAME" * isinstance(default, dict)
+                yield from _keys(section, key + inside)
 
 
 def _sections(hint) -> Iterator[type]:

@@ -69,7 +69,7 @@ def recommend(
     seen: "exclude" leaves out items that the user already has, "none" keeps them.
     logit_adjustment: tau of `adjustment`: above 0 popular items fall.
     histories: lists of original item ids, oldest first, in place of users of the data set; their
-        user_id is their place in the list.
+        user_id is their place in the list. A model that reads ratings or time gaps sees none there.
 
     Returns a polars frame: user_id, rank (from 1), item_id, score; fewer than k rows for a user
     with fewer than k items left.

@@ -73,7 +73,7 @@ def test_the_recipes_are_those_of_the_folder():
     files = [path.stem for path in recipes.FOLDER.iterdir() if path.suffix == ".yaml"]
     assert sorted(files) == NAMES
     assert {"bert4rec", "cl4srec", "sasrec", "uprec", "uprec-mip"} <= set(NAMES)
-    assert {"esasrec", "gsasrec", "sasrec-bce", "sasrec-sampled"} <= set(NAMES)
+    assert {"dupn", "esasrec", "gsasrec", "sasrec-bce", "sasrec-sampled"} <= set(NAMES)
     assert {name for name, _ in STAGES} == set(NAMES), "every recipe is something of its own"
     assert {stage for _, stage in STAGES} == {
         "pretraining",

@@ -17,7 +17,9 @@ MOST_LEVELS = 10_000
 
 @dataclass(frozen=True)
 class ItemAttribute:
-    """A column of items.parquet with the categories of an item: one, or a list of them.
+    """A column of items.parquet with the categories of an item, one or a list of them: external
+    knowledge (Zeng et al., "Knowledge transfer via pre-training for recommendation: a review and
+    prospect", 2021).
 
     Attributes:
         width: of the vector of a category.
@@ -34,9 +36,8 @@ class ItemAttribute:
 
 @dataclass(frozen=True)
 class Rating:
-    """The rating of an event (Zeng et al., "Knowledge transfer via pre-training for recommendation:
-    a review and prospect", 2021). A rating between two levels counts as the nearer, the upper one
-    if both are as near.
+    """The rating of an event, embedded as in the rating prediction of Zeng et al., 2021. A rating
+    between two levels counts as the nearer, the upper one if both are as near.
 
     Attributes:
         low: the lowest level.

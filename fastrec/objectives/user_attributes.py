@@ -3,6 +3,8 @@
 Legend: S users of a batch, D width.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -21,18 +23,25 @@ class UserAttributes:
     Attributes:
         views: whose users are predicted.
         weight: in the joint loss.
+        weights: of attributes in the sum of their losses, by name; 1 for the others.
         pool: the user vector; UPRec pre-trains with "max" (eq. 8) and fine-tunes with "cls"
             (section 3.4).
     """
 
     views: list[str] = field(default_factory=lambda: ["main"])
     weight: float = 1.0
+    weights: dict[str, float] = field(default_factory=dict)
     pool: Pooling = "max"
+
+    def __post_init__(self):
+        for name, weight in self.weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"weights.{name} must be above 0 and finite, got {weight}")
 
     def build(self, model, side: SideData) -> "UserAttributePrediction":
         model.check_pool(self.pool)
         side.user_columns |= {attribute.name: attribute.values for attribute in side.attributes}
-        return UserAttributePrediction(model.config.width, side.attributes, self.pool)
+        return UserAttributePrediction(model.config.width, side.attributes, self.pool, self.weights)
 
 
 class UserAttributePrediction(nn.Module):
@@ -44,12 +53,25 @@ class UserAttributePrediction(nn.Module):
     Args:
         width: D.
         attributes: their order is that of the outputs; `scales` tells what these mean.
-        pool: see `UserAttributes`.
+        pool, weights: see `UserAttributes`.
+
+    Raises ValueError that lists the attributes for a weight of none of them.
     """
 
-    def __init__(self, width: int, attributes: list[EncodedAttribute], pool: Pooling = "max"):
+    def __init__(
+        self,
+        width: int,
+        attributes: list[EncodedAttribute],
+        pool: Pooling = "max",
+        weights: Mapping[str, float] | None = None,
+    ):
         super().__init__()
         self.names = [attribute.name for attribute in attributes]
+        self.weights = dict(weights or {})
+        if unknown := [name for name in self.weights if name not in self.names]:
+            raise ValueError(
+                f"weights names {unknown[0]!r}; the attributes that are predicted are {self.names}"
+            )
         self.sizes = [attribute.outputs for attribute in attributes]
         self.scales = [attribute.scale | {"pool": pool} for attribute in attributes]
         self.linear = nn.Linear(width, sum(self.sizes))
@@ -63,7 +85,8 @@ class UserAttributePrediction(nn.Module):
         return dict(zip(self.names, parts, strict=True))
 
     def forward(self, model, rng: Rng, view: Encoded) -> dict[str, tuple[Tensor, Tensor]]:
-        """(mean loss, number of users with a value) of each attribute; eq. 12 is the sum."""
+        """(weighted mean loss, number of users with a value) of each attribute; eq. 12 is the sum.
+        A user without a value has no part in that attribute."""
         return self.losses(self.pool(model, view), view.batch.users)
 
     def losses(self, users: Tensor, columns: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -83,5 +106,6 @@ class UserAttributePrediction(nn.Module):
                 known = target >= 0
                 loss = F.cross_entropy(output.float(), target, ignore_index=-1, reduction="none")
             count = known.sum()
-            losses[name] = loss.sum() / count.clamp_min(1), count
+            mean = loss.sum() / count.clamp_min(1)
+            losses[name] = self.weights.get(name, 1.0) * mean, count
         return losses
