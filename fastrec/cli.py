@@ -9,6 +9,7 @@ import inspect
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from fastrec.serve import recommend as recommend_items
 from fastrec.training.checkpoint import MODEL, SUMMARY, first_process, plain
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
-from fastrec.training.model_folder import check_model, recipe_of
+from fastrec.training.model_folder import check_model, for_items_of, recipe_of
 from fastrec.training.sweep import sweep
 
 
@@ -339,13 +340,11 @@ def _model_for(
     same_users: bool = True,
 ) -> UserModel:
     model = UserModel.from_pretrained(path)
-    if same_items and model.num_items != dataset.num_items:
-        raise ValueError(
-            f"{path} was trained on {model.num_items} items, {dataset.path} has {dataset.num_items}"
-        )
+    if same_items:
+        model = for_items_of(model, path, dataset)
     if same_users:
         model.check_users(dataset)
-    check_model(path, dataset, held_out, same_items, same_users)
+    check_model(path, dataset, held_out, same_users)
     return model
 
 
@@ -448,6 +447,7 @@ def _own_recipe(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Errors in the input end with status 1 and one line, not a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.formatwarning = lambda text, *_: f"fastrec: warning: {text}\n"
     name = arguments[0] if arguments else ""
     if name == "--version":
         return print(f"fastrec {__version__}")
