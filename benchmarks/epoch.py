@@ -77,7 +77,7 @@ def fastrec(source: Path, steps: int, folder: Path) -> Trained:
     dataset = SequenceDataset.load(folder / "data")
     config = ModelConfig(width=WIDTH, max_len=LENGTH, dropout=DROPOUT)
     torch.manual_seed(0)
-    model, side = UserModel(dataset.num_items, config), SideData(dataset)
+    model, side = UserModel(dataset.num_items, config, dataset.num_users), SideData(dataset)
     joint = JointObjective({"item": Item()}, model, side)
     views = Views({"main": [Mask(share=MASKED)]}, model.frame, side, LENGTH)
     loader = SequenceLoader(views, batch_size=BATCH)
