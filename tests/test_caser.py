@@ -29,7 +29,7 @@ def model_of(dropout: float = 0.4, width: int = 16, **caser) -> UserModel:
 
 
 class Windows(nn.Module):
-    """Caser on windows [N, L, D] with the convolutions of torch (eq. 4 to 8), o [N, n L + m D]."""
+    """Caser on windows [N, L, D] with the convolutions of torch: o [N, n L + m D]."""
 
     def __init__(self, encoder: CaserEncoder):
         super().__init__()

@@ -19,7 +19,7 @@ class ItemHead(nn.Module):
     or, with `own`, `table` [V, D + P] of the head.
 
     With `user_width` P > 0 every one of `num_users` users has a vector p (Caser, Tang and Wang,
-    2018, eq. 10), of an unknown user it is 0. It starts at 0, so that somebody who was never
+    2018, section 3.3), of an unknown user it is 0. It starts at 0, so that somebody who was never
     trained is unknown.
     """
 

@@ -30,7 +30,7 @@ class Sampled:
         alpha: exponent of the popularity; 1 if None.
         shared: the same negatives for all predicted items of a step; otherwise each has its own.
         in_batch: the predicted items of a step, those of all views, are negatives as well (GRU4Rec,
-            Hidasi et al., 2016, section 3.2); softmax or bpr_max, shared.
+            Hidasi et al., 2016, section 3.1.2); softmax or bpr_max, shared.
         log_q: correct the scores of the softmax by the log of the sampling probability, or of the
             expected number of an item among the candidates; true for the softmax if None.
         gbce_t: calibration of gbce (Petrov and Macdonald, 2023); 0.75 if None.

@@ -153,8 +153,8 @@ class Filters(nn.Module):
 
 
 class CaserEncoder(nn.Module):
-    """ReLU(W [o_h; o_v] + b) of every event (eq. 9): o_h the horizontal filters, ReLU and the
-    maximum over the window (eq. 4 to 6), o_v the vertical ones (eq. 7 and 8). Jagged in and out.
+    """ReLU(W [o_h; o_v] + b) of every event (sections 3.2 and 3.3 of the paper): o_h the horizontal
+    filters, ReLU and the maximum over the window, o_v the vertical ones. Jagged in and out.
 
     Args:
         settings: of the filters.
