@@ -101,7 +101,7 @@ def fastrec(task: Task, folder: Path) -> Trained:
         head_transform=task.model == "bert4rec",
     )  # fmt: skip
     torch.manual_seed(0)
-    model, side = UserModel(dataset.num_items, config), SideData(dataset)
+    model, side = UserModel(dataset.num_items, config, dataset.num_users), SideData(dataset)
     joint = JointObjective({"item": Item()}, model, side)
     views = Views({"main": [view]}, model.frame, side, task.length)
     loader = SequenceLoader(views, batch_size=task.batch)

@@ -52,6 +52,18 @@ SYSTEMS = {
         {"main": [NextItem()]},
         {"item": Item(loss="bpr_max", sampled=Sampled(6))},
     ),
+    "next_in_batch": (
+        {"main": [NextItem()]},
+        {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))},
+    ),
+    "next_in_batch_by_bpr_max": (
+        {"main": [NextItem(ahead=2)]},
+        {"item": Item(loss="bpr_max", sampled=Sampled(6, in_batch=True))},
+    ),
+    "next_in_batch_users": (
+        {"main": [NextItem(ahead=2)]},
+        {"item": Item(sampled=Sampled(6, in_batch=True))},
+    ),
     "next_three": (
         {"main": [NextItem(positions="last", ahead=3)]},
         {"item": Item(loss="bce", sampled=Sampled(6, shared=False))},
@@ -84,7 +96,7 @@ def system_of(name: str):
     views, objectives = SYSTEMS[name]
     causal = name.startswith("next")
     form = FORMS.get(name.removeprefix("next_item_"), {})
-    if name == "next_item_users":
+    if name.endswith("_users"):
         form = {"head_table": "own", "head_transform": False, "user_width": 3, "num_users": 6}
     tokens, side = [] if causal else ["cls", "sep"], social_side()
     model = model_of(tokens=tokens, causal=causal, **form)
