@@ -84,7 +84,8 @@ def fastrec(task: Task, folder: Path) -> Trained:
     from fastrec.evaluation.next_item import NextItemJudge, Protocol
     from fastrec.nn.encoders.gru import Gru
     from fastrec.nn.encoders.transformer import Transformer
-    from fastrec.nn.user_model import ModelConfig, UserModel
+    from fastrec.nn.model_config import ModelConfig
+    from fastrec.nn.user_model import UserModel
     from fastrec.objectives.item import Item
     from fastrec.objectives.joint import JointObjective, total_loss
     from fastrec.random import Rng

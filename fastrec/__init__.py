@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from fastrec.data.dataset import SequenceDataset
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
-    from fastrec.nn.user_model import ModelConfig, UserModel
+    from fastrec.nn.model_config import ModelConfig
+    from fastrec.nn.user_model import UserModel
     from fastrec.serve import recommend, user_vectors
     from fastrec.training.config import Recipe
     from fastrec.training.fit import fit
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 # Their modules import polars, Lightning and others: a program that only wants an op goes without.
 LATER = {
-    "ModelConfig": "fastrec.nn.user_model",
+    "ModelConfig": "fastrec.nn.model_config",
     "Recipe": "fastrec.training.config",
     "SequenceDataset": "fastrec.data.dataset",
     "UserModel": "fastrec.nn.user_model",

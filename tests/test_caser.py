@@ -15,7 +15,8 @@ from fastrec.data.settings import from_values
 from fastrec.data.views import Views
 from fastrec.nn.encoders.caser import Caser, CaserEncoder, _Columns, _Largest
 from fastrec.nn.items import ItemRows
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng, keep_mask
 from fastrec.training.config import Recipe
 

@@ -25,8 +25,9 @@ from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
 from fastrec.evaluation.next_item import Protocol, row_blocks
 from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import write_digests
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
 from fastrec.training.config import Init, Recipe, Stage, Users

@@ -16,7 +16,8 @@ import fastrec
 from fastrec.data.steps.next_item import NextItem
 from fastrec.evaluation.next_item import NextItemJudge, Protocol
 from fastrec.nn.encoders.caser import Caser
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng

@@ -12,8 +12,9 @@ from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.item_parts import ItemAttribute
 from fastrec.nn.items import Items
+from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.transfer import with_items
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.user_model import UserModel
 from fastrec.training.model_folder import for_items_of
 
 CONFIG = ModelConfig(width=8, max_len=6, encoder=Transformer(layers=1, heads=1))

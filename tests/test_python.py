@@ -14,7 +14,8 @@ from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives

@@ -32,10 +32,11 @@ from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
 from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
 from fastrec.nn.transfer import freeze, take
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng

@@ -11,7 +11,7 @@ from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
-from fastrec.nn.user_model import ModelConfig
+from fastrec.nn.model_config import ModelConfig
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
