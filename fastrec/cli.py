@@ -20,7 +20,7 @@ from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import input_errors
-from fastrec.data.output import locked_file, write_text
+from fastrec.data.output import check_absent, check_table_path, locked_file, write_table, write_text
 from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.data.prepare.text import read_lines
 from fastrec.data.settings import from_values
@@ -28,8 +28,8 @@ from fastrec.demo import demo
 from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.model_files import RECIPE, read_json
 from fastrec.nn.user_model import UserModel
-from fastrec.serve import check_table_path, user_vectors, write_table
 from fastrec.serve import recommend as recommend_items
+from fastrec.serve import user_vectors
 from fastrec.training.checkpoint import MODEL, SUMMARY, first_process, plain
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
@@ -192,6 +192,7 @@ def evaluate(
     task: str | None = None,
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
+    ranks: Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
@@ -207,17 +208,27 @@ def evaluate(
             class; their friends are found beside shared items ("Sim").
         split: which held-out item, for the next item.
         output: JSON file for the metrics.
-        overwrite: replace a file `output`.
+        ranks: .csv or .parquet file for user_id, item_id (the held-out item) and its rank.
+        overwrite: replace a file `output` or `ranks`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
     with contextlib.nullcontext() if output is None else locked_file(output, overwrite):
-        result = _evaluate(recipe, data, pretrained, task, split, device)
+        if ranks is not None:
+            check_table_path(ranks)
+            check_absent(ranks, overwrite)
+        result = _evaluate(recipe, data, pretrained, task, split, ranks, device)
         if output is not None:
             write_text(output, json.dumps(result, indent=2) + "\n")
 
 
 def _evaluate(
-    recipe: Recipe, data: Path, pretrained: Path, task: str | None, split: str, device: str
+    recipe: Recipe,
+    data: Path,
+    pretrained: Path,
+    task: str | None,
+    split: str,
+    ranks: Path | None,
+    device: str,
 ) -> dict:
     dataset = SequenceDataset.load(data)
     task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
@@ -227,7 +238,7 @@ def _evaluate(
     if asked:
         _say_other_protocol(pretrained, recipe)
     trained = trained.to(device_of(device))
-    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split)
+    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split, ranks)
 
 
 def embed(

@@ -4,14 +4,12 @@ Legend: U users, D width, k recommendations a user.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.output import check_absent, new_file
 from fastrec.evaluation.next_item import adjustment, row_blocks, seen_items
 from fastrec.nn.pool import Pooling
 from fastrec.ops.linear_topk import linear_topk
@@ -161,26 +159,3 @@ def _numbered(item_ids: np.ndarray, histories: Sequence[Sequence]) -> list[list[
     asked = [item for history in histories for item in history]
     rows = iter(_indices(item_ids, asked, "item").tolist() if asked else [])
     return [[next(rows) for _ in history] for history in histories]
-
-
-def write_table(frame, path: Path | str, overwrite: bool = False) -> None:
-    """Write a frame as .csv or .parquet, by the ending; the file is complete or not there.
-
-    Raises ValueError for another ending, FileExistsError for a file that is there, but for
-    `overwrite`.
-    """
-    path = Path(path)
-    check_table_path(path)
-    check_absent(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as work:
-        if path.suffix == ".parquet":
-            frame.write_parquet(work)
-        else:
-            frame.write_csv(work)
-
-
-def check_table_path(path: Path) -> None:
-    """Raise ValueError for a file that `write_table` cannot write."""
-    if path.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"{path}: expected a name that ends in .csv or .parquet")

@@ -10,9 +10,10 @@ from builders import model_of
 
 from fastrec.cli import _read_users, main
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.output import write_table
 from fastrec.data.prepare import prepare
 from fastrec.data.prepare.readers import RawData
-from fastrec.serve import recommend, write_table
+from fastrec.serve import recommend
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 
