@@ -45,7 +45,7 @@ SYSTEMS = {
         {"main": []},
         {"user_attributes": UserAttributes(pool="attention")},
     ),
-    "sampled_shared": (MASKED, {"item": Item(sampled=Sampled(6))}),
+    "sampled_shared": (MASKED, {"item": Item(sampled=Sampled(6, shared=True))}),
     "sampled_own": (MASKED, {"item": Item(sampled=Sampled(6, shared=False))}),
     "next_item": ({"main": [NextItem()]}, {"item": Item()}),
     "next_by_bpr_max": (
@@ -224,7 +224,7 @@ def test_training_with_replayed_steps_ends_with_the_same_weights(tmp_path, monke
     found = []
     for cuda_graph in (False, True):
         if cuda_graph:
-            monkeypatch.setattr("fastrec.training.fit._check_one_gpu", lambda devices: None)
+            monkeypatch.setattr("fastrec.training.fit._check_one_gpu", lambda *given: None)
             graphed = functools.partial(GraphedObjective, capture=Replay)
             monkeypatch.setattr("fastrec.training.module.GraphedObjective", graphed)
         chosen = recipe(**options, cuda_graph=cuda_graph)

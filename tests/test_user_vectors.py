@@ -83,7 +83,7 @@ def test_every_item_loss_scores_with_the_vector_of_the_user(head, kind):
     view = Encoded(batch, torch.randn(len(batch.values), 8, requires_grad=True))
     settings = {
         "softmax": Item(),
-        "sampled": Item(sampled=Sampled(5, log_q=False)),
+        "sampled": Item(sampled=Sampled(5, shared=True, log_q=False)),
         "bce": Item(loss="bce", sampled=Sampled(5, shared=False)),
         "bpr_max": Item(loss="bpr_max", sampled=Sampled(5)),
     }[kind]

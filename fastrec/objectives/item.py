@@ -28,7 +28,8 @@ class Sampled:
         negatives: K, drawn with replacement.
         by: "uniform", or "popularity": by (number of training events)^alpha.
         alpha: exponent of the popularity; 1 if None.
-        shared: the same negatives for all predicted items of a step; otherwise each has its own.
+        shared: the same negatives for all predicted items of a step, much cheaper and with few
+            negatives much worse; otherwise each has its own. None: shared for bpr_max and in_batch.
         in_batch: the predicted items of a step, those of all views, are negatives as well (GRU4Rec,
             Hidasi et al., 2016, section 3.1.2); softmax or bpr_max, shared.
         log_q: correct the scores of the softmax by the log of the sampling probability, or of the
@@ -40,7 +41,7 @@ class Sampled:
     negatives: int = 256
     by: Literal["uniform", "popularity"] = "uniform"
     alpha: float | None = None
-    shared: bool = True
+    shared: bool | None = None
     in_batch: bool = False
     log_q: bool | None = None
     gbce_t: float | None = None
@@ -54,7 +55,7 @@ class Sampled:
             raise ValueError(
                 "sampled.alpha has no effect: negatives are uniform (by: popularity uses it)"
             )
-        if self.in_batch and not self.shared:
+        if self.in_batch and self.shared is False:
             raise ValueError("sampled.in_batch needs shared negatives: sampled.shared: true")
         if self.bpr_reg is not None and self.bpr_reg < 0:
             raise ValueError(f"sampled.bpr_reg must be at least 0, got {self.bpr_reg}")
@@ -99,8 +100,16 @@ class Item:
             raise ValueError(f"sampled.gbce_t has no effect on the loss {self.loss}")
         if how is not None and how.bpr_reg is not None and self.loss != "bpr_max":
             raise ValueError(f"sampled.bpr_reg has no effect on the loss {self.loss}")
-        if how is not None and not how.shared and self.loss == "bpr_max":
+        if how is not None and how.shared is False and self.loss == "bpr_max":
             raise ValueError("item.loss bpr_max needs shared negatives: sampled.shared: true")
+
+    @property
+    def shares(self) -> bool:
+        """Whether the negatives of a step are the same for all predicted items."""
+        how = self.sampled
+        if how is None or how.shared is not None:
+            return how is not None and bool(how.shared)
+        return how.in_batch or self.loss == "bpr_max"
 
     def build(self, model, side: SideData) -> "ItemPrediction":
         if getattr(model, "num_users", 0):  # it has a vector of each user
@@ -152,7 +161,7 @@ class ItemPrediction(nn.Module):
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
         how, self.sampler = self.settings.sampled, self.sampler.to(states.device)
-        if how.shared:
+        if self.settings.shares:
             negatives = self.sampler.shared(how.negatives, rng)
         else:
             places = [_places(view.batch) for view in views]
