@@ -85,7 +85,7 @@ def test_pairs(tmp_path):
         ("1 5\n2 3 4\n", None, 2),
         ("1 5\n\n2 4\n", None, 2),
         ("1 5\n2 x\n", "item", 2),
-        ("1 5\n2 4\n-2 4\n", "user", 3),
+        ("1 5\n2 4\n+2 4\n", "user", 3),
     ],
 )
 def test_pairs_bad_input(tmp_path, text, column, row):
