@@ -17,7 +17,8 @@ import polars as pl
 SPECIAL = [
     "", " ", "NA", "nan", "null", "inf", "-inf", "-1", "007", "+7", "-0", "7.0", "1e3", "1e999",
     "0x10", "1_0", "\uff17", "9" * 25, "1" + "0" * 400, "2024-01-31", "01/05/2024", "True", '"',
-    '""', "a" * 140_000, "\u00e9", "\ufeff7", "user_id", "\\N", "1 2", "::", "|", "\t", ",", ";",
+    '""', "a" * 140_000, "\u00e9", "\ufeff7", "user_id", "\\N", "1 2", "-5", "1565457600.125",
+    "1565457600000", "[1, 2]", "{'a': 1}", "a,,b", "::", "|", "\t", ",", ";",
 ]  # fmt: skip
 EVENTS = [(1, 10, 5, 3), (1, 11, 4, 6), (2, 10, 3, 2), (2, 12, 5, 9), (3, 11, 1, 4), (10, 12, 2, 8)]
 TABLE = {"format": "table", "timestamp_column": "t", "rating_column": "r"}
@@ -244,7 +245,7 @@ def _histories(text: str) -> list[tuple[str, str]]:
 
 
 def _plain(name: str) -> str:
-    return re.sub("[_ -]", "", name.lower())
+    return re.sub("[_ -]", "", name.lower()) if name == name.strip() else name
 
 
 def people(folder: Path) -> tuple[str, dict[str, str]] | None:

@@ -77,7 +77,13 @@ def test_names_that_are_not_known(tmp_path):
     fails(readers.read_table, file, file=file, match="the item.*there are who, what, time",
           user="who")  # fmt: skip
     write(file, "who;what;time\n1;2;3\n")
-    fails(readers.read_table, file, file=file, match="--separator says what stands between")
+    fails(readers.read_table, file, file=file, match="between columns, perhaps ';'")
+    write(file, "alice,book,2020/01/01\nbob,book,2020/01/02\n")
+    fails(readers.read_table, file, file=file, match="if this first line is a row, --columns")
+    write(file, "user, item,time\n1, 2,3\n")
+    fails(readers.read_table, file, file=file, match="no column is known to hold the item")
+    write(file, "user_id:token,item_id:token\n1,2\n")
+    fails(readers.read_table, file, file=file, match="--format recbole reads such names")
 
 
 # Rows

@@ -57,6 +57,17 @@ FILES: dict[str, tuple[str, tuple, int]] = {
     "train-item-views.csv": (
         "sessionId;userId;itemId;timeframe;eventdate\n1;NA;81766;526309;2016-05-09\n",
         (1, 81766, 526309), 1),
+    "2019-Oct.csv": (
+        "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,"
+        "user_session\n2019-10-01 00:00:00 UTC,view,44600062,21,,shiseido,35.79,541312140,72d7\n"
+        "2019-10-01 00:02:14 UTC,purchase,1004856,20,x,samsung,130.76,543272936,8187\n",
+        (543272936, 1004856, 1569888134000000), 1),
+    "online_retail_II.csv": (
+        "Invoice,StockCode,Description,Quantity,InvoiceDate,Price,Customer ID,Country\n"
+        '489434,85048,"LIGHTS, ""15CM""",12,2009-12-01 07:45:00,6.95,13085.0,UK\n'
+        "489434,85048,LIGHTS,12,2009-12-01 07:45:00,6.95,13085.0,UK\n"
+        "489435,22350,CAT BOWL,12,2009-12-01 07:46:00,2.55,,UK\n",
+        ("13085.0", 85048, 1259653500000000), 1),
     "transactions_train.csv": (
         "t_dat,customer_id,article_id,price,sales_channel_id\n2018-09-20,0000,0663713001,0.05,2\n",
         ("0000", "0663713001", 1537401600000000), 1),

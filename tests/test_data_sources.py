@@ -61,10 +61,12 @@ def test_delimited_text_is_read_as_it_was_written(
 
 def test_whitespace_is_any_run_of_blanks_and_tabs(tmp_path):
     file = write(
-        tmp_path / "t.txt", "  1\t 2010-10-19T23:55:27Z  22\n2 2010-10-18T22:17:43Z\t7 \n\n"
+        tmp_path / "t.txt", "  1\t 2010-10-19T23:55:27Z  22 3\n2 2010-10-18T22:17:43Z\t7 5 \n\n"
     )
-    raw = readers.read_table(file, separator="whitespace", columns=["user", "time", "item"])
-    assert [row[:2] for row in rows(raw)] == [(1, 22), (2, 7)]
+    raw = readers.read_table(
+        file, separator="whitespace", columns=["user", "time", "item", "stars"]
+    )
+    assert [(row[0], row[1], row[3]) for row in rows(raw)] == [(1, 22, 3.0), (2, 7, 5.0)]
     write(file, "1 2 3\n1 2\n")
     options = {"separator": "whitespace", "columns": ["user", "item", "time"]}
     fails(readers.read_table, file, file=file, row=2, match="expected 3 fields, got 2", **options)

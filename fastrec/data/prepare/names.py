@@ -12,9 +12,9 @@ from fastrec.data.errors import DataError
 KNOWN = {
     "user": "user userid uid username reviewerid visitorid customerid memberid profileid",
     "item": "item itemid iid movieid asin parentasin businessid productid isbn trackid songid"
-    " artistid articleid newsid bookid gameid animeid videoid venueid locationid poiid",
+    " artistid articleid newsid bookid gameid animeid videoid venueid locationid poiid gmapid",
     "timestamp": "timestamp time date datetime ts unixts unixtime unixtimestamp unixreviewtime"
-    " eventtime eventdate createdat tdat",
+    " eventtime eventdate createdat tdat timems timestampms",
     "rating": "rating ratings stars overall score bookrating",
     "history": "history histories items itemids sequence itemsequence clickhistory",
     "event_type": "event eventtype behavior behaviortype behaviour action actiontype",
@@ -28,7 +28,7 @@ FLAGS = {
     "history": "history_column",
 }
 NONE = "none"  # of a column that may be absent: it is not recognised
-_DATA = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|[0-9]{4}-[0-9]{2}-[0-9]{2}.*")
+_SEPARATORS = (";", "\t", "|", "::", ",", " ")
 
 
 def find_columns(
@@ -67,17 +67,20 @@ def find_columns(
 
 
 def plain(name: str) -> str:
-    """A name as `KNOWN` has it."""
-    return re.sub("[_ -]", "", name.lower())
+    """A name as `KNOWN` has it; nothing for one with blanks around it: its values have them too."""
+    return re.sub("[_ -]", "", name.lower()) if name == name.strip() else ""
 
 
 def _listed(there: list[str], header: bool) -> str:
     hint = ""
-    if header and any(_DATA.fullmatch(name) for name in there):
+    if any(name.endswith((":token", ":float")) for name in there):
+        hint = " (--format recbole reads such names)"
+    elif header and len(there) == 1:
+        seen = next((f", perhaps {each!r}" for each in _SEPARATORS if each in there[0]), "")
+        hint = f" (--separator says what stands between columns{seen})"
+    elif header:
         hint = (
             f" (if this first line is a row, --columns names its {len(there)} columns in order,"
             " such as user,item,rating,time)"
         )
-    elif header and len(there) == 1:
-        hint = " (--separator says what stands between columns)"
     return ", ".join(there) + hint

@@ -73,7 +73,10 @@ def _read_parts(folder: Path, separator, columns, encoding):
     other = [file.name for file in files if not (file.is_file() and file.name.startswith("part-"))]
     if other or not files:
         what = f"found {other[0]}" if other else "found none"
-        raise DataError(folder, f"a folder is read if it holds part files (part-*) alone; {what}")
+        raise DataError(
+            folder, f"as a table, a folder holds part files (part-*) alone; {what} (--format"
+            " movielens-1m, movielens-100k and recbole read theirs)",
+        )  # fmt: skip
     frames: list = []
     parts: list[tuple[Path, int, int]] = []
     for file in files:
