@@ -51,7 +51,7 @@ def prepare(
     event_type_column: str | None = None,
     history_column: str | None = None,
     keep_events: str | None = None,
-    separator: str | None = None,
+    separator: str = "auto",
     columns: str | None = None,
     encoding: str | None = None,
     time_unit: Literal["s", "ms", "us", "ns"] | None = None,
@@ -85,7 +85,7 @@ def prepare(
         event_type_column: of a table: what kind of event it is; "none" leaves it out.
         history_column: of histories: the items, between blanks or commas, as JSON or as a list.
         keep_events: keep only events of these types, such as "buy,click".
-        separator: between columns, if the suffix does not say it: ";", "::", whitespace.
+        separator: between columns: ";", "::", whitespace, ..; "auto" is what the suffix says.
         columns: names of all columns of a file without a header, such as "user,item,rating,time".
         encoding: of a text file, such as latin-1; UTF-8 without it.
         time_unit: what times that are numbers count; without it inferred if all are in 1990-2100.
@@ -107,7 +107,7 @@ def prepare(
         "event_type": event_type_column,
         "history": history_column,
         "keep_events": None if keep_events is None else keep_events.split(","),
-        "separator": separator,
+        "separator": None if separator == "auto" else separator,
         "columns": None if columns is None else columns.split(","),
         "encoding": encoding,
         "time_unit": time_unit,

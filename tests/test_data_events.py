@@ -167,6 +167,8 @@ def test_types_of_events(tmp_path):
     with pytest.raises(ValueError, match="--keep_events has no effect without"):
         readers.read_table(file, keep_events=["buy"], event_type="none")
     frame = pl.DataFrame({"user": [1, 1], "item": [2, 3], "time": [3, 4], "action": [0, 1]})
+    lists = frame.with_columns(action=pl.Series([["a"], ["b"]]))
+    fails(readers.read_table, lists, file="data frame", column="action", match="text or numbers")
     assert rows(readers.read_table(frame, keep_events=["1"])) == [(1, 3, 4, 1)]
 
 

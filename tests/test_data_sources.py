@@ -11,6 +11,7 @@ from files import fails, rows, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastrec.cli import main
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare, readers
 from fastrec.data.prepare.sources import read_source
@@ -74,6 +75,14 @@ def test_whitespace_is_any_run_of_blanks_and_tabs(tmp_path):
     fails(readers.read_table, file, file=file, row=2, match="neither a blank", **options)
     write(file, "1 2 3\n1 \x1f2 3\n")
     fails(readers.read_table, file, file=file, row=2, match="0x1f", **options)
+
+
+@pytest.mark.parametrize("separator", ["#", "~", "|", "'", "\u00a7"])
+def test_any_separator_can_be_said_on_the_command_line(tmp_path, separator):
+    text = "user,item,time\n1,2,3\n".replace(",", separator)
+    file = write(tmp_path / "t.csv", text)
+    main(["prepare", f"--source={file}", f"--output={tmp_path / 'd'}", "--separator", separator])
+    assert SequenceDataset.load(tmp_path / "d").num_events == 1
 
 
 def test_a_file_without_a_header_needs_names(tmp_path):

@@ -37,8 +37,7 @@ def events_of(
     ordered: each user's rows are oldest first, and are checked for it where there are timestamps;
     otherwise a timestamp is needed. on_missing ("error", "drop") is about rows without a user,
     item, timestamp or rating, on_duplicate ("error", "keep", "drop") about rows with the same user,
-    item and timestamp; "drop" keeps the first.
-    See `columns`, `times` and `epochs`.
+    item and timestamp; "drop" keeps the first. See `columns`, `times` and `epochs`.
     """
     import polars as pl
 
@@ -61,6 +60,11 @@ def events_of(
                 "--time_format and --time_unit have no effect without --timestamp_column"
             )
     columns = {role: frame[name] for role, name in names.items()}
+    if "event_type" in columns and columns["event_type"].dtype.is_nested():
+        raise DataError(
+            source, f"types of events must be text or numbers, got {columns['event_type'].dtype}:"
+            f" --event_type_column {NONE} leaves it out", column=names["event_type"],
+        )  # fmt: skip
     removed: dict[str, int] = {}
     keep = _of_types(source, columns.get("event_type"), keep_events, removed)
     columns, rows = _kept(source, columns, rows, keep)

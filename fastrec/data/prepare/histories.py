@@ -116,7 +116,9 @@ def _longest(users, items, rows: Rows, on_duplicate: str):
     table = pl.DataFrame({"user": users, "items": items}).with_row_index("row")
     table = table.with_columns(pl.col("items").list.len().fill_null(0).alias("length"))
     best = table.sort("length", "row").unique("user", keep="last")
-    others = table.join(best, on="row", how="anti").filter(pl.col("user").is_not_null())
+    others = table.filter(
+        ~pl.col("row").is_in(best["row"].implode()) & pl.col("user").is_not_null()
+    )
     keep = np.ones(table.height, dtype=bool)
     if others.height == 0:
         return keep, {}

@@ -36,12 +36,11 @@ def read_frame(
 ):  # fmt: skip
     """(polars.DataFrame, row number of its first record) of a table with named columns.
 
-    By suffix: .parquet; .jsonl, .ndjson and .json (an object a line, .json also one array;
-    Python dictionaries are read too); .csv,
-    .tsv and RecBole's files; each also .gz. Other suffixes are delimited text if `separator`
-    (`text.read_delimited`) says how. Delimited columns come as text; quotes are honoured between
-    commas and semicolons. names: the columns of a delimited file without a header. encoding: of
-    text; UTF-8.
+    By suffix: .parquet; .jsonl, .ndjson and .json (an object or a Python dictionary a line, .json
+    also one array); .csv, .tsv and RecBole's files; each also .gz. Other suffixes are delimited
+    text if `separator` (`text.read_delimited`) says how. Delimited columns come as text; quotes are
+    honoured between commas and semicolons. names: the columns of a delimited file without a header.
+    encoding: of text; UTF-8.
     """
     suffix = _suffix(file)
     if not is_delimited(file):
