@@ -120,6 +120,10 @@ def test_encodings(tmp_path):
     fails(readers.read_table, file, file=file, row=2, match="0xe9 is not utf-8 .*--encoding")
     assert rows(readers.read_table(file, encoding="latin-1"))[0][0] == "café"
     fails(readers.read_table, file, file=file, match="is not ascii", encoding="ascii")
+    for name in ("utf-16-le", "utf-8", "latin-1"):
+        mark = "\u00ef\u00bb\u00bf" if name == "latin-1" else "\ufeff"
+        write(file, f"{mark}user,item,time\n1,2,3\n", name)
+        assert rows(readers.read_table(file, encoding=name)) == [(1, 2, 3)]
     for name in ("klingon", "hex"):
         with pytest.raises(ValueError, match=f"--encoding '{name}' is not known"):
             readers.read_table(file, encoding=name)
@@ -129,6 +133,12 @@ def test_the_message_of_an_unknown_suffix_shows_the_first_line(tmp_path):
     file = write(tmp_path / "t.dat", "1::122::5::838985046\n")
     with pytest.raises(ValueError, match=r"suffix '.dat' .* begins with '1::122::5::838985046'"):
         readers.read_table(file)
+
+
+def test_files_that_have_to_be_unpacked_first(tmp_path):
+    for name, match in (("ml.zip", "unpack"), ("a.tar.gz", "unpack"), ("a.xlsx", "as .csv")):
+        file = write(tmp_path / name, "x")
+        fails(readers.read_table, file, file=file, match=match)
 
 
 EVENTS = [{"user": "u", "item": 10 + i, "time": 5 - i, "x": {"deep": [i]}} for i in range(3)]

@@ -29,6 +29,7 @@ def events_of(
     ordered: bool = False,
     on_missing: str = "error",
     on_duplicate: str = "error",
+    header: bool = False,
 ) -> RawData:
     """The events of a table, in its order.
 
@@ -37,7 +38,8 @@ def events_of(
     ordered: each user's rows are oldest first, and are checked for it where there are timestamps;
     otherwise a timestamp is needed. on_missing ("error", "drop") is about rows without a user,
     item, timestamp or rating, on_duplicate ("error", "keep", "drop") about rows with the same user,
-    item and timestamp; "drop" keeps the first. See `columns`, `times` and `epochs`.
+    item and timestamp; "drop" keeps the first. header: the names are the first line of a text file,
+    for what an error suggests. See `columns`, `times` and `epochs`.
     """
     import polars as pl
 
@@ -47,7 +49,7 @@ def events_of(
         raise ValueError(f"on_missing must be 'error' or 'drop', got {on_missing!r}")
     given = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
     given["event_type"] = event_type
-    names, inferred = find_columns(source, frame.columns, given, header=rows.first == 2)
+    names, inferred = find_columns(source, frame.columns, given, header)
     if "timestamp" not in names:
         if not ordered:
             raise DataError(

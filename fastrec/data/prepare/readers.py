@@ -97,7 +97,7 @@ def read_table(
     source must be in order (ordered=True).
     """
     frame, rows = read_source(source, separator=separator, columns=columns, encoding=encoding)
-    return events_of(name_of(source), frame, rows, **options)
+    return events_of(name_of(source), frame, rows, header=rows.first == 2, **options)
 
 
 def read_recbole(source, **options) -> RawData:

@@ -17,6 +17,11 @@ _SEPARATORS = {
     ".item": "\t",
     ".net": "\t",
 }
+_OTHER = {
+    **dict.fromkeys((".zip", ".7z", ".tar", ".tgz", ".rar"), "unpack it"),
+    **dict.fromkeys((".bz2", ".xz", ".zst"), "unpack it, or pack it as .gz"),
+    **dict.fromkeys((".xls", ".xlsx"), "save it as .csv"),
+}
 _PARQUET, _JSON = (".parquet", ".pq"), (".json", ".jsonl", ".ndjson")
 
 
@@ -52,6 +57,8 @@ def read_frame(
         if suffix in _PARQUET:
             return read_parquet(file), 1
         return _read_json(file, encoding or "utf-8", array=suffix == ".json"), 1
+    if suffix in _OTHER:
+        raise DataError(file, f"a {suffix} file is not read: {_OTHER[suffix]}")
     separator = separator or _SEPARATORS.get(suffix)
     if separator is None:
         line = read_lines(file, encoding or "utf-8")[0][:80]

@@ -11,6 +11,7 @@ import numpy as np
 from fastrec.data.errors import DataError, EmptyFile, reading
 
 _NEWLINE, _RETURN, _QUOTE = 10, 13, 34
+_MARK = b"\xef\xbb\xbf"  # the byte-order mark
 # What str.split() takes for blanks, too: a line that ends in a return alone would go on.
 _OTHER_BLANKS = re.compile(r"[^\S \t]")
 WHITESPACE = "whitespace"  # the separator that is any run of blanks and tabs
@@ -35,9 +36,10 @@ def read_bytes(file, encoding: str = "utf-8") -> bytes:
         data = file.read_bytes()
     if file.suffix.lower() == ".gz":
         data = gunzip(file, data)
+    data = data.removeprefix(_MARK)
     if encoding != "utf-8":
-        data = _utf8(file, data, encoding)
-    data = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+        data = _utf8(file, data, encoding).removeprefix(_MARK)
+    data = data.replace(b"\r\n", b"\n")
     if not data.strip():
         raise EmptyFile(file, "file is empty")
     try:
