@@ -192,6 +192,8 @@ def test_fractions_are_exact_in_a_finer_unit(values, unit, typed):
         (["1.5", "2"], {}, 2, "whole number .* got '1.5'; --time_unit says"),
         (["1565457600.123", "1565457600.1234567891"], {}, 3, "nanosecond at most"),
         (["1565457600000"], {"time_unit": "s"}, 2, "of the years 1 to 9999 in s"),
+        (["1700000000", "1700000000000"], {}, 3, "dates in s or in ms: bring them to one unit"),
+        (["1700000000000.5", "1700000000"], {}, 2, "dates in s or in ms"),
         (["2024-01-31"], {"time_unit": "s"}, None, "--time_unit is for numbers"),
         (["1565457600", "2024-01-31"], {}, 3, "a whole number"),
         (["9300000000", "1.1234567"], {"time_unit": "s"}, 2, "fits 64 bits in nanoseconds"),
@@ -201,6 +203,11 @@ def test_numbers_that_are_no_times(tmp_path, values, options, row, match):
     with pytest.raises(DataError, match=match) as caught:
         times(tmp_path, values, **options)
     assert (caught.value.column, caught.value.row) == ("when", row)
+
+
+def test_numbers_beside_dates_only_order_events(tmp_path):
+    for values in ([0, 1_700_000_000], [1_700_000_000, 5_000_000_000, 1_700_000_000_000]):
+        assert times(tmp_path, values) == (values, "timestamp of the source")
 
 
 def test_units_are_checked(tmp_path):

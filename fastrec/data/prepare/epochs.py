@@ -6,7 +6,8 @@ do not overlap. A fraction is kept in a finer unit, which is said.
 
 from decimal import Decimal
 
-from fastrec.data.prepare.columns import int64, refuse
+from fastrec.data.errors import DataError
+from fastrec.data.prepare.columns import first_row, int64, refuse
 
 SOURCE = "timestamp of the source"
 UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # digits behind the second
@@ -41,7 +42,7 @@ def epoch_column(file, series, first: int, unit: str | None = None):
         values, fractions = _decimals(file, series, first)
     inferred = None
     if unit is None:
-        unit = inferred = _unit_of(values)
+        unit = inferred = _unit_of(file, values.rename(series.name), first)
     if unit is None:
         if fractions is not None:
             refuse(file, series, first, fractions != "", _WHOLE, _SAY_UNIT)
@@ -56,12 +57,20 @@ def epoch_column(file, series, first: int, unit: str | None = None):
     return values, WORDS[digits], inferred
 
 
-def _unit_of(values) -> str | None:
-    """The unit in which all are dates from 1990 to 2100."""
-    for unit, digits in UNITS.items():
-        if values.min() >= _FROM * 10**digits and values.max() < _TO * 10**digits:
-            return unit
-    return None
+def _unit_of(file, values, first: int) -> str | None:
+    """The unit in which all are dates from 1990 to 2100; raises if each is one, in two units."""
+    inside = {
+        unit: (values >= _FROM * 10**digits) & (values < _TO * 10**digits)
+        for unit, digits in UNITS.items()
+    }
+    found = [unit for unit, flags in inside.items() if flags.any()]
+    if sum(int(flags.sum()) for flags in inside.values()) < len(values) or len(found) == 1:
+        return found[0] if found and inside[found[0]].all() else None
+    row = first_row(~inside[found[0]], first)
+    raise DataError(
+        file, f"times are dates in {found[0]} or in {found[1]}: bring them to one unit",
+        column=values.name, row=row,
+    )  # fmt: skip
 
 
 def _decimals(file, series, first: int):
