@@ -137,6 +137,7 @@ FORMATS: dict[str, Callable[..., RawData]] = {
     "table": read_table,
     "histories": read_histories,
 }
+# The settings that each takes: another one would have no effect, and is an error.
 OPTIONS: dict[str, set[str]] = {
     "s3rec": {"item_attributes"},
     "pairs": set(),
@@ -152,7 +153,7 @@ def read(source, format: str, **options) -> RawData:
     """Read `source` with the reader of FORMATS[format]; `options` are its arguments."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
-    for name in options.keys() - OPTIONS[format]:
+    for name in sorted(options.keys() - OPTIONS[format]):
         raise ValueError(f"--{FLAGS.get(name, name)} has no effect on --format {format}")
     for name in ("columns", "keep_events"):
         if isinstance(options.get(name), str):
