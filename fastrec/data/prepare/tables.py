@@ -95,6 +95,8 @@ def _read_json(file, encoding: str, array: bool):
     data = read_bytes(file, encoding).strip()
     if array and data.startswith(b"["):
         return _read_json_array(file, data)
+    if data.startswith((b"{'", b"{u'")):
+        data = _json_of_literals(file, data)
     count = data.count(b"\n") + 1
     try:
         with reading(file):
@@ -102,8 +104,6 @@ def _read_json(file, encoding: str, array: bool):
         if frame.height != count:
             raise DataError(file, f"{count} lines, but {frame.height} objects")
     except DataError:
-        if data.startswith((b"{'", b"{u'")):
-            return _read_literals(file, data.decode())
         for row, line in enumerate(data.split(b"\n"), 1):
             try:
                 if not isinstance(json.loads(line), dict):
@@ -116,22 +116,20 @@ def _read_json(file, encoding: str, array: bool):
     return frame
 
 
-def _read_literals(file, text: str):
-    """A Python dictionary a line, which older data sets call JSON. Nothing in it is run."""
-    import polars as pl
-
-    objects = []
-    for row, line in enumerate(text.split("\n"), 1):
+def _json_of_literals(file, data: bytes) -> bytes:
+    """JSON of a Python dictionary a line, which older data sets call JSON. Nothing in it is run."""
+    lines = []
+    for row, line in enumerate(data.split(b"\n"), 1):
         try:
-            objects.append(ast.literal_eval(line))
+            value = ast.literal_eval(line.decode())
+            lines.append(json.dumps(value if isinstance(value, dict) else None).encode())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as problem:
             raise DataError(
                 file, f"is neither JSON nor a Python dictionary: {problem}", row=row
             ) from None
-        if not isinstance(objects[-1], dict):
+        if not isinstance(value, dict):
             raise DataError(file, "expected an object {..}", row=row)
-    with reading(file):
-        return pl.DataFrame(objects, infer_schema_length=None)
+    return b"\n".join(lines)
 
 
 def _read_json_array(file, data: bytes):
