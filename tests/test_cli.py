@@ -342,11 +342,11 @@ def test_objectives_need_attributes_and_relations(runs, tmp_path):
     [
         (
             ["prepare", "--source=x", "--output=y", "--format=pairs", "--user_column=who"],
-            "column names are for --format table",
+            "--user_column has no effect on --format pairs",
         ),
         (
             ["prepare", "--source=x", "--output=y", "--format=s3rec", "--on_duplicate=drop"],
-            "on_duplicate has no meaning for s3rec",
+            "--on_duplicate has no effect on --format s3rec",
         ),
         (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are bert4rec"),
         (["pretrain", "--config=sasrec", "--data=nowhere", "--output=y"], "nowhere"),

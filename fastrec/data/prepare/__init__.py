@@ -10,6 +10,9 @@ from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
+from fastrec.data.prepare.preview import preview
+from fastrec.data.prepare.raw import RawData
+from fastrec.data.prepare.sources import is_frame, name_of, polars_frame
 from fastrec.data.prepare.writer import claim, write_dataset
 
 TIE_RULE = "stable by (timestamp, row of the source)"
@@ -28,9 +31,19 @@ class PrepareReport:
     lengths: dict[str, float] = field(default_factory=dict)
     num_short_users: int = 0
     tie_rule: str = TIE_RULE
+    time: str = PLACE
+    inferred: dict[str, str] = field(default_factory=dict)
+    preview: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
+        if self.inferred:
+            said = ", ".join(f"{name} {value}" for name, value in self.inferred.items())
+            lines.append(f"  recognised: {said}")
+        lines += [
+            f"  {'begins with:' if i == 0 else '':<12} {line}"
+            for i, line in enumerate(self.preview)
+        ]
         for name, count in self.after.items():
             lines.append(f"  {name:<13}{self.before[name]:>13,} -> {count:>13,}")
         lines += [f"  removed: {count:,} {reason}" for reason, count in self.removed.items()]
@@ -44,6 +57,7 @@ class PrepareReport:
         if self.num_short_users:
             lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
         lines.append(f"  order: {self.tie_rule}")
+        lines.append(f"  time: {self.time}")
         return "\n".join(lines)
 
 
@@ -51,7 +65,7 @@ def prepare(
     source,
     output,
     *,
-    format: str = "s3rec",
+    format: str = "table",
     k_core: int = 0,
     min_rating: float | None = None,
     max_users: int | None = None,
@@ -66,11 +80,13 @@ def prepare(
 ) -> PrepareReport:
     """Read `source`, filter it and write the canonical dataset directory `output`.
 
-    source: a path, or a `RawData`. format: a key of `readers.FORMATS`; `options` go to that reader.
+    source: a path, a data frame (polars, pandas, Arrow), or a `RawData`. format: a key of
+    `readers.FORMATS`; `options` go to that reader: for a table see `readers.read_table` and
+    `events.events_of`.
     min_rating: events rated below are removed. max_users: the first users in order of their id are
     kept. k_core: then every user and item with fewer than k events goes, again and again.
     user_attributes, item_attributes: a file (see `side_tables.read_attributes`; for s3rec items the
-    attribute JSON) or a polars.DataFrame with user_id (item_id) and attributes, one row per id. Ids
+    attribute JSON) or a data frame with user_id (item_id) and attributes, one row per id. Ids
     without events are left out and counted; ids without a row have nulls; a file without any id of
     the source is an error. user_key, item_key: the column of such a file that holds the ids.
     relations: a file or frame whose first two columns are user and friend; links with an end that
@@ -88,23 +104,30 @@ def prepare(
         raise ValueError(f"k_core must not be negative, max_users positive: {k_core}, {max_users}")
     if na_values not in ("ask", "missing", "text"):
         raise ValueError(f"na_values must be 'ask', 'missing' or 'text', got {na_values!r}")
-    if format in ("table", "recbole"):
+    is_raw = isinstance(source, RawData)
+    if is_raw and options:
+        raise ValueError(f"{', '.join(options)} have no effect on events that have been read")
+    if not is_raw and "na_values" in readers.OPTIONS.get(format, ()):
         options["na_values"] = na_values
     elif na_values != "ask" and user_attributes is item_attributes is relations is None:
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
-    known_as = [options.get(name) for name in ("user", "item")]
+    frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
+    user_attributes, item_attributes, relations = (
+        polars_frame(frame, name) if is_frame(frame) else frame
+        for name, frame in (frames | {"relations": relations}).items()
+    )
     sides = {
-        "user": (user_attributes, {"column": user_key, "known_as": known_as[0]}),
-        "item": (item_attributes, {"column": item_key, "known_as": known_as[1]}),
+        "user": (user_attributes, {"column": user_key}),
+        "item": (item_attributes, {"column": item_key}),
     }
     for name, (file, settings) in sides.items():
         if settings["column"] is not None and not isinstance(file, (str, Path)):
             raise ValueError(f"--{name}_key has no effect without --{name}_attributes")
         settings["na_values"] = na_values
-    with claim(Path(output), overwrite), reading(getattr(source, "source", source)):
-        raw = source
-        if not isinstance(source, readers.RawData):
-            raw = readers.read(source, format, **options)
+    with claim(Path(output), overwrite), reading(source.source if is_raw else name_of(source)):
+        raw = source if is_raw else readers.read(source, format, **options)
+        for name, (_, settings) in sides.items():
+            settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
         return _prepare(raw, Path(output), filters, sides, relations, na_values, overwrite)
 
@@ -171,6 +194,7 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
         name, links = raw.source, raw.relations
     links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
+    time = raw.time if "timestamp" in frame.columns else PLACE
     schema = write_dataset(
         output,
         interactions=_interactions(frame, rows, user, item),
@@ -178,8 +202,9 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
         items=items,
         relations=links,
         tie_rule=ORDER_RULE if raw.ordered else TIE_RULE,
-        time=raw.time if "timestamp" in frame.columns else PLACE,
+        time=time,
         source=raw.source,
+        inferred=raw.inferred,
         filters=filters | {"removed": removed},
         overwrite=overwrite,
     )
@@ -198,6 +223,9 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
         },
         num_short_users=schema["num_short_users"],
         tie_rule=schema["tie_rule"],
+        time=time,
+        inferred=raw.inferred,
+        preview=preview(frame, time),
     )
 
 
