@@ -68,6 +68,7 @@ def prepare(
     on_duplicate: Literal["error", "keep", "drop"] = "error",
     user_key: str | None = None,
     item_key: str | None = None,
+    items_of: Path | None = None,
     overwrite: bool = False,
 ):
     """Turn a raw file into a data set that the other commands read.
@@ -102,6 +103,7 @@ def prepare(
         on_duplicate: what to do with the same user, item and time twice.
         user_key: column of user_attributes that holds the ids, if it is called otherwise.
         item_key: the same of item_attributes.
+        items_of: a data set whose items come first, in their order: models of it go on here.
         overwrite: replace a data set in `output`.
     """
     given: dict[str, Any] = {
@@ -134,6 +136,7 @@ def prepare(
         relations=relations,
         user_key=user_key,
         item_key=item_key,
+        items_of=items_of,
         na_values=na_values,
         overwrite=overwrite,
         **{name: value for name, value in given.items() if value is not None},

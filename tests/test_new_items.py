@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastrec
+from fastrec.data.errors import DataError
 from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.item_parts import ItemAttribute
@@ -114,3 +115,72 @@ def test_a_trained_model_goes_on_with_the_items_of_tomorrow(tmp_path):
     (folder / "items.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"items\.npy is missing"):
         for_items_of(model, folder, tomorrow)
+
+
+def test_a_catalogue_goes_on(tmp_path, capsys):
+    """`--items_of`: today's users alone can be recommended every item of the model; new ones come
+    behind; attributes of both days meet."""
+    today = log(60, 0, 30)
+    today.write_csv(tmp_path / "today.csv")
+    polars.DataFrame(
+        {"item_id": [f"i{n}" for n in range(30)], "brand": [f"b{n % 3}" for n in range(30)]}
+    ).write_csv(tmp_path / "items.csv")
+    shared = dict(format="table", timestamp="timestamp", on_duplicate="keep")
+    fastrec.prepare(
+        tmp_path / "today.csv", tmp_path / "today", item_attributes=tmp_path / "items.csv", **shared
+    )
+    first = fastrec.SequenceDataset.load(tmp_path / "today")
+    few = polars.DataFrame(
+        {"user_id": ["new"] * 4, "item_id": ["i3", "i99", "i4", "i98"], "timestamp": [1, 2, 3, 4]}
+    )
+    few.write_csv(tmp_path / "few.csv")
+    polars.DataFrame({"item_id": ["i99", "i3"], "brand": ["b9", "b8"], "price": [1, 2]}).write_csv(
+        tmp_path / "new.csv"
+    )
+    report = fastrec.prepare(
+        few, tmp_path / "few", item_attributes=tmp_path / "new.csv", items_of=tmp_path / "today",
+        **shared,
+    )  # fmt: skip
+    known = first.item_ids().tolist()
+    assert f"{len(known)} of {tmp_path / 'today'}, and 2 new ones behind them" in str(report)
+    second = fastrec.SequenceDataset.load(tmp_path / "few")
+    assert second.item_ids().tolist() == [*known, "i98", "i99"]
+    places = [second.item_ids().tolist().index(item) for item in ("i3", "i99", "i4", "i98")]
+    assert second.values.tolist() == places
+    table = second.item_attributes()
+    brand = dict(zip(table["item_id"], table["brand"], strict=True))
+    assert (brand["i3"], brand["i99"], brand["i98"], brand["i5"]) == ("b8", "b9", None, "b2")
+    assert table["price"].drop_nulls().to_list() == [2, 1]
+    assert second.schema["filters"]["items_of"] == str(tmp_path / "today")
+    recipe = fastrec.Recipe.load(
+        "sasrec", steps=2, validate_every=2, warmup_steps=1, model={"width": 8, "max_len": 6}
+    )
+    fastrec.fit(first, recipe=recipe, output=tmp_path / "run", progress=False)
+    folder = tmp_path / "run" / "model"
+    with pytest.warns(UserWarning, match="2 of the 32 items .* are new"):
+        model = for_items_of(UserModel.from_pretrained(folder), folder, second)
+    best = fastrec.recommend(model, second, k=32)
+    assert set(best["item_id"]) == {*known, "i98", "i99"} - {"i3", "i99", "i4", "i98"}
+
+
+def test_a_catalogue_of_numbers_goes_on_with_text(tmp_path):
+    """Ids are compared as they are written."""
+    for name, items in (("a", [7, 5, 7]), ("b", ["5", "x", "7"])):
+        frame = polars.DataFrame({"user_id": [1] * 3, "item_id": items, "timestamp": [1, 2, 3]})
+        earlier = {"items_of": tmp_path / "a"} if name == "b" else {}
+        fastrec.prepare(frame, tmp_path / name, timestamp="timestamp", **earlier)
+    second = fastrec.SequenceDataset.load(tmp_path / "b")
+    assert second.item_ids().tolist() == ["5", "7", "x"]
+    assert second.values.tolist() == [0, 2, 1]
+
+
+def test_a_catalogue_with_another_type_of_attribute_is_refused(tmp_path):
+    frame = polars.DataFrame({"user_id": [1] * 3, "item_id": [7, 5, 7], "timestamp": [1, 2, 3]})
+    for name, price in (("a", [1, 2]), ("b", ["cheap", "dear"])):
+        items = polars.DataFrame({"item_id": [5, 7], "price": price})
+        earlier = {"items_of": tmp_path / "a"} if name == "b" else {}
+        options = dict(timestamp="timestamp", item_attributes=items, **earlier)
+        if name == "a":
+            fastrec.prepare(frame, tmp_path / name, **options)
+    with pytest.raises(DataError, match="column 'price'.*is Int64 there, String here"):
+        fastrec.prepare(frame, tmp_path / "b", **options)

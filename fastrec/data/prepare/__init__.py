@@ -8,6 +8,7 @@ import numpy as np
 from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
+from fastrec.data.prepare.catalogue import Catalogue
 from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
@@ -34,6 +35,7 @@ class PrepareReport:
     time: str = PLACE
     inferred: dict[str, str] = field(default_factory=dict)
     preview: list[str] = field(default_factory=list)
+    catalogue: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -49,6 +51,8 @@ class PrepareReport:
         lines += [f"  removed: {count:,} {reason}" for reason, count in self.removed.items()]
         if not self.removed:
             lines.append("  removed: nothing")
+        if self.catalogue is not None:
+            lines.append(f"  items: {self.catalogue}")
         lines.append(
             "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
                 **self.lengths
@@ -74,6 +78,7 @@ def prepare(
     relations=None,
     user_key: str | None = None,
     item_key: str | None = None,
+    items_of: Path | str | None = None,
     na_values: str = "ask",
     overwrite: bool = False,
     **options,
@@ -91,6 +96,8 @@ def prepare(
     the source is an error. user_key, item_key: the column of such a file that holds the ids.
     relations: a file or frame whose first two columns are user and friend; links with an end that
     has no events are left out and counted.
+    items_of: a data set whose items come first, in their order and with their attributes, also
+    those without events here: models that were trained on it go on, and new items come behind.
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
@@ -129,10 +136,13 @@ def prepare(
         for name, (_, settings) in sides.items():
             settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
-        return _prepare(raw, Path(output), filters, sides, relations, na_values, overwrite)
+        earlier = None if items_of is None else Path(items_of)
+        return _prepare(raw, Path(output), filters, sides, relations, earlier, na_values, overwrite)
 
 
-def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> PrepareReport:
+def _prepare(
+    raw, output, filters, sides, relations, items_of, na_values, overwrite
+) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
     user_ids, user = _codes(frame["user_id"])
@@ -187,8 +197,15 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
     _add(removed, "attribute rows of users without interactions", lost)
     item_file, options = sides["item"]
     sources = [(raw.source, raw.items), ("item_attributes", item_file)]
-    items, lost = attribute_table(item_ids[used_items], sources, "item_id", item_ids, **options)
+    listed, catalogue = item_ids[used_items], None
+    if items_of is not None:
+        catalogue = Catalogue(items_of, listed)
+        item, listed = catalogue.numbers(item), catalogue.ids
+        item_ids = item_ids.cast(listed.dtype)
+    items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
     _add(removed, "attribute rows of items without interactions", lost)
+    if catalogue is not None:
+        items = catalogue.joined(items)
     name, links = "relations", relations
     if links is None:
         name, links = raw.source, raw.relations
@@ -205,7 +222,7 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
         time=time,
         source=raw.source,
         inferred=raw.inferred,
-        filters=filters | {"removed": removed},
+        filters=filters | {"items_of": items_of and str(items_of), "removed": removed},
         overwrite=overwrite,
     )
     lengths = np.bincount(user)
@@ -226,6 +243,7 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
         time=time,
         inferred=raw.inferred,
         preview=preview(frame, time),
+        catalogue=None if catalogue is None else str(catalogue),
     )
 
 
