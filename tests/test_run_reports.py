@@ -68,6 +68,15 @@ def test_lines_without_a_terminal(folder, capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_a_run_that_no_longer_improves_stops_and_says_so(folder, capfd):
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    settings = SHORT | dict(steps=60, validate_every=4, learning_rate=1e-12, patience=3)
+    fit(dataset, recipe=Recipe.load("sasrec", **settings))
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "stopped: no better NDCG@10 in 3 validations (patience)"
+    assert 3 <= len(lines) - 2 < 15 and Recipe.load("sasrec").pretraining.patience == 10
+
+
 def test_csv_files_have_numbers_alone(run):
     for name in ("metrics", "validation"):
         frame = polars.read_csv(run / name / "version_0" / "metrics.csv")

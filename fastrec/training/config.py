@@ -95,7 +95,7 @@ class Stage:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     validate_every: int = 1000
     monitor: str | None = None
-    patience: int = 0
+    patience: int = 10
     checkpoint_every: int = 500
     devices: int | Literal["auto"] = "auto"
     backend: Literal["reference", "cpp", "triton"] | None = None

@@ -36,6 +36,14 @@ class Lines(Callback):
             f" {module.stage.monitored} {value:.4f}{best}, {seconds:.0f} s",
         )  # fmt: skip
 
+    def on_train_end(self, trainer, module) -> None:
+        stage = module.stage
+        if trainer.global_step < stage.steps:
+            self._print(
+                trainer, f"stopped: no better {stage.monitored} in {stage.patience} validations"
+                " (patience)",
+            )  # fmt: skip
+
     def _print(self, trainer, text: str) -> None:
         if trainer.is_global_zero:
             print(text, flush=True)  # a log is read while the run goes on
