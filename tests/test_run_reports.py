@@ -39,6 +39,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+class Remembers(CSVLogger):
+    def log_hyperparams(self, params):
+        self.settings = params
+
+
 @pytest.fixture(scope="module")
 def run(folder):
     dataset = fastrec.SequenceDataset.load(folder / "data")
@@ -48,10 +53,12 @@ def run(folder):
         def on_train_batch_end(self, *args):
             seen.append(1)
 
-    mine = CSVLogger(folder, name="mine")
+    mine = Remembers(folder, name="mine")
     recipe = Recipe.load("sasrec", **SHORT)
     fit(dataset, recipe=recipe, output=folder / "run", callbacks=[Count()], loggers=[mine])
     assert len(seen) == 40 and list((folder / "mine").rglob("metrics.csv")), "what was passed ran"
+    assert mine.settings["pretraining.steps"] == 40 and mine.settings["model.width"] == 16
+    assert mine.settings["model.encoder.transformer.causal"] is True
     return folder / "run"
 
 

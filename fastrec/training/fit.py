@@ -49,7 +49,7 @@ from fastrec.training.checkpoint import (
     tidy_run,
 )
 from fastrec.training.config import Recipe, Stage
-from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed
+from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
 from fastrec.training.model_folder import hashes, load_heads, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.stage_data import stage_data
@@ -192,6 +192,8 @@ def _fit(
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
     trainer = _trainer(output, run, current, keep, len(data.users), around)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(flat(plain(recipe)))
     start = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)

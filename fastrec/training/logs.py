@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -80,10 +81,25 @@ class Csv(CSVLogger):
     def __init__(self, output: Path, name: str):
         super().__init__(output, name=name, version=_next_version(output / name))
 
+    def log_hyperparams(self, params=None) -> None:
+        """They are in recipe.json."""
+
     def log_metrics(self, metrics, step=None) -> None:
         validation = any(name.startswith("valid/") for name in metrics)
         if validation == (self.name == VALIDATION):
             super().log_metrics(metrics, step)
+
+
+def flat(settings: dict, path: str = "") -> dict[str, Any]:
+    """{"pretraining.steps": 1000, ..} of nested settings, as loggers take hyperparameters."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{path}.{name}".lstrip(".")
+        if isinstance(value, dict):
+            found |= flat(value, key)
+        elif value is not None:
+            found[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
 
 
 def _next_version(folder: Path) -> int:
