@@ -3,6 +3,11 @@
 Legend: B sequences, T events, H heads, D head width. S and P are [queries, keys] tiles of
 BLOCK x BLOCK; a sequence of at most BLOCK events is one tile, and nothing of it is computed twice.
 
+Where dK and dV are made, S and P are [keys, queries]: the products with Q and dO then read them as
+they are. As [queries, keys] they would have to be transposed as 16-bit copies of a product, which
+ptxas up to 13.0 compiles to wrong numbers on sm_90 (a 64 x 64 tile, D = 32, 4 warps:
+flash-linear-attention 640 and 1262, triton 10486).
+
 Forward: queries stay, keys stream, softmax with a running maximum. Backward of one tile: everything
 on chip. Backward of longer sequences: the block's dK and dV from all queries, then its dQ from all
 keys, so every output is written once by one program. No atomics: equal inputs give equal bits.
@@ -39,22 +44,27 @@ def _store_tile(
 
 
 @triton.jit
-def _scores(q, k, row, col, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
-    """scale * q k^T, -inf where a query does not see a key."""
-    s = dot(q, tl.trans(k), None, PRECISION) * scale
-    seen = (col < length)[None, :]
+def _scores(x, y, query, key, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
+    """scale * x y^T, of queries and keys or keys and queries, -inf where a query does not see a
+    key. query, key: their places, one [R, 1] and the other [1, C]."""
+    s = dot(x, tl.trans(y), None, PRECISION) * scale
+    seen = key < length
     if CAUSAL:
-        seen = seen & (col[None, :] <= row[:, None])
+        seen = seen & (key <= query)
     return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
 def _kept(
-    rng, keys, b, row, first, layer, h, drop, SITE: tl.constexpr, BLOCK: tl.constexpr
+    rng, keys, b, row, first, layer, h, drop,
+    SITE: tl.constexpr, BLOCK: tl.constexpr, BY_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Keep mask of row `row` and columns first .. first + BLOCK - 1 of P, of sequence b."""
+    """Keep mask [queries, keys], BY_KEYS [keys, queries], of the queries `row` and the keys first
+    to first + BLOCK - 1 of sequence b."""
     seed, step = philox_key(tl.load(rng), SITE), tl.load(rng + 1)
     drawn = draws(seed, row, first // 16, tl.load(keys + b), layer, h, step, BLOCK // 16)
+    if BY_KEYS:
+        drawn = tl.trans(drawn)
     return drawn.to(tl.int32) >= drop
 
 
@@ -68,10 +78,10 @@ def _load_lse(lse, events, heads, t, h, row, length):
 
 @triton.jit
 def _probabilities(s, lse, left_out, PRECISION: tl.constexpr):
-    """exp(s - lse), for float32 inputs with both parts of lse."""
+    """exp(s - lse), for float32 inputs with both parts of lse, [R, 1] or [1, C] both."""
     if PRECISION == "ieee":
-        return tl.exp2((s - lse[:, None] - left_out[:, None]) * LOG2E)
-    return tl.exp2((s - lse[:, None]) * LOG2E)
+        return tl.exp2((s - lse - left_out) * LOG2E)
+    return tl.exp2((s - lse) * LOG2E)
 
 
 @triton.jit
@@ -121,14 +131,16 @@ def _fwd_kernel(
             col = start + tl.arange(0, BLOCK)
             k_tile = _load_tile(k, t, h, col, length, stride_kt, stride_kh, d, BLOCK_D)
             v_tile = _load_tile(v, t, h, col, length, stride_vt, stride_vh, d, BLOCK_D)
-            s = _scores(q_tile, k_tile, row, col, length, scale, CAUSAL, PRECISION)
+            s = _scores(
+                q_tile, k_tile, row[:, None], col[None, :], length, scale, CAUSAL, PRECISION
+            )  # fmt: skip
             new = tl.maximum(peak, tl.max(s, 1))
             p = tl.exp2((s - new[:, None]) * LOG2E)
             fade = tl.exp2((peak - new) * LOG2E)
             peak = new
             total = total * fade + tl.sum(p, 1)
             if keys is not None:
-                kept = _kept(rng, keys, b, row, start, layer, h, drop, SITE, BLOCK)
+                kept = _kept(rng, keys, b, row, start, layer, h, drop, SITE, BLOCK, False)
                 p = tl.where(kept, p, 0.0)
             acc = dot(round_to(p, q.dtype.element_ty), v_tile, acc * fade[:, None], PRECISION)
         acc *= (keep_scale / total)[:, None]
@@ -167,18 +179,20 @@ def _bwd_kernel(
         q_own = _load_tile(q, t, h, own, length, stride_qt, stride_qh, d, BLOCK_D)
         g_own = _load_tile(g, t, h, own, length, stride_gt, stride_gh, d, BLOCK_D)
         if ONE_TILE:
-            s = _scores(q_own, k_own, own, own, length, scale, CAUSAL, PRECISION)
-            p = tl.exp2((s - tl.max(s, 1)[:, None]) * LOG2E)
-            p = p / tl.sum(p, 1)[:, None]
-            dp = dot(g_own, tl.trans(v_own), None, PRECISION) * keep_scale
+            s = _scores(
+                k_own, q_own, own[None, :], own[:, None], length, scale, CAUSAL, PRECISION
+            )  # fmt: skip
+            p = tl.exp2((s - tl.max(s, 0)[None, :]) * LOG2E)
+            p = p / tl.sum(p, 0)[None, :]
+            dp = dot(v_own, tl.trans(g_own), None, PRECISION) * keep_scale
             a = p
             if keys is not None:
-                kept = _kept(rng, keys, b, own, first, layer, h, drop, SITE, BLOCK)
+                kept = _kept(rng, keys, b, own, first, layer, h, drop, SITE, BLOCK, True)
                 a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
-            ds = round_to(p * (dp - tl.sum(p * dp, 1)[:, None]), dtype)
-            dv = dot(tl.trans(round_to(a, dtype)), g_own, None, PRECISION)
-            dk = dot(tl.trans(ds), q_own, None, PRECISION)
-            dq = dot(ds, k_own, None, PRECISION)
+            ds = round_to(p * (dp - tl.sum(p * dp, 0)[None, :]), dtype)
+            dv = dot(round_to(a, dtype), g_own, None, PRECISION)
+            dk = dot(ds, q_own, None, PRECISION)
+            dq = tl.trans(dot(tl.trans(k_own), ds, None, PRECISION))  # dQ^T = K^T dS^T
         else:
             dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
             dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -195,16 +209,18 @@ def _bwd_kernel(
                 o_tile = _load_tile(out, t, h, row, length, third, d, d, BLOCK_D)
                 delta = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
                 shift, left_out = _load_lse(lse, events, heads, t, h, row, length)
-                s = _scores(q_tile, k_own, row, own, length, scale, CAUSAL, PRECISION)
-                p = _probabilities(s, shift, left_out, PRECISION)
-                dp = dot(g_tile, tl.trans(v_own), None, PRECISION) * keep_scale
+                s = _scores(
+                    k_own, q_tile, row[None, :], own[:, None], length, scale, CAUSAL, PRECISION
+                )  # fmt: skip
+                p = _probabilities(s, shift[None, :], left_out[None, :], PRECISION)
+                dp = dot(v_own, tl.trans(g_tile), None, PRECISION) * keep_scale
                 a = p
                 if keys is not None:
-                    kept = _kept(rng, keys, b, row, first, layer, h, drop, SITE, BLOCK)
+                    kept = _kept(rng, keys, b, row, first, layer, h, drop, SITE, BLOCK, True)
                     a, dp = tl.where(kept, p, 0.0), tl.where(kept, dp, 0.0)
-                ds = round_to(p * (dp - delta[:, None]), dtype)
-                dv = dot(tl.trans(round_to(a, dtype)), g_tile, dv, PRECISION)
-                dk = dot(tl.trans(ds), q_tile, dk, PRECISION)
+                ds = round_to(p * (dp - delta[None, :]), dtype)
+                dv = dot(round_to(a, dtype), g_tile, dv, PRECISION)
+                dk = dot(ds, q_tile, dk, PRECISION)
             o_own = _load_tile(out, t, h, own, length, third, d, d, BLOCK_D)
             delta = tl.sum(g_own.to(tl.float32) * o_own.to(tl.float32), 1)
             shift, left_out = _load_lse(lse, events, heads, t, h, own, length)
@@ -212,11 +228,13 @@ def _bwd_kernel(
                 col = start + tl.arange(0, BLOCK)
                 k_tile = _load_tile(k, t, h, col, length, stride_kt, stride_kh, d, BLOCK_D)
                 v_tile = _load_tile(v, t, h, col, length, stride_vt, stride_vh, d, BLOCK_D)
-                s = _scores(q_own, k_tile, own, col, length, scale, CAUSAL, PRECISION)
-                p = _probabilities(s, shift, left_out, PRECISION)
+                s = _scores(
+                    q_own, k_tile, own[:, None], col[None, :], length, scale, CAUSAL, PRECISION
+                )  # fmt: skip
+                p = _probabilities(s, shift[:, None], left_out[:, None], PRECISION)
                 dp = dot(g_own, tl.trans(v_tile), None, PRECISION) * keep_scale
                 if keys is not None:
-                    kept = _kept(rng, keys, b, own, start, layer, h, drop, SITE, BLOCK)
+                    kept = _kept(rng, keys, b, own, start, layer, h, drop, SITE, BLOCK, False)
                     dp = tl.where(kept, dp, 0.0)
                 ds = round_to(p * (dp - delta[:, None]), dtype)
                 dq = dot(ds, k_tile, dq, PRECISION)

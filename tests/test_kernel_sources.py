@@ -1,0 +1,54 @@
+"""What no compiler and no interpreter shows: a form that a GPU's assembler gets wrong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+FILES = sorted(KERNELS.rglob("*.py"))
+DOT = ("dot", "tl.dot")
+
+
+def calls(node: ast.AST) -> set[str]:
+    return {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
+
+
+def names(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def transposed_products(source: str) -> list[str]:
+    """Operands of a product that are a transposed value which was computed from another product:
+    ptxas up to 13.0 multiplies by the transposed 16-bit copy of one wrongly on sm_90."""
+    functions = [f for f in ast.walk(ast.parse(source)) if isinstance(f, ast.FunctionDef)]
+    products = {*DOT, *(f.name for f in functions if calls(f) & set(DOT))}
+    found = []
+    for function in functions:
+        assignments = [n for n in ast.walk(function) if isinstance(n, (ast.Assign, ast.AugAssign))]
+        made: set[str] = set()  # names whose values come out of a product
+        for _ in assignments:
+            for node in assignments:
+                if calls(node.value) & products or names(node.value) & made:
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    made |= {name for target in targets for name in names(target)}
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in DOT:
+                for operand in call.args[:2]:
+                    text = ast.unparse(operand)
+                    if "trans(" in text and (names(operand) & made or calls(operand) & products):
+                        found.append(f"{function.name}: {text}")
+    return found
+
+
+def test_the_reader_finds_the_form():
+    head = "def f(x, y):\n a = exp(dot(x, tl.trans(y)))\n b = load(x)\n b = round_to(b, 1)\n"
+    assert transposed_products(head + " return dot(tl.trans(b), a)") == []
+    assert transposed_products(head + " return dot(tl.trans(a), b)") == ["f: tl.trans(a)"]
+    cast = head + " c = 2 * a\n return tl.dot(b, tl.trans(round_to(c, 1)))"
+    assert transposed_products(cast) == ["f: tl.trans(round_to(c, 1))"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(KERNELS)))
+def test_no_product_reads_a_transposed_result(file):
+    assert transposed_products(file.read_text()) == []
