@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastrec.data.dataset import SequenceDataset
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
+    from fastrec.export import export_query
     from fastrec.nn.user_model import ModelConfig, UserModel
     from fastrec.serve import Recommender, recommend
     from fastrec.training.config import Recipe
@@ -45,6 +46,7 @@ LATER = {
     "SequenceDataset": "fastrec.data.dataset",
     "UserModel": "fastrec.nn.user_model",
     "evaluate": "fastrec.evaluation.next_item",
+    "export_query": "fastrec.export",
     "fit": "fastrec.training.fit",
     "item_vectors": "fastrec.vectors",
     "prepare": "fastrec.data.prepare",
@@ -60,6 +62,7 @@ __all__ = [
     "bias_gelu_dropout",
     "dropout_add_layer_norm",
     "evaluate",
+    "export_query",
     "fit",
     "gelu_ffn",
     "in_batch_cross_entropy",

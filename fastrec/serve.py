@@ -5,7 +5,7 @@ Legend: U users, V items, M items that are scored, D width, k results a row.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -49,13 +49,16 @@ class Recommender:
     Args:
         model: on any device, which the requests run on.
         dataset: whose items the model was trained on, with the histories of its users.
+        program: (values, offsets) -> queries, of `export_query`: it answers in place of
+            `model.ask` where the input of the model is items alone. The model answers for users
+            that have a vector, and where it reads ratings or time gaps.
 
     Raises ValueError for a data set with another number of items.
     """
 
-    def __init__(self, model, dataset):
+    def __init__(self, model, dataset, program: Callable[[Tensor, Tensor], Tensor] | None = None):
         check_items(model, dataset)
-        self.model, self.dataset = model, dataset
+        self.model, self.dataset, self._program = model, dataset, program
         self._items = Ids(dataset.item_ids())
         self._adjusted: tuple[float, Tensor] | None = None
 
@@ -153,8 +156,12 @@ class Recommender:
         return Ids(self.dataset.user_ids())
 
     def _query(self, batch: JaggedBatch) -> Tensor:
-        # A score that is no number would count as none.
-        return finite(self.model.ask(batch.to(self.model.item_table.device)), "states")
+        batch = batch.to(self.model.item_table.device)
+        if self._program is None or batch.events or batch.users:
+            query = self.model.ask(batch)
+        else:
+            query = self._program(batch.values, batch.offsets)
+        return finite(query, "states")  # a score that is no number would count as none
 
     def _asked(self, user_ids, histories, past: bool):
         """(the ids of those who may be asked about, blocks of those who are)."""

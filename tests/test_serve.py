@@ -11,6 +11,7 @@ from torch import nn
 
 import fastrec
 from fastrec import serve
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare
 from fastrec.data.prepare.readers import RawData
@@ -229,6 +230,31 @@ def test_what_every_request_needs_is_read_once(dataset, monkeypatch):
     for _ in range(3):
         recommender.recommend(3, ["user 3"])
     assert len(reads) == 3
+
+
+def test_one_adjustment_is_not_taken_for_another(dataset):
+    model = made("causal", dataset)
+    recommender = fastrec.Recommender(model, dataset)
+    for tau in (1.0, 1.0, -3.0, 0.0, 1.0):
+        found = recommender.recommend(4, ["user 1"], logit_adjustment=tau)
+        assert found.equals(fastrec.recommend(model, dataset, 4, ["user 1"], logit_adjustment=tau))
+
+
+def test_a_program_answers_for_those_whose_input_is_items_alone(dataset):
+    calls = []
+    for name, users in (("causal", 2), ("own table, user vectors", 1)):
+        model = made(name, dataset)
+
+        def program(values, offsets, model=model):
+            calls.append(len(offsets) - 1)
+            return model.ask(JaggedBatch(values, offsets, offsets[1:], model.max_positions))
+
+        plain = fastrec.Recommender(model, dataset)
+        other = fastrec.Recommender(model, dataset, program)
+        for asked in (dict(user_ids=["user 3", "user 9"]), dict(histories=[["item 3"]])):
+            assert plain.recommend(5, **asked).equals(other.recommend(5, **asked))
+        assert len(calls) == users, "a user with a vector is asked of the model"
+        calls.clear()
 
 
 def test_only_allowed_items_are_scored(dataset, monkeypatch):

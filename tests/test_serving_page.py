@@ -1,5 +1,6 @@
 """The code of docs/serving.md runs as it stands."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,24 @@ def test_recommender_and_an_index_of_somebody_else(folder):
     found = run("index", names)["found"]
     best = names["recommender"].recommend(10, [3, 14], seen="none")
     assert found.flatten().tolist() == best["item_id"].to_list()
+
+
+def test_the_program_of_the_page_gives_the_same_answers(folder):
+    names = run("program", run("recommender", {}))
+    torch.testing.assert_close(names["queries"], names["model"].ask(names["batch"]))
+    asked = dict(histories=[[5, 9, 2], [7]], k=10)
+    one, other = names["recommender"].recommend(**asked), names["faster"].recommend(**asked)
+    assert one.drop("score").equals(other.drop("score"))
+
+
+@pytest.mark.slow  # a compiler runs for half a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++")
+def test_the_compiled_program_of_the_page_gives_the_same_answers(folder):
+    names = run("compiled", run("recommender", {"torch": torch}))
+    for histories in ([[5, 9, 2]], [[5, 9, 2], [7]] * 9):
+        asked = dict(histories=histories, k=10)
+        one, other = names["recommender"].recommend(**asked), names["faster"].recommend(**asked)
+        assert one.drop("score").equals(other.drop("score"))
 
 
 def test_service(folder):

@@ -91,8 +91,9 @@ FEW_EVENTS = 256
 
 
 def some_pay(x: Tensor) -> bool:
-    """Whether the attention of some events of x [T, D] alone costs less than that of all."""
-    return len(x) > FEW_EVENTS
+    """Whether the attention of some events of x [T, D] alone costs less than that of all. A program
+    that is exported has one form for every T: that of many events."""
+    return torch.compiler.is_exporting() or x.shape[0] > FEW_EVENTS
 
 
 def self_attend(
@@ -143,7 +144,7 @@ def attend_at(
     segment = batch.segment_ids()
     hidden = None
     if causal:
-        event = torch.arange(len(x), device=x.device)
+        event = torch.arange(x.shape[0], device=x.device)
         hidden = event > rows.index_select(0, segment)
     parts = []
     for head in range(heads):  # one at a time: [T, D] is stored, not [T, H, D]
