@@ -84,7 +84,8 @@ def fastrec(task: Task, folder: Path) -> Trained:
     from fastrec.evaluation.next_item import NextItemJudge, Protocol
     from fastrec.nn.encoders.gru import Gru
     from fastrec.nn.encoders.transformer import Transformer
-    from fastrec.nn.user_model import ModelConfig, UserModel
+    from fastrec.nn.model_config import ModelConfig
+    from fastrec.nn.user_model import UserModel
     from fastrec.objectives.item import Item
     from fastrec.objectives.joint import JointObjective, total_loss
     from fastrec.random import Rng
@@ -101,7 +102,7 @@ def fastrec(task: Task, folder: Path) -> Trained:
         head_transform=task.model == "bert4rec",
     )  # fmt: skip
     torch.manual_seed(0)
-    model, side = UserModel(dataset.num_items, config), SideData(dataset)
+    model, side = UserModel(dataset.num_items, config, dataset.num_users), SideData(dataset)
     joint = JointObjective({"item": Item()}, model, side)
     views = Views({"main": [view]}, model.frame, side, task.length)
     loader = SequenceLoader(views, batch_size=task.batch)

@@ -20,7 +20,8 @@ from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.batch import JaggedBatch, offsets_of
 from fastrec.data.graph import FriendSampler, SocialGraph
 from fastrec.data.steps.mask import Mask
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.joint import JointObjective, total_loss

@@ -33,7 +33,8 @@ from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.graph import FriendSampler
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
     from fastrec.export import export_query
-    from fastrec.nn.user_model import ModelConfig, UserModel
+    from fastrec.nn.model_config import ModelConfig
+    from fastrec.nn.user_model import UserModel
     from fastrec.serve import Recommender, recommend
     from fastrec.training.config import Recipe
     from fastrec.training.fit import fit
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 # Their modules import polars, Lightning and others: a program that only wants an op goes without.
 LATER = {
-    "ModelConfig": "fastrec.nn.user_model",
+    "ModelConfig": "fastrec.nn.model_config",
     "Recipe": "fastrec.training.config",
     "Recommender": "fastrec.serve",
     "SequenceDataset": "fastrec.data.dataset",

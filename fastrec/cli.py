@@ -9,6 +9,7 @@ import inspect
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from fastrec.cli_help import print_config, show_help
 from fastrec.cli_serve import embed, model_for, recommend, similar
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import input_errors
-from fastrec.data.output import locked_file, write_text
+from fastrec.data.output import check_absent, check_table_path, locked_file, write_text
 from fastrec.data.prepare import prepare as prepare_dataset
 from fastrec.data.settings import from_values
 from fastrec.demo import demo
@@ -36,71 +37,90 @@ from fastrec.training.sweep import sweep
 def prepare(
     source: Path,
     output: Path,
-    format: Literal["s3rec", "pairs", "movielens-1m", "movielens-100k", "recbole", "table"],
+    format: Literal[
+        "table", "histories", "s3rec", "pairs", "movielens-1m", "movielens-100k", "recbole"
+    ] = "table",
     k_core: int = 0,
     min_rating: float | None = None,
     max_users: int | None = None,
     user_attributes: Path | None = None,
     item_attributes: Path | None = None,
     relations: Path | None = None,
-    user_column: str = "user_id",
-    item_column: str = "item_id",
+    user_column: str | None = None,
+    item_column: str | None = None,
     timestamp_column: str | None = None,
     rating_column: str | None = None,
-    user_key: str | None = None,
-    item_key: str | None = None,
+    event_type_column: str | None = None,
+    history_column: str | None = None,
+    keep_events: str | None = None,
+    separator: str = "auto",
+    columns: str | None = None,
+    encoding: str | None = None,
+    time_unit: Literal["s", "ms", "us", "ns"] | None = None,
+    time_format: str | None = None,
+    ordered: bool = False,
     ids: Literal["auto", "int", "str"] = "auto",
     na_values: Literal["ask", "missing", "text"] = "ask",
-    time_format: str | None = None,
-    separator: str | None = None,
-    ordered: bool = False,
+    on_missing: Literal["error", "drop"] = "error",
     on_duplicate: Literal["error", "keep", "drop"] = "error",
+    user_key: str | None = None,
+    item_key: str | None = None,
+    items_of: Path | None = None,
     overwrite: bool = False,
 ):
     """Turn a raw file into a data set that the other commands read.
 
     Args:
-        source: a file, or a folder for movielens and recbole.
+        source: a file; a folder of part files, or of movielens and recbole.
         output: folder of the data set.
-        format: of the source; "table" is any csv, tsv, Parquet or JSON-lines file.
+        format: of the source; "table" is delimited text, Parquet or JSON, one event a row;
+            "histories" the same with a row per user.
         k_core: remove users and items with fewer events, again and again.
         min_rating: remove events rated below.
         max_users: keep only the first users in order of their id.
         user_attributes: file with a column of user ids, called user_id, user or as in the source.
         item_attributes: file with a column of item ids, or the attribute JSON of S3-Rec.
         relations: file whose first two columns are user and friend.
-        user_column: of a table.
+        user_column: of a table; without it a usual name is recognised, as for the next four.
         item_column: of a table.
-        timestamp_column: of a table: integers, dates or ISO times.
-        rating_column: of a table.
-        user_key: column of user_attributes that holds the ids, if it is called otherwise.
-        item_key: the same of item_attributes.
+        timestamp_column: of a table: numbers, dates or ISO times; "none" leaves it out.
+        rating_column: of a table; "none" leaves it out.
+        event_type_column: of a table: what kind of event it is; "none" leaves it out.
+        history_column: of histories: the items, between blanks or commas, as JSON or as a list.
+        keep_events: keep only events of these types, such as "buy,click".
+        separator: between columns: ";", "::", whitespace, ..; "auto" is what the suffix says.
+        columns: names of all columns of a file without a header, such as "user,item,rating,time".
+        encoding: of a text file, such as latin-1; UTF-8 without it.
+        time_unit: what times that are numbers count; without it inferred if all are in 1990-2100.
+        time_format: how other times are written, such as "%m/%d/%Y" or "%d.%m.%Y %H:%M:%S".
+        ordered: each user's rows are oldest first: a table or recbole file without times needs it.
         ids: take ids as integers where all are, demand it, or keep text, in table and recbole.
         na_values: whether words such as NA are missing values or text; without it they are refused.
-        time_format: how other times are written, such as "%m/%d/%Y" or "%d.%m.%Y %H:%M:%S".
-        separator: of a table, if its suffix does not say it.
-        ordered: each user's rows are oldest first: a table or recbole file without times needs it.
+        on_missing: what to do with rows without a user, item, time or rating.
         on_duplicate: what to do with the same user, item and time twice.
+        user_key: column of user_attributes that holds the ids, if it is called otherwise.
+        item_key: the same of item_attributes.
+        items_of: a data set whose items come first, in their order: models of it go on here.
         overwrite: replace a data set in `output`.
     """
-    options: dict = {}
-    if format in ("table", "recbole"):
-        options = {"ids": ids, "time_format": time_format, "ordered": ordered}
-    elif ids != "auto" or time_format is not None or ordered:
-        raise ValueError(f"--ids, --time_format and --ordered have no effect on --format {format}")
-    if format == "table":
-        options |= {"user": user_column, "item": item_column, "timestamp": timestamp_column}
-        options |= {"rating": rating_column, "separator": separator}
-    elif (user_column, item_column) != ("user_id", "item_id") or timestamp_column or rating_column:
-        raise ValueError(f"column names are for --format table, {format} has its own")
-    elif separator is not None:
-        raise ValueError(f"--separator has no effect on --format {format}")
-    if format not in ("s3rec", "pairs"):
-        options["on_duplicate"] = on_duplicate
-    elif on_duplicate != "error":
-        raise ValueError(
-            f"--on_duplicate has no meaning for {format}: its rows are distinct events"
-        )
+    given: dict[str, Any] = {
+        "user": user_column,
+        "item": item_column,
+        "timestamp": timestamp_column,
+        "rating": rating_column,
+        "event_type": event_type_column,
+        "history": history_column,
+        "keep_events": None if keep_events is None else keep_events.split(","),
+        "separator": None if separator == "auto" else separator,
+        "columns": None if columns is None else columns.split(","),
+        "encoding": encoding,
+        "time_unit": time_unit,
+        "time_format": time_format,
+        "ordered": ordered or None,
+        "ids": None if ids == "auto" else ids,
+        "on_missing": None if on_missing == "error" else on_missing,
+        "on_duplicate": None if on_duplicate == "error" else on_duplicate,
+    }
     report = prepare_dataset(
         source,
         output,
@@ -113,9 +133,10 @@ def prepare(
         relations=relations,
         user_key=user_key,
         item_key=item_key,
+        items_of=items_of,
         na_values=na_values,
         overwrite=overwrite,
-        **options,
+        **{name: value for name, value in given.items() if value is not None},
     )
     print(report)
 
@@ -188,6 +209,7 @@ def evaluate(
     task: str | None = None,
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
+    ranks: Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
@@ -203,17 +225,27 @@ def evaluate(
             class; their friends are found beside shared items ("Sim").
         split: which held-out item, for the next item.
         output: JSON file for the metrics.
-        overwrite: replace a file `output`.
+        ranks: .csv or .parquet file for user_id, item_id (the held-out item) and its rank.
+        overwrite: replace a file `output` or `ranks`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
     with contextlib.nullcontext() if output is None else locked_file(output, overwrite):
-        result = _evaluate(recipe, data, pretrained, task, split, device)
+        if ranks is not None:
+            check_table_path(ranks)
+            check_absent(ranks, overwrite)
+        result = _evaluate(recipe, data, pretrained, task, split, ranks, device)
         if output is not None:
             write_text(output, json.dumps(result, indent=2) + "\n")
 
 
 def _evaluate(
-    recipe: Recipe, data: Path, pretrained: Path, task: str | None, split: str, device: str
+    recipe: Recipe,
+    data: Path,
+    pretrained: Path,
+    task: str | None,
+    split: str,
+    ranks: Path | None,
+    device: str,
 ) -> dict:
     dataset = SequenceDataset.load(data)
     task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
@@ -223,7 +255,7 @@ def _evaluate(
     if asked:
         _say_other_protocol(pretrained, recipe)
     trained = trained.to(device_of(device))
-    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split)
+    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split, ranks)
 
 
 def list_recipes():
@@ -355,6 +387,7 @@ def _own_recipe(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Errors in the input end with status 1 and one line, not a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.formatwarning = lambda text, *_: f"fastrec: warning: {text}\n"
     name = arguments[0] if arguments else ""
     if name == "--version":
         return print(f"fastrec {__version__}")

@@ -13,7 +13,7 @@ from fastrec.data.prepare.text import read_lines
 from fastrec.nn.user_model import UserModel
 from fastrec.serve import Recommender
 from fastrec.training.config import Users
-from fastrec.training.model_folder import check_model
+from fastrec.training.model_folder import check_model, for_items_of
 from fastrec.vectors import item_vectors, user_vectors
 
 
@@ -167,16 +167,14 @@ def model_for(
     same_items: bool = True,
     same_users: bool = True,
 ) -> UserModel:
-    """The model in the folder `path`. Raises ValueError where it does not belong to `dataset`, see
-    `check_model`."""
+    """The model in the folder `path`, for the items of `dataset` unless `same_items` is false (see
+    `for_items_of`). Raises ValueError where it does not belong to `dataset`, see `check_model`."""
     model = UserModel.from_pretrained(path)
-    if same_items and model.num_items != dataset.num_items:
-        raise ValueError(
-            f"{path} was trained on {model.num_items} items, {dataset.path} has {dataset.num_items}"
-        )
+    if same_items:
+        model = for_items_of(model, path, dataset)
     if same_users:
         model.check_users(dataset)
-    check_model(path, dataset, held_out, same_items, same_users)
+    check_model(path, dataset, held_out, same_users)
     return model
 
 

@@ -12,7 +12,7 @@ from fastrec.data.steps.parts import Step
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_by_length, plot_losses, print_metrics
-from fastrec.nn.user_model import ModelConfig
+from fastrec.nn.model_config import ModelConfig
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.training.config import Recipe, Stage

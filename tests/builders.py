@@ -21,7 +21,8 @@ from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
 from fastrec.data.views import Views
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives

@@ -3,6 +3,7 @@
 `build(seed, folder)` writes a source of which one file is damaged: the same for the same seed.
 """
 
+import ast
 import csv
 import gzip
 import io
@@ -16,7 +17,8 @@ import polars as pl
 SPECIAL = [
     "", " ", "NA", "nan", "null", "inf", "-inf", "-1", "007", "+7", "-0", "7.0", "1e3", "1e999",
     "0x10", "1_0", "\uff17", "9" * 25, "1" + "0" * 400, "2024-01-31", "01/05/2024", "True", '"',
-    '""', "a" * 140_000, "\u00e9", "\ufeff7", "user_id", "\\N", "1 2", "::", "|", "\t", ",", ";",
+    '""', "a" * 140_000, "\u00e9", "\ufeff7", "user_id", "\\N", "1 2", "-5", "1565457600.125",
+    "1565457600000", "[1, 2]", "{'a': 1}", "a,,b", "::", "|", "\t", ",", ";",
 ]  # fmt: skip
 EVENTS = [(1, 10, 5, 3), (1, 11, 4, 6), (2, 10, 3, 2), (2, 12, 5, 9), (3, 11, 1, 4), (10, 12, 2, 8)]
 TABLE = {"format": "table", "timestamp_column": "t", "rating_column": "r"}
@@ -66,6 +68,20 @@ def sources() -> dict[str, tuple[dict[str, bytes], dict]]:
         "jsonl": ({"a.jsonl": lines([[json.dumps(row)] for row in named], ""),
                    "p.jsonl": '{"user_id": 1, "age": 3}\n{"user_id": 2, "age": null}\n'},
                   TABLE | {"user_attributes": "p.jsonl"}),
+        "headerless": ({"a.txt": lines(EVENTS, "|")},
+                       {"format": "table", "separator": "|", "columns": "user,item,rating,time"}),
+        "whitespace": ({"a.txt": lines(EVENTS, "  \t")}, {"format": "table", "ordered": False,
+                       "separator": "whitespace", "columns": "user,item,rating,time"}),
+        "epochs": ({"a.csv": lines([(u, i, f"15654576{t:02}.{r}25") for u, i, r, t in EVENTS], ",",
+                                   "userId,movieId,timestamp")}, {"format": "table"}),
+        "array": ({"a.json": json.dumps(named, indent=0)}, TABLE),
+        "literals": ({"a.json": lines([[str(row)] for row in named], "")}, TABLE),
+        "histories": ({"a.tsv": "user\titems\n1\t10 11\n2\t10 12 13\n3\t11\n1\t10\n"},
+                      {"format": "histories"}),
+        "json histories": ({"a.tsv": 'user\titems\n1\t[10, 11]\n2\t["10", 12]\n3\t[]\n'},
+                           {"format": "histories", "on_missing": "drop"}),
+        "parts": ({f"log/part-{n}.csv": lines(EVENTS[n::2], ",", "user_id,item_id,r,t")
+                   for n in (0, 1)}, TABLE),
         "links": ({"a.csv": lines(EVENTS, ",", "user_id,item_id,r,t"), "l.tsv": "1\t2\n2\t10\n"},
                   TABLE | {"relations": "l.tsv"}),
     }  # fmt: skip
@@ -157,14 +173,19 @@ def build(seed: int, folder: Path) -> tuple[Path, dict]:
         )
         files[victim] = damage(random, files[victim])
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     sides = ("user_attributes", "item_attributes", "relations")
     flags = {key: folder / value if key in sides else value for key, value in flags.items()}
-    return folder / next(iter(files)), flags
+    source = Path(next(iter(files)))
+    return folder / (source.parent if source.parent.name else source), flags
 
 
 def events(file: Path, flags: dict) -> list[tuple[str, str]]:
     """(user, item) of every row, as text, by the simplest reader of each format."""
+    if file.is_dir():
+        filled = [part for part in sorted(file.iterdir()) if len(_rows(_text(part), ",")) > 1]
+        return [event for part in filled for event in events(part, flags)]
     if file.suffix == ".parquet":
         frame = pl.read_parquet(io.BytesIO(file.read_bytes()))
         return [(str(user), str(item)) for user, item in frame.select("user_id", "item_id").rows()]
@@ -172,17 +193,59 @@ def events(file: Path, flags: dict) -> list[tuple[str, str]]:
     if file.suffix == ".jsonl":
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         return [(str(row["user_id"]), str(row["item_id"])) for row in rows]
+    if file.suffix == ".json":
+        rows = _objects(text)
+        return [(str(row["user_id"]), str(row["item_id"])) for row in rows]
+    if flags["format"] == "histories":
+        return _histories(text)
     if flags["format"] == "s3rec":
         rows = [line.split() for line in text.split("\n") if line.strip()]
         return [(row[0], item) for row in rows for item in row[1:]]
     separator = {"movielens-1m": "::", "pairs": None}.get(flags["format"], "\t")
+    if "separator" in flags:
+        separator = {"whitespace": None}.get(flags["separator"], flags["separator"])
     rows = _rows(text, "," if ".csv" in file.name else separator)
-    if flags["format"] in ("table", "recbole"):
-        header = [name.partition(":")[0] for name in rows.pop(0)]
-        places = header.index("user_id"), header.index("item_id")
+    if flags["format"] in ("table", "recbole") and "columns" not in flags:
+        header = [_plain(name.partition(":")[0]) for name in rows.pop(0)]
+        item = "movieid" if "movieid" in header else "itemid"
+        places = header.index("userid"), header.index(item)
     else:
         places = 0, 1
     return [(row[places[0]], row[places[1]]) for row in rows]
+
+
+def _objects(text: str) -> list[dict]:
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    lines = [line for line in text.split("\n") if line.strip()]
+    return [ast.literal_eval(line) if line[1] in "'u" else json.loads(line) for line in lines]
+
+
+def _histories(text: str) -> list[tuple[str, str]]:
+    """Of the longest history of each user, the last of equals, in the order of their rows."""
+    rows = _rows(text, "\t")
+    header = [_plain(name) for name in rows.pop(0)]
+    lists = []
+    texts = [row[header.index("items")].strip() for row in rows]
+    filled = [each for each in texts if each]
+    for each in texts:
+        if all(other.startswith("[") for other in filled):
+            lists.append([str(item) for item in json.loads(each or "[]")])
+        elif any("," in other for other in filled):
+            lists.append([item.strip() for item in each.split(",")])
+        else:
+            lists.append(each.split())
+    users = [row[header.index("user")] for row in rows]
+    best = {}
+    for place, user in enumerate(users):
+        if user not in best or len(lists[place]) >= len(lists[best[user]]):
+            best[user] = place
+    found = [(users[place], item) for place in best.values() for item in lists[place]]
+    return [event for event in found if all(event)]
+
+
+def _plain(name: str) -> str:
+    return re.sub("[_ -]", "", name.lower()) if name == name.strip() else name
 
 
 def people(folder: Path) -> tuple[str, dict[str, str]] | None:

@@ -8,7 +8,8 @@ from torch import nn
 from fastrec.nn.encoders import sublayers
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng
 
 LENGTHS = [5, 1, 33, 8, 9, 60, 2, 17, 31, 1, 4, 12]

@@ -194,9 +194,15 @@ def test_names_of_files_are_no_patterns(tmp_path):
 @pytest.mark.parametrize("name", ["timestamp", "Time", "date"])
 def test_the_order_of_the_file_is_not_taken_without_a_word(tmp_path, name):
     log = write(tmp_path / "log.csv", f"user_id,item_id,{name}\nu,b,2\nu,a,1\n")
-    message = refused(tmp_path, log)
-    assert f"--timestamp_column (there is {name})" in message and "--ordered true" in message
-    assert sequences(prepared(tmp_path, log, ordered="true")) == {"u": ["b", "a"]}
+    dataset = prepared(tmp_path, log)
+    assert sequences(dataset) == {"u": ["a", "b"]}
+    assert dataset.schema["inferred"]["timestamp_column"] == name
+    message = refused(tmp_path, log, ordered="true")
+    assert "time goes back" in message and "--timestamp_column none leaves" in message
+    flags = {"ordered": "true", "timestamp_column": "none", "overwrite": "true"}
+    assert sequences(prepared(tmp_path, log, **flags)) == {"u": ["b", "a"]}
+    message = refused(tmp_path, log, timestamp_column="none")
+    assert f"(there are user_id, item_id, {name})" in message and "--ordered true" in message
 
 
 def test_words_for_missing_values_are_asked_about(tmp_path, log):
@@ -256,7 +262,7 @@ def test_flags_without_effect_are_errors(tmp_path, log):
     message = refused(tmp_path, text, format="s3rec", na_values="missing")
     assert "--na_values has no effect" in message
     message = refused(tmp_path, log, ordered="true", time_format="%Y")
-    assert "--time_format has no effect without --timestamp_column" in message
+    assert "--time_format and --time_unit have no effect without --timestamp_column" in message
 
 
 # Nothing left to recommend

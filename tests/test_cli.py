@@ -26,8 +26,9 @@ from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
 from fastrec.evaluation.next_item import Protocol, row_blocks
 from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import write_digests
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
 from fastrec.training.config import Init, Recipe, Stage, Users
@@ -241,19 +242,32 @@ def test_sweep_compares_values_and_computes_a_point_once(runs, tmp_path, capsys)
         main(["sweep", *flags, "--values=[0.1]", "--pretraining.learning_rate=0.1"])
 
 
-def test_a_model_meets_only_the_items_that_it_was_trained_on(runs, raw, tmp_path):
-    """The same number of items in another order: every id would mean another item."""
+def test_a_model_knows_its_items_by_their_ids(runs, raw, tmp_path):
+    """The same number of items in another order: every row number would mean another item."""
     log, other = tmp_path / "log.csv", tmp_path / "data"
-    log.write_text(raw.read_text().replace("item-1", "thing-1"))
-    main(
-        ["prepare", f"--source={log}", f"--output={other}", "--format=table", "--user_column=who",
-         "--item_column=what", "--timestamp_column=when"]
-    )  # fmt: skip
-    with pytest.raises(SystemExit, match="was trained on other items, or in another order"):
+
+    def recommended(text: str):
+        log.write_text(text)
+        main(
+            ["prepare", f"--source={log}", f"--output={other}", "--format=table",
+             "--user_column=who", "--item_column=what", "--timestamp_column=when",
+             "--overwrite=true"]
+        )  # fmt: skip
         main(
             ["recommend", f"--data={other}", f"--pretrained={runs / 'pretrain' / 'model'}",
-             f"--output={tmp_path / 'best.csv'}"]
+             f"--output={tmp_path / 'best.csv'}", "--overwrite=true"]
         )  # fmt: skip
+        return polars.read_csv(tmp_path / "best.csv")
+
+    before = recommended(raw.read_text())
+    renamed = raw.read_text().replace("item-11,", "a-new-thing,").replace("item-12,", "item-zzz,")
+    with pytest.warns(UserWarning, match="2 of the [0-9]+ items of .* are new to it and begin as"):
+        after = recommended(renamed)
+    assert after.height == before.height
+    same = (before["item_id"] == after["item_id"]).mean()
+    assert same > 0.5, "the other items have their own vectors"
+    with pytest.raises(SystemExit, match="was trained on other items: it knows none of"):
+        recommended(raw.read_text().replace("item-", "thing-"))
     with pytest.raises(SystemExit, match="items was '[0-9a-f]+', not '[0-9a-f]+'"):
         main(
             ["pretrain", "--config=uprec-mip", *FLAGS, f"--data={other}", "--resume=true",
@@ -329,11 +343,11 @@ def test_objectives_need_attributes_and_relations(runs, tmp_path):
     [
         (
             ["prepare", "--source=x", "--output=y", "--format=pairs", "--user_column=who"],
-            "column names are for --format table",
+            "--user_column has no effect on --format pairs",
         ),
         (
             ["prepare", "--source=x", "--output=y", "--format=s3rec", "--on_duplicate=drop"],
-            "on_duplicate has no meaning for s3rec",
+            "--on_duplicate has no effect on --format s3rec",
         ),
         (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are bert4rec"),
         (["pretrain", "--config=sasrec", "--data=nowhere", "--output=y"], "nowhere"),

@@ -312,7 +312,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(made, tmp_path):
     assert state["global_step"] > 0
     assert all(bool(value.isfinite().all()) for value in state["state_dict"].values())
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "last.ckpt", "metrics", "tensorboard", "recipe.json", "stage.json",
+        "last.ckpt", "metrics", "validation", "tensorboard", "recipe.json", "stage.json",
     }  # fmt: skip
     with pytest.raises(ValueError, match="the weights are not finite, those"):
         run(made / "data", tmp_path / "run", spoilt, resume=True)

@@ -241,6 +241,7 @@ def test_yelp_counts(tmp_path):
     report = prepare(
         folder / "Yelp.txt",
         tmp_path / "d",
+        format="s3rec",
         item_attributes=folder / "Yelp_item2attributes.json",
         k_core=5,
     )
@@ -310,6 +311,7 @@ def test_friends_of_lastfm(tmp_path):
     prepare(
         folder / "LastFM.txt",
         tmp_path / "d",
+        format="s3rec",
         item_attributes=folder / "LastFM_item2attributes.json",
         user_attributes=folder / "user_attrs.tsv",
         user_key="s3_user",

@@ -85,7 +85,7 @@ def test_pairs(tmp_path):
         ("1 5\n2 3 4\n", None, 2),
         ("1 5\n\n2 4\n", None, 2),
         ("1 5\n2 x\n", "item", 2),
-        ("1 5\n2 4\n-2 4\n", "user", 3),
+        ("1 5\n2 4\n+2 4\n", "user", 3),
     ],
 )
 def test_pairs_bad_input(tmp_path, text, column, row):
@@ -179,13 +179,25 @@ def test_recbole(tmp_path):
         (HEAD + "1\t2\t3\t5\n1\t2\t3\t5\t6\n", None, 3, "expected 4 fields"),
         (HEAD + "1\t2\t3\t5\n1\t2\t3\tnan\n", "timestamp", 3, "whole"),
         (HEAD, None, None, "no rows"),
-        ("user_id:token\trating:float\ttimestamp:float\n1\t2\t3\n", "item_id", None, "missing"),
+        (
+            "user_id:token\trating:float\ttimestamp:float\n1\t2\t3\n",
+            "item_id",
+            None,
+            "missing; there are user_id, rating, timestamp$",
+        ),
         ("user_id:token\titem_id:token\n1\t2\n", None, None, "--ordered true"),
     ],
 )
 def test_recbole_bad_input(tmp_path, text, column, row, match):
     file = recbole(tmp_path, text)
     fails(readers.read_recbole, file, file=file, column=column, row=row, match=match)
+
+
+def test_recbole_settings(tmp_path):
+    file = recbole(tmp_path, HEAD + "1\t10\t3\t1700000000.5\n\t11\t4\t1700000000\n")
+    raw = readers.read(file, "recbole", on_missing="drop", time_unit="s")
+    assert rows(raw) == [(1, 10, 1700000000500, 3.0)] and raw.time == "milliseconds since 1970"
+    assert raw.removed == {"interactions without user_id": 1} and raw.inferred == {}
 
 
 def test_duplicates(tmp_path):

@@ -1,13 +1,17 @@
 """Times: exact, or refused in one line; never a guess."""
 
 import datetime
+from decimal import Decimal
 
 import polars as pl
 import pytest
 from files import rows, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastrec.data.errors import DataError
 from fastrec.data.prepare import readers
+from fastrec.data.prepare.epochs import epoch_column
 
 NAMES = {"user": "who", "item": "what", "timestamp": "when"}
 
@@ -48,8 +52,7 @@ MICRO, NANO = "microseconds since 1970", "nanoseconds since 1970"
         (["0001-01-01", "9999-12-31"], [-719_162 * DAY, 2_932_896 * DAY], MICRO),
         # Beside a number that a float wrote, the others stay as they are: 256 ns apart as floats.
         (["1706695200000000100", "1706695200000000200.0", "1.7066952e18"],
-         [1706695200000000100, 1706695200000000200, 1706695200000000000],
-         "timestamp of the source"),
+         [1706695200000000100, 1706695200000000200, 1706695200000000000], NANO),
         (["-5", "0"], [-5, 0], "timestamp of the source"),
     ],
 )  # fmt: skip
@@ -122,3 +125,103 @@ def test_times_of_recbole_are_read_as_they_are_written(tmp_path):
     )
     raw = readers.read_recbole(file)
     assert raw.interactions["timestamp"].to_list() == [1706695200000000900, 1706695200000000100]
+
+
+# Numbers
+
+
+DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}
+WORDS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+
+
+@pytest.mark.parametrize("unit", DIGITS)
+@pytest.mark.parametrize("kind", ["text", "integers", "floats"])
+def test_the_unit_of_numbers_is_inferred_from_1990_to_2100(tmp_path, unit, kind):
+    """Where one time is outside, none is; a unit that is said is taken for all years."""
+    scale = 10 ** DIGITS[unit]
+    inside = [631_152_000 * scale, 4_102_444_800 * scale - 1]
+    if kind == "floats" and unit == "ns":
+        return  # beyond 2**53 floats are rounded
+    for values, known in ((inside, True), ([inside[0] - 1, inside[1]], False),
+                          ([inside[0], inside[1] + 1], False)):  # fmt: skip
+        if kind == "text":
+            found, time = times(tmp_path, values)
+        else:
+            dtype = pl.Int64 if kind == "integers" else pl.Float64
+            when = pl.Series(values, dtype=dtype)
+            raw = readers.read_table(pl.DataFrame({"user": [1, 1], "item": [1, 2], "time": when}))
+            found, time = raw.interactions["timestamp"].to_list(), raw.time
+            assert raw.inferred.get("time_unit") == (unit if known else None)
+        assert found == values
+        words = f"{WORDS[DIGITS[unit] // 3]} since 1970"
+        assert time == (words if known else "timestamp of the source")
+        assert times(tmp_path, values, time_unit=unit) == (values, words)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(
+        st.tuples(st.integers(-(10**10), 10**11), st.integers(0, 9), st.integers(0, 10**9 - 1)),
+        min_size=1, max_size=5,
+    ),
+    st.sampled_from(list(DIGITS)),
+    st.booleans(),
+)  # fmt: skip
+def test_fractions_are_exact_in_a_finer_unit(values, unit, typed):
+    numbers = []
+    for whole, digits, fraction in values:
+        digits = min(digits, 9 - DIGITS[unit], 5 if typed else 9)
+        numbers.append(Decimal(whole) + Decimal(fraction % 10**digits) / 10**digits)
+    finest = max(-min(0, number.normalize().as_tuple().exponent) for number in numbers)
+    place = -(-(DIGITS[unit] + finest) // 3) * 3
+    expected = [int(number * 10 ** (place - DIGITS[unit])) for number in numbers]
+    if typed:
+        series = pl.Series("t", [float(number) for number in numbers])
+    else:
+        series = pl.Series("t", [f"{number:f}" for number in numbers])
+    if any(abs(value) >= 2**63 // 2 for value in expected):
+        return
+    found, words, inferred = epoch_column("f", series, 1, unit)
+    assert found.to_list() == expected and words == f"{WORDS[place // 3]} since 1970"
+    assert inferred is None
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "row", "match"),
+    [
+        (["1.5", "2"], {}, 2, "whole number .* got '1.5'; --time_unit says"),
+        (["1565457600.123", "1565457600.1234567891"], {}, 3, "nanosecond at most"),
+        (["1565457600000"], {"time_unit": "s"}, 2, "of the years 1 to 9999 in s"),
+        (["1700000000", "1700000000000"], {}, 3, "dates in s or in ms: bring them to one unit"),
+        (["1700000000000.5", "1700000000"], {}, 2, "dates in s or in ms"),
+        (["2024-01-31"], {"time_unit": "s"}, None, "--time_unit is for numbers"),
+        (["1565457600", "2024-01-31"], {}, 3, "a whole number"),
+        (["9300000000", "1.1234567"], {"time_unit": "s"}, 2, "fits 64 bits in nanoseconds"),
+    ],
+)
+def test_numbers_that_are_no_times(tmp_path, values, options, row, match):
+    with pytest.raises(DataError, match=match) as caught:
+        times(tmp_path, values, **options)
+    assert (caught.value.column, caught.value.row) == ("when", row)
+
+
+def test_numbers_beside_dates_only_order_events(tmp_path):
+    for values in ([0, 1_700_000_000], [1_700_000_000, 5_000_000_000, 1_700_000_000_000]):
+        assert times(tmp_path, values) == (values, "timestamp of the source")
+
+
+def test_units_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="time_unit must be one of s, ms, us, ns, got 'minutes'"):
+        times(tmp_path, ["1"], time_unit="minutes")
+    with pytest.raises(ValueError, match="not both"):
+        times(tmp_path, ["1"], time_unit="s", time_format="%Y")
+
+
+def test_times_of_floats_that_were_written_with_a_fraction(tmp_path):
+    """1565457600.1 is no double: the shortest text that names the double is meant."""
+    text = (
+        '{"user": 1, "item": 1, "time": 1565457600.1}\n{"user": 1, "item": 2, "time": 1565457600}'
+    )
+    raw = readers.read_table(write(tmp_path / "t.jsonl", text))
+    assert raw.interactions["timestamp"].to_list() == [1565457600100, 1565457600000]
+    assert raw.time == "milliseconds since 1970" and raw.inferred["time_unit"] == "s"

@@ -13,7 +13,12 @@ from op_db.case import run
 from wrong_arguments import covering
 
 import fastrec
+from fastrec.data.steps.next_item import NextItem
 from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.nn.encoders.caser import Caser
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
 
@@ -69,9 +74,9 @@ def test_ops(op, backend, sample, request):
         torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
 
 
-def step_and_ranks(model, objective, side):
+def step_and_ranks(model, objective, side, views):
     """The loss and the gradients of a step of training, and the ranks of the judge."""
-    views = loader_of(model, SOCIAL_VIEWS, side).batch_at(0)
+    views = loader_of(model, views, side).batch_at(0)
     loss = total_loss(objective(model, views, Rng(0, 0)))
     found = {"loss": loss.detach()}
     parameters = dict([*model.named_parameters(), *objective.named_parameters()])
@@ -82,12 +87,31 @@ def step_and_ranks(model, objective, side):
     return found | {"ranks": judge.score(model, objective, slice(0, 5))}
 
 
-def test_a_step_of_training_and_its_evaluation(request):
-    model, side = model_of(tokens=["cls", "sep"]), social_side()
-    objective = JointObjective(JOINT, model, side)
-    expected = step_and_ranks(model, objective, side)
+def caser() -> UserModel:
+    """With user vectors of its own table."""
+    head = {"head_table": "own", "head_transform": False, "user_width": 3}
+    model = UserModel(20, ModelConfig(width=8, max_len=10, encoder=Caser(), **head), num_users=6)
+    torch.nn.init.normal_(model.item_head.users.weight)
+    return model
+
+
+IN_BATCH = {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))}
+
+
+@pytest.mark.parametrize(
+    ("make", "views", "objectives"),
+    [
+        (lambda: model_of(tokens=["cls", "sep"]), SOCIAL_VIEWS, JOINT),
+        (caser, {"main": [NextItem(ahead=2)]}, IN_BATCH),
+    ],
+    ids=["uprec", "caser"],
+)
+def test_a_step_of_training_and_its_evaluation(make, views, objectives, request):
+    model, side = make(), social_side()
+    objective = JointObjective(objectives, model, side)
+    expected = step_and_ranks(model, objective, side, views)
     request.getfixturevalue("on_meta")
-    actual = step_and_ranks(model, objective, side)
+    actual = step_and_ranks(model, objective, side, views)
     assert len(expected) > 10
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fastrec.nn.encoders.dilated import Dilated, DilatedConvolution, Places
 from fastrec.nn.items import ItemRows
+from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.transfer import freeze
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng
 
 

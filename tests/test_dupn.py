@@ -18,7 +18,8 @@ from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.settings import from_values
 from fastrec.data.steps.next_item import NextItem
 from fastrec.nn.encoders.gru import Gru
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.objectives.user_attributes import UserAttributes

@@ -14,7 +14,8 @@ from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.sublayers import EventDropout
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.ops.jagged_attention import jagged_attention
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng, keep_mask

@@ -7,8 +7,9 @@ import pytest
 import torch
 from builders import dataset_of, model_of
 
+from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.next_item import NextItemJudge, Protocol, popularity_negatives
+from fastrec.evaluation.next_item import NextItemJudge, Protocol
 from fastrec.evaluation.ranking import rank_candidates
 
 
@@ -90,23 +91,23 @@ def test_popularity_negatives_are_unseen_distinct_and_popular():
     sequences.append([31, 32, 33])
     dataset = dataset_of(sequences, 40)
     users = torch.tensor([3, 24])
-    negatives = popularity_negatives(dataset, users, 5, seed=1)
+    negatives = sampled_negatives(dataset, users, 5, seed=1)
     assert negatives.shape == (2, 5)
     for user, row in zip(users.tolist(), negatives.tolist(), strict=True):
         assert len(set(row)) == 5 and not set(row) & set(sequences[user])
         assert max(row) < 34  # items 34..39 have no interaction
     counts = np.zeros(40)
     for seed in range(400):
-        counts[popularity_negatives(dataset, users[1:], 1, seed).numpy()] += 1
+        counts[sampled_negatives(dataset, users[1:], 1, seed).numpy()] += 1
     # p(item 0) = 24 of the 72 interactions with items that user 24 has not seen.
     assert abs(counts[0] / 400 - 24 / 72) < 4 * math.sqrt(2 / 9 / 400)
-    alone = popularity_negatives(dataset, users[1:], 5, seed=1)
+    alone = sampled_negatives(dataset, users[1:], 5, seed=1)
     assert torch.equal(alone[0], negatives[1])  # a function of (seed, user)
     with pytest.raises(ValueError, match="user 3 has 30 unseen items, 32 negatives"):
-        popularity_negatives(dataset, users, 32, seed=1)
+        sampled_negatives(dataset, users, 32, seed=1)
 
 
-def test_popularity_ranker_falls_to_chance_on_popularity_negatives():
+def test_popularity_ranker_falls_to_chance_on_sampled_negatives():
     """The self-test of the protocol: sampled HR@10 of 100 candidates is near 0.10."""
     generator = np.random.default_rng(0)
     # Flat enough that 99 draws without replacement do not exhaust the head.

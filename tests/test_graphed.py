@@ -45,12 +45,24 @@ SYSTEMS = {
         {"main": []},
         {"user_attributes": UserAttributes(pool="attention")},
     ),
-    "sampled_shared": (MASKED, {"item": Item(sampled=Sampled(6))}),
+    "sampled_shared": (MASKED, {"item": Item(sampled=Sampled(6, shared=True))}),
     "sampled_own": (MASKED, {"item": Item(sampled=Sampled(6, shared=False))}),
     "next_item": ({"main": [NextItem()]}, {"item": Item()}),
     "next_by_bpr_max": (
         {"main": [NextItem()]},
         {"item": Item(loss="bpr_max", sampled=Sampled(6))},
+    ),
+    "next_in_batch": (
+        {"main": [NextItem()]},
+        {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))},
+    ),
+    "next_in_batch_by_bpr_max": (
+        {"main": [NextItem(ahead=2)]},
+        {"item": Item(loss="bpr_max", sampled=Sampled(6, in_batch=True))},
+    ),
+    "next_in_batch_users": (
+        {"main": [NextItem(ahead=2)]},
+        {"item": Item(sampled=Sampled(6, in_batch=True))},
     ),
     "next_three": (
         {"main": [NextItem(positions="last", ahead=3)]},
@@ -84,7 +96,7 @@ def system_of(name: str):
     views, objectives = SYSTEMS[name]
     causal = name.startswith("next")
     form = FORMS.get(name.removeprefix("next_item_"), {})
-    if name == "next_item_users":
+    if name.endswith("_users"):
         form = {"head_table": "own", "head_transform": False, "user_width": 3, "num_users": 6}
     tokens, side = [] if causal else ["cls", "sep"], social_side()
     model = model_of(tokens=tokens, causal=causal, **form)
@@ -212,7 +224,7 @@ def test_training_with_replayed_steps_ends_with_the_same_weights(tmp_path, monke
     found = []
     for cuda_graph in (False, True):
         if cuda_graph:
-            monkeypatch.setattr("fastrec.training.fit._check_one_gpu", lambda devices: None)
+            monkeypatch.setattr("fastrec.training.fit._check_one_gpu", lambda *given: None)
             graphed = functools.partial(GraphedObjective, capture=Replay)
             monkeypatch.setattr("fastrec.training.module.GraphedObjective", graphed)
         chosen = recipe(**options, cuda_graph=cuda_graph)

@@ -42,8 +42,9 @@ from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.item_parts import ItemAttribute, Rating, TimeGap
 from fastrec.nn.items import Items
 from fastrec.nn.layouts import bert_state
+from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.model_files import write_digests
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item
 from fastrec.objectives.joint import JointObjective, total_loss

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from fastrec.nn.encoders.gru import Gru, GruEncoder
 from fastrec.nn.items import ItemRows
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.ops.jagged_gru import jagged_gru
 from fastrec.random import Rng, keep_mask
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.layouts import load_torch_encoder, torch_encoder_state
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng, keep_mask
 
 LENGTHS = [4, 0, 7, 1, 3]

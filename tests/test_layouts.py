@@ -13,7 +13,8 @@ from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer, TransformerEncoder
 from fastrec.nn.items import ItemRows
 from fastrec.nn.layouts import bert_state, load_bert, load_torch_encoder, torch_encoder_state
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 
 WIDTH, HEADS, INNER, LAYERS = 16, 4, 24, 3
 

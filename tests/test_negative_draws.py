@@ -10,8 +10,9 @@ from builders import dataset_of
 
 from fastrec.data.graph import SocialGraph
 from fastrec.evaluation import friends
+from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.next_item import NextItemJudge, Protocol, popularity_negatives
+from fastrec.evaluation.next_item import NextItemJudge, Protocol
 
 
 def head_and_tail(users: int = 2000, tail: int = 100) -> list[list[int]]:
@@ -27,7 +28,7 @@ def test_a_head_that_everybody_has_costs_no_more(monkeypatch):
     monkeypatch.setattr(
         np, "searchsorted", lambda a, v, side: draws.append(len(v)) or place(a, v, side)
     )
-    negatives = popularity_negatives(dataset, torch.arange(200), 99, seed=0)
+    negatives = sampled_negatives(dataset, torch.arange(200), 99, seed=0)
     assert sum(draws) <= 200 * 4 * 2 * 99
     for user, row in enumerate(negatives.tolist()):
         assert len(set(row)) == 99 and set(row) <= set(range(5, 105)) - {5 + user}
@@ -48,13 +49,13 @@ def successive(weights: dict[int, int], count: int) -> dict[tuple, float]:
 @pytest.mark.parametrize("rounds", [0, 1, 4])
 def test_the_law_is_that_of_draws_in_turn(rounds, monkeypatch):
     """Keys alone, keys after a round of rejection, rejection: the same probabilities."""
-    monkeypatch.setattr("fastrec.evaluation.next_item._ROUNDS", rounds)
+    monkeypatch.setattr("fastrec.evaluation.candidates._ROUNDS", rounds)
     weights = {1: 1, 2: 2, 3: 4}
     sequences = [[0] * 40] + [[item] for item, times in weights.items() for _ in range(times)]
     dataset, draws = dataset_of(sequences, 4), 6000
     seen: dict[tuple, int] = {}
     for seed in range(draws):
-        order = tuple(popularity_negatives(dataset, torch.tensor([0]), 2, seed)[0].tolist())
+        order = tuple(sampled_negatives(dataset, torch.tensor([0]), 2, seed)[0].tolist())
         seen[order] = seen.get(order, 0) + 1
     law = successive(weights, 2)
     assert set(seen) == set(law)
@@ -64,17 +65,17 @@ def test_the_law_is_that_of_draws_in_turn(rounds, monkeypatch):
 
 def test_negatives_are_a_function_of_seed_and_user():
     dataset = dataset_of(head_and_tail(300), 105)
-    whole = popularity_negatives(dataset, torch.arange(300), 20, seed=3)
+    whole = sampled_negatives(dataset, torch.arange(300), 20, seed=3)
     for user in (0, 17, 299):
-        alone = popularity_negatives(dataset, torch.tensor([user]), 20, seed=3)
+        alone = sampled_negatives(dataset, torch.tensor([user]), 20, seed=3)
         assert torch.equal(alone[0], whole[user])
-    assert not torch.equal(popularity_negatives(dataset, torch.arange(300), 20, seed=4), whole)
+    assert not torch.equal(sampled_negatives(dataset, torch.arange(300), 20, seed=4), whole)
 
 
 def test_too_few_items_name_the_flag():
     dataset = dataset_of([[0, 1, 2], [3, 4, 5]], 9)
     with pytest.raises(ValueError, match=r"user 1 has 3 unseen items.*--evaluation.negatives"):
-        popularity_negatives(dataset, torch.tensor([1]), 4, seed=0)
+        sampled_negatives(dataset, torch.tensor([1]), 4, seed=0)
 
 
 def test_a_popularity_ranker_falls_to_chance():

@@ -14,7 +14,8 @@ from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
@@ -181,10 +182,13 @@ def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
     names: dict = {"__name__": "snippet"}
-    for mark in ("python", "own"):
+    for mark in ("python", "search", "own"):
+        if mark == "search":
+            pytest.importorskip("optuna", reason="the guide's search needs optuna")
         block = guide.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
         exec(compile(block.split("```python")[1].split("```")[0], mark, "exec"), names)
     assert names["best"].columns == ["user_id", "rank", "item_id", "score"]
+    assert set(names["study"].best_params) == {"learning_rate", "dropout"}
     assert names["best"].height and type(names["model"].encoder).__name__ == "RunningMean"
     batch = names["model"].inputs_of([[1, 2, 3], [], [7]])
     table = names["model"].item_table

@@ -73,7 +73,7 @@ def test_the_recipes_are_those_of_the_folder():
     files = [path.stem for path in recipes.FOLDER.iterdir() if path.suffix == ".yaml"]
     assert sorted(files) == NAMES
     assert {"bert4rec", "cl4srec", "sasrec", "uprec", "uprec-mip"} <= set(NAMES)
-    assert {"dupn", "esasrec", "gsasrec", "sasrec-bce", "sasrec-sampled"} <= set(NAMES)
+    assert {"caser", "dupn", "esasrec", "gsasrec", "sasrec-bce", "sasrec-sampled"} <= set(NAMES)
     assert {name for name, _ in STAGES} == set(NAMES), "every recipe is something of its own"
     assert {stage for _, stage in STAGES} == {
         "pretraining",
@@ -121,7 +121,7 @@ def started(dataset, name: str, stage: str, rank: int = 0, world_size: int = 1):
     chosen = small(name, batch_size=100)
     part = chosen.stage(stage)
     torch.manual_seed(chosen.seed)
-    model = UserModel(dataset.num_items, chosen.model)
+    model = UserModel(dataset.num_items, chosen.model, dataset.num_users)
     found = stage_data(dataset, chosen, part)
     objective = JointObjective(part.parts, model, found.side)
     views = Views(part.views, model.frame, found.side, chosen.model.max_len)

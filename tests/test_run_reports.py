@@ -39,6 +39,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+class Remembers(CSVLogger):
+    def log_hyperparams(self, params):
+        self.settings = params
+
+
 @pytest.fixture(scope="module")
 def run(folder):
     dataset = fastrec.SequenceDataset.load(folder / "data")
@@ -48,10 +53,12 @@ def run(folder):
         def on_train_batch_end(self, *args):
             seen.append(1)
 
-    mine = CSVLogger(folder, name="mine")
+    mine = Remembers(folder, name="mine")
     recipe = Recipe.load("sasrec", **SHORT)
     fit(dataset, recipe=recipe, output=folder / "run", callbacks=[Count()], loggers=[mine])
     assert len(seen) == 40 and list((folder / "mine").rglob("metrics.csv")), "what was passed ran"
+    assert mine.settings["pretraining.steps"] == 40 and mine.settings["model.width"] == 16
+    assert mine.settings["model.encoder.transformer.causal"] is True
     return folder / "run"
 
 
@@ -66,6 +73,15 @@ def test_lines_without_a_terminal(folder, capfd):
     assert "(best)" in lines[1]
     fit(dataset, recipe=Recipe.load("sasrec", **SHORT), progress=False)
     assert capfd.readouterr().out == ""
+
+
+def test_a_run_that_no_longer_improves_stops_and_says_so(folder, capfd):
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    settings = SHORT | dict(steps=60, validate_every=4, learning_rate=1e-12, patience=3)
+    fit(dataset, recipe=Recipe.load("sasrec", **settings))
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "stopped: no better NDCG@10 in 3 validations (patience)"
+    assert 3 <= len(lines) - 2 < 15 and Recipe.load("sasrec").pretraining.patience == 10
 
 
 def test_csv_files_have_numbers_alone(run):

@@ -40,7 +40,8 @@ from fastrec.data.views import Again
 from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item, Sampled

@@ -12,9 +12,10 @@ from torch import nn
 
 from fastrec.data.batch import from_sequences
 from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng
 
 MASK, CLS, SEP, UR = 20, 21, 22, 23

@@ -32,10 +32,11 @@ from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
 from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
 from fastrec.nn.transfer import freeze, take
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
@@ -82,7 +83,7 @@ def test_every_item_loss_scores_with_the_vector_of_the_user(head, kind):
     view = Encoded(batch, torch.randn(len(batch.values), 8, requires_grad=True))
     settings = {
         "softmax": Item(),
-        "sampled": Item(sampled=Sampled(5, log_q=False)),
+        "sampled": Item(sampled=Sampled(5, shared=True, log_q=False)),
         "bce": Item(loss="bce", sampled=Sampled(5, shared=False)),
         "bpr_max": Item(loss="bpr_max", sampled=Sampled(5)),
     }[kind]

@@ -25,7 +25,8 @@ from benchmarks.relations import side_of
 from fastrec.backend import NATIVE
 from fastrec.data.batch import JaggedBatch, offsets_of
 from fastrec.data.steps.mask import Mask
-from fastrec.nn.user_model import ModelConfig, UserModel
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng
 
 

@@ -23,6 +23,10 @@ class DataError(ValueError):
         return _rebuild, (self.file, self.problem, self.column, self.row)
 
 
+class EmptyFile(DataError):
+    """A file that holds no row."""
+
+
 def _short(text: str) -> str:
     """A field of a file may be as long as the file."""
     return text if len(text) <= 600 else f"{text[:300]} .. {text[-300:]}"

@@ -15,10 +15,17 @@ NAMES = ("rating", "time_gap")
 # What schema.json says of the timestamps, and how many of them make a second.
 SOURCE = "timestamp of the source"
 SECONDS = "seconds since 1970"
+MILLISECONDS = "milliseconds since 1970"
 MICROSECONDS = "microseconds since 1970"
 NANOSECONDS = "nanoseconds since 1970"
 PLACE = "place in the sequence, from 0"
-PER_SECOND = {SOURCE: 1, SECONDS: 1, MICROSECONDS: 10**6, NANOSECONDS: 10**9}
+PER_SECOND = {
+    SOURCE: 1,
+    SECONDS: 1,
+    MILLISECONDS: 10**3,
+    MICROSECONDS: 10**6,
+    NANOSECONDS: 10**9,
+}
 
 
 def read_event_column(dataset, name: str) -> np.ndarray:

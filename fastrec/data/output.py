@@ -88,29 +88,6 @@ def write_text(output: Path, text: str) -> None:
         work.write_text(text, encoding="utf-8")
 
 
-def write_table(frame, path: Path | str, overwrite: bool = False) -> None:
-    """Write a polars frame as .csv or .parquet, by the ending; the file is complete or not there.
-
-    Raises ValueError for another ending, FileExistsError for a file that is there, but for
-    `overwrite`.
-    """
-    path = Path(path)
-    check_table_path(path)
-    check_absent(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as work:
-        if path.suffix == ".parquet":
-            frame.write_parquet(work)
-        else:
-            frame.write_csv(work)
-
-
-def check_table_path(path: Path) -> None:
-    """Raise ValueError for a file that `write_table` cannot write."""
-    if path.suffix not in (".parquet", ".csv"):
-        raise ValueError(f"{path}: expected a name that ends in .csv or .parquet")
-
-
 def new_folder(output: Path) -> Path:
     """The empty folder beside `output` in which it is built, for `put`."""
     work = _beside(output, "new")
@@ -180,3 +157,26 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_table(frame, path: Path | str, overwrite: bool = False) -> None:
+    """Write a frame as .csv or .parquet, by the ending; the file is complete or not there.
+
+    Raises ValueError for another ending, FileExistsError for a file that is there, but for
+    `overwrite`.
+    """
+    path = Path(path)
+    check_table_path(path)
+    check_absent(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as work:
+        if path.suffix == ".parquet":
+            frame.write_parquet(work)
+        else:
+            frame.write_csv(work)
+
+
+def check_table_path(path: Path) -> None:
+    """Raise ValueError for a file that `write_table` cannot write."""
+    if path.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"{path}: expected a name that ends in .csv or .parquet")

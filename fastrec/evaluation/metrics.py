@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def ranking_metrics(ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """HR@k, NDCG@k and MRR, averaged over users, as fractions.
+    """HR@k, NDCG@k, MRR@k of the largest k and MRR, averaged over users, as fractions.
 
-    HR@k = [r <= k] (= Recall@k), NDCG@k = [r <= k] / log2(r + 1), MRR = 1/r over all candidates
-    (UPRec, section 4.2). HR@1 equals NDCG@1, so only HR is reported for k = 1.
+    HR@k = [r <= k] (= Recall@k), NDCG@k = [r <= k] / log2(r + 1), MRR@k = [r <= k] / r (= MAP@k),
+    MRR = 1/r over all candidates (UPRec, section 4.2). HR@1 equals the others at 1, so only HR is
+    reported for k = 1.
 
     Args:
         ranks: [U], from 1; halves are allowed (ties shared).
@@ -26,12 +27,37 @@ def ranking_metrics(ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dic
         raise ValueError("ranks must be numbers from 1 up")
     metrics = {}
     for k in cutoffs:
-        hit = (ranks <= k).double()
+        hit = hit_of(ranks, k)
         metrics[f"HR@{k}"] = hit.mean().item()
         if k > 1:
             metrics[f"NDCG@{k}"] = (hit / torch.log2(ranks + 1)).mean().item()
+    if (k := max(cutoffs)) > 1:
+        metrics[f"MRR@{k}"] = (hit_of(ranks, k) / ranks).mean().item()
     metrics["MRR"] = ranks.reciprocal().mean().item()
     return metrics
+
+
+def hit_of(ranks: Tensor, k: int) -> Tensor:
+    """float64 [U]: 1 where a rank is among the first k."""
+    return (ranks <= k).double()
+
+
+def list_metrics(items: Tensor, counts: Tensor) -> dict[str, float]:
+    """Of the lists that users are shown: `coverage`, the share of all items that is in some list,
+    and `novelty`, the mean over listed items of -log2 of their share of the training events, in
+    bits (Vargas and Castells, 2011).
+
+    Args:
+        items: int64 [U, k], -1 where a list is shorter.
+        counts: int64 [V], training events of each item; one without any counts as one.
+    """
+    listed = items[items >= 0]
+    share = counts.double().clamp_min(1)
+    bits = -(share / share.sum()).log2()
+    if len(listed) == 0:
+        return {"coverage": 0.0, "novelty": 0.0}
+    coverage = len(listed.unique()) / len(counts)
+    return {"coverage": coverage, "novelty": bits[listed].mean().item()}
 
 
 def length_groups(

@@ -1,23 +1,23 @@
 """Evaluation protocols: which items a user's target is ranked against.
 
-`sampled`: 99 negatives drawn by popularity (UPRec, section 4.2): p proportional to the number of
-interactions, items of the user's whole sequence rejected, without replacement. `full`: all items.
+`full`: all items. `sampled`: 99 negatives, items of the user's whole sequence rejected, without
+replacement, drawn by popularity (UPRec, section 4.2), uniformly (S3-Rec, section 5.1.2), or listed
+in a file.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastrec.data.settings import check_choices
+from fastrec.evaluation.candidates import listed_negatives, sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.ranking import rank_candidates
+from fastrec.evaluation.ranking import rank_candidates, seen_above
 from fastrec.ops.linear_rank import linear_rank
-
-_ROUNDS = 4  # of rejection, before a user whose history is most of the events costs O(items)
+from fastrec.ops.linear_topk import linear_topk
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,14 @@ class Protocol:
     """How a target is ranked.
 
     Attributes:
-        candidates: "full" (all items) or "sampled" (1 target + `negatives` by popularity).
+        candidates: "full" (all items) or "sampled" (1 target + `negatives`).
         negatives: drawn per user, for "sampled"; 99 if None.
-        seen: "none" keeps items of the input in a full ranking, "exclude" leaves them out.
+        negatives_by: "popularity" (if None) or "uniform".
+        negatives_file: of "sampled": a line `user item item ..` for each user, in original ids.
+        seen: "none" keeps items of the input in a full ranking, "exclude" leaves them out, "zero"
+            sets their scores to 0, as S3-Rec's program and those that follow it do: for parity with
+            models whose scores have a meaning around 0, such as those of BCE.
+        cutoffs: k of HR@k and NDCG@k.
         logit_adjustment: tau of `adjustment`; 0 ranks by the scores of the model.
         friend_negatives: others beside the friend, of the judge "friends"; 99 if None.
         seed: of sampled negatives.
@@ -35,7 +40,10 @@ class Protocol:
 
     candidates: Literal["full", "sampled"] = "full"
     negatives: int | None = None
-    seen: Literal["none", "exclude"] = "none"
+    negatives_by: Literal["popularity", "uniform"] | None = None
+    negatives_file: str | None = None
+    seen: Literal["none", "exclude", "zero"] = "none"
+    cutoffs: list[int] = field(default_factory=lambda: [1, 5, 10])
     logit_adjustment: float = 0.0
     friend_negatives: int | None = None
     seed: int = 0
@@ -46,9 +54,16 @@ class Protocol:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
-        if self.negatives is not None and self.candidates == "full":
-            raise ValueError("evaluation.negatives has no effect: candidates is full")
-        if self.seen == "exclude" and self.candidates == "sampled":
+        for name in ("negatives", "negatives_by", "negatives_file"):
+            if getattr(self, name) is not None and self.candidates == "full":
+                raise ValueError(f"evaluation.{name} has no effect: candidates is full")
+        if self.negatives_file is not None:
+            for name in ("negatives", "negatives_by"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"evaluation.{name} has no effect: negatives_file lists them")
+        if not self.cutoffs or min(self.cutoffs) < 1:
+            raise ValueError(f"evaluation.cutoffs must be at least 1, got {self.cutoffs}")
+        if self.seen != "none" and self.candidates == "sampled":
             raise ValueError(
                 "evaluation.seen has no effect: sampled candidates are never items that were seen"
             )
@@ -67,9 +82,15 @@ class Protocol:
         """As a sentence."""
         text = "the target ranked among all items"
         if self.candidates == "sampled":
-            text = f"the target ranked among {self.others} sampled by popularity (seed {self.seed})"
+            by = self.negatives_by or "popularity"
+            law = "uniformly" if by == "uniform" else "by popularity"
+            text = f"the target ranked among {self.others} items sampled {law} (seed {self.seed})"
+            if self.negatives_file is not None:
+                text = f"the target ranked among the items of {self.negatives_file}"
         elif self.seen == "exclude":
             text += " but those of the user's history"
+        elif self.seen == "zero":
+            text += ", scores of the user's history set to 0"
         else:
             text += ", those of the user's history included"
         if self.logit_adjustment:
@@ -87,45 +108,6 @@ class Protocol:
 def row_blocks(count: int, size: int = 512) -> list[slice]:
     """Consecutive slices of `size` rows, the last one shorter: what a model evaluates at a time."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def popularity_negatives(dataset, users: Tensor, count: int, seed: int) -> Tensor:
-    """int64 [U, count] negatives of `users`: popularity-proportional, unseen, all different.
-
-    Draws come in turn, and one that is seen or already taken is rejected, which is sampling
-    without replacement. After `_ROUNDS` x 2 `count` draws the rest comes from exponential keys: the
-    same law, because what is drawn next depends on what is taken and not on how long it took. The
-    negatives of a user depend on (seed, user) only.
-
-    Raises ValueError when a user has fewer than `count` unseen items with interactions.
-    """
-    popularity = np.bincount(np.asarray(dataset.values), minlength=dataset.num_items)
-    alive = np.flatnonzero(popularity)
-    cumulative = np.cumsum(popularity)
-    out = np.empty((len(users), count), dtype=np.int64)
-    values, offsets = np.asarray(dataset.values), np.asarray(dataset.offsets)
-    for i, user in enumerate(users.tolist()):
-        seen = np.unique(values[offsets[user] : offsets[user + 1]])
-        if len(alive) - len(seen) < count:
-            raise ValueError(
-                f"user {user} has {len(alive) - len(seen)} unseen items, {count} negatives were"
-                " asked for: lower --evaluation.negatives"
-            )
-        generator = np.random.Generator(np.random.Philox(key=(seed, user)))
-        taken = np.empty(0, dtype=np.int64)
-        for _ in range(_ROUNDS):
-            ticks = generator.integers(0, cumulative[-1], size=2 * count)
-            drawn = np.searchsorted(cumulative, ticks, side="right")
-            taken = np.concatenate((taken, drawn[~np.isin(drawn, seen)]))
-            taken = taken[np.sort(np.unique(taken, return_index=True)[1])]
-            if len(taken) >= count:
-                break
-        else:
-            left = alive[~np.isin(alive, np.concatenate((seen, taken)))]
-            keys = generator.standard_exponential(len(left)) / popularity[left]
-            taken = np.concatenate((taken, left[keys.argsort()]))
-        out[i] = taken[:count]
-    return torch.from_numpy(out)
 
 
 def seen_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
@@ -166,7 +148,8 @@ def evaluate(
     under a protocol, `recipe.evaluation` for one. split: "valid" or "test"."""
     users = dataset.users(split) if users is None else users
     users = torch.as_tensor(users, dtype=torch.int64, device="cpu")
-    return ranking_metrics(NextItemJudge(dataset, users, split, protocol).ranks(model))
+    judge = NextItemJudge(dataset, users, split, protocol)
+    return judge.metrics(judge.ranks(model))
 
 
 class NextItemJudge:
@@ -180,7 +163,7 @@ class NextItemJudge:
         self.targets = dataset.targets(split)[users]
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         if protocol.candidates == "sampled":
-            negatives = popularity_negatives(dataset, users, protocol.others, protocol.seed)
+            negatives = _negatives(dataset, users, protocol)
             self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
 
     def __len__(self) -> int:
@@ -192,20 +175,45 @@ class NextItemJudge:
 
     @property
     def metric_names(self) -> list[str]:
-        return list(ranking_metrics(torch.ones(1, device="cpu")))
+        return list(self.metrics(torch.ones(1, device="cpu")))
 
     def metrics(self, ranks: Tensor, objective=None) -> dict[str, float]:
         """`ranking_metrics` of what `score` gives for all rows."""
-        return ranking_metrics(ranks)
+        return ranking_metrics(ranks, tuple(self.protocol.cutoffs))
 
     def rank_rows(self, model, rows: slice) -> Tensor:
         """float64 [N]: ranks of the targets of `users[rows]`, on the CPU. Dropout is off."""
         with torch.no_grad():
-            query = next_item_queries(model, self.dataset, self.users[rows], self.split)
+            query, bias = self._asked(model, rows)
             # Scores in full precision also in bf16-mixed validation: coarse ones would tie.
             with torch.autocast(query.device.type, enabled=False):
-                bias = model.item_head.bias - self.adjustment.to(query.device)
                 return self._rank(query, model.item_table, bias, rows).cpu()
+
+    def lists(self, model, k: int) -> Tensor:
+        """int64 [U, k]: the k best items of every user, -1 where there are fewer. Items of the
+        input are among them where the protocol keeps them."""
+        parts = []
+        for rows in row_blocks(len(self.users)):
+            with torch.no_grad():
+                query, bias = self._asked(model, rows)
+                best = min(k, len(model.item_table))
+                exclude = self._seen(rows, query.device)
+                found = linear_topk(
+                    query, model.item_table, best, linear_bias=bias, exclude=exclude
+                )
+                parts.append(found.indices.cpu())
+        return torch.cat(parts)
+
+    def _asked(self, model, rows: slice) -> tuple[Tensor, Tensor]:
+        """(queries [N, D], biases [V]) of the scores."""
+        query = next_item_queries(model, self.dataset, self.users[rows], self.split)
+        return query, model.item_head.bias - self.adjustment.to(query.device)
+
+    def _seen(self, rows: slice, device) -> tuple[Tensor, Tensor] | None:
+        if self.protocol.seen == "none":
+            return None
+        items, offsets = seen_items(self.dataset, self.users[rows], self.split)
+        return items.to(device), offsets.to(device)
 
     def ranks(self, model) -> Tensor:
         """float64 [U]: rank of every user's target, on the CPU."""
@@ -227,10 +235,16 @@ class NextItemJudge:
     def _rank(self, query: Tensor, table: Tensor, bias: Tensor, rows: slice) -> Tensor:
         if self.protocol.candidates == "sampled":
             return rank_candidates(query, table, bias, self.candidates[rows].to(query.device))
-        exclude = None
-        if self.protocol.seen == "exclude":
-            items, offsets = seen_items(self.dataset, self.users[rows], self.split)
-            exclude = (items.to(query.device), offsets.to(query.device))
+        exclude = self._seen(rows, query.device)
         targets = self.targets[rows].to(query.device)
-        ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=exclude)
-        return ranks.double()
+        ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=exclude).double()
+        if self.protocol.seen == "zero" and exclude is not None:
+            ranks = seen_above(ranks, query, table, bias, targets, *exclude)
+        return ranks
+
+
+def _negatives(dataset, users: Tensor, protocol: Protocol) -> Tensor:
+    if protocol.negatives_file is not None:
+        return listed_negatives(dataset, users, protocol.negatives_file)
+    by = protocol.negatives_by or "popularity"
+    return sampled_negatives(dataset, users, protocol.others, protocol.seed, by)

@@ -18,3 +18,39 @@ def rank_candidates(query: Tensor, table: Tensor, bias: Tensor, candidates: Tens
     target, others = scores[:, :1], scores[:, 1:]
     ranks = 1 + (others > target).sum(1).double() + (others == target).sum(1).double() / 2
     return torch.where(target.squeeze(1).isnan(), float(candidates.shape[1]), ranks)
+
+
+def seen_above(
+    ranks: Tensor,
+    query: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """float64 [N]: ranks among all items where those that a row has seen score 0, from `ranks`
+    among the others. The target scores 0 as well where it was seen. Equal scores are in the order
+    of the items.
+
+    Args:
+        query [N, D], table [V, D], bias [V].
+        target: int64 [N].
+        items, offsets: int64, the seen items of each row, sorted.
+    """
+    rows = torch.arange(len(target), device=items.device)
+    owner = rows.repeat_interleave(offsets.diff(), output_size=len(items))
+    first = torch.ones(len(items), dtype=torch.bool, device=items.device)
+    first[1:] = (items[1:] != items[:-1]) | (owner[1:] != owner[:-1])
+    own = items == target[owner]
+    again = torch.zeros(len(target), dtype=torch.bool, device=items.device)
+    again[owner[own]] = True
+    score = (query * table[target]).sum(1) + bias[target]
+    above = (score[owner] < 0) | ((score[owner] == 0) & (items < target[owner]))
+    ranks = ranks.index_add(0, owner, (above & first & ~own).double())
+    for row in again.nonzero().squeeze(1).tolist():  # the target is one of the zeros: rare
+        scores = table @ query[row] + bias
+        scores[items[offsets[row] : offsets[row + 1]]] = 0
+        ahead = (scores > 0).sum() + (scores[: target[row]] == 0).sum()
+        ranks[row] = 1 + ahead.double()
+    return ranks

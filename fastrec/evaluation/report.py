@@ -94,12 +94,14 @@ def plot_by_length(lengths: np.ndarray, ranks: dict[str, np.ndarray], path: Path
 
 
 def plot_sweep(key: str, results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """NDCG@10 and MRR by the values of a recipe key, as PNG; bars are standard deviations.
+    """NDCG of the largest cutoff and MRR by the values of a recipe key, as PNG; bars are standard
+    deviations.
 
     results: metrics of the runs of each value.
     """
     figure, axes = _axes(f"Test metrics by {key}", key, "x 100")
-    for metric in ("NDCG@10", "MRR"):
+    names = list(next(iter(results.values()))[0])
+    for metric in [*[name for name in names if name.startswith("NDCG")][-1:], "MRR"]:
         runs = [np.array([100 * run[metric] for run in results[value]]) for value in results]
         deviations = [run.std(ddof=1) if len(run) > 1 else 0.0 for run in runs]
         axes.errorbar(

@@ -19,7 +19,7 @@ class ItemHead(nn.Module):
     or, with `own`, `table` [V, D + P] of the head.
 
     With `user_width` P > 0 every one of `num_users` users has a vector p (Caser, Tang and Wang,
-    2018, eq. 10), of an unknown user it is 0. It starts at 0, so that somebody who was never
+    2018, section 3.3), of an unknown user it is 0. It starts at 0, so that somebody who was never
     trained is unknown.
     """
 
@@ -82,7 +82,11 @@ class ItemHead(nn.Module):
         self, states: Tensor, item_table: Tensor, targets: Tensor, negatives: Tensor, **options
     ) -> Tensor:
         """The same over the targets and sampled `negatives`, int64 [K] or [N, K]; `options` as in
-        `sampled_linear_cross_entropy`."""
+        `sampled_linear_cross_entropy`. Rows of the table after the V items may be negatives, and
+        count nothing."""
+        special = item_table.shape[0] - self.bias.shape[0]
+        # Not -inf, of which all negatives of a block would make a maximum.
+        bias = F.pad(self.bias, (0, special), value=-1e30) if special else self.bias
         return sampled_linear_cross_entropy(
-            self.query(states), item_table, targets, negatives, linear_bias=self.bias, **options
+            self.query(states), item_table, targets, negatives, linear_bias=bias, **options
         )

@@ -2,7 +2,7 @@
 
 config.json         settings of the model
 model.safetensors   its weights
-heads.safetensors, trained_on.json, users.npy, recipe.json   of a model that `fit` has trained
+heads.safetensors, trained_on.json, items.npy, users.npy, recipe.json   of one that `fit` trained
 digests.json        a digest of each, written last
 """
 
@@ -20,8 +20,8 @@ from fastrec.data.output import new_file, write_text
 FORMAT = 3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADS, TRAINED_ON, USERS = "heads.safetensors", "trained_on.json", "users.npy"
-RECIPE = "recipe.json"
-NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, USERS, RECIPE)
+ITEMS, RECIPE = "items.npy", "recipe.json"
+NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, ITEMS, USERS, RECIPE)
 DIGESTS = "digests.json"
 
 

@@ -1,10 +1,12 @@
-"""What a stage takes from the model that it starts from, and what it then leaves alone."""
+"""What a stage takes from the model that it starts from, and what it then leaves alone; a model of
+one catalogue for another."""
 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.user_model import UserModel
 
@@ -39,6 +41,39 @@ def take(
         for name in copied:
             own[name].copy_(theirs[name])
     return copied
+
+
+def with_items(model: UserModel, rows: Tensor) -> UserModel:
+    """The model for another list of items: item i of it is item `rows[i]` of `model`, or new where
+    that is -1. A new item begins with the mean of all vectors, and of all biases, and its
+    attributes are unknown; it learns with the others in training.
+
+    rows: int64 [V_new].
+    """
+    rows = rows.to(model.item_table.device)
+    new, config = (rows < 0).nonzero().squeeze(1), model.config
+    features = {
+        name: Categories.unknown(len(rows), most, model.item_input.classes[name])
+        for name, most in config.items.most.items()
+    }
+    made = UserModel(len(rows), config, model.num_users, features).to(rows.device)
+    before, state = model.state_dict(), made.state_dict()
+    for name, tensor in state.items():
+        kept = before[name]
+        if name == "item_input.ids.weight":  # the special tokens are its last rows
+            kept, special = kept[: model.num_items], kept[model.num_items :]
+            tensor[len(rows) :] = special
+            tensor = tensor[: len(rows)]
+        elif not (
+            name in ("item_head.bias", "item_head.table.weight")
+            or (name.startswith("item_input.attributes.") and name.endswith(".table"))
+        ):
+            tensor.copy_(kept)
+            continue
+        start = kept.mean(0) if kept.is_floating_point() else -torch.ones_like(kept[0])
+        tensor.copy_(kept[rows.clamp_min(0)])
+        tensor[new] = start.expand(len(new), *start.shape)
+    return made
 
 
 def freeze(model: UserModel, parts: Iterable[str]) -> None:

@@ -3,21 +3,20 @@ D width."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
 from fastrec.data.item_categories import Categories
-from fastrec.data.settings import from_values
-from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
+from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import Patch
-from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.heads import ItemHead
-from fastrec.nn.items import ItemInput, Items
+from fastrec.nn.items import ItemInput
+from fastrec.nn.model_config import ModelConfig, check_classes, config_of, described, parameters
 from fastrec.nn.model_files import (
     CONFIG,
     NAMES,
@@ -33,82 +32,6 @@ from fastrec.nn.model_files import (
 from fastrec.nn.plain import embedding_table
 from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a user model.
-
-    Attributes:
-        width: D, the width of states and item vectors.
-        max_len: the most recent items of a user that are read, special tokens not counted.
-        dropout: probability at every dropout site.
-        items: what an item is to the encoder.
-        encoder: what maps item vectors to states. In Python also settings of your own with
-            `build(width, max_positions, dropout)`.
-        tokens: special tokens around the items: cls before, sep and ur after.
-        head_transform: dense-GELU-LayerNorm between state and item scores (BERT).
-        head_bias: a trained bias of each item in its score; the original SASRec and eSASRec have
-            none.
-        head_bias_start: of these biases. With bce or gbce and K negatives -log(K / beta), where a
-            target pulls as hard as its negatives push.
-        head_table: "tied", the item embedding scores items, or "own", a table of the head does.
-        user_width: width of a trained vector of each user, which stands behind the state where
-            items are scored; 0 for none. The head's own table is as much wider; the tied one is
-            not, so that it needs head_transform.
-    """
-
-    width: int = 64
-    max_len: int = 30
-    dropout: float = 0.5
-    items: Items = field(default_factory=Items)
-    encoder: Encoders = field(default_factory=lambda: Encoders(transformer=Transformer()))
-    tokens: list[Literal["cls", "sep", "ur"]] = field(default_factory=list)
-    head_transform: bool = True
-    head_bias: bool = True
-    head_bias_start: float = 0.0
-    head_table: Literal["tied", "own"] = "tied"
-    user_width: int = 0
-
-    def __post_init__(self):
-        if self.head_table not in ("tied", "own"):
-            raise ValueError(f"model.head_table must be 'tied' or 'own', got {self.head_table!r}")
-        for name in ("width", "max_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
-        if not math.isfinite(self.head_bias_start):
-            raise ValueError(f"model.head_bias_start must be finite, got {self.head_bias_start}")
-        if self.head_bias_start and not self.head_bias:
-            raise ValueError("model.head_bias_start has no effect: head_bias is false")
-        if self.user_width < 0:
-            raise ValueError(f"model.user_width must not be negative, got {self.user_width}")
-        if self.user_width and self.head_table == "tied" and not self.head_transform:
-            raise ValueError(
-                "model.user_width: the item embedding has no columns for user vectors: set"
-                " head_table: own, or head_transform: true"
-            )
-        self.items.check_width(self.width)
-        object.__setattr__(self, "encoder", wrapped(self.encoder))
-        order = [token for token in ("cls", "sep", "ur") if token in self.tokens]
-        if sorted(self.tokens) != sorted(order):
-            raise ValueError(f"model.tokens must be some of cls, sep and ur, got {self.tokens}")
-        object.__setattr__(self, "tokens", order)
-        if self.causal and "cls" in order:
-            raise ValueError(
-                "model.tokens: [CLS] stands first and sees nothing under causal attention"
-            )
-        if self.causal and "sep" in order:
-            raise ValueError(
-                "model.tokens: [SEP] stands last and no item sees it under causal attention"
-            )
-
-    @property
-    def causal(self) -> bool:
-        """Whether an event sees earlier events alone: such a model is asked for the next item at
-        its last state, others at a [MASK] behind the items."""
-        return bool(getattr(settings_of(self.encoder), "causal", False))
 
 
 class UserModel(nn.Module):
@@ -349,13 +272,13 @@ class UserModel(nn.Module):
             if type(num_items) is not int or num_items < 1:
                 raise ValueError(f"num_items must be a whole number above 0, got {num_items!r}")
             num_users, classes = values.pop("num_users", None), values.pop("item_classes", {})
-            config = _config_of(values, encoder)
+            config = config_of(values, encoder)
             if config.user_width and (type(num_users) is not int or num_users < 1):
                 raise ValueError(f"num_users must be a whole number above 0, got {num_users!r}")
             if not config.user_width and num_users is not None:
                 raise ValueError(f"num_users is {num_users!r}, and users have no vectors")
             num_users = num_users or 0
-            _check_classes(config, classes)
+            check_classes(config, classes)
             numbers = parameters(num_items, config, num_users, classes)
             if numbers is not None and numbers != count_numbers(file):
                 raise ValueError(
@@ -377,64 +300,6 @@ class UserModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         return model
-
-
-def parameters(
-    num_items: int,
-    config: ModelConfig,
-    num_users: int = 0,
-    item_classes: Mapping[str, int] | None = None,
-) -> int | None:
-    """How many numbers a model has, known before memory is allocated for them; None where that of
-    somebody else's encoder is not known. item_classes: categories of each attribute of items."""
-    width, encoder = config.width, settings_of(config.encoder)
-    if not hasattr(encoder, "parameters"):
-        return None
-    positions = config.max_len + len(config.tokens)
-    whole, own = width + config.user_width, config.head_table == "own"
-    scored = whole if own else width
-    head = num_items + (whole * scored + 3 * scored) * config.head_transform
-    head += num_items * scored * own + num_users * config.user_width
-    items = config.items.parameters(num_items, width, item_classes or {})
-    return items + head + encoder.parameters(width, positions)
-
-
-def described(config: ModelConfig) -> dict:
-    """The settings as JSON has them; an encoder of somebody else by the name of its class."""
-    if isinstance(config.encoder, Encoders):
-        return asdict(config)
-    kind = type(config.encoder)
-    values = asdict(replace(config, encoder=Transformer()))
-    return values | {"encoder": {"class": f"{kind.__module__}.{kind.__qualname__}"}}
-
-
-def _config_of(values: dict, encoder: Any) -> ModelConfig:
-    saved = values.get("encoder")
-    if encoder is None and isinstance(saved, dict) and "class" in saved:
-        raise ValueError(f"the encoder is {saved['class']}: give from_pretrained its settings")
-    if encoder is None:
-        config = from_values(ModelConfig, values, "model")
-    else:
-        plain = {name: part for name, part in values.items() if name != "encoder"}
-        config = replace(from_values(ModelConfig, plain, "model"), encoder=encoder)
-    for name, value in described(config).items():
-        if name in values and not _agrees(values[name], value):
-            raise ValueError(f"model.{name} is {values[name]!r}, expected {value!r}")
-    return config
-
-
-def _check_classes(config: ModelConfig, classes: Any) -> None:
-    names, sizes = list(config.items.attributes), classes if isinstance(classes, dict) else {}
-    if list(sizes) != names or not all(type(n) is int and n > 0 for n in sizes.values()):
-        raise ValueError(f"item_classes must be the categories of {names}, got {classes!r}")
-
-
-def _agrees(said: Any, read: Any) -> bool:
-    """Whether a file says what was read of it. A setting that is missing there has its default: the
-    model was saved before fastrec had the setting, and is what the default makes."""
-    if isinstance(said, dict) and isinstance(read, dict):
-        return all(name in read and _agrees(part, read[name]) for name, part in said.items())
-    return said == read
 
 
 def _init_bert(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """BPR-max: the target against the negatives that score highest (Hidasi and Karatzoglou, 2018,
-section 3.3). Plain PyTorch: the N x K scores are stored.
+section 3.3). Plain PyTorch: the N x K scores are stored, seven times with what backward needs: the
+1,500 predicted items of a step against themselves and 2,048 drawn ones take 150 MB.
 
 Legend: N predicted items, V items, D width, K negatives.
 """
@@ -30,15 +31,17 @@ def bpr_max(
         query: [N, D].
         item_table, item_bias: [V, D], [V].
         target: int64 [N], -100 where none.
-        negatives: int64 [K], the same for all rows.
+        negatives: int64 [K], the same for all rows; -100 is none.
         regularization: of the scores of negatives.
     """
     known = target != NO_TARGET
     y = torch.where(known, target, 0)
     # float32 sums, also where autocast has made the products.
     own = (query * item_table[y]).sum(1).float() + item_bias[y]
-    scores = (query @ item_table[negatives].T).float() + item_bias[negatives]
-    hit = negatives == y[:, None]
+    none = negatives == NO_TARGET
+    items = negatives.masked_fill(none, 0)
+    scores = (query @ item_table[items].T).float() + item_bias[items]
+    hit = (negatives == y[:, None]) | none
     known = known & ~hit.all(1)
     log_a = scores.masked_fill(hit & known[:, None], -torch.inf).log_softmax(1)
     a = log_a.exp()

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastrec.data.batch import NO_TARGET, JaggedBatch
 from fastrec.data.negatives import NegativeSampler
@@ -27,9 +28,12 @@ class Sampled:
         negatives: K, drawn with replacement.
         by: "uniform", or "popularity": by (number of training events)^alpha.
         alpha: exponent of the popularity; 1 if None.
-        shared: the same negatives for all predicted items of a step; otherwise each has its own.
-        log_q: correct the scores of the softmax by the log of the sampling probability; true for
-            the softmax if None.
+        shared: the same negatives for all predicted items of a step, much cheaper and with few
+            negatives much worse; otherwise each has its own. None: shared for bpr_max and in_batch.
+        in_batch: the predicted items of a step, those of all views, are negatives as well (GRU4Rec,
+            Hidasi et al., 2016, section 3.1.2); softmax or bpr_max, shared.
+        log_q: correct the scores of the softmax by the log of the sampling probability, or of the
+            expected number of an item among the candidates; true for the softmax if None.
         gbce_t: calibration of gbce (Petrov and Macdonald, 2023); 0.75 if None.
         bpr_reg: weight of the squared scores of negatives in bpr_max; 1 if None.
     """
@@ -37,7 +41,8 @@ class Sampled:
     negatives: int = 256
     by: Literal["uniform", "popularity"] = "uniform"
     alpha: float | None = None
-    shared: bool = True
+    shared: bool | None = None
+    in_batch: bool = False
     log_q: bool | None = None
     gbce_t: float | None = None
     bpr_reg: float | None = None
@@ -50,6 +55,8 @@ class Sampled:
             raise ValueError(
                 "sampled.alpha has no effect: negatives are uniform (by: popularity uses it)"
             )
+        if self.in_batch and self.shared is False:
+            raise ValueError("sampled.in_batch needs shared negatives: sampled.shared: true")
         if self.bpr_reg is not None and self.bpr_reg < 0:
             raise ValueError(f"sampled.bpr_reg must be at least 0, got {self.bpr_reg}")
 
@@ -84,33 +91,64 @@ class Item:
             raise ValueError(f"item.loss {self.loss} needs negatives: set item.sampled")
         if how is not None and how.log_q and self.loss != "softmax":
             raise ValueError(f"sampled.log_q has no effect on the loss {self.loss}")
+        if how is not None and how.in_batch and self.loss not in ("softmax", "bpr_max"):
+            raise ValueError(
+                f"sampled.in_batch: {self.loss} would be a sum over all targets of the step; its"
+                " loss is softmax or bpr_max"
+            )
         if how is not None and how.gbce_t is not None and self.loss != "gbce":
             raise ValueError(f"sampled.gbce_t has no effect on the loss {self.loss}")
         if how is not None and how.bpr_reg is not None and self.loss != "bpr_max":
             raise ValueError(f"sampled.bpr_reg has no effect on the loss {self.loss}")
-        if how is not None and not how.shared and self.loss == "bpr_max":
+        if how is not None and how.shared is False and self.loss == "bpr_max":
             raise ValueError("item.loss bpr_max needs shared negatives: sampled.shared: true")
+
+    @property
+    def shares(self) -> bool:
+        """Whether the negatives of a step are the same for all predicted items."""
+        how = self.sampled
+        if how is None or how.shared is not None:
+            return how is not None and bool(how.shared)
+        return how.in_batch or self.loss == "bpr_max"
 
     def build(self, model, side: SideData) -> "ItemPrediction":
         if getattr(model, "num_users", 0):  # it has a vector of each user
             model.check_users(side.dataset)
             side.user_columns["user"] = torch.arange(model.num_users, device="cpu")
-        return ItemPrediction(self, self.sampled.sampler(side) if self.sampled else None)
+        if self.sampled is None:
+            return ItemPrediction(self)
+        share = None
+        if self.sampled.in_batch and self.loss == "softmax" and self.sampled.log_q is not False:
+            share = side.item_counts / side.item_counts.sum()
+        return ItemPrediction(self, self.sampled.sampler(side), share)
 
 
 class ItemPrediction(nn.Module):
     """Mean over the predicted items of -log softmax(query(h_t) . E + b)[item], or of the sampled
-    loss in its place."""
+    loss in its place.
+
+    Args:
+        settings: of the loss.
+        sampler: of the negatives that `settings` asks for.
+        share: float32 [V], of the training events, for candidates in batch whose scores are
+            corrected.
+    """
 
     backend: str | None = None
 
-    def __init__(self, settings: Item, sampler: NegativeSampler | None = None):
+    def __init__(
+        self,
+        settings: Item,
+        sampler: NegativeSampler | None = None,
+        share: Tensor | None = None,
+    ):
         super().__init__()
-        self.settings, self.sampler = settings, sampler
+        self.settings, self.sampler, self.share = settings, sampler, share
 
     def forward(self, model, rng: Rng, *views: Encoded) -> dict[str, tuple[Tensor, Tensor | int]]:
         """{"item": (loss, N)}; 0 with a live graph when nothing is predicted. Sampled negatives are
-        a function of (seed, step) and, if not shared, of the key and the position of an event."""
+        a function of (seed, step) and, if not shared, of the key and the position of an event.
+        Candidates in batch are the targets of this process."""
         parts = [_predicted(model, view) for view in views]
         states, targets = parts[0]
         if len(parts) > 1:
@@ -123,29 +161,53 @@ class ItemPrediction(nn.Module):
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
         how, self.sampler = self.settings.sampled, self.sampler.to(states.device)
-        if how.shared:
+        if self.settings.shares:
             negatives = self.sampler.shared(how.negatives, rng)
         else:
             places = [_places(view.batch) for view in views]
             keys, events = (torch.cat(part) for part in zip(*places, strict=True))
             negatives = self.sampler.own(how.negatives, rng, keys, events)
+        if how.in_batch:
+            negatives = torch.cat([targets, negatives])
         if self.settings.loss == "bpr_max":
             head, reg = model.item_head, 1.0 if how.bpr_reg is None else how.bpr_reg
             query = head.query(states)
             loss = bpr_max(query, model.item_table, head.bias, targets, negatives, reg)
             return {"item": (loss, count)}
         correct = self.settings.loss == "softmax" and how.log_q is not False
+        table, log_q = model.item_table, self.sampler.log_q if correct else None
+        if how.in_batch and any(_may_lack_targets(view.batch) for view in views):
+            # A row of the table that is no item, and scores nothing, stands for no target.
+            negatives = negatives.masked_fill(negatives == NO_TARGET, model.num_items)
+            table = model.output_table
+            if len(table) == model.num_items:  # the head's own: a copy
+                table = F.pad(table, (0, 0, 0, 1))
+        if how.in_batch and correct:
+            log_q = F.pad(self._log_counts(how, targets), (0, len(table) - model.num_items))
         loss = model.item_head.sampled_loss(
             states,
-            model.item_table,
+            table,
             targets,
             negatives,
-            log_q=self.sampler.log_q if correct else None,
+            log_q=log_q,
             loss=self.settings.loss,
             gbce_t=0.75 if how.gbce_t is None else how.gbce_t,
             backend=self.backend,
         )
         return {"item": (loss, count)}
+
+    def _log_counts(self, how: Sampled, targets: Tensor) -> Tensor:
+        """[V], log(N p_j + K q_j): how often item j is expected among N targets and K negatives, p
+        its share of the training events and q the law of the sampler."""
+        assert self.sampler is not None and self.share is not None
+        self.share = self.share.to(targets.device)
+        number = (targets != NO_TARGET).sum()
+        return (number * self.share + how.negatives * self.sampler.log_q.exp()).log()
+
+
+def _may_lack_targets(batch: JaggedBatch) -> bool:
+    """Whether a predicted row may have no target: one of several, or padding. Known on the host."""
+    return batch.events["target"].dim() > 1 or batch.real is not None
 
 
 def _rows(batch: JaggedBatch) -> Tensor:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
-from fastrec.nn.user_model import ModelConfig, UserModel, described
+from fastrec.nn.model_config import ModelConfig, described
+from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Recipe
 from fastrec.training.model_folder import read_trained_on
 

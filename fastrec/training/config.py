@@ -11,7 +11,7 @@ from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
-from fastrec.nn.user_model import ModelConfig
+from fastrec.nn.model_config import ModelConfig
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
@@ -95,7 +95,7 @@ class Stage:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     validate_every: int = 1000
     monitor: str | None = None
-    patience: int = 0
+    patience: int = 10
     checkpoint_every: int = 500
     devices: int | Literal["auto"] = "auto"
     backend: Literal["reference", "cpp", "triton"] | None = None

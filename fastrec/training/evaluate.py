@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrec.data.output import write_table
 from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.friends import FriendsJudge
-from fastrec.evaluation.metrics import length_groups, ranking_metrics
+from fastrec.evaluation.metrics import length_groups, list_metrics
 from fastrec.evaluation.next_item import NextItemJudge, row_blocks
 from fastrec.evaluation.report import print_metrics
 from fastrec.nn.model_files import HEADS
@@ -22,41 +23,76 @@ from fastrec.training.stage_data import held_out_users, select_users, side_data
 
 
 def evaluate_stage(
-    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str = "test"
+    dataset,
+    recipe: Recipe,
+    stage: Stage,
+    model: UserModel,
+    folder: Path,
+    split: str = "test",
+    ranks: Path | None = None,
 ) -> dict:
     """Print and return the metrics of the test users of a stage.
 
     folder: of the model, with the parameters of its objectives.
-    split: which item is held out, for the judge of the next item.
+    split, ranks: for the judge of the next item: which item is held out, and a .csv or .parquet
+        file for user_id, item_id (the target) and rank.
     """
     if stage.judge == "next_item":
-        return _next_item(dataset, recipe, model, split)
+        return _next_item(dataset, recipe, model, split, ranks)
+    if ranks is not None:
+        raise ValueError(f"--ranks has no effect: this stage judges {stage.judge}")
     if stage.judge == "attributes":
         return _attributes(dataset, recipe, model, folder)
     return _friends(dataset, recipe, stage, model, folder)
 
 
-def _next_item(dataset, recipe: Recipe, model: UserModel, split: str) -> dict:
+def _next_item(dataset, recipe: Recipe, model: UserModel, split: str, file: Path | None) -> dict:
     judge = NextItemJudge(dataset, select_users(dataset, recipe.users), split, recipe.evaluation)
     ranks = judge.ranks(model)
     rows = {
-        "popularity": ranking_metrics(judge.popularity_ranks()),
-        "model": ranking_metrics(ranks),
+        "popularity": judge.metrics(judge.popularity_ranks()),
+        "model": judge.metrics(ranks),
     }
     print(f"{len(judge):,} users, split {split}, {recipe.evaluation}")
     print_metrics(rows)
     groups = {
-        f"{label} ({mask.sum()} users)": ranking_metrics(ranks[mask])
+        f"{label} ({mask.sum()} users)": judge.metrics(ranks[mask])
         for label, mask in length_groups(dataset.lengths[judge.users.numpy()])
     }
     print_metrics(groups, title="model, by number of events of the user")
+    lists = _lists(judge, model) if recipe.evaluation.candidates == "full" else {}
+    if file is not None:
+        write_table(_ranks_table(judge, ranks), file, overwrite=True)
+        print(f"{file}: the rank of the target of each user")
     return {
         "split": split,
         "users": len(judge),
         "metrics": rows,
         "by_length": groups,
+        "lists": lists,
         "protocol": dataclasses.asdict(recipe.evaluation),
     }
+
+
+def _lists(judge: NextItemJudge, model: UserModel) -> dict:
+    k, counts = max(judge.protocol.cutoffs), judge.dataset.item_counts("train")
+    found = list_metrics(judge.lists(model, k), counts)
+    print(
+        f"lists of {k}: {100 * found['coverage']:.1f} % of the items are in some list, novelty"
+        f" {found['novelty']:.2f} bits"
+    )
+    return {"k": k, **found}
+
+
+def _ranks_table(judge: NextItemJudge, ranks: Tensor):
+    import polars
+
+    users, items = judge.dataset.user_ids(), judge.dataset.item_ids()
+    columns = {
+        "user_id": users[judge.users.numpy()], "item_id": items[judge.targets.numpy()],
+        "rank": ranks.numpy(),
+    }  # fmt: skip
+    return polars.DataFrame(columns)
 
 
 def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict:

@@ -49,8 +49,8 @@ from fastrec.training.checkpoint import (
     tidy_run,
 )
 from fastrec.training.config import Recipe, Stage
-from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed
-from fastrec.training.model_folder import load_heads, save_model
+from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
+from fastrec.training.model_folder import hashes, load_heads, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import seen_by_run, started_model, with_model
@@ -181,15 +181,19 @@ def _fit(
         trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
     seen = seen_by_run(dataset, data.users, recipe, current, initial, initial_folder, kept)
+    items = hashes(dataset.item_ids())
     keep = KeepBest(
         lambda steps: save_model(
-            output / MODEL, trained, objective, {**trained_on, "steps": steps}, plain(recipe), seen
+            output / MODEL, trained, objective, {**trained_on, "steps": steps}, plain(recipe),
+            items, seen,
         )
-    )
+    )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
     trainer = _trainer(output, run, current, keep, len(data.users), around)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(flat(plain(recipe)))
     start = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -35,6 +36,14 @@ class Lines(Callback):
             trainer, f"step {trainer.global_step:,} of {module.stage.steps:,}: loss {loss:.4f},"
             f" {module.stage.monitored} {value:.4f}{best}, {seconds:.0f} s",
         )  # fmt: skip
+
+    def on_train_end(self, trainer, module) -> None:
+        stage = module.stage
+        if trainer.global_step < stage.steps:
+            self._print(
+                trainer, f"stopped: no better {stage.monitored} in {stage.patience} validations"
+                " (patience)",
+            )  # fmt: skip
 
     def _print(self, trainer, text: str) -> None:
         if trainer.is_global_zero:
@@ -72,10 +81,25 @@ class Csv(CSVLogger):
     def __init__(self, output: Path, name: str):
         super().__init__(output, name=name, version=_next_version(output / name))
 
+    def log_hyperparams(self, params=None) -> None:
+        """They are in recipe.json."""
+
     def log_metrics(self, metrics, step=None) -> None:
         validation = any(name.startswith("valid/") for name in metrics)
         if validation == (self.name == VALIDATION):
             super().log_metrics(metrics, step)
+
+
+def flat(settings: dict, path: str = "") -> dict[str, Any]:
+    """{"pretraining.steps": 1000, ..} of nested settings, as loggers take hyperparameters."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{path}.{name}".lstrip(".")
+        if isinstance(value, dict):
+            found |= flat(value, key)
+        elif value is not None:
+            found[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
 
 
 def _next_version(folder: Path) -> int:

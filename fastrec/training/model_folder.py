@@ -10,12 +10,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.output import new_folder, put, write_text
 from fastrec.nn.model_files import (
     HEADS,
+    ITEMS,
     RECIPE,
     TRAINED_ON,
     USERS,
@@ -25,6 +27,7 @@ from fastrec.nn.model_files import (
     write_digests,
     write_tensors,
 )
+from fastrec.nn.transfer import with_items
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Users
@@ -39,11 +42,13 @@ def save_model(
     objective: JointObjective,
     trained_on: dict,
     recipe: dict,
+    items: np.ndarray,
     seen: np.ndarray | None,
 ) -> None:
     """Write a model with all that belongs to it; one that is in `folder` is replaced in one step.
 
-    trained_on: see `KEYS`. recipe: as `--config` reads it. seen: of `seen_users`.
+    trained_on: see `KEYS`. recipe: as `--config` reads it. items: `hashes` of their original
+    ids. seen: of `seen_users`.
     """
     work = new_folder(folder)
     try:
@@ -51,6 +56,7 @@ def save_model(
         save_heads(objective, work)
         write_text(work / TRAINED_ON, json.dumps(trained_on, indent=2) + "\n")
         write_text(work / RECIPE, json.dumps(recipe, indent=2) + "\n")
+        np.save(work / ITEMS, items)
         if seen is not None:
             np.save(work / USERS, seen)
         write_digests(work)
@@ -97,36 +103,68 @@ def hashes(ids: np.ndarray) -> np.ndarray:
 
 def read_seen(folder: Path) -> np.ndarray | None:
     """Whom the model in `folder` has seen; None if it does not say it."""
-    file = checked(folder, USERS)
+    return _read_hashes(folder, USERS)
+
+
+def _read_hashes(folder: Path, name: str) -> np.ndarray | None:
+    file = checked(folder, name)
     if not file.is_file():
         return None
     try:
-        seen = np.load(file, allow_pickle=False)
+        found = np.load(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is no list of users: {error}") from error
-    if seen.dtype != np.dtype("<u8") or seen.ndim != 1:
-        raise ValueError(f"{file} is no list of users: {seen.dtype} {list(seen.shape)}")
-    return seen
+        raise ValueError(f"{file} is no list of hashes: {error}") from error
+    if found.dtype != np.dtype("<u8") or found.ndim != 1:
+        raise ValueError(f"{file} is no list of hashes: {found.dtype} {list(found.shape)}")
+    return found
+
+
+def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> UserModel:
+    """The model in `folder` for the items of `dataset`: itself where these are its own, in their
+    order; otherwise `with_items`, by the original ids, with a warning that counts the new ones.
+
+    Raises ValueError if it knows none of them, or does not say which items it knows.
+    """
+    made = read_trained_on(folder)
+    if model.num_items == dataset.num_items and made.get("items") in (None, dataset.items_hash):
+        return model
+    known, asked = _read_hashes(folder, ITEMS), hashes(dataset.item_ids())
+    if known is None:
+        raise ValueError(
+            f"{folder} was trained on other items, or in another order, than {dataset.path} has"
+        )
+    if len(known) != model.num_items:
+        raise ValueError(
+            f"{folder / ITEMS} lists {len(known)} items, the model has {model.num_items}"
+        )
+    order = known.argsort()
+    place = order[np.searchsorted(known, asked, sorter=order).clip(max=len(known) - 1)]
+    rows = np.where(known[place] == asked, place, -1)
+    new = int((rows < 0).sum())
+    if new == len(rows):
+        raise ValueError(f"{folder} was trained on other items: it knows none of {dataset.path}")
+    gone = len(known) - (len(rows) - new)
+    warnings.warn(
+        f"{folder} was trained on {len(known):,} items: {new:,} of the {len(rows):,} items of"
+        f" {dataset.path} are new to it and begin as the mean of those, and {gone:,} of its items"
+        " are not there",
+        stacklevel=2,
+    )
+    return with_items(model, torch.from_numpy(rows))
 
 
 def check_model(
     folder: Path,
     dataset: SequenceDataset,
     held_out: Users | None = None,
-    same_items: bool = True,
     same_users: bool = True,
 ) -> None:
-    """Raise ValueError if the model in `folder` was trained on other items than those of `dataset`
-    (but for `same_items` false), has vectors of other users (but for `same_users` false), or has
-    seen users of `dataset` that `held_out` leaves out."""
+    """Raise ValueError if the model in `folder` has vectors of other users than those of `dataset`
+    (but for `same_users` false), or has seen users of `dataset` that `held_out` leaves out."""
     made = read_trained_on(folder)
     if same_users and "users" in made and made["users"] != dataset.users_hash:
         raise ValueError(
             f"{folder} has vectors of other users, or in another order, than {dataset.path} has"
-        )
-    if same_items and made.get("items", dataset.items_hash) != dataset.items_hash:
-        raise ValueError(
-            f"{folder} was trained on other items, or in another order, than {dataset.path} has"
         )
     if held_out is None or held_out.fraction >= 1:
         return

@@ -12,8 +12,9 @@ import torch
 
 from fastrec.data.item_categories import Categories, item_categories
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.transfer import PARTS, freeze, take
-from fastrec.nn.user_model import ModelConfig, UserModel, parameters
+from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Init, Recipe, Stage
 from fastrec.training.model_folder import seen_users
 from fastrec.training.stage_data import select_users

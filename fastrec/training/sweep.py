@@ -7,7 +7,6 @@ from statistics import mean, stdev
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.output import locked, write_text
-from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_sweep, print_table
 from fastrec.nn.model_files import read_json
@@ -134,7 +133,7 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
         resume = (run / "last.ckpt").is_file()
         model = fit(dataset, model, recipe=recipe, stage=name, output=run, resume=resume)
     judge = NextItemJudge(dataset, select_users(dataset, recipe.users), "test", recipe.evaluation)
-    metrics = ranking_metrics(judge.ranks(model))
+    metrics = judge.metrics(judge.ranks(model))
     write_text(result, json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -8,8 +8,12 @@ import numpy as np
 from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
+from fastrec.data.prepare.catalogue import Catalogue
 from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
+from fastrec.data.prepare.preview import preview
+from fastrec.data.prepare.raw import RawData
+from fastrec.data.prepare.sources import is_frame, name_of, polars_frame
 from fastrec.data.prepare.writer import claim, write_dataset
 
 TIE_RULE = "stable by (timestamp, row of the source)"
@@ -28,14 +32,27 @@ class PrepareReport:
     lengths: dict[str, float] = field(default_factory=dict)
     num_short_users: int = 0
     tie_rule: str = TIE_RULE
+    time: str = PLACE
+    inferred: dict[str, str] = field(default_factory=dict)
+    preview: list[str] = field(default_factory=list)
+    catalogue: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
+        if self.inferred:
+            said = ", ".join(f"{name} {value}" for name, value in self.inferred.items())
+            lines.append(f"  recognised: {said}")
+        lines += [
+            f"  {'begins with:' if i == 0 else '':<12} {line}"
+            for i, line in enumerate(self.preview)
+        ]
         for name, count in self.after.items():
             lines.append(f"  {name:<13}{self.before[name]:>13,} -> {count:>13,}")
         lines += [f"  removed: {count:,} {reason}" for reason, count in self.removed.items()]
         if not self.removed:
             lines.append("  removed: nothing")
+        if self.catalogue is not None:
+            lines.append(f"  items: {self.catalogue}")
         lines.append(
             "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
                 **self.lengths
@@ -44,6 +61,7 @@ class PrepareReport:
         if self.num_short_users:
             lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
         lines.append(f"  order: {self.tie_rule}")
+        lines.append(f"  time: {self.time}")
         return "\n".join(lines)
 
 
@@ -51,7 +69,7 @@ def prepare(
     source,
     output,
     *,
-    format: str = "s3rec",
+    format: str = "table",
     k_core: int = 0,
     min_rating: float | None = None,
     max_users: int | None = None,
@@ -60,21 +78,26 @@ def prepare(
     relations=None,
     user_key: str | None = None,
     item_key: str | None = None,
+    items_of: Path | str | None = None,
     na_values: str = "ask",
     overwrite: bool = False,
     **options,
 ) -> PrepareReport:
     """Read `source`, filter it and write the canonical dataset directory `output`.
 
-    source: a path, or a `RawData`. format: a key of `readers.FORMATS`; `options` go to that reader.
+    source: a path, a data frame (polars, pandas, Arrow), or a `RawData`. format: a key of
+    `readers.FORMATS`; `options` go to that reader: for a table see `readers.read_table` and
+    `events.events_of`.
     min_rating: events rated below are removed. max_users: the first users in order of their id are
     kept. k_core: then every user and item with fewer than k events goes, again and again.
     user_attributes, item_attributes: a file (see `side_tables.read_attributes`; for s3rec items the
-    attribute JSON) or a polars.DataFrame with user_id (item_id) and attributes, one row per id. Ids
+    attribute JSON) or a data frame with user_id (item_id) and attributes, one row per id. Ids
     without events are left out and counted; ids without a row have nulls; a file without any id of
     the source is an error. user_key, item_key: the column of such a file that holds the ids.
     relations: a file or frame whose first two columns are user and friend; links with an end that
     has no events are left out and counted.
+    items_of: a data set whose items come first, in their order and with their attributes, also
+    those without events here: models that were trained on it go on, and new items come behind.
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
@@ -88,28 +111,38 @@ def prepare(
         raise ValueError(f"k_core must not be negative, max_users positive: {k_core}, {max_users}")
     if na_values not in ("ask", "missing", "text"):
         raise ValueError(f"na_values must be 'ask', 'missing' or 'text', got {na_values!r}")
-    if format in ("table", "recbole"):
+    is_raw = isinstance(source, RawData)
+    if is_raw and options:
+        raise ValueError(f"{', '.join(options)} have no effect on events that have been read")
+    if not is_raw and "na_values" in readers.OPTIONS.get(format, ()):
         options["na_values"] = na_values
     elif na_values != "ask" and user_attributes is item_attributes is relations is None:
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
-    known_as = [options.get(name) for name in ("user", "item")]
+    frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
+    user_attributes, item_attributes, relations = (
+        polars_frame(frame, name) if is_frame(frame) else frame
+        for name, frame in (frames | {"relations": relations}).items()
+    )
     sides = {
-        "user": (user_attributes, {"column": user_key, "known_as": known_as[0]}),
-        "item": (item_attributes, {"column": item_key, "known_as": known_as[1]}),
+        "user": (user_attributes, {"column": user_key}),
+        "item": (item_attributes, {"column": item_key}),
     }
     for name, (file, settings) in sides.items():
         if settings["column"] is not None and not isinstance(file, (str, Path)):
             raise ValueError(f"--{name}_key has no effect without --{name}_attributes")
         settings["na_values"] = na_values
-    with claim(Path(output), overwrite), reading(getattr(source, "source", source)):
-        raw = source
-        if not isinstance(source, readers.RawData):
-            raw = readers.read(source, format, **options)
+    with claim(Path(output), overwrite), reading(source.source if is_raw else name_of(source)):
+        raw = source if is_raw else readers.read(source, format, **options)
+        for name, (_, settings) in sides.items():
+            settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
-        return _prepare(raw, Path(output), filters, sides, relations, na_values, overwrite)
+        earlier = None if items_of is None else Path(items_of)
+        return _prepare(raw, Path(output), filters, sides, relations, earlier, na_values, overwrite)
 
 
-def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> PrepareReport:
+def _prepare(
+    raw, output, filters, sides, relations, items_of, na_values, overwrite
+) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
     user_ids, user = _codes(frame["user_id"])
@@ -164,13 +197,21 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
     _add(removed, "attribute rows of users without interactions", lost)
     item_file, options = sides["item"]
     sources = [(raw.source, raw.items), ("item_attributes", item_file)]
-    items, lost = attribute_table(item_ids[used_items], sources, "item_id", item_ids, **options)
+    listed, catalogue = item_ids[used_items], None
+    if items_of is not None:
+        catalogue = Catalogue(items_of, listed)
+        item, listed = catalogue.numbers(item), catalogue.ids
+        item_ids = item_ids.cast(listed.dtype)
+    items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
     _add(removed, "attribute rows of items without interactions", lost)
+    if catalogue is not None:
+        items = catalogue.joined(items)
     name, links = "relations", relations
     if links is None:
         name, links = raw.source, raw.relations
     links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
+    time = raw.time if "timestamp" in frame.columns else PLACE
     schema = write_dataset(
         output,
         interactions=_interactions(frame, rows, user, item),
@@ -178,9 +219,10 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
         items=items,
         relations=links,
         tie_rule=ORDER_RULE if raw.ordered else TIE_RULE,
-        time=raw.time if "timestamp" in frame.columns else PLACE,
+        time=time,
         source=raw.source,
-        filters=filters | {"removed": removed},
+        inferred=raw.inferred,
+        filters=filters | {"items_of": items_of and str(items_of), "removed": removed},
         overwrite=overwrite,
     )
     lengths = np.bincount(user)
@@ -198,6 +240,10 @@ def _prepare(raw, output, filters, sides, relations, na_values, overwrite) -> Pr
         },
         num_short_users=schema["num_short_users"],
         tie_rule=schema["tie_rule"],
+        time=time,
+        inferred=raw.inferred,
+        preview=preview(frame, time),
+        catalogue=None if catalogue is None else str(catalogue),
     )
 
 

@@ -5,7 +5,7 @@ An integer has one spelling here: "007", "+7" and "-0" are text.
 
 import numpy as np
 
-from fastrec.data.errors import DataError
+from fastrec.data.errors import DataError, reading
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
 _DIGITS = r"^[+-]?[0-9]+$"
@@ -19,6 +19,16 @@ def first_row(flags, first: int) -> int | None:
     """The row number of the first set flag of a boolean series or array; None if there is none."""
     where = np.flatnonzero(np.asarray(flags))
     return int(where[0]) + first if where.size else None
+
+
+def refuse(file, series, first: int, bad, what: str, hint: str = "") -> None:
+    """Raise for the first row of a column whose flag is set: it was expected to be `what`."""
+    row = first_row(bad.to_numpy(), first)
+    if row is not None:
+        raise DataError(
+            file, f"expected {what}, got {series[row - first]!r}{hint}",
+            column=series.name, row=row,
+        )  # fmt: skip
 
 
 def check_present(file, series, first: int) -> None:
@@ -69,31 +79,29 @@ def int64(file, series, first: int):
 
 
 def id_column(file, series, first: int, kind: str = "auto", na_values: str = "ask"):
-    """An id column as Int64 (not negative) or String; `first` is the row number of its start.
+    """An id column as Int64 or String; `first` is the row number of its start.
 
-    kind: "int" demands integers, "str" keeps text, "auto" takes integers if every value is one.
-    na_values: "text" takes words such as NA for ids; they are refused otherwise.
+    Ids are opaque: an integer may be negative. kind: "int" demands integers, "str" keeps text,
+    "auto" takes integers if every value is one. na_values: "text" takes words such as NA for ids;
+    they are refused otherwise.
     """
     import polars as pl
 
     check_present(file, series, first)
     if kind not in ("auto", "int", "str"):
         raise ValueError(f"ids must be 'auto', 'int' or 'str', got {kind!r}")
-    if series.dtype in (pl.Categorical, pl.Enum):
-        series = series.cast(pl.String)
+    if series.dtype in (pl.Categorical, pl.Enum, pl.Binary):
+        with reading(file):
+            series = series.cast(pl.String)
     if series.dtype == pl.String:
-        series = _text_ids(file, series, first, kind, na_values)
-    elif series.dtype.is_integer():
-        series = series.cast(pl.String) if kind == "str" else int64(file, series, first)
-    else:
-        raise DataError(
-            file, f"ids must be integers or text, got {series.dtype}", column=series.name
-        )
-    if series.dtype == pl.Int64:
-        row = first_row((series < 0).to_numpy(), first)
-        if row is not None:
-            raise DataError(file, f"negative id {series[row - first]}", column=series.name, row=row)
-    return series
+        return _text_ids(file, series, first, kind, na_values)
+    if series.dtype.is_integer():
+        return series.cast(pl.String) if kind == "str" else int64(file, series, first)
+    # Floats are what pandas makes of integers where one is missing.
+    hint = ": write them as integers, in pandas .astype('Int64')" if series.dtype.is_float() else ""
+    raise DataError(
+        file, f"ids must be integers or text, got {series.dtype}{hint}", column=series.name
+    )
 
 
 def _text_ids(file, series, first: int, kind: str, na_values: str):
@@ -111,7 +119,7 @@ def _text_ids(file, series, first: int, kind: str, na_values: str):
     if row is not None:
         raise DataError(
             file, f"{series[row - first]!r} looks like a missing id; --na_values text takes it as"
-            " an id", column=series.name, row=row,
+            " an id, missing as none", column=series.name, row=row,
         )  # fmt: skip
     return series
 

@@ -8,43 +8,28 @@ timestamps have none: there a repeated item is another visit, as in the S3-Rec f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastrec.data.errors import DataError, reading
-from fastrec.data.event_columns import SOURCE
 from fastrec.data.prepare import tables
 from fastrec.data.prepare.columns import check_unique, first_row, id_column, integers
+from fastrec.data.prepare.events import events_of
+from fastrec.data.prepare.histories import read_histories
+from fastrec.data.prepare.movielens import (
+    attributes,
+    beside,
+    one_file,
+    read_movielens_1m,
+    read_movielens_100k,
+)
+from fastrec.data.prepare.names import FLAGS, NONE
+from fastrec.data.prepare.raw import RawData
+from fastrec.data.prepare.rows import Rows
 from fastrec.data.prepare.side_tables import read_attributes, read_relations
-from fastrec.data.prepare.text import read_delimited, read_fields
-
-if TYPE_CHECKING:
-    import polars as pl
-
-
-@dataclass
-class RawData:
-    """What a reader returns.
-
-    interactions: user_id, item_id (Int64 or String), and timestamp (Int64), rating (Float32),
-    event_type where the source has them. users: user_id, attributes. items: item_id, attributes.
-    relations: user_id, friend_id. ordered: each user's rows are oldest first and must not be
-    sorted. time: what a timestamp counts. removed: how many rows an option of the reader dropped,
-    by reason.
-    """
-
-    source: str
-    interactions: "pl.DataFrame"
-    users: "pl.DataFrame | None" = None
-    items: "pl.DataFrame | None" = None
-    relations: "pl.DataFrame | None" = None
-    ordered: bool = False
-    time: str = SOURCE
-    removed: dict[str, int] = field(default_factory=dict)
+from fastrec.data.prepare.sources import is_frame, name_of, read_source
+from fastrec.data.prepare.text import read_fields
 
 
 def read_s3rec(file, item_attributes=None) -> RawData:
@@ -98,156 +83,51 @@ def read_pairs(file) -> RawData:
 
 
 def read_table(
-    file,
-    *,
-    user: str = "user_id",
-    item: str = "item_id",
-    timestamp: str | None = None,
-    rating: str | None = None,
-    event_type: str | None = None,
-    separator: str | None = None,
-    ids: str = "auto",
-    na_values: str = "ask",
-    time_format: str | None = None,
-    ordered: bool = False,
-    on_duplicate: str = "error",
-) -> RawData:
-    """A csv, tsv, Parquet or JSON-lines file whose columns are named by the arguments.
-
-    Without a `timestamp` column the file must be in order (ordered=True). ids: "auto" takes ids as
-    integers where all are, "int" demands it, "str" keeps text. Times may be integers, dates, ISO
-    text or other text by time_format. Covers MovieLens csv, the Yelp open dataset and Amazon
-    reviews as JSON lines. Other arguments: `tables.interactions_of`.
-    """
-    frame, first = tables.read_frame(file, separator=separator)
-    interactions, time, removed = tables.interactions_of(
-        file, frame, first, user=user, item=item, timestamp=timestamp, rating=rating,
-        event_type=event_type, ids=ids, na_values=na_values, time_format=time_format,
-        ordered=ordered, on_duplicate=on_duplicate,
-    )  # fmt: skip
-    return RawData(str(file), interactions, ordered=ordered, time=time, removed=removed)
-
-
-def read_recbole(
     source,
     *,
-    ids: str = "auto",
-    na_values: str = "ask",
-    time_format: str | None = None,
-    ordered: bool = False,
-    on_duplicate: str = "error",
+    separator: str | None = None,
+    columns: list[str] | None = None,
+    encoding: str | None = None,
+    **options,
 ) -> RawData:
+    """Delimited text, Parquet or JSON, a folder of part files, or a data frame.
+
+    separator, columns, encoding: how text is written, see `tables.read_frame`. options: which
+    columns hold what and how they are read, see `events.events_of`. Without a column of times the
+    source must be in order (ordered=True).
+    """
+    frame, rows = read_source(source, separator=separator, columns=columns, encoding=encoding)
+    return events_of(name_of(source), frame, rows, header=rows.first == 2, **options)
+
+
+def read_recbole(source, **options) -> RawData:
     """RecBole atomic files: a .inter file, or a directory that holds one.
 
     The files of the same name ending in .user, .item and .net become users, items and relations.
-    Uses the columns user_id, item_id and, where present, rating and timestamp.
+    Uses the columns user_id, item_id and, where present, rating and timestamp. options: of
+    `events.events_of`, but for the names of columns.
     """
-    file = _one_file(source, ".inter")
+    file = one_file(source, ".inter")
     frame, first = tables.recbole_columns(file, time="timestamp")
-    optional = {name: name for name in ("rating", "timestamp") if name in frame.columns}
-    interactions, time, removed = tables.interactions_of(
-        file, frame, first, user="user_id", item="item_id", ids=ids, na_values=na_values,
-        time_format=time_format, ordered=ordered, on_duplicate=on_duplicate, **optional,
+    rating, timestamp = (
+        name if name in frame.columns else NONE for name in ("rating", "timestamp")
+    )
+    raw = events_of(
+        file, frame, Rows([(file, first, frame.height)]), user="user_id", item="item_id",
+        timestamp=timestamp, rating=rating, event_type=NONE, **options,
     )  # fmt: skip
     stem = file.name.removesuffix(".gz").removesuffix(".inter")
-    users, items = interactions["user_id"], interactions["item_id"]
-    return RawData(
-        str(file),
-        interactions,
-        users=_beside(file, f"{stem}.user", _attributes("user_id", users, na_values)),
-        items=_beside(file, f"{stem}.item", _attributes("item_id", items, na_values)),
-        relations=_beside(file, f"{stem}.net", lambda f: read_relations(f, users, na_values)),
-        ordered=ordered,
-        time=time,
-        removed=removed,
-    )
-
-
-def _attributes(key: str, like, na_values: str = "text"):
-    return lambda file: read_attributes(file, key, like=like, na_values=na_values)
-
-
-def read_movielens_1m(source, *, on_duplicate: str = "error") -> RawData:
-    """MovieLens-1M: ratings.dat or its directory; users.dat and movies.dat beside it are used."""
-    file = _one_file(source, "ratings.dat")
-    frame = read_delimited(file, "::", ["user", "item", "rating", "timestamp"], "latin-1")
-    raw = _movielens(file, frame, on_duplicate)
-    users, items = (raw.interactions[name] for name in ("user_id", "item_id"))
-    raw.users = _beside(file, "users.dat", _attributes("user_id", users))
-    raw.items = _beside(file, "movies.dat", _attributes("item_id", items))
+    users, items = raw.interactions["user_id"], raw.interactions["item_id"]
+    na_values = options.get("na_values", "ask")
+    raw.users = beside(file, f"{stem}.user", attributes("user_id", users, na_values))
+    raw.items = beside(file, f"{stem}.item", attributes("item_id", items, na_values))
+    raw.relations = beside(file, f"{stem}.net", lambda f: read_relations(f, users, na_values))
     return raw
 
 
-def read_movielens_100k(source, *, on_duplicate: str = "error") -> RawData:
-    """MovieLens-100K: u.data or its directory; u.user and u.item beside it are used."""
-    file = _one_file(source, "u.data")
-    frame = read_delimited(file, "\t", ["user", "item", "rating", "timestamp"])
-    raw = _movielens(file, frame, on_duplicate)
-    raw.users, raw.items = (
-        _beside(file, "u.user", _read_u_user), _beside(file, "u.item", _read_u_item)
-    )  # fmt: skip
-    return raw
-
-
-def _movielens(file, frame, on_duplicate: str) -> RawData:
-    interactions, time, removed = tables.interactions_of(
-        file, frame, 1, user="user", item="item", timestamp="timestamp", rating="rating",
-        ids="int", on_duplicate=on_duplicate,
-    )  # fmt: skip
-    return RawData(str(file), interactions, time=time, removed=removed)
-
-
-def _read_u_user(file):
-    frame = read_delimited(file, "|", ["user_id", "age", "gender", "occupation", "zip_code"])
-    frame = frame.with_columns(id_column(file, frame["user_id"], 1, "int"))
-    check_unique(file, frame["user_id"], 1)
-    return frame.with_columns(_integers_or_null(file, frame["age"]))
-
-
-def _read_u_item(file):
-    import polars as pl
-
-    names = ["item_id", "title", "release_date", "video_release_date", "url"]
-    names += [f"genre_{number}" for number in range(19)]
-    frame = read_delimited(file, "|", names, "latin-1")
-    frame = frame.with_columns(id_column(file, frame["item_id"], 1, "int"))
-    check_unique(file, frame["item_id"], 1)
-    for name in names[5:]:
-        bad = first_row(~frame[name].is_in(["0", "1"]).fill_null(False), 1)
-        if bad is not None:
-            raise DataError(file, "expected 0 or 1", column=name, row=bad)
-    flags = frame.select(names[5:]).to_numpy() == "1"
-    genres = [np.flatnonzero(row).tolist() for row in flags]
-    return frame.select("item_id", "title", "release_date").with_columns(
-        pl.Series("genres", genres, dtype=pl.List(pl.Int64))
-    )
-
-
-def _integers_or_null(file, series):
-    numbers = integers(series)
-    row = first_row(numbers.is_null() & series.is_not_null(), 1)
-    if row is not None:
-        raise DataError(
-            file, f"expected an integer, got {series[row - 1]!r}", column=series.name, row=row
-        )
-    return numbers
-
-
-def _one_file(source, name: str) -> Path:
-    source = Path(source)
-    if not source.is_dir():
-        return source
-    found = sorted(f for f in source.iterdir() if f.name.removesuffix(".gz").endswith(name))
-    if len(found) != 1:
-        raise DataError(source, f"expected one file *{name}, found {len(found)}")
-    return found[0]
-
-
-def _beside(file: Path, name: str, reader):
-    found = [f for f in (file.with_name(name), file.with_name(f"{name}.gz")) if f.exists()]
-    return reader(found[0]) if found else None
-
-
+EVENTS = {"ids", "na_values", "time_format", "time_unit", "ordered", "on_missing", "on_duplicate"}
+TEXT = {"separator", "columns", "encoding"}
+NAMES = {"user", "item", "timestamp", "rating", "event_type", "keep_events"}
 FORMATS: dict[str, Callable[..., RawData]] = {
     "s3rec": read_s3rec,
     "pairs": read_pairs,
@@ -255,6 +135,17 @@ FORMATS: dict[str, Callable[..., RawData]] = {
     "movielens-100k": read_movielens_100k,
     "recbole": read_recbole,
     "table": read_table,
+    "histories": read_histories,
+}
+# The settings that each takes: another one would have no effect, and is an error.
+OPTIONS: dict[str, set[str]] = {
+    "s3rec": {"item_attributes"},
+    "pairs": set(),
+    "movielens-1m": {"on_duplicate"},
+    "movielens-100k": {"on_duplicate"},
+    "recbole": EVENTS,
+    "table": EVENTS | TEXT | NAMES,
+    "histories": TEXT | {"user", "history", "ids", "na_values", "on_missing", "on_duplicate"},
 }
 
 
@@ -262,5 +153,12 @@ def read(source, format: str, **options) -> RawData:
     """Read `source` with the reader of FORMATS[format]; `options` are its arguments."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
-    with reading(source):
+    for name in sorted(options.keys() - OPTIONS[format]):
+        raise ValueError(f"--{FLAGS.get(name, name)} has no effect on --format {format}")
+    for name in ("columns", "keep_events"):
+        if isinstance(options.get(name), str):
+            raise ValueError(f"{name} must be a list of names, got {options[name]!r}")
+    if is_frame(source) and format not in ("table", "histories"):
+        raise ValueError(f"--format {format} is a kind of file, not of a data frame")
+    with reading(name_of(source)):
         return FORMATS[format](source, **options)

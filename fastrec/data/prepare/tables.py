@@ -1,14 +1,13 @@
-"""Tables of any origin (csv, tsv, Parquet, JSON lines, RecBole) and the events in them."""
+"""Tables of any origin: delimited text, Parquet, JSON and RecBole's files."""
 
+import ast
 import json
 from io import BytesIO
 from pathlib import Path
 
-from fastrec.data.errors import DataError, reading
-from fastrec.data.event_columns import PLACE
-from fastrec.data.prepare.columns import first_row, float_column, id_column
-from fastrec.data.prepare.text import check_file, read_bytes, read_delimited
-from fastrec.data.prepare.times import time_column
+from fastrec.data.errors import DataError, EmptyFile, reading
+from fastrec.data.prepare.columns import first_row
+from fastrec.data.prepare.text import check_file, gunzip, read_bytes, read_delimited, read_lines
 
 _SEPARATORS = {
     ".csv": ",",
@@ -18,13 +17,17 @@ _SEPARATORS = {
     ".item": "\t",
     ".net": "\t",
 }
-# A file with such a column is not taken in its own order without a word.
-_TIME_NAMES = ("timestamp", "time", "date", "datetime", "unix_ts")
+_OTHER = {
+    **dict.fromkeys((".zip", ".7z", ".tar", ".tgz", ".rar"), "unpack it"),
+    **dict.fromkeys((".bz2", ".xz", ".zst"), "unpack it, or pack it as .gz"),
+    **dict.fromkeys((".xls", ".xlsx"), "save it as .csv"),
+}
+_PARQUET, _JSON = (".parquet", ".pq"), (".json", ".jsonl", ".ndjson")
 
 
 def is_delimited(file) -> bool:
     """Whether `read_frame` reads the file as delimited text, by its suffix."""
-    return _suffix(file) not in (".parquet", ".pq", ".jsonl", ".ndjson")
+    return _suffix(file) not in (*_PARQUET, *_JSON)
 
 
 def _suffix(file) -> str:
@@ -32,26 +35,43 @@ def _suffix(file) -> str:
     return Path(file.stem if file.suffix.lower() == ".gz" else file.name).suffix.lower()
 
 
-def read_frame(file, *, separator: str | None = None, encoding: str = "utf-8", names=None):
+def read_frame(
+    file, *, separator: str | None = None, names: list[str] | None = None,
+    encoding: str | None = None,
+):  # fmt: skip
     """(polars.DataFrame, row number of its first record) of a table with named columns.
 
-    By suffix: .parquet, .jsonl and .ndjson (an object a line), .csv, .tsv and RecBole's files, with
-    .gz behind any text. Delimited columns come as text; quotes are honoured in csv only. names: the
-    columns of a delimited file without a header.
+    By suffix: .parquet; .jsonl, .ndjson and .json (an object or a Python dictionary a line, .json
+    also one array); .csv, .tsv and RecBole's files; each also .gz. Other suffixes are delimited
+    text if `separator` (`text.read_delimited`) says how. Delimited columns come as text; quotes are
+    honoured between commas and semicolons. names: the columns of a delimited file without a header.
+    encoding: of text; UTF-8.
     """
     suffix = _suffix(file)
-    if suffix in (".parquet", ".pq"):
-        return read_parquet(file), 1
-    if suffix in (".jsonl", ".ndjson"):
-        return _read_json_lines(file), 1
+    if not is_delimited(file):
+        given = {"separator": separator, "columns": names}
+        given |= {"encoding": encoding} if suffix in _PARQUET else {}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{file}: --{name} has no effect on a {suffix} file")
+        if suffix in _PARQUET:
+            return read_parquet(file), 1
+        return _read_json(file, encoding or "utf-8", array=suffix == ".json"), 1
+    if suffix in _OTHER:
+        raise DataError(file, f"a {suffix} file is not read: {_OTHER[suffix]}")
     separator = separator or _SEPARATORS.get(suffix)
     if separator is None:
+        line = read_lines(file, encoding or "utf-8")[0][:80]
         raise ValueError(
-            f"{file}: its suffix {suffix!r} says no format: .csv, .tsv, .parquet and .jsonl do, or"
-            " --separator (of the source)"
+            f"{file}: its suffix {suffix!r} says no format: .csv, .tsv, .parquet, .json and .jsonl"
+            " do, or --separator (of the source; ',', '\\t', '::' or whitespace), or another"
+            f" --format. It begins with {line!r}"
         )
+    if names is not None and len(set(names)) < len(names):
+        raise ValueError(f"--columns holds a name twice: {', '.join(names)}")
     separator = "\t" if separator == "\\t" else separator
-    return read_delimited(file, separator, names, encoding), 2 if names is None else 1
+    frame = read_delimited(file, separator, names, encoding or "utf-8")
+    return frame, 2 if names is None else 1
 
 
 def read_parquet(file):
@@ -60,16 +80,23 @@ def read_parquet(file):
 
     file = check_file(file)
     with reading(file, "truncated or corrupt Parquet"):
-        frame = pl.read_parquet(BytesIO(file.read_bytes()))
+        data = file.read_bytes()
+        if file.suffix.lower() == ".gz":
+            data = gunzip(file, data)
+        frame = pl.read_parquet(BytesIO(data))
     if frame.height == 0:
-        raise DataError(file, "holds no rows")
+        raise EmptyFile(file, "holds no rows")
     return frame
 
 
-def _read_json_lines(file):
+def _read_json(file, encoding: str, array: bool):
     import polars as pl
 
-    data = read_bytes(file).rstrip()
+    data = read_bytes(file, encoding).strip()
+    if array and data.startswith(b"["):
+        return _read_json_array(file, data)
+    if data.startswith((b"{'", b"{u'")):
+        data = _json_of_literals(file, data)
     count = data.count(b"\n") + 1
     try:
         with reading(file):
@@ -89,104 +116,40 @@ def _read_json_lines(file):
     return frame
 
 
-def interactions_of(
-    file,
-    frame,
-    first: int,
-    *,
-    user: str,
-    item: str,
-    timestamp: str | None = None,
-    rating: str | None = None,
-    event_type: str | None = None,
-    ids: str = "auto",
-    na_values: str = "ask",
-    time_format: str | None = None,
-    ordered: bool = False,
-    on_duplicate: str = "error",
-):
-    """(canonical interactions, what a timestamp is, {reason: rows removed}) of a table whose
-    columns are named here.
+def _json_of_literals(file, data: bytes) -> bytes:
+    """JSON of a Python dictionary a line, which older data sets call JSON. Nothing in it is run."""
+    lines = []
+    for row, line in enumerate(data.split(b"\n"), 1):
+        try:
+            value = ast.literal_eval(line.decode())
+            lines.append(json.dumps(value if isinstance(value, dict) else None).encode())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as problem:
+            raise DataError(
+                file, f"is neither JSON nor a Python dictionary: {problem}", row=row
+            ) from None
+        if not isinstance(value, dict):
+            raise DataError(file, "expected an object {..}", row=row)
+    return b"\n".join(lines)
 
-    ordered: each user's rows are oldest first, and are checked for it where there are timestamps;
-    otherwise `timestamp` is needed. on_duplicate ("error", "keep", "drop") is about rows with the
-    same user, item and timestamp; "drop" keeps the first. See `columns` and `times`.
-    """
+
+def _read_json_array(file, data: bytes):
     import polars as pl
 
-    if on_duplicate not in ("error", "keep", "drop"):
-        raise ValueError(f"on_duplicate must be 'error', 'keep' or 'drop', got {on_duplicate!r}")
-    names = {"user_id": user, "item_id": item, "timestamp": timestamp, "rating": rating}
-    names = {key: name for key, name in (names | {"event_type": event_type}).items() if name}
-    if timestamp is None and not ordered:
-        clocks = [name for name in frame.columns if name.lower() in _TIME_NAMES]
-        there = f" (there is {', '.join(clocks)})" if clocks else ""
-        raise DataError(
-            file, f"events have no time: name its column by --timestamp_column{there}, or say"
-            " --ordered true if each user's rows are oldest first",
-        )  # fmt: skip
-    if timestamp is None and time_format is not None:
-        raise ValueError("--time_format has no effect without --timestamp_column")
-    for name in names.values():
-        if name not in frame.columns:
-            there = ", ".join(frame.columns)
-            hint = " (--separator says what stands between columns)" if frame.width == 1 else ""
-            raise DataError(file, f"column is missing; there are {there}{hint}", column=name)
-    columns = {
-        "user_id": id_column(file, frame[user], first, ids, na_values),
-        "item_id": id_column(file, frame[item], first, ids, na_values),
-    }
-    time = PLACE
-    if timestamp:
-        columns["timestamp"], time = time_column(file, frame[timestamp], first, time_format)
-    if rating:
-        columns["rating"] = float_column(file, frame[rating], first)
-    if event_type:
-        columns["event_type"] = frame[event_type]
-    table = pl.DataFrame({key: column.alias(key) for key, column in columns.items()})
-    if timestamp is None:
-        return table, time, {}
-    if ordered:
-        _check_order(file, table, first, timestamp)
-    table, removed = _without_duplicates(file, table, first, on_duplicate)
-    return table, time, removed
-
-
-def _check_order(file, table, first: int, column: str) -> None:
-    import polars as pl
-
-    earlier = pl.col("timestamp") < pl.col("timestamp").shift(1).over("user_id")
-    before = table.select(earlier).to_series()
-    row = first_row(before.fill_null(False).to_numpy(), first)
+    try:
+        objects = json.loads(data)
+    except (ValueError, RecursionError) as problem:
+        row = getattr(problem, "lineno", None)
+        raise DataError(file, f"is not JSON: {problem}", row=row) from None
+    if not objects:
+        raise EmptyFile(file, "holds no rows")
+    row = first_row([not isinstance(each, dict) for each in objects], 1)
     if row is not None:
-        raise DataError(
-            file, f"user {table['user_id'][row - first]}: time goes back to "
-            f"{table['timestamp'][row - first]} in a file that is said to be in order",
-            column=column, row=row,
-        )  # fmt: skip
-
-
-def _without_duplicates(file, table, first: int, on_duplicate: str):
-    import polars as pl
-
-    if on_duplicate == "keep":
-        return table, {}
-    event = pl.struct("user_id", "item_id", "timestamp")
-    keep = table.select(event.is_first_distinct()).to_series()
-    if keep.all():
-        return table, {}
-    if on_duplicate == "drop":
-        return table.filter(keep), {"duplicate events": int((~keep).sum())}
-    place = int((~keep).to_numpy().argmax())
-    keys = table.select("user_id", "item_id", "timestamp")
-    values = keys.row(place)
-    same = [keys[name] == value for name, value in zip(keys.columns, values, strict=True)]
-    same = same[0] & same[1] & same[2]
-    raise DataError(
-        file, "duplicate event: user {}, item {}, timestamp {}".format(*values)
-        + f", first in row {first_row(same, first)} (--on_duplicate keep or drop accepts it)",
-        row=place + first,
-    )  # fmt: skip
+        raise DataError(file, "expected an array of objects {..}", row=row)
+    with reading(file):
+        frame = pl.read_json(data, infer_schema_length=None)
+    if frame.height != len(objects):
+        raise DataError(file, f"{len(objects)} objects, but {frame.height} rows")
+    return frame
 
 
 def recbole_columns(file, time: str | None = None):

@@ -1,5 +1,6 @@
 """Reading text files so that every problem is reported with file, column and row."""
 
+import codecs
 import gzip
 import re
 import zlib
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrec.data.errors import DataError, reading
+from fastrec.data.errors import DataError, EmptyFile, reading
 
 _NEWLINE, _RETURN, _QUOTE = 10, 13, 34
+_MARK = b"\xef\xbb\xbf"  # the byte-order mark
 # What str.split() takes for blanks, too: a line that ends in a return alone would go on.
 _OTHER_BLANKS = re.compile(r"[^\S \t]")
+WHITESPACE = "whitespace"  # the separator that is any run of blanks and tabs
+_UNIT = "\x1f"  # stands for separators of more than one character
 
 
 def check_file(file) -> Path:
@@ -31,24 +35,43 @@ def read_bytes(file, encoding: str = "utf-8") -> bytes:
     with reading(file):
         data = file.read_bytes()
     if file.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error, MemoryError) as error:
-            raise DataError(file, f"truncated or corrupt gzip: {error}") from error
-    data = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+        data = gunzip(file, data)
+    data = data.removeprefix(_MARK)
+    if encoding != "utf-8":
+        data = _utf8(file, data, encoding).removeprefix(_MARK)
+    data = data.replace(b"\r\n", b"\n")
     if not data.strip():
-        raise DataError(file, "file is empty")
+        raise EmptyFile(file, "file is empty")
     try:
-        text = data.decode(encoding)
+        data.decode()
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            file, f"byte 0x{data[error.start]:02x} is not {encoding}", row=row
-        ) from None
+            file, f"byte 0x{data[error.start]:02x} is not utf-8 (of a table: --encoding says what"
+            " it is, such as latin-1 or utf-16)", row=row,
+        ) from None  # fmt: skip
     zero = data.find(b"\0")
     if zero >= 0:
         raise DataError(file, "holds a NUL byte: corrupt", row=data.count(b"\n", 0, zero) + 1)
-    return data if encoding == "utf-8" else text.encode()
+    return data
+
+
+def gunzip(file, data: bytes) -> bytes:
+    """The unpacked contents of a .gz file."""
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise DataError(file, f"truncated or corrupt gzip: {error}") from error
+
+
+def _utf8(file, data: bytes, encoding: str) -> bytes:
+    try:
+        codecs.lookup(encoding)
+        return data.decode(encoding).encode()
+    except LookupError:
+        raise ValueError(f"--encoding {encoding!r} is not known") from None
+    except UnicodeError as error:
+        raise DataError(file, f"is not {encoding}: {error}") from None
 
 
 def read_lines(file, encoding: str = "utf-8") -> list[str]:
@@ -61,7 +84,10 @@ def read_lines(file, encoding: str = "utf-8") -> list[str]:
 
 def read_fields(file) -> list[list[str]]:
     """The fields of each line of a text file, between blanks and tabs."""
-    lines = read_lines(file)
+    return _split(file, read_lines(file))
+
+
+def _split(file, lines: list[str]) -> list[list[str]]:
     for row, line in enumerate(lines, 1):
         odd = _OTHER_BLANKS.search(line)
         if odd is not None:
@@ -72,17 +98,18 @@ def read_fields(file) -> list[list[str]]:
 def read_delimited(file, separator: str, names: list[str] | None = None, encoding: str = "utf-8"):
     """polars.DataFrame of a delimited file with every column as text, quotes honoured in csv.
 
-    names: the columns of a file without a header (all must be there); None reads the header.
-    Empty fields are null. Raises DataError for a row that is empty or has another number of fields,
+    separator: one character or several ("::"), or "whitespace", any run of blanks and tabs. names:
+    the columns of a file without a header (all must be there); None reads the header. Empty fields
+    are null. Raises DataError for a row that is empty or has another number of fields,
     and for two columns of one name.
     """
     import polars as pl
 
-    if len(separator) > 1:
-        return _split_lines(file, read_lines(file, encoding), separator, names)
-    if not separator.isascii() or separator in ('"', "\n", "\r"):
+    if {'"', "\n", "\r", ""} & {separator, *separator}:
         raise ValueError(f"--separator cannot be {separator!r}")
     data = read_bytes(file, encoding).rstrip(b"\n")
+    if len(separator) > 1 or not separator.isascii():
+        data, separator = _unit_separated(file, data, separator), _UNIT
     quotes = separator in (",", ";")
     count = _check_rows(file, data, separator, None if names is None else len(names), quotes)
     with reading(file):
@@ -99,7 +126,7 @@ def read_delimited(file, separator: str, names: list[str] | None = None, encodin
         names, frame = [name or "" for name in frame.row(0)], frame[1:]
         _check_names(file, names)
     if frame.height == 0:
-        raise DataError(file, "holds a header and no rows")
+        raise EmptyFile(file, "holds a header and no rows")
     frame.columns = names
     return frame
 
@@ -126,7 +153,8 @@ def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bo
         bad = (beside != ord(separator)) & (beside != _NEWLINE) & (beside != _QUOTE)
         if bad.any():
             row = int(ends[: edges[within][bad][0]].sum()) + 1
-            raise DataError(file, "a quote stands in the middle of a field", row=row)
+            hint = " (--separator says what stands between columns)" if row == 1 else ""
+            raise DataError(file, f"a quote stands in the middle of a field{hint}", row=row)
     if returns.any():
         row = int(ends[: returns.argmax()].sum()) + 1
         raise DataError(file, "holds a carriage return that ends no line", row=row)
@@ -142,26 +170,15 @@ def _check_rows(file, data: bytes, separator: str, width: int | None, quotes: bo
     return len(starts)
 
 
-def _split_lines(file, lines: list[str], separator: str, names: list[str] | None):
-    import polars as pl
-
-    rows = [line.split(separator) for line in lines]
-    first = 1
-    if names is None:
-        names, rows, first = rows[0], rows[1:], 2
-        _check_names(file, names)
-    for row, fields in enumerate(rows, first):
-        if len(fields) != len(names):
-            raise DataError(file, f"expected {len(names)} fields, got {len(fields)}", row=row)
-    if not rows:
-        raise DataError(file, "holds a header and no rows")
-    columns = zip(*rows, strict=True)
-    return pl.DataFrame(
-        {
-            name: pl.Series(name, [field or None for field in column], dtype=pl.String)
-            for name, column in zip(names, columns, strict=True)
-        }
-    )
+def _unit_separated(file, data: bytes, separator: str) -> bytes:
+    """The text with one character in place of a separator of several."""
+    unit = data.find(_UNIT.encode())
+    if unit >= 0:
+        raise DataError(file, "holds a byte 0x1f: corrupt", row=data.count(b"\n", 0, unit) + 1)
+    if separator != WHITESPACE:
+        return data.replace(separator.encode(), _UNIT.encode())
+    lines = [_UNIT.join(fields) for fields in _split(file, data.decode().split("\n"))]
+    return "\n".join(lines).rstrip("\n").encode()
 
 
 def _check_names(file, names: list[str]) -> None:

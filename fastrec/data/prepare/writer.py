@@ -25,6 +25,7 @@ def write_dataset(
     time: str,
     source: str,
     filters: dict | None = None,
+    inferred: dict | None = None,
     overwrite: bool = False,
 ) -> dict:
     """Write a dataset that `SequenceDataset.load` opens; returns its schema.
@@ -33,7 +34,8 @@ def write_dataset(
     event_type; sorted by user, and in time order inside a user.
     users, items: polars.DataFrames whose row i describes user (item) i: the original id in user_id
     (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
-    time: what a timestamp is; tie_rule: the order of events with equal timestamps.
+    time: what a timestamp is; tie_rule: the order of events with equal timestamps. inferred: the
+    settings of the reader that were recognised, not given.
 
     The files are written to a folder beside `output`, which then takes its place; schema.json holds
     a digest of each. Callers hold `claim`. A folder that is not empty raises FileExistsError; with
@@ -68,6 +70,7 @@ def write_dataset(
         "time": time,
         "tie_rule": tie_rule,
         "source": source,
+        "inferred": inferred or {},
         "filters": filters or {},
         "columns": {
             name: {column: str(dtype) for column, dtype in table.schema.items()}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 from fastrec.data.settings import part_of
+from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.encoders.dilated import Dilated
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
@@ -21,11 +22,13 @@ class Encoders:
         transformer: self-attention.
         dilated: dilated convolutions.
         gru: a recurrent network, causal.
+        caser: convolutions over a window of the latest items, causal.
     """
 
     transformer: Transformer | None = None
     dilated: Dilated | None = None
     gru: Gru | None = None
+    caser: Caser | None = None
 
     def __post_init__(self):
         part_of(self)

@@ -1,0 +1,61 @@
+"""The items of an earlier data set, continued: a model that was trained on it keeps its rows."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.errors import DataError
+
+
+class Catalogue:
+    """`ids`: the items of the data set `folder` in their order, then those of `used` that are new,
+    in ascending order. Where one side has text and the other integers, all are text.
+
+    Args:
+        folder: of a data set.
+        used: polars.Series, the distinct items of the events.
+    """
+
+    def __init__(self, folder: Path, used):
+        import polars as pl
+
+        self.table = SequenceDataset.load(folder).item_attributes().drop("item")
+        self.folder = folder
+        known = self.table["item_id"]
+        if known.dtype != used.dtype:
+            known, used = known.cast(pl.String), used.cast(pl.String)
+            self.table = self.table.with_columns(known)
+        new = used.filter(~used.is_in(known.implode()))
+        self.ids = pl.concat([known, new]).alias("item_id")
+        self.known, self.new, self._used = len(known), len(new), used
+
+    def __str__(self) -> str:
+        return f"{self.known:,} of {self.folder}, and {self.new:,} new ones behind them"
+
+    def numbers(self, item: np.ndarray) -> np.ndarray:
+        """int64 [E]: places in `ids` of items that are places in `used`."""
+        import polars as pl
+
+        places = pl.DataFrame({"id": self.ids, "place": np.arange(len(self.ids))})
+        found = self._used.alias("id").to_frame().join(places, "id", maintain_order="left")
+        return found["place"].to_numpy()[item]
+
+    def joined(self, items):
+        """The table of the items with what the earlier data set says of those that `items`, the
+        table of this source, says nothing of. DataError for a column that has another type here."""
+        import polars as pl
+
+        before = self.table.rename(
+            {name: f"{name} " for name in self.table.columns if name != "item_id"}
+        )
+        both = items.join(before, "item_id", how="left", maintain_order="left")
+        for name in self.table.columns[1:]:
+            if name not in items.columns:
+                both = both.rename({f"{name} ": name})
+                continue
+            if both[name].dtype not in (both[f"{name} "].dtype, pl.Null):
+                kinds = f"is {both[f'{name} '].dtype} there, {both[name].dtype} here"
+                raise DataError(self.folder / "items.parquet", kinds, column=name)
+            both = both.with_columns(pl.coalesce(name, f"{name} ").alias(name)).drop(f"{name} ")
+        return both
