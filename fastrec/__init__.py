@@ -30,37 +30,45 @@ if TYPE_CHECKING:
     from fastrec.data.dataset import SequenceDataset
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
+    from fastrec.export import export_query
     from fastrec.nn.model_config import ModelConfig
     from fastrec.nn.user_model import UserModel
-    from fastrec.serve import recommend, user_vectors
+    from fastrec.serve import Recommender, recommend
     from fastrec.training.config import Recipe
     from fastrec.training.fit import fit
+    from fastrec.vectors import item_vectors, user_vectors
 
 __version__ = "0.1.0"
 # Their modules import polars, Lightning and others: a program that only wants an op goes without.
 LATER = {
     "ModelConfig": "fastrec.nn.model_config",
     "Recipe": "fastrec.training.config",
+    "Recommender": "fastrec.serve",
     "SequenceDataset": "fastrec.data.dataset",
     "UserModel": "fastrec.nn.user_model",
     "evaluate": "fastrec.evaluation.next_item",
+    "export_query": "fastrec.export",
     "fit": "fastrec.training.fit",
+    "item_vectors": "fastrec.vectors",
     "prepare": "fastrec.data.prepare",
     "recommend": "fastrec.serve",
-    "user_vectors": "fastrec.serve",
+    "user_vectors": "fastrec.vectors",
 }
 __all__ = [
     "ModelConfig",
     "Recipe",
+    "Recommender",
     "SequenceDataset",
     "UserModel",
     "bias_gelu_dropout",
     "dropout_add_layer_norm",
     "evaluate",
+    "export_query",
     "fit",
     "gelu_ffn",
     "in_batch_cross_entropy",
     "in_batch_hardest",
+    "item_vectors",
     "jagged_attention",
     "jagged_embedding",
     "jagged_gru",

@@ -1,4 +1,4 @@
-"""The command line: `fastrec prepare | pretrain | finetune | evaluate | embed | recommend | ...`.
+"""The command line: `fastrec prepare | pretrain | finetune | evaluate | recommend | similar | ...`.
 
 `--config` takes a recipe name or a YAML file, and every recipe key is a flag that overrides it.
 """
@@ -18,22 +18,19 @@ from fastrec import __version__, recipes, threads
 from fastrec.backend import device_of
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
+from fastrec.cli_serve import embed, model_for, recommend, similar
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import input_errors
-from fastrec.data.output import check_absent, check_table_path, locked_file, write_table, write_text
+from fastrec.data.output import check_absent, check_table_path, locked_file, write_text
 from fastrec.data.prepare import prepare as prepare_dataset
-from fastrec.data.prepare.text import read_lines
 from fastrec.data.settings import from_values
 from fastrec.demo import demo
 from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.model_files import RECIPE, read_json
-from fastrec.nn.user_model import UserModel
-from fastrec.serve import recommend as recommend_items
-from fastrec.serve import user_vectors
 from fastrec.training.checkpoint import MODEL, SUMMARY, first_process, plain
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
-from fastrec.training.model_folder import check_model, for_items_of, recipe_of
+from fastrec.training.model_folder import recipe_of
 from fastrec.training.sweep import sweep
 
 
@@ -190,7 +187,7 @@ def finetune(
         held_out = _held_out(recipe, stage) if stage.init.users == "same" else None
         # Other people have no vectors there: theirs start anew.
         same_users = "head" in stage.init.take and stage.init.users == "same"
-        initial = _model_for(init, dataset, held_out, same_items, same_users)
+        initial = model_for(init, dataset, held_out, same_items, same_users)
     _print_threads()
     fit(
         dataset,
@@ -254,78 +251,11 @@ def _evaluate(
     task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
     stage = recipe.stage(task)
     asked = stage.judge == "next_item"  # other judges read no user vectors
-    trained = _model_for(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
+    trained = model_for(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
     if asked:
         _say_other_protocol(pretrained, recipe)
     trained = trained.to(device_of(device))
     return evaluate_stage(dataset, recipe, stage, trained, pretrained, split, ranks)
-
-
-def embed(
-    data: Path,
-    pretrained: Path,
-    output: Path,
-    users: Path | None = None,
-    pool: Literal["max", "mean", "cls", "ur", "last"] = "max",
-    overwrite: bool = False,
-    device: str = "auto",
-):
-    """Write user vectors (pooled states) to a Parquet file.
-
-    Args:
-        data: folder written by `fastrec prepare`.
-        pretrained: folder of a model (`RUN/model`).
-        output: .parquet file with columns user_id and vector.
-        users: text file with one original user id a line; all users without it.
-        pool: max (UPRec, eq. 8) or mean over the items, the state of a token, or of the last item.
-        overwrite: replace a file `output`.
-        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
-    """
-    if output.suffix != ".parquet":
-        raise ValueError(f"{output}: user vectors are written to a .parquet file")
-    with locked_file(output, overwrite):
-        dataset = SequenceDataset.load(data)
-        model = _model_for(pretrained, dataset, same_users=False)  # pools read no user vectors
-        model = model.to(device_of(device))
-        vectors = user_vectors(model, dataset, _read_users(users), pool)
-        write_table(vectors, output, overwrite)
-    width = model.config.width
-    print(f"{output}: {len(vectors):,} user vectors of {width} numbers, {pool} of the states")
-
-
-def recommend(
-    data: Path,
-    pretrained: Path,
-    output: Path,
-    users: Path | None = None,
-    k: int = 10,
-    seen: Literal["exclude", "none"] = "exclude",
-    logit_adjustment: float = 0.0,
-    overwrite: bool = False,
-    device: str = "auto",
-):
-    """Write the k best next items of each user, in the ids of the original data.
-
-    Args:
-        data: folder written by `fastrec prepare`.
-        pretrained: folder of a model (`RUN/model`).
-        output: .csv or .parquet file with columns user_id, rank, item_id, score.
-        users: text file with one original user id a line; all users without it.
-        k: items a user.
-        seen: leave out or keep the items that a user already has.
-        logit_adjustment: what is taken from a score is this times the log of the item's share of
-            the training events; with 1, items are ranked by how much likelier the user makes them.
-        overwrite: replace a file `output`.
-        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
-    """
-    check_table_path(output)
-    with locked_file(output, overwrite):
-        dataset = SequenceDataset.load(data)
-        trained = _model_for(pretrained, dataset).to(device_of(device))
-        best = recommend_items(trained, dataset, k, _read_users(users), seen, logit_adjustment)
-        write_table(best, output, overwrite)
-    past = "items of their history left out" if seen == "exclude" else "their history included"
-    print(f"{output}: {len(best):,} rows, the {k} best items of each user, {past}")
 
 
 def list_recipes():
@@ -363,28 +293,6 @@ def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
     return None if stage.judge == "next_item" else recipe.users
 
 
-def _model_for(
-    path: Path,
-    dataset: SequenceDataset,
-    held_out: Users | None = None,
-    same_items: bool = True,
-    same_users: bool = True,
-) -> UserModel:
-    model = UserModel.from_pretrained(path)
-    if same_items:
-        model = for_items_of(model, path, dataset)
-    if same_users:
-        model.check_users(dataset)
-    check_model(path, dataset, held_out, same_users)
-    return model
-
-
-def _read_users(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    return [line.strip() for line in read_lines(path) if line.strip()]
-
-
 RECIPE_COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
@@ -396,6 +304,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "embed": embed,
     "recommend": recommend,
+    "similar": similar,
     "bench": bench,
     "demo": demo,
 }

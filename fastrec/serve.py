@@ -1,161 +1,303 @@
-"""What a trained model is for: user vectors and ranked recommendations, in original ids.
+"""What a trained model is asked: the next items of users and histories, and similar items, all in
+original ids.
 
-Legend: U users, D width, k recommendations a user.
+Legend: U users, V items, M items that are scored, D width, k results a row.
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.ids import Ids
 from fastrec.evaluation.next_item import adjustment, row_blocks, seen_items
-from fastrec.nn.pool import Pooling
-from fastrec.ops.linear_topk import linear_topk
+from fastrec.ops.linear_topk import TopK, linear_topk
+from fastrec.vectors import check_items, finite, user_rows
+
+Lists = tuple[Tensor, Tensor]  # values and offsets
 
 
-def _indices(known, ids, what: str) -> np.ndarray:
-    """Row numbers of original ids. Raises ValueError for an unknown id."""
-    if len(ids) == 0:
-        raise ValueError(f"the list of {what}s is empty")
-    row = {str(each): index for index, each in enumerate(known.tolist())}
-    unknown = [each for each in ids if str(each) not in row]
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} of {len(ids)} {what}s are not in the data set, the first is"
-            f" {unknown[0]!r}"
-        )
-    return np.array([row[str(each)] for each in ids])
+class Asked(NamedTuple):
+    """A block of those who are asked about: their numbers [N], the input of the model, and what
+    they have seen, sorted within each of them."""
+
+    owners: np.ndarray
+    batch: JaggedBatch
+    past: Lists | None
 
 
-def _users(dataset, user_ids) -> np.ndarray:
-    """Row numbers of original user ids; all users for None."""
-    if user_ids is None:
-        return np.arange(dataset.num_users)
-    return _indices(dataset.user_ids(), user_ids, "user")
+class Scored(NamedTuple):
+    """The items that are scored: their vectors [M, D], biases [M], and rows [M] in the whole table,
+    ascending, on the host; None for all."""
+
+    table: Tensor
+    bias: Tensor
+    rows: Tensor | None
 
 
-def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
-    """User vectors: pooled states of the last `max_len` items of the history ("max": UPRec, eq. 8).
+class Recommender:
+    """Answers requests. What all of them need is read once: the ids and their rows, the popularity
+    of items, the item vectors of unit length. Of a model that has been trained further make another
+    one: its vectors are others. Several threads may ask at a time.
 
-    Returns a polars frame: user_id, vector (array of D float32).
+    Args:
+        model: on any device, which the requests run on.
+        dataset: whose items the model was trained on, with the histories of its users.
+        program: (values, offsets) -> queries, of `export_query`: it answers in place of
+            `model.ask` where the input of the model is items alone. The model answers for users
+            that have a vector, and where it reads ratings or time gaps.
+
+    Raises ValueError for a data set with another number of items.
     """
-    import polars
 
-    indices, vectors = _users(dataset, user_ids), []
-    with torch.no_grad():
+    def __init__(self, model, dataset, program: Callable[[Tensor, Tensor], Tensor] | None = None):
+        check_items(model, dataset)
+        self.model, self.dataset, self._program = model, dataset, program
+        self._items = Ids(dataset.item_ids())
+        self._adjusted: tuple[float, Tensor] | None = None
+
+    def recommend(
+        self,
+        k: int,
+        user_ids: Sequence | None = None,
+        histories: Sequence[Sequence] | None = None,
+        *,
+        seen: str = "exclude",
+        logit_adjustment: float = 0.0,
+        allowed: Sequence | None = None,
+        blocked: Sequence | None = None,
+    ):
+        """The k best next items of each user, given the most recent items of the history.
+
+        user_ids: users of the data set; all of them where histories are not given either.
+        histories: lists of original item ids, oldest first, in place of users of the data set;
+            their user_id is their place in the list. A model that reads ratings or time gaps sees
+            none there. Items that the model does not know are left out, with a warning that counts
+            them. A causal model has nothing to go on where nothing is known, and gives no rows.
+        seen: "exclude" leaves out items that the user already has, "none" keeps them.
+        logit_adjustment: tau of `adjustment`: above 0 popular items fall.
+        allowed: item ids; only these are scored.
+        blocked: item ids that are never recommended.
+
+        Returns a polars frame: user_id, rank (from 1), item_id, score; fewer than k rows for a user
+        with fewer than k items left.
+
+        Raises ValueError for a wrong k or seen, for users, allowed or blocked items that are not
+        known, and for scores that are not finite.
+        """
+        _check_k(k)
+        if seen not in ("exclude", "none"):
+            raise ValueError(f"seen must be 'exclude' or 'none', got {seen!r}")
+        people, asked = self._asked(user_ids, histories, seen == "exclude")
+        found = []
+        with torch.no_grad():
+            scored = self._scored(logit_adjustment, allowed, blocked)
+            for owners, batch, past in asked:
+                found.append((owners, _best(self._query(batch), scored, k, past)))
+        return _table("user_id", people, "item_id", self._items, found)
+
+    def queries(
+        self, user_ids: Sequence | None = None, histories: Sequence[Sequence] | None = None
+    ):
+        """What is compared with the item vectors (`item_vectors`): with both, an index of somebody
+        else finds what `recommend` does.
+
+        Returns a polars frame: user_id, query (array of D float32); as in `recommend`, no row for
+        somebody of whom a causal model knows nothing.
+        """
+        import polars
+
+        people, asked = self._asked(user_ids, histories, False)
+        owners, queries = [], [self.model.item_table[:0]]
+        with torch.no_grad():
+            for part, batch, _ in asked:
+                owners.append(part)
+                queries.append(self._query(batch))
+        rows = _joined(owners, np.int64)
+        numbers = torch.cat(queries).detach().float().cpu().numpy()
+        return polars.DataFrame({"user_id": people.take(rows), "query": numbers})
+
+    def similar(self, item_ids: Sequence | None = None, k: int = 10):
+        """The k items whose vectors have the largest cosine with that of each item, never the item
+        itself.
+
+        item_ids: all items for None.
+
+        Returns a polars frame: item_id, rank (from 1), similar_item_id, score (the cosine).
+
+        Raises ValueError for a wrong k, and for items that are not known.
+        """
+        _check_k(k)
+        if item_ids is None:
+            indices = np.arange(len(self._items))
+        else:
+            indices = self._items.rows(item_ids, "items")
+        unit, found = self._unit, []
         for rows in row_blocks(len(indices)):
-            batch = model.inputs(dataset, torch.as_tensor(indices[rows], device="cpu"), "all")
-            encoded = model.encode(batch.to(model.item_table.device))
-            vectors.append(_finite(model.pool(encoded, pool).float().cpu(), "user vectors"))
-    ids = dataset.user_ids()[indices]
-    return polars.DataFrame({"user_id": ids, "vector": torch.cat(vectors).numpy()})
+            own = torch.as_tensor(indices[rows], device=unit.device)
+            itself = own, torch.arange(len(own) + 1, device=unit.device)
+            best = linear_topk(unit[own], unit, min(k, len(unit)), exclude=itself)
+            found.append((indices[rows], best))
+        return _table("item_id", self._items, "similar_item_id", self._items, found)
+
+    @cached_property
+    def _unit(self) -> Tensor:
+        """[V, D]: the item vectors in unit length; one of zeros, which has no direction, stays."""
+        return F.normalize(finite(self.model.item_table.detach().float(), "item vectors"), dim=1)
+
+    @cached_property
+    def _users(self) -> Ids:
+        return Ids(self.dataset.user_ids())
+
+    def _query(self, batch: JaggedBatch) -> Tensor:
+        batch = batch.to(self.model.item_table.device)
+        if self._program is None or batch.events or batch.users:
+            query = self.model.ask(batch)
+        else:
+            query = self._program(batch.values, batch.offsets)
+        return finite(query, "states")  # a score that is no number would count as none
+
+    def _asked(self, user_ids, histories, past: bool):
+        """(the ids of those who may be asked about, blocks of those who are)."""
+        if histories is None:
+            return self._users, self._asked_users(user_rows(self._users, user_ids), past)
+        if user_ids is not None:
+            raise ValueError("recommend takes user_ids or histories, not both")
+        known = self._known(histories)
+        return Ids(np.arange(len(histories))), self._asked_histories(known, past)
+
+    def _asked_users(self, indices: np.ndarray, past: bool) -> Iterator[Asked]:
+        for rows in row_blocks(len(indices)):
+            users = torch.as_tensor(indices[rows], device="cpu")
+            seen = seen_items(self.dataset, users, "all") if past else None
+            batch = self.model.inputs(self.dataset, users, "all", ask=True)
+            yield Asked(indices[rows], batch, seen)
+
+    def _asked_histories(self, known: dict[int, list[int]], past: bool) -> Iterator[Asked]:
+        owners = np.fromiter(known, dtype=np.int64)
+        for rows in row_blocks(len(known)):
+            part = [known[owner] for owner in owners[rows].tolist()]
+            seen = None
+            if past:
+                items = [item for history in part for item in sorted(history)]
+                ends = np.cumsum([0, *map(len, part)])
+                seen = torch.tensor(items, dtype=torch.int64, device="cpu"), torch.from_numpy(ends)
+            yield Asked(owners[rows], self.model.inputs_of(part, ask=True), seen)
+
+    def _known(self, histories: Sequence[Sequence]) -> dict[int, list[int]]:
+        """By place, the rows of the items that are known of each history that can be asked."""
+        known, unknown, total = {}, [], 0
+        for place, history in enumerate(histories):
+            rows = self._items.find(history)
+            total += len(rows)
+            if -1 in rows:
+                unknown += [each for each, row in zip(history, rows, strict=True) if row < 0]
+                rows = [row for row in rows if row >= 0]
+            if rows or not self.model.config.causal:
+                known[place] = rows
+        said = []
+        if unknown:
+            said.append(
+                f"{len(unknown)} of {total} items of the histories are not known, the first is"
+                f" {unknown[0]!r}"
+            )
+        if len(known) < len(histories):
+            said.append(
+                f"{len(histories) - len(known)} of {len(histories)} histories have no known item:"
+                " a causal model has nothing to go on and gives them no rows"
+            )
+        if said:
+            warnings.warn("; ".join(said), stacklevel=4)
+        return known
+
+    def _scored(self, tau: float, allowed, blocked) -> Scored:
+        table, bias = self.model.item_table, self.model.item_head.bias
+        if tau != 0:
+            kept = self._adjusted  # read once: another thread may replace it
+            if kept is None or kept[0] != tau:
+                kept = self._adjusted = tau, adjustment(self.dataset, tau)
+            bias = bias - kept[1].to(bias.device)
+        if blocked is not None and len(blocked):
+            never = torch.from_numpy(self._items.rows(blocked, "blocked items"))
+            bias = bias.index_fill(0, never.to(bias.device), -torch.inf)
+        if allowed is None:
+            return Scored(table, bias, None)
+        rows = torch.from_numpy(np.unique(self._items.rows(allowed, "allowed items")))
+        there = rows.to(table.device)
+        return Scored(table[there], bias[there], rows)
 
 
-def recommend(
-    model,
-    dataset,
-    k: int,
-    user_ids=None,
-    seen: str = "exclude",
-    logit_adjustment: float = 0.0,
-    histories: Sequence[Sequence] | None = None,
-):
-    """The k best next items of each user, given the most recent items of the history.
+def recommend(model, dataset, k: int, user_ids=None, histories=None, **options):
+    """`Recommender(model, dataset).recommend(k, user_ids, histories, **options)`: for a request
+    alone. It reads the ids of the data set; for many requests keep a `Recommender`."""
+    return Recommender(model, dataset).recommend(k, user_ids, histories, **options)
 
-    seen: "exclude" leaves out items that the user already has, "none" keeps them.
-    logit_adjustment: tau of `adjustment`: above 0 popular items fall.
-    histories: lists of original item ids, oldest first, in place of users of the data set; their
-        user_id is their place in the list. A model that reads ratings or time gaps sees none there.
 
-    Returns a polars frame: user_id, rank (from 1), item_id, score; fewer than k rows for a user
-    with fewer than k items left.
-    """
+def _best(query: Tensor, scored: Scored, k: int, past: Lists | None) -> TopK:
+    """The best of the items that are scored, as rows of the whole table, on the host."""
+    if past is not None and scored.rows is not None:
+        past = _among(scored.rows, past)
+    best = min(k, len(scored.table))
+    if best == 0:
+        none = torch.empty(len(query), 0, device="cpu")
+        return TopK(none, none.long())
+    exclude, bias = None, scored.bias
+    if past is not None and len(query) == 1:  # one list need not be checked: biases leave it out
+        bias = bias.index_fill(0, past[0].to(bias.device), -torch.inf)
+    elif past is not None:
+        exclude = past[0].to(query.device), past[1].to(query.device)
+    found = linear_topk(query, scored.table, best, linear_bias=bias, exclude=exclude)
+    scores, items = found.values.cpu(), found.indices.cpu()
+    if scored.rows is not None:
+        items = torch.where(items < 0, items, scored.rows[items.clamp_min(0)])
+    return TopK(scores, items)
+
+
+def _among(rows: Tensor, lists: Lists) -> Lists:
+    """The items of lists that are among `rows`, ascending, as places there."""
+    items, offsets = lists
+    if len(rows) == 0:
+        return items[:0], torch.zeros_like(offsets)
+    place = torch.searchsorted(rows, items).clamp_max(len(rows) - 1)
+    here = rows[place] == items
+    return place[here], F.pad(here.cumsum(0), (1, 0))[offsets]
+
+
+def _table(owner: str, people: Ids, item: str, items: Ids, found: list[tuple[np.ndarray, TopK]]):
+    """A frame of what was found for the rows of `people`, a block after the other."""
     import polars
 
+    owners, ranks, best, scores = [], [], [], []
+    for rows, (values, indices) in found:
+        places = indices.cpu().numpy()
+        kept = places >= 0
+        row, rank = kept.nonzero()
+        owners.append(rows[row])
+        ranks.append(rank + 1)
+        best.append(places[kept])
+        scores.append(values.float().cpu().numpy()[kept])
+        finite(torch.from_numpy(scores[-1]), "scores")
+    whole = [_joined(column, np.int64) for column in (owners, ranks, best)]
+    return polars.DataFrame(
+        {
+            owner: people.take(whole[0]),
+            "rank": whole[1],
+            item: items.take(whole[2]),
+            "score": _joined(scores, np.float32),
+        }
+    )
+
+
+def _joined(parts: list[np.ndarray], dtype) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _check_k(k: int) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if seen not in ("exclude", "none"):
-        raise ValueError(f"seen must be 'exclude' or 'none', got {seen!r}")
-    if histories is not None and user_ids is not None:
-        raise ValueError("recommend takes user_ids or histories, not both")
-    item_ids, table = dataset.item_ids(), model.item_table
-    if histories is None:
-        indices = _users(dataset, user_ids)
-        known = dataset.user_ids()[indices]
-        asked = _asked_users(model, dataset, indices)
-    else:
-        known = np.arange(len(histories))
-        asked = _asked_histories(model, _numbered(item_ids, histories))
-    # Series, which know the type of the ids where no row is left.
-    users, items_of = polars.Series(known), polars.Series(item_ids)
-    bias = model.item_head.bias.detach() - adjustment(dataset, logit_adjustment).to(table.device)
-    best, parts = min(k, len(table)), [_no_rows(users, items_of)]
-    with torch.no_grad():
-        for rows, batch, past in asked:
-            query = model.ask(batch.to(table.device))
-            _finite(query, "states")  # a score that is no number counts as none
-            exclude = None
-            if seen == "exclude":
-                exclude = past[0].to(table.device), past[1].to(table.device)
-            found = linear_topk(query, table, best, linear_bias=bias, exclude=exclude)
-            scores, items = (part.cpu().numpy() for part in found)
-            kept = items >= 0
-            _finite(torch.from_numpy(scores[kept]), "scores")
-            ranks = np.broadcast_to(np.arange(1, best + 1), kept.shape)
-            owners = np.broadcast_to(np.arange(rows.start, rows.stop)[:, None], kept.shape)
-            parts.append(
-                polars.DataFrame(
-                    {
-                        "user_id": users.gather(owners[kept]),
-                        "rank": ranks[kept],
-                        "item_id": items_of.gather(items[kept]),
-                        "score": scores[kept],
-                    }
-                )
-            )
-    return polars.concat(parts)
-
-
-def _finite(numbers: Tensor, what: str) -> Tensor:
-    """Raises ValueError where finite weights have led beyond what a number can be."""
-    if not numbers.isfinite().all():
-        raise ValueError(f"{what} of the model are not finite: has its training diverged?")
-    return numbers
-
-
-def _no_rows(users, items):
-    import polars
-
-    types = {
-        "user_id": users.dtype, "rank": polars.Int64, "item_id": items.dtype,
-        "score": polars.Float32,
-    }  # fmt: skip
-    return polars.DataFrame(schema=types)
-
-
-# A block of rows, the input of the model, and what has been seen as (items, offsets).
-Asked = Iterator[tuple[slice, JaggedBatch, tuple[Tensor, Tensor]]]
-
-
-def _asked_users(model, dataset, indices: np.ndarray) -> Asked:
-    for rows in row_blocks(len(indices)):
-        users = torch.as_tensor(indices[rows], device="cpu")
-        yield rows, model.inputs(dataset, users, "all", ask=True), seen_items(dataset, users, "all")
-
-
-def _asked_histories(model, histories: list[list[int]]) -> Asked:
-    for rows in row_blocks(len(histories)):
-        part = histories[rows]
-        lengths = torch.tensor([0, *(len(history) for history in part)], device="cpu")
-        past = torch.tensor(
-            [item for history in part for item in sorted(history)], device="cpu"
-        ).long()
-        yield rows, model.inputs_of(part, ask=True), (past, lengths.cumsum(0))
-
-
-def _numbered(item_ids: np.ndarray, histories: Sequence[Sequence]) -> list[list[int]]:
-    asked = [item for history in histories for item in history]
-    rows = iter(_indices(item_ids, asked, "item").tolist() if asked else [])
-    return [[next(rows) for _ in history] for history in histories]

@@ -5,6 +5,7 @@ import torch
 from builders import FORMS
 from torch import nn
 
+from fastrec.nn.encoders import sublayers
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.model_config import ModelConfig
@@ -12,6 +13,13 @@ from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng
 
 LENGTHS = [5, 1, 33, 8, 9, 60, 2, 17, 31, 1, 4, 12]
+
+
+@pytest.fixture(autouse=True, params=["some", "all"])
+def attention(request, monkeypatch):
+    """Attention of the events that are asked alone, as in a large batch, or of all."""
+    few = 0 if request.param == "some" else 10**9
+    monkeypatch.setattr(sublayers, "FEW_EVENTS", few)
 
 
 def model_of(tokens=(), dtype=torch.float32, **transformer) -> UserModel:

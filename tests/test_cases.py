@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 from builders import model_of
 
-from fastrec.cli import _read_users, main
+from fastrec.cli import main
+from fastrec.cli_serve import read_ids
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.output import write_table
 from fastrec.data.prepare import prepare
@@ -301,7 +302,7 @@ def test_recommend_for_the_bot(tmp_path):
 def test_the_list_of_users_may_have_a_byte_order_mark(tmp_path):
     file = tmp_path / "users.txt"
     file.write_bytes(b"\xef\xbb\xbfu1\r\n u2 \n")
-    assert _read_users(file) == ["u1", "u2"]
+    assert read_ids(file) == ["u1", "u2"]
     file.write_bytes(b"u1\nu\xe9\n")
     with pytest.raises(ValueError, match=r"users.txt: row 2: byte 0xe9 is not utf-8"):
-        _read_users(file)
+        read_ids(file)

@@ -42,8 +42,9 @@ def test_hand_computed_table(backend, options, ranks):
 
 @pytest.mark.parametrize("d", [3, 64, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 4, 70])
 @pytest.mark.parametrize("backend, device", [("cpp", "cpu"), ("triton", "cuda")])
-def test_equal_vectors_tie_whatever_their_scores_round_to(backend, device, d, dtype):
+def test_equal_vectors_tie_whatever_their_scores_round_to(backend, device, n, d, dtype):
     """The table is five copies of 331 vectors: from copy to copy the rank of a vector rises by 1.
     Not on the reference and in Triton's interpreter: torch and numpy may add up the products of
     equal columns in different orders."""
@@ -53,7 +54,7 @@ def test_equal_vectors_tie_whatever_their_scores_round_to(backend, device, d, dt
         pytest.skip(why)
     if (backend, dtype) == ("triton", torch.float64):
         pytest.skip("linear_rank has no float64 triton kernel")
-    vectors, copies, n = 331, 5, 70
+    vectors, copies = 331, 5
     weight = torch.randn(vectors, d).to(device, dtype).repeat(copies, 1)
     input, y = torch.randn(n, d).to(device, dtype), torch.randint(vectors, (n,)).to(device)
     ranks = torch.stack(

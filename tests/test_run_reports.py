@@ -126,7 +126,8 @@ def test_commands_say_what_they_wrote(folder, run, capsys):
     best, vectors = folder / "best.csv", folder / "users.parquet"
     main(["recommend", *shared, "--output", str(best), "--k", "3", "--device", "cpu"])
     rows = polars.read_csv(best).height
-    assert f"{best}: {rows} rows, the 3 best items of each user" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{best}: {rows} rows, the 3 best items of 200 of 200 users, items of their h" in said
     main(["embed", *shared, "--output", str(vectors)])
     assert f"{vectors}: 200 user vectors of 16 numbers" in capsys.readouterr().out
     main(["--version"])

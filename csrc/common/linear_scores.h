@@ -12,12 +12,16 @@
 #include "convert.h"
 #include "gemm.h"
 #include "simd.h"
+#include "small_gemm.h"
 
 namespace fastrec {
 
 // Items of a tile. The rows of a block, a tile and a panel together fill the L1 cache at D = 64.
 constexpr int64_t SWEEP = 48;
 static_assert(SWEEP % 12 == 0 && SWEEP >= 32, "whole register tiles, at least a panel of rows");
+// Calls of up to so many rows multiply them one by one, with the width in the lanes: most lanes of a
+// panel would be empty. A request that serves one user is one row.
+constexpr int64_t FEW = 4;
 
 template <class T>
 struct Scores {
@@ -41,6 +45,7 @@ struct Sweep {
   explicit Sweep(const Scores<T>& scores)
       : q(scores), packed(q.width * BLOCK), tile(SWEEP * q.ld), s(SWEEP * G::NR) {
     std::fill_n(static_cast<T*>(tile), SWEEP * q.ld, T(0));
+    std::fill_n(static_cast<T*>(s), SWEEP * G::NR, T(0));
   }
 
   FASTREC_INLINE void start(int64_t task) {
@@ -62,7 +67,21 @@ struct Sweep {
   }
 
   FASTREC_INLINE void multiply(int64_t count, int64_t n) {
+    if (q.rows <= FEW) return multiply_few(count);
     G::template scores<G::NR>(count, q.width, tile, q.ld, packed + n * q.width, s);
+  }
+
+  // Rows of x and of the tile are 0 from the width up to whole vectors.
+  FASTREC_INLINE void multiply_few(int64_t count) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* x = q.x + (first + r) * q.ld;
+      for (int64_t i = 0; i < count; ++i) {
+        typename S::V sum{};
+        for (int64_t k = 0; k < q.width; k += S::lanes)
+          sum += S::load(x + k) * S::load(tile + i * q.ld + k);
+        s[i * G::NR + r] = reduce<S>(sum, [](auto a, auto b) { return a + b; });
+      }
+    }
   }
 
   // out[r] = score of item[r] for row r of the block: the additions are those of the sweep in the

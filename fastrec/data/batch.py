@@ -70,7 +70,8 @@ class JaggedBatch:
 
     def segment_ids(self) -> Tensor:
         """int64 [T]: the index in the batch of the sequence that each event belongs to."""
-        index = torch.arange(len(self), device=self.values.device)
+        # Not len(self), which must be a number: a size of an exported program is none yet.
+        index = torch.arange(self.keys.shape[0], device=self.values.device)
         return torch.repeat_interleave(index, self.lengths, output_size=self.values.shape[0])
 
     def as_view(self, view: int) -> "JaggedBatch":

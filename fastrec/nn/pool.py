@@ -55,7 +55,7 @@ def softmax_of_sequences(scores: Tensor, batch: JaggedBatch) -> Tensor:
     """[T]: softmax of `scores` [T] over the events of each sequence. -inf leaves an event out; a
     sequence of nothing else gets 0."""
     segment = batch.segment_ids()
-    top = scores.new_full((len(batch),), -torch.inf)
+    top = scores.new_full((batch.keys.shape[0],), -torch.inf)
     top = top.scatter_reduce(0, segment, scores.detach(), "amax").clamp_min(-1e30)
     weight = (scores - top.index_select(0, segment)).exp()
     total = torch.segment_reduce(weight, "sum", offsets=batch.offsets, initial=0.0)

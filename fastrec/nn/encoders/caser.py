@@ -132,7 +132,7 @@ class _Columns(torch.autograd.Function):
 
 def _of_each(weight: Tensor, x: Tensor) -> Tensor:
     with without_autocast(x.device):  # which would store the windows, rounded
-        return torch.bmm(weight.expand(len(x), -1, -1), x)
+        return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
 
 
 def _windows(rows: Tensor, length: int) -> Tensor:
@@ -176,8 +176,8 @@ class CaserEncoder(nn.Module):
     def forward(self, embedded: ItemRows, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
         """[T, D] states of the events. `rng` turns dropout on and is its key."""
         x, before = jagged_embedding(embedded.values, embedded.table), self.window - 1
-        window = torch.arange(len(x), device=x.device) + before * batch.segment_ids()
-        rows = x.new_zeros(len(x) + before * len(batch) + self.window, x.shape[1])
+        window = torch.arange(x.shape[0], device=x.device) + before * batch.segment_ids()
+        rows = x.new_zeros(x.shape[0] + before * batch.keys.shape[0] + self.window, x.shape[1])
         rows = rows.index_copy(0, window + before, x)
         features = torch.cat([self.largest(rows), self.columns(rows)], 1)
         dropout = EventDropout(batch, self.dropout, rng)

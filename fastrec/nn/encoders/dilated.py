@@ -109,7 +109,7 @@ class Places:
         return _Taps.apply(x, *self.known[back])
 
     def _shifted(self, back: Tensor, spread: bool = False) -> Tensor:
-        events, taps = len(self.before), len(back)
+        events, taps = self.before.shape[0], len(back)
         event = torch.arange(events, device=back.device)[:, None] - back
         inside = (back <= self.before[:, None]) & (-back <= self.after[:, None])
         if spread:

@@ -21,6 +21,7 @@ from fastrec.nn.encoders.sublayers import (
     join,
     patches_of,
     self_attend,
+    some_pay,
 )
 from fastrec.nn.plain import apply_linear, is_plain
 
@@ -69,7 +70,7 @@ class SASRecLayer(nn.Module):
         return normed, self.patches[1](out) if self.patches else out
 
     def _attention(self, normed: Tensor, x: Tensor, batch, causal, dropout, layer, rows):
-        if rows is not None and is_plain(self.key_value, nn.Linear):
+        if rows is not None and some_pay(x) and is_plain(self.key_value, nn.Linear):
             query = apply_linear(self.query, normed.index_select(0, rows))
             query = query.unflatten(1, (self.heads, -1))
             key_weight, value_weight = self.key_value.weight.chunk(2)

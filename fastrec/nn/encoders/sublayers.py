@@ -85,6 +85,17 @@ def attend(
     ).flatten(1)
 
 
+# Of so few events in all, those of a request for one user, the attention of all costs less than the
+# dozen small operations of `attend_at`.
+FEW_EVENTS = 256
+
+
+def some_pay(x: Tensor) -> bool:
+    """Whether the attention of some events of x [T, D] alone costs less than that of all. A program
+    that is exported has one form for every T: that of many events."""
+    return torch.compiler.is_exporting() or x.shape[0] > FEW_EVENTS
+
+
 def self_attend(
     project: nn.Module,
     x: Tensor,
@@ -97,7 +108,7 @@ def self_attend(
 ) -> Tensor:
     """`attend` of x [T, D] to itself, `project` to queries, keys and values: [T, D], or [B, D] of
     the events `rows` alone."""
-    if rows is not None and is_plain(project, nn.Linear):
+    if rows is not None and some_pay(x) and is_plain(project, nn.Linear):
         weight, bias = project.weight.chunk(3), project.bias.chunk(3)
         query = linear(x.index_select(0, rows), weight[0], bias[0]).unflatten(1, (heads, -1))
         return attend_at(rows, query, x, weight[1], weight[2], bias[2], batch, causal)
@@ -133,7 +144,7 @@ def attend_at(
     segment = batch.segment_ids()
     hidden = None
     if causal:
-        event = torch.arange(len(x), device=x.device)
+        event = torch.arange(x.shape[0], device=x.device)
         hidden = event > rows.index_select(0, segment)
     parts = []
     for head in range(heads):  # one at a time: [T, D] is stored, not [T, H, D]

@@ -1,0 +1,202 @@
+"""The commands that ask a trained model: `embed`, `recommend` and `similar`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fastrec.backend import device_of
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.errors import DataError
+from fastrec.data.output import check_table_path, locked_file, write_table
+from fastrec.data.prepare.text import read_lines
+from fastrec.nn.user_model import UserModel
+from fastrec.serve import Recommender
+from fastrec.training.config import Users
+from fastrec.training.model_folder import check_model, for_items_of
+from fastrec.vectors import item_vectors, user_vectors
+
+
+def embed(
+    data: Path,
+    pretrained: Path,
+    output: Path,
+    what: Literal["users", "items", "queries"] = "users",
+    users: Path | None = None,
+    pool: Literal["max", "mean", "cls", "ur", "last"] | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+):
+    """Write vectors of users or items to a Parquet file.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        pretrained: folder of a model (`RUN/model`).
+        output: .parquet file with columns user_id and vector; item_id, vector and bias; or user_id
+            and query.
+        what: users, pooled states; items, the vectors and biases that score them; queries of users,
+            whose products with the vectors of items, plus the biases, are the scores.
+        users: text file with one original user id a line; all users without it.
+        pool: of users: max (UPRec, eq. 8; the default) or mean over the items, the state of a
+            token, or of the last item.
+        overwrite: replace a file `output`.
+        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
+    """
+    if output.suffix != ".parquet":
+        raise ValueError(f"{output}: vectors are written to a .parquet file")
+    if pool is not None and what != "users":
+        raise ValueError(f"--pool has no effect on --what {what}: it is of user vectors")
+    if users is not None and what == "items":
+        raise ValueError("--users has no effect on --what items: all of them are written")
+    with locked_file(output, overwrite):
+        dataset = SequenceDataset.load(data)
+        # Pools and items read no user vectors.
+        model = model_for(pretrained, dataset, same_users=what == "queries")
+        model = model.to(device_of(device))
+        width = model.config.width
+        if what == "users":
+            pool = pool or "max"
+            vectors = user_vectors(model, dataset, read_ids(users), pool)
+            said = f"user vectors of {width} numbers, {pool} of the states"
+        elif what == "items":
+            vectors = item_vectors(model, dataset)
+            said = f"item vectors of {model.item_table.shape[1]} numbers, with biases"
+        else:
+            vectors = Recommender(model, dataset).queries(read_ids(users))
+            said = f"queries of {model.item_table.shape[1]} numbers"
+        write_table(vectors, output, overwrite)
+    print(f"{output}: {len(vectors):,} {said}")
+
+
+def recommend(
+    data: Path,
+    pretrained: Path,
+    output: Path,
+    users: Path | None = None,
+    histories: Path | None = None,
+    k: int = 10,
+    seen: Literal["exclude", "none"] = "exclude",
+    logit_adjustment: float = 0.0,
+    allowed: Path | None = None,
+    blocked: Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+):
+    """Write the k best next items of each user, in the ids of the original data.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        pretrained: folder of a model (`RUN/model`).
+        output: .csv or .parquet file with columns user_id, rank, item_id, score.
+        users: text file with one original user id a line; all users without it.
+        histories: JSON lines in place of users of the data set: a list of original item ids a line,
+            oldest first; their user_id is the number of the line, from 0. Items that the model does
+            not know are left out and counted.
+        k: items a user.
+        seen: leave out or keep the items that a user already has.
+        logit_adjustment: what is taken from a score is this times the log of the item's share of
+            the training events; with 1, items are ranked by how much likelier the user makes them.
+        allowed: text file with one original item id a line; only these are scored.
+        blocked: the same; these are never recommended.
+        overwrite: replace a file `output`.
+        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
+    """
+    check_table_path(output)
+    if users is not None and histories is not None:
+        raise ValueError("recommend takes --users or --histories, not both")
+    with locked_file(output, overwrite):
+        dataset = SequenceDataset.load(data)
+        asked, given = read_ids(users), read_histories(histories)
+        some, never = read_ids(allowed), read_ids(blocked)
+        model = model_for(pretrained, dataset).to(device_of(device))
+        best = Recommender(model, dataset).recommend(
+            k, asked, given, seen=seen, logit_adjustment=logit_adjustment, allowed=some,
+            blocked=never,
+        )  # fmt: skip
+        write_table(best, output, overwrite)
+    who = "users" if histories is None else "histories"
+    everyone = asked if given is None else given
+    count = dataset.num_users if everyone is None else len(everyone)
+    said = f"items of {'their history' if who == 'users' else 'the history'} "
+    said += "left out" if seen == "exclude" else "included"
+    if some is not None:
+        said += f", {len(set(some)):,} items allowed"
+    if never is not None:
+        said += f", {len(set(never)):,} blocked"
+    print(
+        f"{output}: {len(best):,} rows, the {k} best items of"
+        f" {best['user_id'].n_unique():,} of {count:,} {who}, {said}"
+    )
+
+
+def similar(
+    data: Path,
+    pretrained: Path,
+    output: Path,
+    items: Path | None = None,
+    k: int = 10,
+    overwrite: bool = False,
+    device: str = "auto",
+):
+    """Write the k most similar items of each item: the cosine of item vectors.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        pretrained: folder of a model (`RUN/model`).
+        output: .csv or .parquet file with columns item_id, rank, similar_item_id, score.
+        items: text file with one original item id a line; all items without it.
+        k: similar items of an item, which is none of its own.
+        overwrite: replace a file `output`.
+        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
+    """
+    check_table_path(output)
+    with locked_file(output, overwrite):
+        dataset = SequenceDataset.load(data)
+        asked = read_ids(items)
+        model = model_for(pretrained, dataset, same_users=False).to(device_of(device))
+        best = Recommender(model, dataset).similar(asked, k)
+        write_table(best, output, overwrite)
+    count = dataset.num_items if asked is None else len(asked)
+    print(f"{output}: {len(best):,} rows, the {k} most similar items of {count:,} items")
+
+
+def model_for(
+    path: Path,
+    dataset: SequenceDataset,
+    held_out: Users | None = None,
+    same_items: bool = True,
+    same_users: bool = True,
+) -> UserModel:
+    """The model in the folder `path`, for the items of `dataset` unless `same_items` is false (see
+    `for_items_of`). Raises ValueError where it does not belong to `dataset`, see `check_model`."""
+    model = UserModel.from_pretrained(path)
+    if same_items:
+        model = for_items_of(model, path, dataset)
+    if same_users:
+        model.check_users(dataset)
+    check_model(path, dataset, held_out, same_users)
+    return model
+
+
+def read_ids(path: Path | None) -> list[str] | None:
+    """The ids of a text file, one a line, without empty lines; None for no file."""
+    if path is None:
+        return None
+    return [line.strip() for line in read_lines(path) if line.strip()]
+
+
+def read_histories(path: Path | None) -> Sequence[Sequence[int | str]] | None:
+    """The lists of a file of JSON lines; None for no file. Raises DataError that names the line
+    that is no list of texts and integers."""
+    if path is None:
+        return None
+    histories = []
+    for row, line in enumerate(read_lines(path), 1):
+        try:
+            history = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(path, f"no JSON: {error}", row=row) from None
+        if not isinstance(history, list) or not all(type(each) in (int, str) for each in history):
+            raise DataError(path, f"expected a list of item ids, got {line}", row=row)
+        histories.append(history)
+    return histories

@@ -1,0 +1,74 @@
+"""What a trained model knows as vectors: of users, and of items."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrec.data.ids import Ids
+from fastrec.evaluation.next_item import row_blocks
+from fastrec.nn.pool import Pooling
+
+
+def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
+    """User vectors: pooled states of the last `max_len` items of the history ("max": UPRec, eq. 8).
+
+    Returns a polars frame: user_id, vector (array of D float32).
+
+    Raises ValueError for users that are not in the data set, for a pool that the model does not
+    have, and for vectors that are not finite.
+    """
+    import polars
+
+    users = Ids(dataset.user_ids())
+    indices, vectors = user_rows(users, user_ids), []
+    with torch.no_grad():
+        for rows in row_blocks(len(indices)):
+            batch = model.inputs(dataset, torch.as_tensor(indices[rows], device="cpu"), "all")
+            encoded = model.encode(batch.to(model.item_table.device))
+            vectors.append(finite(model.pool(encoded, pool).float().cpu(), "user vectors"))
+    return polars.DataFrame({"user_id": users.take(indices), "vector": torch.cat(vectors).numpy()})
+
+
+def item_vectors(model, dataset):
+    """What scores items: the score of an item for the query q of a user or a history
+    (`Recommender.queries`) is q . vector + bias.
+
+    Returns a polars frame with a row per item, in their order: item_id, vector (array of D float32,
+    of a head's own table D + user_width), bias (float32).
+
+    Raises ValueError for a data set with another number of items, and for vectors that are not
+    finite.
+    """
+    import polars
+
+    check_items(model, dataset)
+    table = finite(model.item_table.detach().float().cpu(), "item vectors")
+    bias = finite(model.item_head.bias.detach().float().cpu(), "biases")
+    return polars.DataFrame(
+        {"item_id": dataset.item_ids(), "vector": table.numpy(), "bias": bias.numpy()}
+    )
+
+
+def user_rows(users: Ids, asked) -> np.ndarray:
+    """Rows of the users that are asked about by their original ids; all for None. Raises ValueError
+    for ids that are not known, and for none."""
+    if asked is None:
+        return np.arange(len(users))
+    if len(asked) == 0:
+        raise ValueError("the list of users is empty")
+    return users.rows(asked, "users")
+
+
+def check_items(model, dataset) -> None:
+    """Raise ValueError for a data set whose items cannot be those of the model."""
+    if model.num_items != dataset.num_items:
+        raise ValueError(
+            f"the model scores {model.num_items} items, {dataset.path} has {dataset.num_items}"
+        )
+
+
+def finite(numbers: Tensor, what: str) -> Tensor:
+    """Raises ValueError where finite weights have led beyond what a number can be."""
+    if not numbers.isfinite().all():
+        raise ValueError(f"{what} of the model are not finite: has its training diverged?")
+    return numbers
