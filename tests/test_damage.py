@@ -84,6 +84,10 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path): digest(path) if path.is_file() else "" for path in folder.rglob("*")}
 
 
+def same(file: Path, other: Path) -> bool:
+    return file.is_file() and digest(file) == digest(other)
+
+
 def refused(where: Path, arguments: list[str], named: str) -> str:
     """The command ends with one line that names this file or folder, and changes nothing."""
     before = tree(where)
@@ -114,6 +118,8 @@ def test_a_damaged_file_of_a_model(made, copy, name):
         shutil.rmtree(model)
         shutil.copytree(made / "run" / "model", model)
         damage(model / name, made / "other" / "model" / name)
+        if same(model / name, made / "run" / "model" / name):
+            continue  # both runs are of the same items
         command = list(asks(made, model).values())[number % 4]
         refused(copy, command, str(model) if name == "digests.json" else str(model / name))
 
@@ -225,6 +231,8 @@ def test_a_damaged_file_of_a_run_that_is_resumed(made, copy, name):
         shutil.rmtree(folder)
         shutil.copytree(made / "run", folder)
         damage(folder / name, made / "other" / name)
+        if same(folder / name, made / "run" / name):
+            continue
         where = str(folder / ("model" if name.endswith("digests.json") else name))
         said = refused(copy, resume(made, folder), where)
         assert "digests" in said or "cannot be read" in said or "missing" in said or "seed" in said

@@ -140,6 +140,11 @@ def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> Us
     order = known.argsort()
     place = order[np.searchsorted(known, asked, sorter=order).clip(max=len(known) - 1)]
     rows = np.where(known[place] == asked, place, -1)
+    if np.array_equal(rows, np.arange(model.num_items)):
+        raise ValueError(
+            f"{folder / TRAINED_ON} and {folder / ITEMS} do not agree: the items are those of"
+            f" {dataset.path}"
+        )
     new = int((rows < 0).sum())
     if new == len(rows):
         raise ValueError(f"{folder} was trained on other items: it knows none of {dataset.path}")
