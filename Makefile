@@ -9,7 +9,7 @@ ASAN := $(abspath build/asan)
 # A worker process per core; tests of threads and of several processes bring their own.
 WORKERS := -n auto --dist worksteal
 
-.PHONY: help demo test test-all smoke fuzz lint bench install clean
+.PHONY: help demo test test-all smoke fuzz lint bench install wheel clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -22,6 +22,7 @@ install: .venv/installed  ## create .venv with pinned dependencies and the built
 
 # The extension is rebuilt when a source changes, and only then.
 .venv/installed: .venv/dependencies setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/common/*)
+	rm -f fastrec/_C.cpython-*.so  # of before the stable interface of Python, and found first
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -54,6 +55,9 @@ lint: .venv/installed  ## ruff and mypy
 
 bench: .venv/installed  ## measure the ops against their peers; updates results and tables
 	$(BIN)/python -m benchmarks.run --output benchmarks/results/cpu.json --table
+
+wheel: .venv/installed  ## one wheel for Python 3.11 and later and torch 2.11 and later, into dist/
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf .venv build dist *.egg-info fastrec/*.so

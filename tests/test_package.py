@@ -92,6 +92,17 @@ assert len(ours) == 1 and "extension is not built" in ours[0], ours
     )  # fmt: skip
 
 
+def test_the_extension_is_for_every_later_python():
+    import fastrec._C
+
+    assert fastrec._C.__file__.endswith("_C.abi3.so")
+    used = subprocess.run(
+        ["nm", "-D", "--undefined-only", fastrec._C.__file__], text=True, capture_output=True
+    ).stdout
+    names = {line.split()[-1] for line in used.splitlines()}
+    assert not any(name.startswith("_Py") for name in names), "of the stable interface alone"
+
+
 def _build(source: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=source, text=True,
