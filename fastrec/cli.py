@@ -66,6 +66,9 @@ def prepare(
     user_key: str | None = None,
     item_key: str | None = None,
     items_of: Path | None = None,
+    split: Literal["leave_one_out", "last", "ratio"] = "leave_one_out",
+    valid: str | None = None,
+    test: str | None = None,
     overwrite: bool = False,
 ):
     """Turn a raw file into a data set that the other commands read.
@@ -101,6 +104,10 @@ def prepare(
         user_key: column of user_attributes that holds the ids, if it is called otherwise.
         item_key: the same of item_attributes.
         items_of: a data set whose items come first, in their order: models of it go on here.
+        split: which events are held out: of each user the last and the second last; or the last
+            ones, by number or by share.
+        valid: of these splits: how many events of a user, or which share, such as 2 or 0.1.
+        test: the same, of the events behind them.
         overwrite: replace a data set in `output`.
     """
     given: dict[str, Any] = {
@@ -135,6 +142,9 @@ def prepare(
         item_key=item_key,
         items_of=items_of,
         na_values=na_values,
+        split=split,
+        valid=valid,
+        test=test,
         overwrite=overwrite,
         **{name: value for name, value in given.items() if value is not None},
     )

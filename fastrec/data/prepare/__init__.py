@@ -14,6 +14,7 @@ from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
 from fastrec.data.prepare.sources import is_frame, name_of, polars_frame
+from fastrec.data.prepare.split import divided, report_lines, split_of
 from fastrec.data.prepare.writer import claim, write_dataset
 
 TIE_RULE = "stable by (timestamp, row of the source)"
@@ -36,6 +37,7 @@ class PrepareReport:
     inferred: dict[str, str] = field(default_factory=dict)
     preview: list[str] = field(default_factory=list)
     catalogue: str | None = None
+    split: dict | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -58,7 +60,9 @@ class PrepareReport:
                 **self.lengths
             )
         )
-        if self.num_short_users:
+        if self.split is not None:
+            lines += [f"  {line}" for line in report_lines(self.split)]
+        elif self.num_short_users:
             lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
         lines.append(f"  order: {self.tie_rule}")
         lines.append(f"  time: {self.time}")
@@ -80,6 +84,9 @@ def prepare(
     item_key: str | None = None,
     items_of: Path | str | None = None,
     na_values: str = "ask",
+    split: str = "leave_one_out",
+    valid=None,
+    test=None,
     overwrite: bool = False,
     **options,
 ) -> PrepareReport:
@@ -99,6 +106,8 @@ def prepare(
     items_of: a data set whose items come first, in their order and with their attributes, also
     those without events here: models that were trained on it go on, and new items come behind.
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
+    split: which events are held out, "leave_one_out", or "last" or "ratio" with valid and test: how
+    many events of a user, or which share of them; see `prepare.split`.
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
     from 1 without gaps just lose 1. Events are sorted stably by (timestamp, row), unless the source
@@ -118,6 +127,7 @@ def prepare(
         options["na_values"] = na_values
     elif na_values != "ask" and user_attributes is item_attributes is relations is None:
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
+    chosen = split_of(split, valid, test)
     frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
     user_attributes, item_attributes, relations = (
         polars_frame(frame, name) if is_frame(frame) else frame
@@ -137,11 +147,13 @@ def prepare(
             settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
         earlier = None if items_of is None else Path(items_of)
-        return _prepare(raw, Path(output), filters, sides, relations, earlier, na_values, overwrite)
+        return _prepare(
+            raw, Path(output), filters, sides, relations, earlier, na_values, chosen, overwrite
+        )
 
 
 def _prepare(
-    raw, output, filters, sides, relations, items_of, na_values, overwrite
+    raw, output, filters, sides, relations, items_of, na_values, split, overwrite
 ) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
@@ -212,6 +224,7 @@ def _prepare(
     links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
     time = raw.time if "timestamp" in frame.columns else PLACE
+    splits, said = divided(split, raw, user, item)
     schema = write_dataset(
         output,
         interactions=_interactions(frame, rows, user, item),
@@ -223,6 +236,8 @@ def _prepare(
         source=raw.source,
         inferred=raw.inferred,
         filters=filters | {"items_of": items_of and str(items_of), "removed": removed},
+        splits=splits,
+        split=said,
         overwrite=overwrite,
     )
     lengths = np.bincount(user)
@@ -244,6 +259,7 @@ def _prepare(
         inferred=raw.inferred,
         preview=preview(frame, time),
         catalogue=None if catalogue is None else str(catalogue),
+        split=said,
     )
 
 

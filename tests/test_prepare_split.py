@@ -1,0 +1,200 @@
+"""`prepare --split`: every kind on a small file against the rule by hand, from the command line to
+ranks; settings that leave nothing; damaged files."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from files import write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastrec.cli import main
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.errors import DataError
+from fastrec.data.prepare import prepare
+from fastrec.data.prepare.raw import RawData
+from fastrec.data.prepare.split import divided, split_of
+
+RAW = RawData("here", pl.DataFrame())
+# Days of January 2024 on which a user does something; the item is the day and the user.
+DAYS = {
+    "ann": [1, 2, 3, 8, 9, 10, 20, 21, 22, 23],
+    "bob": [2, 9, 21, 22],
+    "cat": [9, 10],
+    "dan": [25],
+}
+
+
+def log(folder, days=DAYS, name="log.csv"):
+    rows = [
+        f"{user},{'x' if day > 9 else 'y'}{day},2024-01-{day:02}"
+        for user, list_ in days.items()
+        for day in list_
+    ]
+    return write(folder / name, "user,item,time\n" + "\n".join(rows) + "\n")
+
+
+def made(folder, source, *flags):
+    main(["prepare", f"--source={source}", f"--output={folder / 'data'}", *flags])
+    return SequenceDataset.load(folder / "data")
+
+
+def parts_of(dataset):
+    """By user: the items of training, validation and test."""
+    items, found = dataset.item_ids(), {}
+    for user, name in enumerate(dataset.user_ids()):
+        start, end = dataset.offsets[user], dataset.offsets[user + 1]
+        own = items[dataset.values[start:end]].tolist()
+        train, valid = dataset.splits[user].tolist()
+        found[name] = own[:train], own[train:valid], own[valid:]
+    return found
+
+
+def test_last(tmp_path, capsys):
+    dataset = made(tmp_path, log(tmp_path), "--split=last", "--valid=1", "--test=2")
+    found = parts_of(dataset)
+    assert found["ann"][1:] == (["x21"], ["x22", "x23"])
+    assert found["bob"] == (["y2"], ["y9"], ["x21", "x22"])
+    assert found["cat"][1:] == found["dan"][1:] == ([], [])
+    said = dataset.schema["split"]
+    assert (said["kind"], said["valid"], said["test"]) == ("last", 1, 2)
+    assert said["rule"].startswith("the last 2 events of a user are test, the 1 before them valid")
+    assert said["parts"]["test"] == {
+        "events": 4, "users": 2, "targets": 4, "targets_without_training": 4,
+        "users_without_input": 0,
+    }  # fmt: skip
+    assert dataset.num_short_users == dataset.schema["num_short_users"] == 2
+    assert "  test  4 targets of 2 users, 4 of items without a training" in capsys.readouterr().out
+
+
+def test_ratio(tmp_path):
+    dataset = made(tmp_path, log(tmp_path), "--split=ratio", "--valid=0.3", "--test=0.5")
+    lengths = {name: tuple(map(len, parts)) for name, parts in parts_of(dataset).items()}
+    assert lengths == {"ann": (2, 3, 5), "bob": (1, 1, 2), "cat": (1, 0, 1), "dan": (1, 0, 0)}
+    assert dataset.users("valid").tolist() == [0, 1] and dataset.users("test").tolist() == [0, 1, 2]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    hundredths=st.tuples(st.integers(1, 98), st.integers(1, 98)).filter(lambda p: sum(p) < 100),
+)
+def test_ratio_is_rounded_down_exactly(lengths, hundredths):
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    split = split_of("ratio", *(part / 100 for part in hundredths))
+    valid, test = ([n * part // 100 for n in lengths] for part in hundredths)
+    rest = [n - v - t for n, v, t in zip(lengths, valid, test, strict=True)]
+    try:
+        ends, said = divided(split, RAW, user, np.zeros_like(user))
+    except DataError as error:
+        assert "no user has" in str(error) and (sum(valid) == 0 or sum(test) == 0)
+        return
+    assert ends[:, 0].tolist() == rest and min(rest) >= 1
+    assert (ends[:, 1] - ends[:, 0]).tolist() == valid
+    assert said["parts"]["train"]["events"] == sum(rest)
+
+
+def test_leave_one_out_writes_what_it_wrote(tmp_path):
+    dataset = made(tmp_path, log(tmp_path))
+    assert dataset.splits is None and "split" not in dataset.schema
+    assert not (tmp_path / "data" / "splits.npy").exists()
+    assert dataset.users("test").tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ([], "--split last needs --valid and --test, how many events of a user: no valid"),
+        (["--valid=2"], "no test"),
+        (
+            ["--valid=0", "--test=1"],
+            "--valid of --split last must be a whole number above 0, got '0'",
+        ),
+        (["--valid=1", "--test=0.5"], "--test of --split last must be a whole number above 0"),
+        (
+            ["--valid=5", "--test=5"],
+            "no user has a validation target and an event before it: the l",
+        ),
+        (["--split=ratio", "--valid=0.5", "--test=0.5"], "leave nothing to train on"),
+        (["--split=ratio", "--valid=0.5", "--test=nan"], "must be between 0 and 1, got 'nan'"),
+        (["--split=ratio", "--valid=2", "--test=0.1"], "must be between 0 and 1, got '2'"),
+        (["--split=ratio", "--valid=0.01", "--test=0.5"], "no user has a validation target"),
+        (["--split=leave_one_out", "--test=1"], "--test has no effect on --split leave_one_out"),
+    ],
+)
+def test_settings_that_leave_nothing_are_errors(tmp_path, flags, error):
+    with pytest.raises(SystemExit) as stopped:
+        made(tmp_path, log(tmp_path), "--split=last", *flags)
+    assert error in str(stopped.value)
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(ValueError, match="--split must be one of"):
+        prepare(tmp_path / "log.csv", tmp_path / "data", split="random")
+
+
+@pytest.mark.parametrize(
+    ("splits", "match"),
+    [
+        ([[8, 9]] * 3, r"shape must be \[4, 2\], the file has \[3, 2\]"),
+        ([[7, 11], [1, 2], [2, 2], [1, 1]], "user 0 has 10 events, and boundaries 7 and 11"),
+        ([[7, 8], [2, 1], [2, 2], [1, 1]], "user 1 has 4 events, and boundaries 2 and 1"),
+        ([[-1, 8], [1, 2], [2, 2], [1, 1]], "user 0 has 10 events, and boundaries -1 and 8"),
+        ([[7.0, 8.0]] * 4, "dtype must be int64, got float64"),
+        ([[7, 9], [1, 2], [2, 2], [1, 1]], "is not the file that was written with schema.json"),
+    ],
+)
+def test_damaged_splits(tmp_path, splits, match):
+    made(tmp_path, log(tmp_path), "--split=last", "--valid=1", "--test=2")
+    np.save(tmp_path / "data" / "splits.npy", np.array(splits))
+    with pytest.raises(DataError, match=match) as caught:
+        SequenceDataset.load(tmp_path / "data")
+    assert caught.value.file == str(tmp_path / "data" / "splits.npy")
+
+
+def test_splits_and_schema_belong_together(tmp_path):
+    made(tmp_path, log(tmp_path), "--split=last", "--valid=1", "--test=2")
+    folder = tmp_path / "data"
+    schema = json.loads((folder / "schema.json").read_text())
+    (folder / "splits.npy").rename(folder / "other")
+    with pytest.raises(DataError, match=r"splits\.npy: file is missing"):
+        SequenceDataset.load(folder)
+    (folder / "other").rename(folder / "splits.npy")
+    (folder / "schema.json").write_text(json.dumps(schema | {"split": "last"}))
+    with pytest.raises(DataError, match="'split' must say how users are split, got 'last'"):
+        SequenceDataset.load(folder)
+    del schema["digests"]["splits.npy"], schema["split"]
+    (folder / "schema.json").write_text(json.dumps(schema))
+    with pytest.raises(DataError, match=r"splits\.npy: is not the file that was written"):
+        SequenceDataset.load(folder)
+
+
+def test_from_a_file_to_ranks_of_every_target(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    days = {
+        f"u{user}": sorted(generator.choice(np.arange(1, 31), 12, replace=False).tolist())
+        for user in range(40)
+    }
+    dataset = made(tmp_path, log(tmp_path, days), "--split=last", "--valid=2", "--test=3")
+    run, ranks = tmp_path / "run", tmp_path / "ranks.csv"
+    main(
+        ["pretrain", "--config=sasrec", "--model.width=8", "--pretraining.steps=4",
+         "--pretraining.validate_every=2", "--pretraining.batch_size=16",
+         f"--data={tmp_path / 'data'}", f"--output={run}"]
+    )  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"HR@10", "Recall@10", "MAP@10"} <= set(summary["valid"]) and summary["users"] == 40
+    main(
+        ["evaluate", f"--data={tmp_path / 'data'}", f"--pretrained={run / 'model'}",
+         f"--ranks={ranks}", f"--output={tmp_path / 'metrics.json'}"]
+    )  # fmt: skip
+    assert "40 users with 120 targets, split test" in capsys.readouterr().out
+    rows = pl.read_csv(ranks)
+    expected = [
+        (user, item) for user, parts in parts_of(dataset).items() for item in parts[2]
+    ]  # fmt: skip
+    assert rows.select("user_id", "item_id").rows() == expected
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["users"] == 40 and found["targets"] == 120
+    hits = rows.group_by("user_id").agg((pl.col("rank") <= 5).mean())["rank"].mean()
+    assert found["metrics"]["model"]["Recall@5"] == pytest.approx(hits)
