@@ -66,7 +66,7 @@ def prepare(
     user_key: str | None = None,
     item_key: str | None = None,
     items_of: Path | None = None,
-    split: Literal["leave_one_out", "last", "ratio"] = "leave_one_out",
+    split: Literal["leave_one_out", "last", "ratio", "time"] = "leave_one_out",
     valid: str | None = None,
     test: str | None = None,
     overwrite: bool = False,
@@ -104,10 +104,11 @@ def prepare(
         user_key: column of user_attributes that holds the ids, if it is called otherwise.
         item_key: the same of item_attributes.
         items_of: a data set whose items come first, in their order: models of it go on here.
-        split: which events are held out: of each user the last and the second last; or the last
-            ones, by number or by share.
-        valid: of these splits: how many events of a user, or which share, such as 2 or 0.1.
-        test: the same, of the events behind them.
+        split: which events are held out: of each user the last and the second last; the last ones,
+            by number or by share; or those from a time on.
+        valid: for validation: of last a number such as 2, of ratio a share such as 0.1, of time the
+            first moment, such as 2024-01-31, or a whole number as the source counts.
+        test: the same for the test, whose events are behind those of validation.
         overwrite: replace a data set in `output`.
     """
     given: dict[str, Any] = {

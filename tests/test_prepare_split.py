@@ -87,13 +87,141 @@ def test_ratio_is_rounded_down_exactly(lengths, hundredths):
     valid, test = ([n * part // 100 for n in lengths] for part in hundredths)
     rest = [n - v - t for n, v, t in zip(lengths, valid, test, strict=True)]
     try:
-        ends, said = divided(split, RAW, user, np.zeros_like(user))
+        ends, said = divided(split, RAW, user, np.zeros_like(user), np.arange(len(user)))
     except DataError as error:
         assert "no user has" in str(error) and (sum(valid) == 0 or sum(test) == 0)
         return
     assert ends[:, 0].tolist() == rest and min(rest) >= 1
     assert (ends[:, 1] - ends[:, 0]).tolist() == valid
     assert said["parts"]["train"]["events"] == sum(rest)
+
+
+CUTS = ["--valid=2024-01-08", "--test=2024-01-20"]
+
+
+def test_time(tmp_path, capsys):
+    dataset = made(tmp_path, log(tmp_path), "--split=time", *CUTS)
+    assert parts_of(dataset) == {
+        "ann": (["y1", "y2", "y3"], ["y8", "y9", "x10"], ["x20", "x21", "x22", "x23"]),
+        "bob": (["y2"], ["y9"], ["x21", "x22"]),
+        "cat": ([], ["y9", "x10"], []),  # no input: not evaluated, counted
+        "dan": ([], [], ["x25"]),
+    }
+    assert dataset.users("train").tolist() == dataset.users("valid").tolist() == [0, 1]
+    assert dataset.users("test").tolist() == [0, 1]
+    assert dataset.num_items == 11, "items of the test stay in the catalogue"
+    parts = dataset.schema["split"]["parts"]
+    assert parts["valid"] == {
+        "events": 6, "users": 2, "targets": 4, "targets_without_training": 4,
+        "users_without_input": 1,
+    }  # fmt: skip
+    assert parts["test"]["users_without_input"] == 1 and parts["test"]["targets"] == 6
+    said = capsys.readouterr().out
+    assert "events before 2024-01-08 are training, those from then on validation, those" in said
+    assert "of items without a training event; not evaluated: 1 users without an event befo" in said
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("s", 1), ("ms", 1000)])
+@pytest.mark.parametrize("text", ["2024-01-08T00:00:00.5", "2024-01-08T01:00:00.5+01:00", "number"])
+def test_cuts_in_the_unit_of_the_source(tmp_path, unit, scale, text):
+    """An event at the cut is behind it, also where the cut lies between two moments of the unit."""
+    base = 1704672000 * scale  # 2024-01-08
+    moments = [base - 1, base, base + scale // 2, base + scale, base + 2 * scale]
+    first = [each for each in moments if each * 2 < 2 * base + scale]
+    if text == "number":
+        text = str(moments[len(first)])
+    rows = [f"u,{i},{moment}" for i, moment in enumerate(sorted(set(moments)))]
+    first = sorted(set(first))
+    file = write(tmp_path / "log.csv", "user,item,time\n" + "\n".join(rows) + "\n")
+    report = prepare(
+        file, tmp_path / "data", split="time", valid=text, test=base + 2 * scale, time_unit=unit
+    )
+    dataset = SequenceDataset.load(report.output)
+    assert dataset.splits.tolist() == [[len(first), len(rows) - 1]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    users=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), min_size=1, max_size=6),
+    cuts=st.tuples(st.integers(-1, 11), st.integers(-1, 11)).filter(lambda c: c[0] < c[1]),
+)
+def test_an_event_belongs_to_the_part_its_time_lies_in(users, cuts):
+    users = [sorted(times) for times in users]
+    user = np.repeat(np.arange(len(users)), [len(times) for times in users])
+    times = pl.Series([time for each in users for time in each], dtype=pl.Int64)
+    raw = RawData("here", pl.DataFrame({"timestamp": times}))
+    item = times.to_numpy()
+    expected = [[sum(time < cut for time in each) for cut in cuts] for each in users]
+    try:
+        ends, said = divided(split_of("time", *cuts), raw, user, item, np.arange(len(user)))
+    except DataError:
+        assert all(
+            train == 0 or train == valid for train, valid in expected
+        ) or all(
+            valid in (0, len(each)) for each, (_, valid) in zip(users, expected, strict=True)
+        )  # fmt: skip
+        return
+    assert ends.tolist() == expected
+    asked = [
+        (time, train) for each, (train, valid) in zip(users, expected, strict=True)
+        for time in each[train:valid] if train
+    ]  # fmt: skip
+    known = {time for each in users for time in each if time < cuts[0]}
+    assert said["parts"]["valid"]["targets"] == len(asked)
+    assert said["parts"]["valid"]["targets_without_training"] == len(
+        [time for time, _ in asked if time not in known]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (
+            ["--valid=2024-01-20", "--test=2024-01-08"],
+            "--valid 2024-01-20 is not before --test 2024",
+        ),
+        (["--valid=2024-01-08", "--test=2024-01-08"], "is not before"),
+        (
+            ["--valid=January", "--test=2024-01-08"],
+            "--valid is 'January': expected a whole number, or",
+        ),
+        (
+            ["--valid=1.5", "--test=2024-01-08"],
+            "--valid is '1.5': expected a whole number, or an ISO",
+        ),
+        (
+            ["--valid=2023-01-01", "--test=2024-01-08"],
+            "no event is left to train on: events before",
+        ),
+        (
+            ["--valid=2024-01-08", "--test=2025-01-01"],
+            "no user has a test target and an event before",
+        ),
+        (
+            ["--valid=2024-01-08"],
+            "--split time needs --valid and --test, the times that they begin",
+        ),
+    ],
+)
+def test_cuts_that_leave_nothing_are_errors(tmp_path, flags, error):
+    with pytest.raises(SystemExit) as stopped:
+        made(tmp_path, log(tmp_path), "--split=time", *flags)
+    assert error in str(stopped.value) and not (tmp_path / "data").exists()
+
+
+def test_a_time_split_needs_times_of_a_known_unit(tmp_path):
+    file = write(tmp_path / "pairs.txt", "1 1\n1 2\n1 3\n")
+    with pytest.raises(DataError, match="--split time needs times"):
+        prepare(file, tmp_path / "d", format="pairs", split="time", valid="1", test="2")
+    file = write(tmp_path / "log.csv", "user,item,time\n1,1,1\n1,2,2\n1,3,3\n")
+    with pytest.raises(DataError, match="are numbers of unknown unit, and --valid is '2024-01-08'"):
+        prepare(file, tmp_path / "d", split="time", valid="2024-01-08", test="2024-01-09")
+    report = prepare(file, tmp_path / "d", split="time", valid=2, test=3)
+    assert SequenceDataset.load(report.output).splits.tolist() == [[1, 2]]
+    events = {"user_id": [1, 1], "item_id": [1, 2], "timestamp": [5, 4]}
+    raw = RawData("rows", pl.DataFrame(events), ordered=True)
+    with pytest.raises(DataError, match="times of a user fall: --split time needs them in order"):
+        prepare(raw, tmp_path / "e", split="time", valid=1, test=5)
 
 
 def test_leave_one_out_writes_what_it_wrote(tmp_path):

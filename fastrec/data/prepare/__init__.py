@@ -106,8 +106,9 @@ def prepare(
     items_of: a data set whose items come first, in their order and with their attributes, also
     those without events here: models that were trained on it go on, and new items come behind.
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
-    split: which events are held out, "leave_one_out", or "last" or "ratio" with valid and test: how
-    many events of a user, or which share of them; see `prepare.split`.
+    split: which events are held out, "leave_one_out", or with valid and test "last" (how many
+    events of a user), "ratio" (which share of them) or "time" (the times, dates or whole numbers as
+    the source counts, from which on events are validation and test).
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
     from 1 without gaps just lose 1. Events are sorted stably by (timestamp, row), unless the source
@@ -224,7 +225,7 @@ def _prepare(
     links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
     time = raw.time if "timestamp" in frame.columns else PLACE
-    splits, said = divided(split, raw, user, item)
+    splits, said = divided(split, raw, user, item, rows)
     schema = write_dataset(
         output,
         interactions=_interactions(frame, rows, user, item),
