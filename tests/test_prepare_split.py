@@ -224,6 +224,104 @@ def test_a_time_split_needs_times_of_a_known_unit(tmp_path):
         prepare(raw, tmp_path / "e", split="time", valid=1, test=5)
 
 
+PARTS = [
+    {"ann": [3, 1, 2], "bob": [4], "eve": [7]},
+    {"ann": [8, 9], "cat": [9], "eve": [5]},
+    {"ann": [22, 21], "bob": [20], "cat": [23]},
+]
+
+
+def three(folder, parts=PARTS):
+    names = ("train.csv", "valid.csv", "test.csv")
+    train, valid, test = (log(folder, *each) for each in zip(parts, names, strict=True))
+    return train, [f"--valid_source={valid}", f"--test_source={test}"]
+
+
+def test_files(tmp_path):
+    source, flags = three(tmp_path)
+    dataset = made(tmp_path, source, "--split=files", *flags)
+    assert parts_of(dataset) == {
+        "ann": (["y1", "y2", "y3"], ["y8", "y9"], ["x21", "x22"]),
+        "bob": (["y4"], [], ["x20"]),
+        "cat": ([], ["y9"], ["x23"]),
+        "eve": (["y7"], ["y5"], []),  # the files are in order, whatever their times say
+    }
+    said = dataset.schema["split"]
+    assert said["valid"] == str(tmp_path / "valid.csv") and said["kind"] == "files"
+    assert said["rule"].endswith(f"{tmp_path / 'valid.csv'} and {tmp_path / 'test.csv'}")
+    assert said["parts"]["valid"]["users_without_input"] == 1
+    assert dataset.schema["tie_rule"].endswith(", training before validation before test")
+    assert dataset.users("test").tolist() == [0, 1, 2]
+
+
+def test_files_of_other_forms(tmp_path):
+    lines = ["1 5 6\n2 6\n", "1 7\n2 7\n", "1 8 9\n3 9\n"]
+    files = [write(tmp_path / f"{i}.txt", text) for i, text in enumerate(lines)]
+    report = prepare(
+        files[0], tmp_path / "d", format="s3rec", split="files", valid_source=files[1],
+        test_source=files[2],
+    )  # fmt: skip
+    dataset = SequenceDataset.load(report.output)
+    assert parts_of(dataset) == {1: ([5, 6], [7], [8, 9]), 2: ([6], [7], []), 3: ([], [], [9])}
+    frames = [
+        pl.DataFrame({"user": users, "item": items, "time": times})
+        for users, items, times in (
+            ([1, 1, 2], [5, 6, 6], [20, 10, 1]), ([1, 2], [7, 7], [5, 6]), ([1], [8], [0]),
+        )
+    ]  # fmt: skip
+    how = dict(split="files", valid_source=frames[1], test_source=frames[2])
+    report = prepare(frames[0], tmp_path / "e", **how)
+    assert parts_of(SequenceDataset.load(report.output))[1] == ([6, 5], [7], [8])
+    assert report.split["rule"].count("data frame") == 3
+    report = prepare(frames[0], tmp_path / "f", max_users=1, **how)
+    assert parts_of(SequenceDataset.load(report.output)) == {1: ([6, 5], [7], [8])}
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "error"),
+    [
+        ("user,item,time,rating\nann,y8,2024-01-08,3\n", [], "has no rating, "),
+        ("user,item,time\nann,8,2024-01-08\n", [], "item_id is Int64, that of "),
+        ("user,item,time\nann,y8,1704672000\n", [], "times are seconds since 1970, those of "),
+        (
+            "user,item,time\nann,y1,2024-01-01\n",
+            [],
+            "1 events stand in an earlier file too, the fir",
+        ),
+        ("user,item,time\n", [], "valid.csv: "),
+        ("user,item,time\nzoe,y8,2024-01-08\n", [], "no user has a validation target and an event"),
+        (None, ["--valid=1"], "--valid has no effect on --split files"),
+        (
+            None,
+            ["--split=last", "--valid=1", "--test=1"],
+            "--valid_source has no effect on --split l",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_errors(tmp_path, change, flags, error):
+    source, files = three(tmp_path)
+    if change is not None:
+        write(tmp_path / "valid.csv", change)
+    with pytest.raises(SystemExit) as stopped:
+        made(tmp_path, source, "--split=files", *files, *flags)
+    assert error in str(stopped.value) and not (tmp_path / "data").exists()
+    with pytest.raises(
+        SystemExit, match="needs --valid_source and --test_source, files like --sou"
+    ):
+        made(tmp_path, source, "--split=files", files[0])
+
+
+@pytest.mark.parametrize(("how", "events"), [("keep", 10), ("drop", 9)])
+def test_an_event_of_two_files(tmp_path, how, events):
+    source, files = three(tmp_path, [PARTS[0], {**PARTS[1], "ann": [3, 8]}, PARTS[2]])
+    dataset = made(tmp_path, source, "--split=files", *files, f"--on_duplicate={how}")
+    assert dataset.num_events == events + 3
+    ann = parts_of(dataset)["ann"]
+    assert ann[1] == (["y3", "y8"] if how == "keep" else ["y8"])
+    removed = dataset.schema["filters"]["removed"]
+    assert removed == ({} if how == "keep" else {"events that stand in an earlier file": 1})
+
+
 def test_leave_one_out_writes_what_it_wrote(tmp_path):
     dataset = made(tmp_path, log(tmp_path))
     assert dataset.splits is None and "split" not in dataset.schema

@@ -13,12 +13,14 @@ from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
-from fastrec.data.prepare.sources import is_frame, name_of, polars_frame
-from fastrec.data.prepare.split import divided, report_lines, split_of
+from fastrec.data.prepare.sources import is_frame, polars_frame
+from fastrec.data.prepare.split import divided, report_lines, source_name, split_of
+from fastrec.data.prepare.split_files import joined
 from fastrec.data.prepare.writer import claim, write_dataset
 
 TIE_RULE = "stable by (timestamp, row of the source)"
 ORDER_RULE = "order of the source, never sorted"
+BY_FILE = ", training before validation before test"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def prepare(
     split: str = "leave_one_out",
     valid=None,
     test=None,
+    valid_source=None,
+    test_source=None,
     overwrite: bool = False,
     **options,
 ) -> PrepareReport:
@@ -108,7 +112,8 @@ def prepare(
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
     split: which events are held out, "leave_one_out", or with valid and test "last" (how many
     events of a user), "ratio" (which share of them) or "time" (the times, dates or whole numbers as
-    the source counts, from which on events are validation and test).
+    the source counts, from which on events are validation and test), or "files" with valid_source
+    and test_source, which are read as `source` is, whose events are those of training.
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
     from 1 without gaps just lose 1. Events are sorted stably by (timestamp, row), unless the source
@@ -128,7 +133,7 @@ def prepare(
         options["na_values"] = na_values
     elif na_values != "ask" and user_attributes is item_attributes is relations is None:
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
-    chosen = split_of(split, valid, test)
+    chosen = split_of(split, valid, test, valid_source, test_source)
     frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
     user_attributes, item_attributes, relations = (
         polars_frame(frame, name) if is_frame(frame) else frame
@@ -142,8 +147,13 @@ def prepare(
         if settings["column"] is not None and not isinstance(file, (str, Path)):
             raise ValueError(f"--{name}_key has no effect without --{name}_attributes")
         settings["na_values"] = na_values
-    with claim(Path(output), overwrite), reading(source.source if is_raw else name_of(source)):
-        raw = source if is_raw else readers.read(source, format, **options)
+    with claim(Path(output), overwrite), reading(source_name(source)):
+        sources = [source, *chosen.files]
+        parts = [
+            each if isinstance(each, RawData) else readers.read(each, format, **options)
+            for each in sources
+        ]
+        raw = joined(parts, options.get("on_duplicate", "error"))
         for name, (_, settings) in sides.items():
             settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
@@ -194,14 +204,15 @@ def _prepare(
     used_users, user = np.unique(user[rows], return_inverse=True)
     used_items, item = np.unique(item[rows], return_inverse=True)
     if raw.ordered:
-        order = np.argsort(user, kind="stable")
+        order = np.argsort(user, kind="stable")  # own files follow each other
     else:
         if "timestamp" not in frame.columns:
             raise DataError(
                 raw.source, "events without times need a source that is in order (--ordered true)",
                 column="timestamp",
             )  # fmt: skip
-        order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], user))
+        part = np.zeros_like(rows) if raw.part is None else raw.part[rows]
+        order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], part, user))
     user, item, rows = user[order], item[order], rows[order]
 
     user_file, options = sides["user"]
@@ -232,7 +243,7 @@ def _prepare(
         users=users,
         items=items,
         relations=links,
-        tie_rule=ORDER_RULE if raw.ordered else TIE_RULE,
+        tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + ("" if raw.part is None else BY_FILE),
         time=time,
         source=raw.source,
         inferred=raw.inferred,

@@ -3,6 +3,7 @@
     last   the last `test` events of a user are test, the `valid` before them validation
     ratio  the same with shares of the user's events, rounded down
     time   events from the time `valid` on are validation, those from the time `test` on are test
+    files  training, validation and test have files of their own
 
 Legend: U users, E events.
 """
@@ -17,41 +18,53 @@ from fastrec.data.errors import DataError
 from fastrec.data.event_columns import PER_SECOND
 from fastrec.data.prepare.epochs import WORDS, is_number
 from fastrec.data.prepare.raw import RawData
+from fastrec.data.prepare.sources import name_of
 from fastrec.data.prepare.times import time_column
 
-KINDS = ("leave_one_out", "last", "ratio", "time")
+KINDS = ("leave_one_out", "last", "ratio", "time", "files")
 _VALUES = {
     "last": "how many events of a user",
     "ratio": "shares of a user's events",
     "time": "the times that they begin with",
+    "files": "files like --source",
 }
 
 
 @dataclass(frozen=True)
 class Split:
-    """kind: of `KINDS`. valid, test: of "last" whole numbers, of "ratio" shares, of "time" text."""
+    """kind: of `KINDS`. valid, test: of "last" whole numbers, of "ratio" shares, of "time" text, of
+    "files" what `prepare` reads events from."""
 
     kind: str = "leave_one_out"
     valid: Any = None
     test: Any = None
 
+    @property
+    def files(self) -> list:
+        """What is read beside the source."""
+        return [self.valid, self.test] if self.kind == "files" else []
 
-def split_of(kind: str, valid=None, test=None) -> Split:
+
+def split_of(kind: str, valid=None, test=None, valid_source=None, test_source=None) -> Split:
     """The settings of `prepare`, checked. valid, test: numbers or text; times may be dates.
 
     Raises ValueError for a setting that is missing, has no effect, or leaves nothing to train on.
     """
     if kind not in KINDS:
         raise ValueError(f"--split must be one of {', '.join(KINDS)}, got {kind!r}")
-    given = {"valid": valid, "test": test}
-    if kind not in _VALUES:
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"--{name} has no effect on --split {kind}")
-        return Split(kind)
-    for name, value in given.items():
-        if value is None:
-            raise ValueError(f"--split {kind} needs --valid and --test, {_VALUES[kind]}: no {name}")
+    files = {"valid_source": valid_source, "test_source": test_source}
+    values = {"valid": valid, "test": test}
+    given = files if kind == "files" else values if kind in _VALUES else {}
+    for name, value in (files | values).items():
+        if name in given and value is None:
+            first, second = given
+            raise ValueError(
+                f"--split {kind} needs --{first} and --{second}, {_VALUES[kind]}: no {name}"
+            )
+        if name not in given and value is not None:
+            raise ValueError(f"--{name} has no effect on --split {kind}")
+    if kind not in ("last", "ratio", "time"):
+        return Split(kind, *given.values())
     if kind == "last":
         return Split(kind, *(_count(name, value) for name, value in given.items()))
     if kind == "time":
@@ -146,7 +159,23 @@ def _time(split: Split, raw: RawData, user, rows, lengths):
     return np.stack(counts, axis=1), {"valid": valid, "test": test, "time": raw.time}, rule
 
 
-_KINDS = {"last": _last, "ratio": _ratio, "time": _time}
+def _files(split: Split, raw: RawData, user, rows, lengths):
+    names = {"valid": source_name(split.valid), "test": source_name(split.test)}
+    rule = (
+        f"training, validation and test are the events of {raw.source}, {names['valid']} and"
+        f" {names['test']}"
+    )
+    part = np.asarray(raw.part)[rows]
+    counts = [np.bincount(user[part < later], minlength=len(lengths)) for later in (1, 2)]
+    return np.stack(counts, axis=1), names, rule
+
+
+_KINDS = {"last": _last, "ratio": _ratio, "time": _time, "files": _files}
+
+
+def source_name(source) -> str:
+    """What errors and schema.json call what `prepare` reads."""
+    return source.source if isinstance(source, RawData) else str(name_of(source))
 
 
 def _cut(name: str, text: str, raw: RawData) -> int:
