@@ -251,9 +251,9 @@ class SequenceDataset:
         """`boundaries` of users who are in the split."""
         if users.ndim != 1:
             raise ValueError(f"users must have one dimension, got shape {tuple(users.shape)}")
-        wrong = (users < 0) | (users >= self.num_users)
-        if wrong.any():
-            raise IndexError(f"user {users[wrong][0]} is out of [0, {self.num_users})")
+        if users.size and (users.min() < 0 or users.max() >= self.num_users):
+            bad = users[(users < 0) | (users >= self.num_users)][0]
+            raise IndexError(f"user {bad} is out of [0, {self.num_users})")
         lengths = self.offsets[users + 1] - self.offsets[users]
         splits = None if self.splits is None else self.splits[users]
         inputs, ends = boundaries(split, lengths, splits)

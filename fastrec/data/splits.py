@@ -34,14 +34,16 @@ def boundaries(
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
     if split == "all":
         return lengths, lengths
-    if splits is None:
-        short = lengths < MIN_EVENTS
-        train, valid = (np.where(short, lengths, lengths - hidden) for hidden in (2, 1))
-    else:
-        train, valid = splits[:, 0], splits[:, 1]
+
+    def end(part: int) -> np.ndarray:
+        if splits is not None:
+            return splits[:, part]
+        return np.where(lengths < MIN_EVENTS, lengths, lengths - 2 + part)
+
     if split == "test":
-        return valid, lengths
-    return train, train if split == "train" else valid
+        return end(1), lengths
+    train = end(0)
+    return train, train if split == "train" else end(1)
 
 
 def check_splits(file, splits: np.ndarray, lengths: np.ndarray) -> None:
