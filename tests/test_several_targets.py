@@ -120,7 +120,7 @@ def test_sampled_ranks_are_places_among_negatives_and_the_other_targets(seed):
     dataset, protocol = split_dataset(), Protocol("sampled", negatives=5, negatives_by="uniform")
     users = torch.tensor([2, 3, 0])
     judge = NextItemJudge(dataset, users, "test", protocol)
-    assert judge.candidates.shape == (2 + 2 + 3, 1 + 5)
+    assert judge.candidates().shape == (2 + 2 + 3, 1 + 5)
     query, table = torch.randint(-2, 3, (3, 2)).float(), torch.randint(-2, 3, (V, 2)).float()
     ranks = judge._rank(query, table, torch.zeros(V), slice(0, 3))
     negatives = sampled_negatives(dataset, users, 5, 0, by="uniform").tolist()
@@ -155,6 +155,27 @@ def test_a_model_is_ranked_and_averaged_over_users():
     group = judge.metrics(ranks, users=torch.tensor([False, True, True]))
     assert group["Recall@4"] == pytest.approx(plain_metrics(users[1:], 4)["Recall"])
     assert judge.lists(model, 4).shape == (3, 4) and len(judge.popularity_ranks()) == 7
+
+
+@pytest.mark.parametrize("seen", ["none", "exclude", "zero"])
+def test_many_targets_are_ranked_block_by_block(seen):
+    """700 targets of two users are more than a block of pairs holds."""
+    torch.manual_seed(0)
+    history, rest = list(range(0, 900, 3)), list(range(900))
+    sequences = [history + rest[:400], history + rest[300:600]]
+    dataset = split_dataset(sequences, [[299, 300]] * 2, 900)
+    judge = NextItemJudge(dataset, torch.arange(2), "test", Protocol(seen=seen))
+    query, table = torch.randn(2, 4), torch.randn(900, 4)
+    ranks = judge._rank(query, table, torch.zeros(900), slice(0, 2))
+    expected = []
+    for user, targets in enumerate((rest[:400], rest[300:600])):
+        scores = table @ query[user]
+        if seen == "zero":
+            scores[history] = 0
+        items = [i for i in rest if seen != "exclude" or i in targets or i % 3]
+        items.sort(key=lambda item: (-scores[item].item(), item))
+        expected += [1 + items.index(target) for target in targets]
+    assert ranks.tolist() == expected
 
 
 def test_users_without_a_target_or_an_input_are_not_ranked():

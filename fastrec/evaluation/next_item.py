@@ -11,12 +11,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastrec.data.settings import check_choices
-from fastrec.evaluation.candidates import listed_negatives, sampled_negatives
+from fastrec.evaluation.candidates import held_out_items, listed_negatives, sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import (
     candidate_scores,
@@ -166,7 +165,7 @@ class NextItemJudge:
 
     targets, owner: int64 [P], the items and the places of their users in `users`; user by user, an
         item once a user, in the order of the events. Leave-one-out has one a user.
-    offsets: int64 [U + 1], the pairs of each user.
+    offsets: int64 [U + 1], the pairs of each user. negatives: int64 [U, C], where they are drawn.
 
     Negatives are drawn once, here, so that models and epochs are compared on the same candidates.
     Raises ValueError without a user, or for one who is not in the split.
@@ -176,13 +175,12 @@ class NextItemJudge:
         self.dataset, self.users, self.split, self.protocol = dataset, users, split, protocol
         if len(users) == 0:
             raise ValueError(f"there is no user to evaluate in split {split!r}")
-        self.targets, self.owner = _targets(dataset, users, split)
+        self.targets, self.owner = held_out_items(dataset, users, split)
         number = self.owner.bincount(minlength=len(users))
         self.offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         if protocol.candidates == "sampled":
-            negatives = _negatives(dataset, users, protocol)[self.owner]
-            self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
+            self.negatives = _negatives(dataset, users, protocol)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -244,11 +242,17 @@ class NextItemJudge:
         """What the users of pairs have seen, but for their targets: these stay in the ranking."""
         items, offsets = seen_items(self.dataset, self.users[owner], self.split)
         row = torch.arange(len(owner), device="cpu").repeat_interleave(offsets.diff())
+        theirs = slice(int(self.offsets[owner[0]]), int(self.offsets[owner[-1] + 1]))
         width = self.dataset.num_items
-        kept = ~torch.isin(owner[row] * width + items, self.owner * width + self.targets)
+        targets = self.owner[theirs] * width + self.targets[theirs]
+        kept = ~torch.isin(owner[row] * width + items, targets)
         number = row[kept].bincount(minlength=len(owner))
         offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
         return items[kept].to(device), offsets.to(device)
+
+    def candidates(self, pairs: slice = slice(None)) -> Tensor:
+        """int64 [P, 1 + negatives]: the target of each pair and the negatives of its user."""
+        return torch.cat([self.targets[pairs, None], self.negatives[self.owner[pairs]]], dim=1)
 
     def ranks(self, model) -> Tensor:
         """float64 [P]: ranks of the targets of all users, on the CPU."""
@@ -269,32 +273,34 @@ class NextItemJudge:
 
     def _rank(self, query: Tensor, table: Tensor, bias: Tensor, rows: slice) -> Tensor:
         """Ranks of the targets of `users[rows]`, whose queries are `query` [N, D]."""
-        offsets, device = self.offsets[rows.start : rows.stop + 1], query.device
-        pairs = slice(int(offsets[0]), int(offsets[-1]))
-        owner, targets = self.owner[pairs], self.targets[pairs].to(device)
-        query = query[(owner - rows.start).to(device)]  # of each pair
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        first, parts = int(offsets[0]), []
+        for block in row_blocks(int(offsets[-1]) - first):  # a user may have many, and a long past
+            pairs = slice(first + block.start, first + block.stop)
+            asked = query[(self.owner[pairs] - rows.start).to(query.device)]
+            parts.append(self._rank_pairs(asked, table, bias, pairs))
+        ranks = torch.cat(parts)
+        if self.protocol.candidates == "sampled" and len(ranks) > len(query):
+            pairs = slice(first, int(offsets[-1]))
+            asked = query[(self.owner[pairs] - rows.start).to(query.device)]
+            targets = self.targets[pairs, None].to(query.device)
+            scores = candidate_scores(asked, table, bias, targets).squeeze(1)
+            ranks = others_above(ranks, scores, offsets - first)
+        return ranks
+
+    def _rank_pairs(self, query: Tensor, table: Tensor, bias: Tensor, pairs: slice) -> Tensor:
+        """Ranks of the targets of `pairs`, the query [P, D] of each; where candidates are sampled,
+        among the negatives."""
+        device, seen = query.device, self.protocol.seen
         if self.protocol.candidates == "sampled":
-            ranks = rank_candidates(query, table, bias, self.candidates[pairs].to(device))
-            if len(owner) > len(offsets) - 1:
-                scores = candidate_scores(query, table, bias, targets[:, None]).squeeze(1)
-                ranks = others_above(ranks, scores, offsets - offsets[0])
-            return ranks
-        seen = self.protocol.seen
+            return rank_candidates(query, table, bias, self.candidates(pairs).to(device))
+        owner, targets = self.owner[pairs], self.targets[pairs].to(device)
         exclude = self._left_out(owner, device) if seen == "exclude" else None
         if seen != "zero":
             return linear_rank(query, table, targets, linear_bias=bias, exclude=exclude).double()
         zeros = self._seen(self.users[owner], device)
         ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=zeros).double()
         return seen_above(ranks, query, table, bias, targets, *zeros)
-
-
-def _targets(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
-    """(items, places of their users in `users`), int64 [P]: a repeated item counts once."""
-    batch = dataset.held_out(users, split)
-    owner = batch.segment_ids()
-    _, first = np.unique((owner * dataset.num_items + batch.values).numpy(), return_index=True)
-    kept = torch.from_numpy(np.sort(first))
-    return batch.values[kept], owner[kept]
 
 
 def _negatives(dataset, users: Tensor, protocol: Protocol) -> Tensor:
