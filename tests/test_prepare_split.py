@@ -322,6 +322,18 @@ def test_an_event_of_two_files(tmp_path, how, events):
     assert removed == ({} if how == "keep" else {"events that stand in an earlier file": 1})
 
 
+def test_values_of_a_configuration_file(tmp_path):
+    source = log(tmp_path)
+    values = {"last": (1, 2), "ratio": (0.3, 0.5), "time": ("2024-01-08", "2024-01-20")}
+    for kind, (valid, test) in values.items():
+        text = f"source: {source}\noutput: {tmp_path / kind}\nsplit: {kind}\n"
+        config = write(tmp_path / "prepare.yaml", text + f"valid: {valid}\ntest: {test}\n")
+        main(["prepare", f"--config={config}"])
+        again = tmp_path / "again"
+        report = prepare(source, again, split=kind, valid=valid, test=test, overwrite=True)
+        assert SequenceDataset.load(tmp_path / kind).schema["split"] == report.split
+
+
 def test_leave_one_out_writes_what_it_wrote(tmp_path):
     dataset = made(tmp_path, log(tmp_path))
     assert dataset.splits is None and "split" not in dataset.schema
@@ -414,7 +426,10 @@ def test_from_a_file_to_ranks_of_every_target(tmp_path, capsys):
         ["evaluate", f"--data={tmp_path / 'data'}", f"--pretrained={run / 'model'}",
          f"--ranks={ranks}", f"--output={tmp_path / 'metrics.json'}"]
     )  # fmt: skip
-    assert "40 users with 120 targets, split test" in capsys.readouterr().out
+    assert (
+        "40 users with 120 targets, those of a user in one ranking, split test"
+        in capsys.readouterr().out
+    )
     rows = pl.read_csv(ranks)
     expected = [
         (user, item) for user, parts in parts_of(dataset).items() for item in parts[2]

@@ -54,8 +54,9 @@ def _next_item(dataset, recipe: Recipe, model: UserModel, split: str, file: Path
         "popularity": judge.metrics(judge.popularity_ranks()),
         "model": judge.metrics(ranks),
     }
-    several = "" if len(judge.targets) == len(judge) else f" with {len(judge.targets):,} targets"
-    print(f"{len(judge):,} users{several}, split {split}, {recipe.evaluation}")
+    several = len(judge.targets) > len(judge)
+    said = f" with {len(judge.targets):,} targets, those of a user in one ranking"
+    print(f"{len(judge):,} users{said if several else ''}, split {split}, {recipe.evaluation}")
     print_metrics(rows)
     groups = {
         f"{label} ({mask.sum()} users)": judge.metrics(ranks, users=torch.from_numpy(mask))
