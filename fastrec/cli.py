@@ -66,6 +66,11 @@ def prepare(
     user_key: str | None = None,
     item_key: str | None = None,
     items_of: Path | None = None,
+    split: Literal["leave_one_out", "last", "ratio", "time", "files"] = "leave_one_out",
+    valid: str | int | float | None = None,
+    test: str | int | float | None = None,
+    valid_source: Path | None = None,
+    test_source: Path | None = None,
     overwrite: bool = False,
 ):
     """Turn a raw file into a data set that the other commands read.
@@ -101,6 +106,13 @@ def prepare(
         user_key: column of user_attributes that holds the ids, if it is called otherwise.
         item_key: the same of item_attributes.
         items_of: a data set whose items come first, in their order: models of it go on here.
+        split: which events are held out: of each user the last and the second last; the last ones,
+            by number or by share; those from a time on; or those of files of their own.
+        valid: for validation: of last a number such as 2, of ratio a share such as 0.1, of time the
+            first moment, such as 2024-01-31, or a whole number as the source counts.
+        test: the same for the test, whose events are behind those of validation.
+        valid_source: of files: the events of validation, read as `source`, which is training.
+        test_source: of files: the events of the test.
         overwrite: replace a data set in `output`.
     """
     given: dict[str, Any] = {
@@ -135,6 +147,11 @@ def prepare(
         item_key=item_key,
         items_of=items_of,
         na_values=na_values,
+        split=split,
+        valid=valid,
+        test=test,
+        valid_source=valid_source,
+        test_source=test_source,
         overwrite=overwrite,
         **{name: value for name, value in given.items() if value is not None},
     )

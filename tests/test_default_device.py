@@ -1,12 +1,14 @@
 """torch.set_default_device changes nothing but where the parameters of a new model are."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._device
-from builders import JOINT, SOCIAL_VIEWS, loader_of, model_of, social_side
+from builders import JOINT, SOCIAL_VIEWS, loader_of, model_of, six_users, social_side
 from op_check import need, on
 from op_db import OPS
 from op_db.case import run
@@ -115,3 +117,23 @@ def test_a_step_of_training_and_its_evaluation(make, views, objectives, request)
     assert len(expected) > 10
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "protocol", [Protocol(seen="exclude"), Protocol(seen="zero"), Protocol("sampled", negatives=3)]
+)
+def test_several_targets_are_ranked_and_averaged(protocol, request):
+    model, dataset = model_of(), six_users()
+    splits = np.stack([dataset.lengths - 5, dataset.lengths - 3], axis=1).clip(1)
+    dataset = replace(dataset, splits=splits)
+
+    def found():
+        judge = NextItemJudge(dataset, torch.arange(5, device="cpu"), "test", protocol)
+        ranks = judge.ranks(model)
+        return ranks, judge.metrics(ranks), judge.popularity_ranks(), judge.lists(model, 3)
+
+    expected = found()
+    request.getfixturevalue("on_meta")
+    for ours, theirs in zip(found(), expected, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert "Recall@5" in expected[1]

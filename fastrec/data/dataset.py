@@ -9,8 +9,10 @@
                           a digest of every file
     values.npy            int32 or int64 [E], the items of all users end to end, in time order
     offsets.npy           int64 [U + 1], the events of user u are values[offsets[u]:offsets[u + 1]]
+    splits.npy            int64 [U, 2], where training and validation of a user end; absent for
+                          leave-one-out
 
-Training reads the two arrays only, and of interactions.parquet the columns that a model reads
+Training reads the arrays only, and of interactions.parquet the columns that a model reads
 beside the items. Letters: U users, V items, E events, B sequences, T events of a batch.
 """
 
@@ -25,21 +27,24 @@ import numpy as np
 import torch
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.dataset_files import check_digests, read_array, read_schema
+from fastrec.data.dataset_files import (
+    check_contents,
+    check_digests,
+    check_sizes,
+    read_array,
+    read_schema,
+)
 from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import read_event_column
-
-# How many of the last events of a user a split hides from its input.
-SPLITS = {"all": 0, "train": 2, "valid": 2, "test": 1}
-TARGETS = {"valid": 2, "test": 1}
-MIN_EVENTS = 3
+from fastrec.data.splits import FILE, MIN_EVENTS, TARGETS, boundaries
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceDataset:
-    """Leave-one-out views of the sequences of a canonical dataset; `load` opens one.
+    """Views of the sequences of a canonical dataset for training, validation and test; `load` opens
+    one. `splits` is None for leave-one-out; others are made by `prepare`, see `data.splits`.
 
-    Splits of a user with n >= 3 events:
+    Leave-one-out of a user with n >= 3 events:
 
         train  input: all but the last two events
         valid  input: all but the last two events      target: the second last
@@ -47,13 +52,16 @@ class SequenceDataset:
         all    input: every event (to serve, or to pre-train without evaluation)
 
     A user with n < 3 events (`num_short_users` counts them) has no target: all n events stay in
-    `train` and `all`, and the user is not in `users("valid")` and `users("test")`.
+    `train` and `all`, and the user is not in `users("valid")` and `users("test")`. In other splits
+    a user may have several targets, and is in `valid` or `test` with at least one of them and at
+    least one event before it.
     """
 
     path: Path
     schema: dict
     values: np.ndarray
     offsets: np.ndarray
+    splits: np.ndarray | None = None
 
     @classmethod
     def load(cls, path, *, validate: bool = True) -> "SequenceDataset":
@@ -61,17 +69,18 @@ class SequenceDataset:
 
         `validate=False` skips the checks that read whole files.
         Raises DataError that names the file: missing, truncated or corrupt file, unknown format
-        version, sizes that disagree with schema.json, offsets not monotone, items out of range, a
-        file of another data set.
+        version, sizes that disagree with schema.json, offsets not monotone, items out of range,
+        boundaries of a split out of order, a file of another data set.
         """
         path = Path(path)
         schema = read_schema(path / "schema.json")
         values = read_array(path / "values.npy", ("int32", "int64"))
         offsets = read_array(path / "offsets.npy", ("int64",))
-        dataset = cls(path, schema, values, offsets)
-        dataset._check_sizes()
+        splits = read_array(path / FILE, ("int64",)) if "split" in schema else None
+        dataset = cls(path, schema, values, offsets, splits)
+        check_sizes(dataset)
         if validate:
-            dataset._check_contents()
+            check_contents(dataset)
             check_digests(path, schema)
         return dataset
 
@@ -94,30 +103,48 @@ class SequenceDataset:
 
     @property
     def num_short_users(self) -> int:
-        """Users with fewer than 3 events: no validation and no test target."""
-        return int((self.lengths < MIN_EVENTS).sum())
+        """Users whose events are all for training: in leave-one-out, those with fewer than 3."""
+        return int((self._boundaries("train")[0] == self.lengths).sum())
 
     def split_lengths(self, split: str) -> np.ndarray:
         """int64 [U]: length of the input of each user; 0 where a user is not in the split."""
-        hidden = _hidden(split)
-        short = self.lengths if split in ("train", "all") else 0
-        return np.where(self.lengths >= MIN_EVENTS, self.lengths - hidden, short)
+        inputs, targets = self._boundaries(split)
+        return np.where(inputs < targets, inputs, 0) if split in TARGETS else inputs
 
     def users(self, split: str) -> np.ndarray:
-        """int64: ascending indices of the users whose input in `split` holds at least one event."""
+        """int64: ascending indices of the users whose input in `split` holds at least one event;
+        for "valid" and "test" of those who also have a target."""
         return np.flatnonzero(self.split_lengths(split) > 0)
 
     def targets(self, split: str) -> torch.Tensor:
-        """int64 [U]: the held-out item of each user, -1 for users with fewer than 3 events.
+        """int64 [U]: the held-out item of each user, -1 for users who are not in the split.
 
-        split: "valid" (the second last event) or "test" (the last).
+        split: "valid" or "test"; of leave-one-out the second last event, or the last.
+        Raises ValueError where a user has several targets: see `held_out`.
         """
-        if split not in TARGETS:
-            raise ValueError(f"split must be one of {sorted(TARGETS)} for targets, got {split!r}")
-        eligible = self.lengths >= MIN_EVENTS
+        _check_held_out(split)
+        users = self.users(split)
+        inputs, ends = (part[users] for part in self._boundaries(split))
+        if (ends - inputs > 1).any():
+            bad = users[(ends - inputs).argmax()]
+            raise ValueError(
+                f"user {bad} has {(ends - inputs).max()} targets in split {split!r}: `held_out`"
+                " gives them all"
+            )
         targets = np.full(self.num_users, -1, dtype=np.int64)
-        targets[eligible] = self.values[self.offsets[1:][eligible] - TARGETS[split]]
+        targets[users] = self.values[self.offsets[users] + inputs]
         return torch.from_numpy(targets)
+
+    def held_out(self, users, split: str) -> JaggedBatch:
+        """One sequence a user: all targets in "valid" or "test", in the order of the events.
+
+        users: int64 [B] of `users(split)`. Raises as `gather` does.
+        """
+        _check_held_out(split)
+        users = _indices(users)
+        inputs, ends = self._checked(users, split)
+        starts = self.offsets[users]
+        return self._batch(users, starts + inputs, starts + ends, ())
 
     def item_counts(self, split: str = "train") -> torch.Tensor:
         """int64 [V]: how often each item occurs in the inputs of `split`."""
@@ -144,29 +171,14 @@ class SequenceDataset:
         tensors are on the CPU. A user without events in `split` gives an empty sequence in "train"
         and "all"; in "valid" and "test" it has no target and raises ValueError.
         """
-        users = np.ascontiguousarray(
-            torch.as_tensor(users, dtype=torch.int64, device="cpu").numpy()
-        )
-        self._check_users(users, split)
-        starts, ends = self.offsets[users], self.offsets[users + 1]
-        kept = ends - starts
-        hidden = _hidden(split)
-        if hidden:
-            kept -= np.where(kept >= MIN_EVENTS, hidden, 0)
-        ends = starts + kept
+        users = _indices(users)
+        kept, _ = self._checked(users, split)
+        ends = self.offsets[users] + kept
         if max_len is not None:
             if max_len < 0:
                 raise ValueError(f"max_len must not be negative, got {max_len}")
             kept = np.minimum(kept, max_len)
-        offsets = np.concatenate(([0], np.cumsum(kept)))
-        place = np.arange(offsets[-1]) + np.repeat(ends - offsets[1:], kept)
-        return JaggedBatch(
-            values=torch.from_numpy(self.values[place].astype(np.int64)),
-            offsets=torch.from_numpy(offsets),
-            keys=torch.from_numpy(users.copy()),
-            max_seq_len=int(kept.max(initial=0)),
-            events={name: torch.from_numpy(self.event_column(name)[place]) for name in columns},
-        )
+        return self._batch(users, ends - kept, ends, columns)
 
     def event_column(self, name: str) -> np.ndarray:
         """[E]: "rating" (float32) or "time_gap" (float64 seconds since the event before, in the
@@ -202,10 +214,13 @@ class SequenceDataset:
 
     @cached_property
     def events_hash(self) -> str:
-        """Of the events of all users in their order: what a run is resumed on."""
+        """Of the events of all users in their order, and of the split unless it is leave-one-out:
+        what a run is resumed on."""
         digest = hashlib.sha256(self.offsets.tobytes())
         for start in range(0, self.num_events, 1 << 24):
             digest.update(self.values[start : start + (1 << 24)].tobytes())
+        if self.splits is not None:
+            digest.update(self.splits.tobytes())
         return digest.hexdigest()[:16]
 
     def column_hash(self, name: str) -> str:
@@ -229,48 +244,43 @@ class SequenceDataset:
             raise DataError(self.path / "relations.parquet", f"user out of [0, {self.num_users})")
         return pairs
 
-    def _check_users(self, users: np.ndarray, split: str) -> None:
+    def _boundaries(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        return boundaries(split, self.lengths, self.splits)
+
+    def _checked(self, users: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """`boundaries` of users who are in the split."""
         if users.ndim != 1:
             raise ValueError(f"users must have one dimension, got shape {tuple(users.shape)}")
-        if users.size == 0:
-            return
-        if users.min() < 0 or users.max() >= self.num_users:
+        if users.size and (users.min() < 0 or users.max() >= self.num_users):
             bad = users[(users < 0) | (users >= self.num_users)][0]
             raise IndexError(f"user {bad} is out of [0, {self.num_users})")
-        if split in TARGETS:
-            lengths = self.offsets[users + 1] - self.offsets[users]
-            if lengths.min() < MIN_EVENTS:
-                bad = users[lengths < MIN_EVENTS][0]
-                raise ValueError(
-                    f"user {bad} has fewer than {MIN_EVENTS} events and is not in split {split!r}; "
-                    f"take users from dataset.users({split!r})"
-                )
-
-    def _check_sizes(self) -> None:
-        expected = {"values.npy": self.num_events, "offsets.npy": self.num_users + 1}
-        for name, array in (("values.npy", self.values), ("offsets.npy", self.offsets)):
-            if array.shape != (expected[name],):
-                raise DataError(
-                    self.path / name, f"schema.json says {expected[name]} elements, the file has "
-                    f"shape {tuple(array.shape)}",
-                )  # fmt: skip
-
-    def _check_contents(self) -> None:
-        file = self.path / "offsets.npy"
-        if self.offsets[0] != 0 or self.offsets[-1] != self.num_events:
-            raise DataError(
-                file, f"must run from 0 to {self.num_events}, the number of values; "
-                f"runs from {self.offsets[0]} to {self.offsets[-1]}",
-            )  # fmt: skip
-        falls = np.flatnonzero(self.lengths < 0)
-        if falls.size:
-            raise DataError(file, f"offsets are not monotone: they fall after index {falls[0]}")
-        if self.values.min() < 0 or self.values.max() >= self.num_items:
-            where = np.flatnonzero((self.values < 0) | (self.values >= self.num_items))[0]
-            raise DataError(
-                self.path / "values.npy",
-                f"item {self.values[where]} at index {where} is out of [0, {self.num_items})",
+        lengths = self.offsets[users + 1] - self.offsets[users]
+        splits = None if self.splits is None else self.splits[users]
+        inputs, ends = boundaries(split, lengths, splits)
+        if split in TARGETS and (absent := (inputs == 0) | (inputs >= ends)).any():
+            what = "no target, or no event before it,"
+            if self.splits is None:
+                what = f"fewer than {MIN_EVENTS} events"
+            raise ValueError(
+                f"user {users[absent][0]} has {what} and is not in split {split!r}; "
+                f"take users from dataset.users({split!r})"
             )
+        return inputs, ends
+
+    def _batch(
+        self, users: np.ndarray, starts: np.ndarray, ends: np.ndarray, columns: Sequence[str]
+    ) -> JaggedBatch:
+        """The events from `starts` to `ends` [B], places among all events."""
+        kept = ends - starts
+        offsets = np.concatenate(([0], np.cumsum(kept)))
+        place = np.arange(offsets[-1]) + np.repeat(ends - offsets[1:], kept)
+        return JaggedBatch(
+            values=torch.from_numpy(self.values[place].astype(np.int64)),
+            offsets=torch.from_numpy(offsets),
+            keys=torch.from_numpy(users.copy()),
+            max_seq_len=int(kept.max(initial=0)),
+            events={name: torch.from_numpy(self.event_column(name)[place]) for name in columns},
+        )
 
     def _table(self, name: str, rows: int | None = None):
         import polars as pl
@@ -296,7 +306,10 @@ def _hash_of(ids: np.ndarray) -> str:
     return hashlib.sha256("\n".join(map(str, ids.tolist())).encode()).hexdigest()[:16]
 
 
-def _hidden(split: str) -> int:
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
-    return SPLITS[split]
+def _indices(users) -> np.ndarray:
+    return np.ascontiguousarray(torch.as_tensor(users, dtype=torch.int64, device="cpu").numpy())
+
+
+def _check_held_out(split: str) -> None:
+    if split not in TARGETS:
+        raise ValueError(f"split must be one of {list(TARGETS)} for targets, got {split!r}")

@@ -1,4 +1,4 @@
-"""The files of a data set folder: schema.json, the two arrays, and whether they belong together."""
+"""The files of a data set folder: schema.json, the arrays, and whether they belong together."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrec.data.errors import DataError, reading
+from fastrec.data.splits import FILE, check_splits
 
 FORMAT = "fastrec-dataset"
 FORMAT_VERSION = 1
@@ -26,7 +27,8 @@ def check_digests(folder: Path, schema: dict) -> None:
     import polars as pl
 
     digests = schema["digests"]
-    names = {"values.npy", "offsets.npy", "users.parquet", "items.parquet", "relations.parquet"}
+    names = {"values.npy", "offsets.npy", FILE}
+    names |= {"users.parquet", "items.parquet", "relations.parquet"}
     for name in sorted(names):
         file = folder / name
         if not file.exists() and name in digests:
@@ -43,6 +45,48 @@ def check_digests(folder: Path, schema: dict) -> None:
             raise DataError(
                 folder / "schema.json", f"{key!r} is {schema[key]}, {name} has {rows} rows"
             )
+
+
+def check_sizes(dataset) -> None:
+    """Raise for an array of a SequenceDataset whose shape is not what schema.json says."""
+    users = dataset.num_users
+    expected = [
+        ("values.npy", dataset.values, (dataset.num_events,)),
+        ("offsets.npy", dataset.offsets, (users + 1,)),
+    ]
+    for name, array, shape in expected:
+        if array.shape != shape:
+            raise DataError(
+                dataset.path / name, f"schema.json says {shape[0]} elements, the file has "
+                f"shape {tuple(array.shape)}",
+            )  # fmt: skip
+    if dataset.splits is not None and dataset.splits.shape != (users, 2):
+        raise DataError(
+            dataset.path / FILE,
+            f"shape must be [{users}, 2], the file has {list(dataset.splits.shape)}",
+        )
+
+
+def check_contents(dataset) -> None:
+    """Raise for offsets that fall, boundaries of a split out of order, items out of range."""
+    file = dataset.path / "offsets.npy"
+    if dataset.offsets[0] != 0 or dataset.offsets[-1] != dataset.num_events:
+        raise DataError(
+            file, f"must run from 0 to {dataset.num_events}, the number of values; "
+            f"runs from {dataset.offsets[0]} to {dataset.offsets[-1]}",
+        )  # fmt: skip
+    falls = np.flatnonzero(dataset.lengths < 0)
+    if falls.size:
+        raise DataError(file, f"offsets are not monotone: they fall after index {falls[0]}")
+    if dataset.splits is not None:
+        check_splits(dataset.path / FILE, dataset.splits, dataset.lengths)
+    values = dataset.values
+    if values.min() < 0 or values.max() >= dataset.num_items:
+        where = np.flatnonzero((values < 0) | (values >= dataset.num_items))[0]
+        raise DataError(
+            dataset.path / "values.npy",
+            f"item {values[where]} at index {where} is out of [0, {dataset.num_items})",
+        )
 
 
 def read_schema(file: Path) -> dict:
@@ -65,6 +109,8 @@ def read_schema(file: Path) -> dict:
         if type(schema.get(key)) is not int or not 0 < schema[key] < _MANY:
             got = str(schema.get(key, "nothing"))[:40]
             raise DataError(file, f"{key!r} must be a positive integer, got {got!r}")
+    if not isinstance(schema.get("split", {}), dict):
+        raise DataError(file, f"'split' must say how users are split, got {schema['split']!r}")
     digests = schema.get("digests")
     if not isinstance(digests, dict) or not all(type(each) is str for each in digests.values()):
         raise DataError(file, "'digests' of the files are missing: prepare the dataset again")

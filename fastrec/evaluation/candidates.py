@@ -1,4 +1,7 @@
-"""The items that a target is ranked against, where these are not all items. Legend: U users."""
+"""The targets of users, and what they are ranked against where these are not all items.
+
+Legend: U users, P pairs of a user and a target.
+"""
 
 from pathlib import Path
 
@@ -10,6 +13,16 @@ from fastrec.data.errors import DataError
 from fastrec.data.prepare.text import read_fields
 
 _ROUNDS = 4  # of rejection, before a user whose history is most of the events costs O(items)
+
+
+def held_out_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    """(items, places of their users in `users`), int64 [P]: the targets user by user, in the order
+    of the events; an item that occurs again counts once."""
+    batch = dataset.held_out(users, split)
+    owner = batch.segment_ids()
+    _, first = np.unique((owner * dataset.num_items + batch.values).numpy(), return_index=True)
+    kept = torch.from_numpy(np.sort(first))
+    return batch.values[kept], owner[kept]
 
 
 def sampled_negatives(

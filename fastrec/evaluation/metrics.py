@@ -1,4 +1,7 @@
-"""Ranking metrics of one relevant item per user, from its rank (1 = first)."""
+"""Ranking metrics of the relevant items of users, from their ranks (1 = first).
+
+Legend: P pairs of a user and a relevant item, U users, T relevant items of a user.
+"""
 
 from itertools import pairwise
 
@@ -7,15 +10,25 @@ import torch
 from torch import Tensor
 
 
-def ranking_metrics(ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+def ranking_metrics(
+    ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10), owner: Tensor | None = None
+) -> dict[str, float]:
     """HR@k, NDCG@k, MRR@k of the largest k and MRR, averaged over users, as fractions.
 
-    HR@k = [r <= k] (= Recall@k), NDCG@k = [r <= k] / log2(r + 1), MRR@k = [r <= k] / r (= MAP@k),
-    MRR = 1/r over all candidates (UPRec, section 4.2). HR@1 equals the others at 1, so only HR is
-    reported for k = 1.
+    With one relevant item a user, of rank r: HR@k = [r <= k] (= Recall@k), NDCG@k = [r <= k] /
+    log2(r + 1), MRR@k = [r <= k] / r (= MAP@k), MRR = 1/r over all candidates (UPRec, section 4.2).
+
+    With T of them, in the order of their ranks r_1 .. r_T: HR@k = [r_1 <= k] and MRR = 1/r_1 (the
+    best counts); Recall@k = hits / T; NDCG@k = sum of [r_i <= k] / log2(r_i + 1), over the same sum
+    for the ranks 1 .. min(k, T); MAP@k of the largest k = sum of [r_i <= k] i / r_i, over min(k,
+    T). Recall@k and MAP@k are reported where some user has several.
+
+    HR@1 equals NDCG@1, so only HR is reported for k = 1.
 
     Args:
-        ranks: [U], from 1; halves are allowed (ties shared).
+        ranks: [P], from 1; halves are allowed (ties shared).
+        owner: int64 [P], whose item it is; None: everyone has one. Users without a pair are no
+            part of the average.
 
     Raises:
         ValueError: no user, or a rank below 1 or NaN.
@@ -25,20 +38,57 @@ def ranking_metrics(ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10)) -> dic
     ranks = ranks.double()
     if not bool((ranks >= 1).all()):
         raise ValueError("ranks must be numbers from 1 up")
+    if owner is None or len(owner.unique()) == len(owner):
+        owner = torch.arange(len(ranks), device=ranks.device)
+        place = number = torch.ones_like(owner)
+    else:
+        ranks, owner, place, number = _by_user(ranks, owner)
+    several = len(number) < len(ranks)
+
+    def total(values: Tensor) -> Tensor:
+        """[U]: the sums over the items of each user."""
+        return torch.zeros_like(number, dtype=torch.float64).index_add(0, owner, values)
+
+    best = place == 1
     metrics = {}
     for k in cutoffs:
         hit = hit_of(ranks, k)
-        metrics[f"HR@{k}"] = hit.mean().item()
+        metrics[f"HR@{k}"] = hit[best].mean().item()
+        if several:
+            metrics[f"Recall@{k}"] = (total(hit) / number).mean().item()
         if k > 1:
-            metrics[f"NDCG@{k}"] = (hit / torch.log2(ranks + 1)).mean().item()
+            gain = total(hit / torch.log2(ranks + 1))
+            metrics[f"NDCG@{k}"] = (gain / _ideal(number.clamp_max(k))).mean().item()
     if (k := max(cutoffs)) > 1:
-        metrics[f"MRR@{k}"] = (hit_of(ranks, k) / ranks).mean().item()
-    metrics["MRR"] = ranks.reciprocal().mean().item()
+        hit = hit_of(ranks, k)
+        metrics[f"MRR@{k}"] = (hit / ranks)[best].mean().item()
+        if several:
+            precision = total(hit * place / ranks)
+            metrics[f"MAP@{k}"] = (precision / number.clamp_max(k)).mean().item()
+    metrics["MRR"] = ranks[best].reciprocal().mean().item()
     return metrics
 
 
+def _by_user(ranks: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ranks [P] user by user, the best first; whose each is, from 0; its place, from 1; T [U])."""
+    order = ranks.argsort(stable=True)
+    order = order[owner[order].argsort(stable=True)]
+    number = owner.unique(return_counts=True)[1]
+    owner = torch.arange(len(number), device=ranks.device).repeat_interleave(number)
+    before = number.cumsum(0) - number
+    place = torch.arange(1, len(ranks) + 1, device=ranks.device) - before[owner]
+    return ranks[order], owner, place, number
+
+
+def _ideal(number: Tensor) -> Tensor:
+    """float64 [U]: the DCG of the ranks 1 .. number."""
+    most = int(number.max())
+    place = torch.arange(1, most + 1, dtype=torch.float64, device=number.device)
+    return torch.log2(place + 1).reciprocal().cumsum(0)[number - 1]
+
+
 def hit_of(ranks: Tensor, k: int) -> Tensor:
-    """float64 [U]: 1 where a rank is among the first k."""
+    """float64 [P]: 1 where a rank is among the first k."""
     return (ranks <= k).double()
 
 

@@ -1,8 +1,10 @@
-"""Evaluation protocols: which items a user's target is ranked against.
+"""Evaluation protocols: which items a user's targets are ranked against.
 
 `full`: all items. `sampled`: 99 negatives, items of the user's whole sequence rejected, without
 replacement, drawn by popularity (UPRec, section 4.2), uniformly (S3-Rec, section 5.1.2), or listed
-in a file.
+in a file. Where a user has several targets, all are in one ranking: each competes with the others.
+
+Legend: U users, N users of a block, P pairs of a user and a target.
 """
 
 import math
@@ -13,9 +15,14 @@ import torch
 from torch import Tensor
 
 from fastrec.data.settings import check_choices
-from fastrec.evaluation.candidates import listed_negatives, sampled_negatives
+from fastrec.evaluation.candidates import held_out_items, listed_negatives, sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.ranking import rank_candidates, seen_above
+from fastrec.evaluation.ranking import (
+    candidate_scores,
+    others_above,
+    rank_candidates,
+    seen_above,
+)
 from fastrec.ops.linear_rank import linear_rank
 from fastrec.ops.linear_topk import linear_topk
 
@@ -31,7 +38,8 @@ class Protocol:
         negatives_file: of "sampled": a line `user item item ..` for each user, in original ids.
         seen: "none" keeps items of the input in a full ranking, "exclude" leaves them out, "zero"
             sets their scores to 0, as S3-Rec's program and those that follow it do: for parity with
-            models whose scores have a meaning around 0, such as those of BCE.
+            models whose scores have a meaning around 0, such as those of BCE. Targets of the user
+            are never left out.
         cutoffs: k of HR@k and NDCG@k.
         logit_adjustment: tau of `adjustment`; 0 ranks by the scores of the model.
         friend_negatives: others beside the friend, of the judge "friends"; 99 if None.
@@ -144,7 +152,7 @@ def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
 def evaluate(
     model, dataset, protocol: Protocol = Protocol(), split: str = "test", users=None
 ) -> dict[str, float]:
-    """`ranking_metrics` of the held-out items of `users` (int64 indices; all users of the split)
+    """`ranking_metrics` of the targets of `users` (int64 indices; all users of the split)
     under a protocol, `recipe.evaluation` for one. split: "valid" or "test"."""
     users = dataset.users(split) if users is None else users
     users = torch.as_tensor(users, dtype=torch.int64, device="cpu")
@@ -155,16 +163,24 @@ def evaluate(
 class NextItemJudge:
     """Ranks the targets of `split` of a dataset for a user set under a protocol.
 
+    targets, owner: int64 [P], the items and the places of their users in `users`; user by user, an
+        item once a user, in the order of the events. Leave-one-out has one a user.
+    offsets: int64 [U + 1], the pairs of each user. negatives: int64 [U, C], where they are drawn.
+
     Negatives are drawn once, here, so that models and epochs are compared on the same candidates.
+    Raises ValueError without a user, or for one who is not in the split.
     """
 
     def __init__(self, dataset, users: Tensor, split: str, protocol: Protocol = Protocol()):
         self.dataset, self.users, self.split, self.protocol = dataset, users, split, protocol
-        self.targets = dataset.targets(split)[users]
+        if len(users) == 0:
+            raise ValueError(f"there is no user to evaluate in split {split!r}")
+        self.targets, self.owner = held_out_items(dataset, users, split)
+        number = self.owner.bincount(minlength=len(users))
+        self.offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         if protocol.candidates == "sampled":
-            negatives = _negatives(dataset, users, protocol)
-            self.candidates = torch.cat([self.targets[:, None], negatives], dim=1)
+            self.negatives = _negatives(dataset, users, protocol)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -175,14 +191,22 @@ class NextItemJudge:
 
     @property
     def metric_names(self) -> list[str]:
-        return list(self.metrics(torch.ones(1, device="cpu")))
+        return list(self.metrics(torch.ones(len(self.targets), device="cpu")))
 
-    def metrics(self, ranks: Tensor, objective=None) -> dict[str, float]:
-        """`ranking_metrics` of what `score` gives for all rows."""
-        return ranking_metrics(ranks, tuple(self.protocol.cutoffs))
+    def metrics(
+        self, ranks: Tensor, objective=None, users: Tensor | None = None
+    ) -> dict[str, float]:
+        """`ranking_metrics` of what `score` gives for all rows. users: bool [U], whom to average
+        over; None: all."""
+        owner = self.owner
+        if users is not None:
+            kept = users[owner]
+            ranks, owner = ranks[kept], owner[kept]
+        return ranking_metrics(ranks, tuple(self.protocol.cutoffs), owner)
 
     def rank_rows(self, model, rows: slice) -> Tensor:
-        """float64 [N]: ranks of the targets of `users[rows]`, on the CPU. Dropout is off."""
+        """float64 [P of the rows]: ranks of the targets of `users[rows]`, on the CPU. Dropout is
+        off."""
         with torch.no_grad():
             query, bias = self._asked(model, rows)
             # Scores in full precision also in bf16-mixed validation: coarse ones would tie.
@@ -197,7 +221,8 @@ class NextItemJudge:
             with torch.no_grad():
                 query, bias = self._asked(model, rows)
                 best = min(k, len(model.item_table))
-                exclude = self._seen(rows, query.device)
+                some = self.protocol.seen != "none"
+                exclude = self._seen(self.users[rows], query.device) if some else None
                 found = linear_topk(
                     query, model.item_table, best, linear_bias=bias, exclude=exclude
                 )
@@ -209,14 +234,28 @@ class NextItemJudge:
         query = next_item_queries(model, self.dataset, self.users[rows], self.split)
         return query, model.item_head.bias - self.adjustment.to(query.device)
 
-    def _seen(self, rows: slice, device) -> tuple[Tensor, Tensor] | None:
-        if self.protocol.seen == "none":
-            return None
-        items, offsets = seen_items(self.dataset, self.users[rows], self.split)
+    def _seen(self, users: Tensor, device) -> tuple[Tensor, Tensor]:
+        items, offsets = seen_items(self.dataset, users, self.split)
         return items.to(device), offsets.to(device)
 
+    def _left_out(self, owner: Tensor, device) -> tuple[Tensor, Tensor]:
+        """What the users of pairs have seen, but for their targets: these stay in the ranking."""
+        items, offsets = seen_items(self.dataset, self.users[owner], self.split)
+        row = torch.arange(len(owner), device="cpu").repeat_interleave(offsets.diff())
+        theirs = slice(int(self.offsets[owner[0]]), int(self.offsets[owner[-1] + 1]))
+        width = self.dataset.num_items
+        targets = self.owner[theirs] * width + self.targets[theirs]
+        kept = ~torch.isin(owner[row] * width + items, targets)
+        number = row[kept].bincount(minlength=len(owner))
+        offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
+        return items[kept].to(device), offsets.to(device)
+
+    def candidates(self, pairs: slice = slice(None)) -> Tensor:
+        """int64 [P, 1 + negatives]: the target of each pair and the negatives of its user."""
+        return torch.cat([self.targets[pairs, None], self.negatives[self.owner[pairs]]], dim=1)
+
     def ranks(self, model) -> Tensor:
-        """float64 [U]: rank of every user's target, on the CPU."""
+        """float64 [P]: ranks of the targets of all users, on the CPU."""
         return torch.cat([self.rank_rows(model, rows) for rows in row_blocks(len(self.users))])
 
     def popularity_ranks(self) -> Tensor:
@@ -233,14 +272,35 @@ class NextItemJudge:
         return torch.cat(parts)
 
     def _rank(self, query: Tensor, table: Tensor, bias: Tensor, rows: slice) -> Tensor:
-        if self.protocol.candidates == "sampled":
-            return rank_candidates(query, table, bias, self.candidates[rows].to(query.device))
-        exclude = self._seen(rows, query.device)
-        targets = self.targets[rows].to(query.device)
-        ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=exclude).double()
-        if self.protocol.seen == "zero" and exclude is not None:
-            ranks = seen_above(ranks, query, table, bias, targets, *exclude)
+        """Ranks of the targets of `users[rows]`, whose queries are `query` [N, D]."""
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        first, parts = int(offsets[0]), []
+        for block in row_blocks(int(offsets[-1]) - first):  # a user may have many, and a long past
+            pairs = slice(first + block.start, first + block.stop)
+            asked = query[(self.owner[pairs] - rows.start).to(query.device)]
+            parts.append(self._rank_pairs(asked, table, bias, pairs))
+        ranks = torch.cat(parts)
+        if self.protocol.candidates == "sampled" and len(ranks) > len(query):
+            pairs = slice(first, int(offsets[-1]))
+            asked = query[(self.owner[pairs] - rows.start).to(query.device)]
+            targets = self.targets[pairs, None].to(query.device)
+            scores = candidate_scores(asked, table, bias, targets).squeeze(1)
+            ranks = others_above(ranks, scores, offsets - first)
         return ranks
+
+    def _rank_pairs(self, query: Tensor, table: Tensor, bias: Tensor, pairs: slice) -> Tensor:
+        """Ranks of the targets of `pairs`, the query [P, D] of each; where candidates are sampled,
+        among the negatives."""
+        device, seen = query.device, self.protocol.seen
+        if self.protocol.candidates == "sampled":
+            return rank_candidates(query, table, bias, self.candidates(pairs).to(device))
+        owner, targets = self.owner[pairs], self.targets[pairs].to(device)
+        exclude = self._left_out(owner, device) if seen == "exclude" else None
+        if seen != "zero":
+            return linear_rank(query, table, targets, linear_bias=bias, exclude=exclude).double()
+        zeros = self._seen(self.users[owner], device)
+        ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=zeros).double()
+        return seen_above(ranks, query, table, bias, targets, *zeros)
 
 
 def _negatives(dataset, users: Tensor, protocol: Protocol) -> Tensor:

@@ -1,4 +1,7 @@
-"""Ranks of target items among candidates. Legend: N users, V items, D width, C candidates."""
+"""Ranks of target items among candidates.
+
+Legend: N rows (a target each), V items, D width, C candidates, U users, P targets of all users.
+"""
 
 import torch
 from torch import Tensor
@@ -14,10 +17,35 @@ def rank_candidates(query: Tensor, table: Tensor, bias: Tensor, candidates: Tens
     Returns:
         float64 [N]. A NaN score of the target ranks last.
     """
-    scores = torch.einsum("nd,ncd->nc", query, table[candidates]) + bias[candidates]
+    scores = candidate_scores(query, table, bias, candidates)
     target, others = scores[:, :1], scores[:, 1:]
     ranks = 1 + (others > target).sum(1).double() + (others == target).sum(1).double() / 2
     return torch.where(target.squeeze(1).isnan(), float(candidates.shape[1]), ranks)
+
+
+def candidate_scores(query: Tensor, table: Tensor, bias: Tensor, candidates: Tensor) -> Tensor:
+    """[N, C]: the scores of `candidates`, int64 [N, C]."""
+    return torch.einsum("nd,ncd->nc", query, table[candidates]) + bias[candidates]
+
+
+def others_above(ranks: Tensor, scores: Tensor, offsets: Tensor) -> Tensor:
+    """float64 [P]: ranks among the other targets of the user as well, from `ranks` among negatives:
+    each that is greater counts, and half of each that is equal. A NaN score ranks last.
+
+    Args:
+        scores: [P] of the targets.
+        offsets: int64 [U + 1], the targets of each user, on the CPU.
+    """
+    number = offsets.diff()
+    owner = torch.arange(len(number), device=offsets.device).repeat_interleave(number)
+    place = torch.arange(len(owner), device=offsets.device) - offsets[owner]
+    size, device = (len(number), int(number.max())), scores.device
+    owner, place = owner.to(device), place.to(device)
+    own = torch.full(size, float("nan"), dtype=scores.dtype, device=device)  # [U, T]
+    own[owner, place] = scores
+    others, target = own[owner], scores[:, None]
+    above = (others > target).sum(1).double() + ((others == target).sum(1).double() - 1) / 2
+    return ranks + torch.where(scores.isnan(), number.to(device)[owner] - 1.0, above)
 
 
 def seen_above(

@@ -36,7 +36,7 @@ def print_table(header: list[str], rows: dict[str, list[str]], title: str | None
         table.add_column(name, justify="right")
     for name, cells in rows.items():
         table.add_row(name, *cells)
-    Console(width=110).print(table)
+    Console(width=max(110, 12 * len(header))).print(table)  # no name of a metric is cut
 
 
 def _axes(title: str, xlabel: str, ylabel: str):

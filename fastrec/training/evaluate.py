@@ -34,8 +34,8 @@ def evaluate_stage(
     """Print and return the metrics of the test users of a stage.
 
     folder: of the model, with the parameters of its objectives.
-    split, ranks: for the judge of the next item: which item is held out, and a .csv or .parquet
-        file for user_id, item_id (the target) and rank.
+    split, ranks: for the judge of the next item: which items are held out, and a .csv or .parquet
+        file for user_id, item_id (the target) and rank, a row for each target.
     """
     if stage.judge == "next_item":
         return _next_item(dataset, recipe, model, split, ranks)
@@ -47,26 +47,30 @@ def evaluate_stage(
 
 
 def _next_item(dataset, recipe: Recipe, model: UserModel, split: str, file: Path | None) -> dict:
-    judge = NextItemJudge(dataset, select_users(dataset, recipe.users), split, recipe.evaluation)
+    chosen = select_users(dataset, recipe.users, split)
+    judge = NextItemJudge(dataset, chosen, split, recipe.evaluation)
     ranks = judge.ranks(model)
     rows = {
         "popularity": judge.metrics(judge.popularity_ranks()),
         "model": judge.metrics(ranks),
     }
-    print(f"{len(judge):,} users, split {split}, {recipe.evaluation}")
+    several = len(judge.targets) > len(judge)
+    said = f" with {len(judge.targets):,} targets, those of a user in one ranking"
+    print(f"{len(judge):,} users{said if several else ''}, split {split}, {recipe.evaluation}")
     print_metrics(rows)
     groups = {
-        f"{label} ({mask.sum()} users)": judge.metrics(ranks[mask])
+        f"{label} ({mask.sum()} users)": judge.metrics(ranks, users=torch.from_numpy(mask))
         for label, mask in length_groups(dataset.lengths[judge.users.numpy()])
     }
     print_metrics(groups, title="model, by number of events of the user")
     lists = _lists(judge, model) if recipe.evaluation.candidates == "full" else {}
     if file is not None:
         write_table(_ranks_table(judge, ranks), file, overwrite=True)
-        print(f"{file}: the rank of the target of each user")
+        print(f"{file}: the rank of {'each target' if several else 'the target'} of each user")
     return {
         "split": split,
         "users": len(judge),
+        "targets": len(judge.targets),
         "metrics": rows,
         "by_length": groups,
         "lists": lists,
@@ -89,9 +93,10 @@ def _ranks_table(judge: NextItemJudge, ranks: Tensor):
 
     users, items = judge.dataset.user_ids(), judge.dataset.item_ids()
     columns = {
-        "user_id": users[judge.users.numpy()], "item_id": items[judge.targets.numpy()],
+        "user_id": users[judge.users[judge.owner].numpy()],
+        "item_id": items[judge.targets.numpy()],
         "rank": ranks.numpy(),
-    }  # fmt: skip
+    }
     return polars.DataFrame(columns)
 
 
@@ -104,7 +109,7 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
     objective = JointObjective({"user_attributes": settings}, model, side)
     load_heads(objective, folder)
     objective.to(model.item_table.device)
-    trained = select_users(dataset, recipe.users)
+    trained = select_users(dataset, recipe.users, "train")
     judge = AttributesJudge(dataset, users, "all", side.encoded, trained)
     rows = {
         "constant": judge.metrics(judge.baseline()),

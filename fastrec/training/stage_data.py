@@ -23,28 +23,35 @@ class StageData:
     judge: NextItemJudge | AttributesJudge | FriendsJudge
 
 
-def select_users(dataset, users: Users) -> Tensor:
-    """int64: the evaluated users, a random `fraction` of those with a test target, ascending."""
-    everyone = torch.as_tensor(dataset.users("test"), device="cpu")
-    if users.fraction >= 1.0:
-        return everyone
-    generator = torch.Generator().manual_seed(users.seed)
-    count = round(len(everyone) * users.fraction)
-    return (
-        everyone[torch.randperm(len(everyone), generator=generator, device="cpu")[:count]]
-        .sort()
-        .values
-    )
+def select_users(dataset, users: Users, split: str | None = None) -> Tensor:
+    """int64: the evaluated users, a random `fraction` of those in "valid" or "test", ascending.
+
+    split: only those of them who are in it. In leave-one-out all are in every split.
+    """
+    chosen = _evaluated(dataset)
+    if users.fraction < 1.0:
+        generator = torch.Generator().manual_seed(users.seed)
+        count = round(len(chosen) * users.fraction)
+        order = torch.randperm(len(chosen), generator=generator, device="cpu")
+        chosen = chosen[order[:count]].sort().values
+    if split is None:
+        return chosen
+    return chosen[torch.isin(chosen, torch.as_tensor(dataset.users(split), device="cpu"))]
 
 
 def held_out_users(dataset, users: Users) -> Tensor:
-    """int64: the users with a test target that `select_users` leaves out, ascending. They test the
-    judges "attributes" and "friends"."""
-    everyone = torch.as_tensor(dataset.users("test"), device="cpu")
+    """int64: the users in "valid" or "test" that `select_users` leaves out, ascending. They test
+    the judges "attributes" and "friends"."""
+    everyone = _evaluated(dataset)
     rest = everyone[~torch.isin(everyone, select_users(dataset, users))]
     if len(rest) == 0:
         raise ValueError(f"users.fraction is {users.fraction}: no user is held out to test on")
     return rest
+
+
+def _evaluated(dataset) -> Tensor:
+    found = np.union1d(dataset.users("valid"), dataset.users("test"))
+    return torch.as_tensor(found, device="cpu")
 
 
 def _validation_users(selected: Tensor, users: Users) -> Tensor:
@@ -63,7 +70,7 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
     return SideData(
         dataset,
         attributes=recipe.attributes,
-        users=select_users(dataset, recipe.users),
+        users=select_users(dataset, recipe.users, "train"),
         labelled=labelled,
         event_columns=recipe.model.items.event_columns,
     )
@@ -72,21 +79,26 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
 def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
-    The judge of the next item is asked about all selected users, who are trained on together with
-    those whose sequences are too short to hold anything out. The judges of attributes and friends
-    are asked about a random tenth of the selected users, who are not trained on. Where users are
-    held out to test these, the attributes and friends of that tenth are hidden from every stage: a
-    model that remembered them would be chosen for it.
+    The judge of the next item is asked about all selected users with a validation target. Trained
+    are the selected users with training events, together with those whose sequences are too short
+    to hold anything out. The judges of attributes and friends are asked about a random tenth of the
+    selected users, who are not trained on. Where users are held out to test these, the attributes
+    and friends of that tenth are hidden from every stage: a model that remembered them would be
+    chosen for it.
     """
-    selected = users = labelled = select_users(dataset, recipe.users)
+    selected = select_users(dataset, recipe.users, "valid")
     if len(selected) == 0:
-        raise ValueError("no user has 3 events or more: there is nothing to validate on")
+        what = "3 events or more"
+        if dataset.splits is not None:
+            what = "a validation target and an event before it"
+        raise ValueError(f"no user has {what}: there is nothing to validate on")
+    users = labelled = select_users(dataset, recipe.users, "train")
     judged = _validation_users(users, recipe.users)
     if stage.judge != "next_item" or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
     if stage.judge == "next_item":
         short = torch.as_tensor(
-            np.setdiff1d(dataset.users("train"), dataset.users("test")), device="cpu"
+            np.setdiff1d(dataset.users("train"), _evaluated(dataset).numpy()), device="cpu"
         )
         users, labelled = (torch.cat([part, short]).sort().values for part in (users, labelled))
     else:

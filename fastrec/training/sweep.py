@@ -132,7 +132,8 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
             continue
         resume = (run / "last.ckpt").is_file()
         model = fit(dataset, model, recipe=recipe, stage=name, output=run, resume=resume)
-    judge = NextItemJudge(dataset, select_users(dataset, recipe.users), "test", recipe.evaluation)
+    chosen = select_users(dataset, recipe.users, "test")
+    judge = NextItemJudge(dataset, chosen, "test", recipe.evaluation)
     metrics = judge.metrics(judge.ranks(model))
     write_text(result, json.dumps(metrics, indent=2) + "\n")
     return metrics

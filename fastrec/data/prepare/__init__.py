@@ -13,11 +13,14 @@ from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
-from fastrec.data.prepare.sources import is_frame, name_of, polars_frame
+from fastrec.data.prepare.sources import is_frame, polars_frame
+from fastrec.data.prepare.split import divided, report_lines, source_name, split_of
+from fastrec.data.prepare.split_files import joined
 from fastrec.data.prepare.writer import claim, write_dataset
 
 TIE_RULE = "stable by (timestamp, row of the source)"
 ORDER_RULE = "order of the source, never sorted"
+BY_FILE = ", training before validation before test"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class PrepareReport:
     inferred: dict[str, str] = field(default_factory=dict)
     preview: list[str] = field(default_factory=list)
     catalogue: str | None = None
+    split: dict | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -58,7 +62,9 @@ class PrepareReport:
                 **self.lengths
             )
         )
-        if self.num_short_users:
+        if self.split is not None:
+            lines += [f"  {line}" for line in report_lines(self.split)]
+        elif self.num_short_users:
             lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
         lines.append(f"  order: {self.tie_rule}")
         lines.append(f"  time: {self.time}")
@@ -80,6 +86,11 @@ def prepare(
     item_key: str | None = None,
     items_of: Path | str | None = None,
     na_values: str = "ask",
+    split: str = "leave_one_out",
+    valid=None,
+    test=None,
+    valid_source=None,
+    test_source=None,
     overwrite: bool = False,
     **options,
 ) -> PrepareReport:
@@ -99,6 +110,10 @@ def prepare(
     items_of: a data set whose items come first, in their order and with their attributes, also
     those without events here: models that were trained on it go on, and new items come behind.
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
+    split: which events are held out, "leave_one_out", or with valid and test "last" (how many
+    events of a user), "ratio" (which share of them) or "time" (the times, dates or whole numbers as
+    the source counts, from which on events are validation and test), or "files" with valid_source
+    and test_source, which are read as `source` is, whose events are those of training.
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
     from 1 without gaps just lose 1. Events are sorted stably by (timestamp, row), unless the source
@@ -118,6 +133,7 @@ def prepare(
         options["na_values"] = na_values
     elif na_values != "ask" and user_attributes is item_attributes is relations is None:
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
+    chosen = split_of(split, valid, test, valid_source, test_source)
     frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
     user_attributes, item_attributes, relations = (
         polars_frame(frame, name) if is_frame(frame) else frame
@@ -131,17 +147,24 @@ def prepare(
         if settings["column"] is not None and not isinstance(file, (str, Path)):
             raise ValueError(f"--{name}_key has no effect without --{name}_attributes")
         settings["na_values"] = na_values
-    with claim(Path(output), overwrite), reading(source.source if is_raw else name_of(source)):
-        raw = source if is_raw else readers.read(source, format, **options)
+    with claim(Path(output), overwrite), reading(source_name(source)):
+        sources = [source, *chosen.files]
+        parts = [
+            each if isinstance(each, RawData) else readers.read(each, format, **options)
+            for each in sources
+        ]
+        raw = joined(parts, options.get("on_duplicate", "error"))
         for name, (_, settings) in sides.items():
             settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
         earlier = None if items_of is None else Path(items_of)
-        return _prepare(raw, Path(output), filters, sides, relations, earlier, na_values, overwrite)
+        return _prepare(
+            raw, Path(output), filters, sides, relations, earlier, na_values, chosen, overwrite
+        )
 
 
 def _prepare(
-    raw, output, filters, sides, relations, items_of, na_values, overwrite
+    raw, output, filters, sides, relations, items_of, na_values, split, overwrite
 ) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
@@ -181,14 +204,15 @@ def _prepare(
     used_users, user = np.unique(user[rows], return_inverse=True)
     used_items, item = np.unique(item[rows], return_inverse=True)
     if raw.ordered:
-        order = np.argsort(user, kind="stable")
+        order = np.argsort(user, kind="stable")  # own files follow each other
     else:
         if "timestamp" not in frame.columns:
             raise DataError(
                 raw.source, "events without times need a source that is in order (--ordered true)",
                 column="timestamp",
             )  # fmt: skip
-        order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], user))
+        part = np.zeros_like(rows) if raw.part is None else raw.part[rows]
+        order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], part, user))
     user, item, rows = user[order], item[order], rows[order]
 
     user_file, options = sides["user"]
@@ -212,17 +236,20 @@ def _prepare(
     links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
     time = raw.time if "timestamp" in frame.columns else PLACE
+    splits, said = divided(split, raw, user, item, rows)
     schema = write_dataset(
         output,
         interactions=_interactions(frame, rows, user, item),
         users=users,
         items=items,
         relations=links,
-        tie_rule=ORDER_RULE if raw.ordered else TIE_RULE,
+        tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + ("" if raw.part is None else BY_FILE),
         time=time,
         source=raw.source,
         inferred=raw.inferred,
         filters=filters | {"items_of": items_of and str(items_of), "removed": removed},
+        splits=splits,
+        split=said,
         overwrite=overwrite,
     )
     lengths = np.bincount(user)
@@ -244,6 +271,7 @@ def _prepare(
         inferred=raw.inferred,
         preview=preview(frame, time),
         catalogue=None if catalogue is None else str(catalogue),
+        split=said,
     )
 
 

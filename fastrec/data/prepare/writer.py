@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrec.data.dataset import MIN_EVENTS
 from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest
 from fastrec.data.errors import DataError
 from fastrec.data.output import locked, new_folder, put
+from fastrec.data.splits import FILE, boundaries, check_splits
 
 
 def write_dataset(
@@ -26,6 +26,8 @@ def write_dataset(
     source: str,
     filters: dict | None = None,
     inferred: dict | None = None,
+    splits: np.ndarray | None = None,
+    split: dict | None = None,
     overwrite: bool = False,
 ) -> dict:
     """Write a dataset that `SequenceDataset.load` opens; returns its schema.
@@ -35,7 +37,8 @@ def write_dataset(
     users, items: polars.DataFrames whose row i describes user (item) i: the original id in user_id
     (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
     time: what a timestamp is; tie_rule: the order of events with equal timestamps. inferred: the
-    settings of the reader that were recognised, not given.
+    settings of the reader that were recognised, not given. splits: int64 [U, 2] of a split that is
+    not leave-one-out, see `data.splits`; split: what it is, in words and numbers.
 
     The files are written to a folder beside `output`, which then takes its place; schema.json holds
     a digest of each. Callers hold `claim`. A folder that is not empty raises FileExistsError; with
@@ -56,6 +59,10 @@ def write_dataset(
     items = _indexed(items, "item")
     lengths = np.bincount(user, minlength=users.height)
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    if (splits is None) != (split is None):
+        raise ValueError("splits and what schema.json says of them belong together")
+    if splits is not None:
+        check_splits(output, splits, lengths)
     tables = {"interactions": interactions, "users": users, "items": items}
     if relations is not None:
         tables["relations"] = relations
@@ -66,7 +73,7 @@ def write_dataset(
         "num_items": items.height,
         "num_interactions": interactions.height,
         "num_relations": 0 if relations is None else relations.height,
-        "num_short_users": int((lengths < MIN_EVENTS).sum()),
+        "num_short_users": int((boundaries("train", lengths, splits)[0] == lengths).sum()),
         "time": time,
         "tie_rule": tie_rule,
         "source": source,
@@ -78,6 +85,9 @@ def write_dataset(
         },
     }
 
+    if split is not None:
+        schema["split"] = split
+
     work = new_folder(output)
     try:
         for name, table in tables.items():
@@ -85,6 +95,8 @@ def write_dataset(
         dtype = np.int32 if items.height <= np.iinfo(np.int32).max else np.int64
         np.save(work / "values.npy", item.astype(dtype))
         np.save(work / "offsets.npy", offsets)
+        if splits is not None:
+            np.save(work / FILE, splits.astype(np.int64))
         schema["digests"] = {file.name: digest(file) for file in sorted(work.iterdir())}
         text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
         (work / "schema.json").write_text(text, encoding="utf-8")
