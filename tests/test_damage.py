@@ -13,7 +13,8 @@ import torch
 from builders import assert_same_weights, recipe, run, synthetic
 from safetensors.torch import load_file, save_file
 
-from fastrec.cli import main, recommend
+from fastrec.cli import main
+from fastrec.cli_serve import recommend
 from fastrec.data.dataset_files import digest
 from fastrec.data.output import locked
 from fastrec.nn.model_files import NAMES, write_digests

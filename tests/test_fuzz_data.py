@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from fuzz_files import build, change_bytes, change_whole, events, links, people
 
-from fastrec.cli import prepare
+from fastrec.cli_prepare import prepare
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare.synthetic import generate
 
