@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build of fastrec: the pure Python package, the Triton kernels and one C++ extension.
 
 The extension uses the stable interfaces of Python (3.11) and torch (2.11) alone: one wheel serves

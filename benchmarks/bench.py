@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks as data: entries (op, sizes, dtype, case) x implementations.
 
 All implementations of an entry run in one process on the same inputs, in turn, and every time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Speed of the data path on one core: `python benchmarks/data.py [--sequences 1000000]`.
 
 Generates synthetic sequences, then times, for one epoch: the order of the epoch and gather, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of the elementwise ops of the encoder against eager PyTorch and its compiler.
 
 Legend: T events, D width (of the tensor that is read), V items of the table of the embedding.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training steps of one model on one file in fastrec, RecTools and RecBole, what an epoch takes and
 what the model has learnt.
 

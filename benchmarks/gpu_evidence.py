@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evidence from a GPU: correctness, speed against peers, memory, graphs, compilers.
 
     python benchmarks/gpu_evidence.py --sections probe,test --minutes 8.5

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of in_batch_cross_entropy: softmax over the candidates of a batch against PyTorch's ways.
 
 Legend: B queries and candidates, D width; a pair is one (query, candidate) logit.

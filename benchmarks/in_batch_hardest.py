@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of in_batch_hardest: the largest similarity to an allowed candidate, against PyTorch.
 
 Legend: B queries, C candidates, D width; a pair is one (query, candidate) similarity. Pairs with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of jagged_attention: dropout on the probabilities, against padded attention of PyTorch.
 
 Legend: B sequences, T events, N padded length, H heads, D head width; an element is a probability.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of jagged_gru, the input product included, against `torch.nn.GRU` on packed and on padded
 sequences.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of linear_cross_entropy: softmax loss of a linear layer against PyTorch's ways.
 
 Legend: N scored rows, V items, D width; a logit is one (row, item) pair.

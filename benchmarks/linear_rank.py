@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of linear_rank: rank of a target among all items, against PyTorch's ways.
 
 Legend: N rows, V items, D width; a score is one (row, item) pair. There is no gradient.

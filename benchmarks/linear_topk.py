@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of linear_topk: the k best items of each row, against PyTorch's ways.
 
 Legend: N rows, V items, D width, K results a row; a score is one (row, item) pair. There is no

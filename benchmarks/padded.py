@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder of a user model in plain PyTorch on a padded batch, as BERT4Rec code does it.
 
 Legend: S sequences, L padded length, D width.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of other projects, called as their documentation says: at their defaults and tuned.
 
 Nothing here is a dependency. A peer that is not installed, or that does not take the sizes, is a

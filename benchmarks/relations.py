@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cost of friends in a step: `python benchmarks/relations.py [--users 1000000 --links 20000000]`.
 
 Builds a power-law graph, then times, in CPU time of one thread: drawing a friend per user of a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the machine can do, and a plot of the measured ops below it.
 
 Intensity and rate of an op count the mathematical function (`work` of its module): recomputation

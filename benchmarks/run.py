@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the operators, write the numbers as JSON, render them as tables.
 
 Standard output has every implementation of an entry; docs/results/speed.md one line an entry, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of sampled_linear_cross_entropy: the softmax over a target and K negatives.
 
 Legend: N rows, K negatives, V items, D width; an element is a (row, candidate) pair. Cases: "own"

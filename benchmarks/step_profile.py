@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the time of a pre-training step of UPRec goes: `python -m benchmarks.step_profile --table`.
 
 Profiles the entries of `uprec_step` (fastrec alone), prints one table and, with --table, writes it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pytest-benchmark entries: `pytest benchmarks/ --benchmark-only`."""
 
 import pytest

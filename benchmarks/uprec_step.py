@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of a whole pre-training step of UPRec: the three losses, backward and AdamW; and, with no
 users in all, of BERT4Rec: masked items alone, no tokens around them.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::dropout_add_layer_norm_fwd and _bwd. A task owns CHUNK rows; a row stays
 // in the L1 cache from its first to its last pass.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))

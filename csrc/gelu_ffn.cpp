@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::gelu_ffn_fwd and _bwd. A block of rows goes through both products while it
 // lies in the caches, WIDE inner features at a time; backward computes the inner features again.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::jagged_attention_fwd and _bwd: strides, dtypes, tasks and threads.
 // The arithmetic is in jagged_attention.h, the products in small_gemm.h.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::jagged_embedding_fwd, _bwd and _scatter. A task owns CHUNK events, or a
 // range of sorted events that ends between two rows of the table.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))

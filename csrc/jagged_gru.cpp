@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::jagged_gru_fwd and _bwd: the recurrence alone. The product of the inputs
 // with their weight is made before, those of the weight gradients after it, for all events at once.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::jagged_max_pool_fwd and _bwd. A task owns a range of sequences, and every
 // element of a result is written by one of them.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::linear_fwd and _bwd. Tasks own rows of the output and of the gradient of
 // the input; for the gradient of the weight they own ranges of rows, whose partial sums are added
 // in order.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::linear_cross_entropy_fwd, _bwd and _value_and_grad: tensors in and out.
 // The calls of the kernels are in linear_cross_entropy_tasks.h, the arithmetic in
 // linear_cross_entropy.h and linear_cross_entropy_stored.h, the products in gemm.h.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // `import fastrec._C` loads this library, and loading it registers the CPU kernels of every file.
 #include <Python.h>
 

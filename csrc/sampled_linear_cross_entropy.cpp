@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // CPU kernels of fastrec::sampled_linear_cross_entropy_fwd and _bwd: tensors in and out, the sort of
 // the pairs by item. The arithmetic is in sampled_linear_cross_entropy*.h.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastrec: fused, exact kernels and objectives for recommender user models.
 
 The ops are imported here; what is above them, `LATER`, when it is first asked for.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastrec` and `python -m fastrec`: the command line, or what is missing for it."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only dispatch code: which backend serves an op on a device, and why another one cannot.
 
 PyTorch's dispatcher holds the capabilities: an op has a C++ kernel when the dispatch key CPU is

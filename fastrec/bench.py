@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time of the fused softmax cross-entropy beside eager PyTorch, measured on this machine."""
 
 import time

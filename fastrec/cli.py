@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `fastrec prepare | pretrain | finetune | evaluate | recommend | similar | ...`.
 
 `--config` takes a recipe name or a YAML file, and every recipe key is a flag that overrides it.

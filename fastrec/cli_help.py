@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastrec pretrain --help` on one screen: the keys that people set, with their defaults;
 `--help-all` lists every key."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands that ask a trained model: `embed`, `recommend` and `similar`."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastrec demo`: from nothing to a table that shows what pre-training gives."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trained model as a program of torch.export: what asks it for the next item, in one graph.
 
 Legend: B histories, T events, D width.

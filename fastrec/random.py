@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counter-based randomness: contract version 2, reference implementation in plain torch.
 
 A draw depends on (seed, step, key, site, layer, head, row, column) and on nothing else, so it is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trained model is asked: the next items of users and histories, and similar items, all in
 original ids.
 

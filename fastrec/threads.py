@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many threads the command line has, and how they wait for each other.
 
 A step is some hundred parallel regions. At the end of each, the threads of OpenMP turn in a loop

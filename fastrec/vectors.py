@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trained model knows as vectors: of users, and of items."""
 
 import numpy as np

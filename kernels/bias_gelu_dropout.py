@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `bias_gelu_dropout`.
 
 Legend: N rows, D width. A program owns a tile of columns and one block of rows (forward) or a range

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `dropout_add_layer_norm`: a program owns whole rows, every tensor is read once.
 
 Legend: N rows, D width. Weight gradients are partial sums of `row_ranges`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiles and launchers of the Triton kernels of `in_batch_cross_entropy`, which are in
 `in_batch_cross_entropy_sweeps`.
 

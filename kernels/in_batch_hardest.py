@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernel of `in_batch_hardest`: the sweep of `in_batch_cross_entropy` with a maximum in
 place of the softmax.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `jagged_attention`: a program owns a block of events of one sequence.
 
 Legend: B sequences, T events, H heads, D head width. S and P are [queries, keys] tiles of

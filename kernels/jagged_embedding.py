@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `jagged_embedding`.
 
 Legend: T events, V rows of a table, D width. Forward and backward own whole rows, as the kernels of

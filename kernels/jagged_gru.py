@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `jagged_gru`: the recurrence. A program owns some sequences of similar length,
 and goes through time with all their features.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `jagged_max_pool`. A program owns some features of one sequence, forward and
 backward: no element is written twice.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiles and launchers of the Triton kernels of `linear_cross_entropy`, which are in
 `linear_cross_entropy_sweeps`, and for widths above 256 in `linear_cross_entropy_wide`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernel of `linear_rank`: the N x V scores exist one tile at a time.
 
 Legend: N rows, V items, D width.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `sampled_linear_cross_entropy`: gathered rows exist one tile at a time.
 
 Legend: N rows, V items, K negatives, D width. Launchers, for negatives of every row or shared ones,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile a Triton kernel for a GPU that is not here and read what ptxas made of it.
 
 A spill shows as STACK > 0 and as LDL/STL in the SASS (the LOCAL field of cuobjdump stays 0). This

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests by backend: one that cannot run here is skipped with its reason, not left out."""
 
 import pytest

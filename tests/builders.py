@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests build: small data sets, batches, models, loaders and recipes."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seed, poisoned memory, thread count, and the count of operator cases that ran or were skipped."""
 
 import hashlib

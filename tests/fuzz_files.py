@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small sources of every format, ways to damage a file, and readings by other means.
 
 `build(seed, folder)` writes a source of which one file is damaged: the same for the same seed.

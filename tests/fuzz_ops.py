@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of ops with random arguments, valid and wrong, by seed. test_fuzz_ops.py runs it in a
 process of its own, which a crash ends:
 

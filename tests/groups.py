@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes with a gloo group, for the tests of ops that take a `group`."""
 
 import datetime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of linear_cross_entropy share."""
 
 import torch

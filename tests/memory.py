@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of a call, beyond what the process held before it."""
 
 import multiprocessing

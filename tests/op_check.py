@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One case of an operator against the float64 reference, within its error budget (`op_db.case`)."""
 
 import dataclasses

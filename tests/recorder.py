@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recorder of kernel launches for tests on meta tensors: it refuses what a launch would, host
 tensors, float64, a grid axis that is too long."""
 

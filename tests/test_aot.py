@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tool that reads compiled kernels sees a spill where there is one."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of the kernels of bias_gelu_dropout: no GPU is needed.
 
 Run as a script it prints the numbers of docs/kernels/bias_gelu_dropout.md.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of every shipped tile configuration: no GPU is needed.
 
 Run as a script it prints the numbers of docs/kernels/in_batch_cross_entropy.md.

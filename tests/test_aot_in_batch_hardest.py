@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of the kernel of in_batch_hardest: no GPU is needed."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of the tile configurations of jagged_attention: no GPU is needed.
 
 Run as a script it prints the numbers of docs/kernels/jagged_attention.md.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of every shipped tile configuration: no GPU is needed.
 
 Run as a script it prints the numbers of docs/kernels/linear_cross_entropy_gpu.md.

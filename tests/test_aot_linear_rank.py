@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of every tile configuration of linear_rank: no GPU is needed.
 
 Run as a script it prints the numbers of docs/kernels/linear_rank.md.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of the kernels of sampled_linear_cross_entropy: no GPU is needed."""
 
 import pytest

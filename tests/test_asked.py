@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`UserModel.ask`: the queries of `next_item_query(encode(batch))` from fewer states."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choice of a backend: rules, messages, and what `import fastrec` costs."""
 
 import os

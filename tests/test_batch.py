@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The jagged batch: what moves sequences about, against lists, one event at a time."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks run: tiny shapes, JSON and tables. No test asserts a time."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder of Caser: equal to torch.nn.Conv2d on explicit windows, the same in any batch."""
 
 import pytest

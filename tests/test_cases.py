@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs that once gave a wrong result or a traceback, kept beside the repository, and the right
 result of each; and the same faults in small files made here."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line on a real file, from raw text to recommendations in the original ids."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contrast of two views (NT-Xent) against dense PyTorch in float64, on one process and on two."""
 
 import pytest

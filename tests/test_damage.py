@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every file of a model and of a run, damaged in every way: one line that names it, and nothing is
 written."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """User attributes as targets: standardised by the training users, classes, missing values."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dataset: leave-one-out by hand, gather against a slow reference, damaged files."""
 
 import json

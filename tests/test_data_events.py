@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The events of a table: which columns are recognised, which rows are kept."""
 
 import json

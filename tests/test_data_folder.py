@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder of a data set: one writer, complete or the one before, and no file of another one."""
 
 import json

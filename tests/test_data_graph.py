@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The social graph: six users by hand, exclusions against sets, drawn friends, pairs over ranks."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A row per user: lists of items as text, JSON or columns, and users in several rows."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loader: order from (seed, epoch) only, resumable anywhere, complete and disjoint."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Negative samplers: the exact distribution, and that a draw depends on its key only."""
 
 import math

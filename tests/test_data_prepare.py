@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """prepare: filters, ids, order, the files on disk; and the real data sets where present."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files in the shape of public data sets, read with the flags of the table in docs/data.md."""
 
 import gzip

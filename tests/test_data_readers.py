@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers: what they read, and that bad input is reported with file, column and row."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tables are read from: delimited text of any kind, JSON, part files, data frames."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets that are not split leave-one-out: views against a slow reference, damaged files, who
 is trained and who is judged."""
 

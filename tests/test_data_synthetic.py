@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The synthetic data: statistics, order that carries signal, social and profile signal."""
 
 import hashlib

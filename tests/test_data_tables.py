@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of any origin and attribute files: what is read, and that bad input is reported with file,
 column and row."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times: exact, or refused in one line; never a guess."""
 
 import datetime

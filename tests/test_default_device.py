@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.set_default_device changes nothing but where the parameters of a new model are."""
 
 import ast

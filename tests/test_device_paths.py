@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a host tensor in the wrong place would break on a GPU, seen without one: launchers and
 references run on meta tensors, and kernel launches are checked and counted instead of made.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The encoder of dilated convolutions: equal to torch.nn.Conv1d on each sequence alone."""
 
 from itertools import pairwise

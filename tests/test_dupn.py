@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several heads on one recurrent user model (recipe `dupn`): attention pool, weights of heads and
 users without labels, against plain PyTorch; from a file to predictions."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The jagged encoder: equal to torch.nn.TransformerEncoder, batch-invariant, length-agnostic."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of the ops of the encoder: what does not fit, and what may be left out. Single wrong
 arguments are those of test_wrong_arguments.py."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics by hand, ranks against a full sort, protocols against their definition."""
 
 import math

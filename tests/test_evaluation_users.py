@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation of profiles and friends: ties, candidates, shared items; groups by length."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exported program gives the queries of `ask`, for batches of any size."""
 
 import pytest

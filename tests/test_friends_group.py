@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Social relation detection over 2 and 3 gloo processes: every rank sees the friends of all."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged files of every format end in a data set that holds every row, or in one line.
 
 FASTREC_FUZZ sets how many (`make fuzz`: 20,000); a failure names its seed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random calls of ops, valid and wrong, end in the right values or in an error that a caller
 expects; a crash ends the process that makes them.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The calls that gpu_evidence makes on CUDA only, with CUDA and the peers replaced by objects that
 accept what the real ones accept."""
 

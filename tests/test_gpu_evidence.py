@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`benchmarks/gpu_evidence.py` without a GPU: every section on CPU tensors and tiny shapes, results
 that survive interruptions, and what is done around CUDA calls with these replaced. No test asserts
 a time."""

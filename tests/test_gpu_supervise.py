@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections run in a process of their own: what happens when it breaks, hangs or does not start."""
 
 import sys

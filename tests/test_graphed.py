@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches padded to a capacity, as CUDA graphs take them: the same losses and gradients, constant
 shapes, and nothing that waits for a value. The capture itself needs a GPU, see `benchmarks/gpu`."""
 

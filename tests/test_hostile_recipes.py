@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes and flags that nobody means well: a line at once, before memory or time is spent."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sampled.in_batch`: the targets of a step as candidates beside drawn ones (GRU4Rec)."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the generated tests of in_batch_cross_entropy cannot express: its definition pair by pair,
 an exact table, what is exactly zero, any shape, the contract of the kernels."""
 

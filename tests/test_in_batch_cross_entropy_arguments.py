@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of in_batch_cross_entropy that do not fit each other, dtype rules, what needs a
 gradient. Single wrong arguments are those of test_wrong_arguments.py."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """in_batch_cross_entropy with the candidates of 2 and 3 gloo processes, against one with the
 whole batch.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precision of in_batch_cross_entropy: losses near zero, embeddings far from the origin."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the generated tests of in_batch_hardest cannot express: an exact table and error texts."""
 
 import math

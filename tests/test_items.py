@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The input of items beside their ids: attributes, ratings and time gaps, one event at a time in
 plain Python; from a csv file to recommendations."""
 

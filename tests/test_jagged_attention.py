@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """jagged_attention: what the reference cannot express. Masks, invariance, limits, statistics."""
 
 import sys

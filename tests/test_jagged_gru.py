@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recurrent layer and the encoder made of it: equal to torch.nn.GRU, the same in any batch."""
 
 from itertools import pairwise

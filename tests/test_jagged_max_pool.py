@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """jagged_max_pool: what the generated tests cannot say: hand-computed ties and NaN, many sequences,
 errors."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What no compiler and no interpreter shows: a form that a GPU's assembler gets wrong."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that is killed, or meets a full disk, at any of its writes goes on or starts again, and
 ends with the bits of one that was not."""
 

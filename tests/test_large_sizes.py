@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes beyond 2^31: of the logits, of the table, of the pairs."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers of the original SASRec and of LiGR against plain PyTorch, a sequence at a time, in
 float64; and the options of a model that come with them."""
 

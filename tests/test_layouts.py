@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights of other layouts: the same function as torch.nn.TransformerEncoder and as BERT, and clear
 errors."""
 

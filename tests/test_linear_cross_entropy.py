@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the generated tests of linear_cross_entropy cannot express: an exact table, PyTorch's own
 loss, what is exactly zero, any shape, the contract of the kernels."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of linear_cross_entropy: shapes, dtype rules, autocast, what needs a gradient. Wrong
 ones are those of test_wrong_arguments.py."""
 

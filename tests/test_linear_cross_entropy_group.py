@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_cross_entropy with the items sharded over 2 and 3 gloo processes, against one process.
 
 The generated samples of the op run sharded, within the op's own error budget.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the generated tests of linear_rank cannot express: an exact table, ties of equal vectors
 under rounding, error texts, autocast."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the generated tests of linear_topk cannot express: an exact table, ties under rounding,
 large k, error texts, autocast."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No op holds its scores or logits: peak memory against theirs."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Submodules that are not what was built: adapters, hooks, pruning and parametrisations act."""
 
 import pytest

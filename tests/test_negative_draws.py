@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Negatives of the judges: bounded work, the law of sampling without replacement, and the same
 draws in whatever company."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nested tensors of the layout torch.jagged: their values and offsets are used."""
 
 import pytest

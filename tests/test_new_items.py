@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of one catalogue on another: tomorrow's items, and those that are gone."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objectives by hand and against dense PyTorch; the joint loss of one encoder pass."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated: every operator of op_db x backend x device x dtype x sample.
 
 A backend is compared with the float64 reference on the same values, within the error budget of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is shipped: an sdist that builds, a wheel without a top-level `kernels`, no compiler. And
 folders whose listing is the list of ops."""
 
@@ -158,3 +159,17 @@ def test_small_numbers_survive_the_extension():
 def test_the_package_can_be_reloaded():
     importlib.reload(fastrec)
     assert fastrec.linear(torch.ones(1, 2), torch.ones(3, 2)).tolist() == [[2.0, 2.0, 2.0]]
+
+
+def test_every_source_names_its_licence():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True).stdout
+    files = [ROOT / name for name in listed.split() if name.endswith((".py", ".cpp", ".h"))]
+    if not files:
+        pytest.skip("no git checkout")
+    without = [
+        str(file.relative_to(ROOT))
+        for file in files
+        if file.stat().st_size
+        and "SPDX-License-Identifier: Apache-2.0" not in file.open().readline()
+    ]
+    assert without == []

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every pool against a loop over the sequences."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`prepare --split`: every kind on a small file against the rule by hand, from the command line to
 ranks; settings that leave nothing; damaged files."""
 

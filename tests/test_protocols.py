@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other rankings than UPRec's and the full one: zeroed scores, uniform and listed negatives, other
 cutoffs; what lists show; ranks to a file."""
 

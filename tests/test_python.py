@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A system from Python: ten lines, with a step, an objective and an encoder of one's own."""
 
 import json

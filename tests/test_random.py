@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The random number contract, version 2: test vectors, uniformity, independence of the batch."""
 
 import pytest

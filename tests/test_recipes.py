@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recipe: what its file is, that it trains in both precisions, resumes and is shared by two
 processes; how bases merge; keys that are wrong or have no effect."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run says and keeps for people: lines, CSV files, its recipe; and Ctrl-C."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the reference cannot express: exact values by hand, sparse gradients, error texts."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded gradients (create_graph) and torch.func; the generated test of second derivatives is in
 test_ops.py."""
 

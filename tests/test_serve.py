@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a trained model is asked, against a full sort of plain scores; text ids that are no rows."""
 
 import warnings

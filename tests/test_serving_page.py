@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The code of docs/serving.md runs as it stands."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several targets a user: metrics and ranks against plain loops over users and sorted lists."""
 
 import math

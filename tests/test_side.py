@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Side data: read when it is first asked for, errors that name the file, hidden attributes."""
 
 import re

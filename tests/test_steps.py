@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of a view: each against one event at a time in plain Python, alone and in any batch."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The environment of the command line, which a script that imports fastrec does not get."""
 
 import json

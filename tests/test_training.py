@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The user's path: a killed run resumes to the same bits, broken checkpoints are named."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learning rates, decay and clipping of a stage against plain PyTorch."""
 
 import pytest

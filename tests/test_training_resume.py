@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that ends anywhere goes on as if it had not ended, and only as the run that it was."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage takes from a model, leaves alone, and puts beside it (PeterRec's model patches)."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels with more blocks, programs and chunks than the small samples of op_db give them."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The user model: what it reads, whom it is asked about, and how it is kept."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table of the head's own, and vectors of users beside the states that it scores: scores, losses,
 who is unknown, and whose vectors a saved model has."""
 

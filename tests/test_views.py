@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Views of a batch: numbers in the keys, room for targets, copies, users and friends."""
 
 from functools import partial

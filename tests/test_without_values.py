@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated: every operator of op_db on tensors without values (meta, FakeTensor), forward and
 backward: shapes and dtypes are those of the call with values."""
 

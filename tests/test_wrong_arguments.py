@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated: every operator of op_db x backend x argument x change that it must refuse by name, or
 take and compute what the reference computes. A crash ends the worker."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes of the arguments of a sample of op_db, and what is wrong with how a call took one.
 
 A change may be legal (another row of a table, int32 ids): then the result must be right.

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections of `benchmarks/gpu_evidence.py`."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the sections that time an op measure: a section is one `Measured` here, an op a module of
 `benchmarks/` (see benchmarks/bench.py), a shape one entry.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections that answer yes or no: `graphs`, `compile`, `sanitize`, `test`.
 
 `graphs` and `compile` take the representative samples of every op of tests/op_db.

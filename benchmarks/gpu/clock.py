@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of a call: CUDA events and the caching allocator, or the clock of the host.
 
 On CUDA every timed call starts with a cold L2 cache, and the device is kept busy while the host

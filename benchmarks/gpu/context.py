@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results file, and what a section is given: a device, a deadline, and where to put rows."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a section that times an op is made of."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choice of the backend that serves `backend=None` while something is measured."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections that time an op against its peers, and section `memory`.
 
 All implementations of a shape run in one process on the same inputs, in turn; every time stands

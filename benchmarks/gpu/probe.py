@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Section `probe`: the ceilings that floors are computed from, measured on this device.
 
 Rates are per second: bytes of a copy (read and written), floating point operations of a matrix

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections that run another program: `test` (the generated op tests) and `sanitize`."""
 
 import os

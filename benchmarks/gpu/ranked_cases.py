@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of the ops that rank the items of a table or draw from them.
 
 Legend: N rows, V items, D width, K results or negatives a row.

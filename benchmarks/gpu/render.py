@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Markdown tables from a results file of `gpu_evidence`, and the blocks of the documents.
 
 A document takes the table of a section between `<!-- gpu:<section> -->` and `<!-- /gpu -->`.

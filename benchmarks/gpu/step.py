@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Section `step`: a whole pre-training step: masked items, forward, backward, AdamW, bf16 autocast.
 
 All implementations train the same model of fastrec.nn.user_model on the same masked batch:

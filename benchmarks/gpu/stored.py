@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The other design of the softmax over a table, to be measured beside the kernels: exponentials are
 computed once, stored in bfloat16 for a chunk of rows, and multiplied by cuBLAS.
 

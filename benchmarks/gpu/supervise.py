@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the sections in a process of their own and starts another one when it ends badly.
 
 A kernel that reads out of bounds breaks the CUDA context, a lock that is never released stops

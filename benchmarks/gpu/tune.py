@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections `tune_*`: the time of a few tile configurations of a kernel, beside the one in use.
 
 Nothing is chosen here: a better one is written into kernels/ with its reason. All candidates

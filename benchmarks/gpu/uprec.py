@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Section `uprec_step`: pre-training of UPRec, three losses, on a new batch every step.
 
 What a training loop does with a batch that the loader made: items masked, batch to the device,

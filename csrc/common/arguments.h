@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tensor arguments as the kernels see them: contiguous rows, vectors in the computing type, and the
 // key of a dropout mask. The objects keep the memory alive.
 #pragma once

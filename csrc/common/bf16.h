@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Matrix products of bfloat16 values by the AVX512_BF16 instructions, two terms per 32-bit lane.
 //
 // Legend: D width, MR x NR register tile. A Pair holds two values that are multiplied with the two

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of any floating dtype to and from the type that the kernels compute in.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Dropout of whole rows by the contract of fastrec/random.py: a row has the key of its sequence and
 // its position there.
 #pragma once

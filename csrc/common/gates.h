@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The logistic function and tanh on vectors: the gates of a recurrent cell.
 #pragma once
 

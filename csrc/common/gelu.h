@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The normal distribution on vectors, which GELU and its derivative are made of.
 #pragma once
 

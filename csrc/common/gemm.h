@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Register-tiled matrix products of a tile that streams by and a block that stays.
 //
 // Legend: D width, S = BLOCK stationary rows, T = TILE streamed rows, MR x NR register tile.

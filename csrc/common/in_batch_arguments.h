@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tensors of an in-batch op -> Pairs. Included by .cpp files, after TORCH_TARGET_VERSION.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two sweeps of in_batch_cross_entropy, free of torch types except the dtype of a row.
 //
 // As in linear_cross_entropy.h, forward tasks own rows and stream candidates, backward tasks own

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The sweep of in_batch_hardest: row maximum and its position over the allowed pairs.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The pairs of an in-batch op and the rules that leave some of them out, applied to score tiles.
 //
 // Legend: N scored queries, C candidates, D width, G id columns, ld = padded<T>(D). A tile of scores

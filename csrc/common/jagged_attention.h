@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of one head of one sequence, forward and backward, free of torch types except a dtype.
 //
 // Legend: L events of the sequence, D head width, S scores and P probabilities of a block of ROWS

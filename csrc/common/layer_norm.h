@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // LayerNorm of one row, forward and backward, in the type that the kernels compute in.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two sweeps of linear_cross_entropy, free of torch types except the dtype of a row.
 //
 // Forward: a task owns a block of rows and streams items. Backward: a task owns a block of items

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two sweeps of linear_cross_entropy.h for bfloat16 rows on processors with AVX512_BF16.
 //
 // Products are of bfloat16 pairs, sums and exponentials are float32. The target's probability never

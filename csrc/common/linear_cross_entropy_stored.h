@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Loss and gradients in one go, with the exponentials of a chunk of rows stored: three products and
 // one exponential per logit, where the two sweeps of linear_cross_entropy.h need four and two.
 //

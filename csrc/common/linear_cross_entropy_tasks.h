@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The sweeps of linear_cross_entropy.h as calls: buffers, tasks, and the results of the rows.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The sweep of linear_rank: how many items are ahead of the target of each row.
 #pragma once
 

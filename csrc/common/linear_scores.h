@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of rows against all items, one tile at a time: what linear_rank and linear_topk share.
 //
 // Legend: N rows, V items, D width, ld = padded<T>(D). A block of rows stays, items stream by. A

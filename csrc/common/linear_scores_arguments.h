@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tensors of a ranking op -> Scores. Included by .cpp files, after TORCH_TARGET_VERSION.
 #pragma once
 

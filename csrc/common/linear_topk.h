@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The sweep of linear_topk: candidates for the k best items of each row.
 #pragma once
 

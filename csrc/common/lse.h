@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The log of a sum of exponentials, of which every softmax here takes differences.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Operands of the products of linear layers: matrices in panels, padded vectors, and the ranges of
 // rows whose sums are added in order.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // fastrec::philox_draws: the generator of philox.h by itself, for its tests.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 

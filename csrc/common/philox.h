@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The random number contract of fastrec/random.py (version 2) on vectors: Philox4x32 with 7 rounds,
 // 16 draws of 8 bits per call, one call for 16 consecutive columns of one row.
 //

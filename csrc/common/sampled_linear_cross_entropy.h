@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The arithmetic of sampled_linear_cross_entropy that own and shared negatives have in common, free
 // of torch types except the dtype of a row.
 //

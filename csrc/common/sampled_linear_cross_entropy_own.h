@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // sampled_linear_cross_entropy, every row with its own negatives: a row streams its K rows of the
 // table once, LINE at a time; those of a line are in the L1 when they are added to the gradient of
 // the row.

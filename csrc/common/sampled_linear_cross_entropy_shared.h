@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // sampled_linear_cross_entropy, the same negatives for all rows: tiles of a matrix product, as in
 // linear_cross_entropy.h.
 #pragma once

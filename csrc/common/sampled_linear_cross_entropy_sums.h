@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gradient of the table of sampled_linear_cross_entropy: sums over the pairs of each item.
 #pragma once
 

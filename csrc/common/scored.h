@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The tensors of a linear_cross_entropy problem as pointers, and workers that share its tasks.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of a fixed width, their exponential, and the choice of an instruction set at run time.
 //
 // A kernel is a template over `Simd<T, BYTES>` in which everything is FASTREC_INLINE. It is

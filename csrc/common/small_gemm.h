@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of small matrices (a few to a few hundred rows) and the packing that they need.
 //
 // Legend: R rows of c, K depth, N columns of c.

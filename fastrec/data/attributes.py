@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """User attributes as training targets: numbers standardised, categories as class indices.
 
 Legend: U users.

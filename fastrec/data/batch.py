@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The jagged batch that every step, op, encoder and objective receives.
 
 Legend: B sequences, T events, V items.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The canonical dataset: a directory of Parquet tables and the memory-mapped jagged form.
 
     interactions.parquet  user, item: int64 from 0; timestamp: int64; optional rating, event_type;

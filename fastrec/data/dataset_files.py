@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a data set folder: schema.json, the arrays, and whether they belong together."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What bad input meets: the one error of the data path names the file, the column and the row."""
 
 import zlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Columns of events beside their items, read from interactions.parquet when they are asked for.
 
     rating    float32 [E], as it was given; NaN: none

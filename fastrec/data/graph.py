@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The social graph: who is whose friend, one drawn friend per user, and who must not be a negative.
 
 Legend: U users, R directed links, B queries, C candidates, E excluded pairs.

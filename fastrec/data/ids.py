@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Original ids and the rows that they have in a table of users or items."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Item attributes as model input: the categories of every item, numbered.
 
 Legend: V items, K categories of an item at most, C categories of a column.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loader: an endless, seekable stream of the views of jagged batches.
 
 No worker processes and no queue: a batch is one gather from the memory map, cheaper than sending

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampled negatives: item ids of a fixed distribution, O(1) a draw, and their log probability.
 
 Legend: V items, N rows, K negatives.

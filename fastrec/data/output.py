@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An output, a file or a folder: claimed by one process, complete or not there, replaced in one
 step."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who belongs to whom among the sequences of a batch: the input of social relation detection.
 
 Legend: B queries, C candidates, E excluded pairs.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the dataclasses of a recipe share: a field that is one of a few words, a section that names
 one part of several, and how they are read from YAML."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What steps, objectives and judges know beside the sequences: computed when it is first asked for.
 
 Legend: U users, V items.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which events of a user are of training, validation and test: two boundaries a user.
 
     train_end <= valid_end <= n, the events of the user

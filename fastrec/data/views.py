@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the users of a step to the named views that a model encodes."""
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """User profile prediction: accuracy of categories, squared error of numbers (UPRec section 4.3).
 
 Legend: N users, A attributes.

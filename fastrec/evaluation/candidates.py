@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The targets of users, and what they are ranked against where these are not all items.
 
 Legend: U users, P pairs of a user and a target.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Social relation detection: find the friend among sampled users (UPRec section 4.4).
 
 Legend: N users, P (user, friend) pairs, C = 1 + negatives.

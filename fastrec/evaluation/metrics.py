@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranking metrics of the relevant items of users, from their ranks (1 = first).
 
 Legend: P pairs of a user and a relevant item, U users, T relevant items of a user.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Evaluation protocols: which items a user's targets are ranked against.
 
 `full`: all items. `sampled`: 99 negatives, items of the user's whole sequence rejected, without

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks of target items among candidates.
 
 Legend: N rows (a target each), V items, D width, C candidates, U users, P targets of all users.

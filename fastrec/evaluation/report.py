@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results for people: the metrics table and the plots."""
 
 import csv

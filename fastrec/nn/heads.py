@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads: what turns encoder states into scores.
 
 Legend: N rows, V items, D width, P width of a user vector.

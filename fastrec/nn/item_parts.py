@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the input of an item is made of beside its id: settings, and how they number what they read.
 
 Legend: V items, T events, P width of a part, K categories of an item at most.

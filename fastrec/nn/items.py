@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The input of an item: what stands for it before the encoder.
 
 Legend: V items, S special tokens, T events, D width.

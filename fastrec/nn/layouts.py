@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights in the layouts of others: state dicts of `torch.nn.TransformerEncoder` and of the
 `BertModel` of Hugging Face (names and shapes alone, nothing of `transformers` is imported).
 

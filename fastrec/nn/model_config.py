@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of a user model, as Python, YAML and config.json have them. Legend: V items, D width."""
 
 import math

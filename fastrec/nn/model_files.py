@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a model folder, and whether they belong together.
 
 config.json         settings of the model

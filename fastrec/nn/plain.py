@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Submodules whose parameters a fused op may read, and what happens to the others.
 
 LoRA wrappers, pruning, quantisation and hooks replace a submodule, or act when it is called: a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From states to user vectors. Legend: B sequences, T events, V items, D width."""
 
 from dataclasses import dataclass, field

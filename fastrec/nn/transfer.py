@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage takes from the model that it starts from, and what it then leaves alone; a model of
 one catalogue for another."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The user model: item input, encoder and item head. Legend: B sequences, T events, V items,
 D width."""
 

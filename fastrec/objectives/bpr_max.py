@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BPR-max: the target against the negatives that score highest (Hidasi and Karatzoglou, 2018,
 section 3.3). Plain PyTorch: the N x K scores are stored, seven times with what backward needs: the
 1,500 predicted items of a step against themselves and 2,048 drawn ones take 150 MB.

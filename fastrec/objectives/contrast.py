@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contrast of two views of the same users (NT-Xent, InfoNCE).
 
 Legend: B users, D width, R ranks.

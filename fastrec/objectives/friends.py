@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Social relation detection (SRD): UPRec section 3.3.3, eq. 13-14.
 
 Legend: S sequences of this process, B queries, C candidates of all processes, D width.

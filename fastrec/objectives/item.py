@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Item prediction: every event with a target predicts an item. With masked items it is UPRec's MIP
 (section 3.3.1, eq. 6-7) and BERT4Rec, with the next items SASRec.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weighted sum of objectives that a stage trains (UPRec eq. 15), from one encoder pass."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """User attribute prediction (UAP): UPRec section 3.3.2, eq. 8-12.
 
 Legend: S users of a batch, D width.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dropout(GELU(input + bias)) in one pass, the mask never stored.
 
 Legend: T rows, D width. With z = input + bias, P the normal distribution function, p its density:

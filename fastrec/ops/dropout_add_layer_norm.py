@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LayerNorm(residual + dropout(input)) in one pass over the rows, the mask never stored.
 
 Legend: T rows, D width. With z = residual + dropout(input), m and s the mean and 1 / standard

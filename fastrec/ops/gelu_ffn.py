@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The feed-forward network of a transformer layer: two linear layers with a GELU between them.
 
 Legend: T rows, D input width, F inner width, E output width. With z = input W_in^T + b_in, h =

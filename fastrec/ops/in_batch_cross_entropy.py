@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax cross-entropy of each query against the candidates of its batch: public function and
 reference.
 

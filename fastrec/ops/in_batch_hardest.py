@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The most similar candidate of each query among those that are allowed.
 
 Legend: B queries, C candidates, D width, G id columns, E listed exclusions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-head attention inside each sequence of a jagged batch.
 
 Legend: B sequences, T events, H heads, D head width, L padded length of one length group. With

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Item embedding + position embedding, LayerNorm and dropout in one pass over the events.
 
 Legend: T events, V rows of the item table, P rows of the position table, D width.

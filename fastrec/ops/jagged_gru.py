@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A gated recurrent unit (Cho et al., 2014) over each sequence of a jagged batch: one layer.
 
 Legend: B sequences, T events, D input width, H width of a state. The cell is that of torch.nn.GRU;

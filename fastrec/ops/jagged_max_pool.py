@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The largest value of each feature over the events of a sequence.
 
 Legend: B sequences, T events, D width.

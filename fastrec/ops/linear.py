@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """input @ weight.T + bias for many rows and a small matrix: the linear layers of an encoder.
 
 Legend: T rows, K input width, N output width. With G = grad_output [T, N]:

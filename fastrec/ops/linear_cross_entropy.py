@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax cross-entropy of a linear layer, without the N x V logits: public function and reference.
 
 Legend: N scored rows, V items, D width, T rows of `input` before selection.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rank of the target of each row among all items, without the N x V scores.
 
 Legend: N rows, V items, D width, E listed exclusions.

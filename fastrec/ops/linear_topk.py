@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The k best items of each row, without the N x V scores.
 
 Legend: N rows, V items, D width, E listed exclusions.

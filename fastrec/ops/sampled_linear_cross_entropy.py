@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross-entropy of a linear layer over the target and sampled negatives.
 
 Legend: N scored rows, V items, D width, K negatives, T rows of `input` before selection, U distinct

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: one named composition per system. `load("uprec-mip")` is its YAML, bases included."""
 
 import math

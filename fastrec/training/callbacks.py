@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run keeps: the best model, and checkpoints to resume from; and how it ends early."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run folder, so that none is taken for another, and a run that ends anywhere goes on.
 
     recipe.json, stage.json   what the run was started with, for people and `--config`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recipe: everything that names a system. The command line turns every field into a flag."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trained model as the judge of a stage sees it, printed beside a baseline."""
 
 import dataclasses

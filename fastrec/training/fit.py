@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run one stage with Lightning: loggers, checkpoints to resume from, the best model kept."""
 
 import contextlib

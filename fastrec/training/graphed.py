@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward and backward of a training step as CUDA graphs, for batches of any size.
 
 A graph replays kernels of fixed shapes. So every view is padded to a capacity, a budget of events,

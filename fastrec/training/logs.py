@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run says while it goes on: lines, and CSV files that have a number in every field."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands beside the weights of a trained model: the parameters of objectives, the items that
 its table means, the users that it has seen, and the recipe."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Lightning module of one stage: one joint loss; validation by a judge."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whom a stage trains on and what judges it."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a stage starts with: a model, new or from another run, and whom that one has seen."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pre-train, fine-tune and evaluate for several values of one recipe key: table and plot."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dropout of whole rows in Triton, by the contract of `fastrec.random`.
 
 Legend: R rows, G groups of 16 consecutive columns.

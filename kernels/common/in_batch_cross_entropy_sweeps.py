@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `in_batch_cross_entropy`: the B x C logits exist one tile at a time.
 
 Legend: B queries, C candidates, D width, G id columns.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pairs of the in-batch kernels: exclusions on a tile of scores, and how ranges are cut.
 
 Legend: B queries, C candidates, G id columns.

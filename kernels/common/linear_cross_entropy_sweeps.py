@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `linear_cross_entropy`: the N x V logits exist one tile at a time.
 
 Legend: N rows, V items, D width. Rows are visited in the order of `_plan`: the scored ones first,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `linear_cross_entropy` for widths above 256: stored scores.
 
 A program that owned rows of such a width could not hold their sums in registers, and one that took

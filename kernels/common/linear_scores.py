@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of rows against all items, one tile at a time, for the Triton kernels of `linear_rank` and
 `linear_topk`.
 

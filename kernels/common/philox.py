@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The random number contract of `fastrec.random` (version 2) in Triton.
 
 Legend: R rows, G groups of 16 consecutive columns. One call of Philox4x32-7 serves one row and one

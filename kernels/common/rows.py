@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launchers of the kernels that take whole rows: layouts of arguments, ranges of rows."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of vectors by index, for gradients of tables: terms come sorted, equal indices are runs.
 
 Legend: T terms, D width. A program owns BLOCK_T terms and adds those of one index with a product by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forward kernel of `sampled_linear_cross_entropy` for negatives of every row: a program owns
 one row and gathers its negatives in tiles. Legend: N rows, V items, K negatives, D width.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of `sampled_linear_cross_entropy` for negatives that all rows share: they are gathered
 once ([K, D]), and the scores are products of tiles; backward computes them again, a program owns
 BLOCK_K negatives and streams a range of rows. Legend: N rows, V items, K negatives, D width.

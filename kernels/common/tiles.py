@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels do to a tile: load it, multiply it, round it, take its exponential. And what
 their launch options depend on beside the shapes."""
 

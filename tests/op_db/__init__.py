@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of operators that tests/test_ops.py runs: one module per operator, one line each here.
 
 `case.py` says what a sample is; a new case of an operator is one `yield` in its module.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a case of an operator is, how it is run, and how far from float64 its results may be.
 
 A sample is a named set of arguments; its floating point tensors are created in the tested type and

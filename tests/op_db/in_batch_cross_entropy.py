@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples of in_batch_cross_entropy.
 
 Legend: B queries, C candidates, D width, G id columns, E listed exclusions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples of jagged_attention.
 
 Legend: B sequences, T events, H heads, D head width.

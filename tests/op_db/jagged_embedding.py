@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legend: T events, V rows of the item table, P of the position table, D width."""
 
 from collections.abc import Iterator

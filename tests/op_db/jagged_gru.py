@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legend: B sequences, T events, D input width, H width of a state."""
 
 from collections.abc import Iterator

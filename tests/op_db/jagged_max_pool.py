@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legend: B sequences, T events, D width."""
 
 from collections.abc import Iterator

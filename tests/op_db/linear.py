@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legend: T rows, K input width, N output width."""
 
 from collections.abc import Iterator

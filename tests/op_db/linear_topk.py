@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples of linear_topk.
 
 Legend: N rows, V items, D width, E listed exclusions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples of sampled_linear_cross_entropy.
 
 Legend: N scored rows, V items, D width, K negatives, T rows of `input` before selection.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From source files to the canonical dataset: read, filter, map ids, sort, write."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The items of an earlier data set, continued: a model that was trained on it keeps its rows."""
 
 from pathlib import Path

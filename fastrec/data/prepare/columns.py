@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checked columns: ids, integers and numbers, every problem reported with file, column and row.
 
 An integer has one spelling here: "007", "+7" and "-0" are text.

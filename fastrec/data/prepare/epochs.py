@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times that are numbers: seconds, or finer units, since 1970; exact, or refused.
 
 A unit that is not given is inferred where every time lies between 1990 and 2100 in it: these ranges

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The events of a table: which rows are kept, and their columns checked and typed."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables with a row per user whose items stand in one column, oldest first."""
 
 import json

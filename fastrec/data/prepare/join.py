@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of users, items and relations: side files joined to the ids of the interactions."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The k-core of the interactions. Letters: E events."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MovieLens-1M and -100K as they are published, and what readers of several files share."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which column of a table holds what: as it is said, or by names that many data sets use.
 
 What is recognised is printed and written to schema.json; where two columns may be meant, neither is

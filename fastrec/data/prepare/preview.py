@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first events as they were understood, for a person to look at."""
 
 import datetime

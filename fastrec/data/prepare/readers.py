@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers: each returns a `RawData` with original ids, in the order of the file.
 
 Nothing is dropped silently and nothing is sorted here. Rows of errors are 1-based lines (a header

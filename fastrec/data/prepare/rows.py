@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the rows of a source stand: an error names a file and a row that a person can look up."""
 
 from collections.abc import Iterator, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files beside the interactions: attributes of users and items, and links between users.
 
 The ids in them are compared with those of the interactions as they are written (`key_column`).

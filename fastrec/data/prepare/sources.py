@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `prepare` reads tables from: a file, a folder of part files, or a data frame."""
 
 from pathlib import Path

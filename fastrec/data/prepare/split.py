@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Splits of `prepare` other than leave-one-out, as two boundaries a user (`data.splits`).
 
     last   the last `test` events of a user are test, the `valid` before them validation

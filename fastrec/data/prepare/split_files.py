@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Own files for training, validation and test: their events end to end, and the part of each."""
 
 import numpy as np

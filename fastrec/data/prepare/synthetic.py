@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded default data: synthetic users with latent communities and order. No download.
 
 Items have a Zipf popularity and belong to communities; those of a community stand in a circle, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of any origin: delimited text, Parquet, JSON and RecBole's files."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading text files so that every problem is reported with file, column and row."""
 
 import codecs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time columns: numbers (`epochs`), dates and text as a whole count since 1970, never a guess.
 
 A lost fraction would make ties, and ties are broken by the order of the file: what cannot be kept

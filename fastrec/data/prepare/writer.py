@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing the canonical dataset directory: all of it or nothing."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run of consecutive items of each sequence."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One drawn friend of each user joins the batch."""
 
 from dataclasses import dataclass, replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masking: items become [MASK] and are the targets of their events.
 
 Legend: B sequences, T events, N chosen events, V items.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every event predicts what follows it: the targets of a causal model."""
 
 from dataclasses import dataclass, replace

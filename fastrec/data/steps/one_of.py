@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of several steps for each sequence."""
 
 from collections.abc import Sequence

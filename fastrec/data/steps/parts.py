@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps that a recipe can name: a field each."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run of items of each sequence in another order."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convolutional encoder on jagged sequences: Caser (Tang and Wang, 2018), any length.
 
 The state of an event is a function of a window, the last L items of its sequence, with zeros before

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dilated convolutions on jagged sequences: NextItNet (Yuan et al., 2019), the encoder of PeterRec.
 
 A convolution is one product: the K events that an event sees are laid side by side, [T, K D], those

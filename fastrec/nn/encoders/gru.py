@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated recurrent encoder on jagged sequences (GRU4Rec, Hidasi et al., 2016), any length.
 
 Legend: T events of a batch, D width, H width of a state.

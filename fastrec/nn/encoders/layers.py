@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers of other transformers: the original SASRec's and LiGR's. Attention, dropout, LayerNorm and
 linear layers are the fused ops; ReLU, SwiGLU and the gates are plain PyTorch.
 

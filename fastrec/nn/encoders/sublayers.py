@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the layers of a transformer are made of. Legend: T events of B sequences, D width,
 H heads."""
 

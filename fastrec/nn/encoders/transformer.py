@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transformer encoder on jagged sequences: post-norm (BERT, UPRec) or pre-norm, any length.
 
 Legend: T events of a batch, D width, H heads.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of arguments that the ops share, and the dtype that they accumulate in.
 
 A check of sizes, dtypes and devices reads no values. One of values must not synchronise the host:

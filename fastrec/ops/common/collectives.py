@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The collectives of ops that take a `group`; imported only when one is given.
 
 Legend: R ranks.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dropout arguments of an op: what its kernels need to draw the mask of `random.keep_mask`."""
 
 from typing import Any, NamedTuple

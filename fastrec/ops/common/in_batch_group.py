@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`in_batch_cross_entropy` with the candidates of all ranks of a process group.
 
 Legend: B queries, C candidates and E listed exclusions of this rank, D width, R ranks.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pairs of the in-batch ops: similarities, exclusions and the checks of their arguments.
 
 Legend: B queries, C candidates, D width, G id columns, E listed exclusions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the losses of rows over a table of items share: the checks of their arguments, the reduction
 and the gradient of selected rows.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schemas and autograd of `linear_cross_entropy`.
 
 Legend: N scored rows, V items, D width, T rows of `input` before selection.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`linear_cross_entropy` with the items sharded over the ranks of a process group.
 
 Legend: N scored rows, V items of all ranks, W items of this rank, D width, T rows of `input` before

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of rows against an item table: what linear_rank and linear_topk share.
 
 Legend: N rows, V items, D width, E listed exclusions.

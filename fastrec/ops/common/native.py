@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the kernels of an op are: behind the dispatcher, or in its Triton module."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of a matrix and a vector with bits that do not depend on the number of threads.
 
 PyTorch leaves them to a library that splits rows among threads where it likes: on a processor with

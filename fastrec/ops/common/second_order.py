@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Second derivatives of the ops: those of their references.
 
 The backward pass of an op is a kernel, which autograd cannot look into. Where gradients are
