@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastrec.serve import Recommender, recommend
     from fastrec.training.config import Recipe
     from fastrec.training.fit import fit
+    from fastrec.training.model_folder import load_model
     from fastrec.vectors import item_vectors, user_vectors
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ LATER = {
     "evaluate": "fastrec.evaluation.next_item",
     "export_query": "fastrec.export",
     "fit": "fastrec.training.fit",
+    "load_model": "fastrec.training.model_folder",
     "item_vectors": "fastrec.vectors",
     "prepare": "fastrec.data.prepare",
     "recommend": "fastrec.serve",
@@ -78,6 +80,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_rank",
     "linear_topk",
+    "load_model",
     "prepare",
     "recommend",
     "sampled_linear_cross_entropy",

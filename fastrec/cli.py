@@ -20,7 +20,7 @@ from fastrec.backend import device_of
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.cli_prepare import prepare
-from fastrec.cli_serve import embed, model_for, recommend, similar
+from fastrec.cli_serve import embed, recommend, similar
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import input_errors
 from fastrec.data.output import check_absent, check_table_path, locked_file, write_text
@@ -28,10 +28,10 @@ from fastrec.data.settings import from_values
 from fastrec.demo import demo
 from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.model_files import RECIPE, read_json
-from fastrec.training.checkpoint import MODEL, SUMMARY, first_process, plain
+from fastrec.training.checkpoint import MODEL, SUMMARY, first_process
 from fastrec.training.config import Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
-from fastrec.training.model_folder import recipe_of
+from fastrec.training.model_folder import load_model, recipe_of
 from fastrec.training.sweep import sweep
 
 
@@ -57,7 +57,7 @@ def finetune(
     recipe: Recipe,
     data: Path,
     output: Path,
-    task: str = "recommendation",
+    task: str | None = None,
     init: Path | None = None,
     resume: bool = False,
     device: str = "auto",
@@ -67,21 +67,24 @@ def finetune(
     Args:
         data: folder written by `fastrec prepare`.
         output: folder of the run; the best model on validation is in `output/model`.
-        task: name of the stage: recommendation, profile, relation.
+        task: name of the stage, such as recommendation, profile or relation; recommendation if the
+            recipe has it, else pretraining.
         init: folder of a pre-trained model; random weights without it.
         resume: go on from the last checkpoint in `output`.
         device: cpu, cuda or cuda:N; auto is all GPUs, or the CPU.
     """
     from fastrec.training.fit import fit
 
-    dataset, stage = SequenceDataset.load(data), recipe.stage(task)
+    dataset = SequenceDataset.load(data)
+    task = task or _default_task(recipe)
+    stage = recipe.stage(task)
     initial = None
     if init is not None:
         same_items = bool({"items", "head"} & set(stage.init.take))
         held_out = _held_out(recipe, stage) if stage.init.users == "same" else None
         # Other people have no vectors there: theirs start anew.
         same_users = "head" in stage.init.take and stage.init.users == "same"
-        initial = model_for(init, dataset, held_out, same_items, same_users)
+        initial = load_model(init, dataset, held_out, same_items, same_users)
     _print_threads()
     fit(
         dataset,
@@ -142,10 +145,10 @@ def _evaluate(
     device: str,
 ) -> dict:
     dataset = SequenceDataset.load(data)
-    task = task or ("recommendation" if "recommendation" in recipe.stages else "pretraining")
+    task = task or _default_task(recipe)
     stage = recipe.stage(task)
     asked = stage.judge == "next_item"  # other judges read no user vectors
-    trained = model_for(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
+    trained = load_model(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
     if asked:
         _say_other_protocol(pretrained, recipe)
     trained = trained.to(device_of(device))
@@ -157,6 +160,10 @@ def list_recipes():
     width = max(map(len, recipes.names()))
     for name in recipes.names():
         print(f"{name:{width}}  {recipes.summary(name)}")
+
+
+def _default_task(recipe: Recipe) -> str:
+    return "recommendation" if "recommendation" in recipe.stages else "pretraining"
 
 
 def _print_threads() -> None:
@@ -177,8 +184,8 @@ def _print_run(output: Path) -> None:
 def _say_other_protocol(pretrained: Path, recipe: Recipe) -> None:
     """A model remembers how it was validated: numbers under two protocols are not compared."""
     known = recipe_of(pretrained)
-    if known is not None and known.get("evaluation") != plain(recipe.evaluation):
-        chosen = from_values(Protocol, known["evaluation"])
+    chosen = None if known is None else from_values(Protocol, known["evaluation"])
+    if chosen is not None and str(chosen) != str(recipe.evaluation):
         print(f"the model was chosen by another protocol: {chosen}")
 
 
@@ -217,7 +224,7 @@ def _parser():
     parser = ArgumentParser(prog="fastrec", description=__doc__, **how)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
-        summary = (function.__doc__ or "").strip().splitlines()[0]
+        summary = " ".join((function.__doc__ or "").strip().split("\n\n")[0].split())
         sub = ArgumentParser(prog=f"fastrec {name}", description=summary, **how)
         if name not in RECIPE_COMMANDS:
             sub.add_argument("--config", action="config", help="YAML file of the flags")
@@ -305,4 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not full and not isinstance(error, (ArgumentError, *input_errors())):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
+        keys = [field.name for field in dataclasses.fields(Stage)]
+        for word in said.removeprefix("unrecognized arguments: ").split(" "):
+            if "unrecognized arguments" in said and word.strip("-").split("=")[0] in keys:
+                said += f" (of a stage: --pretraining.{word.strip('-')})"
+                break
         sys.exit(f"fastrec: error: {'not enough memory: ' if full else ''}{said}")

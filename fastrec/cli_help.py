@@ -3,6 +3,7 @@
 `--help-all` lists every key."""
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
@@ -24,7 +25,8 @@ def show_help(parser, command: str, whole: bool = False) -> None:
     """Print usage, the flags of the command and recipe keys: those above, or all."""
     sub = parser._subcommands_action._name_parser_map[command]
     keys = recipe_keys()
-    print(f"usage: fastrec {command} --config RECIPE [--KEY VALUE ...]\n\n{sub.description}\n")
+    print(f"usage: fastrec {command} --config RECIPE [--KEY VALUE ...]\n")
+    print(textwrap.fill(sub.description, 100), end="\n\n")
     print(_line("config", "recipe name (fastrec recipes) or YAML file; flags win over it", None))
     for action in sub._actions:
         if action.dest not in ("help", "print_config"):

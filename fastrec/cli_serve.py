@@ -11,10 +11,8 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
 from fastrec.data.output import check_table_path, locked_file, write_table
 from fastrec.data.prepare.text import read_lines
-from fastrec.nn.user_model import UserModel
 from fastrec.serve import Recommender
-from fastrec.training.config import Users
-from fastrec.training.model_folder import check_model, for_items_of
+from fastrec.training.model_folder import load_model
 from fastrec.vectors import item_vectors, user_vectors
 
 
@@ -52,7 +50,7 @@ def embed(
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         # Pools and items read no user vectors.
-        model = model_for(pretrained, dataset, same_users=what == "queries")
+        model = load_model(pretrained, dataset, same_users=what == "queries")
         model = model.to(device_of(device))
         width = model.config.width
         if what == "users":
@@ -109,7 +107,7 @@ def recommend(
         dataset = SequenceDataset.load(data)
         asked, given = read_ids(users), read_histories(histories)
         some, never = read_ids(allowed), read_ids(blocked)
-        model = model_for(pretrained, dataset).to(device_of(device))
+        model = load_model(pretrained, dataset, same_users=histories is None).to(device_of(device))
         best = Recommender(model, dataset).recommend(
             k, asked, given, seen=seen, logit_adjustment=logit_adjustment, allowed=some,
             blocked=never,
@@ -154,29 +152,11 @@ def similar(
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         asked = read_ids(items)
-        model = model_for(pretrained, dataset, same_users=False).to(device_of(device))
+        model = load_model(pretrained, dataset, same_users=False).to(device_of(device))
         best = Recommender(model, dataset).similar(asked, k)
         write_table(best, output, overwrite)
     count = dataset.num_items if asked is None else len(asked)
     print(f"{output}: {len(best):,} rows, the {k} most similar items of {count:,} items")
-
-
-def model_for(
-    path: Path,
-    dataset: SequenceDataset,
-    held_out: Users | None = None,
-    same_items: bool = True,
-    same_users: bool = True,
-) -> UserModel:
-    """The model in the folder `path`, for the items of `dataset` unless `same_items` is false (see
-    `for_items_of`). Raises ValueError where it does not belong to `dataset`, see `check_model`."""
-    model = UserModel.from_pretrained(path)
-    if same_items:
-        model = for_items_of(model, path, dataset)
-    if same_users:
-        model.check_users(dataset)
-    check_model(path, dataset, held_out, same_users)
-    return model
 
 
 def read_ids(path: Path | None) -> list[str] | None:

@@ -19,7 +19,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.ids import Ids
 from fastrec.evaluation.next_item import adjustment, row_blocks, seen_items
 from fastrec.ops.linear_topk import TopK, linear_topk
-from fastrec.vectors import check_items, finite, user_rows
+from fastrec.vectors import finite, user_rows
 
 Lists = tuple[Tensor, Tensor]  # values and offsets
 
@@ -54,11 +54,12 @@ class Recommender:
             `model.ask` where the input of the model is items alone. The model answers for users
             that have a vector, and where it reads ratings or time gaps.
 
-    Raises ValueError for a data set with another number of items.
+    Raises ValueError for a data set whose items are not those of the model (`load_model` finds them
+    by their ids).
     """
 
     def __init__(self, model, dataset, program: Callable[[Tensor, Tensor], Tensor] | None = None):
-        check_items(model, dataset)
+        model.check_items(dataset)
         self.model, self.dataset, self._program = model, dataset, program
         self._items = Ids(dataset.item_ids())
         self._adjusted: tuple[float, Tensor] | None = None
@@ -300,5 +301,5 @@ def _joined(parts: list[np.ndarray], dtype) -> np.ndarray:
 
 
 def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be a whole number, at least 1, got {k!r}")

@@ -15,11 +15,12 @@ def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
 
     Returns a polars frame: user_id, vector (array of D float32).
 
-    Raises ValueError for users that are not in the data set, for a pool that the model does not
-    have, and for vectors that are not finite.
+    Raises ValueError for a data set with other items, for users that are not in it, for a pool that
+    the model does not have, and for vectors that are not finite.
     """
     import polars
 
+    model.check_items(dataset)
     users = Ids(dataset.user_ids())
     indices, vectors = user_rows(users, user_ids), []
     with torch.no_grad():
@@ -37,12 +38,11 @@ def item_vectors(model, dataset):
     Returns a polars frame with a row per item, in their order: item_id, vector (array of D float32,
     of a head's own table D + user_width), bias (float32).
 
-    Raises ValueError for a data set with another number of items, and for vectors that are not
-    finite.
+    Raises ValueError for a data set with other items, and for vectors that are not finite.
     """
     import polars
 
-    check_items(model, dataset)
+    model.check_items(dataset)
     table = finite(model.item_table.detach().float().cpu(), "item vectors")
     bias = finite(model.item_head.bias.detach().float().cpu(), "biases")
     return polars.DataFrame(
@@ -58,14 +58,6 @@ def user_rows(users: Ids, asked) -> np.ndarray:
     if len(asked) == 0:
         raise ValueError("the list of users is empty")
     return users.rows(asked, "users")
-
-
-def check_items(model, dataset) -> None:
-    """Raise ValueError for a data set whose items cannot be those of the model."""
-    if model.num_items != dataset.num_items:
-        raise ValueError(
-            f"the model scores {model.num_items} items, {dataset.path} has {dataset.num_items}"
-        )
 
 
 def finite(numbers: Tensor, what: str) -> Tensor:

@@ -167,7 +167,7 @@ def test_the_key_is_never_a_guess(tmp_path, log):
     assert "user_id and card may both hold the ids" in message
     message = refused(tmp_path, log, user_column="card", user_key="card", **flags)
     assert "column 'card': holds 'user_id' too" in message
-    assert "--user_key has no effect" in refused(
+    assert "user_key has no effect" in refused(
         tmp_path, log, user_column="card", timestamp_column="t", user_key="card"
     )
 

@@ -111,7 +111,7 @@ def test_embed_writes_users_items_and_queries(folder, tmp_path, call, recipe):
         ("recommend", ["--allowed=ids"], "1 of 1 allowed items are not in the data set"),
         ("recommend", ["--blocked=ids"], "first is 'nobody'"),
         ("similar", ["--items=ids"], "1 of 1 items are not in the data set, the first is 'nobody'"),
-        ("similar", ["--k=0"], "k must be at least 1, got 0"),
+        ("similar", ["--k=0"], "k must be a whole number, at least 1, got 0"),
         ("recommend", ["--histories=ids"], "ids: row 1: no JSON"),
         ("recommend", ["--histories=none"], "none: file is missing"),
     ],

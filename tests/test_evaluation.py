@@ -104,7 +104,9 @@ def test_popularity_negatives_are_unseen_distinct_and_popular():
     assert abs(counts[0] / 400 - 24 / 72) < 4 * math.sqrt(2 / 9 / 400)
     alone = sampled_negatives(dataset, users[1:], 5, seed=1)
     assert torch.equal(alone[0], negatives[1])  # a function of (seed, user)
-    with pytest.raises(ValueError, match="user 3 has 30 unseen items, 32 negatives"):
+    with pytest.raises(
+        ValueError, match="user number 3, from 0, has 30 unseen items, 32 negatives"
+    ):
         sampled_negatives(dataset, users, 32, seed=1)
 
 

@@ -11,6 +11,7 @@ import torch
 import fastrec
 from fastrec.data.errors import DataError
 from fastrec.data.item_categories import Categories
+from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.item_parts import ItemAttribute
 from fastrec.nn.items import Items
@@ -185,3 +186,48 @@ def test_a_catalogue_with_another_type_of_attribute_is_refused(tmp_path):
             fastrec.prepare(frame, tmp_path / name, **options)
     with pytest.raises(DataError, match="column 'price'.*is Int64 there, String here"):
         fastrec.prepare(frame, tmp_path / "b", **options)
+
+
+def test_a_model_from_python_meets_its_own_items_alone(tmp_path):
+    """Wherever it is asked: as many other items would be garbage. `load_model` is the way."""
+    today, other = (
+        prepared(log(60, *bounds), tmp_path / name)
+        for name, bounds in (("today", (0, 30)), ("other", (1, 31)))
+    )
+    recipe = fastrec.Recipe.load(
+        "sasrec", steps=2, validate_every=2, warmup_steps=1, model={"width": 8, "max_len": 6}
+    )
+    fastrec.fit(today, recipe=recipe, output=tmp_path / "run", progress=False)
+    folder = tmp_path / "run" / "model"
+    model = UserModel.from_pretrained(folder)
+    assert model.num_items == other.num_items
+    for ask in (
+        lambda: fastrec.recommend(model, other, k=2),
+        lambda: fastrec.evaluate(model, other),
+        lambda: fastrec.user_vectors(model, other),
+        lambda: fastrec.item_vectors(model, other),
+        lambda: fastrec.fit(other, model, recipe=recipe, progress=False),
+    ):
+        with pytest.raises(
+            ValueError, match=r"are others or in another order: fastrec\.load_model"
+        ):
+            ask()
+    with pytest.warns(
+        UserWarning, match="1 of the 30 items .* are new to it .* and 1 of its items"
+    ):
+        grown = fastrec.load_model(folder, other)
+    assert fastrec.recommend(grown, other, k=2).height and fastrec.evaluate(grown, other)
+    assert fastrec.load_model(folder, today).trained_on["items"] == today.items_hash
+
+
+def test_the_protocol_of_a_model_is_the_default_of_python(tmp_path):
+    today = prepared(log(60, 0, 30), tmp_path / "today")
+    recipe = fastrec.Recipe.load(
+        "sasrec", steps=2, validate_every=2, warmup_steps=1, model={"width": 8, "max_len": 6}
+    )
+    model = fastrec.fit(today, recipe=recipe, progress=False)
+    own = fastrec.evaluate(model, today)
+    assert own == fastrec.evaluate(model, today, recipe.evaluation)
+    assert own != fastrec.evaluate(model, today, Protocol(seen="none"))
+    with pytest.raises(TypeError, match="protocol must be a Protocol, got dict"):
+        fastrec.evaluate(model, today, {"candidates": "full"})

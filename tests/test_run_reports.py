@@ -204,3 +204,46 @@ def test_names_of_the_package_are_there_when_they_are_asked_for():
     assert all(getattr(fastrec, name) is not None for name in fastrec.__all__)
     with pytest.raises(AttributeError, match="no attribute 'fitt'"):
         fastrec.fitt  # noqa: B018
+
+
+def test_what_fit_cannot_run_is_said_at_once(folder):
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    recipe = Recipe.load("sasrec", **SHORT)
+    for ask, kind, error in (
+        (lambda: fit(dataset), ValueError, "no objective to train: no recipe is given"),
+        (
+            lambda: fit(dataset, recipe=recipe, stage="profile"),
+            ValueError,
+            "has no stage 'profile'",
+        ),
+        (lambda: fit(dataset, recipe=recipe, stage="finetune"), ValueError, "stage must be one of"),
+        (lambda: fit(dataset, recipe="sasrec"), TypeError, r"Recipe\.load\('sasrec'\) for one"),
+        (lambda: fit(dataset, recipe=recipe, stepz=3), TypeError, "'stepz' is no key of a stage"),
+    ):
+        with pytest.raises(kind, match=error):
+            ask()
+
+
+def test_ctrl_c_without_an_output_folder_promises_nothing(folder):
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    with pytest.raises(KeyboardInterrupt, match="nothing is kept of a run without an output"):
+        fit(dataset, recipe=Recipe.load("sasrec", **SHORT), callbacks=[Stop()])
+
+
+def test_hints_of_the_command_line(folder, run, capsys):
+    data = f"--data={folder / 'data'}"
+    for arguments, said in (
+        (["pretrain", data, "--output=x"], "--config names a recipe"),
+        (["pretrain", data, "--output=x", "--config=sasrec", "--steps=3"], "--pretraining.steps=3"),
+        (["evaluate", data, f"--pretrained={run}"], "but its folder model does"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            main(arguments)
+    main(["finetune", *FLAGS, "--pretraining.steps=20", data, f"--init={run / 'model'}",
+          f"--output={folder / 'again'}"])  # fmt: skip
+    assert "best on validation" in capsys.readouterr().out, "the one stage that the recipe has"

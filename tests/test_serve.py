@@ -274,7 +274,7 @@ def test_only_allowed_items_are_scored(dataset, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (dict(k=0), ValueError, "k must be at least 1, got 0"),
+        (dict(k=0), ValueError, "k must be a whole number, at least 1, got 0"),
         (dict(seen="no"), ValueError, "seen must be 'exclude' or 'none', got 'no'"),
         (dict(user_ids=[]), ValueError, "the list of users is empty"),
         (dict(user_ids=["user 1", "u", 3]), ValueError, "2 of 3 users are not in .* first is 'u'"),
@@ -294,12 +294,14 @@ def test_wrong_requests(arguments, error, message, dataset):
 def test_other_wrong_calls(dataset):
     model = made("causal", dataset)
     for call in (fastrec.Recommender, fastrec.item_vectors):
-        with pytest.raises(ValueError, match="the model scores 30 items, memory has 20"):
+        with pytest.raises(
+            ValueError, match="the model scores 30 items, and the 20 of memory are others"
+        ):
             call(model, dataset_of([[1, 2, 3]], 20))
     recommender = fastrec.Recommender(model, dataset)
     with pytest.raises(ValueError, match="1 of 2 items are not in the data set, the first is 'x'"):
         recommender.similar(["item 1", "x"])
-    with pytest.raises(ValueError, match="k must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="k must be a whole number, at least 1, got -1"):
         recommender.similar(k=-1)
     with torch.no_grad():
         model.item_head.bias[3] = torch.inf

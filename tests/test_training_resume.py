@@ -119,7 +119,7 @@ def test_a_run_is_not_resumed_on_other_events(data, tmp_path):
     first, second = SequenceDataset.load(data), SequenceDataset.load(other)
     assert first.num_events == second.num_events and first.items_hash == second.items_hash
     run(data, tmp_path / "run", recipe(steps=20))
-    with pytest.raises(ValueError, match="settings: events was '[0-9a-f]+', not '[0-9a-f]+'$"):
+    with pytest.raises(ValueError, match="is of a run on another data set"):
         run(other, tmp_path / "run", resume=True)
     run(data, tmp_path / "run", resume=True)
     assert trained_weights(tmp_path / "run")["step"] == 30

@@ -140,7 +140,7 @@ def test_a_model_of_other_items_is_refused_before_training():
     data = dataset_of([[1, 29, 3, 4, 5]] * 4, 30)
     run = dict(views={"main": [Mask()]}, objectives={"item": Item()}, steps=1, progress=False)
     for init in (Init(), Init(patch=2), Init(take=["items", "encoder"])):
-        with pytest.raises(ValueError, match=r"items cannot be taken over: item_input"):
+        with pytest.raises(ValueError, match=r"are others or in another order"):
             fit(data, model_of(num_items=20), init=init, **run)
     with pytest.raises(ValueError, match="init freezes or patches a model, and there is none"):
         fit(data, init=Init(freeze=["items"]), **run)

@@ -50,8 +50,8 @@ def sampled_negatives(
         seen = np.unique(values[offsets[user] : offsets[user + 1]])
         if len(alive) - len(seen) < count:
             raise ValueError(
-                f"user {user} has {len(alive) - len(seen)} unseen items, {count} negatives were"
-                " asked for: lower --evaluation.negatives"
+                f"user number {user}, from 0, has {len(alive) - len(seen)} unseen items, {count}"
+                " negatives were asked for: lower evaluation.negatives"
             )
         generator = np.random.Generator(np.random.Philox(key=(seed, user)))
         taken = np.empty(0, dtype=np.int64)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_choices, from_values
 from fastrec.evaluation.candidates import held_out_items, listed_negatives, sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import (
@@ -74,7 +74,8 @@ class Protocol:
             raise ValueError(f"evaluation.cutoffs must be at least 1, got {self.cutoffs}")
         if self.seen != "none" and self.candidates == "sampled":
             raise ValueError(
-                "evaluation.seen has no effect: sampled candidates are never items that were seen"
+                "evaluation.seen has no effect: sampled candidates are never items that were seen;"
+                " set it to none"
             )
 
     @property
@@ -151,10 +152,19 @@ def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
 
 
 def evaluate(
-    model, dataset, protocol: Protocol = Protocol(), split: str = "test", users=None
+    model, dataset, protocol: Protocol | None = None, split: str = "test", users=None
 ) -> dict[str, float]:
-    """`ranking_metrics` of the targets of `users` (int64 indices; all users of the split)
-    under a protocol, `recipe.evaluation` for one. split: "valid" or "test"."""
+    """`ranking_metrics` of the targets of `users` (int64 indices; all users of the split).
+
+    protocol: None: the one that the model was chosen by, of a model that `fit` has trained.
+    split: "valid" or "test".
+    """
+    if protocol is None:
+        known = (model.recipe or {}).get("evaluation", {})
+        protocol = from_values(Protocol, known, "evaluation")
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"protocol must be a Protocol, got {type(protocol).__name__}")
+    model.check_items(dataset)
     users = dataset.users(split) if users is None else users
     users = torch.as_tensor(users, dtype=torch.int64, device="cpu")
     judge = NextItemJudge(dataset, users, split, protocol)

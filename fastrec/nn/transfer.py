@@ -58,6 +58,7 @@ def with_items(model: UserModel, rows: Tensor) -> UserModel:
         for name, most in config.items.most.items()
     }
     made = UserModel(len(rows), config, model.num_users, features).to(rows.device)
+    made.recipe = model.recipe
     before, state = model.state_dict(), made.state_dict()
     for name, tensor in state.items():
         kept = before[name]

@@ -21,6 +21,8 @@ from fastrec.nn.model_config import ModelConfig, check_classes, config_of, descr
 from fastrec.nn.model_files import (
     CONFIG,
     NAMES,
+    RECIPE,
+    TRAINED_ON,
     WEIGHTS,
     check_format,
     check_like,
@@ -64,6 +66,9 @@ class UserModel(nn.Module):
                 f" {num_users}"
             )
         self.num_items, self.config = num_items, config
+        # Of a model that `fit` has trained: what it was trained on and by, as its folder says.
+        self.trained_on: dict[str, Any] = {}
+        self.recipe: dict[str, Any] | None = None
         self.num_users = num_users if config.user_width else 0
         self.item_input = ItemInput(config.items, num_items, config.width, item_features)
         self.encoder = settings_of(config.encoder).build(
@@ -106,6 +111,17 @@ class UserModel(nn.Module):
         """[V, D] or, of the head, [V, D + user_width]: the vectors that score items."""
         table = self.output_table
         return table if len(table) == self.num_items else table[: self.num_items]
+
+    def check_items(self, dataset) -> None:
+        """Raise ValueError for a data set whose items cannot be those of this model, in its order.
+        What is known of a model that was not trained by `fit` is how many they are."""
+        known = self.trained_on.get("items")
+        if self.num_items != dataset.num_items or known not in (None, dataset.items_hash):
+            raise ValueError(
+                f"the model scores {self.num_items:,} items, and the {dataset.num_items:,} of"
+                f" {dataset.path} are others or in another order: fastrec.load_model(FOLDER,"
+                " dataset) finds them by their ids"
+            )
 
     def check_users(self, dataset) -> None:
         """Raise ValueError for a data set that cannot be that of this model's user vectors."""
@@ -262,7 +278,10 @@ class UserModel(nn.Module):
         path = Path(path)
         for name in (CONFIG, WEIGHTS):
             if not (path / name).is_file():
-                raise FileNotFoundError(f"{path / name} is missing: {path} holds no fastrec model")
+                inside = ", but its folder model does" if (path / "model" / name).is_file() else ""
+                raise FileNotFoundError(
+                    f"{path / name} is missing: {path} holds no fastrec model{inside}"
+                )
         _, file = (checked(path, name) for name in NAMES[:2])
         for name in NAMES[2:]:
             checked(path, name)
@@ -296,6 +315,8 @@ class UserModel(nn.Module):
         state = read_tensors(file)
         check_like(file, state, model.state_dict())
         model.load_state_dict(state)
+        model.trained_on = _told(path / TRAINED_ON) or {}
+        model.recipe = _told(path / RECIPE)
         try:
             model.item_input.check_tables()
         except ValueError as error:
@@ -311,3 +332,7 @@ def _init_bert(module: nn.Module) -> None:
         torch.nn.init.zeros_(module.bias)
     if isinstance(module, Patch | ItemInput | ItemHead):
         module.reset()
+
+
+def _told(file: Path) -> dict | None:
+    return read_json(file) if file.is_file() else None

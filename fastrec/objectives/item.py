@@ -90,7 +90,7 @@ class Item:
         how = self.sampled
         if how is None and self.loss != "softmax":
             raise ValueError(f"item.loss {self.loss} needs negatives: set item.sampled")
-        if how is not None and how.log_q and self.loss != "softmax":
+        if how is not None and how.log_q is not None and self.loss != "softmax":
             raise ValueError(f"sampled.log_q has no effect on the loss {self.loss}")
         if how is not None and how.in_batch and self.loss not in ("softmax", "bpr_max"):
             raise ValueError(

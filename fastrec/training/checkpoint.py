@@ -163,6 +163,9 @@ def check_resumed(folder: Path, run: dict, steps: int, encoder) -> None:
         raise FileNotFoundError(f"{path} is missing: there is no run to resume in {folder}")
     state = read_checkpoint(path)
     pairs = [(state["run"].get(part, {}), values) for part, values in run.items()]
+    before, now = state["run"].get("stage", {}), run["stage"]
+    if any(before.get(key) != now[key] for key in ("items", "events")):
+        raise ValueError(f"{path} is of a run on another data set, or another split of it")
     if differences := [text for before, now in pairs for text in _differences(before, now)]:
         raise ValueError(f"{path} is of a run with other settings: {', '.join(differences)}")
     if state["global_step"] > steps:

@@ -245,8 +245,12 @@ class Recipe:
 
     def stage(self, name: str) -> Stage:
         """Raises ValueError that lists the stages for one that this recipe has not."""
+        if not self.stages:
+            raise ValueError("there is no stage to run: --config names a recipe (fastrec recipes)")
         if name not in self.stages:
-            raise ValueError(f"this recipe has no stage {name!r}; its stages are {[*self.stages]}")
+            raise ValueError(
+                f"this recipe has no stage {name!r}; its stages are {[*self.stages]} (--task)"
+            )
         return self.stages[name]
 
 

@@ -118,11 +118,26 @@ def fit(
         if resume:
             raise ValueError("a run without an output folder cannot be resumed")
         with tempfile.TemporaryDirectory() as folder:
-            return fit(
-                dataset, model, recipe=recipe, stage=stage, output=Path(folder) / "run",
-                initial_folder=initial_folder, **around._asdict(), **settings,
-            )  # fmt: skip
+            try:
+                return fit(
+                    dataset, model, recipe=recipe, stage=stage, output=Path(folder) / "run",
+                    initial_folder=initial_folder, **around._asdict(), **settings,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                message = "Ctrl-C: nothing is kept of a run without an output folder"
+                raise KeyboardInterrupt(message) from None
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, Recipe.load({recipe!r}) for one")
     whole, output = recipe or Recipe(), Path(output)
+    stages = [field.name for field in dataclasses.fields(Recipe) if "Stage" in str(field.type)]
+    if stage not in stages:
+        raise ValueError(f"stage must be one of {stages}, got {stage!r}")
+    if stage not in whole.stages and "objectives" not in settings:
+        lacks = f"the recipe has no stage {stage!r}" if recipe else "no recipe is given"
+        raise ValueError(f"there is no objective to train: {lacks}, nor views and objectives")
+    keys = [field.name for field in dataclasses.fields(Stage)]
+    if unknown := [key for key in settings if key not in keys]:
+        raise TypeError(f"{unknown[0]!r} is no key of a stage; those are {keys}")
     chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **settings)
     with locked(output) if first_process() else contextlib.nullcontext():
         return _fit(dataset, model, whole, stage, chosen, output, initial_folder, resume, around)

@@ -149,14 +149,41 @@ def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> Us
     new = int((rows < 0).sum())
     if new == len(rows):
         raise ValueError(f"{folder} was trained on other items: it knows none of {dataset.path}")
-    gone = len(known) - (len(rows) - new)
-    warnings.warn(
-        f"{folder} was trained on {len(known):,} items: {new:,} of the {len(rows):,} items of"
-        f" {dataset.path} are new to it and begin as the mean of those, and {gone:,} of its items"
-        " are not there",
-        stacklevel=2,
-    )
-    return with_items(model, torch.from_numpy(rows))
+    gone, said = len(known) - (len(rows) - new), []
+    if new:
+        said.append(
+            f"{new:,} of the {len(rows):,} items of {dataset.path} are new to it and begin as the"
+            " mean of those"
+        )
+    if gone:
+        said.append(f"{gone:,} of its items are not in {dataset.path}")
+    if said:  # otherwise they stand in another order
+        warnings.warn(
+            f"{folder} was trained on {len(known):,} items: {' and '.join(said)}", stacklevel=2
+        )
+    grown = with_items(model, torch.from_numpy(rows))
+    grown.trained_on = made | {"items": dataset.items_hash}
+    return grown
+
+
+def load_model(
+    path: Path | str,
+    dataset: SequenceDataset,
+    held_out: Users | None = None,
+    same_items: bool = True,
+    same_users: bool = True,
+) -> UserModel:
+    """The model in the folder `path`, for the items of `dataset` unless `same_items` is false (see
+    `for_items_of`: known items by their ids, new ones as the mean). Raises ValueError where it does
+    not belong to `dataset`, see `check_model`."""
+    path = Path(path)
+    model = UserModel.from_pretrained(path)
+    if same_items:
+        model = for_items_of(model, path, dataset)
+    if same_users:
+        model.check_users(dataset)
+    check_model(path, dataset, held_out, same_users)
+    return model
 
 
 def check_model(

@@ -29,6 +29,8 @@ def started_model(
         {name: dataset.event_column(name) for name in config.items.event_columns}
     )
     same = init.users == "same"
+    if initial is not None and {"items", "head"} & set(init.take):
+        initial.check_items(dataset)
     whole = set(PARTS) <= set(init.take) and not init.patch
     if initial is not None:
         if same and "head" in init.take:

@@ -146,7 +146,7 @@ def prepare(
     }
     for name, (file, settings) in sides.items():
         if settings["column"] is not None and not isinstance(file, (str, Path)):
-            raise ValueError(f"--{name}_key has no effect without --{name}_attributes")
+            raise ValueError(f"{name}_key has no effect: {name}_attributes is no file")
         settings["na_values"] = na_values
     with claim(Path(output), overwrite), reading(source_name(source)):
         sources = [source, *chosen.files]
