@@ -75,7 +75,8 @@ def test_negatives_are_a_function_of_seed_and_user():
 
 def test_too_few_items_name_the_flag():
     dataset = dataset_of([[0, 1, 2], [3, 4, 5]], 9)
-    with pytest.raises(ValueError, match=r"user 1 has 3 unseen items.*--evaluation.negatives"):
+    message = r"user number 1, from 0, has 3 unseen items.*lower evaluation\.negatives"
+    with pytest.raises(ValueError, match=message):
         sampled_negatives(dataset, torch.tensor([1]), 4, seed=0)
 
 

@@ -116,7 +116,8 @@ class UserModel(nn.Module):
         """Raise ValueError for a data set whose items cannot be those of this model, in its order.
         What is known of a model that was not trained by `fit` is how many they are."""
         known = self.trained_on.get("items")
-        if self.num_items != dataset.num_items or known not in (None, dataset.items_hash):
+        others = known is not None and known != dataset.items_hash
+        if others or self.num_items != dataset.num_items:
             raise ValueError(
                 f"the model scores {self.num_items:,} items, and the {dataset.num_items:,} of"
                 f" {dataset.path} are others or in another order: fastrec.load_model(FOLDER,"
