@@ -160,7 +160,7 @@ def plot(results: dict, path: Path) -> None:
         xlabel="operations of the mathematical function per byte that must move",
         ylabel="GFLOP/s, float32",
     )
-    for op, marker in zip(results["ops"], "osD^vP*X", strict=False):
+    for op, marker in zip(results["ops"], "osD^vP*Xh<>dp", strict=False):
         own = [point for point in measured if point[0] == op]
         if own:
             axes.plot([p[2] for p in own], [p[3] for p in own], marker, label=op, markersize=6)
