@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
+import re
 import signal
 import sys
 import warnings
@@ -194,6 +196,9 @@ def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
     return None if stage.judge == "next_item" else recipe.users
 
 
+_CHOICES = re.compile(
+    r'Parser key "([^"]+)": Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)'
+)
 RECIPE_COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "finetune": finetune,
@@ -220,7 +225,9 @@ def _parser():
         return get_loader("yaml")(text)
 
     set_loader("fastrec", load, exceptions=(ValueError,))
-    how: dict[str, Any] = {"exit_on_error": False, "parser_mode": "fastrec"}
+    how: dict[str, Any] = {
+        "exit_on_error": False, "parser_mode": "fastrec", "allow_abbrev": False,
+    }  # fmt: skip
     parser = ArgumentParser(prog="fastrec", description=__doc__, **how)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, function in {**RECIPE_COMMANDS, **COMMANDS}.items():
@@ -302,6 +309,9 @@ def main(arguments: list[str] | None = None) -> None:
         values = dict(parser.instantiate(config)[config.command])
         values.pop("config", None)
         COMMANDS[config.command](**values)
+    except BrokenPipeError:  # who reads the output has seen enough: `fastrec recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt as stop:
         print(f"fastrec: {stop or 'interrupted'}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -312,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not full and not isinstance(error, (ArgumentError, *input_errors())):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
+        said = _CHOICES.sub(r"--\1 must be one of \2, got \3", said)
         keys = [field.name for field in dataclasses.fields(Stage)]
         for word in said.removeprefix("unrecognized arguments: ").split(" "):
             if "unrecognized arguments" in said and word.strip("-").split("=")[0] in keys:

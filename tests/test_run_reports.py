@@ -239,6 +239,11 @@ def test_hints_of_the_command_line(folder, run, capsys):
     data = f"--data={folder / 'data'}"
     for arguments, said in (
         (["pretrain", data, "--output=x"], "--config names a recipe"),
+        (["prepare", "--sourc=x", "--output=x"], "unrecognized arguments: --sourc=x|required"),
+        (
+            ["evaluate", data, "--pretrained=x", "--split=train"],
+            "--split must be one of 'valid', 'test', got train",
+        ),
         (["pretrain", data, "--output=x", "--config=sasrec", "--steps=3"], "--pretraining.steps=3"),
         (["evaluate", data, f"--pretrained={run}"], "but its folder model does"),
     ):
