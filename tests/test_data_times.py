@@ -171,7 +171,8 @@ def test_the_unit_of_numbers_is_inferred_from_1990_to_2100(tmp_path, unit, kind)
 def test_fractions_are_exact_in_a_finer_unit(values, unit, typed):
     numbers = []
     for whole, digits, fraction in values:
-        digits = min(digits, 9 - DIGITS[unit], 5 if typed else 9)
+        # A double holds any 15 digits, 12 of which may stand before the point.
+        digits = min(digits, 9 - DIGITS[unit], 3 if typed else 9)
         numbers.append(Decimal(whole) + Decimal(fraction % 10**digits) / 10**digits)
     finest = max(-min(0, number.normalize().as_tuple().exponent) for number in numbers)
     place = -(-(DIGITS[unit] + finest) // 3) * 3
