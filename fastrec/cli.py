@@ -28,12 +28,13 @@ from fastrec.data.errors import input_errors
 from fastrec.data.output import check_absent, check_table_path, locked_file, write_text
 from fastrec.data.settings import from_values
 from fastrec.demo import demo
-from fastrec.evaluation.next_item import Protocol
+from fastrec.evaluation.next_item import protocol_of
 from fastrec.nn.model_files import RECIPE, read_json
+from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import MODEL, SUMMARY, first_process
-from fastrec.training.config import Recipe, Stage, Users
+from fastrec.training.config import STAGE_KEYS, Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
-from fastrec.training.model_folder import load_model, recipe_of
+from fastrec.training.model_folder import load_model
 from fastrec.training.sweep import sweep
 
 
@@ -152,7 +153,7 @@ def _evaluate(
     asked = stage.judge == "next_item"  # other judges read no user vectors
     trained = load_model(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
     if asked:
-        _say_other_protocol(pretrained, recipe)
+        _say_other_protocol(trained, recipe)
     trained = trained.to(device_of(device))
     return evaluate_stage(dataset, recipe, stage, trained, pretrained, split, ranks)
 
@@ -183,10 +184,9 @@ def _print_run(output: Path) -> None:
     print(f"model: {output / MODEL}\nlogs: {output}/metrics, /validation and /tensorboard")
 
 
-def _say_other_protocol(pretrained: Path, recipe: Recipe) -> None:
+def _say_other_protocol(model: UserModel, recipe: Recipe) -> None:
     """A model remembers how it was validated: numbers under two protocols are not compared."""
-    known = recipe_of(pretrained)
-    chosen = None if known is None else from_values(Protocol, known["evaluation"])
+    chosen = protocol_of(model)
     if chosen is not None and str(chosen) != str(recipe.evaluation):
         print(f"the model was chosen by another protocol: {chosen}")
 
@@ -322,10 +322,14 @@ def main(arguments: list[str] | None = None) -> None:
         if not full and not isinstance(error, (ArgumentError, *input_errors())):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
-        said = _CHOICES.sub(r"--\1 must be one of \2, got \3", said)
-        keys = [field.name for field in dataclasses.fields(Stage)]
-        for word in said.removeprefix("unrecognized arguments: ").split(" "):
-            if "unrecognized arguments" in said and word.strip("-").split("=")[0] in keys:
-                said += f" (of a stage: --pretraining.{word.strip('-')})"
-                break
-        sys.exit(f"fastrec: error: {'not enough memory: ' if full else ''}{said}")
+        sys.exit(f"fastrec: error: {'not enough memory: ' if full else ''}{_in_words(said)}")
+
+
+def _in_words(said: str) -> str:
+    """What the parser says, without Python's names of types, and with the place of a stage's key
+    that stands alone."""
+    said = _CHOICES.sub(r"--\1 must be one of \2, got \3", said)
+    _, unknown, rest = said.partition("unrecognized arguments: ")
+    flags = [word.strip("-") for word in rest.split()] if unknown else []
+    hints = [flag for flag in flags if flag.partition("=")[0] in STAGE_KEYS]
+    return f"{said} (of a stage: --pretraining.{hints[0]})" if hints else said

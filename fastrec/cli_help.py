@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from fastrec.data.steps.parts import Step
 from fastrec.training.checkpoint import plain
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import STAGES, Recipe, Stage
 
 KEYS = (
     "model.width", "model.max_len", "model.dropout", "model.encoder", "model.tokens",
@@ -18,7 +18,6 @@ KEYS = (
     "STAGE.patience", "STAGE.devices", "evaluation.candidates", "evaluation.seen",
     "users.fraction", "seed",
 )  # fmt: skip
-STAGES = ("pretraining", "recommendation", "profile", "relation")
 
 
 def show_help(parser, command: str, whole: bool = False) -> None:

@@ -195,6 +195,17 @@ def test_devices_by_name():
             device_of(name)
 
 
+def test_a_device_of_its_own_number_is_one_process_before_anything_is_written(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    recipe = Recipe.load("sasrec", **SHORT)
+    with pytest.raises(ValueError, match="devices is 2, and device names one, cuda:1"):
+        fit(dataset, recipe=recipe, output=tmp_path / "run", device="cuda:1", devices=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_names_of_the_package_are_there_when_they_are_asked_for():
     script = "import sys, fastrec; assert 'polars' not in sys.modules, 'import fastrec is light'"
     script += (
@@ -239,7 +250,10 @@ def test_hints_of_the_command_line(folder, run, capsys):
     data = f"--data={folder / 'data'}"
     for arguments, said in (
         (["pretrain", data, "--output=x"], "--config names a recipe"),
-        (["prepare", "--sourc=x", "--output=x"], "unrecognized arguments: --sourc=x|required"),
+        (
+            ["recommend", data, f"--pretrained={run}", "--output=x.csv", "--user=x"],
+            "unrecognized arguments: --user=x$",
+        ),
         (
             ["evaluate", data, "--pretrained=x", "--split=train"],
             "--split must be one of 'valid', 'test', got train",

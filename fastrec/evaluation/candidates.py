@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.errors import DataError
+from fastrec.data.ids import Ids
 from fastrec.data.prepare.text import read_fields
 
 _ROUNDS = 4  # of rejection, before a user whose history is most of the events costs O(items)
@@ -78,25 +79,24 @@ def listed_negatives(dataset, users: Tensor, file: Path | str) -> Tensor:
     user that is not known or not there.
     """
     lines = read_fields(file)
-    items = {str(each): row for row, each in enumerate(dataset.item_ids().tolist())}
-    known = {str(each): row for row, each in enumerate(dataset.user_ids().tolist())}
+    items, people = Ids(dataset.item_ids()), Ids(dataset.user_ids())
     found: dict[int, list[int]] = {}
     for row, (user, *listed) in enumerate(lines, 1):
         if len(listed) != len(lines[0]) - 1 or not listed:
             raise DataError(
                 file, f"{len(listed)} items, the first line has {len(lines[0]) - 1}", row=row
             )
-        unknown = [each for each in listed if each not in items]
-        if unknown or user not in known:
-            what = f"item {unknown[0]!r}" if unknown else f"user {user!r}"
+        (owner,), rows = people.find([user]), items.find(listed)
+        if -1 in (owner, *rows):
+            what = f"item {listed[rows.index(-1)]!r}" if -1 in rows else f"user {user!r}"
             raise DataError(file, f"{what} is not in {dataset.path}", row=row)
-        if known[user] in found:
+        if owner in found:
             raise DataError(file, f"user {user!r} is listed twice", row=row)
-        found[known[user]] = [items[each] for each in listed]
+        found[owner] = rows
     missing = [user for user in users.tolist() if user not in found]
     if missing:
         raise DataError(
             file, f"{len(missing)} of {len(users)} users have no line, the first is"
-            f" {str(dataset.user_ids()[missing[0]])!r}",
+            f" {str(people.ids[missing[0]])!r}",
         )  # fmt: skip
     return torch.tensor([found[user] for user in users.tolist()], device="cpu")

@@ -151,17 +151,23 @@ def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     return model.ask(batch)
 
 
+def protocol_of(model) -> Protocol | None:
+    """The protocol that a model was chosen by; None of one that `fit` has not trained."""
+    if model.recipe is None:
+        return None
+    return from_values(Protocol, model.recipe.get("evaluation", {}), "evaluation")
+
+
 def evaluate(
     model, dataset, protocol: Protocol | None = None, split: str = "test", users=None
 ) -> dict[str, float]:
     """`ranking_metrics` of the targets of `users` (int64 indices; all users of the split).
 
-    protocol: None: the one that the model was chosen by, of a model that `fit` has trained.
+    protocol: None: that of the model (`protocol_of`), or the default one.
     split: "valid" or "test".
     """
     if protocol is None:
-        known = (model.recipe or {}).get("evaluation", {})
-        protocol = from_values(Protocol, known, "evaluation")
+        protocol = protocol_of(model) or Protocol()
     if not isinstance(protocol, Protocol):
         raise TypeError(f"protocol must be a Protocol, got {type(protocol).__name__}")
     model.check_items(dataset)

@@ -112,12 +112,16 @@ class UserModel(nn.Module):
         table = self.output_table
         return table if len(table) == self.num_items else table[: self.num_items]
 
-    def check_items(self, dataset) -> None:
-        """Raise ValueError for a data set whose items cannot be those of this model, in its order.
-        What is known of a model that was not trained by `fit` is how many they are."""
+    def has_items_of(self, dataset) -> bool:
+        """Whether the items of a data set can be those of this model, in its order. What is known
+        of a model that was not trained by `fit` is how many they are."""
         known = self.trained_on.get("items")
-        others = known is not None and known != dataset.items_hash
-        if others or self.num_items != dataset.num_items:
+        alike = known is None or known == dataset.items_hash
+        return alike and self.num_items == dataset.num_items
+
+    def check_items(self, dataset) -> None:
+        """Raise ValueError unless `has_items_of`."""
+        if not self.has_items_of(dataset):
             raise ValueError(
                 f"the model scores {self.num_items:,} items, and the {dataset.num_items:,} of"
                 f" {dataset.path} are others or in another order: fastrec.load_model(FOLDER,"

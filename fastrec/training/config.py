@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from fastrec import recipes
 from fastrec.data.attributes import Attribute
@@ -228,11 +228,11 @@ class Recipe:
 
         Raises FileNotFoundError that lists the recipes, TypeError or ValueError for a key.
         """
-        own, stage = ([f.name for f in dataclasses.fields(kind)] for kind in (cls, Stage))
+        own = [field.name for field in dataclasses.fields(cls)]
         settings = recipes.load(str(name_or_file))
         for key, value in changes.items():
-            if key not in own and key not in stage:
-                raise TypeError(f"{key!r} is no key of a recipe {own} nor of a stage {stage}")
+            if key not in own and key not in STAGE_KEYS:
+                raise TypeError(f"{key!r} is no key of a recipe {own} nor of a stage {STAGE_KEYS}")
             part = {key: value} if key in own else {"pretraining": {key: value}}
             settings = recipes.merged(settings, part)
         return from_values(cls, settings)
@@ -252,6 +252,11 @@ class Recipe:
                 f"this recipe has no stage {name!r}; its stages are {[*self.stages]} (--task)"
             )
         return self.stages[name]
+
+
+# The names of the keys of a stage, and of the stages of a recipe.
+STAGE_KEYS = [field.name for field in dataclasses.fields(Stage)]
+STAGES = [name for name, hint in get_type_hints(Recipe).items() if Stage in get_args(hint)]
 
 
 def _check_asked(name: str, stage: Stage, objective: Item, causal: bool) -> None:

@@ -49,7 +49,7 @@ from fastrec.training.checkpoint import (
     start_run,
     tidy_run,
 )
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import STAGE_KEYS, STAGES, Recipe, Stage
 from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
 from fastrec.training.model_folder import hashes, load_heads, save_model
 from fastrec.training.module import StageModule
@@ -129,15 +129,13 @@ def fit(
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, Recipe.load({recipe!r}) for one")
     whole, output = recipe or Recipe(), Path(output)
-    stages = [field.name for field in dataclasses.fields(Recipe) if "Stage" in str(field.type)]
-    if stage not in stages:
-        raise ValueError(f"stage must be one of {stages}, got {stage!r}")
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
     if stage not in whole.stages and "objectives" not in settings:
         lacks = f"the recipe has no stage {stage!r}" if recipe else "no recipe is given"
         raise ValueError(f"there is no objective to train: {lacks}, nor views and objectives")
-    keys = [field.name for field in dataclasses.fields(Stage)]
-    if unknown := [key for key in settings if key not in keys]:
-        raise TypeError(f"{unknown[0]!r} is no key of a stage; those are {keys}")
+    if unknown := [key for key in settings if key not in STAGE_KEYS]:
+        raise TypeError(f"{unknown[0]!r} is no key of a stage; those are {STAGE_KEYS}")
     chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **settings)
     with locked(output) if first_process() else contextlib.nullcontext():
         return _fit(dataset, model, whole, stage, chosen, output, initial_folder, resume, around)
@@ -169,8 +167,9 @@ def _fit(
     elif first_process():
         check_free(output, dataset, recipe, stage)
     device = device_of(around.device)
+    processes = _processes(device, current.devices)
     if current.cuda_graph:
-        _check_one_gpu(device, current.devices)
+        _check_one_gpu(device, current.devices, processes)
     name = current.backend or "reference"
     if why := unavailable_reason(name, "linear_cross_entropy", device):
         raise ValueError(f"backend is {name!r}: {why}")
@@ -197,19 +196,20 @@ def _fit(
         trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
     seen = seen_by_run(dataset, data.users, recipe, current, initial, initial_folder, kept)
-    items = hashes(dataset.item_ids())
+    items, described = hashes(dataset.item_ids()), plain(recipe)
     keep = KeepBest(
         lambda steps: save_model(
-            output / MODEL, trained, objective, {**trained_on, "steps": steps}, plain(recipe),
-            items, seen,
+            output / MODEL, trained, objective, {**trained_on, "steps": steps}, described, items,
+            seen,
         )
     )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
-    trainer = _trainer(output, run, current, keep, len(data.users), around)
+    where = device, processes
+    trainer = _trainer(output, run, current, keep, len(data.users), around, where)
     for logger in trainer.loggers:
-        logger.log_hyperparams(flat(plain(recipe)))
+        logger.log_hyperparams(flat(described))
     start = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
@@ -241,7 +241,13 @@ def _fit(
 
 
 def _trainer(
-    output: Path, run: dict, stage: Stage, keep: KeepBest, users: int, around: Around
+    output: Path,
+    run: dict,
+    stage: Stage,
+    keep: KeepBest,
+    users: int,
+    around: Around,
+    where: tuple[torch.device, int],
 ) -> lightning.Trainer:
     callbacks: list[Callback] = [
         *around.callbacks,
@@ -270,20 +276,15 @@ def _trainer(
     )  # fmt: skip
     for noise in noises:
         warnings.filterwarnings("ignore", noise)
-    device, chosen = device_of(around.device), stage.devices
-    devices = max(1, torch.cuda.device_count()) if chosen == "auto" else int(chosen)
-    if device.index is not None and chosen not in ("auto", 1):
-        raise ValueError(f"devices is {chosen}, and device names one, {device}")
-    if (device.type == "cpu" and chosen == "auto") or device.index is not None:
-        devices = 1
+    device, processes = where
     return lightning.Trainer(
         max_steps=stage.steps,
         max_epochs=stage.steps // stage.pass_steps,
         accelerator=device.type,
-        devices=devices if device.index is None else [device.index],
+        devices=processes if device.index is None else [device.index],
         # Which parameters the objectives read is theirs to know: the item head of a stage without
         # item prediction has no gradient, and DDP would wait for it.
-        strategy="ddp_find_unused_parameters_true" if devices > 1 else "auto",
+        strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
         precision=stage.precision,
         callbacks=callbacks,
         plugins=[CheckpointFile()],
@@ -301,12 +302,19 @@ def _trainer(
     )
 
 
-def _check_one_gpu(device: torch.device, devices: int | str) -> None:
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.index is not None:
-        devices = 1
-    used = gpus if devices == "auto" else min(int(devices), gpus)
-    if used != 1:
+def _processes(device: torch.device, devices: int | str) -> int:
+    """How many a run has: one for a device that is named by its number, and with "auto" one for
+    each GPU, or one on the CPU."""
+    if device.index is not None and devices not in ("auto", 1):
+        raise ValueError(f"devices is {devices}, and device names one, {device}")
+    if devices != "auto":
+        return int(devices)
+    return torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+
+
+def _check_one_gpu(device: torch.device, devices: int | str, processes: int) -> None:
+    if device.type != "cuda" or processes != 1:
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
         raise ValueError(
             f"cuda_graph needs one process on one GPU: devices is {devices}, {gpus} GPUs are here"
         )

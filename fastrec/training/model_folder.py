@@ -77,12 +77,6 @@ def read_trained_on(folder: Path) -> dict:
     return values
 
 
-def recipe_of(folder: Path) -> dict | None:
-    """The recipe that a model was trained by; None for one that was saved otherwise."""
-    file = checked(folder, RECIPE)
-    return read_json(file) if file.is_file() else None
-
-
 def seen_users(dataset, users: Tensor, earlier: Iterable[Path | None]) -> np.ndarray | None:
     """Whom a model has seen that is trained on `users`, after models in the folders `earlier`:
     uint64, ascending, a hash of each original id, so that a user is the same in every data set.
@@ -126,8 +120,7 @@ def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> Us
 
     Raises ValueError if it knows none of them, or does not say which items it knows.
     """
-    made = read_trained_on(folder)
-    if model.num_items == dataset.num_items and made.get("items") in (None, dataset.items_hash):
+    if model.has_items_of(dataset):
         return model
     known, asked = _read_hashes(folder, ITEMS), hashes(dataset.item_ids())
     if known is None:
@@ -162,7 +155,7 @@ def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> Us
             f"{folder} was trained on {len(known):,} items: {' and '.join(said)}", stacklevel=2
         )
     grown = with_items(model, torch.from_numpy(rows))
-    grown.trained_on = made | {"items": dataset.items_hash}
+    grown.trained_on = model.trained_on | {"items": dataset.items_hash}
     return grown
 
 
