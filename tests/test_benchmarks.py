@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -148,6 +149,16 @@ def test_other_commands_run(name, printed, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--smoke"])
     importlib.import_module(f"benchmarks.{name}").main()
     assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["asked", "dilated", "caser", "request"])
+def test_encoders_beside_their_peers_on_a_data_set(part, tmp_path, monkeypatch, capsys):
+    data = synthetic(tmp_path, num_users=60, num_items=40)
+    options = [part, "--data", str(data), "--length", "12", "--rounds", "2"]
+    monkeypatch.setattr("sys.argv", ["encoders.py", *options])
+    importlib.import_module("benchmarks.encoders").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3 and re.search(r"\d+\.\d\d ms   1\.00, 1\.00$", lines[1]), lines
 
 
 def test_steps_of_an_epoch_on_a_file(tmp_path):

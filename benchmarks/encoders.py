@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the encoders and a request take beside their peers, on the users of a data set.
+
+    python -m benchmarks.encoders asked   --data data --length 50   # states of 4,096 users
+    python -m benchmarks.encoders dilated --data data --length 50   # beside nn.Conv1d
+    python -m benchmarks.encoders caser   --data data --length 50   # beside nn.Conv2d
+    python -m benchmarks.encoders request --data data --length 50   # a Recommender, a history
+
+Process CPU time on one thread, all in turn in one process: minimum and median in ms, and the ratio
+of the first one's peers to it. That the results are equal is in tests/test_asked.py,
+tests/test_dilated.py and tests/test_caser.py. `data` is a folder of `fastrec prepare`.
+
+Legend: B sequences, T events, L most events, D width.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
+from torch.nn import functional as F
+
+from fastrec.data.batch import JaggedBatch
+from fastrec.data.dataset import SequenceDataset
+from fastrec.export import export_query
+from fastrec.nn.encoders.caser import Caser
+from fastrec.nn.encoders.dilated import Dilated
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.items import ItemRows
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
+from fastrec.serve import Recommender
+
+BATCH, BLOCK, WIDTH, DILATIONS = 256, 512, 64, (1, 4, 1, 4)
+Work = dict[str, Callable[[], object]]
+
+
+def asked(dataset: SequenceDataset, length: int, encoder: Transformer) -> Work:
+    """Queries of 4,096 users in blocks: from the asked states alone, and from all states."""
+    config = ModelConfig(WIDTH, length, head_transform=False, encoder=encoder)
+    model, users = UserModel(dataset.num_items, config), torch.arange(min(4096, dataset.num_users))
+    blocks = [model.inputs(dataset, part, "test", ask=True) for part in users.split(BLOCK)]
+    return {
+        "asked": lambda: [model.ask(block) for block in blocks],
+        "all states": lambda: [model.next_item_query(model.encode(block)) for block in blocks],
+    }
+
+
+def trained(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """Forward and backward of `call`, with gradients of x and of the module."""
+    x = x.clone().requires_grad_()
+
+    def step() -> None:
+        module.zero_grad()
+        x.grad = None
+        call(x).sum().backward()
+
+    return step
+
+
+class ConvBlocks(nn.Module):
+    """The blocks of `Dilated` on padded sequences [B, L, D]."""
+
+    def __init__(self):
+        super().__init__()
+        dilations = [times * each for each in DILATIONS for times in (1, 2)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(WIDTH, WIDTH, 3, dilation=each) for each in dilations
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in dilations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for index, (conv, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            padded = F.pad(out.transpose(1, 2), (2 * conv.dilation[0], 0))
+            out = F.relu(norm(conv(padded).transpose(1, 2)))
+            if index % 2:
+                x = out = x + out
+        return x
+
+
+def dilated(batch: JaggedBatch, length: int) -> Work:
+    encoder, peer = Dilated(dilations=list(DILATIONS)).build(WIDTH, length, 0.0), ConvBlocks()
+    events = torch.randn(len(batch.values), WIDTH)
+    return {
+        "fastrec": trained(encoder, lambda x: encoder(ItemRows(x, None), batch), events),
+        "nn.Conv1d, padded": trained(peer, peer, torch.randn(len(batch), length, WIDTH)),
+    }
+
+
+class ConvWindows(nn.Module):
+    """Caser's filters on windows [N, L, D]: 16 of each height, 4 vertical ones."""
+
+    def __init__(self, width: int, window: int = 5):
+        super().__init__()
+        self.horizontal = nn.ModuleList(
+            nn.Conv2d(1, 16, (height, width)) for height in range(1, window + 1)
+        )
+        self.vertical = nn.Conv2d(1, 4, (window, 1))
+        self.output = nn.Linear(16 * window + 4 * width, width)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        x = windows.unsqueeze(1)
+        parts = [F.relu(conv(x)).squeeze(3).amax(2) for conv in self.horizontal]
+        return F.relu(self.output(torch.cat([*parts, self.vertical(x).flatten(1)], 1)))
+
+
+def caser(batch: JaggedBatch, length: int, width: int = 50) -> Work:
+    encoder, peer = Caser().build(width, length, 0.0), ConvWindows(width)
+    events, longest = torch.randn(len(batch.values), width), len(batch) * batch.max_seq_len
+    # A window holds other events each time: what the convolutions take does not depend on which.
+    windows = events[:, None].expand(-1, 5, -1)
+    padded = torch.randn(longest, 1, width).expand(-1, 5, -1)
+    return {
+        "fastrec": trained(encoder, lambda x: encoder(ItemRows(x, None), batch), events),
+        "nn.Conv2d, windows of events": trained(peer, peer, windows),
+        "nn.Conv2d, padded": trained(peer, peer, padded),
+    }
+
+
+def request(dataset: SequenceDataset, length: int) -> Work:
+    """The 10 best of one history of 20 items."""
+    encoder = Transformer(heads=1, causal=True, pre_norm=True)
+    config = ModelConfig(WIDTH, length, head_transform=False, encoder=encoder)
+    model = UserModel(dataset.num_items, config)
+    recommender = Recommender(model, dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        path = aoti_compile_and_package(
+            export_query(model), package_path=f"{folder}/query.pt2", inductor_configs={}
+        )
+        program = aoti_load_package(path)
+    compiled, history = Recommender(model, dataset, program), [dataset.item_ids()[:20].tolist()]
+    return {
+        "Recommender": lambda: recommender.recommend(10, histories=history),
+        "with a compiled program": lambda: compiled.recommend(10, histories=history),
+    }
+
+
+def measured(work: Work, rounds: int) -> dict[str, tuple[float, float]]:
+    """(minimum, median) in ms of each, one after the other in every round but the first."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds + 1):
+        for name, call in work.items():
+            start = time.process_time()
+            call()
+            times[name].append(1e3 * (time.process_time() - start))
+    return {name: (min(each[1:]), median(each[1:])) for name, each in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("asked", "dilated", "caser", "request"))
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--length", type=int, default=50)
+    parser.add_argument("--rounds", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dataset = SequenceDataset.load(options.data)
+    users = torch.linspace(0, dataset.num_users - 1, BATCH).long()
+    batch = dataset.gather(users, "train", options.length)
+    works: dict[str, Work] = {}
+    if options.part == "asked":
+        causal = Transformer(heads=1, causal=True, pre_norm=True)
+        for name, encoder in (("causal, 1 head", causal), ("[MASK], 2 heads", Transformer())):
+            works[name] = asked(dataset, options.length, encoder)
+    elif options.part == "request":
+        works["one history of 20 items"] = request(dataset, options.length)
+    else:
+        make = {"dilated": dilated, "caser": caser}[options.part]
+        works[f"B={BATCH} T={len(batch.values)}"] = make(batch, options.length)
+    rounds = options.rounds or {"asked": 6, "request": 200}.get(options.part, 20)
+    context = torch.no_grad() if options.part in ("asked", "request") else torch.enable_grad()
+    with context:
+        for title, work in works.items():
+            print(title)
+            found = measured(work, rounds)
+            first = next(iter(found.values()))
+            for name, (low, middle) in found.items():
+                ratios = f"{low / first[0]:.2f}, {middle / first[1]:.2f}"
+                print(f"  {name:<30}{low:9.2f}, {middle:.2f} ms   {ratios}")
+
+
+if __name__ == "__main__":
+    main()
