@@ -33,6 +33,7 @@ from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.items import ItemRows
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel
+from fastrec.onnx import export_onnx, onnx_query
 from fastrec.serve import Recommender
 
 BATCH, BLOCK, WIDTH, DILATIONS = 256, 512, 64, (1, 4, 1, 4)
@@ -133,10 +134,13 @@ def request(dataset: SequenceDataset, length: int) -> Work:
             export_query(model), package_path=f"{folder}/query.pt2", inductor_configs={}
         )
         program = aoti_load_package(path)
+        export_onnx(model, f"{folder}/query.onnx")
+        onnx = Recommender(model, dataset, onnx_query(f"{folder}/query.onnx"))
     compiled, history = Recommender(model, dataset, program), [dataset.item_ids()[:20].tolist()]
     return {
         "Recommender": lambda: recommender.recommend(10, histories=history),
         "with a compiled program": lambda: compiled.recommend(10, histories=history),
+        "with an ONNX file": lambda: onnx.recommend(10, histories=history),
     }
 
 

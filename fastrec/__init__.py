@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastrec.export import export_query
     from fastrec.nn.model_config import ModelConfig
     from fastrec.nn.user_model import UserModel
+    from fastrec.onnx import export_onnx, onnx_query
     from fastrec.serve import Recommender, recommend
     from fastrec.training.config import Recipe
     from fastrec.training.fit import fit
@@ -49,10 +50,12 @@ LATER = {
     "SequenceDataset": "fastrec.data.dataset",
     "UserModel": "fastrec.nn.user_model",
     "evaluate": "fastrec.evaluation.next_item",
+    "export_onnx": "fastrec.onnx",
     "export_query": "fastrec.export",
     "fit": "fastrec.training.fit",
     "load_model": "fastrec.training.model_folder",
     "item_vectors": "fastrec.vectors",
+    "onnx_query": "fastrec.onnx",
     "prepare": "fastrec.data.prepare",
     "recommend": "fastrec.serve",
     "user_vectors": "fastrec.vectors",
@@ -66,6 +69,7 @@ __all__ = [
     "bias_gelu_dropout",
     "dropout_add_layer_norm",
     "evaluate",
+    "export_onnx",
     "export_query",
     "fit",
     "gelu_ffn",
@@ -81,6 +85,7 @@ __all__ = [
     "linear_rank",
     "linear_topk",
     "load_model",
+    "onnx_query",
     "prepare",
     "recommend",
     "sampled_linear_cross_entropy",

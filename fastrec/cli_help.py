@@ -34,7 +34,8 @@ def show_help(parser, command: str, whole: bool = False) -> None:
         print(_line(key, *keys[key], whole))
     print(f"\nSTAGE is {', '.join(STAGES[:-1])} or {STAGES[-1]}", end="")
     print("; STEP is one in the list of a view." if whole else ".")
-    print("All keys: --help-all; what a recipe sets them to: --print_config.")
+    print("In brackets is what holds where neither the recipe nor a flag says otherwise.")
+    print("All keys: --help-all; what a recipe sets them to: --config RECIPE --print_config.")
 
 
 def print_config(recipe: Recipe) -> None:

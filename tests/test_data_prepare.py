@@ -124,6 +124,17 @@ def test_filters_are_counted_and_printed(tmp_path):
     assert not (tmp_path / "e").exists()
 
 
+def test_side_tables_are_said(tmp_path):
+    events = [(user, item, item) for user in (1, 2) for item in range(3)]
+    users = pl.DataFrame({"user_id": [1, 2], "age": [3, 4], "town": ["a", "b"]})
+    friends = pl.DataFrame({"user": [1], "friend": [2]})
+    report = prepare(raw(events), tmp_path / "d", user_attributes=users, relations=friends)
+    said = str(report)
+    assert "\n  users have age, town\n  relations: 1\n" in said
+    assert "items have" not in said
+    assert "have" not in str(prepare(raw(events), tmp_path / "e")).replace("fewer", "")
+
+
 def test_max_users_and_short_users(tmp_path):
     events = [(user, item, item) for user in (3, 1, 2) for item in range(user)]
     report = prepare(raw(events), tmp_path / "d", max_users=2)

@@ -118,7 +118,8 @@ def test_a_model_remembers_its_protocol(folder, run, capsys):
     said = capsys.readouterr().out
     assert "the model was chosen by another protocol: the target ranked among all items but" in said
     assert "the target ranked among all items, those of the user's history included" in said
-    main(["evaluate", *data, "--config", "sasrec"])
+    with pytest.warns(UserWarning, match="the model keeps its own settings: width 16, not 64"):
+        main(["evaluate", *data, "--config", "sasrec"])
     assert "another protocol" not in capsys.readouterr().out
 
 

@@ -50,6 +50,16 @@ def test_the_program_of_the_page_gives_the_same_answers(folder):
     assert one.drop("score").equals(other.drop("score"))
 
 
+def test_the_onnx_file_of_the_page_gives_the_same_answers(folder):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: it writes ONNX files")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: it runs ONNX files")
+    names = run("onnx", run("recommender", {}))
+    for histories in ([[5, 9, 2]], [[5, 9, 2], [7]]):
+        asked = dict(histories=histories, k=10)
+        one, other = names["recommender"].recommend(**asked), names["faster"].recommend(**asked)
+        assert one.drop("score").equals(other.drop("score"))
+
+
 @pytest.mark.slow  # a compiler runs for half a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++")
 def test_the_compiled_program_of_the_page_gives_the_same_answers(folder):

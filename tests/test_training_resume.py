@@ -133,6 +133,17 @@ def test_another_stage_may_change_before_a_run_is_resumed(data, tmp_path):
     assert trained_weights(tmp_path / "run")["step"] == 30
 
 
+def test_a_run_goes_on_from_what_it_started_from(data, tmp_path):
+    first, other = run(data, tmp_path / "first"), run(data, tmp_path / "other", recipe(steps=20))
+    run(data, tmp_path / "run", model=first)
+    with pytest.raises(ValueError, match="started from another model, not the one given"):
+        run(data, tmp_path / "run", model=other, resume=True)
+    run(data, tmp_path / "run", resume=True)  # need not name it, and keeps it
+    run(data, tmp_path / "run", model=first, resume=True)
+    with pytest.raises(ValueError, match="started from random weights, not the one given"):
+        run(data, tmp_path / "first", model=other, resume=True)
+
+
 def test_a_run_that_stopped_early_is_at_its_end(data, tmp_path, falling_scores):
     stage = recipe(**FOUR | {"steps": 100}, patience=2)
     run(data, tmp_path / "run", stage)

@@ -155,9 +155,25 @@ def _digest(path: Path, size: int) -> str:
     return found.hexdigest()
 
 
-def check_resumed(folder: Path, run: dict, steps: int, encoder) -> None:
-    """Raise FileNotFoundError or ValueError if the run in `folder` cannot go on as `run` to so many
-    steps: no checkpoint, a damaged one, other settings, more steps, or no best model."""
+def started_from(initial: UserModel | None) -> str | None:
+    """Stands for the weights of the model that a run starts from; None: random ones."""
+    if initial is None:
+        return None
+    found = hashlib.sha256()
+    for name, tensor in sorted(initial.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def check_resumed(
+    folder: Path, run: dict, steps: int, encoder, initial: UserModel | None = None
+) -> str | None:
+    """What the run in `folder` started from, see `started_from`. A resumed run need not name it.
+
+    Raises FileNotFoundError or ValueError if it cannot go on as `run` to so many steps: no
+    checkpoint, a damaged one, other settings, another model than `initial`, more steps, or no best
+    model."""
     path = folder / LAST
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: there is no run to resume in {folder}")
@@ -168,12 +184,17 @@ def check_resumed(folder: Path, run: dict, steps: int, encoder) -> None:
         raise ValueError(f"{path} is of a run on another data set, or another split of it")
     if differences := [text for before, now in pairs for text in _differences(before, now)]:
         raise ValueError(f"{path} is of a run with other settings: {', '.join(differences)}")
+    start = state["run"].get("init")
+    if initial is not None and start != started_from(initial):
+        what = "random weights" if start is None else "another model"
+        raise ValueError(f"{path} is of a run that started from {what}, not the one given")
     if state["global_step"] > steps:
         raise ValueError(f"{path} holds {state['global_step']} steps, the run is to have {steps}")
     if state["kept"]:
         UserModel.from_pretrained(folder / MODEL, encoder)
         if read_trained_on(folder / MODEL).get("run") != short(run):
             raise ValueError(f"{folder / MODEL} is of another run than {path}")
+    return start
 
 
 def _differences(before, now, name: str = "") -> list[str]:

@@ -47,6 +47,7 @@ from fastrec.training.checkpoint import (
     plain,
     short,
     start_run,
+    started_from,
     tidy_run,
 )
 from fastrec.training.config import STAGE_KEYS, STAGES, Recipe, Stage
@@ -162,8 +163,10 @@ def _fit(
     encoder = settings_of(recipe.model.encoder)
     if first_process():
         tidy_run(output)
+    start = started_from(initial)
     if resume:
-        check_resumed(output, identity(dataset, recipe, stage), current.steps, encoder)
+        run = identity(dataset, recipe, stage)
+        start = check_resumed(output, run, current.steps, encoder, initial)
     elif first_process():
         check_free(output, dataset, recipe, stage)
     device = device_of(around.device)
@@ -206,11 +209,11 @@ def _fit(
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
-    where = device, processes
-    trainer = _trainer(output, run, current, keep, len(data.users), around, where)
+    where, begun = (device, processes), {**run, "init": start}
+    trainer = _trainer(output, begun, current, keep, len(data.users), around, where)
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
-    start = time.perf_counter()
+    began = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
     try:
@@ -223,7 +226,7 @@ def _fit(
     parameters = trained_share(trained, objective)
     summary = {
         "steps": trainer.global_step,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - began, 1),
         f"valid {current.monitored}": keep.best,
         "best_step": keep.step,
         "valid": keep.metrics,

@@ -85,9 +85,7 @@ def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
     if recipe.model != config and recipe.model != ModelConfig():
         asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
         other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
-        warnings.warn(
-            f"the model to start from keeps its own settings: {', '.join(other)}", stacklevel=4
-        )
+        warnings.warn(f"the model keeps its own settings: {', '.join(other)}", stacklevel=4)
     if init.patch:
         encoder = settings_of(config.encoder)
         if not hasattr(encoder, "patch"):

@@ -41,6 +41,8 @@ class PrepareReport:
     preview: list[str] = field(default_factory=list)
     catalogue: str | None = None
     split: dict | None = None
+    attributes: dict[str, list[str]] = field(default_factory=dict)
+    relations: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -58,6 +60,11 @@ class PrepareReport:
             lines.append("  removed: nothing")
         if self.catalogue is not None:
             lines.append(f"  items: {self.catalogue}")
+        for name, columns in self.attributes.items():
+            if columns:
+                lines.append(f"  {name} have {', '.join(columns)}")
+        if self.relations:
+            lines.append(f"  relations: {self.relations:,}")
         lines.append(
             "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
                 **self.lengths
@@ -273,6 +280,8 @@ def _prepare(
         preview=preview(frame, time),
         catalogue=None if catalogue is None else str(catalogue),
         split=said,
+        attributes={"users": users.columns[1:], "items": items.columns[1:]},
+        relations=0 if links is None else links.height,
     )
 
 
