@@ -63,6 +63,7 @@ def finetune(
     output: Path,
     task: str | None = None,
     init: Path | None = None,
+    new_items_like: str | None = None,
     resume: bool = False,
     device: str = "auto",
 ):
@@ -74,6 +75,8 @@ def finetune(
         task: name of the stage, such as recommendation, profile or relation; recommendation if the
             recipe has it, else pretraining.
         init: folder of a pre-trained model; random weights without it.
+        new_items_like: column of item attributes: items that the model does not know begin as the
+            mean of known ones of the same category; without it as the mean of all.
         resume: go on from the last checkpoint in `output`.
         device: cpu, cuda or cuda:N; auto is all GPUs, or the CPU.
     """
@@ -88,7 +91,7 @@ def finetune(
         held_out = _held_out(recipe, stage) if stage.init.users == "same" else None
         # Other people have no vectors there: theirs start anew.
         same_users = "head" in stage.init.take and stage.init.users == "same"
-        initial = load_model(init, dataset, held_out, same_items, same_users)
+        initial = load_model(init, dataset, held_out, same_items, same_users, new_items_like)
     _print_threads()
     fit(
         dataset,

@@ -23,6 +23,7 @@ def embed(
     what: Literal["users", "items", "queries"] = "users",
     users: Path | None = None,
     pool: Literal["max", "mean", "cls", "ur", "last"] | None = None,
+    new_items_like: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
@@ -38,6 +39,8 @@ def embed(
         users: text file with one original user id a line; all users without it.
         pool: of users: max (UPRec, eq. 8; the default) or mean over the items, the state of a
             token, or of the last item.
+        new_items_like: column of item attributes: items that the model does not know begin as the
+            mean of known ones of the same category; without it as the mean of all.
         overwrite: replace a file `output`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
@@ -50,7 +53,9 @@ def embed(
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         # Pools and items read no user vectors.
-        model = load_model(pretrained, dataset, same_users=what == "queries")
+        model = load_model(
+            pretrained, dataset, same_users=what == "queries", new_items_like=new_items_like
+        )
         model = model.to(device_of(device))
         width = model.config.width
         if what == "users":
@@ -78,6 +83,7 @@ def recommend(
     logit_adjustment: float = 0.0,
     allowed: Path | None = None,
     blocked: Path | None = None,
+    new_items_like: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
@@ -97,6 +103,8 @@ def recommend(
             the training events; with 1, items are ranked by how much likelier the user makes them.
         allowed: text file with one original item id a line; only these are scored.
         blocked: the same; these are never recommended.
+        new_items_like: column of item attributes: items that the model does not know begin as the
+            mean of known ones of the same category; without it as the mean of all.
         overwrite: replace a file `output`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
@@ -107,7 +115,9 @@ def recommend(
         dataset = SequenceDataset.load(data)
         asked, given = read_ids(users), read_histories(histories)
         some, never = read_ids(allowed), read_ids(blocked)
-        model = load_model(pretrained, dataset, same_users=histories is None).to(device_of(device))
+        model = load_model(
+            pretrained, dataset, same_users=histories is None, new_items_like=new_items_like
+        ).to(device_of(device))
         best = Recommender(model, dataset).recommend(
             k, asked, given, seen=seen, logit_adjustment=logit_adjustment, allowed=some,
             blocked=never,
@@ -134,6 +144,7 @@ def similar(
     output: Path,
     items: Path | None = None,
     k: int = 10,
+    new_items_like: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
@@ -145,6 +156,8 @@ def similar(
         output: .csv or .parquet file with columns item_id, rank, similar_item_id, score.
         items: text file with one original item id a line; all items without it.
         k: similar items of an item, which is none of its own.
+        new_items_like: column of item attributes: items that the model does not know begin as the
+            mean of known ones of the same category; without it as the mean of all.
         overwrite: replace a file `output`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
@@ -152,7 +165,9 @@ def similar(
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         asked = read_ids(items)
-        model = load_model(pretrained, dataset, same_users=False).to(device_of(device))
+        model = load_model(pretrained, dataset, same_users=False, new_items_like=new_items_like).to(
+            device_of(device)
+        )
         best = Recommender(model, dataset).similar(asked, k)
         write_table(best, output, overwrite)
     count = dataset.num_items if asked is None else len(asked)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastrec
+from fastrec.cli import main
 from fastrec.data.errors import DataError
 from fastrec.data.item_categories import Categories
 from fastrec.evaluation.next_item import Protocol
@@ -66,6 +67,20 @@ def test_attributes_go_with_their_items(tmp_path):
     after.save_pretrained(tmp_path / "model")
     again = UserModel.from_pretrained(tmp_path / "model")
     assert torch.equal(scores(again, [0, 2]), scores(after, [0, 2]))
+
+
+def test_new_items_begin_like_those_of_their_categories():
+    before = model_of(replace(CONFIG, head_table="own"))
+    # By item of the new list; rows are [3, -1, 0, 4, -1] of the old one.
+    table = torch.tensor([[0, 1], [0, 1], [0, -1], [-1, -1], [2, -1]], dtype=torch.int32)
+    after = with_items(before, ROWS, Categories(table, 3))
+    for new, old in ((after.item_embedding.weight, before.item_embedding.weight),
+                     (after.item_table, before.item_table),
+                     (after.item_head.bias[:, None], before.item_head.bias[:, None])):  # fmt: skip
+        first, second = old[[3, 0]].mean(0), old[3]  # of categories 0 and 1
+        torch.testing.assert_close(new[1], (first + second) / 2)
+        torch.testing.assert_close(new[4], old[:6].mean(0))  # nothing known is in category 2
+        assert torch.equal(new[[0, 2, 3]], old[ROWS[ROWS >= 0]])
 
 
 def log(users: int, first: int, last: int, seed: int = 0) -> polars.DataFrame:
@@ -163,6 +178,16 @@ def test_a_catalogue_goes_on(tmp_path, capsys):
         model = for_items_of(UserModel.from_pretrained(folder), folder, second)
     best = fastrec.recommend(model, second, k=32)
     assert set(best["item_id"]) == {*known, "i98", "i99"} - {"i3", "i99", "i4", "i98"}
+    # i99 is the only item of its brand, i98 has none: nothing known is like them.
+    like = fastrec.load_model(folder, second, new_items_like="brand")
+    assert torch.equal(like.item_table, model.item_table)
+    with pytest.raises(DataError, match="column 'colour'"):
+        fastrec.load_model(folder, second, new_items_like="colour")
+    main(
+        ["embed", f"--data={tmp_path / 'few'}", f"--pretrained={folder}", "--what=items",
+         "--new_items_like=brand", f"--output={tmp_path / 'items.parquet'}"]
+    )  # fmt: skip
+    assert polars.read_parquet(tmp_path / "items.parquet").height == 32
 
 
 def test_a_catalogue_of_numbers_goes_on_with_text(tmp_path):

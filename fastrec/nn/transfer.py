@@ -44,12 +44,14 @@ def take(
     return copied
 
 
-def with_items(model: UserModel, rows: Tensor) -> UserModel:
+def with_items(model: UserModel, rows: Tensor, like: Categories | None = None) -> UserModel:
     """The model for another list of items: item i of it is item `rows[i]` of `model`, or new where
     that is -1. A new item begins with the mean of all vectors, and of all biases, and its
     attributes are unknown; it learns with the others in training.
 
     rows: int64 [V_new].
+    like: categories of the V_new items: a new item begins with the mean over its categories of the
+        mean of the known items in them, where there are any.
     """
     rows = rows.to(model.item_table.device)
     new, config = (rows < 0).nonzero().squeeze(1), model.config
@@ -59,6 +61,7 @@ def with_items(model: UserModel, rows: Tensor) -> UserModel:
     }
     made = UserModel(len(rows), config, model.num_users, features).to(rows.device)
     made.recipe = model.recipe
+    nearest = None if like is None else _shares(like, rows)
     before, state = model.state_dict(), made.state_dict()
     for name, tensor in state.items():
         kept = before[name]
@@ -75,7 +78,31 @@ def with_items(model: UserModel, rows: Tensor) -> UserModel:
         start = kept.mean(0) if kept.is_floating_point() else -torch.ones_like(kept[0])
         tensor.copy_(kept[rows.clamp_min(0)])
         tensor[new] = start.expand(len(new), *start.shape)
+        if nearest is not None and kept.is_floating_point():
+            items, theirs, mine = nearest
+            means = torch.sparse.mm(mine, torch.sparse.mm(theirs, tensor.view(len(tensor), -1)))
+            tensor[items] = means.view(len(items), *start.shape)
     return made
+
+
+def _shares(like: Categories, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(new items with a category that a known item has, int64 [N]; the part of each item in the mean
+    of a category, sparse [C, V_new]; the part of each category in the mean of theirs, sparse [N, C]).
+    """
+    table = like.table.to(rows.device).long()
+    item, place = (table >= 0).nonzero().unbind(1)
+    category, known = table[item, place], rows[item] >= 0
+    size = torch.bincount(category[known], minlength=like.classes)
+    asks = ~known & (size[category] > 0)
+    items, number, count = item[asks].unique(return_inverse=True, return_counts=True)
+    theirs, mine = (
+        torch.sparse_coo_tensor(torch.stack(pairs), 1 / parts.float(), shape, check_invariants=True)
+        for pairs, parts, shape in (
+            ((category[known], item[known]), size[category[known]], (like.classes, len(rows))),
+            ((number, category[asks]), count[number], (len(items), like.classes)),
+        )
+    )
+    return items, theirs, mine
 
 
 def freeze(model: UserModel, parts: Iterable[str]) -> None:

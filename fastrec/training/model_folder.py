@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.item_categories import item_categories
 from fastrec.data.output import new_folder, put, write_text
 from fastrec.nn.model_files import (
     HEADS,
@@ -34,6 +35,7 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.training.config import Users
 from fastrec.training.stage_data import held_out_users
 
+MOST_CATEGORIES = 16  # of an item that are looked at
 KEYS = {"items": str, "users": str, "stage": str, "run": str, "steps": int}
 
 
@@ -114,9 +116,14 @@ def _read_hashes(folder: Path, name: str) -> np.ndarray | None:
     return found
 
 
-def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> UserModel:
+def for_items_of(
+    model: UserModel, folder: Path, dataset: SequenceDataset, new_items_like: str | None = None
+) -> UserModel:
     """The model in `folder` for the items of `dataset`: itself where these are its own, in their
     order; otherwise `with_items`, by the original ids, with a warning that counts the new ones.
+
+    new_items_like: column of items.parquet: new items begin as the mean of known ones that share a
+        category with them.
 
     Raises ValueError if it knows none of them, or does not say which items it knows.
     """
@@ -139,6 +146,9 @@ def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> Us
             f"{folder / TRAINED_ON} and {folder / ITEMS} do not agree: the items are those of"
             f" {dataset.path}"
         )
+    like = None
+    if new_items_like is not None:
+        like = item_categories(dataset, {new_items_like: MOST_CATEGORIES})[new_items_like]
     new = int((rows < 0).sum())
     if new == len(rows):
         raise ValueError(f"{folder} was trained on other items: it knows none of {dataset.path}")
@@ -146,7 +156,7 @@ def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> Us
     if new:
         said.append(
             f"{new:,} of the {len(rows):,} items of {dataset.path} are new to it and begin as the"
-            " mean of those"
+            f" mean of {'those' if like is None else f'known ones of the same {new_items_like}'}"
         )
     if gone:
         said.append(f"{gone:,} of its items are not in {dataset.path}")
@@ -154,7 +164,7 @@ def for_items_of(model: UserModel, folder: Path, dataset: SequenceDataset) -> Us
         warnings.warn(
             f"{folder} was trained on {len(known):,} items: {' and '.join(said)}", stacklevel=2
         )
-    grown = with_items(model, torch.from_numpy(rows))
+    grown = with_items(model, torch.from_numpy(rows), like)
     grown.trained_on = model.trained_on | {"items": dataset.items_hash}
     return grown
 
@@ -165,14 +175,16 @@ def load_model(
     held_out: Users | None = None,
     same_items: bool = True,
     same_users: bool = True,
+    new_items_like: str | None = None,
 ) -> UserModel:
     """The model in the folder `path`, for the items of `dataset` unless `same_items` is false (see
-    `for_items_of`: known items by their ids, new ones as the mean). Raises ValueError where it does
+    `for_items_of`: known items by their ids, new ones as the mean, of those of the same category
+    where `new_items_like` names a column of item attributes). Raises ValueError where it does
     not belong to `dataset`, see `check_model`."""
     path = Path(path)
     model = UserModel.from_pretrained(path)
     if same_items:
-        model = for_items_of(model, path, dataset)
+        model = for_items_of(model, path, dataset, new_items_like)
     if same_users:
         model.check_users(dataset)
     check_model(path, dataset, held_out, same_users)
