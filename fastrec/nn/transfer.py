@@ -86,9 +86,9 @@ def with_items(model: UserModel, rows: Tensor, like: Categories | None = None) -
 
 
 def _shares(like: Categories, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(new items with a category that a known item has, int64 [N]; the part of each item in the mean
-    of a category, sparse [C, V_new]; the part of each category in the mean of theirs, sparse [N, C]).
-    """
+    """(new items with a category that a known item has, int64 [N]; the part of each item in the
+    mean of a category, sparse [C, V_new]; the part of each category in the mean of a new item,
+    sparse [N, C])."""
     table = like.table.to(rows.device).long()
     item, place = (table >= 0).nonzero().unbind(1)
     category, known = table[item, place], rows[item] >= 0
