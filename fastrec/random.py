@@ -47,6 +47,9 @@ SITES = {
     "reorder": 24,
     "reorder_key": 25,
     "one_of": 26,
+    "basket": 50,
+    "basket_user": 51,
+    "permute": 52,
     "negatives_shared": 28,
     "negatives_own": 29,
 }

@@ -18,11 +18,13 @@ from fastrec.data.batch import JaggedBatch, from_sequences
 from fastrec.data.graph import FriendSampler
 from fastrec.data.side import Shard
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.cut import Cut
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.parts import Step
+from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.views import Again
 from fastrec.random import Rng, draws, threshold
@@ -79,8 +81,8 @@ def share_of(share: float, number: int) -> int:
 
 def mask(step: Mask, items, key, rng):
     real = [place for place, item in enumerate(items) if item < V]
-    if step.exact:
-        number = max(1, share_of(step.share, len(real)))
+    if step.exact or step.count:
+        number = step.count or max(1, share_of(step.share, len(real)))
         ranked = sorted(real, key=lambda place: long_draw(rng, key, "mask_exact", place))
         chosen = ranked[:number]
     else:
@@ -118,6 +120,24 @@ def next_item(step: NextItem, items, key, rng):
     return list(range(len(items) - 1)), items[:-1], targets
 
 
+def cut(step: Cut, items, key, rng):
+    taken = min(step.last, max(1, len(items) - 1), len(items))
+    left, gone = items[: len(items) - taken], items[len(items) - taken :]
+    none = [-100] * step.last
+    targets = [none] * len(left)
+    if not gone:
+        return [], [], targets
+    last = [item if item < V else -100 for item in gone]
+    places = list(range(len(left) + 1))
+    return places, [*left, MASK], [*targets, last + none[len(last) :]]
+
+
+def permute(step: Permute, items, key, rng):
+    places = sorted(range(len(items)), key=lambda place: long_draw(rng, key, "permute", place))
+    now = [items[place] for place in places]
+    return places[:-1], now[:-1], [item if item < V else -100 for item in now[1:]]
+
+
 def run_of(share, items, key, rng, site) -> range:
     number = min(len(items), max(1, share_of(share, len(items))))
     start = one(rng, key, site) * (len(items) - number + 1) // 65536
@@ -147,13 +167,15 @@ def one_of(step: OneOf, items, key, rng):
 def predicts(step) -> bool:
     if isinstance(step, OneOf):
         return all(map(predicts, step.steps))
-    return isinstance(step, Mask | MaskLast | NextItem)
+    return isinstance(step, Mask | MaskLast | NextItem | Cut | Permute)
 
 
 ORACLES = {
     Mask: mask,
     MaskLast: mask_last,
     NextItem: next_item,
+    Cut: cut,
+    Permute: permute,
     Crop: crop,
     Reorder: reorder,
     OneOf: one_of,
@@ -165,12 +187,16 @@ STEPS = {
     "mask 80/10/10": Mask(0.5, replace=0.8, random=0.1),
     "mask exact": Mask(0.3, exact=True),
     "mask exact 80/10/10": Mask(0.6, exact=True, replace=0.8, random=0.1),
+    "mask count": Mask(count=2),
     "mask_last": MaskLast(),
     "mask_last 3": MaskLast(3),
     "next_item": NextItem(),
     "next_item last": NextItem("last"),
     "next_item 3 ahead": NextItem(ahead=3),
     "next_item last 3 ahead": NextItem("last", ahead=3),
+    "cut": Cut(),
+    "cut 1": Cut(1),
+    "permute": Permute(),
     "crop": Crop(),
     "crop little": Crop(0.05),
     "crop nothing": Crop(1.0),
@@ -180,7 +206,7 @@ STEPS = {
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
 }
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-NOT_RANDOM = ("mask all", "mask_last", "mask_last 3", "crop nothing")
+NOT_RANDOM = ("mask all", "mask_last", "mask_last 3", "crop nothing", "cut", "cut 1")
 random_steps = pytest.mark.parametrize(
     "step", [STEPS[n] for n in STEPS if n not in NOT_RANDOM and not n.startswith("next")]
 )

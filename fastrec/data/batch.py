@@ -16,7 +16,7 @@ from fastrec.data.pairs import Pairs
 SPECIAL_TOKENS = ("mask", "cls", "sep", "ur")
 NO_TARGET = -100  # of an event that predicts nothing, as in torch.nn.functional.cross_entropy
 # What an event that holds no item has in a column, by name; 0 in the others.
-FILL = {"target": NO_TARGET, "rating": float("nan"), "time_gap": float("nan")}
+FILL = {"target": NO_TARGET, "rating": float("nan"), "time_gap": float("nan"), "segment": -1}
 _IDS = 0xFFFFFFFF
 
 
@@ -31,7 +31,8 @@ class JaggedBatch:
     max_seq_len: upper bound of the sequence lengths, known on the host.
     events: columns with one row per event, [T, ...]; `target` ([T] or [T, A]) is the item that an
         event predicts, -100 for none; `rating` and `time_gap` are those of
-        `SequenceDataset.event_column`, NaN for none.
+        `SequenceDataset.event_column`, NaN for none; `position`, int64, is the place that an
+        encoder shall see instead of its own; `segment`, int64, is that of two texts, -1 for none.
     users: columns with one row per sequence, [B, ...]: attributes, labels.
     pairs: who belongs to whom among the sequences.
     scored: int64 [N], the events that have a target, ascending; `with_scored` finds them on the
@@ -68,6 +69,10 @@ class JaggedBatch:
             self.offsets[:-1], self.lengths, output_size=self.values.shape[0]
         )
         return torch.arange(self.values.shape[0], device=self.values.device) - starts
+
+    def places(self) -> Tensor:
+        """int64 [T]: the positions that an encoder sees, the column `position` if there is one."""
+        return self.events.get("position", self.positions())
 
     def segment_ids(self) -> Tensor:
         """int64 [T]: the index in the batch of the sequence that each event belongs to."""
@@ -222,11 +227,17 @@ def framed(
         values[offsets[:-1] + i] = token
     for i, token in enumerate(after):
         values[offsets[1:] - len(after) + i] = token
-    return replace(
+    columns = {name: spread(column, FILL.get(name, 0)) for name, column in batch.events.items()}
+    made = replace(
         batch,
         values=values,
         offsets=offsets,
         max_seq_len=batch.max_seq_len + extra,
-        events={name: spread(column, FILL.get(name, 0)) for name, column in batch.events.items()},
+        events=columns,
         scored=None,
     )
+    if "position" in columns:  # tokens have their own, items stand behind those before them
+        inside = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, place, True)
+        given = columns["position"] + len(before)
+        columns["position"] = torch.where(inside, given, made.positions())
+    return made

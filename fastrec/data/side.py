@@ -79,6 +79,13 @@ class SideData:
         return self.dataset.item_counts(self.split)
 
     @cached_property
+    def trained_users(self) -> Tensor:
+        """int64, ascending: the `labelled` users with events in the split, whose sequences a step
+        may draw."""
+        there = torch.as_tensor(self.dataset.users(self.split), device="cpu")
+        return there[torch.isin(there, self._labelled)].sort().values
+
+    @cached_property
     def attributes(self) -> list[EncodedAttribute]:
         """The attributes of users, missing for those who are not `labelled`."""
         hidden = torch.ones(self.dataset.num_users, dtype=torch.bool, device="cpu")

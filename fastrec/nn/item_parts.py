@@ -108,6 +108,26 @@ class TimeGap:
         return exponent.clamp(0, self.levels - 1).masked_fill(seconds.isnan(), self.levels)
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Which of two texts, or baskets, an event is in (BERT's segment embedding).
+
+    Attributes:
+        width: of the vector of a segment.
+    """
+
+    width: int = 16
+
+    levels = 2
+
+    def __post_init__(self):
+        _check_positive(self, "width")
+
+    def level(self, segments: Tensor) -> Tensor:
+        """int64 [T] from segments [T]: 0, 1, and 2 for -1."""
+        return segments.masked_fill(segments < 0, self.levels)
+
+
 class CategoryMean(nn.Module):
     """[T, P]: the mean of the vectors of an item's categories, 0 without one."""
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch
+from fastrec.data.batch import FILL, SPECIAL_TOKENS, JaggedBatch
 from fastrec.data.item_categories import Categories
 from fastrec.data.settings import check_choices
-from fastrec.nn.item_parts import CategoryMean, ItemAttribute, Rating, TimeGap
+from fastrec.nn.item_parts import CategoryMean, ItemAttribute, Rating, Segment, TimeGap
 from fastrec.nn.plain import apply_linear, embedding_table, is_plain
 
 
@@ -45,6 +45,7 @@ class Items:
             masked, histories without a data set.
         time_gap: since the event before, a level of its own where there is none: the first event of
             a user, special tokens, histories without a data set.
+        segment: of the step `baskets`, a level of its own elsewhere.
         combine: "concat" maps [id; attributes; rating; time gap] to D linearly, at first to the id
             plus small multiples of the rest; "sum" adds them, each of width D.
     """
@@ -53,6 +54,7 @@ class Items:
     attributes: dict[str, ItemAttribute] = field(default_factory=dict)
     rating: Rating | None = None
     time_gap: TimeGap | None = None
+    segment: Segment | None = None
     combine: Literal["concat", "sum"] = "concat"
 
     def __post_init__(self):
@@ -66,6 +68,11 @@ class Items:
         return [name for name in ("rating", "time_gap") if getattr(self, name) is not None]
 
     @property
+    def leveled(self) -> list[str]:
+        """The parts that are embedded by level: columns of the data set, and of a step."""
+        return self.event_columns + ["segment"] * (self.segment is not None)
+
+    @property
     def most(self) -> dict[str, int]:
         """`most` of each attribute, as `item_categories` reads it."""
         return {name: attribute.most for name, attribute in self.attributes.items()}
@@ -74,7 +81,7 @@ class Items:
     def widths(self) -> dict[str, int]:
         """Width of each part beside the id."""
         parts = {f"attributes.{name}": part for name, part in self.attributes.items()}
-        parts |= {name: getattr(self, name) for name in self.event_columns}
+        parts |= {name: getattr(self, name) for name in self.leveled}
         return {name: part.width for name, part in parts.items()}
 
     def check_width(self, width: int) -> None:
@@ -97,7 +104,7 @@ class Items:
         total = (num_items + len(SPECIAL_TOKENS)) * width
         for name, attribute in self.attributes.items():
             total += num_items * attribute.most + classes[name] * attribute.width
-        for name in self.event_columns:
+        for name in self.leveled:
             part = getattr(self, name)
             total += (part.levels + 1) * part.width
         if self.widths and self.combine == "concat":
@@ -138,7 +145,7 @@ class ItemInput(nn.Module):
         self.levels = nn.ModuleDict(
             {
                 name: nn.Embedding(getattr(settings, name).levels + 1, settings.widths[name])
-                for name in settings.event_columns
+                for name in settings.leveled
             }
         )
         joined = width + sum(settings.widths.values())
@@ -161,13 +168,16 @@ class ItemInput(nn.Module):
     def _combined(self, batch: JaggedBatch) -> Tensor:
         """[T, D]."""
         vectors = [self.ids(batch.values), *(part(batch.values) for part in self.attributes)]
+        events = batch.events
+        if self.settings.segment is not None and "segment" not in events:  # no step has made it
+            events = {**events, "segment": torch.full_like(batch.values, FILL["segment"])}
         for name, embedding in self.levels.items():
-            if name not in batch.events:
+            if name not in events:
                 raise ValueError(
                     f"the batch has no event column {name!r}, which the model reads: gather it with"
                     " columns=model.event_columns"
                 )
-            vectors.append(embedding(getattr(self.settings, name).level(batch.events[name])))
+            vectors.append(embedding(getattr(self.settings, name).level(events[name])))
         if self.join is None:
             return torch.stack(vectors).sum(0)
         # In the dtype of the ids also under autocast, as rows of a table are.

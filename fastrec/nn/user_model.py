@@ -196,7 +196,7 @@ class UserModel(nn.Module):
         self, views: dict[str, JaggedBatch], rng: Rng | None = None
     ) -> dict[str, Encoded]:
         """Every view, encoded end to end in one pass."""
-        states = self.encode(JaggedBatch.cat(list(views.values())), rng).states
+        states = self.encode(JaggedBatch.cat(_read(list(views.values()))), rng).states
         if len(views) == 1:
             return {name: Encoded(view, states) for name, view in views.items()}
         parts = states.split([view.values.shape[0] for view in views.values()])
@@ -327,6 +327,17 @@ class UserModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         return model
+
+
+def _read(views: list[JaggedBatch]) -> list[JaggedBatch]:
+    """Views with the columns that an encoder reads: targets may differ in shape, and where one has
+    positions of its own all must have some."""
+    given = any("position" in view.events for view in views)
+    made = []
+    for view in views:
+        events = {name: column for name, column in view.events.items() if name != "target"}
+        made.append(replace(view, events=events | {"position": view.places()} if given else events))
+    return made
 
 
 def _init_bert(module: nn.Module) -> None:

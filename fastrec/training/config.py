@@ -9,9 +9,11 @@ from typing import Literal, get_args, get_type_hints
 from fastrec import recipes
 from fastrec.data.attributes import Attribute
 from fastrec.data.settings import check_choices, from_values
+from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
+from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.model_config import ModelConfig
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
@@ -139,6 +141,12 @@ class Stage:
         given = self.objectives
         return dict(given) if isinstance(given, Mapping) else given.named()
 
+    def event_columns(self, model: list[str]) -> list[str]:
+        """Columns of events that its steps read, beside those of the model."""
+        steps = [part for steps in self.views.values() for part in parts_of(steps)]
+        read = [name for step in steps for name in getattr(step, "event_columns", ())]
+        return [*model, *dict.fromkeys(name for name in read if name not in model)]
+
     @property
     def pass_steps(self) -> int:
         """Steps up to a validation."""
@@ -209,6 +217,7 @@ class Recipe:
             for view in stage.views.values()
             for step in parts_of(view)
         ]
+        self._check_steps(steps)
         described = any(isinstance(part, UserAttributes) for part in parts)
         described |= any(getattr(step, "same_profile", False) for step in steps)
         if stages and self.attributes and not described:
@@ -218,6 +227,18 @@ class Recipe:
         self.evaluation.check_used(judges)
         if stages and self.users.seed and self.users.fraction == 1 and judges == {"next_item"}:
             raise ValueError("users.seed has no effect: users.fraction is 1")
+
+    def _check_steps(self, steps: list) -> None:
+        encoder = settings_of(self.model.encoder)
+        for step in steps:
+            if getattr(step, "moves", False) and not getattr(encoder, "reads_positions", False):
+                raise ValueError(
+                    f"the step {type(step).__name__.lower()} needs an encoder that reads positions:"
+                    f" {type(encoder).__name__} does not"
+                )
+        made = any(isinstance(step, Baskets) for step in steps)
+        if self.model.items.segment is not None and self.stages and not made:
+            raise ValueError("model.items.segment has no effect: no step makes segments (baskets)")
 
     @classmethod
     def load(cls, name_or_file: str, **changes) -> "Recipe":

@@ -105,6 +105,7 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     else:
         users = labelled
     side = side_data(dataset, recipe, labelled)
+    side.event_columns = stage.event_columns(recipe.model.items.event_columns)
     judge: NextItemJudge | AttributesJudge | FriendsJudge
     if stage.judge == "next_item":
         judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)

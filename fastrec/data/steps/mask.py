@@ -28,12 +28,14 @@ class Mask:
         share: chance of each item, rounded to 2^-16.
         exact: choose floor(share n) of the n items of a sequence instead (CL4SRec, Xie et al.,
             2022, section 3.2.2).
+        count: choose so many items of a sequence instead (PTUM, Wu et al., 2020: 1).
         replace, random: chance that a chosen item becomes [MASK], or a random item; otherwise it
             stays. BERT's 80/10/10 is 0.8 and 0.1.
     """
 
     share: float = 0.2
     exact: bool = False
+    count: int | None = None
     replace: float = 1.0
     random: float = 0.0
 
@@ -43,6 +45,11 @@ class Mask:
         for name in ("share", "replace", "random"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"mask.{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.count is not None and (self.count < 1 or self.exact or self.share != 0.2):
+            raise ValueError(
+                f"mask.count must be at least 1, and stands for share and exact, got {self.count},"
+                f" {self.share} and {self.exact}"
+            )
         if self.replace + self.random > 1 + 1e-9:
             raise ValueError(
                 f"mask.replace + mask.random must be at most 1, got {self.replace} + {self.random}"
@@ -56,12 +63,14 @@ class Mask:
         rank = _running(real)  # number of items before each event, over the whole batch
         items = rank[batch.offsets]
         count = items.diff()
-        if self.exact:
+        if self.exact or self.count is not None:
             key = random_order(rng, keys, position, "mask_exact").masked_fill(~real, 1 << 32)
             order = (segment << 33 | key).argsort()
             place = torch.empty_like(order)
             place[order] = batch.positions()  # sorted events keep their sequences
             number = (count.double() * self.share + 1e-9).floor().long().clamp_min(1)
+            if self.count is not None:
+                number = torch.full_like(number, self.count)
             chosen = real & (place < number[segment])
         else:
             drawn = draws(rng, keys, 0, position, site="mask_item")

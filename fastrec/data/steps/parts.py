@@ -7,11 +7,14 @@ from functools import cached_property
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import part_of
 from fastrec.data.side import SideData
+from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.cut import Cut
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
+from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.views import Again
 from fastrec.random import Rng
@@ -25,6 +28,9 @@ class Step:
         mask: items become [MASK] and are predicted.
         mask_last: the last item becomes [MASK] and is predicted.
         next_item: every event predicts the item behind it.
+        cut: the last items are cut off, and one [MASK] predicts them all.
+        permute: items in a random order with their positions; each predicts the one behind it.
+        baskets: two baskets of items, the second one the next or somebody else's.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
         one_of: one of several steps for each sequence.
@@ -35,6 +41,9 @@ class Step:
     mask: Mask | None = None
     mask_last: MaskLast | None = None
     next_item: NextItem | None = None
+    cut: Cut | None = None
+    permute: Permute | None = None
+    baskets: Baskets | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
     one_of: "list[Step] | None" = None

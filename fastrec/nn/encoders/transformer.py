@@ -49,6 +49,8 @@ class Transformer:
     patch: int = 0
     layer: Literal["standard", "sasrec", "ligr"] = "standard"
 
+    reads_positions = True
+
     def __post_init__(self):
         check_choices(self)
         if self.layer != "standard" and not self.pre_norm:
@@ -196,7 +198,7 @@ class TransformerEncoder(nn.Module):
         if rows is not None and rng is not None:
             raise ValueError("states of some rows are without dropout: give rows or rng, not both")
         dropout = EventDropout(batch, self.dropout, rng)
-        x = self._embed(embedded, dropout)
+        x = self._embed(embedded, dropout, batch.events.get("position"))
         pending, last = None, len(self.layers) - 1
         for layer, block in enumerate(self.layers):
             asked = rows if layer == last else None
@@ -205,10 +207,15 @@ class TransformerEncoder(nn.Module):
             return x
         return first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
 
-    def _embed(self, embedded: ItemRows, dropout: EventDropout) -> Tensor:
-        """[T, D]: dropout of the LayerNorm, if the encoder is post-norm, of items + positions."""
+    def _embed(self, embedded: ItemRows, dropout: EventDropout, given: Tensor | None) -> Tensor:
+        """[T, D]: dropout of the LayerNorm, if the encoder is post-norm, of items + positions, those
+        of the batch or int64 [T] that are `given`."""
         places = embedding_table(self.positions, self.max_positions)
         norm, key = self.embedding_norm, dropout.at("embedding")
+        if given is not None:  # a mask is that of the place in the sequence
+            summed = jagged_embedding(embedded.values, embedded.table, places, given)
+            summed = summed if type(norm) is nn.Identity else norm(summed)
+            return jagged_embedding(None, summed, **key)
         if type(norm) is nn.Identity:
             return jagged_embedding(embedded.values, embedded.table, places, **key)
         if is_plain(norm, nn.LayerNorm):
