@@ -11,7 +11,7 @@ from builders import model_of
 from torch.nn import functional as F
 
 import fastrec
-from fastrec.data.batch import JaggedBatch, framed, from_sequences
+from fastrec.data.batch import framed, from_sequences
 from fastrec.data.errors import DataError
 from fastrec.data.side import Shard, SideData
 from fastrec.data.steps.baskets import Baskets

@@ -3,7 +3,6 @@
 
 from dataclasses import dataclass, replace
 
-
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
 from fastrec.data.steps.mask import random_order
