@@ -208,8 +208,8 @@ class TransformerEncoder(nn.Module):
         return first_norm(x, pending, self.final_norm, dropout, len(self.layers)).output
 
     def _embed(self, embedded: ItemRows, dropout: EventDropout, given: Tensor | None) -> Tensor:
-        """[T, D]: dropout of the LayerNorm, if the encoder is post-norm, of items + positions: those
-        in the sequences, or int64 [T] that are `given`."""
+        """[T, D]: dropout of the LayerNorm, if the encoder is post-norm, of items + positions, the
+        places in the sequences or int64 [T] that are `given`."""
         places = embedding_table(self.positions, self.max_positions)
         norm, key = self.embedding_norm, dropout.at("embedding")
         if given is not None:  # a mask is that of the place in the sequence
