@@ -12,7 +12,11 @@ from torch.nn import functional as F
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask
+from fastrec.nn.encoders.dilated import Dilated
+from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.sublayers import Patch
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.transfer import PARTS, freeze, take, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
@@ -107,6 +111,24 @@ def test_frozen_parts_are_not_trained_but_their_patches_are():
     assert trained_share(model, extra)[0] == patch + head + 9
 
 
+@pytest.mark.parametrize(
+    "encoder, norms",
+    [
+        (Transformer(layers=2), {f"layers.{i}.ffn_norm" for i in range(2)}),
+        (Transformer(pre_norm=True, layer="ligr"), {f"layers.{i}.ffn_norm" for i in range(2)}),
+        (Transformer(pre_norm=True, layer="sasrec"), {f"layers.{i}.ffn_norm" for i in range(2)}),
+        (Dilated(dilations=[1, 2]), {f"blocks.{i}.norms.1" for i in range(2)}),
+    ],
+)
+def test_the_second_layer_norm_of_each_block_may_be_trained(encoder, norms):
+    model = UserModel(20, ModelConfig(width=8, encoder=encoder))
+    freeze(model, ["encoder"], second_norm=True)
+    trained = {name for name, p in model.encoder.named_parameters() if p.requires_grad}
+    assert trained == {f"{norm}.{name}" for norm in norms for name in ("weight", "bias")}
+    with pytest.raises(ValueError, match="init.second_norm: GruEncoder has no such LayerNorm"):
+        freeze(UserModel(20, ModelConfig(width=8, encoder=Gru())), ["encoder"], second_norm=True)
+
+
 def test_fine_tuning_with_patches_trains_nothing_else(tmp_path):
     """Through `fit`: after the last step all that was taken is as it was."""
     generate(tmp_path / "data", num_users=30, num_items=20, seed=3)
@@ -133,6 +155,29 @@ def test_fine_tuning_with_patches_trains_nothing_else(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["trained"] == 2 * (8 * 3 + 3 + 3 * 8 + 8)
     assert set(summary["taken"]) == set(initial.state_dict())
+    made = json.loads((tmp_path / "run" / "transfer.json").read_text())
+    assert made["taken"] == {n: list(value.shape) for n, value in initial.state_dict().items()}
+    patches = {n: list(v.shape) for n, v in tuned.state_dict().items() if ".patches." in n}
+    assert made["new"] == patches and made["trained"] == list(patches)
+
+
+def test_the_share_that_is_trained_is_said_before_training(tmp_path, capsys):
+    generate(tmp_path / "data", num_users=30, num_items=20, seed=3)
+    data = SequenceDataset.load(tmp_path / "data")
+    run = dict(views={"main": [Mask()]}, objectives={"item": Item()}, steps=1, batch_size=8)
+    init = Init(freeze=["items", "encoder"], patch=3, patch_form="parallel")
+    tuned = fit(data, other(num_items=data.num_items), init=init, output=tmp_path / "run", **run)
+    assert tuned.config.encoder.transformer.patch_form == "parallel"
+    whole = sum(p.numel() for p in tuned.parameters())
+    some = sum(p.numel() for n, p in tuned.named_parameters() if ".patches." in n or "head" in n)
+    said = capsys.readouterr().out
+    assert f"trained: {some:,} of {whole:,} parameters ({some / whole:.1%}); taken over: " in said
+    assert said.index("trained:") < said.index("step 0 of 1")
+    with pytest.raises(ValueError, match="is serial, the model to start from has patches that are"):
+        fit(data, tuned, init=Init(patch=3), **run)
+    fit(data, output=tmp_path / "new", **run)
+    assert "trained:" not in capsys.readouterr().out
+    assert not (tmp_path / "new" / "transfer.json").exists()
 
 
 def test_a_model_of_other_items_is_refused_before_training():
@@ -153,3 +198,9 @@ def test_settings_that_cannot_be():
         Init(take=["items"], freeze=["head"])
     with pytest.raises(ValueError, match=r"init\.patch must not be negative, got -1"):
         Init(patch=-1)
+    with pytest.raises(ValueError, match="init.patch_form has no effect: init.patch is 0"):
+        Init(patch_form="parallel")
+    with pytest.raises(ValueError, match="init.patch_form must be 'serial' or 'parallel', got"):
+        Init(patch=2, patch_form="both")
+    with pytest.raises(ValueError, match="second_norm has no effect: init.freeze leaves the enc"):
+        Init(second_norm=True)

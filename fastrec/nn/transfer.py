@@ -3,6 +3,7 @@
 one catalogue for another."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +79,39 @@ def with_items(model: UserModel, rows: Tensor) -> UserModel:
     return made
 
 
-def freeze(model: UserModel, parts: Iterable[str]) -> None:
-    """Train everything but `parts`; model patches inside of them are trained."""
+def freeze(model: UserModel, parts: Iterable[str], second_norm: bool = False) -> None:
+    """Train everything but `parts`; model patches inside of them are trained, and with
+    `second_norm` the second LayerNorm of each block of the encoder (PeterRec, Yuan et al., 2020,
+    section 3.3).
+
+    Raises ValueError for an encoder whose blocks have none.
+    """
     for part in parts:
         getattr(model, PARTS[part]).requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Patch):
             module.requires_grad_(True)
+    norms = [m.second_norm for m in model.encoder.modules() if hasattr(m, "second_norm")]
+    if second_norm and not norms:
+        raise ValueError(f"init.second_norm: {type(model.encoder).__name__} has no such LayerNorm")
+    for norm in norms if second_norm else ():
+        norm.requires_grad_(True)
+
+
+def report(taken: Iterable[str], *modules: nn.Module) -> dict[str, Any]:
+    """What a stage starts with, as JSON has it: the tensors of modules that were "taken" and the
+    "new" ones, shapes by name, and the names of those that are "trained".
+
+    taken: what `take` returned.
+    """
+    tensors = [pair for module in modules for pair in module.state_dict().items()]
+    parameters = [pair for module in modules for pair in module.named_parameters()]
+    known = set(taken)
+    return {
+        "taken": {name: list(tensor.shape) for name, tensor in tensors if name in known},
+        "new": {name: list(tensor.shape) for name, tensor in tensors if name not in known},
+        "trained": [name for name, parameter in parameters if parameter.requires_grad],
+    }
 
 
 def trained_share(*modules: nn.Module) -> tuple[int, int]:

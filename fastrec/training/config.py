@@ -12,6 +12,7 @@ from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
+from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.model_config import ModelConfig
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
@@ -27,6 +28,9 @@ class Init:
             taken over where both models have them. The rest starts at random.
         freeze: items, encoder or head, not trained; patches are.
         patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
+        patch_form: "serial", behind each convolution or sublayer, or "parallel", of its input and
+            added to what it gives.
+        second_norm: train the second LayerNorm of each block of a frozen encoder, as PeterRec may.
         users: whose ids that model has seen: the "same" as in this data set, who are not held out
             to test it then, or "other" people.
     """
@@ -34,11 +38,17 @@ class Init:
     take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
     freeze: list[Literal["items", "encoder", "head"]] = field(default_factory=list)
     patch: int = 0
+    patch_form: PatchForm = "serial"
+    second_norm: bool = False
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
-        if self.users not in ("same", "other"):
-            raise ValueError(f"init.users must be 'same' or 'other', got {self.users!r}")
+        for name, values in (("users", ("same", "other")), ("patch_form", ("serial", "parallel"))):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"init.{name} must be {values[0]!r} or {values[1]!r}, got"
+                    f" {getattr(self, name)!r}"
+                )
         known = ("items", "encoder", "head", *(f.name for f in dataclasses.fields(Objectives)))
         for name in self.take:
             if name not in known:
@@ -48,6 +58,10 @@ class Init:
                 raise ValueError(f"init.freeze names {name!r}, which init.take does not: random")
         if self.patch < 0:
             raise ValueError(f"init.patch must not be negative, got {self.patch}")
+        if self.patch_form != "serial" and not self.patch:
+            raise ValueError("init.patch_form has no effect: init.patch is 0")
+        if self.second_norm and "encoder" not in self.freeze:
+            raise ValueError("init.second_norm has no effect: init.freeze leaves the encoder out")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def started_model(
         _check_memory(dataset, config, features)
         model = UserModel(dataset.num_items, config, dataset.num_users, features)
         taken = [] if initial is None else take(model, initial, init.take, same)
-    freeze(model, init.freeze)
+    freeze(model, init.freeze, init.second_norm)
     return model, taken
 
 
@@ -92,5 +92,11 @@ def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
         encoder = settings_of(config.encoder)
         if not hasattr(encoder, "patch"):
             raise ValueError(f"init.patch: {type(encoder).__name__} has no model patches")
-        config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, patch=init.patch))
+        if encoder.patch and encoder.patch_form != init.patch_form:
+            raise ValueError(
+                f"init.patch_form is {init.patch_form}, the model to start from has patches that"
+                f" are {encoder.patch_form}"
+            )
+        encoder = dataclasses.replace(encoder, patch=init.patch, patch_form=init.patch_form)
+        config = dataclasses.replace(config, encoder=encoder)
     return dataclasses.replace(recipe, model=config)
