@@ -16,8 +16,10 @@ from fastrec.nn.encoders.dilated import Dilated
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.item_parts import Rating
+from fastrec.nn.items import Items
 from fastrec.nn.model_config import ModelConfig
-from fastrec.nn.transfer import PARTS, freeze, take, trained_share
+from fastrec.nn.transfer import PARTS, WHOLE, freeze, take, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
 from fastrec.training.config import Init
@@ -33,12 +35,12 @@ def other(**config) -> UserModel:
     return model
 
 
-@pytest.mark.parametrize("parts", [["items"], ["encoder"], ["head", "items"], list(PARTS)])
+@pytest.mark.parametrize("parts", [["items"], ["encoder"], ["head", "items"], ["transform"]])
 def test_the_parts_that_are_taken_are_copied_and_no_others(parts):
     model, initial = model_of(), other()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     taken = take(model, initial, parts)
-    prefixes = tuple(f"{PARTS[part]}." for part in parts)
+    prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
     assert taken == [name for name in before if name.startswith(prefixes)]
     for name, value in model.state_dict().items():
         expected = initial.state_dict()[name] if name in taken else before[name]
@@ -71,7 +73,7 @@ def test_a_patched_model_starts_as_the_unpatched_one():
     """Bit for bit: x + up(GELU(down(x))) with up = 0."""
     initial, batch = other(layers=2, heads=4), jagged([5, 1, 0, 9], num_items=20)
     model = model_of(layers=2, heads=4, patch=3)
-    taken = take(model, initial, list(PARTS))
+    taken = take(model, initial, list(WHOLE))
     assert set(model.state_dict()) - set(taken) == {
         name for name in model.state_dict() if ".patches." in name
     }
@@ -84,6 +86,32 @@ def test_a_patched_model_starts_as_the_unpatched_one():
     x, patch = torch.randn(3, 8), patches[0]
     expected = x + F.linear(F.gelu(F.linear(x, *patch.down.parameters())), *patch.up.parameters())
     torch.testing.assert_close(patch(x), expected)
+
+
+def test_parts_that_belong_to_no_list_of_items():
+    """From a model of other items: ratings' levels, what joins them, special tokens, the head's
+    transform, the vectors of users."""
+    parts = dict(items=Items(rating=Rating(width=3)), user_width=2, num_users=5)
+    model, initial = model_of(num_items=20, **parts), other(num_items=30, **parts)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    taken = take(model, initial, ["input", "transform", "users"])
+    theirs = initial.state_dict()
+    assert torch.equal(model.item_embedding.weight[20:], theirs["item_input.ids.weight"][30:])
+    assert torch.equal(model.item_embedding.weight[:20], before["item_input.ids.weight"][:20])
+    names = [
+        "item_input.levels.rating.weight", "item_input.join.weight", "item_input.join.bias",
+        "item_head.dense.weight", "item_head.dense.bias", "item_head.norm.weight",
+        "item_head.norm.bias", "item_head.users.weight",
+    ]  # fmt: skip
+    assert sorted(taken) == sorted([*names, "item_input.ids.weight: special tokens"])
+    for name, value in model.state_dict().items():
+        if name != "item_input.ids.weight":
+            assert torch.equal(value, theirs[name] if name in names else before[name]), name
+    freeze(model, ["input", "users"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in names if "input" in name or "users" in name}
+    with pytest.raises(ValueError, match="init.take names 'users', and the model has nothing of"):
+        take(model_of(), other(), ["users"])
 
 
 def test_patches_are_taken_from_a_model_that_has_them():

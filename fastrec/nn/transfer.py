@@ -8,26 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrec.data.batch import SPECIAL_TOKENS
 from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.user_model import UserModel
 
-PARTS = {"items": "item_input", "encoder": "encoder", "head": "item_head"}
+# What the names of the tensors of a part begin with. The last three are inside of `items` and
+# `head`, and belong to no list of items.
+PARTS = {
+    "items": ("item_input.",),
+    "encoder": ("encoder.",),
+    "head": ("item_head.",),
+    "input": ("item_input.levels.", "item_input.join."),
+    "transform": ("item_head.dense.", "item_head.norm."),
+    "users": ("item_head.users.",),
+}
+WHOLE = {"items", "encoder", "head"}
+_IDS, _SPECIAL = "item_input.ids.weight", len(SPECIAL_TOKENS)
 
 
 def take(
     model: UserModel, initial: UserModel, parts: list[str], same_users: bool = True
 ) -> list[str]:
-    """Copy `parts` ("items", "encoder", "head") of `initial` into `model`; returns the names of the
-    tensors that were copied. Patches that `initial` has not are left as they are, and so are the
-    user vectors of the head where the users are not the same.
+    """Copy `parts`, see `PARTS`, of `initial` into `model`; returns the names of the tensors that
+    were copied. Patches that `initial` has not are left as they are, and so are the user vectors of
+    the head where the users are not the same. "input" has the vectors of special tokens, the last
+    rows of the table of ids, whatever the items are.
 
-    Raises ValueError that names the first tensor that does not fit.
+    Raises ValueError that names the first tensor that does not fit, or a part that has none.
     """
     own, theirs = model.state_dict(), initial.state_dict()
-    copied = []
+    copied: list[str] = []
     for part in (part for part in PARTS if part in parts):
-        for name in (name for name in own if name.startswith(PARTS[part] + ".")):
+        names = [name for name in own if name.startswith(PARTS[part])]
+        if not names and part != "input":
+            raise ValueError(f"init.take names {part!r}, and the model has nothing of the kind")
+        for name in (name for name in names if name not in copied):
             if name not in theirs and ".patches." in name:
                 continue
             if name.startswith("item_head.users.") and not same_users:
@@ -42,6 +58,9 @@ def take(
     with torch.no_grad():
         for name in copied:
             own[name].copy_(theirs[name])
+        if "input" in parts and _IDS not in copied:
+            own[_IDS][-_SPECIAL:].copy_(theirs[_IDS][-_SPECIAL:])
+            copied.append(f"{_IDS}: special tokens")
     return copied
 
 
@@ -80,14 +99,16 @@ def with_items(model: UserModel, rows: Tensor) -> UserModel:
 
 
 def freeze(model: UserModel, parts: Iterable[str], second_norm: bool = False) -> None:
-    """Train everything but `parts`; model patches inside of them are trained, and with
+    """Train everything but `parts`, see `PARTS`; model patches inside of them are trained, and with
     `second_norm` the second LayerNorm of each block of the encoder (PeterRec, Yuan et al., 2020,
     section 3.3).
 
     Raises ValueError for an encoder whose blocks have none.
     """
     for part in parts:
-        getattr(model, PARTS[part]).requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.startswith(PARTS[part]):
+                parameter.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Patch):
             module.requires_grad_(True)
@@ -107,8 +128,10 @@ def report(taken: Iterable[str], *modules: nn.Module) -> dict[str, Any]:
     tensors = [pair for module in modules for pair in module.state_dict().items()]
     parameters = [pair for module in modules for pair in module.named_parameters()]
     known = set(taken)
+    special = [name for name in known if name.startswith(f"{_IDS}:")]  # some rows of a tensor
+    shapes = {name: [_SPECIAL, tensors[0][1].shape[1]] for name in special}
     return {
-        "taken": {name: list(tensor.shape) for name, tensor in tensors if name in known},
+        "taken": {name: list(tensor.shape) for name, tensor in tensors if name in known} | shapes,
         "new": {name: list(tensor.shape) for name, tensor in tensors if name not in known},
         "trained": [name for name, parameter in parameters if parameter.requires_grad],
     }

@@ -14,6 +14,7 @@ from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.transfer import PARTS
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
@@ -25,8 +26,10 @@ class Init:
 
     Attributes:
         take: items, encoder, head (of the items), or the name of an objective whose parameters are
-            taken over where both models have them. The rest starts at random.
-        freeze: items, encoder or head, not trained; patches are.
+            taken over where both models have them. Where the items are others: input (levels of
+            ratings and time gaps, what joins them, special tokens), transform (of the head) and
+            users (their vectors). The rest starts at random.
+        freeze: parts that are taken and not trained; patches inside of them are.
         patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
         patch_form: "serial", behind each convolution or sublayer, or "parallel", of its input and
             added to what it gives.
@@ -36,7 +39,9 @@ class Init:
     """
 
     take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
-    freeze: list[Literal["items", "encoder", "head"]] = field(default_factory=list)
+    freeze: list[Literal["items", "encoder", "head", "input", "transform", "users"]] = field(
+        default_factory=list
+    )
     patch: int = 0
     patch_form: PatchForm = "serial"
     second_norm: bool = False
@@ -49,13 +54,15 @@ class Init:
                     f"init.{name} must be {values[0]!r} or {values[1]!r}, got"
                     f" {getattr(self, name)!r}"
                 )
-        known = ("items", "encoder", "head", *(f.name for f in dataclasses.fields(Objectives)))
+        known = (*PARTS, *(f.name for f in dataclasses.fields(Objectives)))
         for name in self.take:
             if name not in known:
                 raise ValueError(f"init.take names {name!r}, expected some of {list(known)}")
         for name in self.freeze:
             if name not in self.take:
                 raise ValueError(f"init.freeze names {name!r}, which init.take does not: random")
+        if "users" in self.take and self.users == "other":
+            raise ValueError("init.take names users, whose vectors init.users: other starts anew")
         if self.patch < 0:
             raise ValueError(f"init.patch must not be negative, got {self.patch}")
         if self.patch_form != "serial" and not self.patch:

@@ -14,7 +14,7 @@ import torch
 from fastrec.data.item_categories import Categories, item_categories
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.model_config import ModelConfig, parameters
-from fastrec.nn.transfer import PARTS, freeze, take
+from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Init, Recipe, Stage
 from fastrec.training.model_folder import seen_users
@@ -31,9 +31,9 @@ def started_model(
     same = init.users == "same"
     if initial is not None and {"items", "head"} & set(init.take):
         initial.check_items(dataset)
-    whole = set(PARTS) <= set(init.take) and not init.patch
+    whole = set(init.take) >= WHOLE and not init.patch
     if initial is not None:
-        if same and "head" in init.take:
+        if same and {"head", "users"} & set(init.take):
             initial.check_users(dataset)
         whole &= same or not initial.num_users
     if initial is not None and whole and initial.num_items == dataset.num_items:
