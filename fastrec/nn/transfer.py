@@ -2,15 +2,15 @@
 """What a stage takes from the model that it starts from, and what it then leaves alone; a model of
 one catalogue for another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS
-from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.sublayers import Patch
+from fastrec.nn.items import unknown_features
 from fastrec.nn.user_model import UserModel
 
 # What the names of the tensors of a part begin with. The last three are inside of `items` and
@@ -19,7 +19,7 @@ PARTS = {
     "items": ("item_input.",),
     "encoder": ("encoder.",),
     "head": ("item_head.",),
-    "input": ("item_input.levels.", "item_input.join."),
+    "input": ("item_input.levels.", "item_input.join.", "item_input.features."),
     "transform": ("item_head.dense.", "item_head.norm."),
     "users": ("item_head.users.",),
 }
@@ -44,6 +44,8 @@ def take(
         if not names and part != "input":
             raise ValueError(f"init.take names {part!r}, and the model has nothing of the kind")
         for name in (name for name in names if name not in copied):
+            if part == "input" and name.endswith(".table"):
+                continue  # of the items
             if name not in theirs and ".patches." in name:
                 continue
             if name.startswith("item_head.users.") and not same_users:
@@ -64,29 +66,34 @@ def take(
     return copied
 
 
-def with_items(model: UserModel, rows: Tensor) -> UserModel:
+def with_items(
+    model: UserModel, rows: Tensor, vectors: Mapping[str, Tensor] | None = None
+) -> UserModel:
     """The model for another list of items: item i of it is item `rows[i]` of `model`, or new where
     that is -1. A new item begins with the mean of all vectors, and of all biases, and its
     attributes are unknown; it learns with the others in training.
 
     rows: int64 [V_new].
+    vectors: [V_new, F] of features by name, what new items have; 0 for others.
     """
-    rows = rows.to(model.item_table.device)
+    rows = rows.to(model.item_embedding.weight.device)
     new, config = (rows < 0).nonzero().squeeze(1), model.config
-    features = {
-        name: Categories.unknown(len(rows), most, model.item_input.classes[name])
-        for name, most in config.items.most.items()
-    }
+    sizes = model.item_input.classes | model.item_input.sizes
+    features = unknown_features(config.items, len(rows), sizes)
+    features |= {name: part for name, part in (vectors or {}).items() if name in sizes}
     made = UserModel(len(rows), config, model.num_users, features).to(rows.device)
     made.recipe = model.recipe
     before, state = model.state_dict(), made.state_dict()
     for name, tensor in state.items():
         kept = before[name]
-        if name == "item_input.ids.weight":  # the special tokens are its last rows
+        if name.startswith("item_input.features.") and name.endswith(".table"):
+            tensor[rows >= 0] = kept[rows[rows >= 0]]
+            continue
+        if name == _IDS and config.items.ids:  # the special tokens are its last rows
             kept, special = kept[: model.num_items], kept[model.num_items :]
             tensor[len(rows) :] = special
             tensor = tensor[: len(rows)]
-        elif not (
+        elif name == _IDS or not (
             name in ("item_head.bias", "item_head.table.weight")
             or (name.startswith("item_input.attributes.") and name.endswith(".table"))
         ):

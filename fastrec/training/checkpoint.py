@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastrec.data.dataset_files import features_file
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
 from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.user_model import UserModel
@@ -60,6 +61,9 @@ def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     """recipe.json and stage.json as they are read back."""
     data = {"stage": stage, "items": dataset.items_hash, "events": dataset.events_hash}
     data |= {name: dataset.column_hash(name) for name in recipe.model.items.event_columns}
+    digests = dataset.schema.get("digests", {})
+    files = [features_file(name) for name in recipe.model.items.features]
+    data |= {file: digests.get(file, "")[:16] for file in files}
     values = {"recipe": plain(recipe), "stage": {**data, **plain(recipe.stage(stage))}}
     return json.loads(json.dumps(values))
 

@@ -5,14 +5,14 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastrec.data.item_categories import Categories, item_categories
+from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.items import ItemFeatures, item_features
 from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
@@ -39,7 +39,7 @@ def started_model(
     if initial is not None and whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
-        features = item_categories(dataset, config.items.most)
+        features = item_features(dataset, config.items)
         _check_memory(dataset, config, features)
         model = UserModel(dataset.num_items, config, dataset.num_users, features)
         taken = [] if initial is None else take(model, initial, init.take, same)
@@ -68,9 +68,12 @@ def seen_by_run(
     return seen_users(dataset, everyone, earlier)
 
 
-def _check_memory(dataset, config: ModelConfig, features: Mapping[str, Categories]) -> None:
-    classes = {name: categories.classes for name, categories in features.items()}
-    size = 4 * (parameters(dataset.num_items, config, dataset.num_users, classes) or 0)
+def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
+    sizes = {
+        name: part.classes if isinstance(part, Categories) else part.shape[1]
+        for name, part in features.items()
+    }
+    size = 4 * (parameters(dataset.num_items, config, dataset.num_users, sizes) or 0)
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(
             f"the weights of the model are {size / 1e9:,.1f} GB, this machine has"

@@ -10,6 +10,7 @@ from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.catalogue import Catalogue
+from fastrec.data.prepare.item_features import item_features as read_item_features
 from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
@@ -41,6 +42,7 @@ class PrepareReport:
     preview: list[str] = field(default_factory=list)
     catalogue: str | None = None
     split: dict | None = None
+    item_features: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -58,6 +60,9 @@ class PrepareReport:
             lines.append("  removed: nothing")
         if self.catalogue is not None:
             lines.append(f"  items: {self.catalogue}")
+        for name, feature in self.item_features.items():
+            none = f"; {feature['missing']:,} items have none" if feature["missing"] else ""
+            lines.append(f"  item features: {name}, {feature['width']} numbers{none}")
         lines.append(
             "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
                 **self.lengths
@@ -82,6 +87,7 @@ def prepare(
     max_users: int | None = None,
     user_attributes=None,
     item_attributes=None,
+    item_features=None,
     relations=None,
     user_key: str | None = None,
     item_key: str | None = None,
@@ -106,6 +112,8 @@ def prepare(
     attribute JSON) or a data frame with user_id (item_id) and attributes, one row per id. Ids
     without events are left out and counted; ids without a row have nulls; a file without any id of
     the source is an error. user_key, item_key: the column of such a file that holds the ids.
+    item_features: a file or frame with vectors of items, see `item_features`; items without one
+    have zeros and are counted.
     relations: a file or frame whose first two columns are user and friend; links with an end that
     has no events are left out and counted.
     items_of: a data set whose items come first, in their order and with their attributes, also
@@ -145,7 +153,10 @@ def prepare(
         "item": (item_attributes, {"column": item_key}),
     }
     for name, (file, settings) in sides.items():
-        if settings["column"] is not None and not isinstance(file, (str, Path)):
+        vectors = item_features if name == "item" else None
+        if settings["column"] is not None and not any(
+            isinstance(each, (str, Path)) for each in (file, vectors)
+        ):
             raise ValueError(f"{name}_key has no effect: {name}_attributes is no file")
         settings["na_values"] = na_values
     with claim(Path(output), overwrite), reading(source_name(source)):
@@ -160,12 +171,13 @@ def prepare(
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
         earlier = None if items_of is None else Path(items_of)
         return _prepare(
-            raw, Path(output), filters, sides, relations, earlier, na_values, chosen, overwrite
-        )
+            raw, Path(output), filters, sides, item_features, relations, earlier, na_values, chosen,
+            overwrite,
+        )  # fmt: skip
 
 
 def _prepare(
-    raw, output, filters, sides, relations, items_of, na_values, split, overwrite
+    raw, output, filters, sides, item_features, relations, items_of, na_values, split, overwrite
 ) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
@@ -229,8 +241,13 @@ def _prepare(
         item_ids = item_ids.cast(listed.dtype)
     items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
     _add(removed, "attribute rows of items without interactions", lost)
+    vectors: dict = {}
+    if item_features is not None:
+        how = {"column": options["column"], "known_as": options["known_as"]}
+        vectors, lost = read_item_features(item_features, listed, item_ids, **how)
+        _add(removed, "feature rows of items without interactions", lost)
     if catalogue is not None:
-        items = catalogue.joined(items)
+        items, vectors = catalogue.joined(items), catalogue.features(vectors)
     name, links = "relations", relations
     if links is None:
         name, links = raw.source, raw.relations
@@ -251,6 +268,7 @@ def _prepare(
         filters=filters | {"items_of": items_of and str(items_of), "removed": removed},
         splits=splits,
         split=said,
+        features=vectors,
         overwrite=overwrite,
     )
     lengths = np.bincount(user)
@@ -273,6 +291,7 @@ def _prepare(
         preview=preview(frame, time),
         catalogue=None if catalogue is None else str(catalogue),
         split=said,
+        item_features=schema.get("item_features", {}),
     )
 
 
