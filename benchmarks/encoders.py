@@ -4,6 +4,7 @@
     python -m benchmarks.encoders asked   --data data --length 50   # states of 4,096 users
     python -m benchmarks.encoders dilated --data data --length 50   # beside nn.Conv1d
     python -m benchmarks.encoders caser   --data data --length 50   # beside nn.Conv2d
+    python -m benchmarks.encoders patches --data data --length 50   # a training step with them
     python -m benchmarks.encoders request --data data --length 50   # a Recommender, a history
 
 Process CPU time on one thread, all in turn in one process: minimum and median in ms, and the ratio
@@ -17,6 +18,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -32,8 +34,10 @@ from fastrec.nn.encoders.dilated import Dilated
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.items import ItemRows
 from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.transfer import freeze
 from fastrec.nn.user_model import UserModel
 from fastrec.onnx import export_onnx, onnx_query
+from fastrec.random import Rng
 from fastrec.serve import Recommender
 
 BATCH, BLOCK, WIDTH, DILATIONS = 256, 512, 64, (1, 4, 1, 4)
@@ -123,6 +127,36 @@ def caser(batch: JaggedBatch, length: int, width: int = 50) -> Work:
     }
 
 
+def patches(num_items: int, batch: JaggedBatch, length: int, encoder, frozen: bool) -> Work:
+    """Forward, backward and AdamW of a model without patches and with patches of D / 4. frozen:
+    the encoder without patches, as PeterRec trains."""
+    forms = {
+        "no patches": encoder,
+        "serial": replace(encoder, patch=WIDTH // 4),
+        "parallel": replace(encoder, patch=WIDTH // 4, patch_form="parallel"),
+    }
+    return {
+        name: training_step(num_items, batch, ModelConfig(WIDTH, length, encoder=form), frozen)
+        for name, form in forms.items()
+    }
+
+
+def training_step(num_items: int, batch: JaggedBatch, config: ModelConfig, frozen: bool):
+    model = UserModel(num_items, config)
+    freeze(model, ["encoder"] if frozen else [])
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, fused=True)
+    targets = batch.values.roll(-1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        states = model.encode(batch, Rng(0, 0)).states
+        model.item_head.loss(states, model.output_table, targets).backward()
+        optimizer.step()
+
+    return step
+
+
 def request(dataset: SequenceDataset, length: int) -> Work:
     """The 10 best of one history of 20 items."""
     encoder = Transformer(heads=1, causal=True, pre_norm=True)
@@ -157,7 +191,7 @@ def measured(work: Work, rounds: int) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("asked", "dilated", "caser", "request"))
+    parser.add_argument("part", choices=("asked", "dilated", "caser", "patches", "request"))
     parser.add_argument("--data", required=True)
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--rounds", type=int)
@@ -172,6 +206,12 @@ def main() -> None:
         causal = Transformer(heads=1, causal=True, pre_norm=True)
         for name, encoder in (("causal, 1 head", causal), ("[MASK], 2 heads", Transformer())):
             works[name] = asked(dataset, options.length, encoder)
+    elif options.part == "patches":
+        causal = Transformer(heads=1, causal=True, pre_norm=True)
+        for name, each in (("dilated", Dilated()), ("transformer", causal)):
+            for frozen in (False, True):
+                title = f"{name}, {'frozen' if frozen else 'trained'}, T={len(batch.values)}"
+                works[title] = patches(dataset.num_items, batch, options.length, each, frozen)
     elif options.part == "request":
         works["one history of 20 items"] = request(dataset, options.length)
     else:

@@ -90,7 +90,7 @@ def finetune(
         same_items = bool({"items", "head"} & set(stage.init.take))
         held_out = _held_out(recipe, stage) if stage.init.users == "same" else None
         # Other people have no vectors there: theirs start anew.
-        same_users = "head" in stage.init.take and stage.init.users == "same"
+        same_users = bool({"head", "users"} & set(stage.init.take)) and stage.init.users == "same"
         initial = load_model(init, dataset, held_out, same_items, same_users, new_items_like)
     _print_threads()
     fit(

@@ -18,6 +18,7 @@ def prepare(
     max_users: int | None = None,
     user_attributes: Path | None = None,
     item_attributes: Path | None = None,
+    item_features: Path | None = None,
     relations: Path | None = None,
     user_column: str | None = None,
     item_column: str | None = None,
@@ -58,6 +59,8 @@ def prepare(
         max_users: keep only the first users in order of their id.
         user_attributes: file with a column of user ids, called user_id, user or as in the source.
         item_attributes: file with a column of item ids, or the attribute JSON of S3-Rec.
+        item_features: file with a column of item ids and vectors: a list in each other column, or
+            numbers in all of them, which are one vector named as the file.
         relations: file whose first two columns are user and friend.
         user_column: of a table; without it a usual name is recognised, as for the next four.
         item_column: of a table.
@@ -77,7 +80,7 @@ def prepare(
         on_missing: what to do with rows without a user, item, time or rating.
         on_duplicate: what to do with the same user, item and time twice.
         user_key: column of user_attributes that holds the ids, if it is called otherwise.
-        item_key: the same of item_attributes.
+        item_key: the same of item_attributes and item_features.
         items_of: a data set whose items come first, in their order: models of it go on here.
         split: which events are held out: of each user the last and the second last; the last ones,
             by number or by share; those from a time on; or those of files of their own.
@@ -115,6 +118,7 @@ def prepare(
         max_users=max_users,
         user_attributes=user_attributes,
         item_attributes=item_attributes,
+        item_features=item_features,
         relations=relations,
         user_key=user_key,
         item_key=item_key,

@@ -38,7 +38,9 @@ def export_query(model) -> torch.export.ExportedProgram:
 
     The encoder must be one that torch.export can trace, as those of fastrec are.
     """
-    batch = model.inputs_of([[0, 0], [0], [0, 0, 0]], ask=True).to(model.item_table.device)
+    batch = model.inputs_of([[0, 0], [0], [0, 0, 0]], ask=True).to(
+        model.item_embedding.weight.device
+    )
     any_size = {0: torch.export.Dim.DYNAMIC}
     # Otherwise the program takes no batch of one.
     with torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]

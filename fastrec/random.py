@@ -28,14 +28,17 @@ from torch import Tensor
 
 from fastrec.ops.common.arguments import INDEX, has_values
 
-# Sites 1-5 are dropout sites of an encoder; 16 and up belong to the data path. Numbers are part of
-# the contract: a new site gets a new number, an old one is never reused.
+# Sites 1-5 are dropout sites of an encoder, 6 and 7 are of items' vectors; 16 and up belong to the
+# data path. Numbers are part of the contract: a new site gets a new number, an old one is never
+# reused.
 SITES = {
     "attention": 1,
     "embedding": 2,
     "attention_output": 3,
     "ffn_inner": 4,
     "ffn_output": 5,
+    "item_features": 6,
+    "item_gate": 7,
     "mask_item": 16,
     "mask_forced": 17,
     "mask_replace": 18,

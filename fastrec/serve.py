@@ -116,7 +116,7 @@ class Recommender:
         import polars
 
         people, asked = self._asked(user_ids, histories, False)
-        owners, queries = [], [self.model.item_table[:0]]
+        owners, queries = [], [self._table[:0]]
         with torch.no_grad():
             for part, batch, _ in asked:
                 owners.append(part)
@@ -151,14 +151,20 @@ class Recommender:
     @cached_property
     def _unit(self) -> Tensor:
         """[V, D]: the item vectors in unit length; one of zeros, which has no direction, stays."""
-        return F.normalize(finite(self.model.item_table.detach().float(), "item vectors"), dim=1)
+        return F.normalize(finite(self._table.float(), "item vectors"), dim=1)
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """[V, D]: the vectors that score items."""
+        with torch.no_grad():
+            return self.model.item_table.detach()
 
     @cached_property
     def _users(self) -> Ids:
         return Ids(self.dataset.user_ids())
 
     def _query(self, batch: JaggedBatch) -> Tensor:
-        batch = batch.to(self.model.item_table.device)
+        batch = batch.to(self.model.item_embedding.weight.device)
         if self._program is None or batch.events or batch.users:
             query = self.model.ask(batch)
         else:
@@ -219,7 +225,7 @@ class Recommender:
         return known
 
     def _scored(self, tau: float, allowed, blocked) -> Scored:
-        table, bias = self.model.item_table, self.model.item_head.bias
+        table, bias = self._table, self.model.item_head.bias
         if tau != 0:
             kept = self._adjusted  # read once: another thread may replace it
             if kept is None or kept[0] != tau:

@@ -111,7 +111,8 @@ class Known(SideData):
 def model_of(dropout: float = 0.3, num_items: int = 20, num_users: int = 0, **config) -> UserModel:
     """A tiny model; `layers`, `heads`, `causal`, `pre_norm`, `layer` are the transformer's."""
     torch.manual_seed(1)
-    names = ("layers", "heads", "causal", "pre_norm", "ffn_width", "patch", "norm_eps", "layer")
+    names = ("layers", "heads", "causal", "pre_norm", "ffn_width", "norm_eps", "layer")
+    names += ("patch", "patch_form")
     inner = {name: config.pop(name) for name in names if name in config}
     settings = {"width": 8, "max_len": 10, **config}
     return UserModel(

@@ -41,13 +41,13 @@ def both(model: UserModel, batch):
     return model.ask(batch), model.next_item_query(model.encode(batch))
 
 
-@pytest.mark.parametrize("patch", [0, 3])
+@pytest.mark.parametrize("patch", [{}, {"patch": 3}, {"patch": 3, "patch_form": "parallel"}])
 @pytest.mark.parametrize("causal, tokens", [(True, []), (True, ["ur"]), (False, ["cls", "sep"])])
 @pytest.mark.parametrize("form", FORMS)
 def test_asked_states_are_those_of_the_whole_batch(form, causal, tokens, patch):
     """The one layer that is shortened, and one behind another; float64."""
     for layers in (1, 3):
-        settings = FORMS[form] | dict(causal=causal, layers=layers, patch=patch)
+        settings = FORMS[form] | dict(causal=causal, layers=layers, **patch)
         model = model_of(tokens, torch.float64, **settings)
         asked, whole = both(model, model.inputs_of(histories(), ask=True))
         torch.testing.assert_close(asked, whole, rtol=1e-10, atol=1e-10)

@@ -151,7 +151,7 @@ def test_other_commands_run(name, printed, monkeypatch, capsys):
     assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["asked", "dilated", "caser", "request"])
+@pytest.mark.parametrize("part", ["asked", "dilated", "caser", "patches", "request"])
 def test_encoders_beside_their_peers_on_a_data_set(part, tmp_path, monkeypatch, capsys):
     data = synthetic(tmp_path, num_users=60, num_items=40)
     options = [part, "--data", str(data), "--length", "12", "--rounds", "2"]

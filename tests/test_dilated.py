@@ -119,6 +119,26 @@ def test_patches_start_as_the_model_without_them_and_are_trained_alone():
     assert names and all(".patches." in name for name in names)
 
 
+@pytest.mark.parametrize("form", ["serial", "parallel"])
+def test_patches_stand_behind_convolutions_or_beside_them(form):
+    """Serial: of what a convolution gives. Parallel: of its input, the input added too, before the
+    LayerNorm (PeterRec, figure 3)."""
+    model, batch = model_of(dilations=[2], patch=4, patch_form=form).double(), jagged(LENGTHS)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    table, block = torch.randn(len(batch.values), 16, dtype=torch.float64), model.encoder.blocks[0]
+    places, out = Places(batch, batch.positions()), table
+    for convolution, norm, patch in zip(
+        block.convolutions, block.norms, block.patches, strict=True
+    ):
+        before, out = out, convolution(out, places)
+        read = out if form == "serial" else before
+        out = out + patch.up(F.gelu(patch.down(read)))
+        out = out if form == "serial" else out + before
+        out = norm(out).relu()
+    torch.testing.assert_close(model.encoder(ItemRows(table, None), batch), table + out)
+
+
 def test_a_convolution_that_was_replaced_is_called():
     model, batch = model_of(), jagged(LENGTHS)
     before = model.encode(batch).states
@@ -149,6 +169,8 @@ def test_number_of_parameters(patch):
         (dict(kernel=0), "kernel must be in"),
         (dict(norm_eps=0.0), "norm_eps must be positive"),
         (dict(patch=-1), "patch must be at least 0"),
+        (dict(patch_form="parallel"), "patch_form parallel has no effect: patch is 0"),
+        (dict(patch=2, patch_form="both"), "patch_form must be one of"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):

@@ -418,10 +418,10 @@ def test_a_rating_out_of_range_is_an_error_where_it_is_read(dataset):
 def test_item_features_must_be_those_of_the_settings(dataset):
     config, made = ModelConfig(items=PARTS), item_categories(dataset, PARTS.most)
     with pytest.raises(
-        ValueError, match=r"attributes are \['genres', 'brand'\], the item features"
+        ValueError, match=r"attributes and features \['genres', 'brand'\], the item"
     ):
         UserModel(V, config)
-    with pytest.raises(ValueError, match=r"attributes are \[\], the item features \['genres'"):
+    with pytest.raises(ValueError, match=r"features \[\], the item features are \['genres'"):
         UserModel(V, ModelConfig(), item_features=made)
     with pytest.raises(ValueError, match=r"of 'genres' must be a table \[7, 2\] of at least"):
         UserModel(7, config, item_features=made)
@@ -558,7 +558,7 @@ def test_a_saved_model_needs_no_data_set(dataset, tmp_path, items):
     expected = {name: counts[name] for name in items.attributes}
     assert said.get("item_classes", {}) == expected == again.item_input.classes
     numbers = sum(part.numel() for part in load_file(tmp_path / "model.safetensors").values())
-    assert parameters(V, model.config, item_classes=expected) == numbers
+    assert parameters(V, model.config, item_sizes=expected) == numbers
 
 
 def test_a_model_that_was_saved_before_there_were_parts_is_read(tmp_path):

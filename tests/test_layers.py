@@ -61,29 +61,33 @@ class Oracle:
         variance = centred.square().mean(1, keepdim=True)
         return centred / (variance + module.eps).sqrt() * module.weight + module.bias
 
-    def patched(self, x: Tensor, layer: nn.Module, number: int) -> Tensor:
+    def patched(self, input: Tensor, x: Tensor, layer: nn.Module, number: int) -> Tensor:
         if not layer.patches:
             return x
         patch = layer.patches[number]
+        if self.settings.patch_form == "parallel":
+            return x + input + patch.up(F.gelu(patch.down(input)))
         return x + patch.up(F.gelu(patch.down(x)))
 
     def sasrec(self, layer, x: Tensor, i: int) -> Tensor:
         q = self.norm(x, layer.attention_norm)
         key, value = layer.key_value(x).chunk(2, 1)
         attended = self.attention(layer.query(q), key, value, i)
-        f = self.norm(q + self.patched(attended, layer, 0), layer.ffn_norm)
+        f = self.norm(q + self.patched(q, attended, layer, 0), layer.ffn_norm)
         inner = self.drop(layer.ffn_inner(f).clamp_min(0), "ffn_inner", i)
-        out = self.patched(layer.ffn_output(inner), layer, 1)
+        out = self.patched(f, layer.ffn_output(inner), layer, 1)
         return f + self.drop(out, "ffn_output", i)
 
     def ligr(self, layer, x: Tensor, i: int) -> Tensor:
-        packed = layer.query_key_value(self.norm(x, layer.attention_norm))
+        n = self.norm(x, layer.attention_norm)
+        packed = layer.query_key_value(n)
         out = layer.attention_output(self.attention(*packed.chunk(3, 1), i))
-        out = self.drop(self.patched(out, layer, 0), "attention_output", i)
+        out = self.drop(self.patched(n, out, layer, 0), "attention_output", i)
         x = x + out / (1 + (-layer.attention_gate(x)).exp())
-        one, two = layer.ffn_inner(self.norm(x, layer.ffn_norm)).chunk(2, 1)
+        n = self.norm(x, layer.ffn_norm)
+        one, two = layer.ffn_inner(n).chunk(2, 1)
         inner = self.drop(one / (1 + (-one).exp()) * two, "ffn_inner", i)
-        out = self.drop(self.patched(layer.ffn_output(inner), layer, 1), "ffn_output", i)
+        out = self.drop(self.patched(n, layer.ffn_output(inner), layer, 1), "ffn_output", i)
         return x + out / (1 + (-layer.ffn_gate(x)).exp())
 
     def states(self, items: Tensor) -> Tensor:
@@ -111,7 +115,12 @@ def spread(model: UserModel) -> UserModel:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rng", [None, Rng(2**40 + 3, 7)], ids=["plain", "dropout"])
 @pytest.mark.parametrize(
-    "more", [{}, {"scale": True, "ffn_width": 5, "heads": 4, "patch": 3, "norm_eps": 1e-8}]
+    "more",
+    [
+        {},
+        {"scale": True, "ffn_width": 5, "heads": 4, "patch": 3, "norm_eps": 1e-8},
+        {"patch": 3, "patch_form": "parallel"},
+    ],
 )
 def test_a_layer_is_what_plain_pytorch_makes_of_a_sequence(layer, causal, rng, more):
     scale = more.get("scale", False)

@@ -73,7 +73,7 @@ def test_new_items_begin_like_those_of_their_categories():
     before = model_of(replace(CONFIG, head_table="own"))
     # By item of the new list; rows are [3, -1, 0, 4, -1] of the old one.
     table = torch.tensor([[0, 1], [0, 1], [0, -1], [-1, -1], [2, -1]], dtype=torch.int32)
-    after = with_items(before, ROWS, Categories(table, 3))
+    after = with_items(before, ROWS, like=Categories(table, 3))
     for new, old in ((after.item_embedding.weight, before.item_embedding.weight),
                      (after.item_table, before.item_table),
                      (after.item_head.bias[:, None], before.item_head.bias[:, None])):  # fmt: skip

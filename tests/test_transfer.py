@@ -12,8 +12,14 @@ from torch.nn import functional as F
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask
+from fastrec.nn.encoders.dilated import Dilated
+from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.sublayers import Patch
-from fastrec.nn.transfer import PARTS, freeze, take, trained_share
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.item_parts import Rating
+from fastrec.nn.items import Items
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.transfer import PARTS, WHOLE, freeze, take, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
 from fastrec.training.config import Init
@@ -29,12 +35,12 @@ def other(**config) -> UserModel:
     return model
 
 
-@pytest.mark.parametrize("parts", [["items"], ["encoder"], ["head", "items"], list(PARTS)])
+@pytest.mark.parametrize("parts", [["items"], ["encoder"], ["head", "items"], ["transform"]])
 def test_the_parts_that_are_taken_are_copied_and_no_others(parts):
     model, initial = model_of(), other()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     taken = take(model, initial, parts)
-    prefixes = tuple(f"{PARTS[part]}." for part in parts)
+    prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
     assert taken == [name for name in before if name.startswith(prefixes)]
     for name, value in model.state_dict().items():
         expected = initial.state_dict()[name] if name in taken else before[name]
@@ -67,7 +73,7 @@ def test_a_patched_model_starts_as_the_unpatched_one():
     """Bit for bit: x + up(GELU(down(x))) with up = 0."""
     initial, batch = other(layers=2, heads=4), jagged([5, 1, 0, 9], num_items=20)
     model = model_of(layers=2, heads=4, patch=3)
-    taken = take(model, initial, list(PARTS))
+    taken = take(model, initial, list(WHOLE))
     assert set(model.state_dict()) - set(taken) == {
         name for name in model.state_dict() if ".patches." in name
     }
@@ -80,6 +86,32 @@ def test_a_patched_model_starts_as_the_unpatched_one():
     x, patch = torch.randn(3, 8), patches[0]
     expected = x + F.linear(F.gelu(F.linear(x, *patch.down.parameters())), *patch.up.parameters())
     torch.testing.assert_close(patch(x), expected)
+
+
+def test_parts_that_belong_to_no_list_of_items():
+    """From a model of other items: ratings' levels, what joins them, special tokens, the head's
+    transform, the vectors of users."""
+    parts = dict(items=Items(rating=Rating(width=3)), user_width=2, num_users=5)
+    model, initial = model_of(num_items=20, **parts), other(num_items=30, **parts)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    taken = take(model, initial, ["input", "transform", "users"])
+    theirs = initial.state_dict()
+    assert torch.equal(model.item_embedding.weight[20:], theirs["item_input.ids.weight"][30:])
+    assert torch.equal(model.item_embedding.weight[:20], before["item_input.ids.weight"][:20])
+    names = [
+        "item_input.levels.rating.weight", "item_input.join.weight", "item_input.join.bias",
+        "item_head.dense.weight", "item_head.dense.bias", "item_head.norm.weight",
+        "item_head.norm.bias", "item_head.users.weight",
+    ]  # fmt: skip
+    assert sorted(taken) == sorted([*names, "item_input.ids.weight: special tokens"])
+    for name, value in model.state_dict().items():
+        if name != "item_input.ids.weight":
+            assert torch.equal(value, theirs[name] if name in names else before[name]), name
+    freeze(model, ["input", "users"])
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in names if "input" in name or "users" in name}
+    with pytest.raises(ValueError, match="init.take names 'users', and the model has nothing of"):
+        take(model_of(), other(), ["users"])
 
 
 def test_patches_are_taken_from_a_model_that_has_them():
@@ -105,6 +137,24 @@ def test_frozen_parts_are_not_trained_but_their_patches_are():
     assert trained_share(model) == (patch + head, sum(p.numel() for p in model.parameters()))
     extra = torch.nn.Linear(2, 3)
     assert trained_share(model, extra)[0] == patch + head + 9
+
+
+@pytest.mark.parametrize(
+    "encoder, norms",
+    [
+        (Transformer(layers=2), {f"layers.{i}.ffn_norm" for i in range(2)}),
+        (Transformer(pre_norm=True, layer="ligr"), {f"layers.{i}.ffn_norm" for i in range(2)}),
+        (Transformer(pre_norm=True, layer="sasrec"), {f"layers.{i}.ffn_norm" for i in range(2)}),
+        (Dilated(dilations=[1, 2]), {f"blocks.{i}.norms.1" for i in range(2)}),
+    ],
+)
+def test_the_second_layer_norm_of_each_block_may_be_trained(encoder, norms):
+    model = UserModel(20, ModelConfig(width=8, encoder=encoder))
+    freeze(model, ["encoder"], second_norm=True)
+    trained = {name for name, p in model.encoder.named_parameters() if p.requires_grad}
+    assert trained == {f"{norm}.{name}" for norm in norms for name in ("weight", "bias")}
+    with pytest.raises(ValueError, match="init.second_norm: GruEncoder has no such LayerNorm"):
+        freeze(UserModel(20, ModelConfig(width=8, encoder=Gru())), ["encoder"], second_norm=True)
 
 
 def test_fine_tuning_with_patches_trains_nothing_else(tmp_path):
@@ -133,6 +183,29 @@ def test_fine_tuning_with_patches_trains_nothing_else(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["trained"] == 2 * (8 * 3 + 3 + 3 * 8 + 8)
     assert set(summary["taken"]) == set(initial.state_dict())
+    made = json.loads((tmp_path / "run" / "transfer.json").read_text())
+    assert made["taken"] == {n: list(value.shape) for n, value in initial.state_dict().items()}
+    patches = {n: list(v.shape) for n, v in tuned.state_dict().items() if ".patches." in n}
+    assert made["new"] == patches and made["trained"] == list(patches)
+
+
+def test_the_share_that_is_trained_is_said_before_training(tmp_path, capsys):
+    generate(tmp_path / "data", num_users=30, num_items=20, seed=3)
+    data = SequenceDataset.load(tmp_path / "data")
+    run = dict(views={"main": [Mask()]}, objectives={"item": Item()}, steps=1, batch_size=8)
+    init = Init(freeze=["items", "encoder"], patch=3, patch_form="parallel")
+    tuned = fit(data, other(num_items=data.num_items), init=init, output=tmp_path / "run", **run)
+    assert tuned.config.encoder.transformer.patch_form == "parallel"
+    whole = sum(p.numel() for p in tuned.parameters())
+    some = sum(p.numel() for n, p in tuned.named_parameters() if ".patches." in n or "head" in n)
+    said = capsys.readouterr().out
+    assert f"trained: {some:,} of {whole:,} parameters ({some / whole:.1%}); taken over: " in said
+    assert said.index("trained:") < said.index("step 0 of 1")
+    with pytest.raises(ValueError, match="is serial, the model to start from has patches that are"):
+        fit(data, tuned, init=Init(patch=3), **run)
+    fit(data, output=tmp_path / "new", **run)
+    assert "trained:" not in capsys.readouterr().out
+    assert not (tmp_path / "new" / "transfer.json").exists()
 
 
 def test_a_model_of_other_items_is_refused_before_training():
@@ -153,3 +226,9 @@ def test_settings_that_cannot_be():
         Init(take=["items"], freeze=["head"])
     with pytest.raises(ValueError, match=r"init\.patch must not be negative, got -1"):
         Init(patch=-1)
+    with pytest.raises(ValueError, match="init.patch_form has no effect: init.patch is 0"):
+        Init(patch_form="parallel")
+    with pytest.raises(ValueError, match="init.patch_form must be 'serial' or 'parallel', got"):
+        Init(patch=2, patch_form="both")
+    with pytest.raises(ValueError, match="second_norm has no effect: init.freeze leaves the enc"):
+        Init(second_norm=True)

@@ -10,6 +10,7 @@
                           a digest of every file
     values.npy            int32 or int64 [E], the items of all users end to end, in time order
     offsets.npy           int64 [U + 1], the events of user u are values[offsets[u]:offsets[u + 1]]
+    features.NAME.npy     float32 [V, F], vectors of the items (optional), see `item_vectors`
     splits.npy            int64 [U, 2], where training and validation of a user end; absent for
                           leave-one-out
 

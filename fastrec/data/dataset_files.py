@@ -15,6 +15,11 @@ FORMAT_VERSION = 1
 _MANY = 2**48  # more users, items or events than any machine holds
 
 
+def features_file(name: str) -> str:
+    """The file of the item features of that name."""
+    return f"features.{name}.npy"
+
+
 def digest(file: Path) -> str:
     """SHA-256 of a file."""
     with file.open("rb") as content:
@@ -30,6 +35,7 @@ def check_digests(folder: Path, schema: dict) -> None:
     digests = schema["digests"]
     names = {"values.npy", "offsets.npy", FILE}
     names |= {"users.parquet", "items.parquet", "relations.parquet"}
+    names |= {features_file(name) for name in schema.get("item_features", {})}
     for name in sorted(names):
         file = folder / name
         if not file.exists() and name in digests:
@@ -112,6 +118,8 @@ def read_schema(file: Path) -> dict:
             raise DataError(file, f"{key!r} must be a positive integer, got {got!r}")
     if not isinstance(schema.get("split", {}), dict):
         raise DataError(file, f"'split' must say how users are split, got {schema['split']!r}")
+    if not isinstance(schema.get("item_features", {}), dict):
+        raise DataError(file, f"'item_features' must be by name, got {schema['item_features']!r}")
     digests = schema.get("digests")
     if not isinstance(digests, dict) or not all(type(each) is str for each in digests.values()):
         raise DataError(file, "'digests' of the files are missing: prepare the dataset again")

@@ -147,7 +147,7 @@ def adjustment(dataset, tau: float) -> Tensor:
 
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     """[N, D] item-head queries for the item that follows the input of each user in `split`."""
-    batch = model.inputs(dataset, users, split, ask=True).to(model.item_table.device)
+    batch = model.inputs(dataset, users, split, ask=True).to(model.item_embedding.weight.device)
     return model.ask(batch)
 
 
@@ -221,28 +221,28 @@ class NextItemJudge:
             ranks, owner = ranks[kept], owner[kept]
         return ranking_metrics(ranks, tuple(self.protocol.cutoffs), owner)
 
-    def rank_rows(self, model, rows: slice) -> Tensor:
+    def rank_rows(self, model, rows: slice, table: Tensor | None = None) -> Tensor:
         """float64 [P of the rows]: ranks of the targets of `users[rows]`, on the CPU. Dropout is
-        off."""
+        off. table: `model.item_table`, where it is known."""
         with torch.no_grad():
             query, bias = self._asked(model, rows)
             # Scores in full precision also in bf16-mixed validation: coarse ones would tie.
             with torch.autocast(query.device.type, enabled=False):
-                return self._rank(query, model.item_table, bias, rows).cpu()
+                table = model.item_table if table is None else table
+                return self._rank(query, table, bias, rows).cpu()
 
     def lists(self, model, k: int) -> Tensor:
         """int64 [U, k]: the k best items of every user, -1 where there are fewer. Items of the
         input are among them where the protocol keeps them."""
-        parts = []
+        with torch.no_grad():
+            table, parts = model.item_table, []
         for rows in row_blocks(len(self.users)):
             with torch.no_grad():
                 query, bias = self._asked(model, rows)
-                best = min(k, len(model.item_table))
+                best = min(k, len(table))
                 some = self.protocol.seen != "none"
                 exclude = self._seen(self.users[rows], query.device) if some else None
-                found = linear_topk(
-                    query, model.item_table, best, linear_bias=bias, exclude=exclude
-                )
+                found = linear_topk(query, table, best, linear_bias=bias, exclude=exclude)
                 parts.append(found.indices.cpu())
         return torch.cat(parts)
 
@@ -273,7 +273,10 @@ class NextItemJudge:
 
     def ranks(self, model) -> Tensor:
         """float64 [P]: ranks of the targets of all users, on the CPU."""
-        return torch.cat([self.rank_rows(model, rows) for rows in row_blocks(len(self.users))])
+        with torch.no_grad():
+            table = model.item_table
+        blocks = row_blocks(len(self.users))
+        return torch.cat([self.rank_rows(model, rows, table) for rows in blocks])
 
     def popularity_ranks(self) -> Tensor:
         """Ranks under a ranker by number of training interactions: the baseline and, for sampled

@@ -4,10 +4,13 @@
 Legend: N rows, V items, D width, P width of a user vector.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
@@ -21,7 +24,7 @@ class ItemHead(nn.Module):
 
     With `user_width` P > 0 every one of `num_users` users has a vector p (Caser, Tang and Wang,
     2018, section 3.3), of an unknown user it is 0. It starts at 0, so that somebody who was never
-    trained is unknown.
+    trained is unknown. `similarity` and `temperature` are of what is in front of b.
     """
 
     def __init__(
@@ -34,8 +37,11 @@ class ItemHead(nn.Module):
         own: bool = False,
         num_users: int = 0,
         user_width: int = 0,
+        similarity: Literal["dot", "cosine"] = "dot",
+        temperature: float = 1.0,
     ):
         super().__init__()
+        self.similarity, self.temperature = similarity, temperature
         whole = width + user_width
         scored = whole if own else width
         self.dense = nn.Linear(whole, scored) if transform else None
@@ -62,10 +68,17 @@ class ItemHead(nn.Module):
         return torch.cat([states, vectors.to(states.dtype)], 1)
 
     def query(self, states: Tensor) -> Tensor:
-        """[N, D + P] of `with_users` to the vectors that are compared with the item table."""
-        if self.dense is None or self.norm is None:
-            return states
-        return self.norm(F.gelu(self.dense(states)))
+        """[N, D + P] of `with_users` to the vectors that are compared with the item table, by their
+        dot product: of unit length for cosines, and over the temperature."""
+        if self.dense is not None and self.norm is not None:
+            states = self.norm(F.gelu(self.dense(states)))
+        if self.similarity == "cosine":
+            states = F.normalize(states.to(accumulate_dtype(states)), dim=1)
+        return states if self.temperature == 1.0 else states / self.temperature
+
+    def compared(self, table: Tensor) -> Tensor:
+        """Item vectors [V, D] as queries are compared with them: of unit length for cosines."""
+        return F.normalize(table, dim=1) if self.similarity == "cosine" else table
 
     def loss(self, states: Tensor, table: Tensor, targets: Tensor, backend=None) -> Tensor:
         """Mean cross-entropy over all items; 0 with a live graph when there are no rows.

@@ -4,7 +4,7 @@
 Legend: V items, S special tokens, T events, D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import FILL, SPECIAL_TOKENS, JaggedBatch
-from fastrec.data.item_categories import Categories
+from fastrec.data.item_categories import Categories, item_categories
+from fastrec.data.item_vectors import item_vectors
 from fastrec.data.settings import check_choices
+from fastrec.nn.item_features import FeatureMap, ItemFeature
 from fastrec.nn.item_parts import CategoryMean, ItemAttribute, Rating, Segment, TimeGap
 from fastrec.nn.plain import apply_linear, embedding_table, is_plain
+from fastrec.random import Rng
 
 
 class ItemRows(NamedTuple):
@@ -31,14 +34,23 @@ class ItemRows(NamedTuple):
         return self.table if self.values is None else F.embedding(self.values, self.table)
 
 
+# By name, the categories of an attribute or the vectors [V, F] of a feature.
+ItemFeatures = Mapping[str, Categories | Tensor]
+
+
 @dataclass(frozen=True)
 class Items:
     """What an item is to the encoder: the embedding of its id, and of what else a recipe names.
-    Scores of items read the embedding of ids alone, whatever the input is made of.
+    Scores of items read the embedding of ids, whatever the input is made of, or with
+    `model.head_table: features` the sum of it and the features.
 
     Attributes:
         scale: multiply the input by sqrt(D) (the original SASRec); the scores of items read ids
             unscaled.
+        ids: embed the ids; false where an item is its features alone, so that a model goes to other
+            items. Special tokens are embedded all the same.
+        features: vectors of the data set by name, see `prepare --item_features`; special tokens
+            have 0.
         attributes: columns of items.parquet by name. An item has the mean of the vectors of its
             categories, 0 where none is known; special tokens have 0.
         rating: of the event, a level of its own where there is none: special tokens, items that are
@@ -51,6 +63,8 @@ class Items:
     """
 
     scale: bool = False
+    ids: bool = True
+    features: dict[str, ItemFeature] = field(default_factory=dict)
     attributes: dict[str, ItemAttribute] = field(default_factory=dict)
     rating: Rating | None = None
     time_gap: TimeGap | None = None
@@ -61,6 +75,12 @@ class Items:
         check_choices(self)
         if self.combine != "concat" and not self.widths:
             raise ValueError("combine has no effect: items have neither attributes nor others")
+        if not self.ids and not self.features:
+            raise ValueError("ids false leaves nothing of an item: it needs features")
+        if not self.ids and self.combine != "sum":
+            raise ValueError("ids false needs combine: sum: a concatenation begins as the id")
+        if both := set(self.features) & set(self.attributes):
+            raise ValueError(f"{both.pop()!r} names an attribute and a feature")
 
     @property
     def event_columns(self) -> list[str]:
@@ -80,7 +100,8 @@ class Items:
     @property
     def widths(self) -> dict[str, int]:
         """Width of each part beside the id."""
-        parts = {f"attributes.{name}": part for name, part in self.attributes.items()}
+        parts: dict[str, Any] = {f"attributes.{name}": p for name, p in self.attributes.items()}
+        parts |= {f"features.{name}": part for name, part in self.features.items()}
         parts |= {name: getattr(self, name) for name in self.leveled}
         return {name: part.width for name, part in parts.items()}
 
@@ -98,12 +119,14 @@ class Items:
         if self.rating is not None:
             self.rating.check(columns["rating"])
 
-    def parameters(self, num_items: int, width: int, classes: Mapping[str, int]) -> int:
-        """How many numbers the input has, tables of categories among them. classes: by attribute,
-        how many categories there are."""
-        total = (num_items + len(SPECIAL_TOKENS)) * width
+    def parameters(self, num_items: int, width: int, sizes: Mapping[str, int]) -> int:
+        """How many numbers the input has, tables of categories and of features among them. sizes:
+        by attribute how many categories there are, by feature how many numbers a vector has."""
+        total = (num_items * self.ids + len(SPECIAL_TOKENS)) * width
         for name, attribute in self.attributes.items():
-            total += num_items * attribute.most + classes[name] * attribute.width
+            total += num_items * attribute.most + sizes[name] * attribute.width
+        for name, feature in self.features.items():
+            total += num_items * sizes[name] + feature.parameters(sizes[name])
         for name in self.leveled:
             part = getattr(self, name)
             total += (part.levels + 1) * part.width
@@ -113,13 +136,15 @@ class Items:
 
 
 class ItemInput(nn.Module):
-    """`ids` is the embedding table: items, then special tokens. Its first V rows score items.
-    `classes`: how many categories each attribute has.
+    """`ids` is the embedding table: items, then special tokens; without `settings.ids` the latter
+    alone. Its first V rows score items. `classes`: how many categories each attribute has; `sizes`:
+    how many numbers a vector of each feature has.
 
     Args:
         settings: of the input.
         num_items, width: V and D.
-        features: the categories of the items, for the attributes of `settings`.
+        features: the categories of the items for the attributes of `settings`, and their vectors
+            float32 [V, F] for its features.
     """
 
     def __init__(
@@ -127,19 +152,24 @@ class ItemInput(nn.Module):
         settings: Items,
         num_items: int,
         width: int,
-        features: Mapping[str, Categories] | None = None,
+        features: ItemFeatures | None = None,
     ):
         super().__init__()
         self.settings = settings
         self.factor = width**0.5 if settings.scale else 1.0
         self.rows = num_items + len(SPECIAL_TOKENS)
-        self.ids = nn.Embedding(self.rows, width)
-        features = features or {}
-        _check_features(settings, num_items, features)
-        self.classes = {name: features[name].classes for name in settings.attributes}
+        self.num_items = num_items
+        self.ids = nn.Embedding(self.rows if settings.ids else len(SPECIAL_TOKENS), width)
+        categories, vectors = _checked(settings, num_items, features or {})
+        self.classes = {name: categories[name].classes for name in settings.attributes}
         self.attributes = nn.ModuleList(
-            CategoryMean(features[name], attribute.width)
+            CategoryMean(categories[name], attribute.width)
             for name, attribute in settings.attributes.items()
+        )
+        self.sizes = {name: vectors[name].shape[1] for name in settings.features}
+        self.features = nn.ModuleList(
+            FeatureMap(feature, vectors[name], number)
+            for number, (name, feature) in enumerate(settings.features.items())
         )
         # A level more than there are: none.
         self.levels = nn.ModuleDict(
@@ -156,18 +186,43 @@ class ItemInput(nn.Module):
         """Let a concatenation begin as the id: the encoder is tuned to vectors of its size."""
         if self.join is not None:
             nn.init.eye_(self.join.weight[:, : self.join.out_features])
+        maps: Iterable[Any] = self.features
+        for part in maps:
+            part.reset()
 
-    def forward(self, batch: JaggedBatch) -> ItemRows:
+    def forward(
+        self, batch: JaggedBatch, rng: Rng | None = None, summed: Tensor | None = None
+    ) -> ItemRows:
+        """rng: turns the randomness of features on. summed: `summed(rng)`, which is then read for
+        ids and features."""
+        if summed is not None and len(self.settings.widths) == len(self.features):
+            rows = ItemRows(summed, batch.values)
+            return rows if self.factor == 1.0 else ItemRows(rows.dense() * self.factor, None)
         if self.settings.widths:
-            return ItemRows(self._combined(batch) * self.factor, None)
+            return ItemRows(self._combined(batch, rng, summed) * self.factor, None)
         if not is_plain(self.ids, nn.Embedding):
             return ItemRows(self.ids(batch.values) * self.factor, None)
         rows = ItemRows(self.ids.weight, batch.values)
         return rows if self.factor == 1.0 else ItemRows(rows.dense() * self.factor, None)
 
-    def _combined(self, batch: JaggedBatch) -> Tensor:
+    def summed(self, rng: Rng | None = None) -> Tensor:
+        """[V + S, D]: ids and features of every item, and the special tokens."""
+        maps: Iterable[Any] = self.features
+        features = torch.stack([part.whole(rng) for part in maps]).sum(0)
+        if self.settings.ids:
+            ids = embedding_table(self.ids, self.rows)
+            special = len(ids) - self.num_items
+            return ids + F.pad(features, (0, 0, 0, special)).to(ids.dtype)
+        ids = embedding_table(self.ids, len(SPECIAL_TOKENS))
+        return torch.cat([features.to(ids.dtype), ids])
+
+    def _combined(self, batch: JaggedBatch, rng: Rng | None, summed: Tensor | None) -> Tensor:
         """[T, D]."""
-        vectors = [self.ids(batch.values), *(part(batch.values) for part in self.attributes)]
+        if summed is not None:
+            vectors = [F.embedding(batch.values, summed)]
+        else:
+            vectors = [self._ids(batch.values), *self._features(batch.values, rng)]
+        vectors[1:1] = [part(batch.values) for part in self.attributes]
         events = batch.events
         if self.settings.segment is not None and "segment" not in events:  # no step has made it
             events = {**events, "segment": torch.full_like(batch.values, FILL["segment"])}
@@ -183,9 +238,21 @@ class ItemInput(nn.Module):
         # In the dtype of the ids also under autocast, as rows of a table are.
         return apply_linear(self.join, torch.cat(vectors, dim=1)).to(vectors[0].dtype)
 
+    def _ids(self, values: Tensor) -> Tensor:
+        """[T, D]; without embedded ids 0 for items."""
+        if self.settings.ids:
+            return self.ids(values)
+        special = values >= self.num_items
+        return self.ids((values - self.num_items).clamp_min(0)) * special.unsqueeze(1)
+
+    def _features(self, values: Tensor, rng: Rng | None) -> list[Tensor]:
+        """[T, P] of each feature, 0 for special tokens."""
+        items, real = values.clamp_max(self.num_items - 1), (values < self.num_items).unsqueeze(1)
+        return [(part(items, rng) * real).to(self.ids.weight.dtype) for part in self.features]
+
     @property
     def table(self) -> Tensor:
-        """[V + S, D]: the vectors that score items, unscaled."""
+        """[V + S, D]: the vectors of ids, unscaled."""
         return embedding_table(self.ids, self.rows)
 
     def check_tables(self) -> None:
@@ -196,16 +263,49 @@ class ItemInput(nn.Module):
                 raise ValueError(f"the table of {name!r} has categories out of [-1, {classes})")
 
 
-def _check_features(settings: Items, num_items: int, features: Mapping[str, Categories]) -> None:
-    if set(features) != set(settings.attributes):
+def item_features(dataset, settings: Items) -> dict[str, Categories | Tensor]:
+    """What `UserModel` needs to know of the items of a data set: see `item_categories` and
+    `item_vectors`."""
+    return {
+        **item_categories(dataset, settings.most),
+        **item_vectors(dataset, settings.features),
+    }
+
+
+def unknown_features(
+    settings: Items, num_items: int, sizes: Mapping[str, int]
+) -> dict[str, Categories | Tensor]:
+    """Of items of which nothing is known. sizes: see `Items.parameters`."""
+    found: dict[str, Categories | Tensor] = {
+        name: torch.zeros(num_items, sizes[name], device="cpu") for name in settings.features
+    }
+    for name, most in settings.most.items():
+        found[name] = Categories.unknown(num_items, most, sizes[name])
+    return found
+
+
+def _checked(
+    settings: Items, num_items: int, given: ItemFeatures
+) -> tuple[dict[str, Categories], dict[str, Tensor]]:
+    """(categories of the attributes, vectors of the features)."""
+    names = [*settings.attributes, *settings.features]
+    if set(given) != set(names):
         raise ValueError(
-            f"model.items.attributes are {list(settings.attributes)}, the item features"
-            f" {list(features)}: give UserModel item_categories(dataset, config.items.most)"
+            f"model.items has the attributes and features {names}, the item features are"
+            f" {list(given)}: give UserModel item_features(dataset, config.items)"
         )
-    for name, categories in features.items():
-        expected = [num_items, settings.attributes[name].most]
-        if list(categories.table.shape) != expected or categories.classes < 1:
+    for name, attribute in settings.attributes.items():
+        expected, found = [num_items, attribute.most], given[name]
+        shape = list(found.table.shape) if isinstance(found, Categories) else "none"
+        if not isinstance(found, Categories) or shape != expected or found.classes < 1:
             raise ValueError(
                 f"the categories of {name!r} must be a table {expected} of at least one class, got"
-                f" {list(categories.table.shape)} and {categories.classes}"
+                f" {shape} and {getattr(found, 'classes', 'none')}"
             )
+    for name in settings.features:
+        found = given[name]
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != num_items:
+            raise ValueError(f"the vectors of {name!r} must be [{num_items}, F], got {shape}")
+    categories = {name: part for name, part in given.items() if isinstance(part, Categories)}
+    return categories, {name: part for name, part in given.items() if isinstance(part, Tensor)}

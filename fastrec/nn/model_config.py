@@ -11,6 +11,8 @@ from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.items import Items
 
+_HEAD = {"head_table": ("tied", "own", "features"), "head_similarity": ("dot", "cosine")}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -29,7 +31,10 @@ class ModelConfig:
             none.
         head_bias_start: of these biases. With bce or gbce and K negatives -log(K / beta), where a
             target pulls as hard as its negatives push.
-        head_table: "tied", the item embedding scores items, or "own", a table of the head does.
+        head_table: "tied", the item embedding scores items, "own", a table of the head does, or
+            "features", the sum of the embedding and of the mapped features of the items.
+        head_similarity: of state and item vector, "dot" or "cosine".
+        head_temperature: scores are divided by it.
         user_width: width of a trained vector of each user, which stands behind the state where
             items are scored; 0 for none. The head's own table is as much wider; the tied one is
             not, so that it needs head_transform.
@@ -44,12 +49,29 @@ class ModelConfig:
     head_transform: bool = True
     head_bias: bool = True
     head_bias_start: float = 0.0
-    head_table: Literal["tied", "own"] = "tied"
+    head_table: Literal["tied", "own", "features"] = "tied"
+    head_similarity: Literal["dot", "cosine"] = "dot"
+    head_temperature: float = 1.0
     user_width: int = 0
 
     def __post_init__(self):
-        if self.head_table not in ("tied", "own"):
-            raise ValueError(f"model.head_table must be 'tied' or 'own', got {self.head_table!r}")
+        for name, known in _HEAD.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"model.{name} must be one of {known}, got {getattr(self, name)!r}"
+                )
+        if not 0 < self.head_temperature < math.inf:
+            raise ValueError(
+                f"model.head_temperature must be positive and finite, got {self.head_temperature}"
+            )
+        if self.head_table == "features" and not (
+            self.items.features and self.items.combine == "sum"
+        ):
+            raise ValueError("model.head_table: features needs items.features, and combine: sum")
+        if self.head_table == "tied" and not self.items.ids:
+            raise ValueError(
+                "model.head_table tied: items.ids is false, so no id scores: set features or own"
+            )
         for name in ("width", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
@@ -61,7 +83,7 @@ class ModelConfig:
             raise ValueError("model.head_bias_start has no effect: head_bias is false")
         if self.user_width < 0:
             raise ValueError(f"model.user_width must not be negative, got {self.user_width}")
-        if self.user_width and self.head_table == "tied" and not self.head_transform:
+        if self.user_width and self.head_table != "own" and not self.head_transform:
             raise ValueError(
                 "model.user_width: the item embedding has no columns for user vectors: set"
                 " head_table: own, or head_transform: true"
@@ -92,10 +114,11 @@ def parameters(
     num_items: int,
     config: ModelConfig,
     num_users: int = 0,
-    item_classes: Mapping[str, int] | None = None,
+    item_sizes: Mapping[str, int] | None = None,
 ) -> int | None:
     """How many numbers a model has, known before memory is allocated for them; None where that of
-    somebody else's encoder is not known. item_classes: categories of each attribute of items."""
+    somebody else's encoder is not known. item_sizes: by name, categories of each attribute of
+    items, and numbers of a vector of each feature."""
     width, encoder = config.width, settings_of(config.encoder)
     if not hasattr(encoder, "parameters"):
         return None
@@ -104,7 +127,7 @@ def parameters(
     scored = whole if own else width
     head = num_items + (whole * scored + 3 * scored) * config.head_transform
     head += num_items * scored * own + num_users * config.user_width
-    items = config.items.parameters(num_items, width, item_classes or {})
+    items = config.items.parameters(num_items, width, item_sizes or {})
     return items + head + encoder.parameters(width, positions)
 
 
@@ -132,10 +155,17 @@ def config_of(values: dict, encoder: Any) -> ModelConfig:
     return config
 
 
-def check_classes(config: ModelConfig, classes: Any) -> None:
-    names, sizes = list(config.items.attributes), classes if isinstance(classes, dict) else {}
-    if list(sizes) != names or not all(type(n) is int and n > 0 for n in sizes.values()):
-        raise ValueError(f"item_classes must be the categories of {names}, got {classes!r}")
+def check_sizes(config: ModelConfig, classes: Any, vectors: Any) -> None:
+    """Raise ValueError unless these are the numbers of categories of the attributes of items, and
+    those of a vector of their features."""
+    items = config.items
+    for key, names, given, what in (
+        ("item_classes", list(items.attributes), classes, "categories"),
+        ("item_vectors", list(items.features), vectors, "widths"),
+    ):
+        sizes = given if isinstance(given, dict) else {}
+        if list(sizes) != names or not all(type(n) is int and n > 0 for n in sizes.values()):
+            raise ValueError(f"{key} must be the {what} of {names}, got {given!r}")
 
 
 def _agrees(said: Any, read: Any) -> bool:

@@ -17,11 +17,16 @@ Pooling = Literal["max", "mean", "cls", "ur", "last", "attention"]
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A batch and its states [T, D]. Pooled vectors are kept: several objectives may read them."""
+    """A batch and its states [T, D]. Pooled vectors are kept: several objectives may read them.
+
+    items: [V + S, D], the sum of ids and features that the pass made, where this scores items: it
+        is computed once a step.
+    """
 
     batch: JaggedBatch
     states: Tensor
     pooled: dict[str, Tensor] = field(default_factory=dict)
+    items: Tensor | None = None
 
 
 def is_item(batch: JaggedBatch, num_items: int) -> Tensor:

@@ -3,7 +3,7 @@
 D width."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
-from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.heads import ItemHead
-from fastrec.nn.items import ItemInput
-from fastrec.nn.model_config import ModelConfig, check_classes, config_of, described, parameters
+from fastrec.nn.items import ItemFeatures, ItemInput, unknown_features
+from fastrec.nn.model_config import ModelConfig, check_sizes, config_of, described, parameters
 from fastrec.nn.model_files import (
     CONFIG,
     NAMES,
@@ -48,8 +47,8 @@ class UserModel(nn.Module):
         num_items: V.
         config: sizes.
         num_users: of the data set; read where `config.user_width` gives users a vector.
-        item_features: the categories of the items where `config.items` has attributes:
-            `item_categories(dataset, config.items.most)`. They are saved with the model.
+        item_features: the categories and vectors of the items where `config.items` has attributes
+            or features: `item_features(dataset, config.items)`. They are saved with the model.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class UserModel(nn.Module):
         num_items: int,
         config: ModelConfig,
         num_users: int = 0,
-        item_features: Mapping[str, Categories] | None = None,
+        item_features: ItemFeatures | None = None,
     ):
         super().__init__()
         if config.user_width and num_users < 1:
@@ -82,6 +81,8 @@ class UserModel(nn.Module):
             own=config.head_table == "own",
             num_users=self.num_users,
             user_width=config.user_width,
+            similarity=config.head_similarity,
+            temperature=config.head_temperature,
         )
         self.apply(_init_bert)
 
@@ -96,15 +97,28 @@ class UserModel(nn.Module):
 
     @property
     def item_embedding(self) -> nn.Embedding:
-        """[V + 4, D], items and special tokens."""
+        """[V + 4, D], items and special tokens; without embedded ids [4, D]."""
         return self.item_input.ids
 
     @property
     def output_table(self) -> Tensor:
-        """What scores items by its first V rows: the embedding [V + 4, D], or the head's own table
-        [V, D + user_width]."""
+        """What scores items by its first V rows: the embedding [V + 4, D], the sum of it and of the
+        mapped features of items, or the head's own table [V, D + user_width]; of unit length where
+        they are compared by cosines. Without dropout. What is not a parameter is computed in
+        every call: keep it for several."""
+        return self._scoring(None)
+
+    def scoring(self, encoded: Encoded) -> Tensor:
+        """`output_table` as the pass that made `encoded` has computed it, with its dropout."""
+        return self.output_table if encoded.items is None else self._scoring(encoded.items)
+
+    def _scoring(self, items: Tensor | None) -> Tensor:
         own = self.item_head.table
-        return self.item_input.table if own is None else embedding_table(own, self.num_items)
+        if own is not None:
+            return self.item_head.compared(embedding_table(own, self.num_items))
+        if items is None and self.config.head_table == "features":
+            items = self.item_input.summed()
+        return self.item_head.compared(self.item_input.table if items is None else items)
 
     @property
     def item_table(self) -> Tensor:
@@ -188,7 +202,16 @@ class UserModel(nn.Module):
 
     def encode(self, batch: JaggedBatch, rng: Rng | None = None) -> Encoded:
         """States [T, D] of a batch. `rng` turns dropout on and is its key."""
-        return Encoded(batch, self.encoder(self.item_input(batch), batch, rng))
+        items = self._items(rng)
+        states = self.encoder(self.item_input(batch, rng, items), batch, rng)
+        return Encoded(batch, states, items=items)
+
+    def _items(self, rng: Rng | None) -> Tensor | None:
+        """Ids and features of all items, where these score and are trained: computed once for both
+        sides."""
+        if self.config.head_table == "features" and torch.is_grad_enabled():
+            return self.item_input.summed(rng)
+        return None
 
     forward = encode  # what a wrapper like DistributedDataParallel calls
 
@@ -196,12 +219,13 @@ class UserModel(nn.Module):
         self, views: dict[str, JaggedBatch], rng: Rng | None = None
     ) -> dict[str, Encoded]:
         """Every view, encoded end to end in one pass."""
-        states = self.encode(JaggedBatch.cat(_read(list(views.values()))), rng).states
+        whole = self.encode(JaggedBatch.cat(_read(list(views.values()))), rng)
+        states, items = whole.states, whole.items
         if len(views) == 1:
-            return {name: Encoded(view, states) for name, view in views.items()}
+            return {name: Encoded(view, states, items=items) for name, view in views.items()}
         parts = states.split([view.values.shape[0] for view in views.values()])
         return {
-            name: Encoded(view, part)
+            name: Encoded(view, part, items=items)
             for (name, view), part in zip(views.items(), parts, strict=True)
         }
 
@@ -252,7 +276,7 @@ class UserModel(nn.Module):
 
     def _query(self, states: Tensor) -> Tensor:
         # In the table's dtype also under autocast, where the states may be bfloat16.
-        return self.item_head.query(states).to(self.item_table.dtype)
+        return self.item_head.query(states).to(self.item_embedding.weight.dtype)
 
     def output(self, encoded: Encoded, events: Tensor) -> Tensor:
         """[N, D + user_width]: what the item head receives of `events`, int64 [N]: the states, and
@@ -269,6 +293,8 @@ class UserModel(nn.Module):
             config["num_users"] = self.num_users
         if classes := self.item_input.classes:
             config["item_classes"] = classes
+        if sizes := self.item_input.sizes:
+            config["item_vectors"] = sizes
         write_model(Path(path), config, self.state_dict())
 
     @classmethod
@@ -297,23 +323,21 @@ class UserModel(nn.Module):
             if type(num_items) is not int or num_items < 1:
                 raise ValueError(f"num_items must be a whole number above 0, got {num_items!r}")
             num_users, classes = values.pop("num_users", None), values.pop("item_classes", {})
+            vectors = values.pop("item_vectors", {})
             config = config_of(values, encoder)
             if config.user_width and (type(num_users) is not int or num_users < 1):
                 raise ValueError(f"num_users must be a whole number above 0, got {num_users!r}")
             if not config.user_width and num_users is not None:
                 raise ValueError(f"num_users is {num_users!r}, and users have no vectors")
             num_users = num_users or 0
-            check_classes(config, classes)
-            numbers = parameters(num_items, config, num_users, classes)
+            check_sizes(config, classes, vectors)
+            numbers = parameters(num_items, config, num_users, classes | vectors)
             if numbers is not None and numbers != count_numbers(file):
                 raise ValueError(
                     f"it describes a model of {numbers} numbers, {WEIGHTS} holds"
                     f" {count_numbers(file)}"
                 )
-            features = {  # their tables are among the weights
-                name: Categories.unknown(num_items, most, classes[name])
-                for name, most in config.items.most.items()
-            }
+            features = unknown_features(config.items, num_items, classes | vectors)
             model = cls(num_items, config, num_users, features)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path / CONFIG}: {error}") from error

@@ -157,8 +157,8 @@ class ItemPrediction(nn.Module):
         count: Tensor | int = len(targets)
         if any(view.batch.events["target"].dim() > 1 for view in views):
             count = (targets != NO_TARGET).sum()  # an event may have fewer than A targets
+        table = model.scoring(views[0])
         if self.sampler is None or self.settings.sampled is None:
-            table = model.output_table
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
         how, self.sampler = self.settings.sampled, self.sampler.to(states.device)
@@ -173,16 +173,18 @@ class ItemPrediction(nn.Module):
         if self.settings.loss == "bpr_max":
             head, reg = model.item_head, 1.0 if how.bpr_reg is None else how.bpr_reg
             query = head.query(states)
-            loss = bpr_max(query, model.item_table, head.bias, targets, negatives, reg)
+            items = table[: model.num_items]
+            loss = bpr_max(query, items, head.bias, targets, negatives, reg)
             return {"item": (loss, count)}
         correct = self.settings.loss == "softmax" and how.log_q is not False
-        table, log_q = model.item_table, self.sampler.log_q if correct else None
+        log_q = self.sampler.log_q if correct else None
         if how.in_batch and any(_may_lack_targets(view.batch) for view in views):
             # A row of the table that is no item, and scores nothing, stands for no target.
             negatives = negatives.masked_fill(negatives == NO_TARGET, model.num_items)
-            table = model.output_table
             if len(table) == model.num_items:  # the head's own: a copy
                 table = F.pad(table, (0, 0, 0, 1))
+        elif len(table) > model.num_items:
+            table = table[: model.num_items]
         if how.in_batch and correct:
             log_q = F.pad(self._log_counts(how, targets), (0, len(table) - model.num_items))
         loss = model.item_head.sampled_loss(

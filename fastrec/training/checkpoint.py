@@ -2,6 +2,7 @@
 """A run folder, so that none is taken for another, and a run that ends anywhere goes on.
 
     recipe.json, stage.json   what the run was started with, for people and `--config`
+    transfer.json             which tensors it took from the model that it started from
     metrics/, validation/, tensorboard/    logs
     model/                    the best model so far, first the one that the run started from
     last.ckpt                 what to resume from, and what it was started with
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastrec.data.dataset_files import features_file
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
 from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.user_model import UserModel
@@ -33,8 +35,10 @@ MAY_CHANGE = ("patience", "checkpoint_every", "devices", "backend", "cuda_graph"
 # Of the recipe: the other stages may change.
 COMPARED = ("model", "attributes", "evaluation", "users", "seed")
 # What a run leaves that ends before its first checkpoint, beside the model it started from.
-UNSTARTED = {"recipe.json", "stage.json", "metrics", "validation", "tensorboard"}
-MODEL, LAST, SUMMARY = "model", "last.ckpt", "summary.json"
+UNSTARTED = {
+    "recipe.json", "stage.json", "transfer.json", "metrics", "validation", "tensorboard"
+}  # fmt: skip
+MODEL, LAST, SUMMARY, TRANSFER = "model", "last.ckpt", "summary.json", "transfer.json"
 _DIGEST = 64  # characters of SHA-256
 
 
@@ -58,6 +62,9 @@ def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     data = {"stage": stage, "items": dataset.items_hash, "events": dataset.events_hash}
     read = recipe.stage(stage).event_columns(recipe.model.items.event_columns)
     data |= {name: dataset.column_hash(name) for name in read}
+    digests = dataset.schema.get("digests", {})
+    files = [features_file(name) for name in recipe.model.items.features]
+    data |= {file: digests.get(file, "")[:16] for file in files}
     values = {"recipe": plain(recipe), "stage": {**data, **plain(recipe.stage(stage))}}
     return json.loads(json.dumps(values))
 
@@ -102,7 +109,7 @@ def check_free(folder: Path, dataset, recipe: Recipe, stage: str) -> None:
 
 def tidy_run(folder: Path) -> None:
     """Take away what a killed process left half written in a run folder."""
-    for name in (MODEL, LAST, SUMMARY, "recipe.json", "stage.json"):
+    for name in (MODEL, LAST, SUMMARY, TRANSFER, "recipe.json", "stage.json"):
         tidy(folder / name)
 
 
@@ -110,6 +117,8 @@ def start_run(folder: Path, dataset, recipe: Recipe, stage: str, resume: bool) -
     """Write recipe.json, which `--config` reads, and stage.json. A run that is resumed has not
     ended; of one that is started again, nothing is kept."""
     (folder / SUMMARY).unlink(missing_ok=True)
+    if not resume:
+        (folder / TRANSFER).unlink(missing_ok=True)
     if not resume and (folder / MODEL).exists():
         remove_folder(folder / MODEL)
     for name, values in _described(dataset, recipe, stage).items():

@@ -14,7 +14,9 @@ from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.transfer import PARTS
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
@@ -26,30 +28,49 @@ class Init:
 
     Attributes:
         take: items, encoder, head (of the items), or the name of an objective whose parameters are
-            taken over where both models have them. The rest starts at random.
-        freeze: items, encoder or head, not trained; patches are.
+            taken over where both models have them. Where the items are others: input (levels of
+            ratings and time gaps, what joins them, special tokens), transform (of the head) and
+            users (their vectors). The rest starts at random.
+        freeze: parts that are taken and not trained; patches inside of them are.
         patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
+        patch_form: "serial", behind each convolution or sublayer, or "parallel", of its input and
+            added to what it gives.
+        second_norm: train the second LayerNorm of each block of a frozen encoder, as PeterRec may.
         users: whose ids that model has seen: the "same" as in this data set, who are not held out
             to test it then, or "other" people.
     """
 
     take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
-    freeze: list[Literal["items", "encoder", "head"]] = field(default_factory=list)
+    freeze: list[Literal["items", "encoder", "head", "input", "transform", "users"]] = field(
+        default_factory=list
+    )
     patch: int = 0
+    patch_form: PatchForm = "serial"
+    second_norm: bool = False
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
-        if self.users not in ("same", "other"):
-            raise ValueError(f"init.users must be 'same' or 'other', got {self.users!r}")
-        known = ("items", "encoder", "head", *(f.name for f in dataclasses.fields(Objectives)))
+        for name, values in (("users", ("same", "other")), ("patch_form", ("serial", "parallel"))):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"init.{name} must be {values[0]!r} or {values[1]!r}, got"
+                    f" {getattr(self, name)!r}"
+                )
+        known = (*PARTS, *(f.name for f in dataclasses.fields(Objectives)))
         for name in self.take:
             if name not in known:
                 raise ValueError(f"init.take names {name!r}, expected some of {list(known)}")
         for name in self.freeze:
             if name not in self.take:
                 raise ValueError(f"init.freeze names {name!r}, which init.take does not: random")
+        if "users" in self.take and self.users == "other":
+            raise ValueError("init.take names users, whose vectors init.users: other starts anew")
         if self.patch < 0:
             raise ValueError(f"init.patch must not be negative, got {self.patch}")
+        if self.patch_form != "serial" and not self.patch:
+            raise ValueError("init.patch_form has no effect: init.patch is 0")
+        if self.second_norm and "encoder" not in self.freeze:
+            raise ValueError("init.second_norm has no effect: init.freeze leaves the encoder out")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
     settings = UserAttributes(pool=scales[0]["pool"])
     objective = JointObjective({"user_attributes": settings}, model, side)
     load_heads(objective, folder)
-    objective.to(model.item_table.device)
+    objective.to(model.item_embedding.weight.device)
     trained = select_users(dataset, recipe.users, "train")
     judge = AttributesJudge(dataset, users, "all", side.encoded, trained)
     rows = {
@@ -128,7 +128,7 @@ def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Pa
     settings = stage.parts.get("friends", Friends())
     objective = JointObjective({"friends": settings}, model, side_data(dataset, recipe))
     taken = load_heads(objective, folder, only=["friends"])
-    objective.to(model.item_table.device)
+    objective.to(model.item_embedding.weight.device)
     rows = {
         "shared items (Sim)": judge.shared_items(),
         "model": judge.metrics(_all_scores(judge, model, objective), objective),

@@ -26,7 +26,7 @@ from fastrec.data.loader import SequenceLoader
 from fastrec.data.output import locked, write_text
 from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
-from fastrec.nn.transfer import PARTS, trained_share
+from fastrec.nn.transfer import PARTS, report, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
 from fastrec.training.callbacks import (
@@ -40,6 +40,7 @@ from fastrec.training.checkpoint import (
     LAST,
     MODEL,
     SUMMARY,
+    TRANSFER,
     check_free,
     check_resumed,
     first_process,
@@ -90,7 +91,8 @@ def fit(
     Writes into `output`: `model/` (best on validation, `UserModel.from_pretrained`, with the
     parameters of the objectives in heads.safetensors), `last.ckpt` (to resume from), `metrics/` and
     `validation/` (CSV), `tensorboard/`, `recipe.json` (the whole recipe), `stage.json` (the stage),
-    `summary.json`.
+    `summary.json`, and `transfer.json` (the tensors that were taken from `model`, those that are
+    new, and those that are trained, by name).
 
     Args:
         model: start from this model instead of random weights of `recipe.model`; it is not changed
@@ -209,6 +211,8 @@ def _fit(
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
+        if initial is not None and not resume:
+            _report(output, trained, objective, taken, around.progress)
     where, begun = (device, processes), {**run, "init": start}
     trainer = _trainer(output, begun, current, keep, len(data.users), around, where)
     for logger in trainer.loggers:
@@ -241,6 +245,20 @@ def _fit(
         write_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     trainer.strategy.barrier()
     return UserModel.from_pretrained(output / MODEL, encoder)
+
+
+def _report(output: Path, model: UserModel, objective, taken: list[str], say: bool) -> None:
+    """Write transfer.json, and say how much of a model is taken and how much is trained."""
+    made = report(taken, model, objective.parts)
+    write_text(output / TRANSFER, json.dumps(made, indent=2) + "\n")
+    if say:
+        some, whole = trained_share(model, objective)
+        tensors = len(made["taken"]) + len(made["new"])
+        print(
+            f"trained: {some:,} of {whole:,} parameters ({some / whole:.1%}); taken over:"
+            f" {len(made['taken'])} of {tensors} tensors, see {output / TRANSFER}",
+            flush=True,
+        )
 
 
 def _trainer(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.item_categories import item_categories
+from fastrec.data.item_vectors import item_vectors
 from fastrec.data.output import new_folder, put, write_text
 from fastrec.nn.model_files import (
     HEADS,
@@ -164,7 +165,21 @@ def for_items_of(
         warnings.warn(
             f"{folder} was trained on {len(known):,} items: {' and '.join(said)}", stacklevel=2
         )
-    grown = with_items(model, torch.from_numpy(rows), like)
+    sizes = model.item_input.sizes
+    there = [name for name in sizes if name in dataset.schema.get("item_features", {})]
+    found = item_vectors(dataset, there)
+    for name, vectors in found.items():
+        if vectors.shape[1] != sizes[name]:
+            raise ValueError(
+                f"item features {name!r} of {dataset.path} have {vectors.shape[1]} numbers, those"
+                f" of {folder} {sizes[name]}"
+            )
+    if new and (unknown := [name for name in sizes if name not in found]):
+        warnings.warn(
+            f"{dataset.path} has no item features {unknown[0]!r}: new items have zeros",
+            stacklevel=2,
+        )
+    grown = with_items(model, torch.from_numpy(rows), found, like)
     grown.trained_on = model.trained_on | {"items": dataset.items_hash}
     return grown
 

@@ -5,16 +5,16 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastrec.data.item_categories import Categories, item_categories
+from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.items import ItemFeatures, item_features
 from fastrec.nn.model_config import ModelConfig, parameters
-from fastrec.nn.transfer import PARTS, freeze, take
+from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Init, Recipe, Stage
 from fastrec.training.model_folder import seen_users
@@ -31,19 +31,19 @@ def started_model(
     same = init.users == "same"
     if initial is not None and {"items", "head"} & set(init.take):
         initial.check_items(dataset)
-    whole = set(PARTS) <= set(init.take) and not init.patch
+    whole = set(init.take) >= WHOLE and not init.patch
     if initial is not None:
-        if same and "head" in init.take:
+        if same and {"head", "users"} & set(init.take):
             initial.check_users(dataset)
         whole &= same or not initial.num_users
     if initial is not None and whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
-        features = item_categories(dataset, config.items.most)
+        features = item_features(dataset, config.items)
         _check_memory(dataset, config, features)
         model = UserModel(dataset.num_items, config, dataset.num_users, features)
         taken = [] if initial is None else take(model, initial, init.take, same)
-    freeze(model, init.freeze)
+    freeze(model, init.freeze, init.second_norm)
     return model, taken
 
 
@@ -68,9 +68,12 @@ def seen_by_run(
     return seen_users(dataset, everyone, earlier)
 
 
-def _check_memory(dataset, config: ModelConfig, features: Mapping[str, Categories]) -> None:
-    classes = {name: categories.classes for name, categories in features.items()}
-    size = 4 * (parameters(dataset.num_items, config, dataset.num_users, classes) or 0)
+def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
+    sizes = {
+        name: part.classes if isinstance(part, Categories) else part.shape[1]
+        for name, part in features.items()
+    }
+    size = 4 * (parameters(dataset.num_items, config, dataset.num_users, sizes) or 0)
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(
             f"the weights of the model are {size / 1e9:,.1f} GB, this machine has"
@@ -90,5 +93,11 @@ def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
         encoder = settings_of(config.encoder)
         if not hasattr(encoder, "patch"):
             raise ValueError(f"init.patch: {type(encoder).__name__} has no model patches")
-        config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, patch=init.patch))
+        if encoder.patch and encoder.patch_form != init.patch_form:
+            raise ValueError(
+                f"init.patch_form is {init.patch_form}, the model to start from has patches that"
+                f" are {encoder.patch_form}"
+            )
+        encoder = dataclasses.replace(encoder, patch=init.patch, patch_form=init.patch_form)
+        config = dataclasses.replace(config, encoder=encoder)
     return dataclasses.replace(recipe, model=config)

@@ -10,6 +10,7 @@ from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.catalogue import Catalogue
+from fastrec.data.prepare.item_features import item_features as read_item_features
 from fastrec.data.prepare.join import attribute_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
@@ -43,6 +44,7 @@ class PrepareReport:
     split: dict | None = None
     attributes: dict[str, list[str]] = field(default_factory=dict)
     relations: int = 0
+    item_features: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -65,6 +67,9 @@ class PrepareReport:
                 lines.append(f"  {name} have {', '.join(columns)}")
         if self.relations:
             lines.append(f"  relations: {self.relations:,}")
+        for name, feature in self.item_features.items():
+            none = f"; {feature['missing']:,} items have none" if feature["missing"] else ""
+            lines.append(f"  item features: {name}, {feature['width']} numbers{none}")
         lines.append(
             "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
                 **self.lengths
@@ -89,6 +94,7 @@ def prepare(
     max_users: int | None = None,
     user_attributes=None,
     item_attributes=None,
+    item_features=None,
     relations=None,
     user_key: str | None = None,
     item_key: str | None = None,
@@ -113,6 +119,8 @@ def prepare(
     attribute JSON) or a data frame with user_id (item_id) and attributes, one row per id. Ids
     without events are left out and counted; ids without a row have nulls; a file without any id of
     the source is an error. user_key, item_key: the column of such a file that holds the ids.
+    item_features: a file or frame with vectors of items, see `item_features`; items without one
+    have zeros and are counted.
     relations: a file or frame whose first two columns are user and friend; links with an end that
     has no events are left out and counted.
     items_of: a data set whose items come first, in their order and with their attributes, also
@@ -152,7 +160,10 @@ def prepare(
         "item": (item_attributes, {"column": item_key}),
     }
     for name, (file, settings) in sides.items():
-        if settings["column"] is not None and not isinstance(file, (str, Path)):
+        vectors = item_features if name == "item" else None
+        if settings["column"] is not None and not any(
+            isinstance(each, (str, Path)) for each in (file, vectors)
+        ):
             raise ValueError(f"{name}_key has no effect: {name}_attributes is no file")
         settings["na_values"] = na_values
     with claim(Path(output), overwrite), reading(source_name(source)):
@@ -167,12 +178,13 @@ def prepare(
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
         earlier = None if items_of is None else Path(items_of)
         return _prepare(
-            raw, Path(output), filters, sides, relations, earlier, na_values, chosen, overwrite
-        )
+            raw, Path(output), filters, sides, item_features, relations, earlier, na_values, chosen,
+            overwrite,
+        )  # fmt: skip
 
 
 def _prepare(
-    raw, output, filters, sides, relations, items_of, na_values, split, overwrite
+    raw, output, filters, sides, item_features, relations, items_of, na_values, split, overwrite
 ) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
@@ -236,8 +248,13 @@ def _prepare(
         item_ids = item_ids.cast(listed.dtype)
     items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
     _add(removed, "attribute rows of items without interactions", lost)
+    vectors: dict = {}
+    if item_features is not None:
+        how = {"column": options["column"], "known_as": options["known_as"]}
+        vectors, lost = read_item_features(item_features, listed, item_ids, **how)
+        _add(removed, "feature rows of items without interactions", lost)
     if catalogue is not None:
-        items = catalogue.joined(items)
+        items, vectors = catalogue.joined(items), catalogue.features(vectors)
     name, links = "relations", relations
     if links is None:
         name, links = raw.source, raw.relations
@@ -258,6 +275,7 @@ def _prepare(
         filters=filters | {"items_of": items_of and str(items_of), "removed": removed},
         splits=splits,
         split=said,
+        features=vectors,
         overwrite=overwrite,
     )
     lengths = np.bincount(user)
@@ -282,6 +300,7 @@ def _prepare(
         split=said,
         attributes={"users": users.columns[1:], "items": items.columns[1:]},
         relations=0 if links is None else links.height,
+        item_features=schema.get("item_features", {}),
     )
 
 

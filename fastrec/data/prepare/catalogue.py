@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The items of an earlier data set, continued: a model that was trained on it keeps its rows."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
+from fastrec.data.item_vectors import item_vectors
+from fastrec.data.prepare.item_features import Vectors
 
 
 class Catalogue:
@@ -21,7 +24,8 @@ class Catalogue:
     def __init__(self, folder: Path, used):
         import polars as pl
 
-        self.table = SequenceDataset.load(folder).item_attributes().drop("item")
+        self.dataset = SequenceDataset.load(folder)
+        self.table = self.dataset.item_attributes().drop("item")
         self.folder = folder
         known = self.table["item_id"]
         if known.dtype != used.dtype:
@@ -41,6 +45,27 @@ class Catalogue:
         places = pl.DataFrame({"id": self.ids, "place": np.arange(len(self.ids))})
         found = self._used.alias("id").to_frame().join(places, "id", maintain_order="left")
         return found["place"].to_numpy()[item]
+
+    def features(self, found: Mapping[str, Vectors]) -> dict[str, Vectors]:
+        """The vectors of the items with those that the earlier data set has and `found`, vectors of
+        this source, has not. DataError for vectors of another width there."""
+        made = dict(found)
+        for name in self.dataset.schema.get("item_features", {}):
+            before = item_vectors(self.dataset, [name])[name].numpy()
+            part, width = made.get(name), before.shape[1]
+            if part is None:
+                shape = len(self.ids), width
+                part = Vectors(np.zeros(shape, np.float32), np.zeros(shape[0], dtype=bool))
+            if part.numbers.shape[1] != width:
+                raise DataError(
+                    self.folder, f"item features {name!r} have {width} numbers there,"
+                    f" {part.numbers.shape[1]} here",
+                )  # fmt: skip
+            numbers, known = part.numbers.copy(), part.known.copy()
+            old = np.flatnonzero(~known[: self.known] & before.any(1))
+            numbers[old], known[old] = before[old], True
+            made[name] = Vectors(numbers, known)
+        return made
 
     def joined(self, items):
         """The table of the items with what the earlier data set says of those that `items`, the

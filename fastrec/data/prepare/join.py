@@ -30,7 +30,7 @@ def attribute_table(ids, sources, key: str, everyone, **options):
         frame = frame.with_columns(key_column(name, frame[key], 1, everyone, "text"))
         check_unique(name, frame[key], 1)
         if not frame[key].is_in(everyone.implode()).any():
-            raise _foreign(name, frame[key], everyone)
+            raise foreign(name, frame[key], everyone)
         lost += int((~frame[key].is_in(ids.implode())).sum())
         table = table.join(frame, on=key, how="left", maintain_order="left")
     return table, lost
@@ -48,7 +48,7 @@ def relation_table(name, relations, user_ids, everyone, na_values: str):
         raise DataError(name, f"expected two columns of ids, got {relations.columns}")
     ends = [key_column(name, relations[end], 1, everyone, "text") for end in relations.columns[:2]]
     if relations.height and not any(end.is_in(everyone.implode()).any() for end in ends):
-        raise _foreign(name, ends[0], everyone)
+        raise foreign(name, ends[0], everyone)
     table = pl.DataFrame({"id": user_ids, "code": np.arange(len(user_ids))})
     codes = [
         end.to_frame("id").join(table, on="id", how="left", maintain_order="left")["code"]
@@ -58,6 +58,6 @@ def relation_table(name, relations, user_ids, everyone, na_values: str):
     return links, relations.height - links.height
 
 
-def _foreign(file, ids, everyone) -> DataError:
+def foreign(file, ids, everyone) -> DataError:
     what = f"none of its {len(ids):,} ids occurs in the interactions"
     return DataError(file, f"{what}: {ids[0]!r} here, {everyone[0]!r} there", column=ids.name)

@@ -65,10 +65,10 @@ def read_attributes(
                 frame = frame.with_columns(pl.col("genres").str.split("|"))
         elif plain.suffix in (".user", ".item"):
             frame, first = recbole_columns(file)
-            name = _key_name(file, frame, key, column, known_as)
+            name = key_name(file, frame, key, column, known_as)
         else:
             frame, first = read_frame(file)
-            name = _key_name(file, frame, key, column, known_as)
+            name = key_name(file, frame, key, column, known_as)
             _check_named(file, frame.columns)
         ids = key_column(file, frame[name], first, wanted, na_values)
         check_unique(file, ids, first)
@@ -82,7 +82,7 @@ def read_attributes(
         return frame if id_map is None else _translated(file, frame, key, id_map, like)
 
 
-def _key_name(file, frame, key: str, column: str | None, known_as: str | None) -> str:
+def key_name(file, frame, key: str, column: str | None, known_as: str | None) -> str:
     """The column that holds the ids; never a guess."""
     import polars as pl
 

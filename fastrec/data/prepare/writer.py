@@ -3,15 +3,16 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest
+from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest, features_file
 from fastrec.data.errors import DataError
 from fastrec.data.output import locked, new_folder, put
+from fastrec.data.prepare.item_features import Vectors
 from fastrec.data.splits import FILE, boundaries, check_splits
 
 
@@ -29,6 +30,7 @@ def write_dataset(
     inferred: dict | None = None,
     splits: np.ndarray | None = None,
     split: dict | None = None,
+    features: Mapping[str, Vectors] | None = None,
     overwrite: bool = False,
 ) -> dict:
     """Write a dataset that `SequenceDataset.load` opens; returns its schema.
@@ -39,7 +41,8 @@ def write_dataset(
     (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
     time: what a timestamp is; tie_rule: the order of events with equal timestamps. inferred: the
     settings of the reader that were recognised, not given. splits: int64 [U, 2] of a split that is
-    not leave-one-out, see `data.splits`; split: what it is, in words and numbers.
+    not leave-one-out, see `data.splits`; split: what it is, in words and numbers. features: vectors
+    of the items by name.
 
     The files are written to a folder beside `output`, which then takes its place; schema.json holds
     a digest of each. Callers hold `claim`. A folder that is not empty raises FileExistsError; with
@@ -88,6 +91,11 @@ def write_dataset(
 
     if split is not None:
         schema["split"] = split
+    if features:
+        schema["item_features"] = {
+            name: {"width": part.numbers.shape[1], "missing": int((~part.known).sum())}
+            for name, part in features.items()
+        }
 
     work = new_folder(output)
     try:
@@ -96,6 +104,8 @@ def write_dataset(
         dtype = np.int32 if items.height <= np.iinfo(np.int32).max else np.int64
         np.save(work / "values.npy", item.astype(dtype))
         np.save(work / "offsets.npy", offsets)
+        for name, part in (features or {}).items():
+            np.save(work / features_file(name), part.numbers)
         if splits is not None:
             np.save(work / FILE, splits.astype(np.int64))
         schema["digests"] = {file.name: digest(file) for file in sorted(work.iterdir())}

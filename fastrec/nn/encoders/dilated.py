@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.nn.encoders.sublayers import EventDropout, join, patches_of
+from fastrec.data.settings import check_choices
+from fastrec.nn.encoders.sublayers import (
+    EventDropout,
+    PatchForm,
+    check_patch,
+    join,
+    patched,
+    patches_of,
+)
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -36,8 +44,10 @@ class Dilated:
         causal: an event sees itself and earlier ones; otherwise as many on both sides, for which
             `kernel` is odd.
         norm_eps: added to the variance in the LayerNorms.
-        patch: width of a bottleneck after each convolution, 0 for none: what is trained beside a
-            frozen encoder (PeterRec, Yuan et al., 2020, section 3.3; serial).
+        patch: width of a bottleneck at each convolution, 0 for none: what is trained beside a
+            frozen encoder (PeterRec, Yuan et al., 2020, section 3.3).
+        patch_form: "serial", behind the convolution, or "parallel", of its input and added to what
+            it gives, the input itself too.
     """
 
     dilations: list[int] = field(default_factory=lambda: [1, 4, 1, 4])
@@ -45,8 +55,10 @@ class Dilated:
     causal: bool = True
     norm_eps: float = 1e-5
     patch: int = 0
+    patch_form: PatchForm = "serial"
 
     def __post_init__(self):
+        check_choices(self)
         if not 1 <= len(self.dilations) <= MOST_BLOCKS:
             raise ValueError(
                 f"dilations must be 1 to {MOST_BLOCKS} numbers, got {len(self.dilations)}"
@@ -59,8 +71,7 @@ class Dilated:
             raise ValueError(f"kernel must be odd where causal is false, got {self.kernel}")
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps must be positive and finite, got {self.norm_eps}")
-        if self.patch < 0:
-            raise ValueError(f"patch must be at least 0, got {self.patch}")
+        check_patch(self.patch, self.patch_form)
 
     def parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
@@ -142,16 +153,19 @@ class DilatedBlock(nn.Module):
             for times in (1, 2)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width, settings.norm_eps) for _ in range(2))
-        self.patches = patches_of(width, settings.patch)
+        self.patches = patches_of(width, settings.patch, settings.patch_form)
+
+    @property
+    def second_norm(self) -> nn.Module:
+        """What `init.second_norm` trains."""
+        return self.norms[1]
 
     def forward(self, x: Tensor, places: Places, dropout: dict) -> Tensor:
         out = x
         for index, (convolution, norm) in enumerate(
             zip(self.convolutions, self.norms, strict=True)
         ):
-            out = convolution(out, places)
-            if self.patches:
-                out = self.patches[index](out)
+            out = patched(self.patches, index, out, convolution(out, places))
             out = F.relu(join(out, None, norm, {}).output)
         return dropout_add_layer_norm(out, x, None, None, **dropout).sum
 

@@ -20,6 +20,7 @@ from fastrec.nn.encoders.sublayers import (
     attend_at,
     first_norm,
     join,
+    patched,
     patches_of,
     self_attend,
     some_pay,
@@ -47,7 +48,12 @@ class SASRecLayer(nn.Module):
         self.ffn_inner = nn.Linear(width, ffn_width)
         self.ffn_output = nn.Linear(ffn_width, width)
         self.ffn_norm = nn.LayerNorm(width, norm_eps)
-        self.patches = patches_of(width, settings.patch)
+        self.patches = patches_of(width, settings.patch, settings.patch_form)
+
+    @property
+    def second_norm(self) -> nn.Module:
+        """What `init.second_norm` trains."""
+        return self.ffn_norm
 
     def forward(
         self,
@@ -63,12 +69,11 @@ class SASRecLayer(nn.Module):
         attended = self._attention(normed, x, batch, causal, dropout, layer, rows)
         if rows is not None:
             normed = normed.index_select(0, rows)
-        if self.patches:
-            attended = self.patches[0](attended)
+        attended = patched(self.patches, 0, normed, attended)
         normed = join(attended, normed, self.ffn_norm, {}).output
         inner = F.relu(apply_linear(self.ffn_inner, normed))
         out = apply_linear(self.ffn_output, dropout(inner, "ffn_inner", layer))
-        return normed, self.patches[1](out) if self.patches else out
+        return normed, patched(self.patches, 1, normed, out)
 
     def _attention(self, normed: Tensor, x: Tensor, batch, causal, dropout, layer, rows):
         if rows is not None and some_pay(x) and is_plain(self.key_value, nn.Linear):
@@ -105,7 +110,12 @@ class LiGRLayer(nn.Module):
         self.ffn_output = nn.Linear(ffn_width, width, bias=False)
         self.ffn_norm = nn.LayerNorm(width, norm_eps)
         self.ffn_gate = nn.Linear(width, width)
-        self.patches = patches_of(width, settings.patch)
+        self.patches = patches_of(width, settings.patch, settings.patch_form)
+
+    @property
+    def second_norm(self) -> nn.Module:
+        """What `init.second_norm` trains."""
+        return self.ffn_norm
 
     def forward(
         self,
@@ -122,8 +132,7 @@ class LiGRLayer(nn.Module):
         out = self_attend(project, normed, self.heads, batch, causal, dropout, layer, rows)
         x = x if rows is None else x.index_select(0, rows)
         out = apply_linear(self.attention_output, out)
-        if self.patches:
-            out = self.patches[0](out)
+        out = patched(self.patches, 0, normed, out, rows)
         gate = apply_linear(self.attention_gate, x).sigmoid()
         x = x + gate * dropout(out, "attention_output", layer)
 
@@ -131,7 +140,6 @@ class LiGRLayer(nn.Module):
         silu, other = apply_linear(self.ffn_inner, normed).chunk(2, 1)
         out = dropout(F.silu(silu) * other, "ffn_inner", layer)
         out = apply_linear(self.ffn_output, out)
-        if self.patches:
-            out = self.patches[1](out)
+        out = patched(self.patches, 1, normed, out)
         gate = apply_linear(self.ffn_gate, x).sigmoid()
         return x + gate * dropout(out, "ffn_output", layer), None

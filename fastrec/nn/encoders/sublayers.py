@@ -2,6 +2,8 @@
 """What the layers of a transformer are made of. Legend: T events of B sequences, D width,
 H heads."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,10 +13,13 @@ from fastrec.nn.plain import apply_linear, is_plain
 from fastrec.nn.pool import softmax_of_sequences, weighted_sum
 from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.dropout_add_layer_norm import DropoutAddLayerNorm, dropout_add_layer_norm
+from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import jagged_attention, split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear import linear
 from fastrec.random import Rng
+
+PatchForm = Literal["serial", "parallel"]
 
 
 class EventDropout:
@@ -44,22 +49,49 @@ class EventDropout:
 
 
 class Patch(nn.Module):
-    """x + up(GELU(down(x))): a model patch of PeterRec. `up` starts at 0, so it starts as x."""
+    """x + up(GELU(down(x))): a model patch of PeterRec (Yuan et al., 2020, section 3.3). `up`
+    starts at 0, so it starts as x."""
 
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int, form: PatchForm = "serial"):
         super().__init__()
         self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.form = form
 
     def reset(self) -> None:
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.gelu(self.down(x)))
+        down, up = self.down, self.up
+        if is_plain(down, nn.Linear) and is_plain(up, nn.Linear):
+            return x + gelu_ffn(x, down.weight, down.bias, up.weight, up.bias)
+        return x + up(F.gelu(down(x)))
 
 
-def patches_of(width: int, inner: int) -> nn.ModuleList:
-    """Two, one behind each sublayer or convolution of a block, or none."""
-    return nn.ModuleList(Patch(width, inner) for _ in range(2 if inner else 0))
+def patches_of(width: int, inner: int, form: PatchForm) -> nn.ModuleList:
+    """Two, one for each sublayer or convolution of a block, or none."""
+    return nn.ModuleList(Patch(width, inner, form) for _ in range(2 if inner else 0))
+
+
+def patched(
+    patches: nn.ModuleList, number: int, input: Tensor, output: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """What a sublayer gives, `output` of `input`, with its patch: patch(output) where these are
+    serial, output + patch(input) where they are parallel. rows: the events of `input` that `output`
+    is of, all for None."""
+    if not patches:
+        return output
+    patch = patches[number]
+    if patch.form == "serial":
+        return patch(output)
+    return output + patch(input if rows is None else input.index_select(0, rows)).to(output.dtype)
+
+
+def check_patch(patch: int, form: str) -> None:
+    """Raise ValueError for settings of patches that cannot be."""
+    if patch < 0:
+        raise ValueError(f"patch must be at least 0, got {patch}")
+    if form != "serial" and not patch:
+        raise ValueError(f"patch_form {form} has no effect: patch is 0")
 
 
 def attend(

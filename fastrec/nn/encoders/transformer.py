@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.nn.encoders.layers import LiGRLayer, SASRecLayer
-from fastrec.nn.encoders.sublayers import EventDropout, first_norm, join, patches_of, self_attend
+from fastrec.nn.encoders.sublayers import (
+    EventDropout,
+    PatchForm,
+    check_patch,
+    first_norm,
+    join,
+    patched,
+    patches_of,
+    self_attend,
+)
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear, embedding_table, is_plain
 from fastrec.ops.gelu_ffn import gelu_ffn
@@ -34,8 +43,10 @@ class Transformer:
         causal: left-to-right instead of bidirectional attention.
         pre_norm: LayerNorm before the sublayers instead of after.
         norm_eps: added to the variance in the LayerNorms.
-        patch: width of a bottleneck after each sublayer, 0 for none: what is trained beside a
-            frozen encoder (PeterRec, Yuan et al., 2020, section 3.3; serial).
+        patch: width of a bottleneck at each sublayer, 0 for none: what is trained beside a frozen
+            encoder (PeterRec, Yuan et al., 2020, section 3.3).
+        patch_form: "serial", behind the sublayer, or "parallel", of its input and added to what it
+            gives, the input itself too.
         layer: "standard", or of those that are always pre-norm "sasrec", the original's (ReLU, the
             normalised input in the residuals), or "ligr", that of eSASRec (gates, SwiGLU).
     """
@@ -47,6 +58,7 @@ class Transformer:
     pre_norm: bool = False
     norm_eps: float = 1e-5
     patch: int = 0
+    patch_form: PatchForm = "serial"
     layer: Literal["standard", "sasrec", "ligr"] = "standard"
 
     reads_positions = True
@@ -55,10 +67,11 @@ class Transformer:
         check_choices(self)
         if self.layer != "standard" and not self.pre_norm:
             raise ValueError(f"pre_norm must be true for the layer {self.layer}")
-        for name, low in (("layers", 1), ("heads", 1), ("ffn_width", 1), ("patch", 0)):
+        for name in ("layers", "heads", "ffn_width"):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_patch(self.patch, self.patch_form)
         if self.layers > MOST_LAYERS:
             raise ValueError(f"layers must be at most {MOST_LAYERS}, got {self.layers}")
         if not 0 < self.norm_eps < math.inf:
@@ -104,13 +117,18 @@ class TransformerLayer(nn.Module):
         self.ffn_inner = nn.Linear(width, ffn_width)
         self.ffn_output = nn.Linear(ffn_width, width)
         self.ffn_norm = nn.LayerNorm(width, norm_eps)
-        self.patches = patches_of(width, settings.patch)
+        self.patches = patches_of(width, settings.patch, settings.patch_form)
+
+    @property
+    def second_norm(self) -> nn.Module:
+        """What `init.second_norm` trains."""
+        return self.ffn_norm
 
     def attention(self, x: Tensor, batch, causal, dropout: EventDropout, layer: int, rows):
         project = self.query_key_value
         out = self_attend(project, x, self.heads, batch, causal, dropout, layer, rows)
         out = apply_linear(self.attention_output, out)
-        return self.patches[0](out) if self.patches else out
+        return patched(self.patches, 0, x, out, rows)
 
     def ffn(self, x: Tensor):
         inner, output = self.ffn_inner, self.ffn_output
@@ -118,7 +136,7 @@ class TransformerLayer(nn.Module):
             out = gelu_ffn(x, inner.weight, inner.bias, output.weight, output.bias)
         else:
             out = apply_linear(output, F.gelu(apply_linear(inner, x)))
-        return self.patches[1](out) if self.patches else out
+        return patched(self.patches, 1, x, out)
 
     def forward(
         self,
