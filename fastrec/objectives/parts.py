@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, fields
 
+from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
@@ -18,12 +19,14 @@ class Objectives:
         user_attributes: prediction of user attributes.
         friends: social relation detection.
         contrast: two views of a user are near each other.
+        align: two views of a user predict each other, without negatives.
     """
 
     item: Item | None = None
     user_attributes: UserAttributes | None = None
     friends: Friends | None = None
     contrast: Contrast | None = None
+    align: Align | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

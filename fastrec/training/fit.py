@@ -189,6 +189,7 @@ def _fit(
         users=data.users,
         steps_per_pass=current.pass_steps,
     )
+    objective.check_users(loader.smallest)
     module = StageModule(trained, objective, current, loader, data.judge)
     run = identity(dataset, recipe, stage)
     trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
