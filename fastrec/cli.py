@@ -122,8 +122,9 @@ def evaluate(
         task: name of the stage whose judge is asked; recommendation if the recipe has it, else
             pretraining. The next item of each user is ranked beside popularity and by length of the
             sequence; attributes of held-out users are predicted beside mean and most frequent
-            class; their friends are found beside shared items ("Sim").
-        split: which held-out item, for the next item.
+            class; their friends are found beside shared items ("Sim"); of the judge vectors it is
+            told how near two dropout passes of a user are and how far users are from each other.
+        split: which held-out item, for the next item; which input, for vectors.
         output: JSON file for the metrics.
         ranks: .csv or .parquet file for user_id, item_id (the held-out item) and its rank.
         overwrite: replace a file `output` or `ranks`.
@@ -193,7 +194,7 @@ def _say_other_protocol(model: UserModel, recipe: Recipe) -> None:
 
 def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
     """The users that a stage is tested on, where these are not trained on."""
-    return None if stage.judge == "next_item" else recipe.users
+    return None if stage.judge in ("next_item", "vectors") else recipe.users
 
 
 _CHOICES = re.compile(

@@ -58,7 +58,8 @@ class Stage:
         views: named lists of steps that make what is encoded of the users of a step.
         objectives: what is trained on the views. In Python also {name: settings or module}.
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
-            users who were not trained on, or their friends.
+            users who were not trained on, their friends, or how the vectors of users lie, which
+            needs no target.
         init: what is taken from the model that the stage starts from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
@@ -71,7 +72,7 @@ class Stage:
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
-            the next item, "score" of attributes, "accuracy" of friends.
+            the next item, "score" of attributes and vectors, "accuracy" of friends.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -83,7 +84,7 @@ class Stage:
 
     views: dict[str, list[Step]] = field(default_factory=dict)
     objectives: Objectives = field(default_factory=Objectives)
-    judge: Literal["next_item", "attributes", "friends"] = "next_item"
+    judge: Literal["next_item", "attributes", "friends", "vectors"] = "next_item"
     init: Init = field(default_factory=Init)
     steps: int = 10000
     batch_size: int = 768
@@ -146,8 +147,8 @@ class Stage:
 
     @property
     def monitored(self) -> str:
-        defaults = {"next_item": "NDCG@10", "attributes": "score", "friends": "accuracy"}
-        return self.monitor or defaults[self.judge]
+        defaults = {"next_item": "NDCG@10", "friends": "accuracy"}
+        return self.monitor or defaults.get(self.judge, "score")
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,12 @@ class Recipe:
                 "attributes has no effect: no stage predicts them or compares friends by them"
             )
         self.evaluation.check_used(judges)
-        if stages and self.users.seed and self.users.fraction == 1 and judges == {"next_item"}:
+        if (
+            stages
+            and self.users.seed
+            and self.users.fraction == 1
+            and judges <= {"next_item", "vectors"}
+        ):
             raise ValueError("users.seed has no effect: users.fraction is 1")
 
     @classmethod

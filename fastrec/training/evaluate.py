@@ -13,6 +13,7 @@ from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.metrics import length_groups, list_metrics
 from fastrec.evaluation.next_item import NextItemJudge, row_blocks
 from fastrec.evaluation.report import print_metrics
+from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.nn.model_files import HEADS
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
@@ -35,13 +36,16 @@ def evaluate_stage(
     """Print and return the metrics of the test users of a stage.
 
     folder: of the model, with the parameters of its objectives.
-    split, ranks: for the judge of the next item: which items are held out, and a .csv or .parquet
-        file for user_id, item_id (the target) and rank, a row for each target.
+    split: for the judge of the next item: which items are held out; of vectors: which input.
+    ranks: for the judge of the next item: a .csv or .parquet file for user_id, item_id (the target)
+        and rank, a row for each target.
     """
     if stage.judge == "next_item":
         return _next_item(dataset, recipe, model, split, ranks)
     if ranks is not None:
         raise ValueError(f"--ranks has no effect: this stage judges {stage.judge}")
+    if stage.judge == "vectors":
+        return _vectors(dataset, recipe, stage, model, folder, split)
     if stage.judge == "attributes":
         return _attributes(dataset, recipe, model, folder)
     return _friends(dataset, recipe, stage, model, folder)
@@ -99,6 +103,19 @@ def _ranks_table(judge: NextItemJudge, ranks: Tensor):
         "rank": ranks.numpy(),
     }
     return polars.DataFrame(columns)
+
+
+def _vectors(
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str
+) -> dict:
+    judge = VectorsJudge(dataset, select_users(dataset, recipe.users, split), split)
+    objective = JointObjective(stage.parts, model, side_data(dataset, recipe))
+    load_heads(objective, folder, only=[*stage.parts])  # a pool may have parameters
+    objective.to(model.item_table.device)
+    rows = {"model": judge.metrics(_all_scores(judge, model, objective))}
+    print(f"vectors of {len(judge):,} users, each with two dropouts, split {split}")
+    print_metrics(rows, scale=1, digits=4)
+    return {"split": split, "users": len(judge), "metrics": rows}
 
 
 def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict:

@@ -11,6 +11,7 @@ from fastrec.data.side import SideData
 from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.training.config import Recipe, Stage, Users
 
 
@@ -21,7 +22,7 @@ class StageData:
 
     users: Tensor
     side: SideData
-    judge: NextItemJudge | AttributesJudge | FriendsJudge
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge
 
 
 def select_users(dataset, users: Users, split: str | None = None) -> Tensor:
@@ -80,12 +81,12 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
 def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
-    The judge of the next item is asked about all selected users with a validation target. Trained
-    are the selected users with training events, together with those whose sequences are too short
-    to hold anything out. The judges of attributes and friends are asked about a random tenth of the
-    selected users, who are not trained on. Where users are held out to test these, the attributes
-    and friends of that tenth are hidden from every stage: a model that remembered them would be
-    chosen for it.
+    The judge of the next item is asked about all selected users with a validation target, that of
+    vectors about some of them. Trained are the selected users with training events, together with
+    those whose sequences are too short to hold anything out. The judges of attributes and friends
+    are asked about a random tenth of the selected users, who are not trained on. Where users are
+    held out to test these, the attributes and friends of that tenth are hidden from every stage: a
+    model that remembered them would be chosen for it.
     """
     selected = select_users(dataset, recipe.users, "valid")
     if len(selected) == 0:
@@ -95,9 +96,10 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         raise ValueError(f"no user has {what}: there is nothing to validate on")
     users = labelled = select_users(dataset, recipe.users, "train")
     judged = _validation_users(users, recipe.users)
-    if stage.judge != "next_item" or recipe.users.fraction < 1.0:
+    everyone = stage.judge in ("next_item", "vectors")
+    if not everyone or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
-    if stage.judge == "next_item":
+    if everyone:
         short = torch.as_tensor(
             np.setdiff1d(dataset.users("train"), _evaluated(dataset).numpy()), device="cpu"
         )
@@ -105,9 +107,11 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     else:
         users = labelled
     side = side_data(dataset, recipe, labelled)
-    judge: NextItemJudge | AttributesJudge | FriendsJudge
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge
     if stage.judge == "next_item":
         judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
+    elif stage.judge == "vectors":
+        judge = VectorsJudge(dataset, selected, "valid")
     elif stage.judge == "attributes":
         judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
     else:
