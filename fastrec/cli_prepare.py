@@ -19,6 +19,7 @@ def prepare(
     user_attributes: Path | None = None,
     item_attributes: Path | None = None,
     relations: Path | None = None,
+    cold_items: Path | None = None,
     user_column: str | None = None,
     item_column: str | None = None,
     timestamp_column: str | None = None,
@@ -59,6 +60,8 @@ def prepare(
         user_attributes: file with a column of user ids, called user_id, user or as in the source.
         item_attributes: file with a column of item ids, or the attribute JSON of S3-Rec.
         relations: file whose first two columns are user and friend.
+        cold_items: file whose first two columns are user and item of another catalogue, for
+            cold-start recommendation.
         user_column: of a table; without it a usual name is recognised, as for the next four.
         item_column: of a table.
         timestamp_column: of a table: numbers, dates or ISO times; "none" leaves it out.
@@ -116,6 +119,7 @@ def prepare(
         user_attributes=user_attributes,
         item_attributes=item_attributes,
         relations=relations,
+        cold_items=cold_items,
         user_key=user_key,
         item_key=item_key,
         items_of=items_of,

@@ -31,7 +31,7 @@ from fastrec.data.views import Views
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
-from fastrec.training.config import Recipe
+from fastrec.training.config import Init, Recipe
 from fastrec.training.fit import fit
 from fastrec.training.stage_data import stage_data
 
@@ -39,9 +39,10 @@ NAMES = recipes.names()
 
 
 def small(name: str, **stage) -> Recipe:
-    """A recipe with a tiny model and short stages; what makes the system is as it is."""
+    """A recipe with a tiny model and short stages, each from random weights; what makes the system
+    is as it is."""
     chosen = from_values(Recipe, recipes.load(name))
-    changes = {"batch_size": 400, "learning_rate": 5e-3, "warmup_steps": 0, **stage}
+    changes = {"batch_size": 400, "learning_rate": 5e-3, "warmup_steps": 0, "init": Init(), **stage}
     shorter = {n: replace(part, **changes) for n, part in chosen.stages.items()}
     protocol = chosen.evaluation
     if protocol.candidates == "sampled":
@@ -82,6 +83,7 @@ def test_the_recipes_are_those_of_the_folder():
         "recommendation",
         "profile",
         "relation",
+        "cold_start",
     }
 
 

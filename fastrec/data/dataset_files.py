@@ -29,7 +29,7 @@ def check_digests(folder: Path, schema: dict) -> None:
 
     digests = schema["digests"]
     names = {"values.npy", "offsets.npy", FILE}
-    names |= {"users.parquet", "items.parquet", "relations.parquet"}
+    names |= {"users.parquet", "items.parquet", "relations.parquet", "cold_items.parquet"}
     for name in sorted(names):
         file = folder / name
         if not file.exists() and name in digests:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fastrec.data.dataset import COLD
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
 from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.user_model import UserModel
@@ -57,6 +58,11 @@ def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     """recipe.json and stage.json as they are read back."""
     data = {"stage": stage, "items": dataset.items_hash, "events": dataset.events_hash}
     data |= {name: dataset.column_hash(name) for name in recipe.model.items.event_columns}
+    if recipe.stage(stage).judge == "cold_start":
+        data |= {
+            "rows": dataset.schema["digests"].get(COLD),
+            "cold_items": plain(recipe.cold_items),
+        }
     values = {"recipe": plain(recipe), "stage": {**data, **plain(recipe.stage(stage))}}
     return json.loads(json.dumps(values))
 

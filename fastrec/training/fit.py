@@ -196,7 +196,7 @@ def _fit(
     if trained.num_users:
         trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
-    seen = seen_by_run(dataset, data.users, recipe, current, initial, initial_folder, kept)
+    seen = seen_by_run(dataset, data.people, recipe, current, initial, initial_folder, kept)
     items, described = hashes(dataset.item_ids()), plain(recipe)
     keep = KeepBest(
         lambda steps: save_model(
@@ -208,7 +208,7 @@ def _fit(
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
     where = device, processes
-    trainer = _trainer(output, run, current, keep, len(data.users), around, where)
+    trainer = _trainer(output, run, current, keep, len(data.people), around, where)
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
     start = time.perf_counter()
@@ -228,7 +228,7 @@ def _fit(
         f"valid {current.monitored}": keep.best,
         "best_step": keep.step,
         "valid": keep.metrics,
-        "users": len(data.users),
+        "users": len(data.people),
         "parameters": parameters[1],
         "trained": parameters[0],
         "taken": taken,

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrec.data.cold_items import ColdRows
 from fastrec.data.side import SideData
 from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.vectors import VectorsJudge
@@ -17,12 +19,18 @@ from fastrec.training.config import Recipe, Stage, Users
 
 @dataclass(frozen=True)
 class StageData:
-    """users: int64, that are trained, ascending. side: what steps and objectives may know of them.
-    judge: of the validation, see `StageModule`."""
+    """users: int64, that are trained, ascending; of cold start rows, see `ColdRows`. side: what
+    steps and objectives may know of them. judge: of the validation, see `StageModule`."""
 
     users: Tensor
     side: SideData
-    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | ColdStartJudge
+
+    @property
+    def people(self) -> Tensor:
+        """int64: the users of the data set that are trained, ascending."""
+        rows = self.side.dataset
+        return rows.owners[self.users].unique() if isinstance(rows, ColdRows) else self.users
 
 
 def select_users(dataset, users: Users, split: str | None = None) -> Tensor:
@@ -87,7 +95,11 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     are asked about a random tenth of the selected users, who are not trained on. Where users are
     held out to test these, the attributes and friends of that tenth are hidden from every stage: a
     model that remembered them would be chosen for it.
+
+    Cold start trains and judges rows of all users, whatever the recipe says of `users`.
     """
+    if stage.judge == "cold_start":
+        return _cold_data(dataset, recipe)
     selected = select_users(dataset, recipe.users, "valid")
     if len(selected) == 0:
         what = "3 events or more"
@@ -118,3 +130,15 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         how = recipe.evaluation
         judge = FriendsJudge(dataset, judged, "train", how.other_friends, how.seed)
     return StageData(users, side, judge)
+
+
+def cold_side(rows: ColdRows, recipe: Recipe) -> SideData:
+    """Side data of cold-start rows: the whole history of a user is the input."""
+    return SideData(rows, "all", event_columns=recipe.model.items.event_columns)
+
+
+def _cold_data(dataset, recipe: Recipe) -> StageData:
+    rows = ColdRows(dataset)
+    parts = rows.split(recipe.cold_items)
+    judge = ColdStartJudge(rows, parts["valid"], parts["train"], recipe.evaluation.cutoffs)
+    return StageData(parts["train"], cold_side(rows, recipe), judge)

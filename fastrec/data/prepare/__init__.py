@@ -10,7 +10,7 @@ from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.catalogue import Catalogue
-from fastrec.data.prepare.join import attribute_table, relation_table
+from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
@@ -41,6 +41,7 @@ class PrepareReport:
     preview: list[str] = field(default_factory=list)
     catalogue: str | None = None
     split: dict | None = None
+    cold: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -58,6 +59,8 @@ class PrepareReport:
             lines.append("  removed: nothing")
         if self.catalogue is not None:
             lines.append(f"  items: {self.catalogue}")
+        if self.cold is not None:
+            lines.append(f"  cold start: {self.cold}")
         lines.append(
             "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
                 **self.lengths
@@ -83,6 +86,7 @@ def prepare(
     user_attributes=None,
     item_attributes=None,
     relations=None,
+    cold_items=None,
     user_key: str | None = None,
     item_key: str | None = None,
     items_of: Path | str | None = None,
@@ -108,6 +112,9 @@ def prepare(
     the source is an error. user_key, item_key: the column of such a file that holds the ids.
     relations: a file or frame whose first two columns are user and friend; links with an end that
     has no events are left out and counted.
+    cold_items: a file or frame whose first two columns are user and item of another catalogue, what
+    cold-start recommendation predicts from the events here; rows of users without events, and those
+    that are there twice, are left out and counted.
     items_of: a data set whose items come first, in their order and with their attributes, also
     those without events here: models that were trained on it go on, and new items come behind.
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
@@ -132,13 +139,15 @@ def prepare(
         raise ValueError(f"{', '.join(options)} have no effect on events that have been read")
     if not is_raw and "na_values" in readers.OPTIONS.get(format, ()):
         options["na_values"] = na_values
-    elif na_values != "ask" and user_attributes is item_attributes is relations is None:
+    elif (
+        na_values != "ask" and user_attributes is item_attributes is relations is cold_items is None
+    ):
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
     chosen = split_of(split, valid, test, valid_source, test_source)
     frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
-    user_attributes, item_attributes, relations = (
-        polars_frame(frame, name) if is_frame(frame) else frame
-        for name, frame in (frames | {"relations": relations}).items()
+    frames |= {"relations": relations, "cold_items": cold_items}
+    user_attributes, item_attributes, relations, cold_items = (
+        polars_frame(frame, name) if is_frame(frame) else frame for name, frame in frames.items()
     )
     sides = {
         "user": (user_attributes, {"column": user_key}),
@@ -160,12 +169,13 @@ def prepare(
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
         earlier = None if items_of is None else Path(items_of)
         return _prepare(
-            raw, Path(output), filters, sides, relations, earlier, na_values, chosen, overwrite
-        )
+            raw, Path(output), filters, sides, relations, cold_items, earlier, na_values, chosen,
+            overwrite,
+        )  # fmt: skip
 
 
 def _prepare(
-    raw, output, filters, sides, relations, items_of, na_values, split, overwrite
+    raw, output, filters, sides, relations, cold_items, items_of, na_values, split, overwrite
 ) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
@@ -236,6 +246,13 @@ def _prepare(
         name, links = raw.source, raw.relations
     links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
+    cold = None
+    if cold_items is not None:
+        cold_items, lost, twice = cold_table(cold_items, users["user_id"], user_ids, na_values)
+        _add(removed, "cold-start rows of users without interactions", lost)
+        _add(removed, "cold-start rows that are there twice", twice)
+        sizes = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
+        cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*sizes)
     time = raw.time if "timestamp" in frame.columns else PLACE
     splits, said = divided(split, raw, user, item, rows)
     schema = write_dataset(
@@ -244,6 +261,7 @@ def _prepare(
         users=users,
         items=items,
         relations=links,
+        cold_items=cold_items,
         tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + ("" if raw.part is None else BY_FILE),
         time=time,
         source=raw.source,
@@ -273,6 +291,7 @@ def _prepare(
         preview=preview(frame, time),
         catalogue=None if catalogue is None else str(catalogue),
         split=said,
+        cold=cold,
     )
 
 
