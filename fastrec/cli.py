@@ -67,13 +67,14 @@ def finetune(
     resume: bool = False,
     device: str = "auto",
 ):
-    """Train another stage of a recipe: next-item recommendation, user profiles or friends.
+    """Train another stage of a recipe: next-item recommendation, user profiles, friends, or items
+    of another catalogue.
 
     Args:
         data: folder written by `fastrec prepare`.
         output: folder of the run; the best model on validation is in `output/model`.
-        task: name of the stage, such as recommendation, profile or relation; recommendation if the
-            recipe has it, else pretraining.
+        task: name of the stage, such as recommendation, profile, relation or cold_start;
+            recommendation if the recipe has it, else pretraining.
         init: folder of a pre-trained model; random weights without it.
         new_items_like: column of item attributes: items that the model does not know begin as the
             mean of known ones of the same category; without it as the mean of all.
@@ -126,10 +127,14 @@ def evaluate(
         task: name of the stage whose judge is asked; recommendation if the recipe has it, else
             pretraining. The next item of each user is ranked beside popularity and by length of the
             sequence; attributes of held-out users are predicted beside mean and most frequent
-            class; their friends are found beside shared items ("Sim").
-        split: which held-out item, for the next item.
+            class; their friends are found beside shared items ("Sim"); items of another catalogue
+            are ranked beside popularity; of the judge vectors, two dropout passes of a user are
+            compared, and users with each other.
+        split: which held-out item, for the next item; which input, for vectors; which rows, for
+            cold start.
         output: JSON file for the metrics.
-        ranks: .csv or .parquet file for user_id, item_id (the held-out item) and its rank.
+        ranks: .csv or .parquet file for user_id, item_id (the held-out item) and its rank, of
+            next items and cold start.
         overwrite: replace a file `output` or `ranks`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
@@ -198,7 +203,7 @@ def _say_other_protocol(model: UserModel, recipe: Recipe) -> None:
 
 def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
     """The users that a stage is tested on, where these are not trained on."""
-    return None if stage.judge == "next_item" else recipe.users
+    return recipe.users if stage.judge in ("attributes", "friends") else None
 
 
 _CHOICES = re.compile(

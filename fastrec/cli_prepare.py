@@ -20,6 +20,7 @@ def prepare(
     item_attributes: Path | None = None,
     item_features: Path | None = None,
     relations: Path | None = None,
+    cold_items: Path | None = None,
     user_column: str | None = None,
     item_column: str | None = None,
     timestamp_column: str | None = None,
@@ -62,6 +63,8 @@ def prepare(
         item_features: file with a column of item ids and vectors: a list in each other column, or
             numbers in all of them, which are one vector named as the file.
         relations: file whose first two columns are user and friend.
+        cold_items: file whose first two columns are user and item of another catalogue, for
+            cold-start recommendation.
         user_column: of a table; without it a usual name is recognised, as for the next four.
         item_column: of a table.
         timestamp_column: of a table: numbers, dates or ISO times; "none" leaves it out.
@@ -120,6 +123,7 @@ def prepare(
         item_attributes=item_attributes,
         item_features=item_features,
         relations=relations,
+        cold_items=cold_items,
         user_key=user_key,
         item_key=item_key,
         items_of=items_of,

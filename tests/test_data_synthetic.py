@@ -39,6 +39,15 @@ def test_shape_of_the_data(dataset):
     assert items["price"].min() > 0 and items["attributes"].list.len().min() >= 2
 
 
+def test_items_of_another_catalogue(dataset):
+    table = dataset.cold_items()
+    count = np.bincount(table["user"].to_numpy(), minlength=dataset.num_users)
+    assert count.max() == 5 and 0.12 < (count == 0).mean() < 0.22
+    assert table.unique(["user", "item"]).height == table.height
+    assert 300 < table["item"].n_unique() <= 400
+    assert table["item_id"].n_unique() == table["item"].n_unique()
+
+
 def hit_rate(scores, targets, k=10):
     better = (scores > scores.gather(1, targets[:, None])).sum(1)
     return (better < k).double().mean().item()

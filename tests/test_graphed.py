@@ -28,6 +28,7 @@ from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
+from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
@@ -85,6 +86,7 @@ SYSTEMS = {
         PAIR,
         {"contrast": Contrast(["a", "b"], pool="mean", similarity="cosine", temperature=0.5)},
     ),
+    "align": ({"a": [], "b": []}, {"align": Align(["a", "b"])}),
     "again": (
         {"a": [Mask()], "again": [Again("a")]},
         {"item": Item(views=["a", "again"]), "contrast": Contrast(["a", "again"])},
@@ -95,11 +97,12 @@ SYSTEMS = {
 def system_of(name: str):
     """(model, objective, side data, views) of a system."""
     views, objectives = SYSTEMS[name]
-    causal = name.startswith("next")
+    causal = name.startswith(("next", "align"))
     form = FORMS.get(name.removeprefix("next_item_"), {})
     if name.endswith("_users"):
         form = {"head_table": "own", "head_transform": False, "user_width": 3, "num_users": 6}
     tokens, side = [] if causal else ["cls", "sep"], social_side()
+    tokens = ["ur"] if name == "align" else tokens
     model = model_of(tokens=tokens, causal=causal, **form)
     return model, JointObjective(objectives, model, side), side, views
 

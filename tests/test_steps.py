@@ -145,6 +145,10 @@ def run_of(share, items, key, rng, site) -> range:
 
 
 def crop(step: Crop, items, key, rng):
+    if step.drop is not None:
+        gone = list(run_of(step.drop, items, key, rng, "crop")) if len(items) > 1 else []
+        places = [place for place in range(len(items)) if place not in gone]
+        return places, [items[place] for place in places], None
     run = run_of(step.keep, items, key, rng, "crop")
     return list(run), [items[place] for place in run], None
 
@@ -200,6 +204,8 @@ STEPS = {
     "crop": Crop(),
     "crop little": Crop(0.05),
     "crop nothing": Crop(1.0),
+    "crop drop": Crop(drop=0.3),
+    "crop drop nearly all": Crop(drop=0.999),
     "reorder": Reorder(),
     "reorder all": Reorder(1.0),
     "one_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)]),
@@ -435,6 +441,18 @@ def test_targets_of_steps_that_follow_each_other():
     assert cropped.events["target"].tolist() == [start, start + 1, start + 2], "targets move along"
 
 
+def test_a_dropped_run_is_what_another_keeps():
+    """CLUE drops the run that CL4SRec keeps; a single item is left, and a pair loses one."""
+    batch = random_batch(40)
+    kept, rest = (Crop(**{how: 0.4})(batch, RNG, SIDE) for how in ("keep", "drop"))
+    for whole, run, others in zip(*map(lists_of, (batch, kept, rest)), strict=True):
+        if len(whole) > 1:
+            assert sorted(run + others) == sorted(whole)
+        else:
+            assert others == whole
+    assert Crop() == Crop(0.6) and Crop(drop=0.4).keep is None
+
+
 def test_crops_start_anywhere():
     count = 6_000
     made = Crop(0.6)(copies(list(range(10)), count), RNG, SIDE)
@@ -586,6 +604,9 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: NextItem("first"), r"positions must be one of \['all', 'last'\], got 'first'"),
         (lambda: NextItem(ahead=0), "next_item.ahead must be at least 1, got 0"),
         (lambda: Crop(0.0), r"crop.keep must be in \(0, 1\], got 0"),
+        (lambda: Crop(drop=0.0), r"crop.drop must be in \(0, 1\), got 0"),
+        (lambda: Crop(drop=1.0), r"crop.drop must be in \(0, 1\), got 1"),
+        (lambda: Crop(0.6, 0.3), r"crop has keep, 0.6, and drop, 0.3: it takes one"),
         (lambda: Crop(1.1), r"crop.keep must be in \(0, 1\], got 1.1"),
         (lambda: Reorder(0.0), r"reorder.share must be in \(0, 1\], got 0"),
         (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),

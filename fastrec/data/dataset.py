@@ -6,6 +6,7 @@
     users.parquet         user: int64 0..U-1, user_id: the original id, attributes
     items.parquet         item: int64 0..V-1, item_id: the original id, attributes
     relations.parquet     user, friend: int64 (optional)
+    cold_items.parquet    user, item: int64 and item_id, of another catalogue (optional)
     schema.json           format version, counts, columns, tie rule, source, what filters removed,
                           a digest of every file
     values.npy            int32 or int64 [E], the items of all users end to end, in time order
@@ -39,6 +40,8 @@ from fastrec.data.dataset_files import (
 from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import read_event_column
 from fastrec.data.splits import FILE, MIN_EVENTS, TARGETS, boundaries
+
+COLD = "cold_items.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,12 +210,12 @@ class SequenceDataset:
     @cached_property
     def items_hash(self) -> str:
         """Of the original item ids in their order: what the rows of a trained item table mean."""
-        return _hash_of(self.item_ids())
+        return hash_of(self.item_ids())
 
     @cached_property
     def users_hash(self) -> str:
         """Of the original user ids in their order: whom the rows of trained user vectors mean."""
-        return _hash_of(self.user_ids())
+        return hash_of(self.user_ids())
 
     @cached_property
     def events_hash(self) -> str:
@@ -245,6 +248,16 @@ class SequenceDataset:
         if pairs.size and (pairs.min() < 0 or pairs.max() >= self.num_users):
             raise DataError(self.path / "relations.parquet", f"user out of [0, {self.num_users})")
         return pairs
+
+    def cold_items(self):
+        """polars.DataFrame: user, item (from 0, of another catalogue) and item_id, its original id,
+        a row for each item that a user took there; None if there are none."""
+        if not (self.path / COLD).exists():
+            return None
+        table = self._table(COLD)
+        if not table.height or not 0 <= table["user"].min() <= table["user"].max() < self.num_users:
+            raise DataError(self.path / COLD, f"user out of [0, {self.num_users})", column="user")
+        return table
 
     def _boundaries(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         return boundaries(split, self.lengths, self.splits)
@@ -304,7 +317,7 @@ class SequenceDataset:
         return frame[column].to_numpy()
 
 
-def _hash_of(ids: np.ndarray) -> str:
+def hash_of(ids: np.ndarray) -> str:
     return hashlib.sha256("\n".join(map(str, ids.tolist())).encode()).hexdigest()[:16]
 
 

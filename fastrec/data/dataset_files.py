@@ -34,7 +34,7 @@ def check_digests(folder: Path, schema: dict) -> None:
 
     digests = schema["digests"]
     names = {"values.npy", "offsets.npy", FILE}
-    names |= {"users.parquet", "items.parquet", "relations.parquet"}
+    names |= {"users.parquet", "items.parquet", "relations.parquet", "cold_items.parquet"}
     names |= {features_file(name) for name in schema.get("item_features", {})}
     for name in sorted(names):
         file = folder / name

@@ -80,6 +80,11 @@ class SequenceLoader:
         self.step = 0
         self._order: tuple[int, np.ndarray] | None = None
 
+    @property
+    def smallest(self) -> int:
+        """Users of the last, smallest batch of an epoch, over all ranks."""
+        return len(self.users) - (self.batches_per_epoch - 1) * self.batch_size
+
     def __len__(self) -> int:
         """Batches of a pass."""
         return self.steps_per_pass

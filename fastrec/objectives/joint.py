@@ -64,6 +64,16 @@ class JointObjective(nn.Module):
         """The first objective of a class, for a judge that reads its parameters."""
         return next((part for part in self.parts.values() if isinstance(part, kind)), None)
 
+    def check_users(self, number: int) -> None:
+        """Raise ValueError where the smallest step of an epoch, of `number` users, has fewer than
+        an objective needs: `least_users` of its module."""
+        for name, part in self.parts.items():
+            if number < (least := getattr(part, "least_users", 0)):
+                raise ValueError(
+                    f"{name} needs at least {least} users a step, and a step of an epoch has"
+                    f" {number}: choose another batch_size"
+                )
+
     def forward(self, model, views: dict[str, JaggedBatch], rng: Rng) -> list[Term]:
         """The terms of the loss: `total_loss` is their sum of weight times loss. Seed and step may
         be tensors on the device. What is decided here depends on shapes alone."""

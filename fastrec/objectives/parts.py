@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass, fields
 
+from fastrec.objectives.align import Align
+from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.follows import Follows
 from fastrec.objectives.friends import Friends
@@ -20,6 +22,8 @@ class Objectives:
         friends: social relation detection.
         contrast: two views of a user are near each other.
         follows: whether a second basket is the next one.
+        align: two views of a user predict each other, without negatives.
+        cold_start: prediction of items of another catalogue.
     """
 
     item: Item | None = None
@@ -27,6 +31,8 @@ class Objectives:
     friends: Friends | None = None
     contrast: Contrast | None = None
     follows: Follows | None = None
+    align: Align | None = None
+    cold_start: ColdStart | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastrec.data.dataset import COLD
 from fastrec.data.dataset_files import features_file
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
 from fastrec.nn.model_config import ModelConfig, described
@@ -65,6 +66,8 @@ def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     digests = dataset.schema.get("digests", {})
     files = [features_file(name) for name in recipe.model.items.features]
     data |= {file: digests.get(file, "")[:16] for file in files}
+    if recipe.stage(stage).judge == "cold_start":
+        data |= {"rows": digests.get(COLD), "cold_items": plain(recipe.cold_items)}
     values = {"recipe": plain(recipe), "stage": {**data, **plain(recipe.stage(stage))}}
     return json.loads(json.dumps(values))
 

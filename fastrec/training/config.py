@@ -8,8 +8,10 @@ from typing import Literal, get_args, get_type_hints
 
 from fastrec import recipes
 from fastrec.data.attributes import Attribute
+from fastrec.data.cold_items import ColdItems
 from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.baskets import Baskets
+from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
@@ -17,6 +19,8 @@ from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.transfer import PARTS
+from fastrec.objectives.cold_start import ColdStart
+from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
@@ -81,7 +85,8 @@ class Stage:
         views: named lists of steps that make what is encoded of the users of a step.
         objectives: what is trained on the views. In Python also {name: settings or module}.
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
-            users who were not trained on, or their friends.
+            users who were not trained on, their friends, items of another catalogue, or how the
+            vectors of users lie, which needs no target.
         init: what is taken from the model that the stage starts from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
@@ -94,7 +99,8 @@ class Stage:
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
-            the next item, "score" of attributes, "accuracy" of friends.
+            the next item, MRR@10 of cold_start, "score" of attributes and vectors, "accuracy" of
+            friends.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -106,7 +112,7 @@ class Stage:
 
     views: dict[str, list[Step]] = field(default_factory=dict)
     objectives: Objectives = field(default_factory=Objectives)
-    judge: Literal["next_item", "attributes", "friends"] = "next_item"
+    judge: Literal["next_item", "attributes", "friends", "vectors", "cold_start"] = "next_item"
     init: Init = field(default_factory=Init)
     steps: int = 10000
     batch_size: int = 768
@@ -155,6 +161,23 @@ class Stage:
                  if hasattr(part, "view")}  # fmt: skip
         if unread := [name for name in self.views if name not in read]:
             raise ValueError(f"no objective reads the view {unread[0]!r}: it has no effect")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """The rows of cold start are no users: nothing else that asks who a user is goes along."""
+        cold = [name for name, part in self.parts.items() if isinstance(part, ColdStart)]
+        if self.judge != "cold_start":
+            if cold:
+                raise ValueError(f"the objective {cold[0]} needs judge: cold_start")
+            return
+        if not cold:
+            raise ValueError("the judge cold_start needs the objective cold_start")
+        for name, part in self.parts.items():
+            if isinstance(part, (Item, Friends, UserAttributes)):
+                raise ValueError(f"the objective {name} cannot be trained beside {cold[0]}")
+        steps = [part for view in self.views.values() for part in parts_of(view)]
+        if any(isinstance(part, Friend) for part in steps):
+            raise ValueError("the step friend has no place in a stage with judge: cold_start")
 
     @property
     def parts(self) -> dict:
@@ -175,8 +198,8 @@ class Stage:
 
     @property
     def monitored(self) -> str:
-        defaults = {"next_item": "NDCG@10", "attributes": "score", "friends": "accuracy"}
-        return self.monitor or defaults[self.judge]
+        defaults = {"next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10"}
+        return self.monitor or defaults.get(self.judge, "score")
 
 
 @dataclass(frozen=True)
@@ -207,10 +230,12 @@ class Recipe:
         recommendation: fine-tuning for the next item.
         profile: fine-tuning for user attributes.
         relation: fine-tuning for friends.
+        cold_start: fine-tuning for items of another catalogue.
         attributes: of the users that are predicted; an empty list takes all columns that have a
             type for it.
         evaluation: how a next item is ranked.
         users: who is trained on.
+        cold_items: which cold-start rows train, validate and test.
         seed: of initialisation, order, steps of views and dropout.
     """
 
@@ -219,9 +244,11 @@ class Recipe:
     recommendation: Stage | None = None
     profile: Stage | None = None
     relation: Stage | None = None
+    cold_start: Stage | None = None
     attributes: list[Attribute] = field(default_factory=list)
     evaluation: Protocol = field(default_factory=Protocol)
     users: Users = field(default_factory=Users)
+    cold_items: ColdItems = field(default_factory=ColdItems)
     seed: int = 0
 
     def __post_init__(self):
@@ -246,8 +273,11 @@ class Recipe:
                 "attributes has no effect: no stage predicts them or compares friends by them"
             )
         self.evaluation.check_used(judges)
-        if stages and self.users.seed and self.users.fraction == 1 and judges == {"next_item"}:
+        drawn = self.users.fraction < 1 or judges & {"attributes", "friends"}
+        if stages and self.users.seed and not drawn:
             raise ValueError("users.seed has no effect: users.fraction is 1")
+        if stages and self.cold_items != ColdItems() and "cold_start" not in judges:
+            raise ValueError("cold_items has no effect: no stage judges cold_start")
 
     def _check_steps(self, steps: list) -> None:
         encoder = settings_of(self.model.encoder)

@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrec.data.cold_items import ColdItems, ColdRows
 from fastrec.data.output import write_table
+from fastrec.data.settings import from_values
 from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.metrics import length_groups, list_metrics
 from fastrec.evaluation.next_item import NextItemJudge, row_blocks
 from fastrec.evaluation.report import print_metrics
+from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.nn.model_files import HEADS
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
@@ -20,7 +24,7 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Recipe, Stage
 from fastrec.training.model_folder import load_heads, saved_scales
-from fastrec.training.stage_data import held_out_users, select_users, side_data
+from fastrec.training.stage_data import cold_side, held_out_users, select_users, side_data
 
 
 def evaluate_stage(
@@ -35,13 +39,19 @@ def evaluate_stage(
     """Print and return the metrics of the test users of a stage.
 
     folder: of the model, with the parameters of its objectives.
-    split, ranks: for the judge of the next item: which items are held out, and a .csv or .parquet
-        file for user_id, item_id (the target) and rank, a row for each target.
+    split: for the judge of the next item: which items are held out; of vectors: which input; of
+        cold start: which rows.
+    ranks: for the judges of the next item and of cold start: a .csv or .parquet file for user_id,
+        item_id (the target) and rank, a row for each target.
     """
     if stage.judge == "next_item":
         return _next_item(dataset, recipe, model, split, ranks)
+    if stage.judge == "cold_start":
+        return _cold_start(dataset, recipe, stage, model, folder, split, ranks)
     if ranks is not None:
         raise ValueError(f"--ranks has no effect: this stage judges {stage.judge}")
+    if stage.judge == "vectors":
+        return _vectors(dataset, recipe, stage, model, folder, split)
     if stage.judge == "attributes":
         return _attributes(dataset, recipe, model, folder)
     return _friends(dataset, recipe, stage, model, folder)
@@ -90,15 +100,75 @@ def _lists(judge: NextItemJudge, model: UserModel) -> dict:
 
 
 def _ranks_table(judge: NextItemJudge, ranks: Tensor):
+    users, items = judge.dataset.user_ids(), judge.dataset.item_ids()
+    return _table(users[judge.users[judge.owner].numpy()], items[judge.targets.numpy()], ranks)
+
+
+def _table(users, items, ranks: Tensor):
     import polars
 
-    users, items = judge.dataset.user_ids(), judge.dataset.item_ids()
-    columns = {
-        "user_id": users[judge.users[judge.owner].numpy()],
-        "item_id": items[judge.targets.numpy()],
-        "rank": ranks.numpy(),
+    return polars.DataFrame({"user_id": users, "item_id": items, "rank": ranks.numpy()})
+
+
+def _cold_start(
+    dataset,
+    recipe: Recipe,
+    stage: Stage,
+    model: UserModel,
+    folder: Path,
+    split: str,
+    file: Path | None,
+) -> dict:
+    _check_rows(model, recipe.cold_items, folder)
+    rows = ColdRows(dataset)
+    parts = rows.split(recipe.cold_items)
+    objective = JointObjective(stage.parts, model, cold_side(rows, recipe))
+    load_heads(objective, folder)
+    objective.to(model.item_table.device)
+    judge = ColdStartJudge(rows, parts[split], parts["train"], recipe.evaluation.cutoffs)
+    ranks = _all_scores(judge, model, objective)
+    metrics = {
+        "popularity": judge.metrics(judge.popularity_ranks()),
+        "model": judge.metrics(ranks),
     }
-    return polars.DataFrame(columns)
+    print(
+        f"{len(judge):,} rows of cold start, split {split}, the item of each ranked among all"
+        f" {rows.num_cold_items:,} of the other catalogue; HR@k is Recall@k"
+    )
+    print_metrics(metrics)
+    if file is not None:
+        users = dataset.user_ids()[rows.owners[judge.chosen].numpy()]
+        items = rows.ids[rows.items[judge.chosen].numpy()]
+        write_table(_table(users, items, ranks), file, overwrite=True)
+        print(f"{file}: the rank of the item of each row")
+    size = {"rows": len(judge), "items": rows.num_cold_items}
+    return {"split": split, **size, "metrics": metrics}
+
+
+def _check_rows(model: UserModel, asked: ColdItems, folder: Path) -> None:
+    """Raise ValueError where a model was trained on another split of the rows: it would be tested
+    on some that it has seen."""
+    if model.recipe is None or "cold_items" not in model.recipe:
+        return
+    trained = from_values(ColdItems, model.recipe["cold_items"], "cold_items")
+    if trained.held_out != asked.held_out:
+        raise ValueError(
+            f"{folder} was trained on rows split by {trained.held_out}, not {asked.held_out}: it"
+            " would be tested on rows that it has seen"
+        )
+
+
+def _vectors(
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str
+) -> dict:
+    judge = VectorsJudge(dataset, select_users(dataset, recipe.users, split), split)
+    objective = JointObjective(stage.parts, model, side_data(dataset, recipe))
+    load_heads(objective, folder, only=[*stage.parts])  # a pool may have parameters
+    objective.to(model.item_table.device)
+    rows = {"model": judge.metrics(_all_scores(judge, model, objective))}
+    print(f"vectors of {len(judge):,} users, each with two dropouts, split {split}")
+    print_metrics(rows, scale=1, digits=4)
+    return {"split": split, "users": len(judge), "metrics": rows}
 
 
 def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict:

@@ -194,13 +194,14 @@ def _fit(
         users=data.users,
         steps_per_pass=current.pass_steps,
     )
+    objective.check_users(loader.smallest)
     module = StageModule(trained, objective, current, loader, data.judge)
     run = identity(dataset, recipe, stage)
     trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
     if trained.num_users:
         trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
-    seen = seen_by_run(dataset, data.users, recipe, current, initial, initial_folder, kept)
+    seen = seen_by_run(dataset, data.people, recipe, current, initial, initial_folder, kept)
     items, described = hashes(dataset.item_ids()), plain(recipe)
     keep = KeepBest(
         lambda steps: save_model(
@@ -214,7 +215,7 @@ def _fit(
         if initial is not None and not resume:
             _report(output, trained, objective, taken, around.progress)
     where, begun = (device, processes), {**run, "init": start}
-    trainer = _trainer(output, begun, current, keep, len(data.users), around, where)
+    trainer = _trainer(output, begun, current, keep, len(data.people), around, where)
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
     began = time.perf_counter()
@@ -234,7 +235,7 @@ def _fit(
         f"valid {current.monitored}": keep.best,
         "best_step": keep.step,
         "valid": keep.metrics,
-        "users": len(data.users),
+        "users": len(data.people),
         "parameters": parameters[1],
         "trained": parameters[0],
         "taken": taken,

@@ -7,21 +7,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrec.data.cold_items import ColdRows
 from fastrec.data.side import SideData
 from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.training.config import Recipe, Stage, Users
 
 
 @dataclass(frozen=True)
 class StageData:
-    """users: int64, that are trained, ascending. side: what steps and objectives may know of them.
-    judge: of the validation, see `StageModule`."""
+    """users: int64, that are trained, ascending; of cold start rows, see `ColdRows`. side: what
+    steps and objectives may know of them. judge: of the validation, see `StageModule`."""
 
     users: Tensor
     side: SideData
-    judge: NextItemJudge | AttributesJudge | FriendsJudge
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | ColdStartJudge
+
+    @property
+    def people(self) -> Tensor:
+        """int64: the users of the data set that are trained, ascending."""
+        rows = self.side.dataset
+        return rows.owners[self.users].unique() if isinstance(rows, ColdRows) else self.users
 
 
 def select_users(dataset, users: Users, split: str | None = None) -> Tensor:
@@ -80,13 +89,17 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
 def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
-    The judge of the next item is asked about all selected users with a validation target. Trained
-    are the selected users with training events, together with those whose sequences are too short
-    to hold anything out. The judges of attributes and friends are asked about a random tenth of the
-    selected users, who are not trained on. Where users are held out to test these, the attributes
-    and friends of that tenth are hidden from every stage: a model that remembered them would be
-    chosen for it.
+    The judge of the next item is asked about all selected users with a validation target, that of
+    vectors about some of them. Trained are the selected users with training events, together with
+    those whose sequences are too short to hold anything out. The judges of attributes and friends
+    are asked about a random tenth of the selected users, who are not trained on. Where users are
+    held out to test these, the attributes and friends of that tenth are hidden from every stage: a
+    model that remembered them would be chosen for it.
+
+    Cold start trains and judges rows of all users, whatever the recipe says of `users`.
     """
+    if stage.judge == "cold_start":
+        return _cold_data(dataset, recipe)
     selected = select_users(dataset, recipe.users, "valid")
     if len(selected) == 0:
         what = "3 events or more"
@@ -95,9 +108,10 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         raise ValueError(f"no user has {what}: there is nothing to validate on")
     users = labelled = select_users(dataset, recipe.users, "train")
     judged = _validation_users(users, recipe.users)
-    if stage.judge != "next_item" or recipe.users.fraction < 1.0:
+    everyone = stage.judge in ("next_item", "vectors")
+    if not everyone or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
-    if stage.judge == "next_item":
+    if everyone:
         short = torch.as_tensor(
             np.setdiff1d(dataset.users("train"), _evaluated(dataset).numpy()), device="cpu"
         )
@@ -106,12 +120,26 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         users = labelled
     side = side_data(dataset, recipe, labelled)
     side.event_columns = stage.event_columns(recipe.model.items.event_columns)
-    judge: NextItemJudge | AttributesJudge | FriendsJudge
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge
     if stage.judge == "next_item":
         judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
+    elif stage.judge == "vectors":
+        judge = VectorsJudge(dataset, selected, "valid")
     elif stage.judge == "attributes":
         judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
     else:
         how = recipe.evaluation
         judge = FriendsJudge(dataset, judged, "train", how.other_friends, how.seed)
     return StageData(users, side, judge)
+
+
+def cold_side(rows: ColdRows, recipe: Recipe) -> SideData:
+    """Side data of cold-start rows: the whole history of a user is the input."""
+    return SideData(rows, "all", event_columns=recipe.model.items.event_columns)
+
+
+def _cold_data(dataset, recipe: Recipe) -> StageData:
+    rows = ColdRows(dataset)
+    parts = rows.split(recipe.cold_items)
+    judge = ColdStartJudge(rows, parts["valid"], parts["train"], recipe.evaluation.cutoffs)
+    return StageData(parts["train"], cold_side(rows, recipe), judge)

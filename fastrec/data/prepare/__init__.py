@@ -11,7 +11,7 @@ from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.catalogue import Catalogue
 from fastrec.data.prepare.item_features import item_features as read_item_features
-from fastrec.data.prepare.join import attribute_table, relation_table
+from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
 from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
@@ -45,6 +45,7 @@ class PrepareReport:
     attributes: dict[str, list[str]] = field(default_factory=dict)
     relations: int = 0
     item_features: dict[str, dict[str, int]] = field(default_factory=dict)
+    cold: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -70,6 +71,8 @@ class PrepareReport:
         for name, feature in self.item_features.items():
             none = f"; {feature['missing']:,} items have none" if feature["missing"] else ""
             lines.append(f"  item features: {name}, {feature['width']} numbers{none}")
+        if self.cold is not None:
+            lines.append(f"  cold start: {self.cold}")
         lines.append(
             "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
                 **self.lengths
@@ -96,6 +99,7 @@ def prepare(
     item_attributes=None,
     item_features=None,
     relations=None,
+    cold_items=None,
     user_key: str | None = None,
     item_key: str | None = None,
     items_of: Path | str | None = None,
@@ -123,6 +127,9 @@ def prepare(
     have zeros and are counted.
     relations: a file or frame whose first two columns are user and friend; links with an end that
     has no events are left out and counted.
+    cold_items: a file or frame whose first two columns are user and item of another catalogue, what
+    cold-start recommendation predicts from the events here; rows of users without events, and those
+    that are there twice, are left out and counted.
     items_of: a data set whose items come first, in their order and with their attributes, also
     those without events here: models that were trained on it go on, and new items come behind.
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
@@ -147,13 +154,15 @@ def prepare(
         raise ValueError(f"{', '.join(options)} have no effect on events that have been read")
     if not is_raw and "na_values" in readers.OPTIONS.get(format, ()):
         options["na_values"] = na_values
-    elif na_values != "ask" and user_attributes is item_attributes is relations is None:
+    elif (
+        na_values != "ask" and user_attributes is item_attributes is relations is cold_items is None
+    ):
         raise ValueError(f"--na_values has no effect on --format {format} without side files")
     chosen = split_of(split, valid, test, valid_source, test_source)
     frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
-    user_attributes, item_attributes, relations = (
-        polars_frame(frame, name) if is_frame(frame) else frame
-        for name, frame in (frames | {"relations": relations}).items()
+    frames |= {"relations": relations, "cold_items": cold_items}
+    user_attributes, item_attributes, relations, cold_items = (
+        polars_frame(frame, name) if is_frame(frame) else frame for name, frame in frames.items()
     )
     sides = {
         "user": (user_attributes, {"column": user_key}),
@@ -178,13 +187,24 @@ def prepare(
         filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
         earlier = None if items_of is None else Path(items_of)
         return _prepare(
-            raw, Path(output), filters, sides, item_features, relations, earlier, na_values, chosen,
+            raw, Path(output), filters, sides, item_features, relations, cold_items, earlier,
+            na_values, chosen, overwrite,
             overwrite,
         )  # fmt: skip
 
 
 def _prepare(
-    raw, output, filters, sides, item_features, relations, items_of, na_values, split, overwrite
+    raw,
+    output,
+    filters,
+    sides,
+    item_features,
+    relations,
+    cold_items,
+    items_of,
+    na_values,
+    split,
+    overwrite,
 ) -> PrepareReport:
     k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
@@ -260,6 +280,13 @@ def _prepare(
         name, links = raw.source, raw.relations
     links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
     _add(removed, "relations with an end without interactions", lost)
+    cold = None
+    if cold_items is not None:
+        cold_items, lost, twice = cold_table(cold_items, users["user_id"], user_ids, na_values)
+        _add(removed, "cold-start rows of users without interactions", lost)
+        _add(removed, "cold-start rows that are there twice", twice)
+        sizes = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
+        cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*sizes)
     time = raw.time if "timestamp" in frame.columns else PLACE
     splits, said = divided(split, raw, user, item, rows)
     schema = write_dataset(
@@ -268,6 +295,7 @@ def _prepare(
         users=users,
         items=items,
         relations=links,
+        cold_items=cold_items,
         tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + ("" if raw.part is None else BY_FILE),
         time=time,
         source=raw.source,
@@ -301,6 +329,7 @@ def _prepare(
         attributes={"users": users.columns[1:], "items": items.columns[1:]},
         relations=0 if links is None else links.height,
         item_features=schema.get("item_features", {}),
+        cold=cold,
     )
 
 

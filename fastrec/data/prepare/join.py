@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of users, items and relations: side files joined to the ids of the interactions."""
+"""The tables of users, items, relations and cold items: side files joined to the ids of the
+interactions."""
 
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from fastrec.data.errors import DataError
 from fastrec.data.prepare.columns import check_unique, key_column
-from fastrec.data.prepare.side_tables import read_attributes, read_relations
+from fastrec.data.prepare.side_tables import read_attributes, read_cold_items, read_relations
 
 
 def attribute_table(ids, sources, key: str, everyone, **options):
@@ -56,6 +57,33 @@ def relation_table(name, relations, user_ids, everyone, na_values: str):
     ]
     links = pl.DataFrame({"user": codes[0], "friend": codes[1]}).drop_nulls()
     return links, relations.height - links.height
+
+
+def cold_table(rows, user_ids, everyone, na_values: str):
+    """(user row numbers, items from 0 in the order of their ids, and these, sorted by user; rows
+    lost because the user has no interactions; rows that were there before)."""
+    import polars as pl
+
+    name: str | Path = "cold_items"
+    if isinstance(rows, (str, Path)):
+        name, rows = rows, read_cold_items(rows, everyone, na_values)
+    if rows.width < 2:
+        raise DataError(name, f"expected two columns of ids, got {rows.columns}")
+    user, item = rows.columns[:2]
+    users = key_column(name, rows[user], 1, everyone, "text").alias("user_id")
+    items = key_column(name, rows[item], 1, None, "text").alias("item_id")
+    if not users.is_in(everyone.implode()).any():
+        raise foreign(name, users, everyone)
+    table = pl.DataFrame({"user_id": user_ids, "user": np.arange(len(user_ids))})
+    found = pl.DataFrame([users, items]).join(table, on="user_id", maintain_order="left")
+    if found.height == 0:
+        raise DataError(name, "no row is of a user with interactions", column=user)
+    unique = found.unique(["user", "item_id"], keep="first", maintain_order=True)
+    ids = unique["item_id"].unique().sort()
+    numbers = pl.DataFrame({"item_id": ids, "item": np.arange(len(ids))})
+    unique = unique.join(numbers, on="item_id", maintain_order="left")
+    unique = unique.sort("user", maintain_order=True).select("user", "item", "item_id")
+    return unique, rows.height - found.height, found.height - unique.height
 
 
 def foreign(file, ids, everyone) -> DataError:

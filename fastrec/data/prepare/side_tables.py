@@ -174,6 +174,17 @@ def read_relations(file, like=None, na_values: str = "ask"):
     like: the ids of the interactions. A first line with a number is a link, not a header; one of
     text that names a user of `like` may be either, and is refused.
     """
+    return _read_pairs(file, "friend_id", like, like, na_values)
+
+
+def read_cold_items(file, like=None, na_values: str = "ask"):
+    """polars.DataFrame (user_id, item_id): the first two columns of a table, one item of another
+    catalogue a row, read as `read_relations` reads links; ids of items are integers where all
+    are."""
+    return _read_pairs(file, "item_id", like, None, na_values)
+
+
+def _read_pairs(file, second: str, like, like_second, na_values: str):
     import polars as pl
 
     file = Path(file)
@@ -195,5 +206,8 @@ def read_relations(file, like=None, na_values: str = "ask"):
                     )  # fmt: skip
         if frame.width < 2:
             raise DataError(file, f"expected two columns of ids, got {frame.columns}")
-        ends = [key_column(file, frame[name], first, like, na_values) for name in frame.columns[:2]]
-        return pl.DataFrame([ends[0].alias("user_id"), ends[1].alias("friend_id")])
+        ends = [
+            key_column(file, frame[name], first, known, na_values)
+            for name, known in zip(frame.columns[:2], (like, like_second), strict=True)
+        ]
+        return pl.DataFrame([ends[0].alias("user_id"), ends[1].alias(second)])

@@ -46,7 +46,9 @@ def generate(
 
     Tables beyond the minimum: interactions.rating (1..5, whole), users.mean_rating (numeric, 1..5),
     users.region (categorical, 6 values), items.category (int), items.price (numeric),
-    items.attributes (list of int: tags), relations (each link once, user < friend).
+    items.attributes (list of int: tags), relations (each link once, user < friend), cold_items (1
+    to 5 items of another catalogue of num_items // 5 for five users in six, mostly those of the
+    main community).
     The output is a function of the arguments. 50,000 users take a few seconds.
     """
     from pathlib import Path
@@ -111,6 +113,7 @@ def generate(
             users=users,
             items=catalogue.table(rng),
             relations=pl.DataFrame(_links(rng, main, mean_friends), schema=["user", "friend"]),
+            cold_items=_cold_items(rng, main, num_items // 5),
             tie_rule="no ties",
             time=SECONDS,
             source=f"fastrec.data.prepare.synthetic, seed {seed}",
@@ -221,6 +224,25 @@ def _links(rng, main: np.ndarray, mean_friends: float) -> np.ndarray:
     kept = (user != friend) & social[friend]
     pairs = np.column_stack((user[kept], friend[kept]))
     return np.unique(np.sort(pairs, axis=1), axis=0).astype(np.int64)
+
+
+def _cold_items(rng, main: np.ndarray, number: int):
+    """polars.DataFrame user, item, item_id: what users took of a catalogue of `number` items, each
+    of one community, the first ones of a community most often."""
+    import polars as pl
+
+    count = (rng.random(len(main)) * 6).astype(np.int64)  # 0 to 5
+    user = np.repeat(np.arange(len(main)), count)
+    communities = int(main.max()) + 1
+    size = max(1, number // communities)
+    near = main[user] * size + (size * rng.random(len(user)) ** 2).astype(np.int64)
+    far = (number * rng.random(len(user))).astype(np.int64)
+    item = np.where(rng.random(len(user)) < 0.8, near % number, far)
+    pairs = np.unique(np.column_stack((user, item)), axis=0)
+    used, number_of = np.unique(pairs[:, 1], return_inverse=True)
+    ids = pl.Series([f"cold-{item}" for item in used.tolist()])
+    columns = {"user": pairs[:, 0], "item": number_of.reshape(-1)}
+    return pl.DataFrame(columns).with_columns(ids.gather(columns["item"]).alias("item_id"))
 
 
 def _normal(rng, count: int) -> np.ndarray:

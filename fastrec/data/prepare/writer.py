@@ -23,6 +23,7 @@ def write_dataset(
     users,
     items,
     relations=None,
+    cold_items=None,
     tie_rule: str,
     time: str,
     source: str,
@@ -39,6 +40,7 @@ def write_dataset(
     event_type; sorted by user, and in time order inside a user.
     users, items: polars.DataFrames whose row i describes user (item) i: the original id in user_id
     (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
+    cold_items: polars.DataFrame user, item, item_id of another catalogue, or None.
     time: what a timestamp is; tie_rule: the order of events with equal timestamps. inferred: the
     settings of the reader that were recognised, not given. splits: int64 [U, 2] of a split that is
     not leave-one-out, see `data.splits`; split: what it is, in words and numbers. features: vectors
@@ -70,6 +72,8 @@ def write_dataset(
     tables = {"interactions": interactions, "users": users, "items": items}
     if relations is not None:
         tables["relations"] = relations
+    if cold_items is not None:
+        tables["cold_items"] = cold_items
     schema = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of consecutive items of each sequence."""
+"""A run of consecutive items of each sequence, kept or dropped."""
 
 from dataclasses import dataclass
 
@@ -14,23 +14,44 @@ from fastrec.random import Rng, draws
 @dataclass(frozen=True)
 class Crop:
     """Keep a run of floor(keep n) of the n items of a sequence, at least one, that starts anywhere
-    (CL4SRec, Xie et al., 2022, section 3.2.1).
+    (CL4SRec, Xie et al., 2022, section 3.2.1); or drop a run of floor(drop n), at least one, and
+    join what is left (CLUE, Cheng et al., 2021, section IV-B). A single item stays.
 
     Attributes:
-        keep: share of the items.
+        keep: share of the items; 0.6 if neither is given.
+        drop: share of the items, in place of keep.
     """
 
-    keep: float = 0.6
+    keep: float | None = None
+    drop: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.keep <= 1:
+        if self.drop is None and self.keep is None:
+            object.__setattr__(self, "keep", 0.6)
+        if self.drop is not None and self.keep is not None:
+            raise ValueError(f"crop has keep, {self.keep}, and drop, {self.drop}: it takes one")
+        if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"crop.keep must be in (0, 1], got {self.keep}")
+        if self.drop is not None and not 0 < self.drop < 1:
+            raise ValueError(f"crop.drop must be in (0, 1), got {self.drop}")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        if self.drop is not None:
+            return self._without(batch, rng, self.drop)
+        assert self.keep is not None
         start, kept = segment(batch, rng, self.keep, "crop")
         offsets = offsets_of(kept)
         index = spans(batch.offsets[:-1] + start, kept, offsets)
         return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)
+
+    def _without(self, batch: JaggedBatch, rng: Rng, share: float) -> JaggedBatch:
+        start, length = segment(batch, rng, share, "crop")
+        length = length.minimum((batch.lengths - 1).clamp_min(0))
+        owner, position = batch.segment_ids(), batch.positions()
+        inside = (position >= start[owner]) & (position < (start + length)[owner])
+        kept = batch.lengths - length
+        longest = int(kept.max()) if len(kept) else 0
+        return batch.with_events((~inside).nonzero().squeeze(1), offsets_of(kept), longest)
 
 
 def segment(batch: JaggedBatch, rng: Rng, share: float, site: str) -> tuple[Tensor, Tensor]:

@@ -91,3 +91,22 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: Group, dtype=None) ->
     """Rows [n, ...] of all ranks end to end, `sizes[r]` of rank r, as `dtype`. The gradient of a
     row is the sum of its gradients on all ranks, added in `dtype`."""
     return _GatherRows.apply(rows, list(sizes), dtype or rows.dtype, group)
+
+
+class _SummedOver(torch.autograd.Function):
+    """The sum over the ranks; each term gets the gradients of the sums of all ranks."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return sum_over(tensor.clone(), group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_over(grad.clone(), ctx.group), None
+
+
+def summed_over(tensor: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks, differentiable: the gradient of a term is the sum of those of the
+    results on all ranks, which must all take part in backward."""
+    return _SummedOver.apply(tensor, group)
