@@ -78,6 +78,7 @@ def test_the_recipes_are_those_of_the_folder():
     assert {name for name, _ in STAGES} == set(NAMES), "every recipe is something of its own"
     assert {stage for _, stage in STAGES} == {
         "pretraining",
+        "ranking",
         "recommendation",
         "profile",
         "relation",
@@ -301,6 +302,8 @@ WRONG = [
     ("cl4srec", "views: {a: [one_of: [mask: {}]]}", "pretraining.views.a.0.one_of has 1 steps, "),
     ("cl4srec", "views: {a: [one_of: [crop: {keep: 0}, mask: {}]]}", "0.one_of.0.crop.keep must"),
     ("cl4srec", "views: {a: [one_of: [crap: {}, mask: {}]]}", "views.a.0.one_of.0.crap is no key"),
+    ("cl4srec", "views: {a: [any_of: [mask: {}]]}", "pretraining.views.a.0.any_of has 1 steps, e"),
+    ("cl4srec", "views: {a: [mask: {round: up}]}", "mask.round has no effect: mask.exact is false"),
     ("cl4srec", "views: {a: [reorder: {share: 0}]}", "a.0.reorder.share must be in (0, 1], got"),
     ("sasrec", "views: {main: [next_item: {ahead: 0}]}", "next_item.ahead must be at least 1"),
     ("uprec-mip", "views: {main: [mask_last: {number: 0}]}", "mask_last.number must be at least 1"),
@@ -317,6 +320,8 @@ WRONG = [
     ("uprec-mip", "betas: 0.9", "pretraining.betas is 0.9, expected a list of 2"),
     ("uprec-mip", "schedule: cosin", "pretraining.schedule is 'cosin', expected one of 'constant'"),
     ("uprec-mip", "init: {take: [itms]}", "pretraining.init.take names 'itms', expected some of"),
+    ("uprec-mip", "init: {pool: itm}", "pretraining.init.pool is 'itm', expected one of ['item',"),
+    ("uprec-mip", "dropout: 1", "pretraining.dropout must be in [0, 1), got 1.0"),
     # Views that nobody makes or reads.
     ("uprec-mip", "views: {b: [mask: {}]}", "no objective reads the view 'b': it has no effect"),
     ("uprec-mip", "objectives: {item: {views: [b]}}", "reads the view 'b'; views are ['main']"),

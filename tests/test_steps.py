@@ -24,6 +24,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.parts import Step
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.share import number_of
 from fastrec.data.views import Again
 from fastrec.random import Rng, draws, threshold
 
@@ -73,14 +74,16 @@ def long_draw(rng, key, site, col) -> int:
     return one(rng, key, site, col) << 16 | one(rng, key, site, col, 1)
 
 
-def share_of(share: float, number: int) -> int:
-    return math.floor(Fraction(str(share)) * number)
+def share_of(share: float, number: int, rounding: str = "down") -> int:
+    exact = Fraction(str(share)) * number
+    return math.floor(exact) if rounding == "down" else math.ceil(exact)
 
 
 def mask(step: Mask, items, key, rng):
     real = [place for place, item in enumerate(items) if item < V]
     if step.exact:
-        number = max(1, share_of(step.share, len(real)))
+        number = max(1, share_of(step.share, len(real), step.round))
+        number = max(0, min(number, len(real) - step.leave))
         ranked = sorted(real, key=lambda place: long_draw(rng, key, "mask_exact", place))
         chosen = ranked[:number]
     else:
@@ -118,19 +121,19 @@ def next_item(step: NextItem, items, key, rng):
     return list(range(len(items) - 1)), items[:-1], targets
 
 
-def run_of(share, items, key, rng, site) -> range:
-    number = min(len(items), max(1, share_of(share, len(items))))
+def run_of(share, items, key, rng, site, rounding) -> range:
+    number = min(len(items), max(1, share_of(share, len(items), rounding)))
     start = one(rng, key, site) * (len(items) - number + 1) // 65536
     return range(start, start + number)
 
 
 def crop(step: Crop, items, key, rng):
-    run = run_of(step.keep, items, key, rng, "crop")
+    run = run_of(step.keep, items, key, rng, "crop", step.round)
     return list(run), [items[place] for place in run], None
 
 
 def reorder(step: Reorder, items, key, rng):
-    run = run_of(step.share, items, key, rng, "reorder")
+    run = run_of(step.share, items, key, rng, "reorder", step.round)
     shuffled = sorted(run, key=lambda place: long_draw(rng, key, "reorder_key", place))
     places = list(range(len(items)))
     places[run.start : run.stop] = shuffled
@@ -138,8 +141,11 @@ def reorder(step: Reorder, items, key, rng):
 
 
 def one_of(step: OneOf, items, key, rng):
-    first = one(rng, key & 0xFFFFFFFF, "one_of") * len(step.steps) // 65536
-    chosen = step.steps[(first + (key >> 32)) % len(step.steps)]
+    if step.independent:
+        chosen = step.steps[one(rng, key, "one_of") * len(step.steps) // 65536]
+    else:
+        first = one(rng, key & 0xFFFFFFFF, "one_of") * len(step.steps) // 65536
+        chosen = step.steps[(first + (key >> 32)) % len(step.steps)]
     places, now, targets = ORACLES[type(chosen)](chosen, items, key, rng)
     return places, now, targets if predicts(step) else None
 
@@ -164,6 +170,8 @@ STEPS = {
     "mask all": Mask(1.0),
     "mask 80/10/10": Mask(0.5, replace=0.8, random=0.1),
     "mask exact": Mask(0.3, exact=True),
+    "mask exact up": Mask(0.3, exact=True, round="up"),
+    "mask exact, some left": Mask(0.6, exact=True, round="up", leave=2),
     "mask exact 80/10/10": Mask(0.6, exact=True, replace=0.8, random=0.1),
     "mask_last": MaskLast(),
     "mask_last 3": MaskLast(3),
@@ -173,10 +181,13 @@ STEPS = {
     "next_item last 3 ahead": NextItem("last", ahead=3),
     "crop": Crop(),
     "crop little": Crop(0.05),
+    "crop up": Crop(0.4, round="up"),
     "crop nothing": Crop(1.0),
     "reorder": Reorder(),
     "reorder all": Reorder(1.0),
+    "reorder up": Reorder(0.6, round="up"),
     "one_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)]),
+    "any_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)], independent=True),
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
 }
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -451,6 +462,17 @@ def test_one_of_is_uniform_and_two_views_take_different_steps():
     assert abs((later == taken[0]).double().mean().item() - 1 / 3) < 0.03, "of every step"
 
 
+def test_any_of_is_uniform_and_every_view_chooses_for_itself():
+    count = 6_000
+    batch, step = copies([1, 2, 3, 4], count), OneOf([MaskLast(1), MaskLast(2)], independent=True)
+    taken = [
+        step(batch.as_view(view), RNG, SIDE).values.view(count, 4).eq(MASK).sum(1)
+        for view in range(2)
+    ]
+    pairs = np.bincount((2 * taken[0] + taken[1] - 3).numpy())
+    assert chi_square(pairs, np.full(4, count / 4)) < 16.3  # 3 degrees of freedom
+
+
 def test_one_of_keeps_who_belongs_to_whom():
     users, view = Friend()(*six_of(0)), OneOf([Crop(), Mask()])
     made = view(users, RNG, social())
@@ -461,6 +483,15 @@ def test_one_of_steps_that_add_sequences():
     step = OneOf([Friend(), Mask()])
     with pytest.raises(ValueError, match="one_of: a step that adds sequences"):
         step(*six_of(0))
+
+
+@pytest.mark.parametrize("rounding", ["down", "up"])
+def test_a_share_of_a_number_is_that_of_its_decimals(rounding):
+    """0.28 of 25 is 7, and 0.29 of 100 is 29, whatever their product is in binary."""
+    numbers = torch.arange(301)
+    for percent in range(101):
+        expected = [max(1, share_of(percent / 100, n, rounding)) for n in numbers.tolist()]
+        assert number_of(percent / 100, numbers, rounding).tolist() == expected
 
 
 # Friends
@@ -561,6 +592,11 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: NextItem(ahead=0), "next_item.ahead must be at least 1, got 0"),
         (lambda: Crop(0.0), r"crop.keep must be in \(0, 1\], got 0"),
         (lambda: Crop(1.1), r"crop.keep must be in \(0, 1\], got 1.1"),
+        (lambda: Crop(round="near"), r"round must be one of \['down', 'up'\], got 'near'"),
+        (lambda: Mask(leave=1), "mask.leave has no effect: mask.exact is false"),
+        (lambda: Mask(round="up"), "mask.round has no effect: mask.exact is false"),
+        (lambda: Mask(exact=True, leave=-1), "mask.leave must not be negative, got -1"),
+        (lambda: OneOf([Mask()], independent=True), "any_of has 1 steps, expected at least 2"),
         (lambda: Reorder(0.0), r"reorder.share must be in \(0, 1\], got 0"),
         (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),
         (lambda: Friend(3), r"hops must be one of \[0, 1, 2\], got 3"),
@@ -589,6 +625,7 @@ def test_a_step_of_a_recipe_is_the_part_that_it_names():
         (Step(mask_last=MaskLast()), MaskLast()),
         (Step(next_item=NextItem(ahead=3)), NextItem(ahead=3)),
         (Step(one_of=inner), OneOf([Crop(), Mask(0.3)])),
+        (Step(any_of=inner), OneOf([Crop(), Mask(0.3)], independent=True)),
     ):
         assert same(step(batch, RNG, SIDE), part(batch, RNG, SIDE))
         assert step.extra == isinstance(part, NextItem)

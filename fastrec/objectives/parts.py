@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
+from fastrec.objectives.rank import Rank
 from fastrec.objectives.user_attributes import UserAttributes
 
 
@@ -18,12 +19,14 @@ class Objectives:
         user_attributes: prediction of user attributes.
         friends: social relation detection.
         contrast: two views of a user are near each other.
+        rank: a view is nearest to itself, then to the other view, then to other users.
     """
 
     item: Item | None = None
     user_attributes: UserAttributes | None = None
     friends: Friends | None = None
     contrast: Contrast | None = None
+    rank: Rank | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

@@ -27,6 +27,8 @@ class Init:
             taken over where both models have them. The rest starts at random.
         freeze: items, encoder or head, not trained; patches are.
         patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
+        pool: an objective of that model, such as rank: the objectives of this stage begin with the
+            parameters of its pool.
         users: whose ids that model has seen: the "same" as in this data set, who are not held out
             to test it then, or "other" people.
     """
@@ -34,12 +36,16 @@ class Init:
     take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
     freeze: list[Literal["items", "encoder", "head"]] = field(default_factory=list)
     patch: int = 0
+    pool: str | None = None
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
         if self.users not in ("same", "other"):
             raise ValueError(f"init.users must be 'same' or 'other', got {self.users!r}")
-        known = ("items", "encoder", "head", *(f.name for f in dataclasses.fields(Objectives)))
+        objectives = [field.name for field in dataclasses.fields(Objectives)]
+        if self.pool is not None and self.pool not in objectives:
+            raise ValueError(f"init.pool is {self.pool!r}, expected one of {objectives}")
+        known = ("items", "encoder", "head", *objectives)
         for name in self.take:
             if name not in known:
                 raise ValueError(f"init.take names {name!r}, expected some of {list(known)}")
@@ -62,6 +68,7 @@ class Stage:
         init: what is taken from the model that the stage starts from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
+        dropout: of the model in this stage and from then on; None: as the model has it.
         learning_rate: of Adam, the peak of the schedule.
         schedule: "constant", or "cosine" or "linear" down to 0 at the last step, after warm-up.
         warmup_steps: linear warm-up from 0.
@@ -71,7 +78,8 @@ class Stage:
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
-            the next item, "score" of attributes, "accuracy" of friends.
+            the next item, "score" of attributes, "accuracy" of friends. "steps" keeps the last
+            model and never stops: for objectives that do not train what the judge asks.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -87,6 +95,7 @@ class Stage:
     init: Init = field(default_factory=Init)
     steps: int = 10000
     batch_size: int = 768
+    dropout: float | None = None
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
@@ -112,6 +121,8 @@ class Stage:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {list(self.betas)}")
         if self.steps % self.pass_steps:
@@ -175,6 +186,7 @@ class Recipe:
     Attributes:
         model: sizes of the user model.
         pretraining: the first stage.
+        ranking: pre-training that goes on from the first stage with another objective (AdaptSSR).
         recommendation: fine-tuning for the next item.
         profile: fine-tuning for user attributes.
         relation: fine-tuning for friends.
@@ -187,6 +199,7 @@ class Recipe:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: Stage | None = None
+    ranking: Stage | None = None
     recommendation: Stage | None = None
     profile: Stage | None = None
     relation: Stage | None = None

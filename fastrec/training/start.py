@@ -32,6 +32,7 @@ def started_model(
     if initial is not None and {"items", "head"} & set(init.take):
         initial.check_items(dataset)
     whole = set(PARTS) <= set(init.take) and not init.patch
+    whole &= initial is not None and initial.config.dropout == config.dropout
     if initial is not None:
         if same and "head" in init.take:
             initial.check_users(dataset)
@@ -78,10 +79,10 @@ def _check_memory(dataset, config: ModelConfig, features: Mapping[str, Categorie
         )
 
 
-def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
+def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
     """The recipe with the settings of the model that a stage starts from, and a warning if they
-    differ."""
-    config = initial.config
+    differ. The dropout of the stage is nothing that they differ in."""
+    config, init = with_dropout(initial.config, stage), stage.init
     if recipe.model != config and recipe.model != ModelConfig():
         asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
         other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
@@ -94,3 +95,8 @@ def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
             raise ValueError(f"init.patch: {type(encoder).__name__} has no model patches")
         config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, patch=init.patch))
     return dataclasses.replace(recipe, model=config)
+
+
+def with_dropout(config: ModelConfig, stage: Stage) -> ModelConfig:
+    """The settings of a model in a stage."""
+    return config if stage.dropout is None else dataclasses.replace(config, dropout=stage.dropout)

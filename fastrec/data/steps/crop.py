@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch, offsets_of, spans
+from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
+from fastrec.data.steps.share import Rounding, number_of
 from fastrec.random import Rng, draws
 
 
@@ -18,26 +20,30 @@ class Crop:
 
     Attributes:
         keep: share of the items.
+        round: "down", or "up" for ceil(keep n) (AdaptSSR).
     """
 
     keep: float = 0.6
+    round: Rounding = "down"
 
     def __post_init__(self):
+        check_choices(self)
         if not 0 < self.keep <= 1:
             raise ValueError(f"crop.keep must be in (0, 1], got {self.keep}")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        start, kept = segment(batch, rng, self.keep, "crop")
+        start, kept = segment(batch, rng, self.keep, "crop", self.round)
         offsets = offsets_of(kept)
         index = spans(batch.offsets[:-1] + start, kept, offsets)
         return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)
 
 
-def segment(batch: JaggedBatch, rng: Rng, share: float, site: str) -> tuple[Tensor, Tensor]:
-    """(start, length) int64 [B] of a uniform run of floor(share n) of n events, at least one; of an
-    empty sequence (0, 0)."""
+def segment(
+    batch: JaggedBatch, rng: Rng, share: float, site: str, rounding: Rounding = "down"
+) -> tuple[Tensor, Tensor]:
+    """(start, length) int64 [B] of a uniform run of `number_of` the n events; of an empty sequence
+    (0, 0)."""
     lengths = batch.lengths
-    # Not share * n in float32: 0.6 of 5 is 3.
-    kept = (lengths.double() * share + 1e-9).floor().long().clamp_min(1).minimum(lengths)
+    kept = number_of(share, lengths, rounding).minimum(lengths)
     drawn = draws(rng, batch.keys, 0, torch.zeros_like(kept), site=site)
     return drawn * (lengths - kept + 1) >> 16, kept

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
+from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
+from fastrec.data.steps.share import Rounding, number_of
 from fastrec.random import Rng, draws, threshold
 
 _MAX_POSITIONS = 65536
@@ -22,24 +24,34 @@ class Mask:
     al., 2019; UPRec, section 3.3.1).
 
     Whether an event is chosen depends on (seed, step, key, position) only. At least one item of a
-    sequence is chosen. Every chosen position is predicted.
+    sequence is chosen, unless `leave` forbids it. Every chosen position is predicted.
 
     Attributes:
         share: chance of each item, rounded to 2^-16.
         exact: choose floor(share n) of the n items of a sequence instead (CL4SRec, Xie et al.,
             2022, section 3.2.2).
+        round: of `exact`: "down", or "up" for ceil(share n) (AdaptSSR).
+        leave: of `exact`: so many items of a sequence are never chosen.
         replace, random: chance that a chosen item becomes [MASK], or a random item; otherwise it
             stays. BERT's 80/10/10 is 0.8 and 0.1.
     """
 
     share: float = 0.2
     exact: bool = False
+    round: Rounding = "down"
+    leave: int = 0
     replace: float = 1.0
     random: float = 0.0
 
     asks = "mask"
 
     def __post_init__(self):
+        check_choices(self)
+        if self.leave < 0:
+            raise ValueError(f"mask.leave must not be negative, got {self.leave}")
+        for name, default in (("round", "down"), ("leave", 0)):
+            if not self.exact and getattr(self, name) != default:
+                raise ValueError(f"mask.{name} has no effect: mask.exact is false")
         for name in ("share", "replace", "random"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"mask.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -61,7 +73,7 @@ class Mask:
             order = (segment << 33 | key).argsort()
             place = torch.empty_like(order)
             place[order] = batch.positions()  # sorted events keep their sequences
-            number = (count.double() * self.share + 1e-9).floor().long().clamp_min(1)
+            number = number_of(self.share, count, self.round).minimum(count - self.leave)
             chosen = real & (place < number[segment])
         else:
             drawn = draws(rng, keys, 0, position, site="mask_item")

@@ -27,7 +27,8 @@ class Step:
         next_item: every event predicts the item behind it.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
-        one_of: one of several steps for each sequence.
+        one_of: one of several steps for each sequence, different ones in neighbouring views.
+        any_of: the same, and every view chooses for itself.
         friend: a drawn friend of each user joins the batch.
         again: the sequences of another view with new dropout.
     """
@@ -38,6 +39,7 @@ class Step:
     crop: Crop | None = None
     reorder: Reorder | None = None
     one_of: "list[Step] | None" = None
+    any_of: "list[Step] | None" = None
     friend: Friend | None = None
     again: Again | None = None
 
@@ -47,7 +49,7 @@ class Step:
     @cached_property
     def part(self):
         part = part_of(self)
-        return OneOf(part) if isinstance(part, list) else part
+        return OneOf(part, self.any_of is part) if isinstance(part, list) else part
 
     @property
     def extra(self) -> int:
