@@ -49,6 +49,8 @@ SITES = {
     "one_of": 26,
     "negatives_shared": 28,
     "negatives_own": 29,
+    "fill": 40,
+    "fill_item": 41,
 }
 
 ROUNDS = 7

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
-from itertools import permutations, product
+from itertools import accumulate, permutations, product
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ from fastrec.data.batch import JaggedBatch, from_sequences
 from fastrec.data.graph import FriendSampler
 from fastrec.data.side import Shard
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.parts import Step
 from fastrec.data.steps.reorder import Reorder
-from fastrec.data.steps.share import number_of
+from fastrec.data.steps.share import Schedule, number_of
 from fastrec.data.views import Again
 from fastrec.random import Rng, draws, threshold
 
@@ -33,6 +34,28 @@ MASK, CLS, SEP = V, V + 1, V + 2
 LONGEST = 12
 RNG = Rng(3, 5)
 SIDE = Known(dataset_of([[0, 1, 2]], V))
+
+
+def candidates(visible: list[int], place: int, among: int) -> list[tuple[int, float]]:
+    """(item, score): what stands for a masked-item model, asked for one place of a sequence."""
+    first = sum((i + 1) * item for i, item in enumerate(visible)) + 31 * place
+    return [((first + 7 * rank) % V, -0.4 * rank) for rank in range(among)]
+
+
+def fill_in(batch: JaggedBatch, among: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = []
+    for items, targets in zip(
+        lists_of(batch), lists_of(batch, batch.events["target"]), strict=True
+    ):
+        for place, target in enumerate(targets):
+            if target != -100:
+                assert items[place] == MASK
+                rows.append(candidates(items, place, among))
+    found = torch.tensor(rows, dtype=torch.float64).view(-1, among, 2)
+    return found[:, :, 0].long(), found[:, :, 1]
+
+
+SIDE.filler = fill_in
 
 
 def random_batch(count: int, seed: int = 0, view: int = 0, special: bool = False) -> JaggedBatch:
@@ -79,15 +102,29 @@ def share_of(share: float, number: int, rounding: str = "down") -> int:
     return math.floor(exact) if rounding == "down" else math.ceil(exact)
 
 
-def mask(step: Mask, items, key, rng):
+def share_now(share, rng: Rng):
+    if not isinstance(share, Schedule):
+        return share
+    done = min(Fraction(1), Fraction(int(rng.step), share.steps))
+    return float(Fraction(str(share.start)) * (1 - done) + Fraction(str(share.end)) * done)
+
+
+def some_of(items, share, key, rng, site, rounding="down", leave=0) -> list[int]:
     real = [place for place, item in enumerate(items) if item < V]
+    number = max(1, share_of(share, len(real), rounding))
+    number = max(0, min(number, len(real) - leave))
+    return sorted(real, key=lambda place: long_draw(rng, key, site, place))[:number]
+
+
+def mask(step: Mask, items, key, rng):
+    real, share = (
+        [place for place, item in enumerate(items) if item < V],
+        share_now(step.share, rng),
+    )
     if step.exact:
-        number = max(1, share_of(step.share, len(real), step.round))
-        number = max(0, min(number, len(real) - step.leave))
-        ranked = sorted(real, key=lambda place: long_draw(rng, key, "mask_exact", place))
-        chosen = ranked[:number]
+        chosen = some_of(items, share, key, rng, "mask_exact", step.round, step.leave)
     else:
-        limit = threshold(step.share)
+        limit = threshold(share)
         chosen = [place for place in real if one(rng, key, "mask_item", place) < limit]
         if not chosen and real:
             chosen = [real[one(rng, key, "mask_forced") * len(real) // 65536]]
@@ -121,7 +158,22 @@ def next_item(step: NextItem, items, key, rng):
     return list(range(len(items) - 1)), items[:-1], targets
 
 
+def fill(step: Fill, items, key, rng):
+    chosen = some_of(items, share_now(step.share, rng), key, rng, "fill")
+    visible = [MASK if place in chosen else item for place, item in enumerate(items)]
+    now = list(items)
+    for place in chosen:
+        found = candidates(visible, place, step.among)
+        whole = sum(math.exp(score) for _, score in found)
+        drawn = long_draw(rng, key, "fill_item", place) / 2**32
+        ends = accumulate(math.exp(score) / whole for _, score in found)
+        passed = [item for (item, _), end in zip(found, ends, strict=True) if drawn < end]
+        now[place] = passed[0]
+    return list(range(len(items))), now, None
+
+
 def run_of(share, items, key, rng, site, rounding) -> range:
+    share = share_now(share, rng)
     number = min(len(items), max(1, share_of(share, len(items), rounding)))
     start = one(rng, key, site) * (len(items) - number + 1) // 65536
     return range(start, start + number)
@@ -162,6 +214,7 @@ ORACLES = {
     NextItem: next_item,
     Crop: crop,
     Reorder: reorder,
+    Fill: fill,
     OneOf: one_of,
 }
 STEPS = {
@@ -187,6 +240,14 @@ STEPS = {
     "reorder all": Reorder(1.0),
     "reorder up": Reorder(0.6, round="up"),
     "one_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)]),
+    "reorder more and more": Reorder(Schedule(0.3, 1.0, 50)),
+    "crop more and more": Crop(Schedule(0.9, 0.1, 10)),
+    "mask more and more": Mask(Schedule(0.0, 1.0, 20)),
+    "mask exact more and more": Mask(Schedule(0.2, 0.7, 5), exact=True),
+    "fill": Fill(),
+    "fill many by few": Fill(0.7, among=3),
+    "fill by the first": Fill(0.4, among=1),
+    "fill more and more": Fill(Schedule(0.1, 0.9, 10)),
     "any_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)], independent=True),
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
 }
@@ -260,6 +321,58 @@ def test_special_tokens_are_never_masked_nor_predicted(name):
     nothing = with_columns(from_sequences([[CLS, SEP], [], [MASK]]))
     check(STEPS[name], nothing)
     assert (STEPS[name](nothing, RNG, SIDE).events["target"] == -100).all()
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS if n.startswith("fill")])
+def test_special_tokens_are_not_filled(name):
+    batch = random_batch(60, special=True)
+    check(STEPS[name], batch)
+    made = STEPS[name](batch, RNG, SIDE)
+    assert torch.equal(made.values >= V, batch.values >= V)
+    nothing = with_columns(from_sequences([[CLS, SEP], [], [MASK]]))
+    assert same(STEPS[name](nothing, RNG, SIDE), nothing)
+
+
+def test_a_filled_item_has_no_rating_and_targets_stay():
+    batch = MaskLast()(random_batch(60), RNG, SIDE)
+    columns = {"rating": torch.arange(len(batch.values)).float(), **batch.events}
+    made = Fill(0.5)(replace(batch, events=columns), RNG, SIDE)
+    assert torch.equal(made.events["target"], batch.events["target"])
+    kept = some_left = 0
+    for start, items, key in zip(
+        batch.offsets.tolist(), lists_of(batch), batch.keys.tolist(), strict=False
+    ):
+        chosen = some_of(items, 0.5, key, RNG, "fill")
+        for place in range(len(items)):
+            rating = made.events["rating"][start + place]
+            assert rating.isnan() if place in chosen else rating == start + place
+        kept, some_left = kept + len(chosen), some_left + len(items) - len(chosen)
+    assert kept > 50 and some_left > 50
+
+
+def test_what_is_filled_follows_the_softmax_of_the_scores():
+    side = Known(dataset_of([[0, 1, 2]], V))
+    items, scores = torch.tensor([5, 900, 17, 3]), torch.tensor([1.0, 0.5, -0.5, -3.0])
+    side.filler = lambda batch, among: (
+        items[:among].expand(int((batch.events["target"] != -100).sum()), among),
+        scores[:among].expand(int((batch.events["target"] != -100).sum()), among),
+    )
+    count = 8_000
+    made = Fill(1.0, among=4)(copies([1], count), RNG, side).values
+    seen = [int((made == item).sum()) for item in items.tolist()]
+    assert sum(seen) == count
+    assert chi_square(seen, count * scores.double().softmax(0).numpy()) < 16.3  # 3 of freedom
+
+
+def test_a_share_that_moves_is_that_of_its_step():
+    share, batch = Schedule(0.9, 0.3, 6), copies(list(range(10)), 20)
+    kept = [Crop(share)(batch, Rng(3, step), SIDE).max_seq_len for step in range(9)]
+    assert kept == [9, 8, 7, 6, 5, 4, 3, 3, 3]
+    grown = [
+        int((Mask(Schedule(0.2, 0.8, 3), exact=True)(batch, Rng(3, s), SIDE).values == MASK).sum())
+        for s in range(5)
+    ]
+    assert grown == [40, 80, 120, 160, 160]
 
 
 @every_step
@@ -593,6 +706,13 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: Crop(0.0), r"crop.keep must be in \(0, 1\], got 0"),
         (lambda: Crop(1.1), r"crop.keep must be in \(0, 1\], got 1.1"),
         (lambda: Crop(round="near"), r"round must be one of \['down', 'up'\], got 'near'"),
+        (lambda: Crop(Schedule(0.0, 0.5, 9)), r"crop.keep must be in \(0, 1\], got 0"),
+        (lambda: Reorder(Schedule(0.5, 1.5, 9)), r"reorder.share must be in \(0, 1\], got 1.5"),
+        (lambda: Mask(Schedule(0.5, -1.0, 9)), r"mask.share must be in \[0, 1\], got -1"),
+        (lambda: Fill(0.0), r"fill.share must be in \(0, 1\], got 0"),
+        (lambda: Fill(among=0), "fill.among must be at least 1, got 0"),
+        (lambda: Schedule(0.1, 0.5, 0), "steps must be at least 1, got 0"),
+        (lambda: Schedule(0.5, 0.5, 9), "start and end are both 0.5: such a share is a number"),
         (lambda: Mask(leave=1), "mask.leave has no effect: mask.exact is false"),
         (lambda: Mask(round="up"), "mask.round has no effect: mask.exact is false"),
         (lambda: Mask(exact=True, leave=-1), "mask.leave must not be negative, got -1"),
@@ -613,6 +733,8 @@ def test_calls_that_cannot_work_say_why():
     batch = random_batch(3)
     with pytest.raises(ValueError, match="65536 events, got 65537"):
         Mask()(replace(batch, max_seq_len=65_537), RNG, SIDE)
+    with pytest.raises(ValueError, match="fill needs a masked-item model: the key filler of the s"):
+        Fill()(batch, RNG, Known(dataset_of([[0, 1, 2]], V)))
     with pytest.raises(ValueError, match="again: a must be the first step of its view"):
         Again("a")(batch, RNG, SIDE)
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args, get_type_hints
 from fastrec import recipes
 from fastrec.data.attributes import Attribute
 from fastrec.data.settings import check_choices, from_values
+from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
@@ -66,6 +67,7 @@ class Stage:
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
             users who were not trained on, or their friends.
         init: what is taken from the model that the stage starts from.
+        filler: folder of the masked-item model that the step `fill` draws from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
         dropout: of the model in this stage and from then on; None: as the model has it.
@@ -93,6 +95,7 @@ class Stage:
     objectives: Objectives = field(default_factory=Objectives)
     judge: Literal["next_item", "attributes", "friends"] = "next_item"
     init: Init = field(default_factory=Init)
+    filler: str | None = None
     steps: int = 10000
     batch_size: int = 768
     dropout: float | None = None
@@ -139,10 +142,21 @@ class Stage:
                         f"the objective {name} reads the view {view!r}; views are"
                         f" {list(self.views)}"
                     )
-        read |= {part.view for steps in self.views.values() for part in parts_of(steps)
-                 if hasattr(part, "view")}  # fmt: skip
+        read |= {part.view for part in self.steps_of_views if hasattr(part, "view")}
         if unread := [name for name in self.views if name not in read]:
             raise ValueError(f"no objective reads the view {unread[0]!r}: it has no effect")
+        if self.filler is not None and not self.fills:
+            raise ValueError("filler has no effect: no view has the step fill")
+
+    @property
+    def steps_of_views(self) -> list:
+        """The steps of all views, those inside of choices included."""
+        return [part for steps in self.views.values() for part in parts_of(steps)]
+
+    @property
+    def fills(self) -> bool:
+        """Whether a view has the step `fill`."""
+        return any(isinstance(part, Fill) for part in self.steps_of_views)
 
     @property
     def parts(self) -> dict:
@@ -216,12 +230,7 @@ class Recipe:
                     _check_asked(name, stage, objective, self.model.causal)
         judges: set[str] = {stage.judge for stage in stages.values()}
         parts = [part for stage in stages.values() for part in stage.parts.values()]
-        steps = [
-            step
-            for stage in stages.values()
-            for view in stage.views.values()
-            for step in parts_of(view)
-        ]
+        steps = [step for stage in stages.values() for step in stage.steps_of_views]
         described = any(isinstance(part, UserAttributes) for part in parts)
         described |= any(getattr(step, "same_profile", False) for step in steps)
         if stages and self.attributes and not described:

@@ -54,7 +54,7 @@ from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
 from fastrec.training.model_folder import hashes, load_heads, load_pool, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.stage_data import stage_data
-from fastrec.training.start import seen_by_run, started_model, with_dropout, with_model
+from fastrec.training.start import filler_of, seen_by_run, started_model, with_dropout, with_model
 
 
 class Around(NamedTuple):
@@ -178,6 +178,7 @@ def _fit(
     torch.manual_seed(recipe.seed)
     trained, taken = started_model(dataset, recipe.model, initial, current.init)
     data = stage_data(dataset, recipe, current)
+    data.side.filler = filler_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     if initial_folder is not None:
         heads = [name for name in current.init.take if name not in PARTS]

@@ -13,11 +13,12 @@ import torch
 
 from fastrec.data.item_categories import Categories, item_categories
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.filler import Filler
 from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.transfer import PARTS, freeze, take
 from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Init, Recipe, Stage
-from fastrec.training.model_folder import seen_users
+from fastrec.training.model_folder import load_model, seen_users
 from fastrec.training.stage_data import select_users
 
 
@@ -66,7 +67,23 @@ def seen_by_run(
         earlier.append(kept)
     elif initial is not None and stage.init.users == "same":
         earlier.append(initial_folder)
+    if stage.filler is not None:
+        earlier.append(Path(stage.filler))
     return seen_users(dataset, everyone, earlier)
+
+
+def filler_of(dataset, recipe: Recipe, stage: Stage) -> Filler | None:
+    """What fills the views of a stage; None where no view has the step `fill`. Raises ValueError
+    where the stage names no model, or one that cannot be asked about the data set."""
+    if not stage.fills:
+        return None
+    if stage.filler is None:
+        raise ValueError(
+            "the step fill draws from a masked-item model: the key filler of the stage is its"
+            " folder (--pretraining.filler RUN/model)"
+        )
+    model = load_model(stage.filler, dataset, recipe.users, same_users=False)
+    return Filler(model)
 
 
 def _check_memory(dataset, config: ModelConfig, features: Mapping[str, Categories]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrec.data.batch import JaggedBatch, offsets_of, spans
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
-from fastrec.data.steps.share import Rounding, number_of
+from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
 from fastrec.random import Rng, draws
 
 
@@ -19,20 +19,19 @@ class Crop:
     (CL4SRec, Xie et al., 2022, section 3.2.1).
 
     Attributes:
-        keep: share of the items.
+        keep: share of the items, a number or one that moves with the step.
         round: "down", or "up" for ceil(keep n) (AdaptSSR).
     """
 
-    keep: float = 0.6
+    keep: Share = 0.6
     round: Rounding = "down"
 
     def __post_init__(self):
         check_choices(self)
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"crop.keep must be in (0, 1], got {self.keep}")
+        check_share("crop.keep", self.keep)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        start, kept = segment(batch, rng, self.keep, "crop", self.round)
+        start, kept = segment(batch, rng, share_at(self.keep, rng), "crop", self.round)
         offsets = offsets_of(kept)
         index = spans(batch.offsets[:-1] + start, kept, offsets)
         return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
-from fastrec.data.steps.share import Rounding, number_of
+from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
 from fastrec.random import Rng, draws, threshold
 
 _MAX_POSITIONS = 65536
@@ -27,7 +27,7 @@ class Mask:
     sequence is chosen, unless `leave` forbids it. Every chosen position is predicted.
 
     Attributes:
-        share: chance of each item, rounded to 2^-16.
+        share: chance of each item, rounded to 2^-16; a number, or one that moves with the step.
         exact: choose floor(share n) of the n items of a sequence instead (CL4SRec, Xie et al.,
             2022, section 3.2.2).
         round: of `exact`: "down", or "up" for ceil(share n) (AdaptSSR).
@@ -36,7 +36,7 @@ class Mask:
             stays. BERT's 80/10/10 is 0.8 and 0.1.
     """
 
-    share: float = 0.2
+    share: Share = 0.2
     exact: bool = False
     round: Rounding = "down"
     leave: int = 0
@@ -52,7 +52,8 @@ class Mask:
         for name, default in (("round", "down"), ("leave", 0)):
             if not self.exact and getattr(self, name) != default:
                 raise ValueError(f"mask.{name} has no effect: mask.exact is false")
-        for name in ("share", "replace", "random"):
+        check_share("mask.share", self.share, zero=True)
+        for name in ("replace", "random"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"mask.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.replace + self.random > 1 + 1e-9:
@@ -64,20 +65,16 @@ class Mask:
         if batch.max_seq_len > _MAX_POSITIONS:
             raise ValueError(f"sequences may hold {_MAX_POSITIONS} events, got {batch.max_seq_len}")
         segment, position = batch.segment_ids(), batch.positions()
-        keys, real = batch.keys[segment], batch.values < side.num_items
-        rank = _running(real)  # number of items before each event, over the whole batch
-        items = rank[batch.offsets]
-        count = items.diff()
+        keys, share = batch.keys[segment], share_at(self.share, rng)
         if self.exact:
-            key = random_order(rng, keys, position, "mask_exact").masked_fill(~real, 1 << 32)
-            order = (segment << 33 | key).argsort()
-            place = torch.empty_like(order)
-            place[order] = batch.positions()  # sorted events keep their sequences
-            number = number_of(self.share, count, self.round).minimum(count - self.leave)
-            chosen = real & (place < number[segment])
+            chosen = chosen_items(batch, rng, side, share, "mask_exact", self.round, self.leave)
         else:
+            real = batch.values < side.num_items
+            rank = _running(real)  # number of items before each event, over the whole batch
+            items = rank[batch.offsets]
+            count = items.diff()
             drawn = draws(rng, keys, 0, position, site="mask_item")
-            chosen = (drawn < threshold(self.share)) & real
+            chosen = (drawn < threshold(share)) & real
             empty = _running(chosen)[batch.offsets].diff() == 0
             pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site="mask_forced")
             forced = items[:-1] + (pick * count >> 16)
@@ -139,6 +136,28 @@ def with_targets(batch: JaggedBatch, chosen: Tensor, items: Tensor) -> JaggedBat
     if "rating" in events:
         events["rating"] = events["rating"].masked_fill(chosen, FILL["rating"])
     return replace(batch, events=events)
+
+
+def chosen_items(
+    batch: JaggedBatch,
+    rng: Rng,
+    side: SideData,
+    share: float,
+    site: str,
+    rounding: Rounding = "down",
+    leave: int = 0,
+) -> Tensor:
+    """bool [T]: `number_of` the n items of each sequence, but at most n - leave, any of them with
+    the same chance. Special tokens are none."""
+    segment, position = batch.segment_ids(), batch.positions()
+    real = batch.values < side.num_items
+    count = _running(real)[batch.offsets].diff()
+    key = random_order(rng, batch.keys[segment], position, site).masked_fill(~real, 1 << 32)
+    order = (segment << 33 | key).argsort()
+    place = torch.empty_like(order)
+    place[order] = position  # sorted events keep their sequences
+    number = number_of(share, count, rounding).minimum(count - leave)
+    return real & (place < number[segment])
 
 
 def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:

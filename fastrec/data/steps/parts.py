@@ -8,6 +8,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import part_of
 from fastrec.data.side import SideData
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
@@ -27,6 +28,7 @@ class Step:
         next_item: every event predicts the item behind it.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        fill: items are drawn anew by a masked-item model.
         one_of: one of several steps for each sequence, different ones in neighbouring views.
         any_of: the same, and every view chooses for itself.
         friend: a drawn friend of each user joins the batch.
@@ -38,6 +40,7 @@ class Step:
     next_item: NextItem | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
+    fill: Fill | None = None
     one_of: "list[Step] | None" = None
     any_of: "list[Step] | None" = None
     friend: Friend | None = None
