@@ -6,10 +6,12 @@
     python -m benchmarks.encoders caser   --data data --length 50   # beside nn.Conv2d
     python -m benchmarks.encoders patches --data data --length 50   # a training step with them
     python -m benchmarks.encoders request --data data --length 50   # a Recommender, a history
+    python -m benchmarks.encoders rank    --data data --length 150  # a step of AdaptSSR, 128 users
 
 Process CPU time on one thread, all in turn in one process: minimum and median in ms, and the ratio
 of the first one's peers to it. That the results are equal is in tests/test_asked.py,
-tests/test_dilated.py and tests/test_caser.py. `data` is a folder of `fastrec prepare`.
+tests/test_dilated.py, tests/test_caser.py and tests/test_rank.py. `data` is a folder of `fastrec
+prepare`.
 
 Legend: B sequences, T events, L most events, D width.
 """
@@ -26,8 +28,11 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.nn import functional as F
 
+from benchmarks.padded import padded_states
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.side import Shard, SideData
+from fastrec.data.views import Views
 from fastrec.export import export_query
 from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.encoders.dilated import Dilated
@@ -36,9 +41,11 @@ from fastrec.nn.items import ItemRows
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.transfer import freeze
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.onnx import export_onnx, onnx_query
 from fastrec.random import Rng
 from fastrec.serve import Recommender
+from fastrec.training.config import Recipe
 
 BATCH, BLOCK, WIDTH, DILATIONS = 256, 512, 64, (1, 4, 1, 4)
 Work = dict[str, Callable[[], object]]
@@ -178,6 +185,59 @@ def request(dataset: SequenceDataset, length: int) -> Work:
     }
 
 
+def ranking(model: UserModel, joint: JointObjective, views: dict[str, JaggedBatch], p: float):
+    """The loss of `rank` on padded views [4 B, L] in plain PyTorch: one pass, similarities of all
+    vectors as one product. What does not depend on weights is ready."""
+    batch = JaggedBatch.cat(list(views.values()))
+    mask = torch.arange(int(batch.lengths.max())) < batch.lengths[:, None]
+    values = batch.values.new_zeros(mask.shape)
+    values[mask] = batch.values
+    users, pool = len(batch) // 4, joint.parts["rank"].pool
+    own = torch.eye(users, dtype=torch.bool).repeat(2, 4)
+
+    def loss() -> Tensor:
+        states = padded_states(model, values, mask, p)
+        scores = torch.tanh(pool.project(states)) @ pool.query
+        share = scores.masked_fill(~mask, -torch.inf).softmax(1)
+        u = F.normalize((states * share[:, :, None]).sum(1), dim=1)
+        a, b, a_again, b_again = u.split(users)
+        similar = u[: 2 * users] @ u.T
+        hardest = similar.masked_fill(own, -torch.inf).amax(1)
+        other = torch.stack([(x * y).sum(1) for x in (a, a_again) for y in (b, b_again)])
+        same = torch.cat([(a * a_again).sum(1), (b * b_again).sum(1)])
+        pairs = torch.stack([torch.cat([other[0], other[0]]), torch.cat([other[1], other[2]])])
+        alike = other.detach().clamp_min(0).mean(0).repeat(2)
+        won = (1 - alike) * (same - pairs.amax(0)) + alike * (pairs.amin(0) - hardest)
+        return -F.logsigmoid(won).mean()
+
+    return loss
+
+
+def rank(dataset: SequenceDataset, length: int, batch: int = 128) -> Work:
+    """Forward and backward of the stage `ranking` of AdaptSSR; views and padding are ready."""
+    stage = Recipe.load("adaptssr").stage("ranking")
+    model = UserModel(dataset.num_items, ModelConfig(WIDTH, length, 0.1, encoder=Transformer()))
+    side = SideData(dataset)
+    joint = JointObjective(stage.parts, model, side)
+    users = torch.linspace(0, dataset.num_users - 1, batch).long()
+    made = Views(stage.views, model.frame, side, length)
+    views = made(side.gather(users, length), Rng(0, 0), Shard(users.numpy()))
+    padded = ranking(model, joint, views, 0.1)
+
+    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            joint.zero_grad()
+            loss().backward()
+
+        return run
+
+    return {
+        "fastrec": step(lambda: total_loss(joint(model, views, Rng(0, 0)))),
+        "padded, one product of 4 B": step(padded),
+    }
+
+
 def measured(work: Work, rounds: int) -> dict[str, tuple[float, float]]:
     """(minimum, median) in ms of each, one after the other in every round but the first."""
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -191,7 +251,8 @@ def measured(work: Work, rounds: int) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("asked", "dilated", "caser", "patches", "request"))
+    parts = ("asked", "dilated", "caser", "patches", "request", "rank")
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--data", required=True)
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--rounds", type=int)
@@ -212,6 +273,8 @@ def main() -> None:
             for frozen in (False, True):
                 title = f"{name}, {'frozen' if frozen else 'trained'}, T={len(batch.values)}"
                 works[title] = patches(dataset.num_items, batch, options.length, each, frozen)
+    elif options.part == "rank":
+        works["a step of ranking"] = rank(dataset, options.length)
     elif options.part == "request":
         works["one history of 20 items"] = request(dataset, options.length)
     else:

@@ -55,6 +55,8 @@ SITES = {
     "permute": 52,
     "negatives_shared": 28,
     "negatives_own": 29,
+    "fill": 40,
+    "fill_item": 41,
 }
 
 ROUNDS = 7

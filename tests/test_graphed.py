@@ -32,12 +32,14 @@ from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.objectives.rank import Rank
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
 from fastrec.training.graphed import GraphedObjective, _Losses
 
 MASKED = {"main": [Mask()]}
 PAIR = {"a": [Crop()], "b": [Mask()]}
+RANKED = PAIR | {"c": [Again("a")], "d": [Again("b")]}
 SYSTEMS = {
     "joint": (SOCIAL_VIEWS, JOINT),
     "joint_and_contrast": (SOCIAL_VIEWS | PAIR, JOINT | {"contrast": Contrast(["a", "b"])}),
@@ -87,6 +89,11 @@ SYSTEMS = {
         {"contrast": Contrast(["a", "b"], pool="mean", similarity="cosine", temperature=0.5)},
     ),
     "align": ({"a": [], "b": []}, {"align": Align(["a", "b"])}),
+    "rank": (RANKED, {"rank": Rank(["a", "b", "c", "d"])}),
+    "rank_by_one_weight": (
+        RANKED,
+        {"rank": Rank(["a", "b", "c", "d"], pool="mean", fusion="batch")},
+    ),
     "again": (
         {"a": [Mask()], "again": [Again("a")]},
         {"item": Item(views=["a", "again"]), "contrast": Contrast(["a", "again"])},

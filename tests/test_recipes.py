@@ -31,9 +31,10 @@ from fastrec.data.views import Views
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
-from fastrec.training.config import Init, Recipe
+from fastrec.training.config import Init, Recipe, Users
 from fastrec.training.fit import fit
 from fastrec.training.stage_data import stage_data
+from fastrec.training.start import filler_of
 
 NAMES = recipes.names()
 
@@ -53,6 +54,13 @@ def small(name: str, **stage) -> Recipe:
     return replace(chosen, model=model, evaluation=protocol, **shorter)
 
 
+def filled(chosen: Recipe, data: Path) -> Recipe:
+    """Its stages that fill draw from the masked-item model beside the data."""
+    folder = str(data.parent / "masked" / "model")
+    stages = {n: replace(part, filler=folder) for n, part in chosen.stages.items() if part.fills}
+    return replace(chosen, **stages)
+
+
 def distinct() -> list[tuple[str, str]]:
     """(recipe, stage), without those whose model, views and objectives another recipe has."""
     found = {}
@@ -68,7 +76,12 @@ STAGES = distinct()
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return synthetic(tmp_path_factory.mktemp("synthetic"), mean_friends=30)
+    """A data set, and a masked-item model beside it."""
+    folder = synthetic(tmp_path_factory.mktemp("synthetic"), mean_friends=30)
+    masked, short = small("bert4rec", steps=3, validate_every=3), folder.parent / "masked"
+    masked = replace(masked, users=Users(0.9))  # no model has seen the users who are held out
+    fit(SequenceDataset.load(folder), recipe=masked, output=short, progress=False)
+    return folder
 
 
 def test_the_recipes_are_those_of_the_folder():
@@ -80,6 +93,7 @@ def test_the_recipes_are_those_of_the_folder():
     assert {name for name, _ in STAGES} == own, "every recipe is something of its own"
     assert {stage for _, stage in STAGES} == {
         "pretraining",
+        "ranking",
         "recommendation",
         "profile",
         "relation",
@@ -108,7 +122,7 @@ def test_every_stage_of_every_recipe_trains_in_both_precisions(
     data, tmp_path, name, stage, precision
 ):
     dataset, folder = SequenceDataset.load(data), tmp_path / "run"
-    chosen = small(name, steps=20, validate_every=5, precision=precision)
+    chosen = filled(small(name, steps=20, validate_every=5, precision=precision), data)
     trained = fit(dataset, recipe=chosen, stage=stage, output=folder, progress=False)
     first, *_, last = losses(folder)  # of steps 5 and 20
     assert last < first
@@ -123,11 +137,12 @@ def test_every_stage_of_every_recipe_trains_in_both_precisions(
 
 def started(dataset, name: str, stage: str, rank: int = 0, world_size: int = 1):
     """Model, objective and loader of a stage, as `fit` starts it."""
-    chosen = small(name, batch_size=100)
+    chosen = filled(small(name, batch_size=100), dataset.path)
     part = chosen.stage(stage)
     torch.manual_seed(chosen.seed)
     model = UserModel(dataset.num_items, chosen.model, dataset.num_users)
     found = stage_data(dataset, chosen, part)
+    found.side.filler = filler_of(dataset, chosen, part)
     objective = JointObjective(part.parts, model, found.side)
     views = Views(part.views, model.frame, found.side, chosen.model.max_len)
     loader = SequenceLoader(
@@ -174,6 +189,7 @@ def test_every_stage_of_every_recipe_resumes_to_the_same_bits(
 ):
     dataset = SequenceDataset.load(data)
     chosen = small(name, batch_size=64, steps=6, validate_every=6, checkpoint_every=2)
+    chosen = filled(chosen, data)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
     def train(folder, **more):
@@ -305,6 +321,12 @@ WRONG = [
     ("cl4srec", "views: {a: [one_of: [mask: {}]]}", "pretraining.views.a.0.one_of has 1 steps, "),
     ("cl4srec", "views: {a: [one_of: [crop: {keep: 0}, mask: {}]]}", "0.one_of.0.crop.keep must"),
     ("cl4srec", "views: {a: [one_of: [crap: {}, mask: {}]]}", "views.a.0.one_of.0.crap is no key"),
+    ("cl4srec", "views: {a: [crop: {keep: {start: 1}}]}", "views.a.0.crop.keep.end is missing"),
+    ("cl4srec", "views: {a: [crop: {keep: x}]}", "0.crop.keep is 'x', expected a number or a gr"),
+    ("cl4srec", "views: {a: [fill: {among: 0}]}", "pretraining.views.a.0.fill.among must be at le"),
+    ("cl4srec", "filler: run", "pretraining.filler has no effect: no view has the step fill"),
+    ("cl4srec", "views: {a: [any_of: [mask: {}]]}", "pretraining.views.a.0.any_of has 1 steps, e"),
+    ("cl4srec", "views: {a: [mask: {round: up}]}", "mask.round has no effect: mask.exact is false"),
     ("cl4srec", "views: {a: [reorder: {share: 0}]}", "a.0.reorder.share must be in (0, 1], got"),
     ("sasrec", "views: {main: [next_item: {ahead: 0}]}", "next_item.ahead must be at least 1"),
     ("uprec-mip", "views: {main: [mask_last: {number: 0}]}", "mask_last.number must be at least 1"),
@@ -321,6 +343,8 @@ WRONG = [
     ("uprec-mip", "betas: 0.9", "pretraining.betas is 0.9, expected a list of 2"),
     ("uprec-mip", "schedule: cosin", "pretraining.schedule is 'cosin', expected one of 'constant'"),
     ("uprec-mip", "init: {take: [itms]}", "pretraining.init.take names 'itms', expected some of"),
+    ("uprec-mip", "init: {pool: itm}", "pretraining.init.pool is 'itm', expected one of ['item',"),
+    ("uprec-mip", "dropout: 1", "pretraining.dropout must be in [0, 1), got 1.0"),
     # Views that nobody makes or reads.
     ("uprec-mip", "views: {b: [mask: {}]}", "no objective reads the view 'b': it has no effect"),
     ("uprec-mip", "objectives: {item: {views: [b]}}", "reads the view 'b'; views are ['main']"),

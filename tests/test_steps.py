@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
-from itertools import permutations, product
+from itertools import accumulate, permutations, product
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from fastrec.data.graph import FriendSampler
 from fastrec.data.side import Shard
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.cut import Cut
+from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
@@ -26,6 +27,7 @@ from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.parts import Step
 from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.share import Schedule, number_of
 from fastrec.data.views import Again
 from fastrec.random import Rng, draws, threshold
 
@@ -34,6 +36,28 @@ MASK, CLS, SEP = V, V + 1, V + 2
 LONGEST = 12
 RNG = Rng(3, 5)
 SIDE = Known(dataset_of([[0, 1, 2]], V))
+
+
+def candidates(visible: list[int], place: int, among: int) -> list[tuple[int, float]]:
+    """(item, score): what stands for a masked-item model, asked for one place of a sequence."""
+    first = sum((i + 1) * item for i, item in enumerate(visible)) + 31 * place
+    return [((first + 7 * rank) % V, -0.4 * rank) for rank in range(among)]
+
+
+def fill_in(batch: JaggedBatch, among: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = []
+    for items, targets in zip(
+        lists_of(batch), lists_of(batch, batch.events["target"]), strict=True
+    ):
+        for place, target in enumerate(targets):
+            if target != -100:
+                assert items[place] == MASK
+                rows.append(candidates(items, place, among))
+    found = torch.tensor(rows, dtype=torch.float64).view(-1, among, 2)
+    return found[:, :, 0].long(), found[:, :, 1]
+
+
+SIDE.filler = fill_in
 
 
 def random_batch(count: int, seed: int = 0, view: int = 0, special: bool = False) -> JaggedBatch:
@@ -75,18 +99,37 @@ def long_draw(rng, key, site, col) -> int:
     return one(rng, key, site, col) << 16 | one(rng, key, site, col, 1)
 
 
-def share_of(share: float, number: int) -> int:
-    return math.floor(Fraction(str(share)) * number)
+def share_of(share: float, number: int, rounding: str = "down") -> int:
+    exact = Fraction(str(share)) * number
+    return math.floor(exact) if rounding == "down" else math.ceil(exact)
+
+
+def share_now(share, rng: Rng):
+    if not isinstance(share, Schedule):
+        return share
+    done = min(Fraction(1), Fraction(int(rng.step), share.steps))
+    return float(Fraction(str(share.start)) * (1 - done) + Fraction(str(share.end)) * done)
+
+
+def some_of(items, share, key, rng, site, rounding="down", leave=0) -> list[int]:
+    real = [place for place, item in enumerate(items) if item < V]
+    number = max(1, share_of(share, len(real), rounding))
+    number = max(0, min(number, len(real) - leave))
+    return sorted(real, key=lambda place: long_draw(rng, key, site, place))[:number]
 
 
 def mask(step: Mask, items, key, rng):
-    real = [place for place, item in enumerate(items) if item < V]
-    if step.exact or step.count:
-        number = step.count or max(1, share_of(step.share, len(real)))
+    real, share = (
+        [place for place, item in enumerate(items) if item < V],
+        share_now(step.share, rng),
+    )
+    if step.count:
         ranked = sorted(real, key=lambda place: long_draw(rng, key, "mask_exact", place))
-        chosen = ranked[:number]
+        chosen = ranked[: step.count]
+    elif step.exact:
+        chosen = some_of(items, share, key, rng, "mask_exact", step.round, step.leave)
     else:
-        limit = threshold(step.share)
+        limit = threshold(share)
         chosen = [place for place in real if one(rng, key, "mask_item", place) < limit]
         if not chosen and real:
             chosen = [real[one(rng, key, "mask_forced") * len(real) // 65536]]
@@ -138,23 +181,40 @@ def permute(step: Permute, items, key, rng):
     return places[:-1], now[:-1], [item if item < V else -100 for item in now[1:]]
 
 
-def run_of(share, items, key, rng, site) -> range:
-    number = min(len(items), max(1, share_of(share, len(items))))
+def fill(step: Fill, items, key, rng):
+    chosen = some_of(items, share_now(step.share, rng), key, rng, "fill")
+    visible = [MASK if place in chosen else item for place, item in enumerate(items)]
+    now = list(items)
+    for place in chosen:
+        found = candidates(visible, place, step.among)
+        whole = sum(math.exp(score) for _, score in found)
+        drawn = long_draw(rng, key, "fill_item", place) / 2**32
+        ends = accumulate(math.exp(score) / whole for _, score in found)
+        passed = [item for (item, _), end in zip(found, ends, strict=True) if drawn < end]
+        now[place] = passed[0]
+    return list(range(len(items))), now, None
+
+
+def run_of(share, items, key, rng, site, rounding) -> range:
+    share = share_now(share, rng)
+    number = min(len(items), max(1, share_of(share, len(items), rounding)))
     start = one(rng, key, site) * (len(items) - number + 1) // 65536
     return range(start, start + number)
 
 
 def crop(step: Crop, items, key, rng):
     if step.drop is not None:
-        gone = list(run_of(step.drop, items, key, rng, "crop")) if len(items) > 1 else []
+        gone = (
+            list(run_of(step.drop, items, key, rng, "crop", step.round)) if len(items) > 1 else []
+        )
         places = [place for place in range(len(items)) if place not in gone]
         return places, [items[place] for place in places], None
-    run = run_of(step.keep, items, key, rng, "crop")
+    run = run_of(step.keep, items, key, rng, "crop", step.round)
     return list(run), [items[place] for place in run], None
 
 
 def reorder(step: Reorder, items, key, rng):
-    run = run_of(step.share, items, key, rng, "reorder")
+    run = run_of(step.share, items, key, rng, "reorder", step.round)
     shuffled = sorted(run, key=lambda place: long_draw(rng, key, "reorder_key", place))
     places = list(range(len(items)))
     places[run.start : run.stop] = shuffled
@@ -162,8 +222,11 @@ def reorder(step: Reorder, items, key, rng):
 
 
 def one_of(step: OneOf, items, key, rng):
-    first = one(rng, key & 0xFFFFFFFF, "one_of") * len(step.steps) // 65536
-    chosen = step.steps[(first + (key >> 32)) % len(step.steps)]
+    if step.independent:
+        chosen = step.steps[one(rng, key, "one_of") * len(step.steps) // 65536]
+    else:
+        first = one(rng, key & 0xFFFFFFFF, "one_of") * len(step.steps) // 65536
+        chosen = step.steps[(first + (key >> 32)) % len(step.steps)]
     places, now, targets = ORACLES[type(chosen)](chosen, items, key, rng)
     return places, now, targets if predicts(step) else None
 
@@ -182,6 +245,7 @@ ORACLES = {
     Permute: permute,
     Crop: crop,
     Reorder: reorder,
+    Fill: fill,
     OneOf: one_of,
 }
 STEPS = {
@@ -190,6 +254,8 @@ STEPS = {
     "mask all": Mask(1.0),
     "mask 80/10/10": Mask(0.5, replace=0.8, random=0.1),
     "mask exact": Mask(0.3, exact=True),
+    "mask exact up": Mask(0.3, exact=True, round="up"),
+    "mask exact, some left": Mask(0.6, exact=True, round="up", leave=2),
     "mask exact 80/10/10": Mask(0.6, exact=True, replace=0.8, random=0.1),
     "mask count": Mask(count=2),
     "mask_last": MaskLast(),
@@ -203,12 +269,23 @@ STEPS = {
     "permute": Permute(),
     "crop": Crop(),
     "crop little": Crop(0.05),
+    "crop up": Crop(0.4, round="up"),
     "crop nothing": Crop(1.0),
     "crop drop": Crop(drop=0.3),
     "crop drop nearly all": Crop(drop=0.999),
     "reorder": Reorder(),
     "reorder all": Reorder(1.0),
+    "reorder up": Reorder(0.6, round="up"),
     "one_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)]),
+    "reorder more and more": Reorder(Schedule(0.3, 1.0, 50)),
+    "crop more and more": Crop(Schedule(0.9, 0.1, 10)),
+    "mask more and more": Mask(Schedule(0.0, 1.0, 20)),
+    "mask exact more and more": Mask(Schedule(0.2, 0.7, 5), exact=True),
+    "fill": Fill(),
+    "fill many by few": Fill(0.7, among=3),
+    "fill by the first": Fill(0.4, among=1),
+    "fill more and more": Fill(Schedule(0.1, 0.9, 10)),
+    "any_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)], independent=True),
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
 }
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -281,6 +358,58 @@ def test_special_tokens_are_never_masked_nor_predicted(name):
     nothing = with_columns(from_sequences([[CLS, SEP], [], [MASK]]))
     check(STEPS[name], nothing)
     assert (STEPS[name](nothing, RNG, SIDE).events["target"] == -100).all()
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS if n.startswith("fill")])
+def test_special_tokens_are_not_filled(name):
+    batch = random_batch(60, special=True)
+    check(STEPS[name], batch)
+    made = STEPS[name](batch, RNG, SIDE)
+    assert torch.equal(made.values >= V, batch.values >= V)
+    nothing = with_columns(from_sequences([[CLS, SEP], [], [MASK]]))
+    assert same(STEPS[name](nothing, RNG, SIDE), nothing)
+
+
+def test_a_filled_item_has_no_rating_and_targets_stay():
+    batch = MaskLast()(random_batch(60), RNG, SIDE)
+    columns = {"rating": torch.arange(len(batch.values)).float(), **batch.events}
+    made = Fill(0.5)(replace(batch, events=columns), RNG, SIDE)
+    assert torch.equal(made.events["target"], batch.events["target"])
+    kept = some_left = 0
+    for start, items, key in zip(
+        batch.offsets.tolist(), lists_of(batch), batch.keys.tolist(), strict=False
+    ):
+        chosen = some_of(items, 0.5, key, RNG, "fill")
+        for place in range(len(items)):
+            rating = made.events["rating"][start + place]
+            assert rating.isnan() if place in chosen else rating == start + place
+        kept, some_left = kept + len(chosen), some_left + len(items) - len(chosen)
+    assert kept > 50 and some_left > 50
+
+
+def test_what_is_filled_follows_the_softmax_of_the_scores():
+    side = Known(dataset_of([[0, 1, 2]], V))
+    items, scores = torch.tensor([5, 900, 17, 3]), torch.tensor([1.0, 0.5, -0.5, -3.0])
+    side.filler = lambda batch, among: (
+        items[:among].expand(int((batch.events["target"] != -100).sum()), among),
+        scores[:among].expand(int((batch.events["target"] != -100).sum()), among),
+    )
+    count = 8_000
+    made = Fill(1.0, among=4)(copies([1], count), RNG, side).values
+    seen = [int((made == item).sum()) for item in items.tolist()]
+    assert sum(seen) == count
+    assert chi_square(seen, count * scores.double().softmax(0).numpy()) < 16.3  # 3 of freedom
+
+
+def test_a_share_that_moves_is_that_of_its_step():
+    share, batch = Schedule(0.9, 0.3, 6), copies(list(range(10)), 20)
+    kept = [Crop(share)(batch, Rng(3, step), SIDE).max_seq_len for step in range(9)]
+    assert kept == [9, 8, 7, 6, 5, 4, 3, 3, 3]
+    grown = [
+        int((Mask(Schedule(0.2, 0.8, 3), exact=True)(batch, Rng(3, s), SIDE).values == MASK).sum())
+        for s in range(5)
+    ]
+    assert grown == [40, 80, 120, 160, 160]
 
 
 @every_step
@@ -495,6 +624,17 @@ def test_one_of_is_uniform_and_two_views_take_different_steps():
     assert abs((later == taken[0]).double().mean().item() - 1 / 3) < 0.03, "of every step"
 
 
+def test_any_of_is_uniform_and_every_view_chooses_for_itself():
+    count = 6_000
+    batch, step = copies([1, 2, 3, 4], count), OneOf([MaskLast(1), MaskLast(2)], independent=True)
+    taken = [
+        step(batch.as_view(view), RNG, SIDE).values.view(count, 4).eq(MASK).sum(1)
+        for view in range(2)
+    ]
+    pairs = np.bincount((2 * taken[0] + taken[1] - 3).numpy())
+    assert chi_square(pairs, np.full(4, count / 4)) < 16.3  # 3 degrees of freedom
+
+
 def test_one_of_keeps_who_belongs_to_whom():
     users, view = Friend()(*six_of(0)), OneOf([Crop(), Mask()])
     made = view(users, RNG, social())
@@ -505,6 +645,15 @@ def test_one_of_steps_that_add_sequences():
     step = OneOf([Friend(), Mask()])
     with pytest.raises(ValueError, match="one_of: a step that adds sequences"):
         step(*six_of(0))
+
+
+@pytest.mark.parametrize("rounding", ["down", "up"])
+def test_a_share_of_a_number_is_that_of_its_decimals(rounding):
+    """0.28 of 25 is 7, and 0.29 of 100 is 29, whatever their product is in binary."""
+    numbers = torch.arange(301)
+    for percent in range(101):
+        expected = [max(1, share_of(percent / 100, n, rounding)) for n in numbers.tolist()]
+        assert number_of(percent / 100, numbers, rounding).tolist() == expected
 
 
 # Friends
@@ -604,10 +753,22 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: NextItem("first"), r"positions must be one of \['all', 'last'\], got 'first'"),
         (lambda: NextItem(ahead=0), "next_item.ahead must be at least 1, got 0"),
         (lambda: Crop(0.0), r"crop.keep must be in \(0, 1\], got 0"),
-        (lambda: Crop(drop=0.0), r"crop.drop must be in \(0, 1\), got 0"),
-        (lambda: Crop(drop=1.0), r"crop.drop must be in \(0, 1\), got 1"),
+        (lambda: Crop(drop=0.0), r"crop.drop must be in \(0, 1\], got 0"),
+        (lambda: Crop(drop=1.1), r"crop.drop must be in \(0, 1\], got 1.1"),
         (lambda: Crop(0.6, 0.3), r"crop has keep, 0.6, and drop, 0.3: it takes one"),
         (lambda: Crop(1.1), r"crop.keep must be in \(0, 1\], got 1.1"),
+        (lambda: Crop(round="near"), r"round must be one of \['down', 'up'\], got 'near'"),
+        (lambda: Crop(Schedule(0.0, 0.5, 9)), r"crop.keep must be in \(0, 1\], got 0"),
+        (lambda: Reorder(Schedule(0.5, 1.5, 9)), r"reorder.share must be in \(0, 1\], got 1.5"),
+        (lambda: Mask(Schedule(0.5, -1.0, 9)), r"mask.share must be in \[0, 1\], got -1"),
+        (lambda: Fill(0.0), r"fill.share must be in \(0, 1\], got 0"),
+        (lambda: Fill(among=0), "fill.among must be at least 1, got 0"),
+        (lambda: Schedule(0.1, 0.5, 0), "steps must be at least 1, got 0"),
+        (lambda: Schedule(0.5, 0.5, 9), "start and end are both 0.5: such a share is a number"),
+        (lambda: Mask(leave=1), "mask.leave has no effect: mask.exact is false"),
+        (lambda: Mask(round="up"), "mask.round has no effect: mask.exact is false"),
+        (lambda: Mask(exact=True, leave=-1), "mask.leave must not be negative, got -1"),
+        (lambda: OneOf([Mask()], independent=True), "any_of has 1 steps, expected at least 2"),
         (lambda: Reorder(0.0), r"reorder.share must be in \(0, 1\], got 0"),
         (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),
         (lambda: Friend(3), r"hops must be one of \[0, 1, 2\], got 3"),
@@ -624,6 +785,8 @@ def test_calls_that_cannot_work_say_why():
     batch = random_batch(3)
     with pytest.raises(ValueError, match="65536 events, got 65537"):
         Mask()(replace(batch, max_seq_len=65_537), RNG, SIDE)
+    with pytest.raises(ValueError, match="fill needs a masked-item model: the key filler of the s"):
+        Fill()(batch, RNG, Known(dataset_of([[0, 1, 2]], V)))
     with pytest.raises(ValueError, match="again: a must be the first step of its view"):
         Again("a")(batch, RNG, SIDE)
 
@@ -636,6 +799,7 @@ def test_a_step_of_a_recipe_is_the_part_that_it_names():
         (Step(mask_last=MaskLast()), MaskLast()),
         (Step(next_item=NextItem(ahead=3)), NextItem(ahead=3)),
         (Step(one_of=inner), OneOf([Crop(), Mask(0.3)])),
+        (Step(any_of=inner), OneOf([Crop(), Mask(0.3)], independent=True)),
     ):
         assert same(step(batch, RNG, SIDE), part(batch, RNG, SIDE))
         assert step.extra == isinstance(part, NextItem)

@@ -109,6 +109,9 @@ def _one_of(hints: tuple, value: Any, path: str) -> Any:
     rest = [hint for hint in hints if hint is not type(None)]
     if value is None and len(rest) < len(hints):
         return None
+    sections = [hint for hint in rest if dataclasses.is_dataclass(hint)]
+    if isinstance(value, dict) and len(sections) == 1:  # for its error, which names the key
+        rest = sections
     if len(rest) == 1:
         return from_values(rest[0], value, path)
     for hint in rest:
@@ -120,6 +123,8 @@ def _one_of(hints: tuple, value: Any, path: str) -> Any:
 
 
 def _words(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return "a group of keys: " + ", ".join(field.name for field in dataclasses.fields(hint))
     kind, inner = get_origin(hint), get_args(hint)
     if kind is Literal:
         return ("one of " if len(inner) > 1 else "") + ", ".join(map(repr, inner))

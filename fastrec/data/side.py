@@ -4,7 +4,7 @@
 Legend: U users, V items.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -64,6 +64,9 @@ class SideData:
         # [U, ...] by name: `gather` gives every batch the rows of its sequences. Objectives add
         # what they predict.
         self.user_columns: dict[str, Tensor] = {}
+        # What the step `fill` asks: (batch with masked targets [N], K) -> (items int64 [N, K],
+        # scores [N, K]). Models are above data: training sets it, `nn.filler.Filler`.
+        self.filler: Callable[[JaggedBatch, int], tuple[Tensor, Tensor]] | None = None
 
     def gather(self, users, max_len: int | None = None) -> JaggedBatch:
         """The sequences of `users`, the last `max_len` items, with the columns of events and of

@@ -9,6 +9,7 @@ from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.follows import Follows
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
+from fastrec.objectives.rank import Rank
 from fastrec.objectives.user_attributes import UserAttributes
 
 
@@ -24,6 +25,7 @@ class Objectives:
         follows: whether a second basket is the next one.
         align: two views of a user predict each other, without negatives.
         cold_start: prediction of items of another catalogue.
+        rank: a view is nearest to itself, then to the other view, then to other users.
     """
 
     item: Item | None = None
@@ -33,6 +35,7 @@ class Objectives:
     follows: Follows | None = None
     align: Align | None = None
     cold_start: ColdStart | None = None
+    rank: Rank | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

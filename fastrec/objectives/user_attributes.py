@@ -27,14 +27,19 @@ class UserAttributes:
         weights: of attributes in the sum of their losses, by name; 1 for the others.
         pool: the user vector; UPRec pre-trains with "max" (eq. 8) and fine-tunes with "cls"
             (section 3.4).
+        hidden: width of a layer with ReLU that all attributes share, before the linear one; 0 for
+            none.
     """
 
     views: list[str] = field(default_factory=lambda: ["main"])
     weight: float = 1.0
     weights: dict[str, float] = field(default_factory=dict)
     pool: Pooling = "max"
+    hidden: int = 0
 
     def __post_init__(self):
+        if self.hidden < 0:
+            raise ValueError(f"hidden must not be negative, got {self.hidden}")
         for name, weight in self.weights.items():
             if not 0 < weight < math.inf:
                 raise ValueError(f"weights.{name} must be above 0 and finite, got {weight}")
@@ -42,11 +47,13 @@ class UserAttributes:
     def build(self, model, side: SideData) -> "UserAttributePrediction":
         model.check_pool(self.pool)
         side.user_columns |= {attribute.name: attribute.values for attribute in side.attributes}
-        return UserAttributePrediction(model.config.width, side.attributes, self.pool, self.weights)
+        return UserAttributePrediction(
+            model.config.width, side.attributes, self.pool, self.weights, self.hidden
+        )
 
 
 class UserAttributePrediction(nn.Module):
-    """One linear layer from user vectors to all attributes.
+    """One linear layer from user vectors to all attributes, or with `hidden` two.
 
     Numeric attributes: mean of huber(w u + b - a) with delta 1 over the users whose value a is
     known, a standardised (eq. 9-10). Discrete ones: mean of -log softmax(W u + b)[a] (eq. 11).
@@ -54,7 +61,7 @@ class UserAttributePrediction(nn.Module):
     Args:
         width: D.
         attributes: their order is that of the outputs; `scales` tells what these mean.
-        pool, weights: see `UserAttributes`.
+        pool, weights, hidden: see `UserAttributes`.
 
     Raises ValueError that lists the attributes for a weight of none of them.
     """
@@ -65,6 +72,7 @@ class UserAttributePrediction(nn.Module):
         attributes: list[EncodedAttribute],
         pool: Pooling = "max",
         weights: Mapping[str, float] | None = None,
+        hidden: int = 0,
     ):
         super().__init__()
         self.names = [attribute.name for attribute in attributes]
@@ -74,14 +82,18 @@ class UserAttributePrediction(nn.Module):
                 f"weights names {unknown[0]!r}; the attributes that are predicted are {self.names}"
             )
         self.sizes = [attribute.outputs for attribute in attributes]
-        self.scales = [attribute.scale | {"pool": pool} for attribute in attributes]
-        self.linear = nn.Linear(width, sum(self.sizes))
+        how = {"pool": pool, "hidden": hidden} if hidden else {"pool": pool}
+        self.scales = [attribute.scale | how for attribute in attributes]
+        self.hidden = nn.Linear(width, hidden) if hidden else None
+        self.linear = nn.Linear(hidden or width, sum(self.sizes))
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
         self.pool = Pool(pool, width)
 
     def predict(self, users: Tensor) -> dict[str, Tensor]:
         """[S, D] to [S, 1] standardised values or [S, classes] logits of each attribute."""
+        if self.hidden is not None:
+            users = F.relu(self.hidden(users))
         parts = self.linear(users).split(self.sizes, dim=1)
         return dict(zip(self.names, parts, strict=True))
 

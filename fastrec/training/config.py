@@ -11,6 +11,7 @@ from fastrec.data.attributes import Attribute
 from fastrec.data.cold_items import ColdItems
 from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.baskets import Baskets
+from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
@@ -40,6 +41,8 @@ class Init:
         patch_form: "serial", behind each convolution or sublayer, or "parallel", of its input and
             added to what it gives.
         second_norm: train the second LayerNorm of each block of a frozen encoder, as PeterRec may.
+        pool: an objective of that model, such as rank: the objectives of this stage begin with the
+            parameters of its pool.
         users: whose ids that model has seen: the "same" as in this data set, who are not held out
             to test it then, or "other" people.
     """
@@ -51,6 +54,7 @@ class Init:
     patch: int = 0
     patch_form: PatchForm = "serial"
     second_norm: bool = False
+    pool: str | None = None
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
@@ -60,7 +64,10 @@ class Init:
                     f"init.{name} must be {values[0]!r} or {values[1]!r}, got"
                     f" {getattr(self, name)!r}"
                 )
-        known = (*PARTS, *(f.name for f in dataclasses.fields(Objectives)))
+        objectives = [field.name for field in dataclasses.fields(Objectives)]
+        if self.pool is not None and self.pool not in objectives:
+            raise ValueError(f"init.pool is {self.pool!r}, expected one of {objectives}")
+        known = (*PARTS, *objectives)
         for name in self.take:
             if name not in known:
                 raise ValueError(f"init.take names {name!r}, expected some of {list(known)}")
@@ -88,8 +95,10 @@ class Stage:
             users who were not trained on, their friends, items of another catalogue, or how the
             vectors of users lie, which needs no target.
         init: what is taken from the model that the stage starts from.
+        filler: folder of the masked-item model that the step `fill` draws from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
+        dropout: of the model in this stage and from then on; None: as the model has it.
         learning_rate: of Adam, the peak of the schedule.
         schedule: "constant", or "cosine" or "linear" down to 0 at the last step, after warm-up.
         warmup_steps: linear warm-up from 0.
@@ -100,7 +109,8 @@ class Stage:
         validate_every: steps between validations.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
             the next item, MRR@10 of cold_start, "score" of attributes and vectors, "accuracy" of
-            friends.
+            friends. "steps" keeps the last model and never stops: for objectives that do not train
+            what the judge asks.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -114,8 +124,10 @@ class Stage:
     objectives: Objectives = field(default_factory=Objectives)
     judge: Literal["next_item", "attributes", "friends", "vectors", "cold_start"] = "next_item"
     init: Init = field(default_factory=Init)
+    filler: str | None = None
     steps: int = 10000
     batch_size: int = 768
+    dropout: float | None = None
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
@@ -141,6 +153,8 @@ class Stage:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {list(self.betas)}")
         if self.steps % self.pass_steps:
@@ -157,11 +171,12 @@ class Stage:
                         f"the objective {name} reads the view {view!r}; views are"
                         f" {list(self.views)}"
                     )
-        read |= {part.view for steps in self.views.values() for part in parts_of(steps)
-                 if hasattr(part, "view")}  # fmt: skip
+        read |= {part.view for part in self.steps_of_views if hasattr(part, "view")}
         if unread := [name for name in self.views if name not in read]:
             raise ValueError(f"no objective reads the view {unread[0]!r}: it has no effect")
         self._check_rows()
+        if self.filler is not None and not self.fills:
+            raise ValueError("filler has no effect: no view has the step fill")
 
     def _check_rows(self) -> None:
         """The rows of cold start are no users: nothing else that asks who a user is goes along."""
@@ -175,9 +190,18 @@ class Stage:
         for name, part in self.parts.items():
             if isinstance(part, (Item, Friends, UserAttributes)):
                 raise ValueError(f"the objective {name} cannot be trained beside {cold[0]}")
-        steps = [part for view in self.views.values() for part in parts_of(view)]
-        if any(isinstance(part, Friend) for part in steps):
+        if any(isinstance(part, Friend) for part in self.steps_of_views):
             raise ValueError("the step friend has no place in a stage with judge: cold_start")
+
+    @property
+    def steps_of_views(self) -> list:
+        """The steps of all views, those inside of choices included."""
+        return [part for steps in self.views.values() for part in parts_of(steps)]
+
+    @property
+    def fills(self) -> bool:
+        """Whether a view has the step `fill`."""
+        return any(isinstance(part, Fill) for part in self.steps_of_views)
 
     @property
     def parts(self) -> dict:
@@ -187,8 +211,7 @@ class Stage:
 
     def event_columns(self, model: list[str]) -> list[str]:
         """Columns of events that its steps read, beside those of the model."""
-        steps = [part for steps in self.views.values() for part in parts_of(steps)]
-        read = [name for step in steps for name in getattr(step, "event_columns", ())]
+        read = [name for step in self.steps_of_views for name in getattr(step, "event_columns", ())]
         return [*model, *dict.fromkeys(name for name in read if name not in model)]
 
     @property
@@ -227,6 +250,7 @@ class Recipe:
     Attributes:
         model: sizes of the user model.
         pretraining: the first stage.
+        ranking: pre-training that goes on from the first stage with another objective (AdaptSSR).
         recommendation: fine-tuning for the next item.
         profile: fine-tuning for user attributes.
         relation: fine-tuning for friends.
@@ -241,6 +265,7 @@ class Recipe:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     pretraining: Stage | None = None
+    ranking: Stage | None = None
     recommendation: Stage | None = None
     profile: Stage | None = None
     relation: Stage | None = None
@@ -259,12 +284,7 @@ class Recipe:
                     _check_asked(name, stage, objective, self.model.causal)
         judges: set[str] = {stage.judge for stage in stages.values()}
         parts = [part for stage in stages.values() for part in stage.parts.values()]
-        steps = [
-            step
-            for stage in stages.values()
-            for view in stage.views.values()
-            for step in parts_of(view)
-        ]
+        steps = [step for stage in stages.values() for step in stage.steps_of_views]
         self._check_steps(steps)
         described = any(isinstance(part, UserAttributes) for part in parts)
         described |= any(getattr(step, "same_profile", False) for step in steps)

@@ -176,7 +176,7 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
     scales = saved_scales(folder).get("user_attributes")
     if not scales:
         raise ValueError(f"{folder / HEADS} holds no user_attributes: it was trained otherwise")
-    settings = UserAttributes(pool=scales[0]["pool"])
+    settings = UserAttributes(pool=scales[0]["pool"], hidden=scales[0].get("hidden", 0))
     objective = JointObjective({"user_attributes": settings}, model, side)
     load_heads(objective, folder)
     objective.to(model.item_embedding.weight.device)

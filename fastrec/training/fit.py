@@ -53,10 +53,10 @@ from fastrec.training.checkpoint import (
 )
 from fastrec.training.config import STAGE_KEYS, STAGES, Recipe, Stage
 from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
-from fastrec.training.model_folder import hashes, load_heads, save_model
+from fastrec.training.model_folder import hashes, load_heads, load_pool, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.stage_data import stage_data
-from fastrec.training.start import seen_by_run, started_model, with_model
+from fastrec.training.start import filler_of, seen_by_run, started_model, with_dropout, with_model
 
 
 class Around(NamedTuple):
@@ -155,8 +155,9 @@ def _fit(
     resume: bool,
     around: Around,
 ) -> UserModel:
+    recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
     if initial is not None:
-        recipe = with_model(recipe, initial, current.init)
+        recipe = with_model(recipe, initial, current)
     elif current.init.freeze or current.init.patch:
         raise ValueError(
             f"{stage}: init freezes or patches a model, and there is none to start from"
@@ -182,10 +183,13 @@ def _fit(
     torch.manual_seed(recipe.seed)
     trained, taken = started_model(dataset, recipe.model, initial, current.init)
     data = stage_data(dataset, recipe, current)
+    data.side.filler = filler_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     if initial_folder is not None:
         heads = [name for name in current.init.take if name not in PARTS]
         taken += load_heads(objective, initial_folder, only=heads)
+        if current.init.pool is not None:
+            taken += load_pool(objective, initial_folder, current.init.pool)
     views = Views(current.views, trained.frame, data.side, recipe.model.max_len)
     loader = SequenceLoader(
         views,

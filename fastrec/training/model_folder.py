@@ -281,6 +281,29 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
     return names
 
 
+def load_pool(objective: JointObjective, folder: Path, name: str) -> list[str]:
+    """Let the pools of `objective` begin with the parameters of that of the objective `name` in
+    `folder`; returns the names of the tensors that were set.
+
+    Raises ValueError where that one has none, or none here has the same.
+    """
+    file, own = checked(folder, HEADS), objective.parts.state_dict()
+    prefix = f"{name}.pool."
+    state = read_tensors(file) if file.is_file() else {}
+    given = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    if not given:
+        raise ValueError(f"init.pool: {file} holds no parameters of a pool of {name}")
+    taken: dict[str, Tensor] = {}
+    for part in objective.parts:
+        names = {key: f"{part}.pool.{key}" for key in given}
+        if all(n in own and own[n].shape == given[key].shape for key, n in names.items()):
+            taken |= {n: given[key] for key, n in names.items()}
+    if not taken:
+        raise ValueError(f"init.pool has no effect: no objective of this stage pools as {name} did")
+    objective.parts.load_state_dict(taken, strict=False)
+    return list(taken)
+
+
 def saved_scales(folder: Path) -> dict[str, list]:
     """What the outputs of the objectives beside a model stand for."""
     from safetensors import SafetensorError, safe_open
@@ -293,6 +316,10 @@ def saved_scales(folder: Path) -> dict[str, list]:
             scales = json.loads((opened.metadata() or {}).get("scales", "{}"))
         if not all(isinstance(part["pool"], str) for part in scales.get("user_attributes", [])):
             raise ValueError("the scales of user_attributes have no pool")
+        if not all(
+            type(part.get("hidden", 0)) is int for part in scales.get("user_attributes", [])
+        ):
+            raise ValueError("the scales of user_attributes have no width of the hidden layer")
     except (SafetensorError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file}: {error}") from error
     return scales

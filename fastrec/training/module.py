@@ -22,7 +22,7 @@ class StageModule(lightning.LightningModule):
         `metrics(scores, objective)`, a dict of numbers from the scores of all rows, and their
         `metric_names`.
 
-    Raises ValueError if the metric that the stage monitors is none of these.
+    Raises ValueError if what the stage monitors is none of these, nor "steps".
 
     Batch, views and dropout of a step depend on (seed of the loader, global step) only, so a
     resumed run repeats the interrupted one bit for bit without saving any generator state.
@@ -37,7 +37,7 @@ class StageModule(lightning.LightningModule):
         judge,
     ):
         super().__init__()
-        if stage.monitored not in judge.metric_names:
+        if stage.monitored not in (*judge.metric_names, "steps"):
             raise ValueError(
                 f"monitor is {stage.monitored!r}, the metrics of this task are {judge.metric_names}"
             )
@@ -82,7 +82,8 @@ class StageModule(lightning.LightningModule):
         metrics = self.judge.metrics(torch.cat(self.validation_scores), self.objective)
         self.validation_scores.clear()
         self.log_dict({f"valid/{name}": value for name, value in metrics.items()}, prog_bar=False)
-        self.log("valid", metrics[self.stage.monitored], prog_bar=True, logger=False)
+        chosen = {**metrics, "steps": float(self.global_step)}[self.stage.monitored]
+        self.log("valid", chosen, prog_bar=True, logger=False)
 
     def transfer_batch_to_device(self, batch, device, dataloader_index):
         if self.graphed is not None or not isinstance(batch, dict):

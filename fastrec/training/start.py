@@ -12,12 +12,13 @@ import torch
 
 from fastrec.data.item_categories import Categories
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.filler import Filler
 from fastrec.nn.items import ItemFeatures, item_features
 from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Init, Recipe, Stage
-from fastrec.training.model_folder import seen_users
+from fastrec.training.model_folder import load_model, seen_users
 from fastrec.training.stage_data import select_users
 
 
@@ -32,6 +33,7 @@ def started_model(
     if initial is not None and {"items", "head"} & set(init.take):
         initial.check_items(dataset)
     whole = set(init.take) >= WHOLE and not init.patch
+    whole &= initial is not None and initial.config.dropout == config.dropout
     if initial is not None:
         if same and {"head", "users"} & set(init.take):
             initial.check_users(dataset)
@@ -65,7 +67,23 @@ def seen_by_run(
         earlier.append(kept)
     elif initial is not None and stage.init.users == "same":
         earlier.append(initial_folder)
+    if stage.filler is not None:
+        earlier.append(Path(stage.filler))
     return seen_users(dataset, everyone, earlier)
+
+
+def filler_of(dataset, recipe: Recipe, stage: Stage) -> Filler | None:
+    """What fills the views of a stage; None where no view has the step `fill`. Raises ValueError
+    where the stage names no model, or one that cannot be asked about the data set."""
+    if not stage.fills:
+        return None
+    if stage.filler is None:
+        raise ValueError(
+            "the step fill draws from a masked-item model: the key filler of the stage is its"
+            " folder (--pretraining.filler RUN/model)"
+        )
+    model = load_model(stage.filler, dataset, recipe.users, same_users=False)
+    return Filler(model)
 
 
 def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
@@ -81,10 +99,10 @@ def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
         )
 
 
-def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
+def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
     """The recipe with the settings of the model that a stage starts from, and a warning if they
-    differ."""
-    config = initial.config
+    differ. The dropout of the stage is nothing that they differ in."""
+    config, init = with_dropout(initial.config, stage), stage.init
     if recipe.model != config and recipe.model != ModelConfig():
         asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
         other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
@@ -101,3 +119,8 @@ def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
         encoder = dataclasses.replace(encoder, patch=init.patch, patch_form=init.patch_form)
         config = dataclasses.replace(config, encoder=encoder)
     return dataclasses.replace(recipe, model=config)
+
+
+def with_dropout(config: ModelConfig, stage: Stage) -> ModelConfig:
+    """The settings of a model in a stage."""
+    return config if stage.dropout is None else dataclasses.replace(config, dropout=stage.dropout)

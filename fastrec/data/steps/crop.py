@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch, offsets_of, spans
+from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
+from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
 from fastrec.random import Rng, draws
 
 
@@ -18,34 +20,38 @@ class Crop:
     join what is left (CLUE, Cheng et al., 2021, section IV-B). A single item stays.
 
     Attributes:
-        keep: share of the items; 0.6 if neither is given.
+        keep: share of the items, a number or one that moves with the step; 0.6 if neither keep nor
+            drop is given.
         drop: share of the items, in place of keep.
+        round: "down", or "up" for ceil (AdaptSSR).
     """
 
-    keep: float | None = None
-    drop: float | None = None
+    keep: Share | None = None
+    drop: Share | None = None
+    round: Rounding = "down"
 
     def __post_init__(self):
+        check_choices(self)
         if self.drop is None and self.keep is None:
             object.__setattr__(self, "keep", 0.6)
         if self.drop is not None and self.keep is not None:
             raise ValueError(f"crop has keep, {self.keep}, and drop, {self.drop}: it takes one")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ValueError(f"crop.keep must be in (0, 1], got {self.keep}")
-        if self.drop is not None and not 0 < self.drop < 1:
-            raise ValueError(f"crop.drop must be in (0, 1), got {self.drop}")
+        if self.keep is not None:
+            check_share("crop.keep", self.keep)
+        if self.drop is not None:
+            check_share("crop.drop", self.drop)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         if self.drop is not None:
-            return self._without(batch, rng, self.drop)
+            return self._without(batch, rng, share_at(self.drop, rng))
         assert self.keep is not None
-        start, kept = segment(batch, rng, self.keep, "crop")
+        start, kept = segment(batch, rng, share_at(self.keep, rng), "crop", self.round)
         offsets = offsets_of(kept)
         index = spans(batch.offsets[:-1] + start, kept, offsets)
         return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)
 
     def _without(self, batch: JaggedBatch, rng: Rng, share: float) -> JaggedBatch:
-        start, length = segment(batch, rng, share, "crop")
+        start, length = segment(batch, rng, share, "crop", self.round)
         length = length.minimum((batch.lengths - 1).clamp_min(0))
         owner, position = batch.segment_ids(), batch.positions()
         inside = (position >= start[owner]) & (position < (start + length)[owner])
@@ -54,11 +60,12 @@ class Crop:
         return batch.with_events((~inside).nonzero().squeeze(1), offsets_of(kept), longest)
 
 
-def segment(batch: JaggedBatch, rng: Rng, share: float, site: str) -> tuple[Tensor, Tensor]:
-    """(start, length) int64 [B] of a uniform run of floor(share n) of n events, at least one; of an
-    empty sequence (0, 0)."""
+def segment(
+    batch: JaggedBatch, rng: Rng, share: float, site: str, rounding: Rounding = "down"
+) -> tuple[Tensor, Tensor]:
+    """(start, length) int64 [B] of a uniform run of `number_of` the n events; of an empty sequence
+    (0, 0)."""
     lengths = batch.lengths
-    # Not share * n in float32: 0.6 of 5 is 3.
-    kept = (lengths.double() * share + 1e-9).floor().long().clamp_min(1).minimum(lengths)
+    kept = number_of(share, lengths, rounding).minimum(lengths)
     drawn = draws(rng, batch.keys, 0, torch.zeros_like(kept), site=site)
     return drawn * (lengths - kept + 1) >> 16, kept

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
+from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
+from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
 from fastrec.random import Rng, draws, threshold
 
 _MAX_POSITIONS = 65536
@@ -22,27 +24,38 @@ class Mask:
     al., 2019; UPRec, section 3.3.1).
 
     Whether an event is chosen depends on (seed, step, key, position) only. At least one item of a
-    sequence is chosen. Every chosen position is predicted.
+    sequence is chosen, unless `leave` forbids it. Every chosen position is predicted.
 
     Attributes:
-        share: chance of each item, rounded to 2^-16.
+        share: chance of each item, rounded to 2^-16; a number, or one that moves with the step.
         exact: choose floor(share n) of the n items of a sequence instead (CL4SRec, Xie et al.,
             2022, section 3.2.2).
         count: choose so many items of a sequence instead (PTUM, Wu et al., 2020: 1).
+        round: of `exact`: "down", or "up" for ceil(share n) (AdaptSSR).
+        leave: of `exact`: so many items of a sequence are never chosen.
         replace, random: chance that a chosen item becomes [MASK], or a random item; otherwise it
             stays. BERT's 80/10/10 is 0.8 and 0.1.
     """
 
-    share: float = 0.2
+    share: Share = 0.2
     exact: bool = False
     count: int | None = None
+    round: Rounding = "down"
+    leave: int = 0
     replace: float = 1.0
     random: float = 0.0
 
     asks = "mask"
 
     def __post_init__(self):
-        for name in ("share", "replace", "random"):
+        check_choices(self)
+        if self.leave < 0:
+            raise ValueError(f"mask.leave must not be negative, got {self.leave}")
+        for name, default in (("round", "down"), ("leave", 0)):
+            if not self.exact and getattr(self, name) != default:
+                raise ValueError(f"mask.{name} has no effect: mask.exact is false")
+        check_share("mask.share", self.share, zero=True)
+        for name in ("replace", "random"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"mask.{name} must be in [0, 1], got {getattr(self, name)}")
         if self.count is not None and (self.count < 1 or self.exact or self.share != 0.2):
@@ -59,22 +72,17 @@ class Mask:
         if batch.max_seq_len > _MAX_POSITIONS:
             raise ValueError(f"sequences may hold {_MAX_POSITIONS} events, got {batch.max_seq_len}")
         segment, position = batch.segment_ids(), batch.positions()
-        keys, real = batch.keys[segment], batch.values < side.num_items
-        rank = _running(real)  # number of items before each event, over the whole batch
-        items = rank[batch.offsets]
-        count = items.diff()
+        keys, share = batch.keys[segment], share_at(self.share, rng)
         if self.exact or self.count is not None:
-            key = random_order(rng, keys, position, "mask_exact").masked_fill(~real, 1 << 32)
-            order = (segment << 33 | key).argsort()
-            place = torch.empty_like(order)
-            place[order] = batch.positions()  # sorted events keep their sequences
-            number = (count.double() * self.share + 1e-9).floor().long().clamp_min(1)
-            if self.count is not None:
-                number = torch.full_like(number, self.count)
-            chosen = real & (place < number[segment])
+            how = ("mask_exact", self.round, self.leave, self.count)
+            chosen = chosen_items(batch, rng, side, share, *how)
         else:
+            real = batch.values < side.num_items
+            rank = _running(real)  # number of items before each event, over the whole batch
+            items = rank[batch.offsets]
+            count = items.diff()
             drawn = draws(rng, keys, 0, position, site="mask_item")
-            chosen = (drawn < threshold(self.share)) & real
+            chosen = (drawn < threshold(share)) & real
             empty = _running(chosen)[batch.offsets].diff() == 0
             pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site="mask_forced")
             forced = items[:-1] + (pick * count >> 16)
@@ -136,6 +144,32 @@ def with_targets(batch: JaggedBatch, chosen: Tensor, items: Tensor) -> JaggedBat
     if "rating" in events:
         events["rating"] = events["rating"].masked_fill(chosen, FILL["rating"])
     return replace(batch, events=events)
+
+
+def chosen_items(
+    batch: JaggedBatch,
+    rng: Rng,
+    side: SideData,
+    share: float,
+    site: str,
+    rounding: Rounding = "down",
+    leave: int = 0,
+    fixed: int | None = None,
+) -> Tensor:
+    """bool [T]: `number_of` the n items of each sequence, or the number that is `fixed`, but at
+    most n - leave, any of them with the same chance. Special tokens are none."""
+    segment, position = batch.segment_ids(), batch.positions()
+    real = batch.values < side.num_items
+    count = _running(real)[batch.offsets].diff()
+    key = random_order(rng, batch.keys[segment], position, site).masked_fill(~real, 1 << 32)
+    order = (segment << 33 | key).argsort()
+    place = torch.empty_like(order)
+    place[order] = position  # sorted events keep their sequences
+    number = number_of(share, count, rounding)
+    if fixed is not None:
+        number = torch.full_like(number, fixed)
+    number = number.minimum(count - leave)
+    return real & (place < number[segment])
 
 
 def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:

@@ -17,18 +17,27 @@ class OneOf:
     number of steps take different ones, as CL4SRec does (Xie et al., 2022, section 3.2).
 
     Event columns that only some of the steps make are left out.
+
+    Attributes:
+        steps: to choose from.
+        independent: every view chooses for itself, and two may take the same step (AdaptSSR):
+            `any_of` of a recipe.
     """
 
     steps: Sequence
+    independent: bool = False
 
     def __post_init__(self):
         if len(self.steps) < 2:
-            raise ValueError(f"one_of has {len(self.steps)} steps, expected at least 2")
+            name = "any_of" if self.independent else "one_of"
+            raise ValueError(f"{name} has {len(self.steps)} steps, expected at least 2")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         zero = torch.zeros_like(batch.keys)
-        first = draws(rng, batch.sample_ids, 0, zero, site="one_of") * len(self.steps) >> 16
-        choice = (first + (batch.keys >> 32)) % len(self.steps)
+        keys = batch.keys if self.independent else batch.sample_ids
+        choice = draws(rng, keys, 0, zero, site="one_of") * len(self.steps) >> 16
+        if not self.independent:
+            choice = (choice + (batch.keys >> 32)) % len(self.steps)
         order = choice.argsort(stable=True)
         parts = [
             step(batch.select((choice == i).nonzero().squeeze(1)), rng, side)

@@ -10,6 +10,7 @@ from fastrec.data.side import SideData
 from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.cut import Cut
+from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
@@ -33,7 +34,9 @@ class Step:
         baskets: two baskets of items, the second one the next or somebody else's.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
-        one_of: one of several steps for each sequence.
+        fill: items are drawn anew by a masked-item model.
+        one_of: one of several steps for each sequence, different ones in neighbouring views.
+        any_of: the same, and every view chooses for itself.
         friend: a drawn friend of each user joins the batch.
         again: the sequences of another view with new dropout.
     """
@@ -46,7 +49,9 @@ class Step:
     baskets: Baskets | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
+    fill: Fill | None = None
     one_of: "list[Step] | None" = None
+    any_of: "list[Step] | None" = None
     friend: Friend | None = None
     again: Again | None = None
 
@@ -56,7 +61,7 @@ class Step:
     @cached_property
     def part(self):
         part = part_of(self)
-        return OneOf(part) if isinstance(part, list) else part
+        return OneOf(part, self.any_of is part) if isinstance(part, list) else part
 
     @property
     def extra(self) -> int:

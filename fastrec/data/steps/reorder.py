@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.data.steps.crop import segment
 from fastrec.data.steps.mask import random_order
+from fastrec.data.steps.share import Rounding, Share, check_share, share_at
 from fastrec.random import Rng
 
 
@@ -18,17 +20,19 @@ class Reorder:
     Xie et al., 2022, section 3.2.3).
 
     Attributes:
-        share: of the items.
+        share: of the items, a number or one that moves with the step.
+        round: "down", or "up" for ceil(share n) (AdaptSSR).
     """
 
-    share: float = 0.6
+    share: Share = 0.6
+    round: Rounding = "down"
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"reorder.share must be in (0, 1], got {self.share}")
+        check_choices(self)
+        check_share("reorder.share", self.share)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        start, length = segment(batch, rng, self.share, "reorder")
+        start, length = segment(batch, rng, share_at(self.share, rng), "reorder", self.round)
         owner, position = batch.segment_ids(), batch.positions()
         inside = (position >= start[owner]) & (position < (start + length)[owner])
         run = inside.nonzero().squeeze(1)
