@@ -28,10 +28,13 @@ class ItemRows(NamedTuple):
 
     table: Tensor
     values: Tensor | None
+    sparse: bool = False  # the gradient of `table`, where `values` are its rows
 
     def dense(self) -> Tensor:
         """[T, D]."""
-        return self.table if self.values is None else F.embedding(self.values, self.table)
+        if self.values is None:
+            return self.table
+        return F.embedding(self.values, self.table, sparse=self.sparse)
 
 
 # By name, the categories of an attribute or the vectors [V, F] of a feature.
@@ -202,7 +205,7 @@ class ItemInput(nn.Module):
             return ItemRows(self._combined(batch, rng, summed) * self.factor, None)
         if not is_plain(self.ids, nn.Embedding):
             return ItemRows(self.ids(batch.values) * self.factor, None)
-        rows = ItemRows(self.ids.weight, batch.values)
+        rows = ItemRows(self.ids.weight, batch.values, self.ids.sparse)
         return rows if self.factor == 1.0 else ItemRows(rows.dense() * self.factor, None)
 
     def summed(self, rng: Rng | None = None) -> Tensor:

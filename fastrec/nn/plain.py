@@ -33,6 +33,26 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
+class _FirstRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, rows):
+        ctx.shape = table.shape
+        return table[:rows]
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.coalesce()
+        options = {"device": grad.device, "is_coalesced": True, "check_invariants": False}
+        return torch.sparse_coo_tensor(grad.indices(), grad.values(), ctx.shape, **options), None
+
+
+def first_rows(table: Tensor, rows: int, sparse: bool) -> Tensor:
+    """The first rows of a table [V, D]; torch's own slice takes no sparse gradient."""
+    if len(table) == rows:
+        return table
+    return _FirstRows.apply(table, rows) if sparse else table[:rows]
+
+
 def embedding_table(module: nn.Module, rows: int) -> Tensor:
     """The vectors of the indices 0 .. rows - 1 of an embedding: its weight if it is plain."""
     if is_plain(module, nn.Embedding):

@@ -127,7 +127,9 @@ def _shares(like: Categories, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     asks = ~known & (size[category] > 0)
     items, number, count = item[asks].unique(return_inverse=True, return_counts=True)
     theirs, mine = (
-        torch.sparse_coo_tensor(torch.stack(pairs), 1 / parts.float(), shape, check_invariants=True)
+        torch.sparse_coo_tensor(
+            torch.stack(pairs), 1 / parts.float(), shape, device=rows.device, check_invariants=True
+        )
         for pairs, parts, shape in (
             ((category[known], item[known]), size[category[known]], (like.classes, len(rows))),
             ((number, category[asks]), count[number], (len(items), like.classes)),

@@ -31,7 +31,7 @@ from fastrec.nn.model_files import (
     read_tensors,
     write_model,
 )
-from fastrec.nn.plain import embedding_table
+from fastrec.nn.plain import embedding_table, first_rows
 from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
 
@@ -123,8 +123,13 @@ class UserModel(nn.Module):
     @property
     def item_table(self) -> Tensor:
         """[V, D] or, of the head, [V, D + user_width]: the vectors that score items."""
-        table = self.output_table
-        return table if len(table) == self.num_items else table[: self.num_items]
+        return first_rows(self.output_table, self.num_items, self.sparse_tables)
+
+    @property
+    def sparse_tables(self) -> bool:
+        """Whether gradients of item vectors are sparse tensors of the rows that a step reads, see
+        `training.rows`."""
+        return self.item_input.ids.sparse
 
     def has_items_of(self, dataset) -> bool:
         """Whether the items of a data set can be those of this model, in its order. What is known

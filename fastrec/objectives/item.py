@@ -16,6 +16,7 @@ from fastrec.data.batch import NO_TARGET, JaggedBatch
 from fastrec.data.negatives import NegativeSampler
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
+from fastrec.nn.plain import first_rows
 from fastrec.nn.pool import Encoded
 from fastrec.objectives.bpr_max import bpr_max
 from fastrec.random import Rng
@@ -183,8 +184,8 @@ class ItemPrediction(nn.Module):
             negatives = negatives.masked_fill(negatives == NO_TARGET, model.num_items)
             if len(table) == model.num_items:  # the head's own: a copy
                 table = F.pad(table, (0, 0, 0, 1))
-        elif len(table) > model.num_items:
-            table = table[: model.num_items]
+        else:
+            table = first_rows(table, model.num_items, model.sparse_tables)
         if how.in_batch and correct:
             log_q = F.pad(self._log_counts(how, targets), (0, len(table) - model.num_items))
         loss = model.item_head.sampled_loss(
@@ -195,6 +196,7 @@ class ItemPrediction(nn.Module):
             log_q=log_q,
             loss=self.settings.loss,
             gbce_t=0.75 if how.gbce_t is None else how.gbce_t,
+            sparse_grad=model.sparse_tables,
             backend=self.backend,
         )
         return {"item": (loss, count)}

@@ -25,6 +25,7 @@ from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
+from fastrec.training.rows import Tables
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Stage:
             users who were not trained on, their friends, items of another catalogue, or how the
             vectors of users lie, which needs no target.
         init: what is taken from the model that the stage starts from.
+        tables: how the item table is updated.
         filler: folder of the masked-item model that the step `fill` draws from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
@@ -124,6 +126,7 @@ class Stage:
     objectives: Objectives = field(default_factory=Objectives)
     judge: Literal["next_item", "attributes", "friends", "vectors", "cold_start"] = "next_item"
     init: Init = field(default_factory=Init)
+    tables: Tables = field(default_factory=Tables)
     filler: str | None = None
     steps: int = 10000
     batch_size: int = 768

@@ -55,6 +55,7 @@ from fastrec.training.config import STAGE_KEYS, STAGES, Recipe, Stage
 from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
 from fastrec.training.model_folder import hashes, load_heads, load_pool, save_model
 from fastrec.training.module import StageModule
+from fastrec.training.rows import use_rows
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import filler_of, seen_by_run, started_model, with_dropout, with_model
 
@@ -185,6 +186,10 @@ def _fit(
     data = stage_data(dataset, recipe, current)
     data.side.filler = filler_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
+    if current.tables.update == "rows":
+        if processes > 1 or current.cuda_graph:
+            raise ValueError("tables.update: rows needs one process, and no cuda_graph")
+        use_rows(trained, objective.parts.values())
     if initial_folder is not None:
         heads = [name for name in current.init.take if name not in PARTS]
         taken += load_heads(objective, initial_folder, only=heads)

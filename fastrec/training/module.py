@@ -13,6 +13,7 @@ from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
 from fastrec.training.config import Stage
 from fastrec.training.graphed import GraphedObjective
+from fastrec.training.rows import RowAdamW, clip_, tables_of
 
 
 class StageModule(lightning.LightningModule):
@@ -96,17 +97,25 @@ class StageModule(lightning.LightningModule):
         # Lightning's own refuses a fused optimizer in mixed precision, for the sake of a loss
         # scale that bfloat16 does not need.
         if self.stage.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), self.stage.gradient_clip)
+            clip_(self.parameters(), self.stage.gradient_clip)
 
     def configure_optimizers(self):
-        stage = self.stage
-        optimizer = torch.optim.AdamW(
-            self.parameters(),
+        stage, tables = self.stage, self.stage.tables
+        settings = dict(
             lr=stage.learning_rate,
             betas=stage.betas,
             weight_decay=stage.weight_decay,
             fused=True,
         )
+        optimizer: torch.optim.AdamW
+        if tables.update == "rows":
+            by_row = tables_of(self.model)
+            known = set(map(id, by_row))
+            rest = [p for p in self.parameters() if id(p) not in known]
+            rate = stage.learning_rate if tables.learning_rate is None else tables.learning_rate
+            optimizer = RowAdamW(rest, by_row, tables.optimizer or "adam", rate, settings)
+        else:
+            optimizer = torch.optim.AdamW(self.parameters(), **settings)
 
         def factor(step: int) -> float:
             if step < stage.warmup_steps:

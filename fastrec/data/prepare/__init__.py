@@ -189,7 +189,6 @@ def prepare(
         return _prepare(
             raw, Path(output), filters, sides, item_features, relations, cold_items, earlier,
             na_values, chosen, overwrite,
-            overwrite,
         )  # fmt: skip
 
 

@@ -176,7 +176,8 @@ class CaserEncoder(nn.Module):
 
     def forward(self, embedded: ItemRows, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
         """[T, D] states of the events. `rng` turns dropout on and is its key."""
-        x, before = jagged_embedding(embedded.values, embedded.table), self.window - 1
+        x = jagged_embedding(embedded.values, embedded.table, sparse=embedded.sparse)
+        before = self.window - 1
         window = torch.arange(x.shape[0], device=x.device) + before * batch.segment_ids()
         rows = x.new_zeros(x.shape[0] + before * batch.keys.shape[0] + self.window, x.shape[1])
         rows = rows.index_copy(0, window + before, x)

@@ -191,7 +191,9 @@ class DilatedEncoder(nn.Module):
         """[T, D] states of the events. `rng` turns dropout on and is its key."""
         dropout = EventDropout(batch, self.dropout, rng)
         places = Places(batch, dropout.positions)
-        x = jagged_embedding(embedded.values, embedded.table, **dropout.at("embedding"))
+        x = jagged_embedding(
+            embedded.values, embedded.table, sparse=embedded.sparse, **dropout.at("embedding")
+        )
         for index, block in enumerate(self.blocks):
             x = block(x, places, dropout.at("ffn_output", index))
         return x

@@ -94,7 +94,9 @@ class GruEncoder(nn.Module):
     def forward(self, embedded: ItemRows, batch: JaggedBatch, rng: Rng | None = None) -> Tensor:
         """[T, D] states of the events. `rng` turns dropout on and is its key."""
         dropout = EventDropout(batch, self.dropout, rng)
-        x = jagged_embedding(embedded.values, embedded.table, **dropout.at("embedding"))
+        x = jagged_embedding(
+            embedded.values, embedded.table, sparse=embedded.sparse, **dropout.at("embedding")
+        )
         for index, layer in enumerate(self.layers):
             if index:  # the site of what a layer hands to the next one
                 site = dropout.at("ffn_output", index - 1)
