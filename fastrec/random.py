@@ -52,6 +52,8 @@ SITES = {
     "one_of": 26,
     "negatives_shared": 28,
     "negatives_own": 29,
+    "drop": 55,
+    "drop_kept": 56,
 }
 
 ROUNDS = 7

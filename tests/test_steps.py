@@ -18,6 +18,7 @@ from fastrec.data.batch import JaggedBatch, from_sequences
 from fastrec.data.graph import FriendSampler
 from fastrec.data.side import Shard
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.drop import Drop
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
@@ -137,6 +138,14 @@ def reorder(step: Reorder, items, key, rng):
     return places, [items[place] for place in places], None
 
 
+def drop(step: Drop, items, key, rng):
+    bound = round(step.share * 65536)
+    places = [p for p in range(len(items)) if one(rng, key, "drop", p) >= bound or items[p] >= V]
+    if items and not places:
+        places = [one(rng, key, "drop_kept") * len(items) // 65536]
+    return places, [items[place] for place in places], None
+
+
 def one_of(step: OneOf, items, key, rng):
     first = one(rng, key & 0xFFFFFFFF, "one_of") * len(step.steps) // 65536
     chosen = step.steps[(first + (key >> 32)) % len(step.steps)]
@@ -156,6 +165,7 @@ ORACLES = {
     NextItem: next_item,
     Crop: crop,
     Reorder: reorder,
+    Drop: drop,
     OneOf: one_of,
 }
 STEPS = {
@@ -176,6 +186,8 @@ STEPS = {
     "crop nothing": Crop(1.0),
     "reorder": Reorder(),
     "reorder all": Reorder(1.0),
+    "drop": Drop(),
+    "drop most": Drop(0.95),
     "one_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)]),
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
 }
@@ -561,6 +573,7 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: NextItem(ahead=0), "next_item.ahead must be at least 1, got 0"),
         (lambda: Crop(0.0), r"crop.keep must be in \(0, 1\], got 0"),
         (lambda: Crop(1.1), r"crop.keep must be in \(0, 1\], got 1.1"),
+        (lambda: Drop(1.0), r"drop.share must be in \(0, 1\), got 1"),
         (lambda: Reorder(0.0), r"reorder.share must be in \(0, 1\], got 0"),
         (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),
         (lambda: Friend(3), r"hops must be one of \[0, 1, 2\], got 3"),

@@ -42,6 +42,9 @@ def started_model(
         features = item_features(dataset, config.items)
         _check_memory(dataset, config, features)
         model = UserModel(dataset.num_items, config, dataset.num_users, features)
+        if init.ids:  # the model starts as it was
+            with torch.no_grad():
+                model.item_embedding.weight[: dataset.num_items].zero_()
         taken = [] if initial is None else take(model, initial, init.take, same)
     freeze(model, init.freeze, init.second_norm)
     return model, taken
@@ -91,6 +94,11 @@ def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
         warnings.warn(
             f"the model to start from keeps its own settings: {', '.join(other)}", stacklevel=4
         )
+    if init.ids:
+        if config.items.ids:
+            raise ValueError("init.ids has no effect: the model to start from has ids")
+        items = dataclasses.replace(config.items, ids=True)
+        config = dataclasses.replace(config, items=items)
     if init.patch:
         encoder = settings_of(config.encoder)
         if not hasattr(encoder, "patch"):

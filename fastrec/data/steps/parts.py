@@ -8,6 +8,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import part_of
 from fastrec.data.side import SideData
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.drop import Drop
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
@@ -27,6 +28,7 @@ class Step:
         next_item: every event predicts the item behind it.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        drop: some items are left out.
         one_of: one of several steps for each sequence.
         friend: a drawn friend of each user joins the batch.
         again: the sequences of another view with new dropout.
@@ -37,6 +39,7 @@ class Step:
     next_item: NextItem | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
+    drop: Drop | None = None
     one_of: "list[Step] | None" = None
     friend: Friend | None = None
     again: Again | None = None
