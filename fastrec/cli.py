@@ -29,13 +29,14 @@ from fastrec.data.output import check_absent, check_table_path, locked_file, wri
 from fastrec.data.settings import from_values
 from fastrec.demo import demo
 from fastrec.evaluation.next_item import protocol_of
+from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import RECIPE, read_json
 from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import MODEL, SUMMARY, first_process
-from fastrec.training.config import STAGE_KEYS, Init, Recipe, Stage, Users
+from fastrec.training.config import STAGE_KEYS, Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.model_folder import load_model
-from fastrec.training.start import with_model
+from fastrec.training.start import warn_of_settings
 from fastrec.training.sweep import sweep
 
 
@@ -161,7 +162,10 @@ def _evaluate(
     stage = recipe.stage(task)
     asked = stage.judge == "next_item"  # other judges read no user vectors
     trained = load_model(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
-    with_model(recipe, trained, Init())  # warns of settings that are not those of the model
+    config = trained.config  # a stage may have another dropout, and patches
+    asks = dataclasses.replace(recipe.model, dropout=config.dropout, encoder=config.encoder)
+    if recipe.model != ModelConfig():
+        warn_of_settings(asks, config)
     if asked:
         _say_other_protocol(trained, recipe)
     trained = trained.to(device_of(device))

@@ -57,6 +57,8 @@ SITES = {
     "negatives_own": 29,
     "fill": 40,
     "fill_item": 41,
+    "drop": 55,
+    "drop_kept": 56,
 }
 
 ROUNDS = 7

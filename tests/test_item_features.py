@@ -31,7 +31,9 @@ from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective
 from fastrec.random import Rng
 from fastrec.serve import recommend
+from fastrec.training.config import Init, Recipe, Stage
 from fastrec.training.model_folder import for_items_of
+from fastrec.training.start import started_model, with_model
 
 V, WIDTH = 12, 8
 ENCODER = Transformer(layers=1, heads=1, causal=True, pre_norm=True)
@@ -327,7 +329,7 @@ def test_tomorrows_items_have_their_vectors(settings):
     )
     if settings.get("head_table") == "features" and not before.config.items.ids:
         inside = before.item_input.features[0]
-        expected = before.item_head.compared(inside.mapped(vectors[1:2], rows[:1], None))
+        expected = before.item_head.compared(inside._mapped(vectors[1:2], rows[:1], None))
         torch.testing.assert_close(after.item_table[1:2], expected)
 
 
@@ -368,6 +370,56 @@ def test_settings_that_cannot_be():
             ModelConfig(**{"width": WIDTH, **settings})
     with pytest.raises(ValueError, match=r"the vectors of 'text' must be \[12, F\], got \[3, 5\]"):
         model_of(table=torch.zeros(3, 5))
+
+
+def test_unisrec_goes_to_other_items_with_and_without_ids(tmp_path):
+    """By the command line: pre-training on one list of items; on another the map of the text is
+    trained beside a frozen encoder, and with ids the model starts as without them."""
+    generator = np.random.default_rng(0)
+    for name, first in (("source", 0), ("target", 20)):
+        walks = [(u, first + int(i), t) for u in range(40)
+                 for t, i in enumerate(generator.integers(0, 15, 6))]  # fmt: skip
+        frame = pl.DataFrame(walks, schema=["user", "item", "timestamp"], orient="row")
+        frame.write_csv(tmp_path / f"{name}.csv")
+        items = sorted(frame["item"].unique())
+        pl.DataFrame({"item_id": items, "text": vectors(items, 5)}).write_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+        main(["prepare", f"--source={tmp_path / name}.csv", f"--output={tmp_path / name}",
+              "--on_duplicate=keep", f"--item_features={tmp_path / name}.parquet"])  # fmt: skip
+    small = ["--config=unisrec", "--device=cpu", "--model.width=8", "--model.max_len=6",
+             "--model.items.features.text.width=8"]  # fmt: skip
+
+    def short(stage: str, data: str, run: str) -> list[str]:
+        return [*small, f"--data={tmp_path / data}", f"--output={tmp_path / run}",
+                f"--{stage}.steps=4", f"--{stage}.validate_every=4"]  # fmt: skip
+
+    main(["pretrain", *short("pretraining", "source", "run")])
+    base, states = tmp_path / "run" / "model", []
+    initial = UserModel.from_pretrained(base)
+    for run in ("inductive", "transductive"):
+        flags = [f"--init={base}", f"--recommendation.init.ids={run == 'transductive'}"]
+        main(["finetune", *short("recommendation", "target", run), *flags])
+        made = json.loads((tmp_path / run / "transfer.json").read_text())
+        assert "item_input.features.0.map.weight" in made["taken"]
+        assert not any(name.startswith("encoder.") for name in made["trained"])
+        tuned = UserModel.from_pretrained(tmp_path / run / "model")
+        assert tuned.config.items.ids == (run == "transductive") and tuned.num_items == 15
+        for name, value in initial.encoder.state_dict().items():
+            assert torch.equal(tuned.encoder.state_dict()[name], value)
+    target = SequenceDataset.load(tmp_path / "target")
+    for ids in (False, True):
+        init = Init(take=["input", "encoder"], ids=ids)
+        config = with_model(Recipe(), initial, Stage(init=init)).model
+        model, _ = started_model(target, config, initial, init)
+        with torch.no_grad():
+            states.append((model.encode(from_sequences([[0, 3, 2]])).states, model.item_table))
+    for inductive, transductive in zip(*states, strict=True):
+        assert torch.equal(inductive, transductive)
+    with pytest.raises(ValueError, match="init.ids has no effect: the model to start from has ids"):
+        with_model(Recipe(), model, Stage(init=init))
+    with pytest.raises(ValueError, match="init.ids needs init.take with input in place of items"):
+        Init(ids=True)
 
 
 def test_from_a_file_to_recommendations_of_tomorrow(tmp_path):

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars
 import pytest
 import torch
@@ -23,11 +24,13 @@ from fastrec import recipes
 from fastrec.cli import main
 from fastrec.data.batch import from_sequences
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.dataset_files import digest
 from fastrec.data.loader import SequenceLoader
 from fastrec.data.settings import from_values
 from fastrec.data.side import SideData
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Views
+from fastrec.nn.items import item_features
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
@@ -50,7 +53,10 @@ def small(name: str, **stage) -> Recipe:
         protocol = replace(protocol, negatives=20)
     if any(part.judge == "friends" for part in shorter.values()):
         protocol = replace(protocol, friend_negatives=9)
-    model = replace(chosen.model, width=16, max_len=12)
+    items = chosen.model.items
+    features = {name: replace(part, width=16) for name, part in items.features.items()}
+    items = replace(items, features=features)
+    model = replace(chosen.model, width=16, max_len=12, items=items)
     return replace(chosen, model=model, evaluation=protocol, **shorter)
 
 
@@ -77,10 +83,21 @@ STAGES = distinct()
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A data set, and a masked-item model beside it."""
-    folder = synthetic(tmp_path_factory.mktemp("synthetic"), mean_friends=30)
+    folder = with_text(synthetic(tmp_path_factory.mktemp("synthetic"), mean_friends=30))
     masked, short = small("bert4rec", steps=3, validate_every=3), folder.parent / "masked"
     masked = replace(masked, users=Users(0.9))  # no model has seen the users who are held out
     fit(SequenceDataset.load(folder), recipe=masked, output=short, progress=False)
+    return folder
+
+
+def with_text(folder: Path) -> Path:
+    """The data set with vectors of its items, as `prepare --item_features` writes them."""
+    schema = json.loads((folder / "schema.json").read_text())
+    vectors = np.random.default_rng(0).normal(size=(schema["num_items"], 12)).astype(np.float32)
+    np.save(folder / "features.text.npy", vectors)
+    schema["item_features"] = {"text": {"width": 12, "missing": 0}}
+    schema["digests"]["features.text.npy"] = digest(folder / "features.text.npy")
+    (folder / "schema.json").write_text(json.dumps(schema))
     return folder
 
 
@@ -140,7 +157,8 @@ def started(dataset, name: str, stage: str, rank: int = 0, world_size: int = 1):
     chosen = filled(small(name, batch_size=100), dataset.path)
     part = chosen.stage(stage)
     torch.manual_seed(chosen.seed)
-    model = UserModel(dataset.num_items, chosen.model, dataset.num_users)
+    features = item_features(dataset, chosen.model.items)
+    model = UserModel(dataset.num_items, chosen.model, dataset.num_users, features)
     found = stage_data(dataset, chosen, part)
     found.side.filler = filler_of(dataset, chosen, part)
     objective = JointObjective(part.parts, model, found.side)
@@ -179,7 +197,8 @@ def test_autocast_converts_no_item_table(data, name):
     loss.backward()
     assert seen.shapes, "nothing ran in bfloat16"
     assert not [shape for shape in seen.shapes if shape[:1] in ((150,), (154,))]
-    grad = model.item_embedding.weight.grad
+    part = model.item_input  # what items are made of: their ids, or a map of their vectors
+    grad = part.ids.weight.grad if part.settings.ids else part.features[0].map.weight.grad
     assert grad.dtype == torch.float32 and grad.isfinite().all() and grad.abs().max() > 0
 
 

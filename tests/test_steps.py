@@ -19,6 +19,7 @@ from fastrec.data.graph import FriendSampler
 from fastrec.data.side import Shard
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.cut import Cut
+from fastrec.data.steps.drop import Drop
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
@@ -221,6 +222,14 @@ def reorder(step: Reorder, items, key, rng):
     return places, [items[place] for place in places], None
 
 
+def drop(step: Drop, items, key, rng):
+    bound = round(step.share * 65536)
+    places = [p for p in range(len(items)) if one(rng, key, "drop", p) >= bound or items[p] >= V]
+    if items and not places:
+        places = [one(rng, key, "drop_kept") * len(items) // 65536]
+    return places, [items[place] for place in places], None
+
+
 def one_of(step: OneOf, items, key, rng):
     if step.independent:
         chosen = step.steps[one(rng, key, "one_of") * len(step.steps) // 65536]
@@ -246,6 +255,7 @@ ORACLES = {
     Crop: crop,
     Reorder: reorder,
     Fill: fill,
+    Drop: drop,
     OneOf: one_of,
 }
 STEPS = {
@@ -276,6 +286,8 @@ STEPS = {
     "reorder": Reorder(),
     "reorder all": Reorder(1.0),
     "reorder up": Reorder(0.6, round="up"),
+    "drop": Drop(),
+    "drop most": Drop(0.95),
     "one_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)]),
     "reorder more and more": Reorder(Schedule(0.3, 1.0, 50)),
     "crop more and more": Crop(Schedule(0.9, 0.1, 10)),
@@ -769,6 +781,7 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: Mask(round="up"), "mask.round has no effect: mask.exact is false"),
         (lambda: Mask(exact=True, leave=-1), "mask.leave must not be negative, got -1"),
         (lambda: OneOf([Mask()], independent=True), "any_of has 1 steps, expected at least 2"),
+        (lambda: Drop(1.0), r"drop.share must be in \(0, 1\), got 1"),
         (lambda: Reorder(0.0), r"reorder.share must be in \(0, 1\], got 0"),
         (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),
         (lambda: Friend(3), r"hops must be one of \[0, 1, 2\], got 3"),

@@ -312,7 +312,7 @@ def test_errors_name_the_problem(data, tmp_path):
         run(data, tmp_path / "aimless", recipe(views={"main": []}))
     with pytest.raises(ValueError, match="cuda_graph needs one process on one GPU"):
         run(data, new, recipe(cuda_graph=True))
-    with pytest.raises(ValueError, match="init freezes or patches a model, and there is none"):
+    with pytest.raises(ValueError, match="init freezes or patches a model, or gives it ids"):
         run(data, new, recipe(init=Init(patch=4)))
     with pytest.raises(ValueError, match="view 'b' takes 'c' again, which does not stand before"):
         views = {"b": [Again("c")], "c": [Mask()]}

@@ -215,7 +215,7 @@ def test_a_model_of_other_items_is_refused_before_training():
     for init in (Init(), Init(patch=2), Init(take=["items", "encoder"])):
         with pytest.raises(ValueError, match=r"are others or in another order"):
             fit(data, model_of(num_items=20), init=init, **run)
-    with pytest.raises(ValueError, match="init freezes or patches a model, and there is none"):
+    with pytest.raises(ValueError, match="init freezes or patches a model, or gives it ids"):
         fit(data, init=Init(freeze=["items"]), **run)
 
 

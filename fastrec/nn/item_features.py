@@ -89,15 +89,19 @@ class FeatureMap(nn.Module):
     def forward(self, items: Tensor, rng: Rng | None = None) -> Tensor:
         """items: int64 [N] in [0, V). With `rng` dropout and noise are on: a function of seed, step
         and item, whichever others are read."""
-        x = self.table.index_select(0, items)
-        return self.mapped(x, items, rng)
+        return self._mapped(self.table.index_select(0, items), items, rng)
 
     def whole(self, rng: Rng | None = None) -> Tensor:
         """[V, P], of all items."""
         items = torch.arange(len(self.table), device=self.table.device)
-        return self.mapped(self.table, items, rng)
+        return self._mapped(self.table, items, rng)
 
-    def mapped(self, x: Tensor, items: Tensor, rng: Rng | None) -> Tensor:
+    def _mapped(self, x: Tensor, items: Tensor, rng: Rng | None) -> Tensor:
+        # Also under autocast in the dtype of the table, of which it would make a copy.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._product(x, items, rng)
+
+    def _product(self, x: Tensor, items: Tensor, rng: Rng | None) -> Tensor:
         how = self.settings
         zeros = torch.zeros_like(items)
         if rng is not None and how.dropout:

@@ -44,6 +44,8 @@ class Init:
         second_norm: train the second LayerNorm of each block of a frozen encoder, as PeterRec may.
         pool: an objective of that model, such as rank: the objectives of this stage begin with the
             parameters of its pool.
+        ids: embed the ids of the items, from 0, beside the features that the model has alone
+            (transductive).
         users: whose ids that model has seen: the "same" as in this data set, who are not held out
             to test it then, or "other" people.
     """
@@ -56,6 +58,7 @@ class Init:
     patch_form: PatchForm = "serial"
     second_norm: bool = False
     pool: str | None = None
+    ids: bool = False
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
@@ -75,6 +78,8 @@ class Init:
         for name in self.freeze:
             if name not in self.take:
                 raise ValueError(f"init.freeze names {name!r}, which init.take does not: random")
+        if self.ids and "items" in self.take:
+            raise ValueError("init.ids needs init.take with input in place of items: ids are new")
         if "users" in self.take and self.users == "other":
             raise ValueError("init.take names users, whose vectors init.users: other starts anew")
         if self.patch < 0:

@@ -159,9 +159,10 @@ def _fit(
     recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
     if initial is not None:
         recipe = with_model(recipe, initial, current)
-    elif current.init.freeze or current.init.patch:
+    elif current.init.freeze or current.init.patch or current.init.ids:
         raise ValueError(
-            f"{stage}: init freezes or patches a model, and there is none to start from"
+            f"{stage}: init freezes or patches a model, or gives it ids, and there is none to start"
+            " from"
         )
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
     encoder = settings_of(recipe.model.encoder)

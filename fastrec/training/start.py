@@ -44,6 +44,9 @@ def started_model(
         features = item_features(dataset, config.items)
         _check_memory(dataset, config, features)
         model = UserModel(dataset.num_items, config, dataset.num_users, features)
+        if init.ids:  # the model starts as it was
+            with torch.no_grad():
+                model.item_embedding.weight[: dataset.num_items].zero_()
         taken = [] if initial is None else take(model, initial, init.take, same)
     freeze(model, init.freeze, init.second_norm)
     return model, taken
@@ -99,14 +102,25 @@ def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
         )
 
 
+def warn_of_settings(asks: ModelConfig, has: ModelConfig) -> None:
+    """A warning where a model has other settings than a recipe asks for."""
+    asked, kept = dataclasses.asdict(asks), dataclasses.asdict(has)
+    other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
+    if other:
+        warnings.warn(f"the model keeps its own settings: {', '.join(other)}", stacklevel=5)
+
+
 def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
     """The recipe with the settings of the model that a stage starts from, and a warning if they
     differ. The dropout of the stage is nothing that they differ in."""
     config, init = with_dropout(initial.config, stage), stage.init
-    if recipe.model != config and recipe.model != ModelConfig():
-        asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
-        other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
-        warnings.warn(f"the model keeps its own settings: {', '.join(other)}", stacklevel=4)
+    if recipe.model != ModelConfig():
+        warn_of_settings(recipe.model, config)
+    if init.ids:
+        if config.items.ids:
+            raise ValueError("init.ids has no effect: the model to start from has ids")
+        items = dataclasses.replace(config.items, ids=True)
+        config = dataclasses.replace(config, items=items)
     if init.patch:
         encoder = settings_of(config.encoder)
         if not hasattr(encoder, "patch"):

@@ -10,6 +10,7 @@ from fastrec.data.side import SideData
 from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.cut import Cut
+from fastrec.data.steps.drop import Drop
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
@@ -34,6 +35,7 @@ class Step:
         baskets: two baskets of items, the second one the next or somebody else's.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        drop: some items are left out.
         fill: items are drawn anew by a masked-item model.
         one_of: one of several steps for each sequence, different ones in neighbouring views.
         any_of: the same, and every view chooses for itself.
@@ -50,6 +52,7 @@ class Step:
     crop: Crop | None = None
     reorder: Reorder | None = None
     fill: Fill | None = None
+    drop: Drop | None = None
     one_of: "list[Step] | None" = None
     any_of: "list[Step] | None" = None
     friend: Friend | None = None
