@@ -62,8 +62,8 @@ class Stage:
         views: named lists of steps that make what is encoded of the users of a step.
         objectives: what is trained on the views. In Python also {name: settings or module}.
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
-            users who were not trained on, their friends, items of another catalogue, or how the
-            vectors of users lie, which needs no target.
+            users who were not trained on, their friends, items of another catalogue, or whether
+            users are found again by their vectors, which needs no target.
         init: what is taken from the model that the stage starts from.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
@@ -76,8 +76,8 @@ class Stage:
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
-            the next item, MRR@10 of cold_start, "score" of attributes and vectors, "accuracy" of
-            friends.
+            the next item, MRR@10 of cold_start, "score" of attributes, "accuracy" of friends, MRR
+            of vectors.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -169,7 +169,9 @@ class Stage:
 
     @property
     def monitored(self) -> str:
-        defaults = {"next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10"}
+        defaults = {
+            "next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10", "vectors": "MRR",
+        }  # fmt: skip
         return self.monitor or defaults.get(self.judge, "score")
 
 
