@@ -3,10 +3,10 @@
 
     python -m benchmarks.tables --items 20000 1000000
 
-256 users of 3 to 16 items by Zipf's law (about 2,300 events), 256 negatives an event by popularity,
+256 users of 3 to 16 items by Zipf's law (some 2,300 events), 256 negatives an event by popularity,
 width 64. Each case runs in a process of its own: median and minimum of process CPU time and of wall
-time in ms, and the largest resident memory in MiB beyond what the process had before the model, with
-that of the weights and of the optimizer's averages.
+time in ms, and the largest resident memory in MiB beyond what the process had before the model,
+with that of the weights and of the optimizer's averages.
 """
 
 import argparse

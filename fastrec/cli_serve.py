@@ -9,11 +9,12 @@ from typing import Literal
 from fastrec.backend import device_of
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.output import check_table_path, locked_file, write_table
+from fastrec.data.output import check_absent, check_table_path, locked_file, write_table
 from fastrec.data.prepare.text import read_lines
+from fastrec.evaluation.report import plot_plane
 from fastrec.serve import Recommender
 from fastrec.training.model_folder import load_model
-from fastrec.vectors import item_vectors, user_vectors
+from fastrec.vectors import item_vectors, principal_components, user_vectors
 
 
 def embed(
@@ -24,6 +25,8 @@ def embed(
     users: Path | None = None,
     pool: Literal["max", "mean", "cls", "ur", "last"] | None = None,
     new_items_like: str | None = None,
+    plot: Path | None = None,
+    color_by: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
@@ -41,7 +44,9 @@ def embed(
             token, or of the last item.
         new_items_like: column of item attributes: items that the model does not know begin as the
             mean of known ones of the same category; without it as the mean of all.
-        overwrite: replace a file `output`.
+        plot: .png file for a picture of the user vectors: their two principal components.
+        color_by: column of users.parquet, an attribute, for the colours of the picture.
+        overwrite: replace a file `output` or `plot`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
     if output.suffix != ".parquet":
@@ -50,8 +55,10 @@ def embed(
         raise ValueError(f"--pool has no effect on --what {what}: it is of user vectors")
     if users is not None and what == "items":
         raise ValueError("--users has no effect on --what items: all of them are written")
+    _check_plot(plot, color_by, what, overwrite)
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
+        column = None if color_by is None else _attribute(dataset, color_by)
         # Pools and items read no user vectors.
         model = load_model(
             pretrained, dataset, same_users=what == "queries", new_items_like=new_items_like
@@ -69,7 +76,44 @@ def embed(
             vectors = Recommender(model, dataset).queries(read_ids(users))
             said = f"queries of {model.item_table.shape[1]} numbers"
         write_table(vectors, output, overwrite)
+        if plot is not None:
+            if column is not None:
+                column = vectors.select("user_id").join(
+                    column, on="user_id", how="left", maintain_order="left"
+                )[color_by]
+            points, shares = principal_components(vectors["vector"].to_numpy())
+            plot_plane(points, shares, plot, color_by, column)
     print(f"{output}: {len(vectors):,} {said}")
+    if plot is not None:
+        print(f"plot: {plot}")
+
+
+def _check_plot(plot: Path | None, color_by: str | None, what: str, overwrite: bool) -> None:
+    if plot is None:
+        if color_by is not None:
+            raise ValueError("--color_by has no effect without --plot")
+        return
+    if what != "users":
+        raise ValueError(f"--plot has no effect on --what {what}: it is of user vectors")
+    if plot.suffix != ".png":
+        raise ValueError(f"{plot}: a plot is written to a .png file")
+    check_absent(plot, overwrite)
+
+
+def _attribute(dataset, name: str):
+    """polars.DataFrame of user_id and a column of users.parquet."""
+    frame = dataset.user_attributes()
+    there = [column for column in frame.columns if column not in ("user", "user_id")]
+    if name not in there:
+        raise DataError(
+            dataset.path / "users.parquet", f"column is missing; the attributes are {there}",
+            column=name,
+        )  # fmt: skip
+    if frame[name].dtype.is_nested():
+        raise DataError(
+            dataset.path / "users.parquet", f"{frame[name].dtype} has no colour", column=name
+        )
+    return frame.select("user_id", name)
 
 
 def recommend(

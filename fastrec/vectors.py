@@ -50,6 +50,24 @@ def item_vectors(model, dataset):
     )
 
 
+def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [N, 2], shares of the variance [2]): vectors [N, D] along their two directions of
+    largest variance, centred. The largest entry of a direction is positive, so that a picture does
+    not depend on a sign.
+
+    Raises ValueError for fewer than 2 vectors, or 2 numbers a vector.
+    """
+    if min(vectors.shape) < 2:
+        raise ValueError(f"a plane needs 2 vectors of 2 numbers, got {list(vectors.shape)}")
+    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    variance, directions = np.linalg.eigh(centred.T @ centred / len(centred))
+    directions = directions[:, [-1, -2]]
+    largest = np.abs(directions).argmax(0)
+    directions = directions * np.where(directions[largest, [0, 1]] < 0, -1.0, 1.0)
+    whole = max(variance.clip(min=0).sum(), np.finfo(np.float64).tiny)
+    return centred @ directions, variance[[-1, -2]].clip(min=0) / whole
+
+
 def user_rows(users: Ids, asked) -> np.ndarray:
     """Rows of the users that are asked about by their original ids; all for None. Raises ValueError
     for ids that are not known, and for none."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judge `vectors`: alignment and uniformity of user vectors, against pairs of users one by one;
+"""The judge `vectors`: users found again, and how their vectors lie, against pairs one by one;
 and CLUE from the command line, from pre-training to recommendations."""
 
 import json
@@ -52,20 +52,29 @@ def test_vectors_are_two_dropout_passes():
     assert list(metrics) == list(judge.metric_names)
     assert metrics["alignment"] == pytest.approx(near, rel=1e-4)
     assert metrics["uniformity"] == pytest.approx(far, rel=1e-3)
-    assert metrics["score"] == pytest.approx(-near - far, rel=1e-3)
+    cosine = a @ b.T
+    ranks = [1 + int((row > row[place]).sum()) for place, row in enumerate(cosine)]
+    assert metrics["MRR"] == pytest.approx(sum(1 / rank for rank in ranks) / 5)
     std = (a.std(0, unbiased=False).mean() + b.std(0, unbiased=False).mean()) / 2
     assert metrics["std"] == pytest.approx(float(std), rel=1e-4)
 
 
-def test_a_collapse_has_the_lowest_score():
-    judge = VectorsJudge(six_users(), USERS, "valid")
+def test_neither_a_collapse_nor_noise_finds_users_again():
+    """Where all users are one point and dropout scatters them, alignment and uniformity look as if
+    users were apart: pairs of one user are as far from each other as those of two."""
+    judge, chance = (
+        VectorsJudge(six_users(), USERS, "valid"),
+        sum(1 / r for r in range(1, 201)) / 200,
+    )
     torch.manual_seed(0)
-    spread, one = torch.randn(5, 8), torch.randn(1, 8).expand(5, -1)
-    good = judge.metrics(torch.cat([spread, spread + 0.1 * torch.randn(5, 8)], dim=1))
+    spread, one = torch.randn(200, 8), torch.randn(1, 8).expand(200, -1)
+    noise = [0.3 * torch.randn(200, 8) for _ in range(2)]
+    good = judge.metrics(torch.cat([spread + noise[0], spread + noise[1]], dim=1))
     bad = judge.metrics(torch.cat([one, one], dim=1))
-    noise = judge.metrics(torch.cat([spread, torch.randn(5, 8)], dim=1))
-    assert bad["score"] == pytest.approx(0, abs=1e-5) and bad["std"] < 1e-6
-    assert good["score"] > noise["score"] > bad["score"]
+    scattered = judge.metrics(torch.cat([one + noise[0], one + noise[1]], dim=1))
+    assert good["MRR"] > 0.8
+    assert bad["MRR"] == pytest.approx(chance) and bad["std"] < 1e-6
+    assert scattered["MRR"] < 3 * chance and scattered["std"] > 0.05
 
 
 def test_few_and_many_users():

@@ -8,6 +8,9 @@ import numpy as np
 
 from fastrec.data.output import new_file
 
+_CLASSES = 10  # colours that are told apart
+_DRAWN = 20_000  # points of a picture
+
 
 def print_metrics(
     rows: dict[str, dict[str, float]],
@@ -108,4 +111,49 @@ def plot_sweep(key: str, results: dict[str, list[dict[str, float]]], path: Path)
         axes.errorbar(
             list(results), [run.mean() for run in runs], deviations, fmt="o-", label=metric
         )
+    _finish(figure, axes, path)
+
+
+def plot_plane(
+    points: np.ndarray, shares: np.ndarray, path: Path, name: str | None = None, column=None
+) -> None:
+    """Users in the plane of their two principal components, as PNG, coloured by an attribute: a
+    scale for numbers with more than `_CLASSES` values, else a colour for each of the most frequent
+    values. Of many users a part is drawn at random.
+
+    points: [U, 2]; shares: of the variance, [2]; column: polars.Series [U] of the attribute `name`;
+    users without a value are grey.
+    """
+    figure, axes = _axes(
+        "User vectors" + (f" by {name}" if name else ""),
+        f"first component ({100 * shares[0]:.0f} % of the variance)",
+        f"second component ({100 * shares[1]:.0f} %)",
+    )
+    drawn = np.arange(len(points))
+    if len(points) > _DRAWN:
+        drawn = np.sort(np.random.default_rng(0).permutation(len(points))[:_DRAWN])
+    x, y = points[drawn].T
+    style = {"s": 6, "linewidths": 0}
+    if column is None:
+        axes.scatter(x, y, label=f"{len(drawn):,} of {len(points):,} users", **style)
+        return _finish(figure, axes, path)
+    column = column.gather(drawn)
+    column = column.fill_nan(None) if column.dtype.is_float() else column
+    known = column.is_not_null().to_numpy()
+    if not known.all():
+        axes.scatter(x[~known], y[~known], color="0.8", label="unknown", **style)
+    if column.dtype.is_numeric() and column.n_unique() > _CLASSES:
+        values = column.drop_nulls().to_numpy().astype(np.float64)
+        shown = axes.scatter(x[known], y[known], c=values, cmap="viridis", label="known", **style)
+        figure.colorbar(shown, label=name)
+    else:
+        counts = column.drop_nulls().alias("value").value_counts(name="number")
+        counts = counts.sort(["number", "value"], descending=[True, False])["value"]
+        texts, top = column.cast(str).to_numpy(), counts.head(_CLASSES - 1).cast(str).to_list()
+        rest = known & ~np.isin(texts, top)
+        if rest.any():
+            axes.scatter(x[rest], y[rest], color="0.5", label="other", **style)
+        for place, value in enumerate(top):
+            own = texts == value
+            axes.scatter(x[own], y[own], color=f"C{place}", label=value, **style)
     _finish(figure, axes, path)

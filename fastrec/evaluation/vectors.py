@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""User vectors of two dropout passes: alignment and uniformity (Wang and Isola, 2020), which need
-neither labels nor targets: what chooses a model that is pre-trained without them.
+"""User vectors of two dropout passes, which need neither labels nor targets: is a user found again
+among others? What chooses a model that is pre-trained without targets.
 
 Legend: N users, D width.
 """
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastrec.nn.pool import Pool
 from fastrec.nn.sphere import alignment, spread, uniformity
+from fastrec.ops.linear_rank import linear_rank
 from fastrec.random import Rng
 
 MOST = 4096  # users: pairs of them are counted
@@ -26,7 +27,7 @@ class VectorsJudge:
     Raises ValueError for fewer than 2 users.
     """
 
-    metric_names = ("score", "alignment", "uniformity", "std")
+    metric_names = ("MRR", "alignment", "uniformity", "std")
 
     def __init__(self, dataset, users: Tensor, split: str):
         if len(users) < 2:
@@ -52,12 +53,18 @@ class VectorsJudge:
         return torch.cat(vectors.float().cpu().chunk(2), dim=1)
 
     def metrics(self, scores: Tensor, objective=None) -> dict[str, float]:
-        """Of the vectors at length 1: "alignment", "uniformity" and "std", see `fastrec.nn.sphere`;
-        "score" is -(alignment + uniformity): near to itself and far from others.
+        """Of the vectors at length 1: "MRR" is the mean of 1 / the rank of a user's second vector
+        among those of all, by the cosine with the first: 1 where every user is found again, chance
+        where vectors are one or differ by their dropout alone, which "alignment", "uniformity" and
+        "std" (`fastrec.nn.sphere`, Wang and Isola, 2020) do not tell from a spread of users.
 
         scores: what `score` gives for all rows.
         """
         a, b = (F.normalize(part, dim=1) for part in scores.chunk(2, dim=1))
-        near, far = alignment(a, b).item(), (uniformity(a) + uniformity(b)).item() / 2
-        std = (spread(a) + spread(b)).item() / 2
-        return {"score": -(near + far), "alignment": near, "uniformity": far, "std": std}
+        ranks = linear_rank(a, b, torch.arange(len(a), device="cpu")).double()
+        return {
+            "MRR": ranks.reciprocal().mean().item(),
+            "alignment": alignment(a, b).item(),
+            "uniformity": (uniformity(a) + uniformity(b)).item() / 2,
+            "std": (spread(a) + spread(b)).item() / 2,
+        }

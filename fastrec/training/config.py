@@ -98,8 +98,8 @@ class Stage:
         views: named lists of steps that make what is encoded of the users of a step.
         objectives: what is trained on the views. In Python also {name: settings or module}.
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
-            users who were not trained on, their friends, items of another catalogue, or how the
-            vectors of users lie, which needs no target.
+            users who were not trained on, their friends, items of another catalogue, or whether
+            users are found again by their vectors, which needs no target.
         init: what is taken from the model that the stage starts from.
         tables: how the item table is updated.
         filler: folder of the masked-item model that the step `fill` draws from.
@@ -115,9 +115,9 @@ class Stage:
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
-            the next item, MRR@10 of cold_start, "score" of attributes and vectors, "accuracy" of
-            friends. "steps" keeps the last model and never stops: for objectives that do not train
-            what the judge asks.
+            the next item, MRR@10 of cold_start, "score" of attributes, "accuracy" of friends, MRR
+            of vectors. "steps" keeps the last model and never stops: for objectives that do not
+            train what the judge asks.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -229,7 +229,9 @@ class Stage:
 
     @property
     def monitored(self) -> str:
-        defaults = {"next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10"}
+        defaults = {
+            "next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10", "vectors": "MRR",
+        }  # fmt: skip
         return self.monitor or defaults.get(self.judge, "score")
 
 
