@@ -51,6 +51,7 @@ SITES = {
     "negatives_own": 29,
     "fill": 40,
     "fill_item": 41,
+    "window": 42,
 }
 
 ROUNDS = 7

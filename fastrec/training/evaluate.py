@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fastrec.data.output import write_table
+from fastrec.data.settings import from_values
 from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.metrics import length_groups, list_metrics
 from fastrec.evaluation.next_item import NextItemJudge, row_blocks
 from fastrec.evaluation.report import print_metrics
 from fastrec.nn.model_files import HEADS
+from fastrec.nn.pool import Pooling
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.joint import JointObjective
@@ -106,7 +108,8 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
     scales = saved_scales(folder).get("user_attributes")
     if not scales:
         raise ValueError(f"{folder / HEADS} holds no user_attributes: it was trained otherwise")
-    settings = UserAttributes(pool=scales[0]["pool"], hidden=scales[0].get("hidden", 0))
+    pool = from_values(Pooling, scales[0]["pool"], "the pool of user_attributes")
+    settings = UserAttributes(pool=pool, hidden=scales[0].get("hidden", 0))
     objective = JointObjective({"user_attributes": settings}, model, side)
     load_heads(objective, folder)
     objective.to(model.item_table.device)

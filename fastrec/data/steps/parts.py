@@ -14,6 +14,7 @@ from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
 from fastrec.random import Rng
 
@@ -28,6 +29,7 @@ class Step:
         next_item: every event predicts the item behind it.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        window: a window of events is kept, another one in the next view.
         fill: items are drawn anew by a masked-item model.
         one_of: one of several steps for each sequence, different ones in neighbouring views.
         any_of: the same, and every view chooses for itself.
@@ -40,6 +42,7 @@ class Step:
     next_item: NextItem | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
+    window: Window | None = None
     fill: Fill | None = None
     one_of: "list[Step] | None" = None
     any_of: "list[Step] | None" = None
