@@ -100,8 +100,9 @@ def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
     """The recipe with the settings of the model that a stage starts from, and a warning if they
     differ. The dropout of the stage is nothing that they differ in."""
     config, init = with_dropout(initial.config, stage), stage.init
-    if recipe.model != config and recipe.model != ModelConfig():
-        asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
+    own = with_dropout(recipe.model, stage)
+    if own != config and recipe.model != ModelConfig():
+        asked, kept = dataclasses.asdict(own), dataclasses.asdict(config)
         other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
         warnings.warn(
             f"the model to start from keeps its own settings: {', '.join(other)}", stacklevel=4
