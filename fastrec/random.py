@@ -59,6 +59,7 @@ SITES = {
     "fill_item": 41,
     "drop": 55,
     "drop_kept": 56,
+    "window": 42,
 }
 
 ROUNDS = 7

@@ -16,13 +16,23 @@ from op_db.case import run
 from wrong_arguments import covering
 
 import fastrec
+from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.fill import Fill
+from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
+from fastrec.data.steps.one_of import OneOf
+from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.share import Schedule
+from fastrec.data.steps.window import Window
+from fastrec.data.views import Again
 from fastrec.evaluation.next_item import NextItemJudge, Protocol
 from fastrec.nn.encoders.caser import Caser
+from fastrec.nn.filler import Filler
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.objectives.rank import Rank
 from fastrec.random import Rng
 
 FACTORIES = {function.__name__ for function in torch.utils._device._device_constructors()}
@@ -98,6 +108,13 @@ def caser() -> UserModel:
     return model
 
 
+# Views of the steps that run a model, move with the training and round up.
+RANKED = {
+    "a": [Window(share=Schedule(0.5, 0.9, 9)), Fill(0.5)],
+    "b": [OneOf([Crop(0.4, round="up"), Mask(0.6, True, "up", 1), Reorder()], independent=True)],
+    "a_again": [Again("a")],
+    "b_again": [Again("b")],
+}
 IN_BATCH = {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))}
 
 
@@ -106,11 +123,13 @@ IN_BATCH = {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))}
     [
         (lambda: model_of(tokens=["cls", "sep"]), SOCIAL_VIEWS, JOINT),
         (caser, {"main": [NextItem(ahead=2)]}, IN_BATCH),
+        (model_of, RANKED, {"rank": Rank(list(RANKED))}),
     ],
-    ids=["uprec", "caser"],
+    ids=["uprec", "caser", "ranked"],
 )
 def test_a_step_of_training_and_its_evaluation(make, views, objectives, request):
     model, side = make(), social_side()
+    side.filler = Filler(model_of())
     objective = JointObjective(objectives, model, side)
     expected = step_and_ranks(model, objective, side, views)
     request.getfixturevalue("on_meta")

@@ -28,6 +28,7 @@ from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
+from fastrec.nn.pool import Interests
 from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
@@ -76,6 +77,7 @@ SYSTEMS = {
     "next_item_sasrec": ({"main": [NextItem()]}, {"item": Item()}),
     "next_item_ligr": ({"main": [NextItem()]}, {"item": Item()}),
     "contrast": (PAIR, {"contrast": Contrast(["a", "b"])}),
+    "contrast_of_interests": (PAIR, {"contrast": Contrast(["a", "b"], pool=Interests(3))}),
     "contrast_of_the_first": (
         PAIR,
         {

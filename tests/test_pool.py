@@ -6,9 +6,9 @@ import torch
 from builders import model_of
 
 from fastrec.data.batch import JaggedBatch, framed, from_sequences
-from fastrec.nn.pool import Encoded, Pool, max_pool
+from fastrec.nn.pool import Encoded, Interests, Pool, max_pool
 
-HOWS = ["max", "mean", "cls", "ur", "last", "attention"]
+HOWS = ["max", "mean", "cls", "ur", "last", "attention", Interests(3)]
 MASK, CLS, SEP, UR = 20, 21, 22, 23
 # [MASK] stands for an item; the second has one item, the fourth only a [MASK], the third none.
 SEQUENCES = [[3, 7, MASK, 7], [5], [], [MASK], [9, MASK]]
@@ -38,8 +38,10 @@ def one_by_one(pool: Pool, batch: JaggedBatch, states: torch.Tensor) -> torch.Te
             rows.append(items.mean(0))
         else:
             hidden = items @ pool.project.weight.T + pool.project.bias
-            share = (hidden.tanh() @ pool.query).softmax(0)
-            rows.append(share @ items)
+            several = isinstance(pool.how, Interests)
+            queries = pool.queries if several else [pool.query]
+            means = [(hidden.tanh() @ query).softmax(0) @ items for query in queries]
+            rows.append(pool.merge.weight @ torch.cat(means) if several else means[0])
     return torch.stack(rows)
 
 
@@ -68,7 +70,7 @@ def test_equals_a_loop_over_the_sequences(how, tokens, poisoned_memory):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["max", "mean", "last", "attention"])
+@pytest.mark.parametrize("how", ["max", "mean", "last", "attention", Interests(2)])
 @pytest.mark.parametrize("sequences", [[], [[], []], [[SEP], [], [SEP, SEP]], [[], [2], []]])
 def test_without_items_zero_and_finite_gradients(how, sequences):
     """The last pool takes the last event where there is no item; an empty sequence never gets the
@@ -95,6 +97,20 @@ def test_attention_with_scores_far_apart():
     torch.testing.assert_close(found, one_by_one(pool, batch, states))
     found.sum().backward()
     assert states.grad.isfinite().all() and pool.query.grad.isfinite().all()
+
+
+def test_settings_that_are_no_pool():
+    with pytest.raises(
+        ValueError, match="interests must be at least 2, got 1: one is the pool att"
+    ):
+        Interests(1)
+    with pytest.raises(
+        ValueError, match=r"pool must be one of .*'attention'\) or Interests, got 'a'"
+    ):
+        Pool("a", 8)
+    encoded = Encoded(from_sequences([[1]]), torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="has parameters, or is none"):
+        model_of().pool(encoded, Interests(2))
 
 
 def test_the_maximum_gets_the_gradient_and_of_equal_ones_the_first():

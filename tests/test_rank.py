@@ -13,17 +13,24 @@ from safetensors.torch import load_file
 
 from benchmarks.encoders import ranking
 from fastrec.cli import main
+from fastrec.data.dataset import SequenceDataset
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.parts import Step
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.views import Again
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.item import Item
 from fastrec.objectives.joint import JointObjective, Term, total_loss
 from fastrec.objectives.rank import Rank, ViewRanking
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
+from fastrec.training.fit import fit
 from fastrec.training.model_folder import load_pool, save_heads
 
 WIDTH = 8
@@ -188,6 +195,21 @@ def test_from_masked_items_by_ranking_to_user_attributes(tmp_path, capsys):
         main(["finetune", *again, f"--init={runs['pretraining'] / 'model'}"])
     with pytest.raises(SystemExit, match="init.pool has no effect: no objective of this stage poo"):
         main(["finetune", *again, f"--init={runs['ranking'] / 'model'}", pooled])
+
+
+def test_a_stage_from_a_model_of_another_dropout(tmp_path, recwarn):
+    """Nothing of it is asked for twice, and all weights are taken."""
+    data = SequenceDataset.load(synthetic(tmp_path))
+    model = UserModel(data.num_items, ModelConfig(width=16, max_len=12, encoder=Transformer(1)))
+    how = {"views": {"main": [Mask()]}, "objectives": {"item": Item()}, "steps": 1,
+           "learning_rate": 0.0, "progress": False}  # fmt: skip
+    trained = fit(data, model, dropout=0.2, **how)
+    assert trained.config.dropout == trained.encoder.dropout == 0.2
+    assert model.config.dropout == 0.5, "the model that it starts from is left as it is"
+    before, after = model.state_dict(), trained.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert fit(data, trained, **how).config.dropout == 0.2
+    assert not [w for w in recwarn if "the model to start from" in str(w.message)]
 
 
 def test_a_profile_begins_with_the_pool_of_the_ranking(tmp_path):

@@ -68,10 +68,12 @@ def filled(chosen: Recipe, data: Path) -> Recipe:
 
 
 def distinct() -> list[tuple[str, str]]:
-    """(recipe, stage), without those whose model, views and objectives another recipe has."""
+    """(recipe, stage), without those whose model, views and objectives another recipe has. Recipes
+    of few stages come first: the fine-tuning of ccl is the whole of sasrec."""
     found = {}
-    for name in NAMES:
-        chosen = small(name)
+    for name, chosen in sorted(
+        ((name, small(name)) for name in NAMES), key=lambda pair: len(pair[1].stages)
+    ):
         for stage, part in chosen.stages.items():
             found.setdefault(repr((chosen.model, part.views, part.parts)), (name, stage))
     return list(found.values())
@@ -343,6 +345,9 @@ WRONG = [
     ("cl4srec", "views: {a: [crop: {keep: {start: 1}}]}", "views.a.0.crop.keep.end is missing"),
     ("cl4srec", "views: {a: [crop: {keep: x}]}", "0.crop.keep is 'x', expected a number or a gr"),
     ("cl4srec", "views: {a: [fill: {among: 0}]}", "pretraining.views.a.0.fill.among must be at le"),
+    ("cl4srec", "views: {a: [window: {}]}", "views.a.0.window.share and window.count: exactly o"),
+    ("cl4srec", "objectives: {contrast: {pool: top}}", "contrast.pool is 'top', expected one of '"),
+    ("cl4srec", "objectives: {contrast: {pool: {interests: 1}}}", "pool.interests must be at lea"),
     ("cl4srec", "filler: run", "pretraining.filler has no effect: no view has the step fill"),
     ("cl4srec", "views: {a: [any_of: [mask: {}]]}", "pretraining.views.a.0.any_of has 1 steps, e"),
     ("cl4srec", "views: {a: [mask: {round: up}]}", "mask.round has no effect: mask.exact is false"),

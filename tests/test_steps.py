@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
-from itertools import accumulate, permutations, product
+from itertools import accumulate, pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from fastrec.data.steps.parts import Step
 from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.steps.share import Schedule, number_of
+from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
 from fastrec.random import Rng, draws, threshold
 
@@ -214,6 +215,18 @@ def crop(step: Crop, items, key, rng):
     return list(run), [items[place] for place in run], None
 
 
+def window(step: Window, items, key, rng):
+    if step.count is None:
+        kept = min(len(items), max(1, share_of(share_now(step.share, rng), len(items))))
+    else:
+        kept = min(len(items), step.count)
+    starts, user = len(items) - kept + 1, key & 0xFFFFFFFF
+    stride = 1 + one(rng, user, "window", row=1) * (starts - 1) // 65536
+    start = (one(rng, user, "window") * starts // 65536 + (key >> 32) * stride) % starts
+    run = range(start, start + kept)
+    return list(run), [items[place] for place in run], None
+
+
 def reorder(step: Reorder, items, key, rng):
     run = run_of(step.share, items, key, rng, "reorder", step.round)
     shuffled = sorted(run, key=lambda place: long_draw(rng, key, "reorder_key", place))
@@ -256,6 +269,7 @@ ORACLES = {
     Reorder: reorder,
     Fill: fill,
     Drop: drop,
+    Window: window,
     OneOf: one_of,
 }
 STEPS = {
@@ -297,6 +311,9 @@ STEPS = {
     "fill many by few": Fill(0.7, among=3),
     "fill by the first": Fill(0.4, among=1),
     "fill more and more": Fill(Schedule(0.1, 0.9, 10)),
+    "window": Window(share=0.5),
+    "window by count": Window(count=4),
+    "window more and more": Window(share=Schedule(0.2, 0.9, 10)),
     "any_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)], independent=True),
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
 }
@@ -603,6 +620,24 @@ def test_crops_start_anywhere():
     assert chi_square(np.bincount(runs[:, 0], minlength=5), np.full(5, count / 5)) < 18.5
 
 
+@pytest.mark.parametrize("step", [Window(share=0.6), Window(count=6)])
+def test_windows_start_anywhere_and_neighbouring_views_have_others(step):
+    count = 6_000
+    batch = copies(list(range(10)), count)
+    starts = []
+    for view in range(3):
+        made = step(batch.as_view(view), RNG, SIDE)
+        assert (made.lengths == 6).all()
+        starts.append(made.values.view(count, 6)[:, 0])
+        assert chi_square(np.bincount(starts[-1], minlength=5), np.full(5, count / 5)) < 18.5
+    for one_view, next_view in pairwise(starts):
+        assert (one_view != next_view).all()
+        steps = np.bincount((next_view - one_view) % 5, minlength=5)
+        assert steps[0] == 0 and chi_square(steps[1:], np.full(4, count / 4)) < 16.3  # 3 of freedom
+    short = step(copies([1, 2], 9), RNG, SIDE)
+    assert short.lengths.tolist() == [1 if step.count is None else 2] * 9
+
+
 def test_reorders_are_uniform_and_start_anywhere():
     count = 9_000
     made = Reorder(0.6)(copies(list(range(5)), count), RNG, SIDE).values.view(count, 5).numpy()
@@ -777,6 +812,10 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: Fill(among=0), "fill.among must be at least 1, got 0"),
         (lambda: Schedule(0.1, 0.5, 0), "steps must be at least 1, got 0"),
         (lambda: Schedule(0.5, 0.5, 9), "start and end are both 0.5: such a share is a number"),
+        (lambda: Window(), "window.share and window.count: exactly one of them is set"),
+        (lambda: Window(0.5, 3), "window.share and window.count: exactly one of them is set"),
+        (lambda: Window(0.0), r"window.share must be in \(0, 1\], got 0"),
+        (lambda: Window(count=0), "window.count must be at least 1, got 0"),
         (lambda: Mask(leave=1), "mask.leave has no effect: mask.exact is false"),
         (lambda: Mask(round="up"), "mask.round has no effect: mask.exact is false"),
         (lambda: Mask(exact=True, leave=-1), "mask.leave must not be negative, got -1"),

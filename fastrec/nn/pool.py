@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From states to user vectors. Legend: B sequences, T events, V items, D width."""
+"""From states to user vectors. Legend: B sequences, T events, V items, D width, K interests."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,26 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.jagged_max_pool import jagged_max_pool
 
-Pooling = Literal["max", "mean", "cls", "ur", "last", "attention"]
+
+@dataclass(frozen=True)
+class Interests:
+    """An attention pool with several queries: a dictionary of interests that all users share.
+
+    Attributes:
+        interests: K, how many queries are learned.
+    """
+
+    interests: int
+
+    def __post_init__(self):
+        if self.interests < 2:
+            raise ValueError(
+                f"interests must be at least 2, got {self.interests}: one is the pool attention"
+            )
+
+
+Named = Literal["max", "mean", "cls", "ur", "last", "attention"]
+Pooling = Named | Interests
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +45,7 @@ class Encoded:
 
     batch: JaggedBatch
     states: Tensor
-    pooled: dict[str, Tensor] = field(default_factory=dict)
+    pooled: dict[Pooling, Tensor] = field(default_factory=dict)
     items: Tensor | None = None
 
 
@@ -90,23 +110,40 @@ class Pool(nn.Module):
 
     how: "max" or "mean" over the items, the state of [CLS] or [UR], the state of the last item, or
         "attention": the mean weighted by the softmax over the items of q . tanh(W h + b), q learned
-        (Yang et al., 2016, eq. 5-7), 0 without items.
+        (Yang et al., 2016, eq. 5-7), 0 without items; or `Interests`: such a mean for each of K
+        queries, and a linear map without bias of the K means, end to end, to D.
+
+    Raises ValueError for another word.
     """
 
     def __init__(self, how: Pooling, width: int):
         super().__init__()
+        if not isinstance(how, Interests) and how not in get_args(Named):
+            raise ValueError(f"pool must be one of {get_args(Named)} or Interests, got {how!r}")
         self.how = how
         if how == "attention":
             self.project = nn.Linear(width, width)
             self.query = nn.Parameter(torch.randn(width) * width**-0.5)
+        elif isinstance(how, Interests):
+            self.project = nn.Linear(width, width)
+            self.queries = nn.Parameter(torch.randn(how.interests, width) * width**-0.5)
+            self.merge = nn.Linear(how.interests * width, width, bias=False)
 
     def forward(self, model, encoded: Encoded) -> Tensor:
-        if self.how != "attention":
-            return model.pool(encoded, self.how)
+        if self.how == "attention":
+            return self._means(model, encoded, [self.query])[0]
+        if isinstance(self.how, Interests):
+            return self.merge(torch.cat(self._means(model, encoded, self.queries.unbind()), 1))
+        return model.pool(encoded, self.how)
+
+    def _means(self, model, encoded: Encoded, queries: Sequence[Tensor]) -> list[Tensor]:
+        """[B, D] of each query [D]."""
         batch, states = encoded.batch, encoded.states
-        scores = torch.tanh(self.project(states)) @ self.query
-        scores = scores.to(accumulate_dtype(scores)).masked_fill(
-            ~is_item(batch, model.num_items), -torch.inf
-        )
-        weight = softmax_of_sequences(scores, batch)
-        return weighted_sum(states, weight.to(states.dtype), batch)
+        hidden, outside = torch.tanh(self.project(states)), ~is_item(batch, model.num_items)
+        means = []
+        for query in queries:
+            scores = hidden @ query
+            scores = scores.to(accumulate_dtype(scores)).masked_fill(outside, -torch.inf)
+            weight = softmax_of_sequences(scores, batch)
+            means.append(weighted_sum(states, weight.to(states.dtype), batch))
+        return means

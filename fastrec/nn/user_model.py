@@ -241,7 +241,8 @@ class UserModel(nn.Module):
 
     def pool(self, encoded: Encoded, how: Pooling) -> Tensor:
         """User vectors [B, D]: "max" or "mean" over the items, the state of [CLS] or [UR], or that
-        of the last item. A pool with parameters, "attention", is a module: `nn.pool.Pool`."""
+        of the last item. Pools with parameters, "attention" and interests, are a module:
+        `nn.pool.Pool`."""
         if how not in encoded.pooled:
             encoded.pooled[how] = self._pool(encoded, how)
         return encoded.pooled[how]

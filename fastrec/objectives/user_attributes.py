@@ -6,14 +6,15 @@ Legend: S users of a batch, D width.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.side import SideData
-from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.nn.pool import Encoded, Interests, Pool, Pooling
 from fastrec.random import Rng
 
 
@@ -82,7 +83,8 @@ class UserAttributePrediction(nn.Module):
                 f"weights names {unknown[0]!r}; the attributes that are predicted are {self.names}"
             )
         self.sizes = [attribute.outputs for attribute in attributes]
-        how = {"pool": pool, "hidden": hidden} if hidden else {"pool": pool}
+        how: dict[str, Any] = {"pool": asdict(pool) if isinstance(pool, Interests) else pool}
+        how |= {"hidden": hidden} if hidden else {}
         self.scales = [attribute.scale | how for attribute in attributes]
         self.hidden = nn.Linear(width, hidden) if hidden else None
         self.linear = nn.Linear(hidden or width, sum(self.sizes))

@@ -18,6 +18,7 @@ from fastrec.evaluation.next_item import NextItemJudge, row_blocks
 from fastrec.evaluation.report import print_metrics
 from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.nn.model_files import HEADS
+from fastrec.nn.pool import Pooling
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.joint import JointObjective
@@ -176,7 +177,8 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
     scales = saved_scales(folder).get("user_attributes")
     if not scales:
         raise ValueError(f"{folder / HEADS} holds no user_attributes: it was trained otherwise")
-    settings = UserAttributes(pool=scales[0]["pool"], hidden=scales[0].get("hidden", 0))
+    pool = from_values(Pooling, scales[0]["pool"], "the pool of user_attributes")
+    settings = UserAttributes(pool=pool, hidden=scales[0].get("hidden", 0))
     objective = JointObjective({"user_attributes": settings}, model, side)
     load_heads(objective, folder)
     objective.to(model.item_embedding.weight.device)

@@ -156,7 +156,6 @@ def _fit(
     resume: bool,
     around: Around,
 ) -> UserModel:
-    recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
     if initial is not None:
         recipe = with_model(recipe, initial, current)
     elif current.init.freeze or current.init.patch or current.init.ids:
@@ -164,6 +163,8 @@ def _fit(
             f"{stage}: init freezes or patches a model, or gives it ids, and there is none to start"
             " from"
         )
+    else:
+        recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
     encoder = settings_of(recipe.model.encoder)
     if first_process():

@@ -314,7 +314,9 @@ def saved_scales(folder: Path) -> dict[str, list]:
     try:
         with safe_open(file, framework="pt") as opened:
             scales = json.loads((opened.metadata() or {}).get("scales", "{}"))
-        if not all(isinstance(part["pool"], str) for part in scales.get("user_attributes", [])):
+        if not all(
+            isinstance(part["pool"], (str, dict)) for part in scales.get("user_attributes", [])
+        ):
             raise ValueError("the scales of user_attributes have no pool")
         if not all(
             type(part.get("hidden", 0)) is int for part in scales.get("user_attributes", [])

@@ -115,7 +115,7 @@ def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
     differ. The dropout of the stage is nothing that they differ in."""
     config, init = with_dropout(initial.config, stage), stage.init
     if recipe.model != ModelConfig():
-        warn_of_settings(recipe.model, config)
+        warn_of_settings(with_dropout(recipe.model, stage), config)
     if init.ids:
         if config.items.ids:
             raise ValueError("init.ids has no effect: the model to start from has ids")

@@ -17,7 +17,7 @@ from fastrec.random import Rng
 class Fill:
     """Mask floor(share n) of the n items of a sequence, at least one, and draw an item for each
     from what a trained model expects there, P(. | the masked sequence) (mask and fill: CCL, Bian et
-    al., 2022). It may be the item that was there.
+    al., 2021). It may be the item that was there.
 
     The model is `side.filler`, `filler` of a stage. It is not trained, and runs where steps do, on
     the host. What is drawn depends on (seed, step, key, position) and on its scores, whose last

@@ -18,6 +18,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
 from fastrec.random import Rng
 
@@ -36,6 +37,7 @@ class Step:
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
         drop: some items are left out.
+        window: a window of events is kept, another one in the next view.
         fill: items are drawn anew by a masked-item model.
         one_of: one of several steps for each sequence, different ones in neighbouring views.
         any_of: the same, and every view chooses for itself.
@@ -51,6 +53,7 @@ class Step:
     baskets: Baskets | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
+    window: Window | None = None
     fill: Fill | None = None
     drop: Drop | None = None
     one_of: "list[Step] | None" = None
