@@ -18,16 +18,22 @@ class Crop:
 
     Attributes:
         keep: share of the items.
+        least: items of the shortest sequence that is cropped.
     """
 
     keep: float = 0.6
+    least: int = 1
 
     def __post_init__(self):
         if not 0 < self.keep <= 1:
             raise ValueError(f"crop.keep must be in (0, 1], got {self.keep}")
+        if self.least < 1:
+            raise ValueError(f"crop.least must be at least 1, got {self.least}")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         start, kept = segment(batch, rng, self.keep, "crop")
+        short = batch.lengths < self.least
+        start, kept = start.masked_fill(short, 0), batch.lengths.where(short, kept)
         offsets = offsets_of(kept)
         index = spans(batch.offsets[:-1] + start, kept, offsets)
         return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)

@@ -53,17 +53,12 @@ class Mask:
             raise ValueError(f"sequences may hold {_MAX_POSITIONS} events, got {batch.max_seq_len}")
         segment, position = batch.segment_ids(), batch.positions()
         keys, real = batch.keys[segment], batch.values < side.num_items
-        rank = _running(real)  # number of items before each event, over the whole batch
-        items = rank[batch.offsets]
-        count = items.diff()
         if self.exact:
-            key = random_order(rng, keys, position, "mask_exact").masked_fill(~real, 1 << 32)
-            order = (segment << 33 | key).argsort()
-            place = torch.empty_like(order)
-            place[order] = batch.positions()  # sorted events keep their sequences
-            number = (count.double() * self.share + 1e-9).floor().long().clamp_min(1)
-            chosen = real & (place < number[segment])
+            chosen = exact_share(batch, rng, side, self.share, "mask_exact")
         else:
+            rank = _running(real)  # number of items before each event, over the whole batch
+            items = rank[batch.offsets]
+            count = items.diff()
             drawn = draws(rng, keys, 0, position, site="mask_item")
             chosen = (drawn < threshold(self.share)) & real
             empty = _running(chosen)[batch.offsets].diff() == 0
@@ -129,9 +124,23 @@ def with_targets(batch: JaggedBatch, chosen: Tensor, items: Tensor) -> JaggedBat
     return replace(batch, events=events)
 
 
+def exact_share(batch: JaggedBatch, rng: Rng, side: SideData, share: float, site: str) -> Tensor:
+    """bool [T]: floor(share n) of the n items of each sequence, at least one, drawn at random."""
+    segment, position = batch.segment_ids(), batch.positions()
+    real = batch.values < side.num_items
+    key = random_order(rng, batch.keys[segment], position, site).masked_fill(~real, 1 << 32)
+    order = (segment << 33 | key).argsort()
+    place = torch.empty_like(order)
+    place[order] = position  # sorted events keep their sequences
+    count = _running(real)[batch.offsets].diff()
+    number = (count.double() * share + 1e-9).floor().long().clamp_min(1)
+    return real & (place < number[segment])
+
+
 def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:
     """int64 [T], 32 random bits of each event: sorting by them shuffles."""
-    high, low = (draws(rng, keys, row, position, site=site) for row in (0, 1))
+    rows = torch.arange(2, device=keys.device).unsqueeze(1)
+    high, low = draws(rng, keys, rows, position, site=site)
     return high << 16 | low
 
 

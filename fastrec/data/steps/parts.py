@@ -9,10 +9,13 @@ from fastrec.data.settings import part_of
 from fastrec.data.side import SideData
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.same_target import SameTarget
+from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import Again
 from fastrec.random import Rng
 
@@ -27,8 +30,11 @@ class Step:
         next_item: every event predicts the item behind it.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        substitute: some items become similar ones.
+        insert: similar items come in front of some items.
         one_of: one of several steps for each sequence.
         friend: a drawn friend of each user joins the batch.
+        same_target: another sequence that ends with the same item, in the place of each.
         again: the sequences of another view with new dropout.
     """
 
@@ -37,8 +43,11 @@ class Step:
     next_item: NextItem | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
+    substitute: Substitute | None = None
+    insert: Insert | None = None
     one_of: "list[Step] | None" = None
     friend: Friend | None = None
+    same_target: SameTarget | None = None
     again: Again | None = None
 
     def __post_init__(self):

@@ -19,16 +19,21 @@ class Reorder:
 
     Attributes:
         share: of the items.
+        least: items of the shortest sequence that is reordered.
     """
 
     share: float = 0.6
+    least: int = 1
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
             raise ValueError(f"reorder.share must be in (0, 1], got {self.share}")
+        if self.least < 1:
+            raise ValueError(f"reorder.least must be at least 1, got {self.least}")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         start, length = segment(batch, rng, self.share, "reorder")
+        length = length.masked_fill(batch.lengths < self.least, 0)
         owner, position = batch.segment_ids(), batch.positions()
         inside = (position >= start[owner]) & (position < (start + length)[owner])
         run = inside.nonzero().squeeze(1)
