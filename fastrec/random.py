@@ -23,6 +23,7 @@ below 2^32, and so for all keys of view 0, the bits are those of version 1.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,9 @@ SITES = {
     "drop": 55,
     "drop_kept": 56,
     "window": 42,
+    "same_target": 44,
+    "substitute": 45,
+    "insert": 46,
 }
 
 ROUNDS = 7
@@ -86,11 +90,15 @@ def _word(value: Tensor | int, device: torch.device | None = None) -> Tensor:
 
 def philox(key: tuple, counter: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-7. Words are int64 tensors (or ints) holding unsigned 32-bit values, broadcast."""
-    k0, k1 = key
     # Expanded words must share a device; those without dimensions could stay on the host.
     places = (word.device for word in counter if isinstance(word, Tensor) and not word.is_cpu)
     device = next(places, None)
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(_word(word, device) for word in counter))
+    return _rounds(key, torch.broadcast_tensors(*(_word(word, device) for word in counter)))
+
+
+def _rounds(key: tuple, counter: tuple) -> tuple:
+    """The rounds on tensors or on arrays, whose int64 wraps alike."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(ROUNDS):
         high0, low0 = _mul_hi_lo(0xD2511F53, c0)
         high1, low1 = _mul_hi_lo(0xCD9E8D57, c2)
@@ -171,9 +179,15 @@ def _call(
     bits: int = 16,
 ) -> Tensor:
     """The four words of each call: int64 [..., 4], `keys`, `row`, `group` and `head` broadcast."""
-    if keys.dtype != torch.int64:  # the view is in the upper half
-        raise TypeError(f"keys must be int64, got {keys.dtype}")
     seed, step = _word(rng.seed), _word(rng.step)
+    key, counter = _words(seed, step, keys, row, group, site, layer, head, bits)
+    return torch.stack(philox(key, counter), dim=-1)
+
+
+def _words(seed, step, keys, row, group, site: str, layer: int, head, bits: int) -> tuple:
+    """Key and counter of the contract, from tensors, arrays or numbers."""
+    if keys.dtype not in (torch.int64, np.int64):  # the view is in the upper half
+        raise TypeError(f"keys must be int64, got {keys.dtype}")
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16), (seed >> 32) & _MASK32)
     counter = (
         (row << 16) | group,
@@ -181,7 +195,7 @@ def _call(
         keys & _MASK32,
         step & _MASK32,
     )
-    return torch.stack(philox(key, counter), dim=-1)
+    return key, counter
 
 
 def draws(
@@ -206,11 +220,20 @@ def draws(
     check_positions("row", row)
     check_positions("col", col)
     group_shift, lane = (4, col & 15) if bits == 8 else (3, col & 7)
-    words = _call(rng, keys, row, col >> group_shift, site=site, layer=layer, head=head, bits=bits)
-    per_word = 32 // bits
-    lane = lane.expand(words.shape[:-1])
-    word = words.gather(-1, (lane // per_word).unsqueeze(-1)).squeeze(-1)
-    return (word >> (bits * (lane % per_word))) & ((1 << bits) - 1)
+    group, per_word = col >> group_shift, 32 // bits
+    which, shift = lane // per_word, bits * (lane % per_word)
+    if keys.dim() and col.dim() and all(map(_readable, (rng.seed, rng.step, keys, row, col))):
+        # The steps of a view draw little and often: an operation of numpy costs a fifth of torch's.
+        seed, step = int(rng.seed), int(rng.step)
+        rows = row.numpy() if isinstance(row, Tensor) else row
+        words = _rounds(
+            *_words(seed, step, keys.numpy(), rows, group.numpy(), site, layer, head, bits)
+        )
+        word = torch.from_numpy(np.choose(which.numpy(), words))
+    else:
+        calls = _call(rng, keys, row, group, site=site, layer=layer, head=head, bits=bits)
+        word = calls.gather(-1, which.expand(calls.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+    return word >> shift & ((1 << bits) - 1)
 
 
 def keep_mask(
@@ -241,6 +264,14 @@ def keep_mask(
     # int32 words in memory are the contract's 16 little-endian bytes.
     draws8 = words.to(torch.int32).view(torch.uint8).flatten(-2)[..., :columns]
     return draws8 >= drop, 256 / (256 - drop)
+
+
+def _readable(value: Tensor | int) -> bool:
+    """Whether numpy can read a number or tensor: not on a device, of a trace or of torch.func."""
+    if not isinstance(value, Tensor):
+        return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return has_values(value) and not wrapped(value)
 
 
 def sort_keys(rng: Rng, keys: Tensor, *, site: str) -> Tensor:

@@ -161,6 +161,15 @@ def test_encoders_beside_their_peers_on_a_data_set(part, tmp_path, monkeypatch, 
     assert len(lines) >= 3 and re.search(r"\d+\.\d\d ms   1\.00, 1\.00$", lines[1]), lines
 
 
+def test_views_beside_a_loop_over_users(tmp_path, monkeypatch, capsys):
+    data = synthetic(tmp_path, num_users=60, num_items=40)
+    monkeypatch.setattr("sys.argv", ["views.py", "--data", str(data), "--smoke"])
+    importlib.import_module("benchmarks.views").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line in ("cl4srec", "duorec", "coserec")] == lines[1::4]
+    assert len(lines) == 13 and re.search(r"loop over users +\d+\.\d\d, .* ms ", lines[3]), lines
+
+
 def test_steps_of_an_epoch_on_a_file(tmp_path):
     """The peers of this command are in environments of their own."""
     source = tmp_path / "Tiny.txt"  # every item is followed by the next number

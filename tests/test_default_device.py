@@ -18,11 +18,14 @@ from wrong_arguments import covering
 import fastrec
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.fill import Fill
+from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.same_target import SameTarget
 from fastrec.data.steps.share import Schedule
+from fastrec.data.steps.substitute import Substitute
 from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
 from fastrec.evaluation.next_item import NextItemJudge, Protocol
@@ -30,6 +33,7 @@ from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.filler import Filler
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.objectives.rank import Rank
@@ -115,6 +119,13 @@ RANKED = {
     "a_again": [Again("a")],
     "b_again": [Again("b")],
 }
+TWO_VIEWS = {
+    "main": [NextItem()],
+    "a": [Substitute(), Insert()],
+    "b": [SameTarget(), OneOf([Crop(least=4), Reorder()]), NextItem()],
+}
+CONTRAST = {"item": Item(), "contrast": Contrast(["main", "b"], false_negatives=["target"])}
+CONTRAST |= {"other": Contrast(["main", "a"], candidates="other")}
 IN_BATCH = {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))}
 
 
@@ -124,8 +135,9 @@ IN_BATCH = {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))}
         (lambda: model_of(tokens=["cls", "sep"]), SOCIAL_VIEWS, JOINT),
         (caser, {"main": [NextItem(ahead=2)]}, IN_BATCH),
         (model_of, RANKED, {"rank": Rank(list(RANKED))}),
+        (lambda: model_of(causal=True), TWO_VIEWS, CONTRAST),
     ],
-    ids=["uprec", "caser", "ranked"],
+    ids=["uprec", "caser", "ranked", "two views"],
 )
 def test_a_step_of_training_and_its_evaluation(make, views, objectives, request):
     model, side = make(), social_side()

@@ -25,8 +25,11 @@ from fastrec import backend
 from fastrec.data.graph import SocialGraph
 from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
+from fastrec.data.steps.same_target import SameTarget
+from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import Again
 from fastrec.nn.pool import Interests
 from fastrec.objectives.align import Align
@@ -96,6 +99,14 @@ SYSTEMS = {
         RANKED,
         {"rank": Rank(["a", "b", "c", "d"], pool="mean", fusion="batch")},
     ),
+    "next_item_and_contrast": (
+        {"main": [NextItem()], "a": [Again("main")], "b": [SameTarget(), NextItem()]},
+        {"item": Item(), "contrast": Contrast(["a", "b"], false_negatives=["target", "profile"])},
+    ),
+    "contrast_with_the_other_view": (
+        {"a": [Substitute()], "b": [Insert()]},
+        {"contrast": Contrast(["a", "b"], candidates="other")},
+    ),
     "again": (
         {"a": [Mask()], "again": [Again("a")]},
         {"item": Item(views=["a", "again"]), "contrast": Contrast(["a", "again"])},
@@ -112,6 +123,7 @@ def system_of(name: str):
         form = {"head_table": "own", "head_transform": False, "user_width": 3, "num_users": 6}
     tokens, side = [] if causal else ["cls", "sep"], social_side()
     tokens = ["ur"] if name == "align" else tokens
+    side.profile_ids = np.array([0, 1, 0, 1, -1, 0])
     model = model_of(tokens=tokens, causal=causal, **form)
     return model, JointObjective(objectives, model, side), side, views
 

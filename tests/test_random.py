@@ -86,6 +86,27 @@ def test_threshold_of_16_bits_is_the_nearest(p):
     assert abs(threshold(p) / 65536 - p) <= 2**-17
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_few_draws_on_the_host_are_those_of_tensors(bits, monkeypatch):
+    """Arrays of numpy in their place, for speed: the same bits, at the ends of all ranges."""
+    keys = torch.tensor([0, 1, 7 << 32, 0xFFFFFFFF, 0xFFFE << 32 | 0xFFFFFFFF, -1])
+    cols, rows = torch.tensor([[0], [5], [15], [16], [65535]]), torch.tensor([[[0]], [[65535]]])
+    calls = [
+        (Rng(seed, step), keys, row, col)
+        for seed, step in ((0, 0), (-1, -1), (2**63 - 1, 2**32 + 5), (torch.tensor(-5), 3))
+        for row, col in ((0, cols), (rows, cols), (9, keys % 7), (rows, torch.arange(6)))
+    ]
+    calls.append((Rng(1, 2), keys[:0], 0, cols[:0, 0]))
+    options = {"site": "crop", "bits": bits, "layer": 3, "head": 2}
+    found = [draws(*call, **options) for call in calls]
+    wrapped = torch.vmap(lambda key: draws(Rng(1, 2), key, 0, torch.arange(9), **options))
+    assert wrapped(keys[:, None]).shape == (6, 9), "torch.func has tensors that numpy cannot read"
+    monkeypatch.setattr("fastrec.random._readable", lambda value: False)
+    for got, call in zip(found, calls, strict=True):
+        expected = draws(*call, **options)
+        assert torch.equal(got, expected) and got.dtype == torch.int64
+
+
 def test_sites_are_part_of_the_contract():
     assert {name: SITES[name] for name in list(SITES)[:5]} == {
         "attention": 1,

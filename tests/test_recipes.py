@@ -107,7 +107,16 @@ def test_the_recipes_are_those_of_the_folder():
     files = [path.stem for path in recipes.FOLDER.iterdir() if path.suffix == ".yaml"]
     assert sorted(files) == NAMES
     assert {"bert4rec", "cl4srec", "sasrec", "uprec", "uprec-mip"} <= set(NAMES)
-    assert {"caser", "dupn", "esasrec", "gsasrec", "sasrec-bce", "sasrec-sampled"} <= set(NAMES)
+    assert {
+        "caser",
+        "coserec",
+        "duorec",
+        "dupn",
+        "esasrec",
+        "gsasrec",
+        "sasrec-bce",
+        "sasrec-sampled",
+    } <= set(NAMES)
     own = set(NAMES) - {"clue-zero"}  # the stages of clue but for the first
     assert {name for name, _ in STAGES} == own, "every recipe is something of its own"
     assert {stage for _, stage in STAGES} == {
@@ -357,6 +366,12 @@ WRONG = [
     ("uprec", "views: {main: [friend: {hops: 3}, mask: {}]}", "friend.hops is 3, expected one of"),
     ("uprec-mip", "objectives: {itm: {}}", "pretraining.objectives.itm is no key; pretraining.ob"),
     ("uprec-mip", "objectives: {item: {los: bce}}", "pretraining.objectives.item.los is no key;"),
+    ("coserec", "views: {a: [substitute: {share: 2}]}", "a.0.substitute.share must be in (0, 1], "),
+    ("coserec", "views: {a: [insert: {share: 0}]}", "views.a.0.insert.share must be in (0, 1], go"),
+    ("coserec", "views: {a: [crop: {least: 0}]}", "views.a.0.crop.least must be at least 1, got 0"),
+    ("duorec", "views: {b: [same_target: {hops: 1}]}", "same_target.hops is no key; pretraining.v"),
+    ("duorec", "objectives: {contrast: {false_negatives: [item]}}", "false_negatives.0 is 'item',"),
+    ("duorec", "objectives: {contrast: {candidates: first}}", "contrast.candidates is 'first', ex"),
     ("sasrec", "objectives: {contrast: {}}", "pretraining.objectives.contrast.views is missing"),
     ("sasrec", "objectives: {contrast: {views: [main]}}", "contrast compares two views, got"),
     ("uprec-mip", "steps: many", "pretraining.steps is 'many', expected a whole number"),
@@ -442,6 +457,15 @@ def test_a_wrong_recipe_ends_in_one_line_that_names_the_key(tmp_path, name, text
     said = str(stopped.value)
     assert said.startswith("fastrec: error: ") and message in said
     assert "\n" not in said and len(said) < 450
+
+
+def test_attributes_that_tell_who_is_no_negative_have_an_effect(tmp_path):
+    text = (
+        "base: cl4srec\nattributes: [{name: region}]\n"
+        "pretraining: {objectives: {contrast: {false_negatives: [profile]}}}\n"
+    )
+    chosen = from_values(Recipe, recipes.load(written(tmp_path, "mine.yaml", text)))
+    assert chosen.pretraining.objectives.contrast.false_negatives == ["profile"]
 
 
 @pytest.mark.parametrize(

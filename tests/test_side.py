@@ -73,7 +73,10 @@ def test_nothing_is_read_before_it_is_asked_for(folder, dataset):
     side = SideData(dataset, attributes=[Attribute("age")], labelled=[0, 1])
     assert lists_of(side.gather([1])) == [[2]] and side.item_counts.sum() == 10
     lazy = {name for name, part in vars(SideData).items() if isinstance(part, cached_property)}
-    assert lazy == {"item_counts", "attributes", "profile_ids", "graph", "encoded"}
+    assert lazy == {
+        "item_counts", "attributes", "profile_ids", "graph", "encoded", "target_index",
+        "similar_items",
+    }  # fmt: skip
     assert lazy & vars(side).keys() == {"item_counts"}
 
 
@@ -147,7 +150,7 @@ def test_errors_name_the_file(folder, dataset):
     with pytest.raises(DataError, match=users):
         _ = SideData(dataset, attributes=[Attribute("one")]).profile_ids
     with pytest.raises(
-        ValueError, match=rf"{users}.* Friends are compared by all columns .*friend"
+        ValueError, match=rf"{users}.* Users are compared by all columns.*friend.*contrast"
     ):
         _ = SideData(dataset).profile_ids
     (folder / "users.parquet").unlink()

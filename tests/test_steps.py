@@ -2,6 +2,7 @@
 """Steps of a view: each against one event at a time in plain Python, alone and in any batch."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
@@ -22,6 +23,7 @@ from fastrec.data.steps.cut import Cut
 from fastrec.data.steps.drop import Drop
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
@@ -29,6 +31,7 @@ from fastrec.data.steps.parts import Step
 from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.steps.share import Schedule, number_of
+from fastrec.data.steps.substitute import Substitute
 from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
 from fastrec.random import Rng, draws, threshold
@@ -38,6 +41,8 @@ MASK, CLS, SEP = V, V + 1, V + 2
 LONGEST = 12
 RNG = Rng(3, 5)
 SIDE = Known(dataset_of([[0, 1, 2]], V))
+# A fifth of the items is like no other.
+SIDE.similar_items = torch.arange(V).roll(7).masked_fill(torch.arange(V) % 5 == 0, -1)
 
 
 def candidates(visible: list[int], place: int, among: int) -> list[tuple[int, float]]:
@@ -82,8 +87,8 @@ def with_columns(batch: JaggedBatch) -> JaggedBatch:
     return replace(batch, events=events, users={"label": torch.arange(len(batch)) * 7})
 
 
-# One sequence at a time. An oracle maps (items, key, rng) to (places of the events that stay, items
-# now, targets or None).
+# One sequence at a time. An oracle maps (items, key, rng) to (places of the events that stay, None
+# for one that is new, items now, targets or None).
 
 
 @cache
@@ -212,6 +217,7 @@ def crop(step: Crop, items, key, rng):
         places = [place for place in range(len(items)) if place not in gone]
         return places, [items[place] for place in places], None
     run = run_of(step.keep, items, key, rng, "crop", step.round)
+    run = range(len(items)) if len(items) < step.least else run
     return list(run), [items[place] for place in run], None
 
 
@@ -229,6 +235,7 @@ def window(step: Window, items, key, rng):
 
 def reorder(step: Reorder, items, key, rng):
     run = run_of(step.share, items, key, rng, "reorder", step.round)
+    run = range(0) if len(items) < step.least else run
     shuffled = sorted(run, key=lambda place: long_draw(rng, key, "reorder_key", place))
     places = list(range(len(items)))
     places[run.start : run.stop] = shuffled
@@ -243,12 +250,33 @@ def drop(step: Drop, items, key, rng):
     return places, [items[place] for place in places], None
 
 
+def substitute(step: Substitute, items, key, rng):
+    now = list(items)
+    for place in some_of(items, step.share, key, rng, "substitute"):
+        if SIDE.similar_items[items[place]] >= 0:
+            now[place] = int(SIDE.similar_items[items[place]])
+    return list(range(len(items))), now, None
+
+
+def insert(step: Insert, items, key, rng):
+    chosen = some_of(items, step.share, key, rng, "insert")
+    places, now = [], []
+    for place, item in enumerate(items):
+        if place in chosen and SIDE.similar_items[item] >= 0:
+            places.append(None)
+            now.append(int(SIDE.similar_items[item]))
+        places.append(place)
+        now.append(item)
+    return places, now, None
+
+
 def one_of(step: OneOf, items, key, rng):
+    fit = [each for each in step.steps if len(items) >= getattr(each, "least", 0)] or step.steps
     if step.independent:
-        chosen = step.steps[one(rng, key, "one_of") * len(step.steps) // 65536]
+        chosen = fit[one(rng, key, "one_of") * len(fit) // 65536]
     else:
-        first = one(rng, key & 0xFFFFFFFF, "one_of") * len(step.steps) // 65536
-        chosen = step.steps[(first + (key >> 32)) % len(step.steps)]
+        first = one(rng, key & 0xFFFFFFFF, "one_of") * len(fit) // 65536
+        chosen = fit[(first + (key >> 32)) % len(fit)]
     places, now, targets = ORACLES[type(chosen)](chosen, items, key, rng)
     return places, now, targets if predicts(step) else None
 
@@ -270,6 +298,8 @@ ORACLES = {
     Fill: fill,
     Drop: drop,
     Window: window,
+    Substitute: substitute,
+    Insert: insert,
     OneOf: one_of,
 }
 STEPS = {
@@ -315,10 +345,19 @@ STEPS = {
     "window by count": Window(count=4),
     "window more and more": Window(share=Schedule(0.2, 0.9, 10)),
     "any_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)], independent=True),
+    "crop long ones": Crop(0.2, least=5),
+    "reorder long ones": Reorder(0.8, least=5),
+    "one_of by length": OneOf([Crop(0.2, 5), Mask(0.7), Reorder(0.5, 9), Insert(), Substitute()]),
+    "one_of for long ones": OneOf([Crop(0.2, 5), Reorder(0.5, 7)]),
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
+    "substitute": Substitute(),
+    "substitute many": Substitute(0.7),
+    "insert": Insert(),
+    "insert everywhere": Insert(1.0),
 }
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 NOT_RANDOM = ("mask all", "mask_last", "mask_last 3", "crop nothing", "cut", "cut 1")
+NOT_RANDOM += ("insert everywhere",)
 random_steps = pytest.mark.parametrize(
     "step", [STEPS[n] for n in STEPS if n not in NOT_RANDOM and not n.startswith("next")]
 )
@@ -331,7 +370,7 @@ def expected_of(step, batch: JaggedBatch, rng: Rng = RNG) -> tuple[list, list, l
         batch.offsets.tolist(), lists_of(batch), batch.keys.tolist(), strict=False
     ):
         kept, now, target = ORACLES[type(step)](step, sequence, key, rng)
-        places.append([start + place for place in kept])
+        places.append([None if place is None else start + place for place in kept])
         items.append(now)
         targets.append(target)
     return places, items, targets
@@ -341,6 +380,7 @@ def check(step, batch: JaggedBatch, rng: Rng = RNG) -> None:
     made = step(batch, rng, SIDE)
     places, items, targets = expected_of(step, batch, rng)
     assert lists_of(made) == items
+    places = [[place or 0 for place in row] for row in places]  # a new event has 0 in a column
     assert lists_of(made, made.events["place"]) == places
     pair = [[[2 * place, 3 * place] for place in row] for row in places]
     assert lists_of(made, made.events["pair"]) == pair, "columns of any shape follow"
@@ -353,7 +393,7 @@ def check(step, batch: JaggedBatch, rng: Rng = RNG) -> None:
     assert torch.equal(made.users["label"], batch.users["label"])
     assert made.offsets.dtype == made.values.dtype == torch.int64
     longest = max((len(row) for row in items), default=0)
-    assert longest <= made.max_seq_len <= batch.max_seq_len
+    assert longest <= made.max_seq_len <= max(batch.max_seq_len, longest)
 
 
 @every_step
@@ -495,6 +535,55 @@ def copies(items, count: int) -> JaggedBatch:
 def chosen_of(batch: JaggedBatch, step, rng: Rng = RNG) -> torch.Tensor:
     """bool [T]: which events are predicted."""
     return step(batch, rng, SIDE).events["target"] != -100
+
+
+@pytest.mark.parametrize("step", [Substitute(0.4), Insert(0.4)])
+def test_special_tokens_are_like_no_item(step):
+    batch = random_batch(60, special=True)
+    check(step, batch)
+    made, tokens = step(batch, RNG, SIDE), [[v for v in row if v >= V] for row in lists_of(batch)]
+    assert [[v for v in row if v >= V] for row in lists_of(made)] == tokens
+    nothing = with_columns(from_sequences([[CLS, SEP], [], [MASK]]))
+    assert same(step(nothing, RNG, SIDE), nothing)
+
+
+def test_items_that_are_like_no_other_stay():
+    batch = with_columns(from_sequences([[0, 5, 10, 995], [15]]))
+    assert same(Substitute(1.0)(batch, RNG, SIDE), batch)
+    assert same(Insert(1.0)(batch, RNG, SIDE), batch)
+
+
+def test_columns_of_similar_items():
+    """A rating says something of its item, a time of its event."""
+    batch = from_sequences([[1, 5, 2]])
+    columns = {
+        "target": torch.tensor([5, 2, 8]),
+        "rating": torch.tensor([1.0, 2.0, 3.0]),
+        "time_gap": torch.tensor([10.0, 20.0, 30.0]),
+    }
+    batch = replace(batch, events=columns)
+    now = Substitute(1.0)(batch, RNG, SIDE)
+    assert lists_of(now) == [[994, 5, 995]]
+    assert now.events["rating"].nan_to_num(-1).tolist() == [-1, 2, -1]
+    assert torch.equal(now.events["time_gap"], columns["time_gap"])
+    assert torch.equal(now.events["target"], columns["target"])
+    now = Insert(1.0)(batch, RNG, SIDE)
+    assert lists_of(now) == [[994, 1, 5, 995, 2]]
+    assert now.events["target"].tolist() == [-100, 5, 2, -100, 8]
+    assert now.events["rating"].nan_to_num(-1).tolist() == [-1, 1, 2, -1, 3]
+    assert now.events["time_gap"].nan_to_num(-1).tolist() == [-1, 10, 20, -1, 30]
+
+
+@pytest.mark.parametrize("room", [1, 4, 6, 20])
+def test_of_an_inserted_sequence_the_latest_items_stay(room):
+    batch = random_batch(60).last(room)
+    whole = Insert(0.5)(batch, RNG, SIDE)
+    side = Known(SIDE.dataset)
+    side.similar_items = SIDE.similar_items
+    side.shard = Shard(np.empty(0, np.int64), max_len=room)
+    made = Insert(0.5)(batch, RNG, side)
+    assert lists_of(made) == [row[-room:] for row in lists_of(whole)]
+    assert made.max_seq_len <= room and max(map(len, lists_of(whole))) > min(room, 12)
 
 
 def test_the_exact_mask_of_a_small_batch():
@@ -682,6 +771,19 @@ def test_any_of_is_uniform_and_every_view_chooses_for_itself():
     assert chi_square(pairs, np.full(4, count / 4)) < 16.3  # 3 degrees of freedom
 
 
+@pytest.mark.parametrize(("length", "fit"), [(2, 2), (5, 3), (6, 4)])
+def test_one_of_is_uniform_over_the_steps_for_the_length(length, fit):
+    """MaskLast has no `least`: it is for all sequences."""
+    steps = [Crop(0.01, least=6), MaskLast(1), Crop(0.5, least=5), MaskLast(2)]
+    count = 6_000
+    batch = copies(list(range(length)), count)
+    made = [OneOf([Step(crop=steps[0]), *steps[1:]])(batch.as_view(v), RNG, SIDE) for v in (0, 1)]
+    seen = [[(len(row), row.count(MASK)) for row in lists_of(view)] for view in made]
+    counts = Counter(seen[0])
+    assert len(counts) == fit and chi_square([*counts.values()], np.full(fit, count / fit)) < 16.3
+    assert all(a != b for a, b in zip(*seen, strict=True)), "views take different ones"
+
+
 def test_one_of_keeps_who_belongs_to_whom():
     users, view = Friend()(*six_of(0)), OneOf([Crop(), Mask()])
     made = view(users, RNG, social())
@@ -823,6 +925,10 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
         (lambda: Drop(1.0), r"drop.share must be in \(0, 1\), got 1"),
         (lambda: Reorder(0.0), r"reorder.share must be in \(0, 1\], got 0"),
         (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),
+        (lambda: Crop(least=0), "crop.least must be at least 1, got 0"),
+        (lambda: Reorder(least=0), "reorder.least must be at least 1, got 0"),
+        (lambda: Substitute(0.0), r"substitute.share must be in \(0, 1\], got 0"),
+        (lambda: Insert(1.5), r"insert.share must be in \(0, 1\], got 1.5"),
         (lambda: Friend(3), r"hops must be one of \[0, 1, 2\], got 3"),
         (lambda: Step(), "step names none: one of"),
         (lambda: Step(mask=Mask(), crop=Crop()), "step names mask and crop: one of"),
@@ -852,6 +958,8 @@ def test_a_step_of_a_recipe_is_the_part_that_it_names():
         (Step(next_item=NextItem(ahead=3)), NextItem(ahead=3)),
         (Step(one_of=inner), OneOf([Crop(), Mask(0.3)])),
         (Step(any_of=inner), OneOf([Crop(), Mask(0.3)], independent=True)),
+        (Step(substitute=Substitute(0.4)), Substitute(0.4)),
+        (Step(insert=Insert()), Insert()),
     ):
         assert same(step(batch, RNG, SIDE), part(batch, RNG, SIDE))
         assert step.extra == isinstance(part, NextItem)

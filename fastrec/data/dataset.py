@@ -149,7 +149,7 @@ class SequenceDataset:
         users = _indices(users)
         inputs, ends = self._checked(users, split)
         starts = self.offsets[users]
-        return self._batch(users, starts + inputs, starts + ends, ())
+        return self.between(users, starts + inputs, starts + ends)
 
     def item_counts(self, split: str = "train") -> torch.Tensor:
         """int64 [V]: how often each item occurs in the inputs of `split`."""
@@ -177,13 +177,35 @@ class SequenceDataset:
         and "all"; in "valid" and "test" it has no target and raises ValueError.
         """
         users = _indices(users)
-        kept, _ = self._checked(users, split)
-        ends = self.offsets[users] + kept
+        ends = self.input_ends(users, split)
+        kept = ends - self.offsets[users]
         if max_len is not None:
             if max_len < 0:
                 raise ValueError(f"max_len must not be negative, got {max_len}")
             kept = np.minimum(kept, max_len)
-        return self._batch(users, ends - kept, ends, columns)
+        return self.between(users, ends - kept, ends, columns)
+
+    def input_ends(self, users, split: str) -> np.ndarray:
+        """int64 [B]: where the inputs of `users` in `split` end, places among all events. Raises as
+        `gather` does."""
+        users = _indices(users)
+        return self.offsets[users] + self._checked(users, split)[0]
+
+    def between(
+        self, users, starts: np.ndarray, ends: np.ndarray, columns: Sequence[str] = ()
+    ) -> JaggedBatch:
+        """One batch: sequence b is the events from starts[b] to ends[b], places among all events of
+        the data set, int64 [B]; its key is users[b]. `columns` as in `gather`."""
+        kept = ends - starts
+        offsets = np.concatenate(([0], np.cumsum(kept)))
+        place = np.arange(offsets[-1]) + np.repeat(ends - offsets[1:], kept)
+        return JaggedBatch(
+            values=torch.from_numpy(self.values[place].astype(np.int64)),
+            offsets=torch.from_numpy(offsets),
+            keys=torch.from_numpy(_indices(users).copy()),
+            max_seq_len=int(kept.max(initial=0)),
+            events={name: torch.from_numpy(self.event_column(name)[place]) for name in columns},
+        )
 
     def event_column(self, name: str) -> np.ndarray:
         """[E]: "rating" (float32) or "time_gap" (float64 seconds since the event before, in the
@@ -281,21 +303,6 @@ class SequenceDataset:
                 f"take users from dataset.users({split!r})"
             )
         return inputs, ends
-
-    def _batch(
-        self, users: np.ndarray, starts: np.ndarray, ends: np.ndarray, columns: Sequence[str]
-    ) -> JaggedBatch:
-        """The events from `starts` to `ends` [B], places among all events."""
-        kept = ends - starts
-        offsets = np.concatenate(([0], np.cumsum(kept)))
-        place = np.arange(offsets[-1]) + np.repeat(ends - offsets[1:], kept)
-        return JaggedBatch(
-            values=torch.from_numpy(self.values[place].astype(np.int64)),
-            offsets=torch.from_numpy(offsets),
-            keys=torch.from_numpy(users.copy()),
-            max_seq_len=int(kept.max(initial=0)),
-            events={name: torch.from_numpy(self.event_column(name)[place]) for name in columns},
-        )
 
     def _table(self, name: str, rows: int | None = None):
         import polars as pl

@@ -16,6 +16,8 @@ from fastrec.data.attributes import Attribute, EncodedAttribute, encode_attribut
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch
 from fastrec.data.errors import DataError
 from fastrec.data.graph import SocialGraph
+from fastrec.data.similar_items import most_similar
+from fastrec.data.target_index import TargetIndex
 
 
 class Shard(NamedTuple):
@@ -38,7 +40,8 @@ class SideData:
         split: whose inputs are trained on.
         attributes: settings of user attributes; an empty list takes all that have a type for it.
         users: int64, the users that standardise and class the attributes; default all.
-        labelled: int64, the users whose attributes and friends may be seen; default all.
+        labelled: int64, the users whose attributes and friends may be seen, and whose sequences are
+            counted and drawn for others (`similar_items`, `target_index`); default all.
         event_columns: that the model reads beside the items: `UserModel.event_columns`.
     """
 
@@ -108,8 +111,8 @@ class SideData:
             if self._settings:
                 raise
             raise ValueError(
-                f"{error}. Friends are compared by all columns of users: list `attributes`, or set"
-                " same_profile of the step `friend` to false"
+                f"{error}. Users are compared by all columns: list `attributes`, or leave profiles"
+                " out (same_profile of the step `friend`, false_negatives of `contrast`)"
             ) from error
 
     @cached_property
@@ -119,6 +122,17 @@ class SideData:
         if len(graph.values) == 0:
             raise ValueError(f"no two of the {len(self._labelled)} trained users are friends")
         return graph
+
+    @cached_property
+    def target_index(self) -> TargetIndex:
+        """The training prefixes of the labelled users by the item that they end with."""
+        return TargetIndex.from_dataset(self.dataset, self.split, self._labelled)
+
+    @cached_property
+    def similar_items(self) -> Tensor:
+        """int64 [V]: the item that is most like each item by the labelled users who have both, see
+        `most_similar`; -1 where there is none."""
+        return most_similar(self.dataset, self.split, self._labelled)
 
     @cached_property
     def encoded(self) -> list[EncodedAttribute]:

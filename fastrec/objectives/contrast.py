@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrast of two views of the same users (NT-Xent, InfoNCE).
 
-Legend: B users, D width, R ranks.
+Legend: B users, D width, G id columns, R ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.nn.pool import Encoded, Pool, Pooling
@@ -28,6 +29,11 @@ class Contrast:
         similarity: "dot" or "cosine".
         temperature: similarities are divided by it.
         anchors: "both" views look for their partner, or the "first" alone (CCL).
+        candidates: an anchor looks among "both" views of the other users, or the "other" view alone
+            (UniSRec).
+        false_negatives: who is no negative of a user beside the user: those with the same "target",
+            the item that the first view predicts last (DuoRec), or the same "profile", all discrete
+            attributes (UPRec).
     """
 
     views: list[str]
@@ -36,6 +42,8 @@ class Contrast:
     similarity: Literal["dot", "cosine"] = "dot"
     temperature: float = 1.0
     anchors: Literal["both", "first"] = "both"
+    candidates: Literal["both", "other"] = "both"
+    false_negatives: list[Literal["target", "profile"]] = field(default_factory=list)
 
     def __post_init__(self):
         check_choices(self)
@@ -46,6 +54,12 @@ class Contrast:
 
     def build(self, model, side: SideData) -> "ViewContrast":
         model.check_pool(self.pool)
+        if "profile" in self.false_negatives:
+            if side.profile_ids is None:
+                raise ValueError(
+                    "contrast.false_negatives: profile has no effect, no attribute is discrete"
+                )
+            side.user_columns["profile"] = torch.from_numpy(side.profile_ids)
         return ViewContrast(self, model.config.width)
 
 
@@ -54,7 +68,8 @@ class ViewContrast(nn.Module):
 
         -log exp(s(z_i, z_i+) / t) / sum over j != i of exp(s(z_i, z_j) / t),
 
-    z_i+ the other view of the same user (CL4SRec, Xie et al., 2022, eq. 4: SimCLR's NT-Xent). With
+    z_i+ the other view of the same user (CL4SRec, Xie et al., 2022, eq. 4: SimCLR's NT-Xent). False
+    negatives, and with `candidates: other` the view of i, are left out of the sum over j. With
     several processes j runs over the users of all of them. Neither 2B x 2B similarities nor masks
     are stored.
     """
@@ -71,8 +86,12 @@ class ViewContrast(nn.Module):
         a, b = self.pool(model, first), self.pool(model, second)
         if len(a) != len(b):
             raise ValueError(f"views of the same users have {len(a)} and {len(b)} sequences")
-        ids = first.batch.sample_ids
-        loss, count = self.loss(a, b, ids, first.batch.real)
+        batch, ids = first.batch, [first.batch.sample_ids]
+        if "target" in self.settings.false_negatives:
+            ids.append(last_target(batch))
+        if "profile" in self.settings.false_negatives:
+            ids.append(batch.users["profile"])
+        loss, count = self.loss(a, b, torch.stack(ids, dim=1), batch.real)
         return {"contrast": (loss, count)}
 
     def loss(
@@ -80,16 +99,25 @@ class ViewContrast(nn.Module):
     ) -> tuple[Tensor, Tensor | int]:
         """(loss, number of anchors) from user vectors [B, D] of both views.
 
-        ids: int64 [B], of the users: vectors of the same user are no negatives of each other.
+        ids: int64 [B] or [B, G], of the users: those with an id in common, in the same column, are
+            no negatives of each other; a negative id is none.
         real: bool [B], who is not padding.
         """
         how, several = self.settings, torch.distributed.is_initialized()
+        twice = how.anchors == "both" or how.candidates == "both"
         # Candidate i is the other view of anchor i.
         query = torch.cat([a, b]) if how.anchors == "both" else a
-        candidate, owner = torch.cat([b, a]), torch.cat([ids, ids])
+        candidate = torch.cat([b, a]) if twice else b
+        owner = ids[:, None] if ids.dim() == 1 else ids
+        anchor_ids = torch.cat([owner, owner])[: len(query)]
+        ids = torch.cat([owner, owner])[: len(candidate)]
+        if twice and how.candidates == "other":
+            # One more column, of views: the anchors of one and the candidates of the same one.
+            view = torch.arange(len(ids), device=a.device).unsqueeze(1) // max(len(a), 1)
+            anchor_ids, ids = torch.cat([anchor_ids, view], 1), torch.cat([ids, 1 - view], 1)
         bias = positive = None
         if real is not None:
-            bias = torch.where(torch.cat([real, real]), 0.0, -torch.inf)
+            bias = torch.where(torch.cat([real, real]), 0.0, -torch.inf)[: len(candidate)]
             real = torch.cat([real, real])[: len(query)]
             # The partner of padding is out: it looks for somebody who is not.
             positive = torch.arange(len(query), device=a.device).masked_fill(~real, 0)
@@ -100,8 +128,8 @@ class ViewContrast(nn.Module):
             temperature=how.temperature,
             candidate_bias=bias,
             positive=positive,
-            query_group=owner[: len(query)],
-            candidate_group=owner,
+            query_group=anchor_ids,
+            candidate_group=ids,
             group=torch.distributed.group.WORLD if several else None,
             reduction="mean" if real is None else "none",
             backend=self.backend,
@@ -110,3 +138,19 @@ class ViewContrast(nn.Module):
             return loss, len(query)
         count = real.sum()
         return (loss * real).sum() / count.clamp_min(1), count
+
+
+def last_target(batch: JaggedBatch) -> Tensor:
+    """int64 [B]: the item that each sequence predicts last, the first one of several for an event,
+    -1 where it predicts none. Raises ValueError for a view without targets."""
+    target = batch.events.get("target")
+    if target is None:
+        raise ValueError(
+            "contrast.false_negatives: target needs targets in the first view, next_item for one"
+        )
+    target = target[:, 0] if target.dim() > 1 else target
+    place = torch.arange(len(target), device=target.device).masked_fill(target < 0, -1)
+    # The last event with a target up to the end of each sequence: tokens may stand behind it.
+    last = torch.cat([place.new_full((1,), -1), place.cummax(0).values])[batch.offsets[1:]]
+    padded = torch.cat([target, target.new_full((1,), -1)])  # no event: there is a last one
+    return torch.where(last >= batch.offsets[:-1], padded[last], -1)

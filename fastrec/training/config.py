@@ -298,9 +298,10 @@ class Recipe:
         self._check_steps(steps)
         described = any(isinstance(part, UserAttributes) for part in parts)
         described |= any(getattr(step, "same_profile", False) for step in steps)
+        described |= any("profile" in getattr(part, "false_negatives", ()) for part in parts)
         if stages and self.attributes and not described:
             raise ValueError(
-                "attributes has no effect: no stage predicts them or compares friends by them"
+                "attributes has no effect: no stage predicts them or compares users by them"
             )
         self.evaluation.check_used(judges)
         drawn = self.users.fraction < 1 or judges & {"attributes", "friends"}

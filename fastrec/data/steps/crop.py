@@ -24,11 +24,13 @@ class Crop:
             drop is given.
         drop: share of the items, in place of keep.
         round: "down", or "up" for ceil (AdaptSSR).
+        least: items of the shortest sequence that is cropped.
     """
 
     keep: Share | None = None
     drop: Share | None = None
     round: Rounding = "down"
+    least: int = 1
 
     def __post_init__(self):
         check_choices(self)
@@ -40,19 +42,23 @@ class Crop:
             check_share("crop.keep", self.keep)
         if self.drop is not None:
             check_share("crop.drop", self.drop)
+        if self.least < 1:
+            raise ValueError(f"crop.least must be at least 1, got {self.least}")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        short = batch.lengths < self.least
         if self.drop is not None:
-            return self._without(batch, rng, share_at(self.drop, rng))
+            return self._without(batch, rng, share_at(self.drop, rng), short)
         assert self.keep is not None
         start, kept = segment(batch, rng, share_at(self.keep, rng), "crop", self.round)
+        start, kept = start.masked_fill(short, 0), batch.lengths.where(short, kept)
         offsets = offsets_of(kept)
         index = spans(batch.offsets[:-1] + start, kept, offsets)
         return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)
 
-    def _without(self, batch: JaggedBatch, rng: Rng, share: float) -> JaggedBatch:
+    def _without(self, batch: JaggedBatch, rng: Rng, share: float, short: Tensor) -> JaggedBatch:
         start, length = segment(batch, rng, share, "crop", self.round)
-        length = length.minimum((batch.lengths - 1).clamp_min(0))
+        length = length.minimum((batch.lengths - 1).clamp_min(0)).masked_fill(short, 0)
         owner, position = batch.segment_ids(), batch.positions()
         inside = (position >= start[owner]) & (position < (start + length)[owner])
         kept = batch.lengths - length

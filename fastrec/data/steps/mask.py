@@ -174,7 +174,8 @@ def chosen_items(
 
 def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:
     """int64 [T], 32 random bits of each event: sorting by them shuffles."""
-    high, low = (draws(rng, keys, row, position, site=site) for row in (0, 1))
+    rows = torch.arange(2, device=keys.device).unsqueeze(1)
+    high, low = draws(rng, keys, rows, position, site=site)
     return high << 16 | low
 
 

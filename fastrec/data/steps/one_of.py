@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
@@ -16,7 +17,9 @@ class OneOf:
     """Each sequence takes one of `steps`, uniformly. Views whose numbers differ by less than the
     number of steps take different ones, as CL4SRec does (Xie et al., 2022, section 3.2).
 
-    Event columns that only some of the steps make are left out.
+    A step with an attribute `least` is for sequences of at least so many events: a shorter one
+    takes one of the others, as in CoSeRec (Liu et al., 2021), or of all if there is none. Event
+    columns that only some of the steps make are left out.
 
     Attributes:
         steps: to choose from.
@@ -33,11 +36,14 @@ class OneOf:
             raise ValueError(f"{name} has {len(self.steps)} steps, expected at least 2")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        zero = torch.zeros_like(batch.keys)
+        fits = batch.lengths.unsqueeze(1) >= self._least()  # [B, steps]
+        fits |= ~fits.any(1, keepdim=True)
+        number, zero = fits.sum(1), torch.zeros_like(batch.keys)
         keys = batch.keys if self.independent else batch.sample_ids
-        choice = draws(rng, keys, 0, zero, site="one_of") * len(self.steps) >> 16
+        place = draws(rng, keys, 0, zero, site="one_of") * number >> 16  # among the steps that fit
         if not self.independent:
-            choice = (choice + (batch.keys >> 32)) % len(self.steps)
+            place = (place + (batch.keys >> 32)) % number
+        choice = (fits.cumsum(1) > place.unsqueeze(1)).long().argmax(1)
         order = choice.argsort(stable=True)
         parts = [
             step(batch.select((choice == i).nonzero().squeeze(1)), rng, side)
@@ -47,3 +53,7 @@ class OneOf:
             raise ValueError("one_of: a step that adds sequences, like friend, cannot be chosen")
         made = JaggedBatch.cat(parts).select(order.argsort())
         return replace(made, pairs=batch.pairs)
+
+    def _least(self) -> Tensor:
+        parts = [getattr(step, "part", step) for step in self.steps]
+        return torch.tensor([getattr(part, "least", 0) for part in parts], device="cpu")

@@ -13,11 +13,14 @@ from fastrec.data.steps.cut import Cut
 from fastrec.data.steps.drop import Drop
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.same_target import SameTarget
+from fastrec.data.steps.substitute import Substitute
 from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
 from fastrec.random import Rng
@@ -36,12 +39,15 @@ class Step:
         baskets: two baskets of items, the second one the next or somebody else's.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        substitute: some items become similar ones.
+        insert: similar items come in front of some items.
         drop: some items are left out.
         window: a window of events is kept, another one in the next view.
         fill: items are drawn anew by a masked-item model.
         one_of: one of several steps for each sequence, different ones in neighbouring views.
         any_of: the same, and every view chooses for itself.
         friend: a drawn friend of each user joins the batch.
+        same_target: another sequence that ends with the same item, in the place of each.
         again: the sequences of another view with new dropout.
     """
 
@@ -56,9 +62,12 @@ class Step:
     window: Window | None = None
     fill: Fill | None = None
     drop: Drop | None = None
+    substitute: Substitute | None = None
+    insert: Insert | None = None
     one_of: "list[Step] | None" = None
     any_of: "list[Step] | None" = None
     friend: Friend | None = None
+    same_target: SameTarget | None = None
     again: Again | None = None
 
     def __post_init__(self):

@@ -22,17 +22,22 @@ class Reorder:
     Attributes:
         share: of the items, a number or one that moves with the step.
         round: "down", or "up" for ceil(share n) (AdaptSSR).
+        least: items of the shortest sequence that is reordered.
     """
 
     share: Share = 0.6
     round: Rounding = "down"
+    least: int = 1
 
     def __post_init__(self):
         check_choices(self)
         check_share("reorder.share", self.share)
+        if self.least < 1:
+            raise ValueError(f"reorder.least must be at least 1, got {self.least}")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         start, length = segment(batch, rng, share_at(self.share, rng), "reorder", self.round)
+        length = length.masked_fill(batch.lengths < self.least, 0)
         owner, position = batch.segment_ids(), batch.positions()
         inside = (position >= start[owner]) & (position < (start + length)[owner])
         run = inside.nonzero().squeeze(1)
