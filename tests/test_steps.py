@@ -347,8 +347,10 @@ STEPS = {
     "any_of": OneOf([Crop(0.6), Mask(0.3), Reorder(0.6)], independent=True),
     "crop long ones": Crop(0.2, least=5),
     "reorder long ones": Reorder(0.8, least=5),
-    "one_of by length": OneOf([Crop(0.2, 5), Mask(0.7), Reorder(0.5, 9), Insert(), Substitute()]),
-    "one_of for long ones": OneOf([Crop(0.2, 5), Reorder(0.5, 7)]),
+    "one_of by length": OneOf(
+        [Crop(0.2, least=5), Mask(0.7), Reorder(0.5, least=9), Insert(), Substitute()]
+    ),
+    "one_of for long ones": OneOf([Crop(0.2, least=5), Reorder(0.5, least=7)]),
     "one_of with targets": OneOf([Mask(0.3), MaskLast()]),
     "substitute": Substitute(),
     "substitute many": Substitute(0.7),

@@ -30,18 +30,18 @@ class Mask:
         share: chance of each item, rounded to 2^-16; a number, or one that moves with the step.
         exact: choose floor(share n) of the n items of a sequence instead (CL4SRec, Xie et al.,
             2022, section 3.2.2).
-        count: choose so many items of a sequence instead (PTUM, Wu et al., 2020: 1).
         round: of `exact`: "down", or "up" for ceil(share n) (AdaptSSR).
         leave: of `exact`: so many items of a sequence are never chosen.
+        count: choose so many items of a sequence instead (PTUM, Wu et al., 2020: 1).
         replace, random: chance that a chosen item becomes [MASK], or a random item; otherwise it
             stays. BERT's 80/10/10 is 0.8 and 0.1.
     """
 
     share: Share = 0.2
     exact: bool = False
-    count: int | None = None
     round: Rounding = "down"
     leave: int = 0
+    count: int | None = None
     replace: float = 1.0
     random: float = 0.0
 
