@@ -123,6 +123,7 @@ class RowAdamW(torch.optim.AdamW):
             return
         if self.how == "adagrad":
             if not state:
+                state["step"] = torch.zeros((), device="cpu")  # AdamW looks for it when it loads
                 state["sum"] = torch.zeros(len(table), device=table.device)
             square = grad.square().mean(1) if grad.dim() == 2 else grad.square()
             total = state["sum"][rows] + square
