@@ -49,6 +49,7 @@ SITES = {
     "one_of": 26,
     "negatives_shared": 28,
     "negatives_own": 29,
+    "segment": 40,
 }
 
 ROUNDS = 7

@@ -35,7 +35,7 @@ CASES = [
 def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
     dtype, table = TYPES[types]
-    config = kernels._config(width, dtype)[kernel]
+    config = kernels._config(width, dtype, capability)[kernel]
     options = take_options(config)
     vector, ids = "*fp32:16", "*i64:16"
     arguments = dict.fromkeys(("order", "count", "lists", "listed", "offsets"), ids)

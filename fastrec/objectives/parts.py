@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
+from fastrec.objectives.item_attributes import ItemAttributes
+from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 
 
@@ -18,12 +20,16 @@ class Objectives:
         user_attributes: prediction of user attributes.
         friends: social relation detection.
         contrast: two views of a user are near each other.
+        item_attributes: prediction of the attributes of items.
+        segments: a run of items and the sequence without it are near each other.
     """
 
     item: Item | None = None
     user_attributes: UserAttributes | None = None
     friends: Friends | None = None
     contrast: Contrast | None = None
+    item_attributes: ItemAttributes | None = None
+    segments: Segments | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

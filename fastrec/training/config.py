@@ -27,6 +27,8 @@ class Init:
             taken over where both models have them. The rest starts at random.
         freeze: items, encoder or head, not trained; patches are.
         patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
+        causal: whether the encoder of this stage is causal, whatever `model` says; None: as there.
+            S3-Rec trains at masked items, and then for next items with the same weights.
         users: whose ids that model has seen: the "same" as in this data set, who are not held out
             to test it then, or "other" people.
     """
@@ -34,6 +36,7 @@ class Init:
     take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
     freeze: list[Literal["items", "encoder", "head"]] = field(default_factory=list)
     patch: int = 0
+    causal: bool | None = None
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
@@ -200,7 +203,9 @@ class Recipe:
         for name, stage in stages.items():
             for objective in stage.parts.values():
                 if isinstance(objective, Item) and stage.judge == "next_item":
-                    _check_asked(name, stage, objective, self.model.causal)
+                    causal = stage.init.causal
+                    causal = self.model.causal if causal is None else causal
+                    _check_asked(name, stage, objective, causal)
         judges: set[str] = {stage.judge for stage in stages.values()}
         parts = [part for stage in stages.values() for part in stage.parts.values()]
         steps = [

@@ -54,7 +54,7 @@ from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
 from fastrec.training.model_folder import hashes, load_heads, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.stage_data import stage_data
-from fastrec.training.start import seen_by_run, started_model, with_model
+from fastrec.training.start import seen_by_run, started_model, with_causal, with_model
 
 
 class Around(NamedTuple):
@@ -159,7 +159,8 @@ def _fit(
             f"{stage}: init freezes or patches a model, and there is none to start from"
         )
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
-    encoder = settings_of(recipe.model.encoder)
+    config = with_causal(recipe.model, current.init.causal)
+    encoder = settings_of(config.encoder)
     if first_process():
         tidy_run(output)
     if resume:
@@ -175,7 +176,7 @@ def _fit(
         raise ValueError(f"backend is {name!r}: {why}")
 
     torch.manual_seed(recipe.seed)
-    trained, taken = started_model(dataset, recipe.model, initial, current.init)
+    trained, taken = started_model(dataset, config, initial, current.init)
     data = stage_data(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     if initial_folder is not None:

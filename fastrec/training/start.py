@@ -36,6 +36,7 @@ def started_model(
         if same and "head" in init.take:
             initial.check_users(dataset)
         whole &= same or not initial.num_users
+        whole &= initial.config.causal == config.causal
     if initial is not None and whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
@@ -78,10 +79,23 @@ def _check_memory(dataset, config: ModelConfig, features: Mapping[str, Categorie
         )
 
 
+def with_causal(config: ModelConfig, causal: bool | None) -> ModelConfig:
+    """The same model with an encoder that is causal, or is not: its weights are the same. None: as
+    it is."""
+    if causal is None:
+        return config
+    encoder = settings_of(config.encoder)
+    if "causal" not in {f.name for f in dataclasses.fields(encoder)}:
+        raise ValueError(f"init.causal: {type(encoder).__name__} is causal or not by its nature")
+    return dataclasses.replace(config, encoder=dataclasses.replace(encoder, causal=causal))
+
+
 def with_model(recipe: Recipe, initial: UserModel, init: Init) -> Recipe:
     """The recipe with the settings of the model that a stage starts from, and a warning if they
     differ."""
     config = initial.config
+    if init.causal is not None:  # what the recipe says holds for its other stages
+        config = with_causal(config, recipe.model.causal)
     if recipe.model != config and recipe.model != ModelConfig():
         asked, kept = dataclasses.asdict(recipe.model), dataclasses.asdict(config)
         other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]

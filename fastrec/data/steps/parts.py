@@ -13,6 +13,7 @@ from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.reorder import Reorder
+from fastrec.data.steps.segment import Segment
 from fastrec.data.views import Again
 from fastrec.random import Rng
 
@@ -27,6 +28,7 @@ class Step:
         next_item: every event predicts the item behind it.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        segment: a run of items is masked, or all others are.
         one_of: one of several steps for each sequence.
         friend: a drawn friend of each user joins the batch.
         again: the sequences of another view with new dropout.
@@ -37,6 +39,7 @@ class Step:
     next_item: NextItem | None = None
     crop: Crop | None = None
     reorder: Reorder | None = None
+    segment: Segment | None = None
     one_of: "list[Step] | None" = None
     friend: Friend | None = None
     again: Again | None = None
