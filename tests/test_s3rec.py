@@ -150,11 +150,11 @@ def attribute_loss(part, name, state, item):
 
 
 def test_item_attributes_against_an_event_at_a_time():
-    """Item 2 has no attributes; [MASK] is 4."""
+    """Item 2 has no attributes; [MASK] is 4; event 5 predicts the item that it holds."""
     part = ItemAttributePrediction(ItemAttributes(masked=1.5, unmasked=0.3), LISTS, 8)
     torch.nn.init.normal_(part.table.weight), torch.nn.init.normal_(part.maps["masked"].weight)
     model = model_of(num_items=4)
-    values, targets = [0, 4, 3, 2, 4, 4, 1], [-100, 1, -100, -100, 2, 3, -100]
+    values, targets = [0, 4, 3, 2, 4, 3, 1], [-100, 1, -100, -100, 2, 3, -100]
     view = encoded(model, values, targets)
     losses = part(model, RNG, view)
     masked = [(1, 1), (5, 3)]  # (event, item)
