@@ -57,7 +57,14 @@ from fastrec.training.model_folder import hashes, load_heads, load_pool, save_mo
 from fastrec.training.module import StageModule
 from fastrec.training.rows import use_rows
 from fastrec.training.stage_data import stage_data
-from fastrec.training.start import filler_of, seen_by_run, started_model, with_dropout, with_model
+from fastrec.training.start import (
+    filler_of,
+    seen_by_run,
+    started_model,
+    with_causal,
+    with_dropout,
+    with_model,
+)
 
 
 class Around(NamedTuple):
@@ -166,7 +173,8 @@ def _fit(
     else:
         recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
-    encoder = settings_of(recipe.model.encoder)
+    config = with_causal(recipe.model, current.init.causal)
+    encoder = settings_of(config.encoder)
     if first_process():
         tidy_run(output)
     start = started_from(initial)
@@ -184,7 +192,7 @@ def _fit(
         raise ValueError(f"backend is {name!r}: {why}")
 
     torch.manual_seed(recipe.seed)
-    trained, taken = started_model(dataset, recipe.model, initial, current.init)
+    trained, taken = started_model(dataset, config, initial, current.init)
     data = stage_data(dataset, recipe, current)
     data.side.filler = filler_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
