@@ -46,8 +46,11 @@ def small(name: str, **stage) -> Recipe:
     """A recipe with a tiny model and short stages, each from random weights; what makes the system
     is as it is."""
     chosen = from_values(Recipe, recipes.load(name))
-    changes = {"batch_size": 400, "learning_rate": 5e-3, "warmup_steps": 0, "init": Init(), **stage}
-    shorter = {n: replace(part, **changes) for n, part in chosen.stages.items()}
+    changes = {"batch_size": 400, "learning_rate": 5e-3, "warmup_steps": 0, **stage}
+    shorter = {
+        n: replace(part, init=Init(causal=part.init.causal), **changes)
+        for n, part in chosen.stages.items()
+    }
     protocol = chosen.evaluation
     if protocol.candidates == "sampled":
         protocol = replace(protocol, negatives=20)
