@@ -525,11 +525,11 @@ def test_a_causal_recipe_from_the_command_line(data, tmp_path, name):
 def test_gsasrec_starts_where_a_target_pulls_as_hard_as_its_negatives_push():
     """From scores of 0 the push is 900 times the pull: the table learns to lower all of them."""
     chosen, side = from_values(Recipe, recipes.load("gsasrec")), SideData(dataset_of([[0]], 12101))
-    part = chosen.pretraining.objectives.item.build(None, side)
     batch = NextItem()(from_sequences([list(range(40)), list(range(50, 99))]), Rng(0, 0), side)
     ratios = []
     for start in (chosen.model.head_bias_start, 0.0):
         model = UserModel(12101, replace(chosen.model, head_bias_start=start))
+        part = chosen.pretraining.objectives.item.build(model, side)
         part(model, Rng(0, 0), model.encode(batch))["item"][0].backward()
         grad = model.item_head.bias.grad
         ratios.append(-float(grad[grad > 0].sum() / grad[grad < 0].sum()))
