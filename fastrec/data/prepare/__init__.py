@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From source files to the canonical dataset: read, filter, map ids, sort, write."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,81 +10,33 @@ from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import PLACE
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.catalogue import Catalogue
+from fastrec.data.prepare.filters import Filters, add, kept_events
 from fastrec.data.prepare.item_features import item_features as read_item_features
 from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
-from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
+from fastrec.data.prepare.report import TIE_RULE, PrepareReport
 from fastrec.data.prepare.sources import is_frame, polars_frame
-from fastrec.data.prepare.split import divided, report_lines, source_name, split_of
+from fastrec.data.prepare.split import divided, source_name, split_of
 from fastrec.data.prepare.split_files import joined
 from fastrec.data.prepare.writer import claim, write_dataset
 
-TIE_RULE = "stable by (timestamp, row of the source)"
 ORDER_RULE = "order of the source, never sorted"
 BY_FILE = ", training before validation before test"
 
 
-@dataclass(frozen=True)
-class PrepareReport:
-    """What `prepare` read, removed and wrote; `str(report)` is meant to be printed."""
+class Beside(NamedTuple):
+    """What belongs to users and items: files, frames or None.
 
-    output: Path
-    source: str
-    before: dict[str, int]
-    after: dict[str, int]
-    removed: dict[str, int] = field(default_factory=dict)
-    lengths: dict[str, float] = field(default_factory=dict)
-    num_short_users: int = 0
-    tie_rule: str = TIE_RULE
-    time: str = PLACE
-    inferred: dict[str, str] = field(default_factory=dict)
-    preview: list[str] = field(default_factory=list)
-    catalogue: str | None = None
-    split: dict | None = None
-    attributes: dict[str, list[str]] = field(default_factory=dict)
-    relations: int = 0
-    item_features: dict[str, dict[str, int]] = field(default_factory=dict)
-    cold: str | None = None
+    user, item: attributes, and how a file of them is read. na_values: as `prepare` takes it.
+    """
 
-    def __str__(self) -> str:
-        lines = [f"{self.source} -> {self.output}"]
-        if self.inferred:
-            said = ", ".join(f"{name} {value}" for name, value in self.inferred.items())
-            lines.append(f"  recognised: {said}")
-        lines += [
-            f"  {'begins with:' if i == 0 else '':<12} {line}"
-            for i, line in enumerate(self.preview)
-        ]
-        for name, count in self.after.items():
-            lines.append(f"  {name:<13}{self.before[name]:>13,} -> {count:>13,}")
-        lines += [f"  removed: {count:,} {reason}" for reason, count in self.removed.items()]
-        if not self.removed:
-            lines.append("  removed: nothing")
-        if self.catalogue is not None:
-            lines.append(f"  items: {self.catalogue}")
-        for name, columns in self.attributes.items():
-            if columns:
-                lines.append(f"  {name} have {', '.join(columns)}")
-        if self.relations:
-            lines.append(f"  relations: {self.relations:,}")
-        for name, feature in self.item_features.items():
-            none = f"; {feature['missing']:,} items have none" if feature["missing"] else ""
-            lines.append(f"  item features: {name}, {feature['width']} numbers{none}")
-        if self.cold is not None:
-            lines.append(f"  cold start: {self.cold}")
-        lines.append(
-            "  length: min {min:g}, median {median:g}, mean {mean:.1f}, max {max:g}".format(
-                **self.lengths
-            )
-        )
-        if self.split is not None:
-            lines += [f"  {line}" for line in report_lines(self.split)]
-        elif self.num_short_users:
-            lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
-        lines.append(f"  order: {self.tie_rule}")
-        lines.append(f"  time: {self.time}")
-        return "\n".join(lines)
+    user: tuple[Any, dict]
+    item: tuple[Any, dict]
+    item_features: Any
+    relations: Any
+    cold_items: Any
+    na_values: str
 
 
 def prepare(
@@ -184,61 +136,30 @@ def prepare(
         raw = joined(parts, options.get("on_duplicate", "error"))
         for name, (_, settings) in sides.items():
             settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
-        filters = {"k_core": k_core, "min_rating": min_rating, "max_users": max_users}
+        filters = Filters(k_core, min_rating, max_users)
+        beside = Beside(
+            sides["user"], sides["item"], item_features, relations, cold_items, na_values
+        )
         earlier = None if items_of is None else Path(items_of)
-        return _prepare(
-            raw, Path(output), filters, sides, item_features, relations, cold_items, earlier,
-            na_values, chosen, overwrite,
-        )  # fmt: skip
+        return _prepare(raw, Path(output), filters, beside, earlier, chosen, overwrite)
 
 
 def _prepare(
-    raw,
-    output,
-    filters,
-    sides,
-    item_features,
-    relations,
-    cold_items,
-    items_of,
-    na_values,
+    raw: RawData,
+    output: Path,
+    filters: Filters,
+    beside: Beside,
+    items_of: Path | None,
     split,
-    overwrite,
+    overwrite: bool,
 ) -> PrepareReport:
-    k_core, min_rating, max_users = filters.values()
     frame, removed = raw.interactions, dict(raw.removed)
     user_ids, user = _codes(frame["user_id"])
     item_ids, item = _codes(frame["item_id"])
     before = {"users": len(user_ids), "items": len(item_ids), "interactions": frame.height}
     before["interactions"] += sum(raw.removed.values())
 
-    keep = np.ones(frame.height, dtype=bool)
-    if min_rating is not None:
-        if "rating" not in frame.columns:
-            raise DataError(
-                raw.source,
-                "--min_rating needs ratings: --rating_column names them",
-                column="rating",
-            )
-        keep &= frame["rating"].to_numpy() >= min_rating
-        _count(removed, raw.source, f"interactions rated below {min_rating:g}", keep)
-    if max_users is not None:
-        kept = np.unique(user[keep])[:max_users]
-        inside = np.isin(user, kept)
-        _count(removed, raw.source, f"interactions beyond {max_users} users", inside, keep)
-        keep &= inside
-    if k_core > 1:
-        rows = np.flatnonzero(keep)
-        core = k_core_mask(user[rows], item[rows], k_core)
-        if not core.all():
-            gone_users = len(np.unique(user[rows])) - len(np.unique(user[rows[core]]))
-            gone_items = len(np.unique(item[rows])) - len(np.unique(item[rows[core]]))
-            reason = f"({gone_users:,} users, {gone_items:,} items) outside the {k_core}-core"
-            removed[f"interactions {reason}"] = int((~core).sum())
-        keep[rows[~core]] = False
-        if not keep.any():
-            raise DataError(raw.source, f"no interaction is left in the {k_core}-core")
-
+    keep = kept_events(raw, user, item, filters, removed)
     rows = np.flatnonzero(keep)
     used_users, user = np.unique(user[rows], return_inverse=True)
     used_items, item = np.unique(item[rows], return_inverse=True)
@@ -254,11 +175,11 @@ def _prepare(
         order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], part, user))
     user, item, rows = user[order], item[order], rows[order]
 
-    user_file, options = sides["user"]
+    user_file, options = beside.user
     sources = [(raw.source, raw.users), ("user_attributes", user_file)]
     users, lost = attribute_table(user_ids[used_users], sources, "user_id", user_ids, **options)
-    _add(removed, "attribute rows of users without interactions", lost)
-    item_file, options = sides["item"]
+    add(removed, "attribute rows of users without interactions", lost)
+    item_file, options = beside.item
     sources = [(raw.source, raw.items), ("item_attributes", item_file)]
     listed, catalogue = item_ids[used_items], None
     if items_of is not None:
@@ -266,24 +187,26 @@ def _prepare(
         item, listed = catalogue.numbers(item), catalogue.ids
         item_ids = item_ids.cast(listed.dtype)
     items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
-    _add(removed, "attribute rows of items without interactions", lost)
+    add(removed, "attribute rows of items without interactions", lost)
     vectors: dict = {}
-    if item_features is not None:
+    if beside.item_features is not None:
         how = {"column": options["column"], "known_as": options["known_as"]}
-        vectors, lost = read_item_features(item_features, listed, item_ids, **how)
-        _add(removed, "feature rows of items without interactions", lost)
+        vectors, lost = read_item_features(beside.item_features, listed, item_ids, **how)
+        add(removed, "feature rows of items without interactions", lost)
     if catalogue is not None:
         items, vectors = catalogue.joined(items), catalogue.features(vectors)
-    name, links = "relations", relations
+    name, links = "relations", beside.relations
     if links is None:
         name, links = raw.source, raw.relations
-    links, lost = relation_table(name, links, users["user_id"], user_ids, na_values)
-    _add(removed, "relations with an end without interactions", lost)
-    cold = None
+    links, lost = relation_table(name, links, users["user_id"], user_ids, beside.na_values)
+    add(removed, "relations with an end without interactions", lost)
+    cold, cold_items = None, beside.cold_items
     if cold_items is not None:
-        cold_items, lost, twice = cold_table(cold_items, users["user_id"], user_ids, na_values)
-        _add(removed, "cold-start rows of users without interactions", lost)
-        _add(removed, "cold-start rows that are there twice", twice)
+        cold_items, lost, twice = cold_table(
+            cold_items, users["user_id"], user_ids, beside.na_values
+        )
+        add(removed, "cold-start rows of users without interactions", lost)
+        add(removed, "cold-start rows that are there twice", twice)
         sizes = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
         cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*sizes)
     time = raw.time if "timestamp" in frame.columns else PLACE
@@ -299,7 +222,7 @@ def _prepare(
         time=time,
         source=raw.source,
         inferred=raw.inferred,
-        filters=filters | {"items_of": items_of and str(items_of), "removed": removed},
+        filters=filters._asdict() | {"items_of": items_of and str(items_of), "removed": removed},
         splits=splits,
         split=said,
         features=vectors,
@@ -360,15 +283,3 @@ def _interactions(frame, rows: np.ndarray, user: np.ndarray, item: np.ndarray):
             column = frame[name].gather(rows)
             columns[name] = column if dtype is None else column.cast(dtype)
     return pl.DataFrame(columns)
-
-
-def _count(removed: dict, source: str, reason: str, kept: np.ndarray, of=None) -> None:
-    of = np.ones(len(kept), dtype=bool) if of is None else of
-    _add(removed, reason, int((of & ~kept).sum()))
-    if not (of & kept).any():
-        raise DataError(source, f"no interaction is left: {reason} were removed")
-
-
-def _add(removed: dict, reason: str, count: int) -> None:
-    if count:
-        removed[reason] = count
