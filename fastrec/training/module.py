@@ -2,6 +2,7 @@
 """The Lightning module of one stage: one joint loss; validation by a judge."""
 
 import math
+from typing import Any
 
 import lightning
 import torch
@@ -101,7 +102,7 @@ class StageModule(lightning.LightningModule):
 
     def configure_optimizers(self):
         stage, tables = self.stage, self.stage.tables
-        settings = dict(
+        settings: dict[str, Any] = dict(
             lr=stage.learning_rate,
             betas=stage.betas,
             weight_decay=stage.weight_decay,

@@ -10,7 +10,7 @@ Legend: V rows of a table, D width, U rows that a step touches.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def use_rows(model, parts: Iterable[nn.Module]) -> None:
             " every step: cosines, features of items"
         )
     for part in parts:
-        how = getattr(part, "settings", None)
+        how: Any = getattr(part, "settings", None)
         if not hasattr(how, "sampled"):
             continue
         if how.sampled is None or how.sampled.in_batch or "bpr" in how.loss:
@@ -96,7 +96,7 @@ class RowAdamW(torch.optim.AdamW):
         table_lr: float,
         settings: dict,
     ):
-        rows = {"params": list(tables), "lr": table_lr, "weight_decay": 0.0}
+        rows: dict[str, Any] = {"params": list(tables), "lr": table_lr, "weight_decay": 0.0}
         super().__init__([{"params": list(parameters)}, rows], **settings)
         self.how = how
 

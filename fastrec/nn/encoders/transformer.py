@@ -230,13 +230,13 @@ class TransformerEncoder(nn.Module):
         places in the sequences or int64 [T] that are `given`."""
         places = embedding_table(self.positions, self.max_positions)
         norm, key = self.embedding_norm, dropout.at("embedding")
-        row = {"sparse": embedded.sparse}
+        sparse = embedded.sparse
         if given is not None:  # a mask is that of the place in the sequence
-            summed = jagged_embedding(embedded.values, embedded.table, places, given, **row)
+            summed = jagged_embedding(embedded.values, embedded.table, places, given, sparse=sparse)
             summed = summed if type(norm) is nn.Identity else norm(summed)
             return jagged_embedding(None, summed, **key)
         if type(norm) is nn.Identity:
-            return jagged_embedding(embedded.values, embedded.table, places, **key, **row)
+            return jagged_embedding(embedded.values, embedded.table, places, **key, sparse=sparse)
         if is_plain(norm, nn.LayerNorm):
             return jagged_embedding(
                 embedded.values,
@@ -246,7 +246,9 @@ class TransformerEncoder(nn.Module):
                 norm_bias=norm.bias,
                 eps=norm.eps,
                 **key,
-                **row,
+                sparse=sparse,
             )
-        summed = jagged_embedding(embedded.values, embedded.table, places, dropout.positions, **row)
+        summed = jagged_embedding(
+            embedded.values, embedded.table, places, dropout.positions, sparse=sparse
+        )
         return jagged_embedding(None, norm(summed), **key)
