@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
     from fastrec.export import export_query
+    from fastrec.integrations.patching import patch, patched, unpatch
     from fastrec.nn.model_config import ModelConfig
     from fastrec.nn.user_model import UserModel
     from fastrec.onnx import export_onnx, onnx_query
@@ -56,8 +57,11 @@ LATER = {
     "load_model": "fastrec.training.model_folder",
     "item_vectors": "fastrec.vectors",
     "onnx_query": "fastrec.onnx",
+    "patch": "fastrec.integrations.patching",
+    "patched": "fastrec.integrations.patching",
     "prepare": "fastrec.data.prepare",
     "recommend": "fastrec.serve",
+    "unpatch": "fastrec.integrations.patching",
     "user_vectors": "fastrec.vectors",
 }
 __all__ = [
@@ -86,9 +90,12 @@ __all__ = [
     "linear_topk",
     "load_model",
     "onnx_query",
+    "patch",
+    "patched",
     "prepare",
     "recommend",
     "sampled_linear_cross_entropy",
+    "unpatch",
     "user_vectors",
 ]
 
