@@ -45,7 +45,7 @@ test-all: test  ## the same and what is slow and says little, before a release
 smoke: .venv/installed  ## the suite without the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-# Each library in an environment of its own, because their pins collide, with the extension that is built here.
+# Each library in an environment of its own, because their pins collide.
 test-integrations: .venv/installed $(INTEGRATIONS:%=build/integrations/%)  ## the patches of real libraries
 	for library in $(INTEGRATIONS); do \
 	  PYTHONPATH=. build/integrations/$$library/bin/python -m pytest tests/integrations || exit 1; \

@@ -24,3 +24,18 @@ def run(library: str) -> dict:
 def test_transformers():
     (report,) = run("transformers")["patch"].reports
     assert report.model == "BertForMaskedLM" and report.loss_difference < 1e-5
+
+
+def test_recbole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["test"])  # RecBole reads the command line
+    file = tmp_path / "data" / "shop" / "shop.inter"
+    file.parent.mkdir(parents=True)
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for user in range(40):
+        lines += [f"{user}\t{(7 * user + 3 * place) % 30}\t{place}" for place in range(8)]
+    file.write_text("\n".join(lines) + "\n")
+    names = run("recbole")
+    (report,) = names["patch"].reports
+    assert report.model == "SASRec" and report.loss_difference < 1e-5
+    assert set(names["result"]["test_result"]) == {"recall@10", "ndcg@10"}
