@@ -2,6 +2,7 @@
 """Training steps and evaluation of other libraries without and with `fastrec.patch`.
 
     python benchmarks/integrations.py recbole --model sasrec --source Beauty.txt
+    python benchmarks/integrations.py rectools --model sasrec --source Beauty.txt
     python benchmarks/integrations.py transformers
 
 Run each with the Python that has the library. Original and patched steps alternate in one process,
@@ -10,6 +11,7 @@ forward, backward and optimiser, an epoch that times the number of steps.
 
     recbole         2 layers, 2 heads, D = 64, F = 256, dropout 0.5, length 50, batch 2048 (its
                     defaults); evaluation: 4,096 users, all items ranked, the best 10 found
+    rectools        2 layers, 2 heads, D = 64, dropout 0.2, length 50, batch 256
     transformers    BertForMaskedLM of 2 layers and D = 128, 16 texts of 128 tokens; of 4 layers
                     and D = 256; 15 % of 30,522 tokens masked
 
@@ -97,6 +99,55 @@ def recbole(options: argparse.Namespace) -> None:
     show(f"{name}, evaluation of {len(users[0])} users", "recbole", evaluate, options.rounds)
 
 
+def rectools(options: argparse.Namespace) -> None:
+    import pandas as pd
+    import pytorch_lightning as pl
+    from rectools import Columns
+    from rectools.dataset import Dataset
+    from rectools.models import BERT4RecModel, SASRecModel
+    from rectools.models.nn.item_net import IdEmbeddingsItemNet
+
+    rows = [
+        (user, item, 1.0, place)
+        for user, *items in map(str.split, options.source.open())
+        for place, item in enumerate(items[:-2])
+    ]
+    names = [Columns.User, Columns.Item, Columns.Weight, Columns.Datetime]
+    frame = pd.DataFrame(rows, columns=names)
+    days = pd.to_timedelta(frame[Columns.Datetime], unit="D")
+    frame[Columns.Datetime] = pd.Timestamp("2020-01-01") + days
+    dataset = Dataset.construct(frame)
+    spent: dict[bool, list[float]] = {False: [], True: []}
+
+    class Alternate(pl.Callback):
+        """Every second step is patched."""
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            (fastrec.patch if index % 2 else fastrec.unpatch)("rectools")
+            self.start = time.process_time()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            spent[index % 2 == 1].append(time.process_time() - self.start)
+
+    def trainer() -> pl.Trainer:
+        return pl.Trainer(
+            max_steps=2 * options.rounds + 2, accelerator="cpu", callbacks=[Alternate()],
+            logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        )  # fmt: skip
+
+    kind = {"sasrec": SASRecModel, "bert4rec": BERT4RecModel}[options.model]
+    kind(
+        n_blocks=2, n_heads=2, n_factors=64, session_max_len=options.length, batch_size=256,
+        dropout_rate=0.2, loss="softmax", item_net_block_types=(IdEmbeddingsItemNet,),
+        get_trainer_func=trainer,
+    ).fit(dataset)  # fmt: skip
+    fastrec.unpatch()
+    steps = -(-dataset.user_id_map.size // 256)
+    plain, fused = (steps * median(times[1:]) for times in spent.values())
+    name = kind.__name__.removesuffix("Model")
+    print(f"{name}, epoch: {plain:.3g} s, patched {fused:.3g} s, {plain / fused:.1f} times")
+
+
 def transformers(options: argparse.Namespace) -> None:
     masked_language_model(2, 128, options.rounds)
     masked_language_model(4, 256, options.rounds)
@@ -123,10 +174,10 @@ def masked_language_model(layers: int, width: int, rounds: int) -> None:
 
 
 def main() -> None:
-    libraries = {"recbole": recbole, "transformers": transformers}
+    libraries = {"recbole": recbole, "rectools": rectools, "transformers": transformers}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library", choices=libraries)
-    parser.add_argument("--source", type=Path, help="of recbole")
+    parser.add_argument("--source", type=Path, help="of recbole and rectools")
     parser.add_argument("--model", choices=("sasrec", "bert4rec"), default="sasrec")
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)

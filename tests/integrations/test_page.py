@@ -39,3 +39,16 @@ def test_recbole(tmp_path, monkeypatch):
     (report,) = names["patch"].reports
     assert report.model == "SASRec" and report.loss_difference < 1e-5
     assert set(names["result"]["test_result"]) == {"recall@10", "ndcg@10"}
+
+
+def test_rectools(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ["user_id,item_id,weight,datetime"]
+    for user in range(30):
+        lines += [
+            f"{user},{(7 * user + 3 * place) % 30},1,2020-01-{place + 1:02}" for place in range(8)
+        ]
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    names = run("rectools")
+    (report,) = names["patch"].reports
+    assert report.loss_difference < 1e-5 and set(names["best"]["user_id"]) == set(range(30))
