@@ -134,16 +134,10 @@ def encode(model, items: Tensor, causal: bool, asked: Tensor, kept: Tensor | Non
     rng = _rng(model)
     alone = rng is None and not torch.is_grad_enabled() and kept is None and asked.shape[1] == 1
     dropout = EventDropout(batch, model.dropout.p, rng)
-    norm = model.LayerNorm
+    tables, norm = (model.item_embedding.weight, model.position_embedding.weight), model.LayerNorm
+    key = dropout.at("embedding") | {"positions": columns}
     x = jagged_embedding(
-        batch.values,
-        model.item_embedding.weight,
-        model.position_embedding.weight,
-        columns,
-        norm_weight=norm.weight,
-        norm_bias=norm.bias,
-        eps=norm.eps,
-        **{name: value for name, value in dropout.at("embedding").items() if name != "positions"},
+        batch.values, *tables, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, **key
     )
     last = len(model.trm_encoder.layer) - 1
     for number, layer in enumerate(model.trm_encoder.layer):
