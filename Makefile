@@ -5,11 +5,15 @@ TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py tests/test_trit
   tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py
 VECTOR_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
   -k "cpp and ((within_budget and float32) or masks_are or generator_has)"
+INTEGRATIONS := transformers recbole rectools
 ASAN := $(abspath build/asan)
 # A worker process per core; tests of threads and of several processes bring their own.
 WORKERS := -n auto --dist worksteal
 
-.PHONY: help demo test test-all smoke fuzz lint bench install wheel clean
+# A library's environment is kept.
+.PRECIOUS: build/integrations/%
+
+.PHONY: help demo test test-all test-integrations smoke fuzz lint bench install wheel clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -40,6 +44,17 @@ test-all: test  ## the same and what is slow and says little, before a release
 
 smoke: .venv/installed  ## the suite without the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+# Each library in an environment of its own, because their pins collide.
+test-integrations: .venv/installed $(INTEGRATIONS:%=build/integrations/%)  ## the patches of real libraries
+	for library in $(INTEGRATIONS); do \
+	  PYTHONPATH=. build/integrations/$$library/bin/python -m pytest tests/integrations || exit 1; \
+	done
+
+build/integrations/%: tests/integrations/requirements-%.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 fuzz: .venv/installed  ## 20,000 damaged files, 4,000 damaged data sets, 50,000 calls of ops under ASan
 	FASTREC_FUZZ=20000 $(BIN)/python -m pytest $(WORKERS) tests/test_fuzz_data.py

@@ -87,6 +87,7 @@ PACKAGES = (
     ".data.prepare",
     ".data.steps",
     ".evaluation",
+    ".integrations",
     ".training",
     ".recipes",
 )

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
     from fastrec.export import export_query
+    from fastrec.integrations.patching import patch, patched, unpatch
     from fastrec.nn.model_config import ModelConfig
     from fastrec.nn.user_model import UserModel
     from fastrec.onnx import export_onnx, onnx_query
@@ -57,8 +58,11 @@ LATER = {
     "load_model": "fastrec.training.model_folder",
     "item_vectors": "fastrec.vectors",
     "onnx_query": "fastrec.onnx",
+    "patch": "fastrec.integrations.patching",
+    "patched": "fastrec.integrations.patching",
     "prepare": "fastrec.data.prepare",
     "recommend": "fastrec.serve",
+    "unpatch": "fastrec.integrations.patching",
     "user_vectors": "fastrec.vectors",
 }
 __all__ = [
@@ -88,9 +92,12 @@ __all__ = [
     "load_model",
     "multilabel_bce",
     "onnx_query",
+    "patch",
+    "patched",
     "prepare",
     "recommend",
     "sampled_linear_cross_entropy",
+    "unpatch",
     "user_vectors",
 ]
 

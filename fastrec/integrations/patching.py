@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of another library replaced by fused ones, and put back.
+
+Classes keep their parameters, names and configurations: a checkpoint that was written with the
+patch loads without it, and the other way round.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# The name of a library and of its distribution, and the version that the replacements are for.
+LIBRARIES = {
+    "recbole": ("recbole", "1.2.1"),
+    "rectools": ("rectools", "0.19.0"),
+    "transformers": ("transformers", "5.23.0"),
+}
+
+
+class Replacement(NamedTuple):
+    """`function` in place of the method `name` of the class `owner`."""
+
+    owner: type
+    name: str
+    function: Callable
+
+
+class Parity(NamedTuple):
+    """The original and the fused loss of one batch, without dropout.
+
+    loss: of the original. loss_difference: absolute.
+    gradients: of each parameter (largest absolute value of the original, largest absolute
+        difference).
+    """
+
+    model: str
+    loss: float
+    loss_difference: float
+    gradients: dict[str, tuple[float, float]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: loss {self.loss:.6f}, difference {self.loss_difference:.1e}"]
+        for name, (largest, difference) in self.gradients.items():
+            lines.append(f"  {name}: gradient up to {largest:.1e}, difference {difference:.1e}")
+        return "\n".join(lines)
+
+
+class Patch:
+    """What `patch` has replaced in one library. As a context manager it is undone at the end.
+
+    Attributes:
+        library: its name.
+        replaced: the functions, as "module.Class.method".
+        parity: whether the first batch of each class of models is computed both ways.
+        reports: what that gave.
+    """
+
+    def __init__(self, library: str, replacements: list[Replacement]):
+        self.library, self.parity = library, False
+        self.reports: list[Parity] = []
+        self._replacements = replacements
+        self._originals: list[Callable | None] = []
+        for owner, name, function in replacements:
+            self._originals.append(owner.__dict__.get(name))  # None: inherited
+            setattr(owner, name, function)
+
+    @property
+    def replaced(self) -> list[str]:
+        return [
+            f"{owner.__module__}.{owner.__qualname__}.{name}"
+            for owner, name, _ in self._replacements
+        ]
+
+    def undo(self) -> None:
+        """Put the original functions back. A second time does nothing.
+
+        Raises RuntimeError, and puts nothing back, if a function has been replaced once more since.
+        """
+        if _ACTIVE.get(self.library) is not self:
+            return
+        for owner, name, function in self._replacements:
+            if owner.__dict__.get(name) is not function:
+                raise RuntimeError(
+                    f"{owner.__qualname__}.{name} was replaced by something else after"
+                    f" fastrec.patch({self.library!r}): undo that first"
+                )
+        for (owner, name, _), original in zip(self._replacements, self._originals, strict=True):
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        del _ACTIVE[self.library]
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        state = "active" if _ACTIVE.get(self.library) is self else "undone"
+        return f"Patch({self.library!r}, {state}, {len(self._replacements)} functions)"
+
+
+_ACTIVE: dict[str, Patch] = {}
+
+
+def patch(library: str, *, parity: bool = False) -> Patch:
+    """Replace functions of an installed library by fused ones: losses over all items or tokens, the
+    encoders of sequential recommenders, full ranking. docs/integrations.md lists them.
+
+    Classes, not instances: models that exist already are served too. What a fused function does not
+    serve (another loss, a subclass with a `forward` of its own, a hook) runs the original code and
+    a warning says so, once for each reason. Calling it again returns the same handle.
+
+    Args:
+        library: "recbole", "rectools" or "transformers".
+        parity: the first training batch of each class of models is computed both ways, without
+            dropout, and the largest absolute differences of the loss and of each gradient are
+            printed and kept in `Patch.reports`. Asked of an active patch: the next batch.
+
+    Returns:
+        Patch: `undo()` puts everything back; in a `with` statement its end does.
+
+    Raises:
+        ValueError: another library. ModuleNotFoundError: the library is not installed.
+    """
+    if library not in LIBRARIES:
+        raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
+    if library not in _ACTIVE:
+        distribution, tested = LIBRARIES[library]
+        try:
+            found = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            raise ModuleNotFoundError(
+                f"fastrec.patch({library!r}) replaces functions of {distribution}, which is not"
+                " installed here",
+                name=library,
+            ) from None
+        if found != tested:
+            warnings.warn(
+                f"fastrec.patch({library!r}) is tested with {distribution} {tested}, installed is"
+                f" {found}: look at a batch with parity=True",
+                stacklevel=2,
+            )
+        module = importlib.import_module(f"fastrec.integrations.{library}")
+        _ACTIVE[library] = Patch(library, module.replacements())
+    active = _ACTIVE[library]
+    if parity:
+        active.parity, active.reports = True, []
+    return active
+
+
+def unpatch(library: str | None = None) -> None:
+    """Undo the patch of a library, or of all. Nothing happens where there is none."""
+    if library is not None and library not in LIBRARIES:
+        raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
+    for active in list(_ACTIVE.values()):
+        if library in (None, active.library):
+            active.undo()
+
+
+def patched() -> list[str]:
+    """The libraries that are patched."""
+    return list(_ACTIVE)
+
+
+@functools.cache
+def keep_original(what: str, why: str) -> None:
+    """Say, once, that `what` runs its original code."""
+    warnings.warn(f"fastrec leaves {what} as it is: {why}", stacklevel=3)
+
+
+def check_parity(
+    library: str, model: nn.Module, original: Callable[[], Tensor], fused: Callable[[], Tensor]
+) -> None:
+    """Compare the two losses of a batch, if `patch` was asked to and has not for this class."""
+    active = _ACTIVE.get(library)
+    name = type(model).__qualname__
+    if active is None or not active.parity or any(name == one.model for one in active.reports):
+        return
+    report = compare(model, original, fused)
+    active.reports.append(report)
+    print(f"fastrec, parity of {report}")
+
+
+def compare(
+    model: nn.Module, original: Callable[[], Tensor], fused: Callable[[], Tensor]
+) -> Parity:
+    """Losses and gradients of both, with every module of the model in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.eval()
+    try:
+        found = []
+        for loss_of in (original, fused):
+            with torch.enable_grad():
+                loss = loss_of()
+                grads = torch.autograd.grad(
+                    loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+                )
+            found.append((loss.detach().double(), grads))
+    finally:
+        for module in training:
+            module.training = True
+    (loss, grads), (other, others) = found
+    gradients = {
+        name: (float(a.abs().max()), float((a.double() - b.double()).abs().max()))
+        for name, a, b in zip(parameters, grads, others, strict=True)
+    }
+    return Parity(type(model).__qualname__, float(loss), float((loss - other).abs()), gradients)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked language models of Hugging Face transformers: the loss reads the masked positions alone.
+
+The original computes the head and the scores of the whole vocabulary at every position, [B, L, V],
+and ignores most of them. Here the head is computed where a label is, and the scores are stored
+nowhere. Legend: B texts, L tokens, D width, V vocabulary, N positions with a label.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fastrec.integrations.patching import Replacement, check_parity, keep_original
+from fastrec.nn.plain import is_plain
+from fastrec.ops.linear_cross_entropy import linear_cross_entropy
+
+NO_LABEL = -100
+
+
+def _bert_head(model, states):
+    return model.cls.predictions.transform(states)
+
+
+def _roberta_head(model, states):
+    head = model.lm_head
+    return head.layer_norm(nn.functional.gelu(head.dense(states)))
+
+
+def _distilbert_head(model, states):
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(states)))
+
+
+def _electra_head(model, states):
+    return model.generator_predictions(states)
+
+
+# What is between the encoder and the output embeddings.
+HEADS: dict[str, Callable] = {
+    "BertForMaskedLM": _bert_head,
+    "RobertaForMaskedLM": _roberta_head,
+    "XLMRobertaForMaskedLM": _roberta_head,
+    "CamembertForMaskedLM": _roberta_head,
+    "DistilBertForMaskedLM": _distilbert_head,
+    "ElectraForMaskedLM": _electra_head,
+}
+
+
+def replacements() -> list[Replacement]:
+    owners = [(getattr(transformers, name), head) for name, head in HEADS.items()]
+    return [Replacement(owner, "forward", _forward(owner, head)) for owner, head in owners]
+
+
+def _forward(owner: type[transformers.PreTrainedModel], head: Callable) -> Callable:
+    original = owner.forward
+
+    # With the signature of the original, which Trainer reads.
+    @functools.wraps(original)
+    def forward(self, *args, labels=None, **kwargs):
+        if labels is None or not self.training:  # who evaluates wants the logits
+            return original(self, *args, labels=labels, **kwargs)
+        if why := _unserved(self, owner, args):
+            keep_original(type(self).__qualname__, why)
+            return original(self, *args, labels=labels, **kwargs)
+        named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        tuples = not named.get("return_dict", self.config.return_dict)
+        named["return_dict"] = True
+        check_parity(
+            "transformers",
+            self,
+            lambda: original(self, labels=labels, **named).loss,
+            lambda: fused_output(self, head, labels, named).loss,
+        )
+        output = fused_output(self, head, labels, named)
+        return output.to_tuple() if tuples else output
+
+    return forward
+
+
+def _unserved(model, owner: type[transformers.PreTrainedModel], args: tuple) -> str | None:
+    if type(model) is not owner:
+        return "it is a subclass"
+    if len(args) > 2:
+        return "more than input_ids and attention_mask are given by position"
+    decoder = model.get_output_embeddings()
+    if type(decoder) is not nn.Linear:
+        return f"its output embeddings are no plain Linear but {type(decoder).__name__}"
+    inner = set(model.base_model.modules()) | {model}
+    if not all(is_plain(module, type(module)) for module in model.modules() if module not in inner):
+        return "hooks wait for calls of its head"
+    if decoder.weight.shape[0] != model.config.vocab_size:
+        return "its output embeddings and config.vocab_size differ in size"
+    return None
+
+
+def fused_output(model, head: Callable, labels: Tensor, named: dict):
+    """MaskedLMOutput with the loss, float32 or float64, and without logits."""
+    outputs = model.base_model(**named)
+    states = outputs[0].flatten(0, 1)  # [B L, D]
+    labels = labels.to(states.device).flatten()
+    # On a host the head is computed for labelled positions alone. Elsewhere their number is not
+    # known without waiting for the device: the head is computed everywhere, and the op leaves the
+    # other rows out.
+    if states.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = (labels != NO_LABEL).nonzero().squeeze(1)
+        states, labels = states.index_select(0, rows), labels.index_select(0, rows)
+    decoder = model.get_output_embeddings()
+    loss = linear_cross_entropy(
+        head(model, states), decoder.weight, labels, linear_bias=decoder.bias
+    )
+    return transformers.modeling_outputs.MaskedLMOutput(
+        loss=loss,
+        logits=None,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
