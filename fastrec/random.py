@@ -64,6 +64,8 @@ SITES = {
     "same_target": 44,
     "substitute": 45,
     "insert": 46,
+    "mask_rating": 60,
+    "mask_rating_forced": 61,
 }
 
 ROUNDS = 7

@@ -10,6 +10,7 @@ from fastrec.objectives.follows import Follows
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.rank import Rank
+from fastrec.objectives.rating import Rating
 from fastrec.objectives.user_attributes import UserAttributes
 
 
@@ -26,6 +27,7 @@ class Objectives:
         align: two views of a user predict each other, without negatives.
         cold_start: prediction of items of another catalogue.
         rank: a view is nearest to itself, then to the other view, then to other users.
+        rating: regression to ratings of events.
     """
 
     item: Item | None = None
@@ -36,6 +38,7 @@ class Objectives:
     align: Align | None = None
     cold_start: ColdStart | None = None
     rank: Rank | None = None
+    rating: Rating | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""
