@@ -129,10 +129,11 @@ def evaluate(
             pretraining. The next item of each user is ranked beside popularity and by length of the
             sequence; attributes of held-out users are predicted beside mean and most frequent
             class; their friends are found beside shared items ("Sim"); items of another catalogue
-            are ranked beside popularity; of the judge vectors, two dropout passes of a user are
+            are ranked beside popularity; ratings are predicted beside their mean and beside biases
+            of items and users; of the judge vectors, two dropout passes of a user are
             compared, and users with each other.
-        split: which held-out item, for the next item; which input, for vectors; which rows, for
-            cold start.
+        split: which held-out events, for the next item and ratings; which input, for vectors; which
+            rows, for cold start.
         output: JSON file for the metrics.
         ranks: .csv or .parquet file for user_id, item_id (the held-out item) and its rank, of
             next items and cold start.

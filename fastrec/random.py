@@ -65,6 +65,8 @@ SITES = {
     "substitute": 45,
     "insert": 46,
     "segment": 47,
+    "mask_rating": 60,
+    "mask_rating_forced": 61,
 }
 
 ROUNDS = 7

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.ids import Ids
-from fastrec.evaluation.next_item import adjustment, row_blocks, seen_items
+from fastrec.evaluation.next_item import adjustment, check_scores, row_blocks, seen_items
 from fastrec.ops.linear_topk import TopK, linear_topk
 from fastrec.vectors import finite, user_rows
 
@@ -91,7 +91,7 @@ class Recommender:
         with fewer than k items left.
 
         Raises ValueError for a wrong k or seen, for users, allowed or blocked items that are not
-        known, and for scores that are not finite.
+        known, for scores that are not finite, and for a model that was trained for ratings alone.
         """
         _check_k(k)
         if seen not in ("exclude", "none"):
@@ -173,6 +173,7 @@ class Recommender:
 
     def _asked(self, user_ids, histories, past: bool):
         """(the ids of those who may be asked about, blocks of those who are)."""
+        check_scores(self.model)
         if histories is None:
             return self._users, self._asked_users(user_rows(self._users, user_ids), past)
         if user_ids is not None:

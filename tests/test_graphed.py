@@ -28,11 +28,14 @@ from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask
+from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.same_target import SameTarget
 from fastrec.data.steps.segment import Segment
 from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import Again
+from fastrec.nn.item_parts import Rating as Levels
+from fastrec.nn.items import Items
 from fastrec.nn.pool import Interests
 from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
@@ -40,6 +43,7 @@ from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.item_attributes import ItemAttributePrediction, ItemAttributes
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.objectives.rank import Rank
+from fastrec.objectives.rating import Rating
 from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
@@ -130,6 +134,8 @@ SYSTEMS = {
     "item_attributes": (MASKED, {"item_attributes": Attributes()}),
     "segments": (RUNS, {"segments": Segments(["a", "b"])}),
     "segments_of_the_next": (RUNS, {"segments": Segments(["a", "b"], negatives="next")}),
+    "rating": ({"main": [MaskRating()]}, {"rating": Rating()}),
+    "rating_by_item": ({"main": [MaskRating()]}, {"rating": Rating(by="item")}),
     "again": (
         {"a": [Mask()], "again": [Again("a")]},
         {"item": Item(views=["a", "again"]), "contrast": Contrast(["a", "again"])},
@@ -146,6 +152,10 @@ def system_of(name: str):
         form = {"head_table": "own", "head_transform": False, "user_width": 3, "num_users": 6}
     tokens, side = [] if causal else ["cls", "sep"], social_side()
     tokens = ["ur"] if name == "align" else tokens
+    if name.startswith("rating"):
+        ratings = np.random.default_rng(0).integers(1, 6, side.dataset.num_events)
+        side.dataset._event_columns["rating"] = ratings.astype(np.float32)
+        side.event_columns, form = ["rating"], {"items": Items(rating=Levels(width=4))}
     side.profile_ids = np.array([0, 1, 0, 1, -1, 0])
     model = model_of(tokens=tokens, causal=causal, **form)
     return model, JointObjective(objectives, model, side), side, views

@@ -88,7 +88,8 @@ STAGES = distinct()
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A data set, and a masked-item model beside it."""
-    folder = with_text(synthetic(tmp_path_factory.mktemp("synthetic"), mean_friends=30))
+    folder = synthetic(tmp_path_factory.mktemp("synthetic"), mean_friends=30)
+    folder = with_ratings(with_text(folder))
     masked, short = small("bert4rec", steps=3, validate_every=3), folder.parent / "masked"
     masked = replace(masked, users=Users(0.9))  # no model has seen the users who are held out
     fit(SequenceDataset.load(folder), recipe=masked, output=short, progress=False)
@@ -102,6 +103,17 @@ def with_text(folder: Path) -> Path:
     np.save(folder / "features.text.npy", vectors)
     schema["item_features"] = {"text": {"width": 12, "missing": 0}}
     schema["digests"]["features.text.npy"] = digest(folder / "features.text.npy")
+    (folder / "schema.json").write_text(json.dumps(schema))
+    return folder
+
+
+def with_ratings(folder: Path) -> Path:
+    """The data set with ratings of its events, of items that are liked by all or by none."""
+    schema = json.loads((folder / "schema.json").read_text())
+    file = folder / "interactions.parquet"
+    ratings = (polars.col("item") % 5 + 1).cast(polars.Float64).alias("rating")
+    polars.read_parquet(file).with_columns(ratings).write_parquet(file)
+    schema["digests"][file.name] = digest(file)
     (folder / "schema.json").write_text(json.dumps(schema))
     return folder
 

@@ -4,6 +4,7 @@
 Legend: U users, V items.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -83,6 +84,17 @@ class SideData:
     def item_counts(self) -> Tensor:
         """int64 [V]: how often each item occurs in the inputs of the split."""
         return self.dataset.item_counts(self.split)
+
+    @cached_property
+    def mean_rating(self) -> float:
+        """Of the events in the split of the `labelled` users. Raises ValueError without any."""
+        rows = self.dataset.gather(self.trained_users, self.split, columns=["rating"])
+        mean = rows.events["rating"].double().nanmean().item()
+        if math.isnan(mean):
+            raise ValueError(
+                f"no event of the {len(self.trained_users)} trained users has a rating"
+            )
+        return mean
 
     @cached_property
     def trained_users(self) -> Tensor:

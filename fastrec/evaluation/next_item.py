@@ -151,6 +151,19 @@ def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     return model.ask(batch)
 
 
+def check_scores(model) -> None:
+    """Raise ValueError for a model that `fit` has trained for ratings alone: what scores its items
+    is as random as it began."""
+    recipe, last = model.recipe or {}, model.trained_on.get("stage")
+    stages = [recipe.get(name) or {} for name in ("pretraining", last)]
+    ranked = any((stage.get("objectives") or {}).get("item") for stage in stages)
+    if stages[-1].get("judge") == "rating" and not ranked:
+        raise ValueError(
+            f"the model was trained for ratings (stage {last}) without the objective item: it"
+            " scores no next items"
+        )
+
+
 def protocol_of(model) -> Protocol | None:
     """The protocol that a model was chosen by; None of one that `fit` has not trained."""
     if model.recipe is None:
@@ -171,6 +184,7 @@ def evaluate(
     if not isinstance(protocol, Protocol):
         raise TypeError(f"protocol must be a Protocol, got {type(protocol).__name__}")
     model.check_items(dataset)
+    check_scores(model)
     users = dataset.users(split) if users is None else users
     users = torch.as_tensor(users, dtype=torch.int64, device="cpu")
     judge = NextItemJudge(dataset, users, split, protocol)

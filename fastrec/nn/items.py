@@ -29,6 +29,7 @@ class ItemRows(NamedTuple):
     table: Tensor
     values: Tensor | None
     sparse: bool = False  # the gradient of `table`, where `values` are its rows
+    num_items: int | None = None  # V; values from there on are special tokens; None: not said
 
     def dense(self) -> Tensor:
         """[T, D]."""
@@ -198,15 +199,19 @@ class ItemInput(nn.Module):
     ) -> ItemRows:
         """rng: turns the randomness of features on. summed: `summed(rng)`, which is then read for
         ids and features."""
+        values, items = batch.values, self.num_items
         if summed is not None and len(self.settings.widths) == len(self.features):
-            rows = ItemRows(summed, batch.values)
-            return rows if self.factor == 1.0 else ItemRows(rows.dense() * self.factor, None)
-        if self.settings.widths:
-            return ItemRows(self._combined(batch, rng, summed) * self.factor, None)
-        if not is_plain(self.ids, nn.Embedding):
-            return ItemRows(self.ids(batch.values) * self.factor, None)
-        rows = ItemRows(self.ids.weight, batch.values, self.ids.sparse)
-        return rows if self.factor == 1.0 else ItemRows(rows.dense() * self.factor, None)
+            rows = ItemRows(summed, values, num_items=items)
+        elif self.settings.widths:
+            dense = self._combined(batch, rng, summed) * self.factor
+            return ItemRows(dense, None, num_items=items)
+        elif not is_plain(self.ids, nn.Embedding):
+            return ItemRows(self.ids(values) * self.factor, None, num_items=items)
+        else:
+            rows = ItemRows(self.ids.weight, values, self.ids.sparse, items)
+        if self.factor == 1.0:
+            return rows
+        return ItemRows(rows.dense() * self.factor, None, num_items=items)
 
     def summed(self, rng: Rng | None = None) -> Tensor:
         """[V + S, D]: ids and features of every item, and the special tokens."""

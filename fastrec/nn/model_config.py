@@ -109,6 +109,15 @@ class ModelConfig:
         its last state, others at a [MASK] behind the items."""
         return bool(getattr(settings_of(self.encoder), "causal", False))
 
+    @property
+    def event_columns(self) -> list[str]:
+        """Columns of events that the input of items, or the encoder, reads."""
+        own, read = (
+            self.items.event_columns,
+            getattr(settings_of(self.encoder), "event_columns", ()),
+        )
+        return [*own, *(name for name in read if name not in own)]
+
 
 def parameters(
     num_items: int,

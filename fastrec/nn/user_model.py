@@ -158,7 +158,7 @@ class UserModel(nn.Module):
     @property
     def event_columns(self) -> list[str]:
         """Columns of events that the model reads beside the items."""
-        return self.config.items.event_columns
+        return self.config.event_columns
 
     def inputs(self, dataset, users, split: str, ask: bool = False) -> JaggedBatch:
         """The input of `users` in a split of a data set. `ask`: for their next item, and with the

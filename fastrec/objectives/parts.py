@@ -11,6 +11,7 @@ from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.item_attributes import ItemAttributes
 from fastrec.objectives.rank import Rank
+from fastrec.objectives.rating import Rating
 from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 
@@ -30,6 +31,7 @@ class Objectives:
         rank: a view is nearest to itself, then to the other view, then to other users.
         item_attributes: prediction of the attributes of items.
         segments: a run of items and the sequence without it are near each other.
+        rating: regression to ratings of events.
     """
 
     item: Item | None = None
@@ -42,6 +44,7 @@ class Objectives:
     rank: Rank | None = None
     item_attributes: ItemAttributes | None = None
     segments: Segments | None = None
+    rating: Rating | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

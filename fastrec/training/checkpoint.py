@@ -61,7 +61,7 @@ def plain(value: Any) -> Any:
 def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     """recipe.json and stage.json as they are read back."""
     data = {"stage": stage, "items": dataset.items_hash, "events": dataset.events_hash}
-    read = recipe.stage(stage).event_columns(recipe.model.items.event_columns)
+    read = recipe.stage(stage).event_columns(recipe.model.event_columns)
     data |= {name: dataset.column_hash(name) for name in read}
     digests = dataset.schema.get("digests", {})
     files = [features_file(name) for name in recipe.model.items.features]

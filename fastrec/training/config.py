@@ -13,9 +13,11 @@ from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.steps.parts import Step
 from fastrec.data.views import parts_of
 from fastrec.evaluation.next_item import Protocol
+from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.model_config import ModelConfig
@@ -101,8 +103,9 @@ class Stage:
         views: named lists of steps that make what is encoded of the users of a step.
         objectives: what is trained on the views. In Python also {name: settings or module}.
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
-            users who were not trained on, their friends, items of another catalogue, or whether
-            users are found again by their vectors, which needs no target.
+            users who were not trained on, their friends, items of another catalogue, the ratings
+            of held-out events, or whether users are found again by their vectors, which needs no
+            target.
         init: what is taken from the model that the stage starts from.
         tables: how the item table is updated.
         filler: folder of the masked-item model that the step `fill` draws from.
@@ -118,9 +121,9 @@ class Stage:
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
-            the next item, MRR@10 of cold_start, "score" of attributes, "accuracy" of friends, MRR
-            of vectors. "steps" keeps the last model and never stops: for objectives that do not
-            train what the judge asks.
+            the next item, MRR@10 of cold_start, "score" of attributes and ratings, "accuracy" of
+            friends, MRR of vectors. "steps" keeps the last model and never stops: for objectives
+            that do not train what the judge asks.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -132,7 +135,9 @@ class Stage:
 
     views: dict[str, list[Step]] = field(default_factory=dict)
     objectives: Objectives = field(default_factory=Objectives)
-    judge: Literal["next_item", "attributes", "friends", "vectors", "cold_start"] = "next_item"
+    judge: Literal["next_item", "attributes", "friends", "vectors", "cold_start", "rating"] = (
+        "next_item"
+    )
     init: Init = field(default_factory=Init)
     tables: Tables = field(default_factory=Tables)
     filler: str | None = None
@@ -164,6 +169,8 @@ class Stage:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.judge == "rating" and self.monitor in ("RMSE", "MAE"):
+            raise ValueError(f"monitor {self.monitor}: the largest would be kept; score is 1 - MSE")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -322,6 +329,12 @@ class Recipe:
                 raise ValueError(
                     f"the step {type(step).__name__.lower()} needs an encoder that reads positions:"
                     f" {type(encoder).__name__} does not"
+                )
+        for step in steps:
+            if isinstance(step, MaskRating) and not step.hide and not isinstance(encoder, Bag):
+                raise ValueError(
+                    "mask_rating.hide false needs the encoder bag: every event would see the rating"
+                    " that it is to predict"
                 )
         made = any(isinstance(step, Baskets) for step in steps)
         if self.model.items.segment is not None and self.stages and not made:

@@ -14,7 +14,8 @@ from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.metrics import length_groups, list_metrics
-from fastrec.evaluation.next_item import NextItemJudge, row_blocks
+from fastrec.evaluation.next_item import NextItemJudge, check_scores, row_blocks
+from fastrec.evaluation.rating import RatingJudge
 from fastrec.evaluation.report import print_metrics
 from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.nn.model_files import HEADS
@@ -40,8 +41,8 @@ def evaluate_stage(
     """Print and return the metrics of the test users of a stage.
 
     folder: of the model, with the parameters of its objectives.
-    split: for the judge of the next item: which items are held out; of vectors: which input; of
-        cold start: which rows.
+    split: for the judges of the next item and of ratings: which events are held out; of vectors:
+        which input; of cold start: which rows.
     ranks: for the judges of the next item and of cold start: a .csv or .parquet file for user_id,
         item_id (the target) and rank, a row for each target.
     """
@@ -53,12 +54,15 @@ def evaluate_stage(
         raise ValueError(f"--ranks has no effect: this stage judges {stage.judge}")
     if stage.judge == "vectors":
         return _vectors(dataset, recipe, stage, model, folder, split)
+    if stage.judge == "rating":
+        return _rating(dataset, recipe, stage, model, folder, split)
     if stage.judge == "attributes":
         return _attributes(dataset, recipe, model, folder)
     return _friends(dataset, recipe, stage, model, folder)
 
 
 def _next_item(dataset, recipe: Recipe, model: UserModel, split: str, file: Path | None) -> dict:
+    check_scores(model)
     chosen = select_users(dataset, recipe.users, split)
     judge = NextItemJudge(dataset, chosen, split, recipe.evaluation)
     ranks = judge.ranks(model)
@@ -170,6 +174,28 @@ def _vectors(
     print(f"vectors of {len(judge):,} users, each with two dropouts, split {split}")
     print_metrics(rows, scale=1, digits=4)
     return {"split": split, "users": len(judge), "metrics": rows}
+
+
+def _rating(
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str
+) -> dict:
+    chosen, trained = (select_users(dataset, recipe.users, part) for part in (split, "train"))
+    judge = RatingJudge(dataset, chosen, split, trained)
+    objective = JointObjective(stage.parts, model, side_data(dataset, recipe))
+    load_heads(objective, folder)
+    objective.to(model.item_embedding.weight.device)
+    rows = {
+        "constant": judge.metrics(judge.constant),
+        "biases of items and users": judge.metrics(judge.biases),
+        "model": judge.metrics(_all_scores(judge, model, objective)),
+    }
+    low, high = judge.range
+    print(
+        f"{len(judge.ratings):,} ratings of {len(judge):,} users, split {split}, predictions"
+        f" clipped to [{low:g}, {high:g}]"
+    )
+    print_metrics(rows, scale=1, digits=4)
+    return {"split": split, "users": len(judge), "ratings": len(judge.ratings), "metrics": rows}
 
 
 def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict:

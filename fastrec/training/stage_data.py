@@ -13,6 +13,7 @@ from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.rating import RatingJudge
 from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.training.config import Recipe, Stage, Users
 
@@ -24,7 +25,9 @@ class StageData:
 
     users: Tensor
     side: SideData
-    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | ColdStartJudge
+    judge: (
+        NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | ColdStartJudge | RatingJudge
+    )
 
     @property
     def people(self) -> Tensor:
@@ -82,19 +85,19 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
         attributes=recipe.attributes,
         users=select_users(dataset, recipe.users, "train"),
         labelled=labelled,
-        event_columns=recipe.model.items.event_columns,
+        event_columns=recipe.model.event_columns,
     )
 
 
 def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
-    The judge of the next item is asked about all selected users with a validation target, that of
-    vectors about some of them. Trained are the selected users with training events, together with
-    those whose sequences are too short to hold anything out. The judges of attributes and friends
-    are asked about a random tenth of the selected users, who are not trained on. Where users are
-    held out to test these, the attributes and friends of that tenth are hidden from every stage: a
-    model that remembered them would be chosen for it.
+    The judges of the next item and of ratings are asked about all selected users with a validation
+    target, that of vectors about some of them. Trained are the selected users with training events,
+    together with those whose sequences are too short to hold anything out. The judges of attributes
+    and friends are asked about a random tenth of the selected users, who are not trained on. Where
+    users are held out to test these, the attributes and friends of that tenth are hidden from every
+    stage: a model that remembered them would be chosen for it.
 
     Cold start trains and judges rows of all users, whatever the recipe says of `users`.
     """
@@ -108,7 +111,7 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         raise ValueError(f"no user has {what}: there is nothing to validate on")
     users = labelled = select_users(dataset, recipe.users, "train")
     judged = _validation_users(users, recipe.users)
-    everyone = stage.judge in ("next_item", "vectors")
+    everyone = stage.judge in ("next_item", "vectors", "rating")
     if not everyone or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
     if everyone:
@@ -119,12 +122,14 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     else:
         users = labelled
     side = side_data(dataset, recipe, labelled)
-    side.event_columns = stage.event_columns(recipe.model.items.event_columns)
-    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge
+    side.event_columns = stage.event_columns(recipe.model.event_columns)
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | RatingJudge
     if stage.judge == "next_item":
         judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
     elif stage.judge == "vectors":
         judge = VectorsJudge(dataset, selected, "valid")
+    elif stage.judge == "rating":
+        judge = RatingJudge(dataset, selected, "valid", users)
     elif stage.judge == "attributes":
         judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
     else:
@@ -135,7 +140,7 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
 
 def cold_side(rows: ColdRows, recipe: Recipe) -> SideData:
     """Side data of cold-start rows: the whole history of a user is the input."""
-    return SideData(rows, "all", event_columns=recipe.model.items.event_columns)
+    return SideData(rows, "all", event_columns=recipe.model.event_columns)
 
 
 def _cold_data(dataset, recipe: Recipe) -> StageData:

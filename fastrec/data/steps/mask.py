@@ -78,12 +78,12 @@ class Mask:
             chosen = chosen_items(batch, rng, side, share, *how)
         else:
             real = batch.values < side.num_items
-            rank = _running(real)  # number of items before each event, over the whole batch
+            rank = running(real)  # number of items before each event, over the whole batch
             items = rank[batch.offsets]
             count = items.diff()
             drawn = draws(rng, keys, 0, position, site="mask_item")
             chosen = (drawn < threshold(share)) & real
-            empty = _running(chosen)[batch.offsets].diff() == 0
+            empty = running(chosen)[batch.offsets].diff() == 0
             pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site="mask_forced")
             forced = items[:-1] + (pick * count >> 16)
             chosen |= real & empty[segment] & (rank[:-1] == forced[segment])
@@ -123,7 +123,7 @@ class MaskLast:
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         real = batch.values < side.num_items
-        rank = _running(real)
+        rank = running(real)
         behind = rank[batch.offsets[1:]][batch.segment_ids()] - rank[:-1]  # items from here on
         last = real & (behind <= self.number)
         masked = batch.values.masked_fill(last, side.mask_id)
@@ -160,7 +160,7 @@ def chosen_items(
     most n - leave, any of them with the same chance. Special tokens are none."""
     segment, position = batch.segment_ids(), batch.positions()
     real = batch.values < side.num_items
-    count = _running(real)[batch.offsets].diff()
+    count = running(real)[batch.offsets].diff()
     key = random_order(rng, batch.keys[segment], position, site).masked_fill(~real, 1 << 32)
     order = (segment << 33 | key).argsort()
     place = torch.empty_like(order)
@@ -179,7 +179,7 @@ def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:
     return high << 16 | low
 
 
-def _running(flags: Tensor) -> Tensor:
+def running(flags: Tensor) -> Tensor:
     """int64 [T + 1]: number of set flags before each event; the last entry is the total."""
     counts = flags.new_zeros(flags.shape[0] + 1, dtype=torch.int64)
     torch.cumsum(flags, 0, out=counts[1:])

@@ -15,6 +15,7 @@ from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.permute import Permute
@@ -34,6 +35,7 @@ class Step:
     Attributes:
         mask: items become [MASK] and are predicted.
         mask_last: the last item becomes [MASK] and is predicted.
+        mask_rating: ratings of events are hidden and predicted, their items stay.
         next_item: every event predicts the item behind it.
         cut: the last items are cut off, and one [MASK] predicts them all.
         permute: items in a random order with their positions; each predicts the one behind it.
@@ -55,6 +57,7 @@ class Step:
 
     mask: Mask | None = None
     mask_last: MaskLast | None = None
+    mask_rating: MaskRating | None = None
     next_item: NextItem | None = None
     cut: Cut | None = None
     permute: Permute | None = None

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 from fastrec.data.settings import part_of
+from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.encoders.dilated import Dilated
+from fastrec.nn.encoders.fm import Fm
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
 
@@ -24,12 +26,16 @@ class Encoders:
         dilated: dilated convolutions.
         gru: a recurrent network, causal.
         caser: convolutions over a window of the latest items, causal.
+        bag: an autoencoder over the rated items, without their order.
+        fm: a factorization machine over the items, without their order.
     """
 
     transformer: Transformer | None = None
     dilated: Dilated | None = None
     gru: Gru | None = None
     caser: Caser | None = None
+    bag: Bag | None = None
+    fm: Fm | None = None
 
     def __post_init__(self):
         part_of(self)
