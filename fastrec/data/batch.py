@@ -16,7 +16,8 @@ from fastrec.data.pairs import Pairs
 SPECIAL_TOKENS = ("mask", "cls", "sep", "ur")
 NO_TARGET = -100  # of an event that predicts nothing, as in torch.nn.functional.cross_entropy
 # What an event that holds no item has in a column, by name; 0 in the others.
-FILL = {"target": NO_TARGET, "rating": float("nan"), "time_gap": float("nan"), "segment": -1}
+_NAN = float("nan")
+FILL = {"target": NO_TARGET, "rating": _NAN, "time_gap": _NAN, "segment": -1, "item_place": -1}
 _IDS = 0xFFFFFFFF
 
 
@@ -32,7 +33,8 @@ class JaggedBatch:
     events: columns with one row per event, [T, ...]; `target` ([T] or [T, A]) is the item that an
         event predicts, -100 for none; `rating` and `time_gap` are those of
         `SequenceDataset.event_column`, NaN for none; `position`, int64, is the place that an
-        encoder shall see instead of its own; `segment`, int64, is that of two texts, -1 for none.
+        encoder shall see instead of its own; `segment`, int64, is that of two texts, -1 for none;
+        `item_place`, int64, is the item of a token, from the latest on, -1 for none.
     users: columns with one row per sequence, [B, ...]: attributes, labels.
     pairs: who belongs to whom among the sequences.
     scored: int64 [N], the events that have a target, ascending; `with_scored` finds them on the

@@ -13,6 +13,7 @@ from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.texts import TextJudge
 from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.training.config import Recipe, Stage, Users
 
@@ -24,7 +25,9 @@ class StageData:
 
     users: Tensor
     side: SideData
-    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | ColdStartJudge
+    judge: (
+        NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | ColdStartJudge | TextJudge
+    )
 
     @property
     def people(self) -> Tensor:
@@ -108,7 +111,7 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         raise ValueError(f"no user has {what}: there is nothing to validate on")
     users = labelled = select_users(dataset, recipe.users, "train")
     judged = _validation_users(users, recipe.users)
-    everyone = stage.judge in ("next_item", "vectors")
+    everyone = stage.judge in ("next_item", "vectors", "texts")
     if not everyone or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
     if everyone:
@@ -120,11 +123,13 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         users = labelled
     side = side_data(dataset, recipe, labelled)
     side.event_columns = stage.event_columns(recipe.model.items.event_columns)
-    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | TextJudge
     if stage.judge == "next_item":
         judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
     elif stage.judge == "vectors":
         judge = VectorsJudge(dataset, selected, "valid")
+    elif stage.judge == "texts":
+        judge = TextJudge(dataset, selected, "valid", recipe.evaluation)
     elif stage.judge == "attributes":
         judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
     else:
