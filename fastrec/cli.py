@@ -31,6 +31,7 @@ from fastrec.demo import demo
 from fastrec.evaluation.next_item import protocol_of
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import RECIPE, read_json
+from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import MODEL, SUMMARY, first_process
 from fastrec.training.config import STAGE_KEYS, Recipe, Stage, Users
@@ -161,7 +162,7 @@ def _evaluate(
     dataset = SequenceDataset.load(data)
     task = task or _default_task(recipe)
     stage = recipe.stage(task)
-    asked = stage.judge == "next_item"  # other judges read no user vectors
+    asked = stage.judge in ("next_item", "texts")  # other judges read no user vectors
     trained = load_model(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
     config = trained.config  # a stage may have another dropout, and patches
     asks = dataclasses.replace(recipe.model, dropout=config.dropout, encoder=config.encoder)
@@ -199,7 +200,7 @@ def _print_run(output: Path) -> None:
     print(f"model: {output / MODEL}\nlogs: {output}/metrics, /validation and /tensorboard")
 
 
-def _say_other_protocol(model: UserModel, recipe: Recipe) -> None:
+def _say_other_protocol(model: UserModel | TextModel, recipe: Recipe) -> None:
     """A model remembers how it was validated: numbers under two protocols are not compared."""
     chosen = protocol_of(model)
     if chosen is not None and str(chosen) != str(recipe.evaluation):

@@ -37,7 +37,11 @@ def export_query(model) -> torch.export.ExportedProgram:
     `torch._inductor.aoti_compile_and_package` compiles it. `Recommender` takes all of them.
 
     The encoder must be one that torch.export can trace, as those of fastrec are.
+
+    Raises ValueError for a model that reads the texts of items: its input is more than values.
     """
+    if getattr(model, "texts", None) is not None:
+        raise ValueError("a model that reads the texts of items is no program of items alone")
     batch = model.inputs_of([[0, 0], [0], [0, 0, 0]], ask=True).to(
         model.item_embedding.weight.device
     )

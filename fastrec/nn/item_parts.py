@@ -128,6 +128,29 @@ class Segment:
         return segments.masked_fill(segments < 0, self.levels)
 
 
+@dataclass(frozen=True)
+class ItemPlace:
+    """Which item a token is of, counted from the latest, where events are tokens of items
+    (Recformer's item position embedding, Li et al., 2023, section 3.1.2).
+
+    Attributes:
+        levels: items that are told apart; those further back count as the last.
+        width: of the vector of a level.
+    """
+
+    levels: int = 50
+    width: int = 64
+
+    def __post_init__(self):
+        _check_positive(self, "levels", "width")
+        if self.levels > MOST_LEVELS:
+            raise ValueError(f"levels must be at most {MOST_LEVELS}, got {self.levels}")
+
+    def level(self, places: Tensor) -> Tensor:
+        """int64 [T]: 0 to levels - 1, and `levels` for -1."""
+        return places.clamp_max(self.levels - 1).masked_fill(places < 0, self.levels)
+
+
 class CategoryMean(nn.Module):
     """[T, P]: the mean of the vectors of an item's categories, 0 without one."""
 

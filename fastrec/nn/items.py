@@ -17,7 +17,14 @@ from fastrec.data.item_categories import Categories, item_categories
 from fastrec.data.item_vectors import item_vectors
 from fastrec.data.settings import check_choices
 from fastrec.nn.item_features import FeatureMap, ItemFeature
-from fastrec.nn.item_parts import CategoryMean, ItemAttribute, Rating, Segment, TimeGap
+from fastrec.nn.item_parts import (
+    CategoryMean,
+    ItemAttribute,
+    ItemPlace,
+    Rating,
+    Segment,
+    TimeGap,
+)
 from fastrec.nn.plain import apply_linear, embedding_table, is_plain
 from fastrec.random import Rng
 
@@ -37,6 +44,9 @@ class ItemRows(NamedTuple):
             return self.table
         return F.embedding(self.values, self.table, sparse=self.sparse)
 
+
+# Columns of events that no data set has: a step makes them, or the texts of items.
+STEP_COLUMNS = ("segment", "item_place")
 
 # By name, the categories of an attribute or the vectors [V, F] of a feature.
 ItemFeatures = Mapping[str, Categories | Tensor]
@@ -61,7 +71,9 @@ class Items:
             masked, histories without a data set.
         time_gap: since the event before, a level of its own where there is none: the first event of
             a user, special tokens, histories without a data set.
-        segment: of the step `baskets`, a level of its own elsewhere.
+        segment: of the step `baskets`, or key and value of a token of `texts`; a level of its own
+            elsewhere.
+        item_place: which item a token of `texts` is of; special tokens have a level of their own.
         combine: "concat" maps [id; attributes; rating; time gap] to D linearly, at first to the id
             plus small multiples of the rest; "sum" adds them, each of width D.
     """
@@ -73,6 +85,7 @@ class Items:
     rating: Rating | None = None
     time_gap: TimeGap | None = None
     segment: Segment | None = None
+    item_place: ItemPlace | None = None
     combine: Literal["concat", "sum"] = "concat"
 
     def __post_init__(self):
@@ -94,7 +107,8 @@ class Items:
     @property
     def leveled(self) -> list[str]:
         """The parts that are embedded by level: columns of the data set, and of a step."""
-        return self.event_columns + ["segment"] * (self.segment is not None)
+        made = [name for name in STEP_COLUMNS if getattr(self, name) is not None]
+        return self.event_columns + made
 
     @property
     def most(self) -> dict[str, int]:
@@ -232,8 +246,9 @@ class ItemInput(nn.Module):
             vectors = [self._ids(batch.values), *self._features(batch.values, rng)]
         vectors[1:1] = [part(batch.values) for part in self.attributes]
         events = batch.events
-        if self.settings.segment is not None and "segment" not in events:  # no step has made it
-            events = {**events, "segment": torch.full_like(batch.values, FILL["segment"])}
+        for name in STEP_COLUMNS:
+            if getattr(self.settings, name) is not None and name not in events:  # no step made it
+                events = {**events, name: torch.full_like(batch.values, int(FILL[name]))}
         for name, embedding in self.levels.items():
             if name not in events:
                 raise ValueError(

@@ -3,6 +3,7 @@
 
 config.json         settings of the model
 model.safetensors   its weights
+tokenizer.json      of one that reads the texts of items
 heads.safetensors, trained_on.json, items.npy, users.npy, recipe.json   of one that `fit` trained
 digests.json        a digest of each, written last
 """
@@ -22,7 +23,8 @@ FORMAT = 3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADS, TRAINED_ON, USERS = "heads.safetensors", "trained_on.json", "users.npy"
 ITEMS, RECIPE = "items.npy", "recipe.json"
-NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, ITEMS, USERS, RECIPE)
+TOKENIZER = "tokenizer.json"
+NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, ITEMS, USERS, RECIPE, TOKENIZER)
 DIGESTS = "digests.json"
 
 

@@ -4,7 +4,7 @@ D width."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
+from fastrec.data.item_texts import Texts
+from fastrec.data.output import write_text
+from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.heads import ItemHead
@@ -21,6 +24,7 @@ from fastrec.nn.model_files import (
     CONFIG,
     NAMES,
     RECIPE,
+    TOKENIZER,
     TRAINED_ON,
     WEIGHTS,
     check_format,
@@ -29,6 +33,7 @@ from fastrec.nn.model_files import (
     count_numbers,
     read_json,
     read_tensors,
+    write_digests,
     write_model,
 )
 from fastrec.nn.plain import embedding_table, first_rows
@@ -68,6 +73,10 @@ class UserModel(nn.Module):
         # Of a model that `fit` has trained: what it was trained on and by, as its folder says.
         self.trained_on: dict[str, Any] = {}
         self.recipe: dict[str, Any] | None = None
+        # Of one whose items are tokens of texts, see `data.item_texts`: how these are made, and
+        # JSON of `tokenizers`.
+        self.texts: Texts | None = None
+        self.tokenizer: str | None = None
         self.num_users = num_users if config.user_width else 0
         self.item_input = ItemInput(config.items, num_items, config.width, item_features)
         self.encoder = settings_of(config.encoder).build(
@@ -293,7 +302,8 @@ class UserModel(nn.Module):
         return self.item_head.with_users(states, users)
 
     def save_pretrained(self, path: Path | str) -> None:
-        """Write `model.safetensors`, `config.json` and `digests.json` into the folder `path`."""
+        """Write `model.safetensors`, `config.json`, `digests.json` and, of a model that has one,
+        `tokenizer.json` into the folder `path`."""
         config: dict[str, Any] = {"num_items": self.num_items, **described(self.config)}
         if self.num_users:
             config["num_users"] = self.num_users
@@ -301,7 +311,12 @@ class UserModel(nn.Module):
             config["item_classes"] = classes
         if sizes := self.item_input.sizes:
             config["item_vectors"] = sizes
+        if self.texts is not None:
+            config["texts"] = asdict(self.texts)
         write_model(Path(path), config, self.state_dict())
+        if self.tokenizer is not None:
+            write_text(Path(path) / TOKENIZER, self.tokenizer)
+            write_digests(Path(path))
 
     @classmethod
     def from_pretrained(cls, path: Path | str, encoder: Any = None) -> "UserModel":
@@ -329,7 +344,7 @@ class UserModel(nn.Module):
             if type(num_items) is not int or num_items < 1:
                 raise ValueError(f"num_items must be a whole number above 0, got {num_items!r}")
             num_users, classes = values.pop("num_users", None), values.pop("item_classes", {})
-            vectors = values.pop("item_vectors", {})
+            vectors, texts = values.pop("item_vectors", {}), values.pop("texts", None)
             config = config_of(values, encoder)
             if config.user_width and (type(num_users) is not int or num_users < 1):
                 raise ValueError(f"num_users must be a whole number above 0, got {num_users!r}")
@@ -345,6 +360,7 @@ class UserModel(nn.Module):
                 )
             features = unknown_features(config.items, num_items, classes | vectors)
             model = cls(num_items, config, num_users, features)
+            model.texts = None if texts is None else from_values(Texts, texts, "texts")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path / CONFIG}: {error}") from error
         state = read_tensors(file)
@@ -352,6 +368,10 @@ class UserModel(nn.Module):
         model.load_state_dict(state)
         model.trained_on = _told(path / TRAINED_ON) or {}
         model.recipe = _told(path / RECIPE)
+        if model.texts is not None:
+            if not (path / TOKENIZER).is_file():
+                raise FileNotFoundError(f"{path / TOKENIZER} is missing")
+            model.tokenizer = (path / TOKENIZER).read_text(encoding="utf-8")
         try:
             model.item_input.check_tables()
         except ValueError as error:

@@ -34,7 +34,7 @@ from fastrec.training.model_folder import read_trained_on
 # the number of steps where the learning rate does not.
 MAY_CHANGE = ("patience", "checkpoint_every", "devices", "backend", "cuda_graph")
 # Of the recipe: the other stages may change.
-COMPARED = ("model", "attributes", "evaluation", "users", "seed")
+COMPARED = ("model", "texts", "attributes", "evaluation", "users", "seed")
 # What a run leaves that ends before its first checkpoint, beside the model it started from.
 UNSTARTED = {
     "recipe.json", "stage.json", "transfer.json", "metrics", "validation", "tensorboard"

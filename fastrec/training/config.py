@@ -9,13 +9,15 @@ from typing import Literal, get_args, get_type_hints
 from fastrec import recipes
 from fastrec.data.attributes import Attribute
 from fastrec.data.cold_items import ColdItems
+from fastrec.data.item_texts import Texts
 from fastrec.data.settings import check_choices, from_values
 from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.steps.parts import Step
-from fastrec.data.views import parts_of
+from fastrec.data.views import Again, parts_of
 from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.encoders.parts import settings_of
@@ -105,7 +107,7 @@ class Stage:
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
             users who were not trained on, their friends, items of another catalogue, the ratings
             of held-out events, or whether users are found again by their vectors, which needs no
-            target.
+            target. "texts": the next item of a model that reads the texts of items.
         init: what is taken from the model that the stage starts from.
         tables: how the item table is updated.
         filler: folder of the masked-item model that the step `fill` draws from.
@@ -135,9 +137,9 @@ class Stage:
 
     views: dict[str, list[Step]] = field(default_factory=dict)
     objectives: Objectives = field(default_factory=Objectives)
-    judge: Literal["next_item", "attributes", "friends", "vectors", "cold_start", "rating"] = (
-        "next_item"
-    )
+    judge: Literal[
+        "next_item", "attributes", "friends", "vectors", "cold_start", "rating", "texts"
+    ] = "next_item"
     init: Init = field(default_factory=Init)
     tables: Tables = field(default_factory=Tables)
     filler: str | None = None
@@ -241,6 +243,7 @@ class Stage:
     def monitored(self) -> str:
         defaults = {
             "next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10", "vectors": "MRR",
+            "texts": "NDCG@10",
         }  # fmt: skip
         return self.monitor or defaults.get(self.judge, "score")
 
@@ -269,6 +272,7 @@ class Recipe:
 
     Attributes:
         model: sizes of the user model.
+        texts: its events are the tokens of the texts of items; None: its events are items.
         pretraining: the first stage.
         ranking: pre-training that goes on from the first stage with another objective (AdaptSSR).
         recommendation: fine-tuning for the next item.
@@ -284,6 +288,7 @@ class Recipe:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    texts: Texts | None = None
     pretraining: Stage | None = None
     ranking: Stage | None = None
     recommendation: Stage | None = None
@@ -307,6 +312,7 @@ class Recipe:
         judges: set[str] = {stage.judge for stage in stages.values()}
         parts = [part for stage in stages.values() for part in stage.parts.values()]
         steps = [step for stage in stages.values() for step in stage.steps_of_views]
+        self._check_texts(steps)
         self._check_steps(steps)
         described = any(isinstance(part, UserAttributes) for part in parts)
         described |= any(getattr(step, "same_profile", False) for step in steps)
@@ -337,8 +343,35 @@ class Recipe:
                     " that it is to predict"
                 )
         made = any(isinstance(step, Baskets) for step in steps)
+        made |= self.texts is not None
         if self.model.items.segment is not None and self.stages and not made:
             raise ValueError("model.items.segment has no effect: no step makes segments (baskets)")
+
+    def _check_texts(self, steps: list) -> None:
+        """Where events are tokens, what asks for items has no place, and the other way round."""
+        of_texts = [type(step).__name__ for step in steps if getattr(step, "of_texts", False)]
+        if self.texts is None:
+            judged = [name for name, stage in self.stages.items() if stage.judge == "texts"]
+            if of_texts or judged or self.model.items.item_place is not None:
+                what = "the step item_texts" if of_texts else "model.items.item_place"
+                what = f"{judged[0]}.judge: texts" if judged else what
+                raise ValueError(f"{what} needs the key texts: the events are items")
+            return
+        if "cls" not in self.model.tokens:
+            raise ValueError("texts: the vector of a text is read at [CLS]: model.tokens: [cls]")
+        if self.model.items.features or self.model.items.attributes or self.model.user_width:
+            raise ValueError(
+                "texts: events are tokens: model.items has no features and attributes, and the"
+                " model no user_width"
+            )
+        if self.evaluation.logit_adjustment:
+            raise ValueError("texts: scores are cosines: evaluation.logit_adjustment must be 0")
+        for name, stage in self.stages.items():
+            if stage.judge != "texts":
+                raise ValueError(f"{name}.judge is {stage.judge}: with the key texts it is texts")
+        for step in steps:
+            if not getattr(step, "of_texts", False) and not isinstance(step, (Again, Mask)):
+                raise ValueError(f"texts: the step {type(step).__name__.lower()} is of items")
 
     @classmethod
     def load(cls, name_or_file: str, **changes) -> "Recipe":

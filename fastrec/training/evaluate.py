@@ -20,6 +20,7 @@ from fastrec.evaluation.report import print_metrics
 from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.nn.model_files import HEADS
 from fastrec.nn.pool import Pooling
+from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.joint import JointObjective
@@ -33,7 +34,7 @@ def evaluate_stage(
     dataset,
     recipe: Recipe,
     stage: Stage,
-    model: UserModel,
+    model: UserModel | TextModel,
     folder: Path,
     split: str = "test",
     ranks: Path | None = None,
@@ -46,8 +47,10 @@ def evaluate_stage(
     ranks: for the judges of the next item and of cold start: a .csv or .parquet file for user_id,
         item_id (the target) and rank, a row for each target.
     """
-    if stage.judge == "next_item":
+    if stage.judge in ("next_item", "texts"):
         return _next_item(dataset, recipe, model, split, ranks)
+    if isinstance(model, TextModel):
+        raise ValueError(f"{folder} reads the texts of items: {stage.judge} is not asked of it")
     if stage.judge == "cold_start":
         return _cold_start(dataset, recipe, stage, model, folder, split, ranks)
     if ranks is not None:
@@ -61,7 +64,7 @@ def evaluate_stage(
     return _friends(dataset, recipe, stage, model, folder)
 
 
-def _next_item(dataset, recipe: Recipe, model: UserModel, split: str, file: Path | None) -> dict:
+def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None) -> dict:
     check_scores(model)
     chosen = select_users(dataset, recipe.users, split)
     judge = NextItemJudge(dataset, chosen, split, recipe.evaluation)
@@ -94,7 +97,7 @@ def _next_item(dataset, recipe: Recipe, model: UserModel, split: str, file: Path
     }
 
 
-def _lists(judge: NextItemJudge, model: UserModel) -> dict:
+def _lists(judge: NextItemJudge, model) -> dict:
     k, counts = max(judge.protocol.cutoffs), judge.dataset.item_counts("train")
     found = list_metrics(judge.lists(model, k), counts)
     print(

@@ -26,6 +26,7 @@ from fastrec.data.loader import SequenceLoader
 from fastrec.data.output import locked, write_text
 from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import PARTS, report, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
@@ -61,6 +62,7 @@ from fastrec.training.start import (
     filler_of,
     seen_by_run,
     started_model,
+    text_data,
     with_causal,
     with_dropout,
     with_model,
@@ -78,7 +80,7 @@ class Around(NamedTuple):
 
 def fit(
     dataset,
-    model: UserModel | None = None,
+    model: UserModel | TextModel | None = None,
     *,
     recipe: Recipe | None = None,
     stage: str = "pretraining",
@@ -90,8 +92,9 @@ def fit(
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
     **settings,
-) -> UserModel:
-    """Train one stage and return the model that was best on validation.
+) -> UserModel | TextModel:
+    """Train one stage and return the model that was best on validation; where it reads the texts
+    of items, as a `TextModel`.
 
     From Python, `fit(dataset, model, views=.., objectives=.., steps=..)` is a stage of its own; a
     recipe and the name of one of its stages is what the command line gives.
@@ -154,7 +157,7 @@ def fit(
 
 def _fit(
     dataset,
-    initial: UserModel | None,
+    given: UserModel | TextModel | None,
     recipe: Recipe,
     stage: str,
     current: Stage,
@@ -162,7 +165,10 @@ def _fit(
     initial_folder: Path | None,
     resume: bool,
     around: Around,
-) -> UserModel:
+) -> UserModel | TextModel:
+    initial = given.model if isinstance(given, TextModel) else given
+    if recipe.texts is not None:
+        dataset = text_data(dataset, recipe.texts, initial, output / MODEL if resume else None)
     if initial is not None:
         recipe = with_model(recipe, initial, current)
     elif current.init.freeze or current.init.patch or current.init.ids:
@@ -193,6 +199,8 @@ def _fit(
 
     torch.manual_seed(recipe.seed)
     trained, taken = started_model(dataset, config, initial, current.init)
+    if recipe.texts is not None:
+        trained.texts, trained.tokenizer = recipe.texts, dataset.tokenizer
     data = stage_data(dataset, recipe, current)
     data.side.filler = filler_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
@@ -264,7 +272,8 @@ def _fit(
     if trainer.is_global_zero:
         write_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
     trainer.strategy.barrier()
-    return UserModel.from_pretrained(output / MODEL, encoder)
+    best = UserModel.from_pretrained(output / MODEL, encoder)
+    return best if recipe.texts is None else TextModel(best, dataset)
 
 
 def _report(output: Path, model: UserModel, objective, taken: list[str], say: bool) -> None:

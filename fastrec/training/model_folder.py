@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.item_categories import item_categories
+from fastrec.data.item_texts import TextData
 from fastrec.data.item_vectors import item_vectors
 from fastrec.data.output import new_folder, put, write_text
 from fastrec.nn.model_files import (
@@ -30,6 +31,7 @@ from fastrec.nn.model_files import (
     write_digests,
     write_tensors,
 )
+from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import with_items
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
@@ -191,13 +193,19 @@ def load_model(
     same_items: bool = True,
     same_users: bool = True,
     new_items_like: str | None = None,
-) -> UserModel:
+) -> UserModel | TextModel:
     """The model in the folder `path`, for the items of `dataset` unless `same_items` is false (see
     `for_items_of`: known items by their ids, new ones as the mean, of those of the same category
-    where `new_items_like` names a column of item attributes). Raises ValueError where it does
-    not belong to `dataset`, see `check_model`."""
+    where `new_items_like` names a column of item attributes). One that reads the texts of items is
+    a `TextModel`, for any items. Raises ValueError where it does not belong to `dataset`, see
+    `check_model`."""
     path = Path(path)
     model = UserModel.from_pretrained(path)
+    if model.texts is not None:
+        if new_items_like is not None:
+            raise ValueError(f"new_items_like has no effect: {path} reads the texts of items")
+        check_model(path, dataset, held_out, same_users)
+        return TextModel(model, TextData(dataset, model.texts, model.tokenizer))
     if same_items:
         model = for_items_of(model, path, dataset, new_items_like)
     if same_users:

@@ -14,6 +14,7 @@ from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.rating import RatingJudge
+from fastrec.evaluation.texts import TextJudge
 from fastrec.evaluation.vectors import VectorsJudge
 from fastrec.training.config import Recipe, Stage, Users
 
@@ -26,7 +27,13 @@ class StageData:
     users: Tensor
     side: SideData
     judge: (
-        NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | ColdStartJudge | RatingJudge
+        NextItemJudge
+        | AttributesJudge
+        | FriendsJudge
+        | VectorsJudge
+        | ColdStartJudge
+        | RatingJudge
+        | TextJudge
     )
 
     @property
@@ -111,7 +118,7 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         raise ValueError(f"no user has {what}: there is nothing to validate on")
     users = labelled = select_users(dataset, recipe.users, "train")
     judged = _validation_users(users, recipe.users)
-    everyone = stage.judge in ("next_item", "vectors", "rating")
+    everyone = stage.judge in ("next_item", "vectors", "rating", "texts")
     if not everyone or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
     if everyone:
@@ -123,13 +130,15 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         users = labelled
     side = side_data(dataset, recipe, labelled)
     side.event_columns = stage.event_columns(recipe.model.event_columns)
-    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | RatingJudge
+    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | RatingJudge | TextJudge
     if stage.judge == "next_item":
         judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
     elif stage.judge == "vectors":
         judge = VectorsJudge(dataset, selected, "valid")
     elif stage.judge == "rating":
         judge = RatingJudge(dataset, selected, "valid", users)
+    elif stage.judge == "texts":
+        judge = TextJudge(dataset, selected, "valid", recipe.evaluation)
     elif stage.judge == "attributes":
         judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
     else:

@@ -11,10 +11,13 @@ import numpy as np
 import torch
 
 from fastrec.data.item_categories import Categories
+from fastrec.data.item_texts import TextData, Texts
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
 from fastrec.nn.items import ItemFeatures, item_features
 from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_files import TOKENIZER, checked
+from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Init, Recipe, Stage
@@ -53,6 +56,19 @@ def started_model(
     return model, taken
 
 
+def text_data(
+    dataset, texts: Texts, initial: UserModel | None, kept: Path | None = None
+) -> TextData:
+    """A data set as tokens, by the tokenizer of the model that a stage starts from. `kept`: of a
+    resumed run, the best model so far, which has it too."""
+    tokenizer = None if initial is None else initial.tokenizer
+    if initial is not None and tokenizer is None:
+        raise ValueError("texts: the model to start from reads items, it has no tokenizer")
+    if tokenizer is None and kept is not None and (kept / TOKENIZER).is_file():
+        tokenizer = checked(kept, TOKENIZER).read_text(encoding="utf-8")
+    return TextData(dataset, texts, tokenizer)
+
+
 def seen_by_run(
     dataset,
     users: torch.Tensor,
@@ -87,6 +103,8 @@ def filler_of(dataset, recipe: Recipe, stage: Stage) -> Filler | None:
             " folder (--pretraining.filler RUN/model)"
         )
     model = load_model(stage.filler, dataset, recipe.users, same_users=False)
+    if isinstance(model, TextModel):
+        raise ValueError(f"{stage.filler} reads the texts of items: it predicts no items")
     return Filler(model)
 
 

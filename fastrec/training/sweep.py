@@ -11,9 +11,11 @@ from fastrec.data.output import locked, write_text
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_sweep, print_table
 from fastrec.nn.model_files import read_json
+from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import plain
 from fastrec.training.config import Recipe
+from fastrec.training.model_folder import load_model
 from fastrec.training.stage_data import select_users
 
 
@@ -123,13 +125,13 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
         return _metrics(result)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(started, text)
-    model = None
+    model: UserModel | TextModel | None = None
     for name in ("pretraining", "recommendation"):
         run = folder / name
         if name not in recipe.stages:
             continue
         if (run / "summary.json").is_file():
-            model = UserModel.from_pretrained(run / "model")
+            model = load_model(run / "model", dataset, same_users=False)
             continue
         resume = (run / "last.ckpt").is_file()
         model = fit(dataset, model, recipe=recipe, stage=name, output=run, resume=resume)

@@ -14,6 +14,7 @@ from fastrec.data.steps.drop import Drop
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.insert import Insert
+from fastrec.data.steps.item_texts import ItemTexts
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.steps.next_item import NextItem
@@ -53,6 +54,7 @@ class Step:
         friend: a drawn friend of each user joins the batch.
         same_target: another sequence that ends with the same item, in the place of each.
         again: the sequences of another view with new dropout.
+        item_texts: of the tokens of items those of one item, or of what is before it.
     """
 
     mask: Mask | None = None
@@ -75,6 +77,7 @@ class Step:
     friend: Friend | None = None
     same_target: SameTarget | None = None
     again: Again | None = None
+    item_texts: ItemTexts | None = None
 
     def __post_init__(self):
         _ = self.part  # raises for none or several
