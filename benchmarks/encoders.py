@@ -7,11 +7,12 @@
     python -m benchmarks.encoders patches --data data --length 50   # a training step with them
     python -m benchmarks.encoders request --data data --length 50   # a Recommender, a history
     python -m benchmarks.encoders rank    --data data --length 150  # a step of AdaptSSR, 128 users
+    python -m benchmarks.encoders rating  --data data --length 200  # of bert4rec-rating, 128 users
 
 Process CPU time on one thread, all in turn in one process: minimum and median in ms, and the ratio
 of the first one's peers to it. That the results are equal is in tests/test_asked.py,
-tests/test_dilated.py, tests/test_caser.py and tests/test_rank.py. `data` is a folder of `fastrec
-prepare`.
+tests/test_dilated.py, tests/test_caser.py, tests/test_rank.py and tests/test_rating.py. `data` is a
+folder of `fastrec prepare`, with ratings for `rating`.
 
 Legend: B sequences, T events, L most events, D width.
 """
@@ -28,10 +29,11 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.nn import functional as F
 
-from benchmarks.padded import padded_states
+from benchmarks.padded import PaddedRating, padded_states
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.side import Shard, SideData
+from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.views import Views
 from fastrec.export import export_query
 from fastrec.nn.encoders.caser import Caser
@@ -223,18 +225,37 @@ def rank(dataset: SequenceDataset, length: int, batch: int = 128) -> Work:
     made = Views(stage.views, model.frame, side, length)
     views = made(side.gather(users, length), Rng(0, 0), Shard(users.numpy()))
     padded = ranking(model, joint, views, 0.1)
-
-    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad()
-            joint.zero_grad()
-            loss().backward()
-
-        return run
-
     return {
-        "fastrec": step(lambda: total_loss(joint(model, views, Rng(0, 0)))),
-        "padded, one product of 4 B": step(padded),
+        "fastrec": step(lambda: total_loss(joint(model, views, Rng(0, 0))), model, joint),
+        "padded, one product of 4 B": step(padded, model, joint),
+    }
+
+
+def step(loss: Callable[[], Tensor], *modules: nn.Module) -> Callable[[], None]:
+    """Forward and backward."""
+
+    def run() -> None:
+        for module in modules:
+            module.zero_grad()
+        loss().backward()
+
+    return run
+
+
+def rating(dataset: SequenceDataset, length: int, batch: int = 128) -> Work:
+    """Forward and backward of bert4rec-rating; the view and its padding are ready."""
+    recipe = Recipe.load("bert4rec-rating", model={"max_len": length})
+    stage, config = recipe.stage("pretraining"), recipe.model
+    model = UserModel(dataset.num_items, config)
+    side = SideData(dataset, event_columns=model.event_columns)
+    joint = JointObjective(stage.parts, model, side)
+    users = torch.linspace(0, dataset.num_users - 1, batch).long()
+    made = Views({"main": [MaskRating()]}, model.frame, side, length)
+    views = made(side.gather(users, length), Rng(0, 0), Shard(users.numpy()))
+    peer = PaddedRating(model, joint.parts["rating"], views["main"], config.dropout)
+    return {
+        "fastrec": step(lambda: total_loss(joint(model, views, Rng(0, 0))), model, joint),
+        "nn.TransformerEncoder, padded": step(peer, peer),
     }
 
 
@@ -251,7 +272,7 @@ def measured(work: Work, rounds: int) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("asked", "dilated", "caser", "patches", "request", "rank")
+    parts = ("asked", "dilated", "caser", "patches", "request", "rank", "rating")
     parser.add_argument("part", choices=parts)
     parser.add_argument("--data", required=True)
     parser.add_argument("--length", type=int, default=50)
@@ -275,6 +296,8 @@ def main() -> None:
                 works[title] = patches(dataset.num_items, batch, options.length, each, frozen)
     elif options.part == "rank":
         works["a step of ranking"] = rank(dataset, options.length)
+    elif options.part == "rating":
+        works["a step of ratings"] = rating(dataset, options.length)
     elif options.part == "request":
         works["one history of 20 items"] = request(dataset, options.length)
     else:

@@ -13,6 +13,8 @@ from builders import dataset_of, lists_of, model_of, tensors_of
 from test_data_prepare import shared
 
 import fastrec
+from benchmarks import encoders
+from benchmarks.padded import PaddedRating
 from fastrec.cli import main
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare
@@ -31,6 +33,7 @@ from fastrec.objectives.parts import Objectives
 from fastrec.objectives.rating import Rating
 from fastrec.random import Rng, draws, threshold
 from fastrec.training.config import Recipe, Stage
+from fastrec.training.sweep import sweep
 
 V = 20
 LENGTHS = (5, 9, 6, 7, 12, 3)
@@ -329,6 +332,12 @@ def test_what_means_nothing_is_refused():
         judge.score(rating_model(), other, slice(0, 6))
 
 
+def test_a_sweep_does_not_rank_by_a_model_of_ratings(tmp_path):
+    chosen = Recipe(model=ModelConfig(encoder=Bag()), pretraining=stage())
+    with pytest.raises(ValueError, match="this recipe trains ratings alone"):
+        sweep(chosen, tmp_path / "data", tmp_path / "out", "model.width", [8, 16])
+
+
 def test_data_that_cannot_be_judged_is_named():
     dataset, everyone = rated(), torch.arange(6)
     with pytest.raises(ValueError, match="there is no user to evaluate in split 'test'"):
@@ -415,3 +424,22 @@ def test_the_default_device_changes_nothing():
     for one, other in zip(actual[:3], expected[:3], strict=True):
         assert torch.equal(one, other)
     assert actual[3] == expected[3]
+
+
+def test_the_benchmark_runs(data, monkeypatch, capsys):
+    options = ["rating", "--data", str(data), "--length", "12", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["encoders.py", *options])
+    encoders.main()
+    assert "nn.TransformerEncoder, padded" in capsys.readouterr().out
+
+
+def test_the_padded_peer_of_the_benchmark_has_the_same_loss():
+    dataset, model = rated(), rating_model(max_len=12)
+    side = SideData(dataset, event_columns=["rating"])
+    objective = JointObjective({"rating": Rating()}, model, side)
+    head = objective.parts["rating"]
+    torch.nn.init.normal_(head.linear.weight)
+    view = model.frame(MaskRating()(batch_of(dataset), Rng(0, 0), side))
+    peer = PaddedRating(model, head, view, 0.0)
+    expected = objective(model, {"main": view}, Rng(0, 0))[0].loss
+    torch.testing.assert_close(peer(), expected, rtol=1e-4, atol=1e-5)

@@ -83,6 +83,9 @@ def sweep(
         raise ValueError(
             f"{key} is set by seeds={seeds}: the runs of each value have seeds 0, 1, ..."
         )
+    ranked = "recommendation" in recipe.stages or "pretraining" not in recipe.stages
+    if not ranked and recipe.stages["pretraining"].judge == "rating":
+        raise ValueError("a sweep ranks next items, and this recipe trains ratings alone")
     recipes = {value: with_value(recipe, key, value) for value in values}
     dataset = SequenceDataset.load(data)
     with locked(output):
