@@ -41,6 +41,7 @@ OPS = (
     "linear_cross_entropy",
     "linear_rank",
     "linear_topk",
+    "multilabel_bce",
     "sampled_linear_cross_entropy",
     "in_batch_cross_entropy",
     "in_batch_hardest",

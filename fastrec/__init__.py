@@ -25,6 +25,7 @@ from fastrec.ops.linear import linear
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 from fastrec.ops.linear_rank import linear_rank
 from fastrec.ops.linear_topk import linear_topk
+from fastrec.ops.multilabel_bce import multilabel_bce
 from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ __all__ = [
     "linear_rank",
     "linear_topk",
     "load_model",
+    "multilabel_bce",
     "onnx_query",
     "prepare",
     "recommend",

@@ -65,6 +65,7 @@ SITES = {
     "same_target": 44,
     "substitute": 45,
     "insert": 46,
+    "segment": 47,
 }
 
 ROUNDS = 7

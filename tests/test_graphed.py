@@ -23,20 +23,24 @@ from builders import (
 
 from fastrec import backend
 from fastrec.data.graph import SocialGraph
+from fastrec.data.item_categories import CategoryLists
 from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.same_target import SameTarget
+from fastrec.data.steps.segment import Segment
 from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import Again
 from fastrec.nn.pool import Interests
 from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
+from fastrec.objectives.item_attributes import ItemAttributePrediction, ItemAttributes
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.objectives.rank import Rank
+from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
 from fastrec.training.graphed import GraphedObjective, _Losses
@@ -44,6 +48,18 @@ from fastrec.training.graphed import GraphedObjective, _Losses
 MASKED = {"main": [Mask()]}
 PAIR = {"a": [Crop()], "b": [Mask()]}
 RANKED = PAIR | {"c": [Again("a")], "d": [Again("b")]}
+RUNS = {"a": [Segment()], "b": [Segment(keep=True)]}
+
+
+class Attributes(ItemAttributes):
+    """Two of five attributes for each of 20 items."""
+
+    def build(self, model, side):
+        labels = torch.stack([torch.arange(20) % 4, torch.full((20,), 4)], 1).flatten()
+        lists = CategoryLists(labels, torch.arange(21) * 2, 5)
+        return ItemAttributePrediction(self, lists, model.config.width)
+
+
 SYSTEMS = {
     "joint": (SOCIAL_VIEWS, JOINT),
     "joint_and_contrast": (SOCIAL_VIEWS | PAIR, JOINT | {"contrast": Contrast(["a", "b"])}),
@@ -107,6 +123,13 @@ SYSTEMS = {
         {"a": [Substitute()], "b": [Insert()]},
         {"contrast": Contrast(["a", "b"], candidates="other")},
     ),
+    "next_by_bpr": (
+        {"main": [NextItem()]},
+        {"item": Item(loss="bpr", project=True, sampled=Sampled(2))},
+    ),
+    "item_attributes": (MASKED, {"item_attributes": Attributes()}),
+    "segments": (RUNS, {"segments": Segments(["a", "b"])}),
+    "segments_of_the_next": (RUNS, {"segments": Segments(["a", "b"], negatives="next")}),
     "again": (
         {"a": [Mask()], "again": [Again("a")]},
         {"item": Item(views=["a", "again"]), "contrast": Contrast(["a", "again"])},

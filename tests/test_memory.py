@@ -5,7 +5,13 @@ import torch
 from backends import needs
 from memory import in_a_fresh_process, needs_proc, peak_of
 
-from fastrec import in_batch_cross_entropy, linear_cross_entropy, linear_rank, linear_topk
+from fastrec import (
+    in_batch_cross_entropy,
+    linear_cross_entropy,
+    linear_rank,
+    linear_topk,
+    multilabel_bce,
+)
 
 FLOAT = 4  # bytes
 
@@ -26,6 +32,13 @@ def in_batch_cross_entropy_step(b, d):
         q, c, similarity="weighted_l2", weight=w, query_group=group, candidate_group=group,
         exclude=exclude, symmetric=True, backend="cpp",
     ).backward()  # fmt: skip
+
+
+def multilabel_step(n, a, d):
+    x = torch.randn(n, d, requires_grad=True)
+    w = torch.randn(a, d, requires_grad=True)
+    lists = torch.arange(n) % a, torch.arange(n + 1)
+    return lambda: multilabel_bce(x, w, *lists, backend="cpp").backward()
 
 
 def ranking(n, v, k):
@@ -74,3 +87,12 @@ def test_ranking_holds_no_scores():
     """They would take 400 MB."""
     found = peak(ranking, (2, 50, 3), (1000, 100_000, 10), (1000, 100_000, 100))
     assert found < 40_000 * 1024
+
+
+@needs_proc
+@needs("cpp", "multilabel_bce")
+def test_multilabel_bce_holds_neither_logits_nor_labels():
+    """Forward and backward, gradients included, against the logits of 400 MB."""
+    n, a, d = 100_000, 1000, 8
+    found = peak(multilabel_step, (64, 64, 8), (n, a, d))
+    assert found < 0.1 * n * a * FLOAT

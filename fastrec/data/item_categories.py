@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Item attributes as model input: the categories of every item, numbered.
 
-Legend: V items, K categories of an item at most, C categories of a column.
+Legend: V items, K categories of an item at most, C categories of a column, E categories in lists.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastrec.data.errors import DataError
 
@@ -73,3 +74,32 @@ def item_categories(dataset, most: Mapping[str, int]) -> dict[str, Categories]:
         table[item, place] = index.to(torch.int32)
         found[name] = Categories(table, int(index.max()) + 1)
     return found
+
+
+class CategoryLists(NamedTuple):
+    """values: int64 [E], the categories in [0, classes) of item v, rising, are those from
+    offsets[v] to offsets[v + 1]; offsets: int64 [V + 1]."""
+
+    values: Tensor
+    offsets: Tensor
+    classes: int
+
+
+def category_lists(dataset, columns: Sequence[str]) -> CategoryLists:
+    """All categories of every item in these columns of items.parquet; those of a column are
+    numbered after those of the columns before it. Raises what `item_categories` does."""
+    import polars as pl
+
+    frame, most = dataset.item_attributes(), {}
+    for name in columns:
+        most[name] = 1
+        if name in frame.columns and isinstance(frame[name].dtype, pl.List):
+            most[name] = max(1, frame[name].list.len().max() or 1)
+    tables, classes = [], 0
+    for found in item_categories(dataset, most).values():
+        tables.append(torch.where(found.table >= 0, found.table.long() + classes, -1))
+        classes += found.classes
+    whole = torch.cat(tables, 1)
+    table = whole.masked_fill(whole < 0, classes).sort(1).values  # those that are none come last
+    known = table < classes
+    return CategoryLists(table[known], F.pad(known.sum(1).cumsum(0), (1, 0)), classes)

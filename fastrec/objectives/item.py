@@ -18,6 +18,7 @@ from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.nn.plain import first_rows
 from fastrec.nn.pool import Encoded
+from fastrec.objectives.bpr import bpr
 from fastrec.objectives.bpr_max import bpr_max
 from fastrec.random import Rng
 
@@ -77,14 +78,20 @@ class Item:
     Attributes:
         views: whose targets are predicted.
         weight: in the joint loss.
-        loss: "softmax", "bce" or "gbce", see `sampled_linear_cross_entropy`, or "bpr_max".
+        loss: "softmax", "bce" or "gbce", see `sampled_linear_cross_entropy`, "bpr": the target
+            above each of a few negatives of its own, or "bpr_max".
         sampled: negatives; None: the softmax over all items.
+        project: a linear map of this objective between states and scores, as S3-Rec has for each of
+            its tasks. It is no part of the model: the next item is asked without it.
+        squash: sigmoid(s) in the place of a score s in bpr, as in the program of S3-Rec.
     """
 
     views: list[str] = field(default_factory=lambda: ["main"])
     weight: float = 1.0
-    loss: Literal["softmax", "bce", "gbce", "bpr_max"] = "softmax"
+    loss: Literal["softmax", "bce", "gbce", "bpr", "bpr_max"] = "softmax"
     sampled: Sampled | None = None
+    project: bool = False
+    squash: bool = False
 
     def __post_init__(self):
         check_choices(self)
@@ -104,6 +111,10 @@ class Item:
             raise ValueError(f"sampled.bpr_reg has no effect on the loss {self.loss}")
         if how is not None and how.shared is False and self.loss == "bpr_max":
             raise ValueError("item.loss bpr_max needs shared negatives: sampled.shared: true")
+        if how is not None and how.shared and self.loss == "bpr":
+            raise ValueError("item.loss bpr needs negatives of each target: sampled.shared: false")
+        if self.squash and self.loss != "bpr":
+            raise ValueError(f"item.squash has no effect on the loss {self.loss}")
 
     @property
     def shares(self) -> bool:
@@ -117,12 +128,13 @@ class Item:
         if getattr(model, "num_users", 0):  # it has a vector of each user
             model.check_users(side.dataset)
             side.user_columns["user"] = torch.arange(model.num_users, device="cpu")
+        width = model.config.width + model.config.user_width
         if self.sampled is None:
-            return ItemPrediction(self)
+            return ItemPrediction(self, width=width)
         share = None
         if self.sampled.in_batch and self.loss == "softmax" and self.sampled.log_q is not False:
             share = side.item_counts / side.item_counts.sum()
-        return ItemPrediction(self, self.sampled.sampler(side), share)
+        return ItemPrediction(self, self.sampled.sampler(side), share, width)
 
 
 class ItemPrediction(nn.Module):
@@ -134,6 +146,7 @@ class ItemPrediction(nn.Module):
         sampler: of the negatives that `settings` asks for.
         share: float32 [V], of the training events, for candidates in batch whose scores are
             corrected.
+        width: of the states, where `settings` maps them.
     """
 
     backend: str | None = None
@@ -143,18 +156,26 @@ class ItemPrediction(nn.Module):
         settings: Item,
         sampler: NegativeSampler | None = None,
         share: Tensor | None = None,
+        width: int = 0,
     ):
         super().__init__()
         self.settings, self.sampler, self.share = settings, sampler, share
+        self.linear = nn.Linear(width, width) if settings.project else None
+        if self.linear is not None:
+            nn.init.normal_(self.linear.weight, std=0.02)
+            nn.init.zeros_(self.linear.bias)
 
     def forward(self, model, rng: Rng, *views: Encoded) -> dict[str, tuple[Tensor, Tensor | int]]:
-        """{"item": (loss, N)}; 0 with a live graph when nothing is predicted. Sampled negatives are
-        a function of (seed, step) and, if not shared, of the key and the position of an event.
+        """{"item": (loss, N)}, of bpr the number of pairs; 0 with a live graph when nothing is
+        predicted. Sampled negatives are a function of (seed, step) and, if not shared, of the key
+        and the position of an event.
         Candidates in batch are the targets of this process."""
         parts = [_predicted(model, view) for view in views]
         states, targets = parts[0]
         if len(parts) > 1:
             states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        if self.linear is not None:
+            states = self.linear(states)
         count: Tensor | int = len(targets)
         if any(view.batch.events["target"].dim() > 1 for view in views):
             count = (targets != NO_TARGET).sum()  # an event may have fewer than A targets
@@ -177,6 +198,10 @@ class ItemPrediction(nn.Module):
             items = table[: model.num_items]
             loss = bpr_max(query, items, head.bias, targets, negatives, reg)
             return {"item": (loss, count)}
+        if self.settings.loss == "bpr":
+            head, squash = model.item_head, self.settings.squash
+            loss = bpr(head.query(states), table, head.bias, targets, negatives, squash)
+            return {"item": loss}
         correct = self.settings.loss == "softmax" and how.log_q is not False
         log_q = self.sampler.log_q if correct else None
         if how.in_batch and any(_may_lack_targets(view.batch) for view in views):

@@ -9,7 +9,9 @@ from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.follows import Follows
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
+from fastrec.objectives.item_attributes import ItemAttributes
 from fastrec.objectives.rank import Rank
+from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 
 
@@ -26,6 +28,8 @@ class Objectives:
         align: two views of a user predict each other, without negatives.
         cold_start: prediction of items of another catalogue.
         rank: a view is nearest to itself, then to the other view, then to other users.
+        item_attributes: prediction of the attributes of items.
+        segments: a run of items and the sequence without it are near each other.
     """
 
     item: Item | None = None
@@ -36,6 +40,8 @@ class Objectives:
     align: Align | None = None
     cold_start: ColdStart | None = None
     rank: Rank | None = None
+    item_attributes: ItemAttributes | None = None
+    segments: Segments | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

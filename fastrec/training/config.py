@@ -48,6 +48,8 @@ class Init:
             parameters of its pool.
         ids: embed the ids of the items, from 0, beside the features that the model has alone
             (transductive).
+        causal: whether the encoder of this stage is causal, whatever `model` says; None: as there.
+            S3-Rec trains at masked items, and then for next items with the same weights.
         users: whose ids that model has seen: the "same" as in this data set, who are not held out
             to test it then, or "other" people.
     """
@@ -61,6 +63,7 @@ class Init:
     second_norm: bool = False
     pool: str | None = None
     ids: bool = False
+    causal: bool | None = None
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
@@ -299,7 +302,9 @@ class Recipe:
         for name, stage in stages.items():
             for objective in stage.parts.values():
                 if isinstance(objective, Item) and stage.judge == "next_item":
-                    _check_asked(name, stage, objective, self.model.causal)
+                    causal = stage.init.causal
+                    causal = self.model.causal if causal is None else causal
+                    _check_asked(name, stage, objective, causal)
         judges: set[str] = {stage.judge for stage in stages.values()}
         parts = [part for stage in stages.values() for part in stage.parts.values()]
         steps = [step for stage in stages.values() for step in stage.steps_of_views]

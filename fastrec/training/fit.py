@@ -63,6 +63,7 @@ from fastrec.training.start import (
     seen_by_run,
     started_model,
     text_data,
+    with_causal,
     with_dropout,
     with_model,
 )
@@ -178,7 +179,8 @@ def _fit(
     else:
         recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
-    encoder = settings_of(recipe.model.encoder)
+    config = with_causal(recipe.model, current.init.causal)
+    encoder = settings_of(config.encoder)
     if first_process():
         tidy_run(output)
     start = started_from(initial)
@@ -196,7 +198,7 @@ def _fit(
         raise ValueError(f"backend is {name!r}: {why}")
 
     torch.manual_seed(recipe.seed)
-    trained, taken = started_model(dataset, recipe.model, initial, current.init)
+    trained, taken = started_model(dataset, config, initial, current.init)
     if recipe.texts is not None:
         trained.texts, trained.tokenizer = recipe.texts, dataset.tokenizer
     data = stage_data(dataset, recipe, current)

@@ -60,7 +60,7 @@ def use_rows(model, parts: Iterable[nn.Module]) -> None:
         how = getattr(part, "settings", None)
         if not hasattr(how, "sampled"):
             continue
-        if how.sampled is None or how.sampled.in_batch or how.loss == "bpr_max":
+        if how.sampled is None or how.sampled.in_batch or "bpr" in how.loss:
             raise ValueError(
                 "tables.update: rows needs item losses over sampled negatives (item.sampled):"
                 " softmax, bce or gbce, not in_batch; others have a gradient of every item"
@@ -123,6 +123,7 @@ class RowAdamW(torch.optim.AdamW):
             return
         if self.how == "adagrad":
             if not state:
+                state["step"] = torch.zeros((), device="cpu")  # AdamW looks for it when it loads
                 state["sum"] = torch.zeros(len(table), device=table.device)
             square = grad.square().mean(1) if grad.dim() == 2 else grad.square()
             total = state["sum"][rows] + square

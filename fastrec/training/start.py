@@ -41,6 +41,7 @@ def started_model(
         if same and {"head", "users"} & set(init.take):
             initial.check_users(dataset)
         whole &= same or not initial.num_users
+        whole &= initial.config.causal == config.causal
     if initial is not None and whole and initial.num_items == dataset.num_items:
         model, taken = copy.deepcopy(initial), list(initial.state_dict())
     else:
@@ -120,6 +121,17 @@ def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
         )
 
 
+def with_causal(config: ModelConfig, causal: bool | None) -> ModelConfig:
+    """The same model with an encoder that is causal, or is not: its weights are the same. None: as
+    it is."""
+    if causal is None:
+        return config
+    encoder = settings_of(config.encoder)
+    if "causal" not in {f.name for f in dataclasses.fields(encoder)}:
+        raise ValueError(f"init.causal: {type(encoder).__name__} is causal or not by its nature")
+    return dataclasses.replace(config, encoder=dataclasses.replace(encoder, causal=causal))
+
+
 def warn_of_settings(asks: ModelConfig, has: ModelConfig) -> None:
     """A warning where a model has other settings than a recipe asks for."""
     asked, kept = dataclasses.asdict(asks), dataclasses.asdict(has)
@@ -132,6 +144,8 @@ def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
     """The recipe with the settings of the model that a stage starts from, and a warning if they
     differ. The dropout of the stage is nothing that they differ in."""
     config, init = with_dropout(initial.config, stage), stage.init
+    if init.causal is not None:  # what the recipe says holds for its other stages
+        config = with_causal(config, recipe.model.causal)
     if recipe.model != ModelConfig():
         warn_of_settings(with_dropout(recipe.model, stage), config)
     if init.ids:

@@ -18,6 +18,7 @@ from op_db import (
     linear_cross_entropy,
     linear_rank,
     linear_topk,
+    multilabel_bce,
     sampled_linear_cross_entropy,
 )
 
@@ -35,5 +36,6 @@ OPS = [
     linear_cross_entropy.OP,
     linear_rank.OP,
     linear_topk.OP,
+    multilabel_bce.OP,
     sampled_linear_cross_entropy.OP,
 ]

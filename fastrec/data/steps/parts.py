@@ -21,6 +21,7 @@ from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.steps.same_target import SameTarget
+from fastrec.data.steps.segment import Segment
 from fastrec.data.steps.substitute import Substitute
 from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
@@ -40,6 +41,7 @@ class Step:
         baskets: two baskets of items, the second one the next or somebody else's.
         crop: a run of items is kept.
         reorder: a run of items is shuffled.
+        segment: a run of items is masked, or all others are.
         substitute: some items become similar ones.
         insert: similar items come in front of some items.
         drop: some items are left out.
@@ -66,6 +68,7 @@ class Step:
     drop: Drop | None = None
     substitute: Substitute | None = None
     insert: Insert | None = None
+    segment: Segment | None = None
     one_of: "list[Step] | None" = None
     any_of: "list[Step] | None" = None
     friend: Friend | None = None

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment prediction of S3-Rec (Zhou et al., 2020, section 4.2.4): the state of a sequence without
+a run of items is near that of the run.
+
+Legend: B users, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastrec.data.settings import check_choices
+from fastrec.data.side import SideData
+from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.objectives.bpr import pairwise
+from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
+from fastrec.random import Rng
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The run that a sequence lacks, among the runs of other users.
+
+    Attributes:
+        views: the sequences without their runs (`segment: {}`), and the runs (`segment: {keep:
+            true}`).
+        weight: in the joint loss.
+        pool: the vector of a sequence.
+        negatives: "batch": the softmax over the runs of all users of a step, the bound of the
+            paper; "next": one, the run of the next user, as in the authors' program, whose one
+            negative is a slice of all users' items.
+        squash: of "next", sigmoid(s) in the place of a score s, as in the authors' program.
+    """
+
+    views: list[str]
+    weight: float = 1.0
+    pool: Pooling = "last"
+    negatives: Literal["batch", "next"] = "batch"
+    squash: bool = False
+
+    def __post_init__(self):
+        check_choices(self)
+        if len(self.views) != 2:
+            raise ValueError(f"segments compares two views, got {self.views}")
+        if self.squash and self.negatives != "next":
+            raise ValueError("segments.squash has no effect on the softmax of negatives: batch")
+
+    def build(self, model, side: SideData) -> "SegmentPrediction":
+        model.check_pool(self.pool)
+        return SegmentPrediction(self, model.config.width)
+
+
+class SegmentPrediction(nn.Module):
+    """With a_i the vector of sequence i without its run, c_i that of the run and s_ij = W a_i . c_j
+    the mean over the users of
+
+        -log exp(s_ii) / sum over j of exp(s_ij)    or, with the next user j,
+        -log sigmoid(s_ii - s_ij)
+
+    (eq. 9). Runs of the same user are no negatives of each other.
+    """
+
+    backend: str | None = None
+
+    def __init__(self, settings: Segments, width: int):
+        super().__init__()
+        self.settings = settings
+        self.pool = Pool(settings.pool, width)
+        self.linear = nn.Linear(width, width)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, model, rng: Rng, context: Encoded, run: Encoded) -> dict[str, tuple]:
+        """{"segments": (loss, number of users)}; 0 for a user alone."""
+        a, c = self.linear(self.pool(model, context)), self.pool(model, run)
+        if len(a) != len(c):
+            raise ValueError(f"views of the same users have {len(a)} and {len(c)} sequences")
+        return {"segments": self.loss(a, c, context.batch.sample_ids, context.batch.real)}
+
+    def loss(
+        self, query: Tensor, run: Tensor, ids: Tensor, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | int]:
+        """(loss, number of users) from vectors [B, D]; ids: int64 [B], of the users; real: bool
+        [B], who is not padding."""
+        if self.settings.negatives == "next":
+            return self._next(query, run, ids, real)
+        bias = None if real is None else torch.where(real, 0.0, -torch.inf)
+        positive = None
+        if real is not None:  # the run of padding is out: it looks for somebody's who is not
+            positive = torch.arange(len(query), device=query.device).masked_fill(~real, 0)
+        several = torch.distributed.is_initialized()
+        loss = in_batch_cross_entropy(
+            query,
+            run,
+            candidate_bias=bias,
+            positive=positive,
+            query_group=ids,
+            candidate_group=ids,
+            group=torch.distributed.group.WORLD if several else None,
+            reduction="mean" if real is None else "none",
+            backend=self.backend,
+        )
+        if real is None:
+            return loss, len(query)
+        count = real.sum()
+        return (loss * real).sum() / count.clamp_min(1), count
+
+    def _next(self, query, run, ids, real) -> tuple[Tensor, Tensor]:
+        index = torch.arange(len(query), device=query.device)
+        there = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        after = torch.where(index + 1 < there.sum(), index + 1, 0)  # padding comes last
+        pair = there & (ids[after] != ids)
+        own = (query * run).sum(1).float()
+        other = (query * run.index_select(0, after)).sum(1).float()
+        return pairwise(own, other, pair, self.settings.squash)

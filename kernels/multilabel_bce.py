@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of `multilabel_bce`: logits and labels exist one tile at a time.
+
+Legend: N rows, A labels (v in the kernels, as items elsewhere), D width.
+
+Forward: a program owns BLOCK_N rows and a range of labels, and sums the losses and p_na W_a.
+Backward: a program owns BLOCK_V labels and a range of rows. The sums of the ranges are added in
+order: no atomics, equal inputs give equal bits. The score of a row and its label is turned around
+before the sigmoid, and the sigmoid after it. Rows that are not scored come last; their number stays
+on the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastrec.kernels.common.in_batch_pairs import leave_out_listed, list_bounds, seek
+from fastrec.kernels.common.tiles import (
+    LOG2E,
+    allow_tf32,
+    capability_of,
+    dot,
+    load_rows,
+    ranges_of,
+    round_to,
+    sum_ranges,
+)
+
+
+@triton.jit
+def _softplus_and_sigmoid(z):
+    """Both of z. log(1 + e) = e times a polynomial: a logarithm of 1 + e loses the digits of e."""
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    y = tl.fma(e, 0.0019866965937, -0.013187826566)
+    y = tl.fma(y, e, 0.041006573694)
+    y = tl.fma(y, e, -0.081880409236)
+    y = tl.fma(y, e, 0.12377995868)
+    y = tl.fma(y, e, -0.16087623009)
+    y = tl.fma(y, e, 0.19885820285)
+    y = tl.fma(y, e, -0.24986496459)
+    y = tl.fma(y, e, 0.33332497544)
+    y = tl.fma(y, e, -0.49999979491)
+    y = tl.fma(y, e, 0.99999999916)
+    loss = tl.where(z > 0, z, 0.0) + e * y
+    loss = tl.where(z == z, loss, z)
+    return loss, tl.where(z > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit(do_not_specialize=["n", "v", "per_range"])
+def _fwd_kernel(
+    x, w, bias, order, count, lists, listed, offsets, loss_out, grad_out, n, v, d, per_range,
+    stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    WITH_INPUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """loss_out [ranges, N] and grad_out [ranges, N, D], 0 for rows that are not scored."""
+    # Neighbouring programs read the same labels.
+    blocks = tl.cdiv(n, BLOCK_N)
+    slot = tl.program_id(0)
+    at = (slot % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scored = tl.load(count)
+    live = at < scored
+    row = tl.load(order + at, mask=at < n, other=0)
+    x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
+    begin = (slot // blocks) * per_range * BLOCK_V
+    stop = tl.minimum(begin + per_range * BLOCK_V, v)
+    stop = tl.where((slot % blocks) * BLOCK_N < scored, stop, begin)
+    own = tl.load(lists + row, mask=live, other=0)
+    place, end = list_bounds(offsets, own, live)
+    place = seek(listed, place, end, begin)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for first in range(begin, stop, BLOCK_V):
+        label = first + tl.arange(0, BLOCK_V)
+        real = label < v
+        w_tile = load_rows(w, label, real, stride_wv, stride_wd, 0, d, BLOCK_D)
+        w_tile = round_to(w_tile, x.dtype.element_ty)
+        s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
+        if bias is not None:
+            b = tl.load(bias + label.to(tl.int64) * stride_b, mask=real, other=0.0)
+            s += b.to(tl.float32)[None, :]
+        sign = tl.full([BLOCK_N, BLOCK_V], 1.0, tl.float32)
+        sign, place = leave_out_listed(sign, label, listed, place, end, first + BLOCK_V, -1.0)
+        loss, p = _softplus_and_sigmoid(s * sign)
+        total += tl.sum(tl.where(real[None, :], loss, 0.0), 1)
+        if WITH_INPUT:  # rows of w_tile that are no label are 0
+            grad = dot(round_to(p * sign, x.dtype.element_ty), w_tile, grad, PRECISION)
+    out = (slot // blocks).to(tl.int64) * n + row
+    tl.store(loss_out + out, tl.where(live, total, 0.0), mask=at < n)
+    if WITH_INPUT:
+        col = tl.arange(0, BLOCK_D)
+        keep = (at < n)[:, None] & (col < d)[None, :]
+        grad = tl.where(live[:, None], grad, 0.0)
+        tl.store(grad_out + out[:, None] * d + col[None, :], grad, mask=keep)
+
+
+@triton.jit
+def _turned(sign, label, listed, place, end, last):
+    """-1 in `sign` [labels, rows] at the listed labels below `last`."""
+    value = tl.load(listed + place, mask=place < end, other=last)
+    if tl.min(value, 0) < last:  # the compiler pipelines no loop that holds a bare `while`
+        while tl.min(value, 0) < last:
+            sign = tl.where(value[None, :] == label[:, None], -1.0, sign)
+            place += (value < last).to(tl.int64)
+            value = tl.load(listed + place, mask=place < end, other=last)
+    return sign
+
+
+@triton.jit(do_not_specialize=["v", "per_range"])
+def _bwd_kernel(
+    x, w, bias, order, count, lists, listed, offsets, grad_loss, scale, grad_w, grad_bias,
+    v, d, per_range, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW and db of BLOCK_V labels from a range of rows: [ranges, A, D] and [ranges, A]."""
+    tiles = tl.cdiv(v, BLOCK_V)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    label = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    real = label < v
+    w_tile = load_rows(w, label, real, stride_wv, stride_wd, 0, d, BLOCK_D)
+    w_tile = round_to(w_tile, x.dtype.element_ty)
+    if bias is not None:
+        b = tl.load(bias + label * stride_b, mask=real, other=0.0).to(tl.float32)
+    acc = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    acc_bias = tl.zeros([BLOCK_V], tl.float32)
+    scored = tl.load(count).to(tl.int32)
+    begin = (part * per_range * BLOCK_N).to(tl.int32)
+    for first in range(begin, tl.minimum(begin + per_range * BLOCK_N, scored), BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        live = at < scored
+        row = tl.load(order + at, mask=live, other=0)
+        x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
+        s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
+        if bias is not None:
+            s += b[:, None]
+        own = tl.load(lists + row, mask=live, other=0)
+        place, end = list_bounds(offsets, own, live)
+        sign = tl.full([BLOCK_V, BLOCK_N], 1.0, tl.float32)
+        if tl.max((place < end).to(tl.int32), 0) > 0:
+            place = seek(listed, place, end, tile * BLOCK_V)
+            sign = _turned(sign, label, listed, place, end, tile * BLOCK_V + BLOCK_V)
+        _, p = _softplus_and_sigmoid(s * sign)
+        p *= sign * tl.load(grad_loss + row, mask=live, other=0.0)[None, :]
+        if bias is not None:
+            acc_bias += tl.sum(p, 1)
+        acc = dot(round_to(p, x.dtype.element_ty), x_tile, acc, PRECISION)
+    unit = tl.load(scale)
+    col = tl.arange(0, BLOCK_D)
+    keep = real[:, None] & (col < d)[None, :]
+    tl.store(
+        grad_w + (part * v + label)[:, None] * d + col[None, :],
+        round_to(acc * unit, grad_w.dtype.element_ty),
+        mask=keep,
+    )
+    if bias is not None:
+        grad_b = round_to(acc_bias * unit, grad_bias.dtype.element_ty)
+        tl.store(grad_bias + part * v + label, grad_b, mask=real)
+
+
+# (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
+# which spill on none of sm_80, sm_90, sm_100.
+TILES = {
+    "half": {
+        64: ((64, 32, 4, 3), (64, 64, 8, 3)),
+        128: ((64, 64, 8, 3), (64, 64, 8, 3)),
+        256: ((64, 16, 8, 2), (32, 64, 8, 2)),
+    },
+    "float32": {
+        64: ((32, 32, 4, 2), (32, 32, 4, 2)),
+        128: ((32, 32, 8, 2), (32, 16, 8, 2)),
+        256: ((16, 16, 4, 2), (16, 32, 8, 2)),
+    },
+}
+WIDEST = max(TILES["half"])
+
+
+def _config(width: int, dtype: torch.dtype, capability: int = 90) -> dict:
+    """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor."""
+    block_d = max(triton.next_power_of_2(width), 16)
+    single = dtype == torch.float32
+    tiles = TILES["float32" if single else "half"][max(block_d, 64)]
+    if capability >= 100 and not single and block_d <= 64:
+        tiles = ((64, 64, 8, 3), tiles[1])  # 32 labels spill 8 bytes there, 64 spill 48 on sm_80
+    return {
+        name: {
+            "BLOCK_N": block_n,
+            "BLOCK_V": block_v,
+            "BLOCK_D": block_d,
+            "PRECISION": "ieee" if single else "tf32",
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        for name, (block_n, block_v, warps, stages) in zip(("fwd", "bwd"), tiles, strict=True)
+    }
+
+
+def _options(input: torch.Tensor) -> dict:
+    if input.dtype == torch.float64:
+        raise RuntimeError("multilabel_bce has no float64 triton kernel, input is float64")
+    if input.shape[1] > WIDEST:
+        raise RuntimeError(
+            f"multilabel_bce has triton kernels of widths up to {WIDEST}, input has"
+            f" {input.shape[1]} columns: backend='reference' stores the logits"
+        )
+    config = _config(input.shape[1], input.dtype, capability_of(input.device))
+    allow_tf32(*config.values())
+    return config
+
+
+def _plan(label_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, those that are not scored last, number of scored rows)."""
+    out = label_rows < 0
+    return out.sort(stable=True).indices, (~out).sum()
+
+
+def _strides(input, linear_weight, linear_bias) -> tuple[int, ...]:
+    bias = 0 if linear_bias is None else linear_bias.stride(0)
+    return (*input.stride(), *linear_weight.stride(), bias)
+
+
+def multilabel_bce_fwd(
+    input, linear_weight, linear_bias, label_values, label_offsets, label_rows, with_input
+):
+    config = _options(input)["fwd"]
+    (n, d), v = input.shape, linear_weight.shape[0]
+    blocks = triton.cdiv(n, config["BLOCK_N"])
+    ranges, per_range = ranges_of(input.device, blocks, triton.cdiv(v, config["BLOCK_V"]))
+    loss = torch.empty(ranges, n, dtype=torch.float32, device=input.device)
+    grad = torch.empty(ranges, n if with_input else 0, d, dtype=torch.float32, device=input.device)
+    if n > 0:
+        order, count = _plan(label_rows)
+        with torch.cuda.device_of(input):
+            _fwd_kernel[(ranges * blocks,)](
+                input, linear_weight, linear_bias, order, count, label_rows,
+                label_values.contiguous(), label_offsets.contiguous(), loss, grad,
+                n, v, d, per_range, *_strides(input, linear_weight, linear_bias),
+                WITH_INPUT=with_input, **config,
+            )  # fmt: skip
+    return sum_ranges(loss), sum_ranges(grad)
+
+
+def multilabel_bce_bwd(
+    input, linear_weight, linear_bias, label_values, label_offsets, label_rows, grad_loss
+):
+    config = _options(input)["bwd"]
+    (n, d), v = input.shape, linear_weight.shape[0]
+    order, count = _plan(label_rows)
+    scale = torch.ones((), device=input.device)
+    if input.dtype == torch.float16 and n > 0:
+        # A power of two that brings the gradients of the rows to at most 1 (and back in the end).
+        largest = grad_loss.masked_fill(label_rows < 0, 0).abs().amax()
+        scale = torch.ldexp(scale, torch.frexp(largest).exponent)
+        grad_loss = grad_loss / scale
+    tiles = triton.cdiv(v, config["BLOCK_V"])
+    # Few labels are too few programs: rows in ranges as well, whose sums are added in order.
+    ranges, per_range = ranges_of(input.device, tiles, triton.cdiv(n, config["BLOCK_N"]))
+    dtype = linear_weight.dtype
+    bias_dtype = (grad_loss if linear_bias is None else linear_bias).dtype
+    partial = torch.float32 if ranges > 1 else None
+    grad_weight = grad_loss.new_empty(ranges, v, d, dtype=partial or dtype)
+    biases = 0 if linear_bias is None else v
+    grad_bias = grad_loss.new_empty(ranges, biases, dtype=partial or bias_dtype)
+    with torch.cuda.device_of(input):
+        _bwd_kernel[(ranges * tiles,)](
+            input, linear_weight, linear_bias, order, count, label_rows,
+            label_values.contiguous(), label_offsets.contiguous(), grad_loss.contiguous(), scale,
+            grad_weight, grad_bias, v, d, per_range, *_strides(input, linear_weight, linear_bias),
+            **config,
+        )  # fmt: skip
+    return sum_ranges(grad_weight).to(dtype), sum_ranges(grad_bias).to(bias_dtype)
