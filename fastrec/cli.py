@@ -36,7 +36,7 @@ from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import MODEL, SUMMARY, first_process
 from fastrec.training.config import STAGE_KEYS, Recipe, Stage, Users
 from fastrec.training.evaluate import evaluate_stage
-from fastrec.training.model_folder import load_model
+from fastrec.training.model_folder import load_model, read_trained_on
 from fastrec.training.start import warn_of_settings
 from fastrec.training.sweep import sweep
 
@@ -96,6 +96,8 @@ def finetune(
         same_users = bool({"head", "users"} & set(stage.init.take)) and stage.init.users == "same"
         initial = load_model(init, dataset, held_out, same_items, same_users, new_items_like)
     _print_threads()
+    if first_process():
+        print(f"stage {task}: {'from random weights' if init is None else f'from {init}'}")
     fit(
         dataset,
         initial,
@@ -126,9 +128,9 @@ def evaluate(
     Args:
         data: folder written by `fastrec prepare`.
         pretrained: folder of a model (`RUN/model`).
-        task: name of the stage whose judge is asked; recommendation if the recipe has it, else
-            pretraining. The next item of each user is ranked beside popularity and by length of the
-            sequence; attributes of held-out users are predicted beside mean and most frequent
+        task: name of the stage whose judge is asked; the one that the model was trained by, if the
+            recipe has it. The next item of each user is ranked beside popularity and by length of
+            the sequence; attributes of held-out users are predicted beside mean and most frequent
             class; their friends are found beside shared items ("Sim"); items of another catalogue
             are ranked beside popularity; ratings are predicted beside their mean and beside biases
             of items and users; of the judge vectors, two dropout passes of a user are
@@ -160,7 +162,8 @@ def _evaluate(
     device: str,
 ) -> dict:
     dataset = SequenceDataset.load(data)
-    task = task or _default_task(recipe)
+    made = read_trained_on(pretrained).get("stage")
+    task = task or (made if made in recipe.stages else _default_task(recipe))
     stage = recipe.stage(task)
     asked = stage.judge in ("next_item", "texts")  # other judges read no user vectors
     trained = load_model(pretrained, dataset, _held_out(recipe, stage), same_users=asked)

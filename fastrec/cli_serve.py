@@ -40,8 +40,8 @@ def embed(
         what: users, pooled states; items, the vectors and biases that score them; queries of users,
             whose products with the vectors of items, plus the biases, are the scores.
         users: text file with one original user id a line; all users without it.
-        pool: of users: max (UPRec, eq. 8; the default) or mean over the items, the state of a
-            token, or of the last item.
+        pool: of users: max (UPRec, eq. 8) or mean over the items, the state of a token, or of the
+            last item; the state of [UR] where the model has one, else max.
         new_items_like: column of item attributes: items that the model does not know begin as the
             mean of known ones of the same category; without it as the mean of all.
         plot: .png file for a picture of the user vectors: their two principal components.
@@ -66,7 +66,7 @@ def embed(
         model = model.to(device_of(device))
         width = model.config.width
         if what == "users":
-            pool = pool or "max"
+            pool = pool or ("ur" if "ur" in model.config.tokens else "max")
             vectors = user_vectors(model, dataset, read_ids(users), pool)
             said = f"user vectors of {width} numbers, {pool} of the states"
         elif what == "items":

@@ -4,6 +4,7 @@
 Legend: B histories, T events, H heads, D width.
 """
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,9 +32,9 @@ def export_onnx(model, path: Path | str, overwrite: bool = False) -> None:
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists")
-    import onnx  # noqa: F401  # says what is missing before the work
-    import onnxscript  # noqa: F401
-
+    for name in ("onnx", "onnxscript"):  # torch needs them at the end of the work
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"export_onnx needs {name}: pip install 'fastrec[onnx]'")
     forms = {**torch.export.default_decompositions(), **_standard()}
     program = export_query(model).run_decompositions(forms)
     left = {str(node.target) for node in program.graph.nodes if "fastrec" in str(node.target)}
@@ -85,6 +86,7 @@ def _repeated(repeats: Tensor, *, output_size: int):
 
 def _summed(data: Tensor, reduce: str, *, offsets: Tensor, **_):
     """[B, ..]: the sums of the rows [T, ..] of each sequence."""
+    assert reduce == "sum"
     place = torch.arange(data.shape[0], device=data.device)
     inside = (place >= offsets[:-1, None]) & (place < offsets[1:, None])
     rows = data if data.dim() == 2 else data[:, None]
@@ -106,9 +108,9 @@ def _embedding(values, weight, position_weight, norm_weight, norm_bias, eps, key
 
 
 def _add_layer_norm(input, residual, weight, bias, eps, *_):
-    sum = input if residual is None else residual + input
-    output, mean, rstd = _normed(sum, weight, bias, eps)
-    return output, sum, mean, rstd
+    z = input if residual is None else residual + input
+    output, mean, rstd = _normed(z, weight, bias, eps)
+    return output, z, mean, rstd
 
 
 def _normed(z: Tensor, weight, bias, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -350,7 +350,7 @@ def test_objectives_need_attributes_and_relations(runs, tmp_path):
             ["prepare", "--source=x", "--output=y", "--format=s3rec", "--on_duplicate=drop"],
             "--on_duplicate has no effect on --format s3rec",
         ),
-        (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are bert4rec"),
+        (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are adaptssr"),
         (["pretrain", "--config=sasrec", "--data=nowhere", "--output=y"], "nowhere"),
         (["evaluate", "--config=sasrec", "--data={data}", "--pretrained=nowhere"], "nowhere"),
         (

@@ -57,14 +57,14 @@ def test_what_it_cannot_be_asked_is_named():
     side.filler = Filler(model_of(max_len=6))
     loader = loader_of(model, {"a": [Fill()]}, side)
     with pytest.raises(
-        ValueError, match="filler reads 6 items, a view has 10: it needs a model of"
+        ValueError, match="filler reads 6 items and a view has 10: train one with model.max_len 10"
     ):
         loader.batch_at(0)
     side.filler = Filler(model_of(max_len=10))
     loader_of(model, {"a": [Fill(among=30)]}, side).batch_at(0)  # 20 items are all there are
     long = Known(dataset_of([list(range(14))], 20))
     long.filler = side.filler
-    with pytest.raises(ValueError, match="filler reads 10 items, a view has 11"):
+    with pytest.raises(ValueError, match="filler reads 10 items and a view has 11"):
         loader_of(model, {"a": [Fill(), NextItem()]}, long).batch_at(0)
 
 

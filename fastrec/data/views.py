@@ -21,7 +21,7 @@ class Again:
     view: str = ""
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        raise ValueError(f"again: {self.view} must be the first step of its view")
+        raise ValueError(f"the step again (of {self.view}) must be the first one of its view")
 
 
 def taken(steps: list) -> str | None:

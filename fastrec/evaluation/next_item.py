@@ -152,14 +152,15 @@ def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
 
 
 def check_scores(model) -> None:
-    """Raise ValueError for a model that `fit` has trained for ratings alone: what scores its items
-    is as random as it began."""
+    """Raise ValueError for a model that `fit` has trained for something else alone: what scores its
+    items is as random as it began."""
     recipe, last = model.recipe or {}, model.trained_on.get("stage")
     stages = [recipe.get(name) or {} for name in ("pretraining", last)]
     ranked = any((stage.get("objectives") or {}).get("item") for stage in stages)
-    if stages[-1].get("judge") == "rating" and not ranked:
+    judge = stages[-1].get("judge")
+    if judge in ("rating", "vectors", "cold_start") and not ranked:
         raise ValueError(
-            f"the model was trained for ratings (stage {last}) without the objective item: it"
+            f"the model was trained for {judge} (stage {last}) without the objective item: it"
             " scores no next items"
         )
 

@@ -34,8 +34,8 @@ class Filler:
         longest = int(batch.lengths.max()) if len(batch) else 0
         if longest > model.config.max_len:
             raise ValueError(
-                f"filler reads {model.config.max_len} items, a view has {longest}: it needs a model"
-                " of this model.max_len, one more beside next_item"
+                f"the filler reads {model.config.max_len} items and a view has {longest}: train one"
+                f" with model.max_len {longest}"
             )
         framed = model.frame(batch).with_scored()
         assert framed.scored is not None

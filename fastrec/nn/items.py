@@ -74,8 +74,8 @@ class Items:
         segment: of the step `baskets`, or key and value of a token of `texts`; a level of its own
             elsewhere.
         item_place: which item a token of `texts` is of; special tokens have a level of their own.
-        combine: "concat" maps [id; attributes; rating; time gap] to D linearly, at first to the id
-            plus small multiples of the rest; "sum" adds them, each of width D.
+        combine: "concat" maps [id; the other parts] to D linearly, at first to the id plus small
+            multiples of the rest; "sum" adds them, each of width D.
     """
 
     scale: bool = False

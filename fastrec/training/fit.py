@@ -174,7 +174,7 @@ def _fit(
     elif current.init.freeze or current.init.patch or current.init.ids:
         raise ValueError(
             f"{stage}: init freezes or patches a model, or gives it ids, and there is none to start"
-            " from"
+            " from (--init)"
         )
     else:
         recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))

@@ -270,8 +270,10 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
     state = read_tensors(file)
     names = [n for n in own if only is None or (n.split(".")[0] in only and n in state)]
     for name in names:
-        if name not in state or state[name].shape != own[name].shape:
-            given = list(state[name].shape) if name in state else "nothing"
+        if name not in state:
+            raise ValueError(f"{file} holds no {name}: the model was not trained for this task")
+        if state[name].shape != own[name].shape:
+            given = list(state[name].shape)
             raise ValueError(
                 f"{file}: {name} must be {list(own[name].shape)}, the file has {given};"
                 " is it from another set of attributes or another width?"

@@ -27,8 +27,8 @@ class Tables:
             and its traffic do not grow with the number of items. Losses over sampled negatives
             only; no weight decay of these tables; one process.
         optimizer: of "rows": "adam" (if None), whose averages move where a row is touched (lazy
-            Adam, `torch.optim.SparseAdam`), "adagrad" with one number a row (Mudigere et al.,
-            2022), which takes a third of the memory, or "sgd", which takes none.
+            Adam, `torch.optim.SparseAdam`) and take two more tables, "adagrad" with one number a
+            row beside the table (Mudigere et al., 2022), or "sgd" with nothing beside it.
         learning_rate: of "rows", the peak of the schedule; that of the stage if None.
     """
 
@@ -53,8 +53,8 @@ def use_rows(model, parts: Iterable[nn.Module]) -> None:
     config = model.config
     if config.head_similarity == "cosine" or config.items.features:
         raise ValueError(
-            "tables.update: rows has no effect on a model that computes a vector of every item in"
-            " every step: cosines, features of items"
+            "tables.update: rows cannot train a model that computes a vector of every item in every"
+            " step: cosines, features of items"
         )
     for part in parts:
         how: Any = getattr(part, "settings", None)

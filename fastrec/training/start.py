@@ -134,10 +134,16 @@ def with_causal(config: ModelConfig, causal: bool | None) -> ModelConfig:
 
 def warn_of_settings(asks: ModelConfig, has: ModelConfig) -> None:
     """A warning where a model has other settings than a recipe asks for."""
-    asked, kept = dataclasses.asdict(asks), dataclasses.asdict(has)
-    other = [f"{n} {kept[n]!r}, not {asked[n]!r}" for n in kept if kept[n] != asked[n]]
+    other = _others(dataclasses.asdict(has), dataclasses.asdict(asks))
     if other:
         warnings.warn(f"the model keeps its own settings: {', '.join(other)}", stacklevel=5)
+
+
+def _others(has, asks, name: str = "") -> list[str]:
+    if isinstance(has, dict) and isinstance(asks, dict):
+        keys = [key for key in has if key in asks]
+        return [text for k in keys for text in _others(has[k], asks[k], f"{name}.{k}".lstrip("."))]
+    return [] if has == asks else [f"{name} {has!r}, not {asks!r}"]
 
 
 def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:

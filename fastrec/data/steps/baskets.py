@@ -47,7 +47,7 @@ class Baskets:
         other = draws(rng, batch.keys, 1, zero, site="basket") * theirs_count >> 16
         two = (count > 1) & (theirs_count > 0)
         follows = draws(rng, batch.keys, 2, zero, site="basket") < round(self.follow * 65536)
-        follows &= two
+        follows = (follows | (drawn == batch.sample_ids)) & two  # where there is nobody else
         # Where a piece begins and ends, in the events of `batch` and behind them of `others`.
         both = JaggedBatch.cat([batch, others])
         shift = len(batch.values)
