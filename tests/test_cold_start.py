@@ -350,8 +350,15 @@ def test_from_the_command_line(data, tmp_path, capsys):
     assert "HR@k is Recall@k" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="it would be tested on rows that it has seen"):
         main(["evaluate", *asked, "--config=clue", "--cold_items.seed=1"])
-    with pytest.raises(SystemExit, match=r"heads.safetensors: cold_start.linear.weight must be"):
+    with pytest.raises(SystemExit, match=r"heads.safetensors holds no cold_start.linear.weight"):
         main(["evaluate", *task, f"--pretrained={start / 'model'}"])
+    capsys.readouterr()
+    main(["evaluate", f"--data={data}", f"--pretrained={run / 'model'}"])  # its own stage
+    assert "HR@k is Recall@k" in capsys.readouterr().out
+    for folder, judge in ((start, "vectors"), (run, "cold_start")):
+        with pytest.raises(SystemExit, match=f"was trained for {judge} .*scores no next items"):
+            main(["recommend", f"--data={data}", f"--pretrained={folder / 'model'}",
+                  f"--output={tmp_path / 'best.csv'}"])  # fmt: skip
 
 
 def test_other_items_than_those_it_was_trained_for_are_refused(data, tmp_path):

@@ -397,8 +397,8 @@ def test_from_a_file_to_errors(data, tmp_path, name, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
         main(["recommend", f"--data={data}", f"--pretrained={folder}",
               f"--output={tmp_path / 'best.csv'}"])  # fmt: skip
-    assert "trained for ratings" in str(error.value) + capsys.readouterr().err
-    with pytest.raises(ValueError, match="trained for ratings"):
+    assert "trained for rating" in str(error.value) + capsys.readouterr().err
+    with pytest.raises(ValueError, match="trained for rating"):
         fastrec.evaluate(again, SequenceDataset.load(data))
 
 

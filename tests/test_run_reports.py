@@ -181,7 +181,7 @@ def test_recipes_from_python():
     assert recipe.model.encoder.transformer.causal and recipe.pretraining.batch_size == 256
     with pytest.raises(TypeError, match="'stepz' is no key of a recipe"):
         Recipe.load("sasrec", stepz=1)
-    with pytest.raises(FileNotFoundError, match="the recipes are bert4rec, .*sasrec"):
+    with pytest.raises(FileNotFoundError, match="the recipes are adaptssr, .*sasrec"):
         Recipe.load("sasrek")
 
 

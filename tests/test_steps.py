@@ -947,9 +947,7 @@ def test_calls_that_cannot_work_say_why():
         Mask()(replace(batch, max_seq_len=65_537), RNG, SIDE)
     with pytest.raises(ValueError, match="fill needs a masked-item model: the key filler of the s"):
         Fill()(batch, RNG, Known(dataset_of([[0, 1, 2]], V)))
-    with pytest.raises(
-        ValueError, match=r"the step again \(of a\) must be the first one of its view"
-    ):
+    with pytest.raises(ValueError, match="again .of a. must be the first one of its view"):
         Again("a")(batch, RNG, SIDE)
 
 
