@@ -444,7 +444,7 @@ WRONG = [
 ]  # fmt: skip
 # The same for keys outside of the first stage.
 OUTSIDE = [
-    ("uprec-mip", "pretrainin: {steps: 3}", "pretrainin is no key; a recipe has model, texts, pretrain"),
+    ("uprec-mip", "pretrainin: {steps: 3}", "pretrainin is no key; a recipe has model, texts"),
     ("uprec-mip", "pretraining: 3", "pretraining is 3, expected a group of keys: views, object"),
     ("uprec-mip", "model: {widht: 3}", "model.widht is no key; model has width, max_len"),
     ("uprec-mip", "model: {width: x}", "model.width is 'x', expected a whole number"),
