@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 from fastrec.data.steps.parts import Step
 from fastrec.training.checkpoint import plain
-from fastrec.training.config import STAGES, Recipe, Stage
+from fastrec.training.config import STAGES, Recipe
+from fastrec.training.stage import Stage
 
 KEYS = (
     "model.width", "model.max_len", "model.dropout", "model.encoder", "model.tokens",

@@ -16,7 +16,8 @@ from fastrec.evaluation.report import plot_by_length, plot_losses, print_metrics
 from fastrec.nn.model_config import ModelConfig
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import Recipe
+from fastrec.training.stage import Stage
 from fastrec.training.stage_data import select_users
 
 # Full ranking: on synthetic data there is no published table of sampled metrics to compare with.

@@ -28,9 +28,10 @@ from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
 from fastrec.training.module import StageModule
+from fastrec.training.stage import Stage
 
 AGE = EncodedAttribute("age", torch.tensor([0.5, -3.0, float("nan"), 1.0, 0.0, 0.25]))
 CITY = EncodedAttribute("city", torch.tensor([0, 2, 1, -1, 2, 0]), ("a", "b", "c"))

@@ -32,8 +32,9 @@ from fastrec.nn.model_files import write_digests
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
-from fastrec.training.config import Init, Recipe, Stage, Users
+from fastrec.training.config import Recipe, Users
 from fastrec.training.model_folder import hashes, read_seen, saved_scales
+from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import held_out_users, select_users
 from fastrec.training.sweep import with_value
 

@@ -32,9 +32,10 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
 from fastrec.training.graphed import GraphedObjective
+from fastrec.training.stage import Stage
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 EVENTS = "user,item,time\n7,b,1\n7,a,2\n7,c,3\n9,a,1\n9,b,2\n9,c,3\n12,a,1\n12,c,2\n12,b,4\n"

@@ -31,8 +31,9 @@ from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective
 from fastrec.random import Rng
 from fastrec.serve import recommend
-from fastrec.training.config import Init, Recipe, Stage
+from fastrec.training.config import Recipe
 from fastrec.training.model_folder import for_items_of
+from fastrec.training.stage import Init, Stage
 from fastrec.training.start import started_model, with_model
 
 V, WIDTH = 12, 8

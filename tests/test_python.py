@@ -20,8 +20,9 @@ from fastrec.nn.user_model import UserModel
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
+from fastrec.training.stage import Stage
 
 CONFIG = ModelConfig(
     width=16, max_len=8, dropout=0.2, encoder=Transformer(layers=1, heads=1, causal=True)

@@ -32,7 +32,8 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.rating import Rating
 from fastrec.random import Rng, draws, threshold
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import Recipe
+from fastrec.training.stage import Stage
 from fastrec.training.sweep import sweep
 
 V = 20

@@ -35,8 +35,9 @@ from fastrec.nn.items import item_features
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
-from fastrec.training.config import Init, Recipe, Users
+from fastrec.training.config import Recipe, Users
 from fastrec.training.fit import fit
+from fastrec.training.stage import Init
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import filler_of, text_data
 

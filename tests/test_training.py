@@ -50,8 +50,9 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
-from fastrec.training.config import Init, Recipe, Stage, Users
+from fastrec.training.config import Recipe, Users
 from fastrec.training.fit import fit
+from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import held_out_users, select_users, stage_data
 
 UPREC = Objectives(

@@ -30,8 +30,9 @@ from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
-from fastrec.training.config import Recipe, Stage
+from fastrec.training.config import Recipe
 from fastrec.training.rows import RowAdamW, Tables, clip_, tables_of, use_rows
+from fastrec.training.stage import Stage
 
 SEQUENCES = [[1, 2, 3, 4, 2], [5, 6, 7], [1, 9, 3], [8, 8, 2, 11], [14, 2, 1], [17, 3]]
 OWN = dict(head_table="own", user_width=3, head_transform=False)

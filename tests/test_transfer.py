@@ -22,8 +22,8 @@ from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.transfer import PARTS, WHOLE, freeze, take, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
-from fastrec.training.config import Init
 from fastrec.training.fit import fit
+from fastrec.training.stage import Init
 
 
 def other(**config) -> UserModel:

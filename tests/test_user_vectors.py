@@ -41,7 +41,7 @@ from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
-from fastrec.training.config import Init
+from fastrec.training.stage import Init
 from fastrec.training.start import started_model
 
 # Tables and transforms that have a place for user vectors of width 3.

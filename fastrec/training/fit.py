@@ -52,11 +52,12 @@ from fastrec.training.checkpoint import (
     started_from,
     tidy_run,
 )
-from fastrec.training.config import STAGE_KEYS, STAGES, Recipe, Stage
+from fastrec.training.config import STAGES, Recipe
 from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
 from fastrec.training.model_folder import hashes, load_heads, load_pool, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.rows import use_rows
+from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import (
     filler_of,

@@ -12,9 +12,9 @@ from fastrec.evaluation.next_item import row_blocks
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
-from fastrec.training.config import Stage
 from fastrec.training.graphed import GraphedObjective
 from fastrec.training.rows import RowAdamW, clip_, tables_of
+from fastrec.training.stage import Stage
 
 
 class StageModule(lightning.LightningModule):

@@ -16,7 +16,8 @@ from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.rating import RatingJudge
 from fastrec.evaluation.texts import TextJudge
 from fastrec.evaluation.vectors import VectorsJudge
-from fastrec.training.config import Recipe, Stage, Users
+from fastrec.training.config import Recipe, Users
+from fastrec.training.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from fastrec.nn.model_files import TOKENIZER, checked
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
-from fastrec.training.config import Init, Recipe, Stage
+from fastrec.training.config import Recipe
 from fastrec.training.model_folder import load_model, seen_users
+from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import select_users
 
 

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage of a recipe: one training run, and what it starts from."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastrec.data.settings import check_choices
+from fastrec.data.steps.fill import Fill
+from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.parts import Step
+from fastrec.data.views import parts_of
+from fastrec.nn.encoders.sublayers import PatchForm
+from fastrec.nn.transfer import PARTS
+from fastrec.objectives.cold_start import ColdStart
+from fastrec.objectives.friends import Friends
+from fastrec.objectives.item import Item
+from fastrec.objectives.parts import Objectives
+from fastrec.objectives.user_attributes import UserAttributes
+from fastrec.training.rows import Tables
+
+
+@dataclass(frozen=True)
+class Init:
+    """What a stage takes from the model that it starts from (`--init`).
+
+    Attributes:
+        take: items, encoder, head (of the items), or the name of an objective whose parameters are
+            taken over where both models have them. Where the items are others: input (levels of
+            ratings and time gaps, what joins them, special tokens), transform (of the head) and
+            users (their vectors). The rest starts at random.
+        freeze: parts that are taken and not trained; patches inside of them are.
+        patch: width of the model patches that the encoder gets, 0 for none (PeterRec).
+        patch_form: "serial", behind each convolution or sublayer, or "parallel", of its input and
+            added to what it gives.
+        second_norm: train the second LayerNorm of each block of a frozen encoder, as PeterRec may.
+        pool: an objective of that model, such as rank: the objectives of this stage begin with the
+            parameters of its pool.
+        ids: embed the ids of the items, from 0, beside the features that the model has alone
+            (transductive).
+        causal: whether the encoder of this stage is causal, whatever `model` says; None: as there.
+            S3-Rec trains at masked items, and then for next items with the same weights.
+        users: whose ids that model has seen: the "same" as in this data set, who are not held out
+            to test it then, or "other" people.
+    """
+
+    take: list[str] = field(default_factory=lambda: ["items", "encoder", "head"])
+    freeze: list[Literal["items", "encoder", "head", "input", "transform", "users"]] = field(
+        default_factory=list
+    )
+    patch: int = 0
+    patch_form: PatchForm = "serial"
+    second_norm: bool = False
+    pool: str | None = None
+    ids: bool = False
+    causal: bool | None = None
+    users: Literal["same", "other"] = "same"
+
+    def __post_init__(self):
+        for name, values in (("users", ("same", "other")), ("patch_form", ("serial", "parallel"))):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"init.{name} must be {values[0]!r} or {values[1]!r}, got"
+                    f" {getattr(self, name)!r}"
+                )
+        objectives = [field.name for field in dataclasses.fields(Objectives)]
+        if self.pool is not None and self.pool not in objectives:
+            raise ValueError(f"init.pool is {self.pool!r}, expected one of {objectives}")
+        known = (*PARTS, *objectives)
+        for name in self.take:
+            if name not in known:
+                raise ValueError(f"init.take names {name!r}, expected some of {list(known)}")
+        for name in self.freeze:
+            if name not in self.take:
+                raise ValueError(f"init.freeze names {name!r}, which init.take does not: random")
+        if self.ids and "items" in self.take:
+            raise ValueError("init.ids needs init.take with input in place of items: ids are new")
+        if "users" in self.take and self.users == "other":
+            raise ValueError("init.take names users, whose vectors init.users: other starts anew")
+        if self.patch < 0:
+            raise ValueError(f"init.patch must not be negative, got {self.patch}")
+        if self.patch_form != "serial" and not self.patch:
+            raise ValueError("init.patch_form has no effect: init.patch is 0")
+        if self.second_norm and "encoder" not in self.freeze:
+            raise ValueError("init.second_norm has no effect: init.freeze leaves the encoder out")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a system: pre-training, or fine-tuning for a task.
+
+    Attributes:
+        views: named lists of steps that make what is encoded of the users of a step.
+        objectives: what is trained on the views. In Python also {name: settings or module}.
+        judge: what validation and `evaluate` measure: the next item of each user, attributes of
+            users who were not trained on, their friends, items of another catalogue, the ratings
+            of held-out events, or whether users are found again by their vectors, which needs no
+            target. "texts": the next item of a model that reads the texts of items.
+        init: what is taken from the model that the stage starts from.
+        tables: how the item table is updated.
+        filler: folder of the masked-item model that the step `fill` draws from.
+        steps: optimiser steps, a multiple of `validate_every` where that is smaller.
+        batch_size: users a step.
+        dropout: of the model in this stage and from then on; None: as the model has it.
+        learning_rate: of Adam, the peak of the schedule.
+        schedule: "constant", or "cosine" or "linear" down to 0 at the last step, after warm-up.
+        warmup_steps: linear warm-up from 0.
+        weight_decay: decoupled (AdamW).
+        betas: of Adam, the decay of its averages of the gradient and of its square.
+        gradient_clip: largest gradient norm; 0 = off.
+        precision: "32-true" or "bf16-mixed".
+        validate_every: steps between validations.
+        monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
+            the next item, MRR@10 of cold_start, "score" of attributes and ratings, "accuracy" of
+            friends, MRR of vectors. "steps" keeps the last model and never stops: for objectives
+            that do not train what the judge asks.
+        patience: validations without improvement before stopping; 0 = never.
+        checkpoint_every: steps between checkpoints to resume from.
+        devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
+            one CPU process.
+        backend: of the losses (items, friends, contrast); None = native.
+        cuda_graph: replay forward and backward from CUDA graphs, batches padded to a budget. One
+            process on one GPU.
+    """
+
+    views: dict[str, list[Step]] = field(default_factory=dict)
+    objectives: Objectives = field(default_factory=Objectives)
+    judge: Literal[
+        "next_item", "attributes", "friends", "vectors", "cold_start", "rating", "texts"
+    ] = "next_item"
+    init: Init = field(default_factory=Init)
+    tables: Tables = field(default_factory=Tables)
+    filler: str | None = None
+    steps: int = 10000
+    batch_size: int = 768
+    dropout: float | None = None
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_clip: float = 0.0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    validate_every: int = 1000
+    monitor: str | None = None
+    patience: int = 10
+    checkpoint_every: int = 500
+    devices: int | Literal["auto"] = "auto"
+    backend: Literal["reference", "cpp", "triton"] | None = None
+    cuda_graph: bool = False
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.devices != "auto" and not 1 <= int(self.devices) <= 1024:
+            raise ValueError(f"devices must be in [1, 1024] or 'auto', got {self.devices}")
+        for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.judge == "rating" and self.monitor in ("RMSE", "MAE"):
+            raise ValueError(f"monitor {self.monitor}: the largest would be kept; score is 1 - MSE")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {list(self.betas)}")
+        if self.steps % self.pass_steps:
+            raise ValueError(
+                f"steps ({self.steps}) must be a multiple of validate_every"
+                f" ({self.validate_every}): the last steps would not be validated"
+            )
+        read = set()
+        for name, objective in self.parts.items():
+            for view in getattr(objective, "views", ["main"]):
+                read.add(view)
+                if view not in self.views:
+                    raise ValueError(
+                        f"the objective {name} reads the view {view!r}; views are"
+                        f" {list(self.views)}"
+                    )
+        read |= {part.view for part in self.steps_of_views if hasattr(part, "view")}
+        if unread := [name for name in self.views if name not in read]:
+            raise ValueError(f"no objective reads the view {unread[0]!r}: it has no effect")
+        self._check_rows()
+        if self.filler is not None and not self.fills:
+            raise ValueError("filler has no effect: no view has the step fill")
+
+    def _check_rows(self) -> None:
+        """The rows of cold start are no users: nothing else that asks who a user is goes along."""
+        cold = [name for name, part in self.parts.items() if isinstance(part, ColdStart)]
+        if self.judge != "cold_start":
+            if cold:
+                raise ValueError(f"the objective {cold[0]} needs judge: cold_start")
+            return
+        if not cold:
+            raise ValueError("the judge cold_start needs the objective cold_start")
+        for name, part in self.parts.items():
+            if isinstance(part, (Item, Friends, UserAttributes)):
+                raise ValueError(f"the objective {name} cannot be trained beside {cold[0]}")
+        if any(isinstance(part, Friend) for part in self.steps_of_views):
+            raise ValueError("the step friend has no place in a stage with judge: cold_start")
+
+    @property
+    def steps_of_views(self) -> list:
+        """The steps of all views, those inside of choices included."""
+        return [part for steps in self.views.values() for part in parts_of(steps)]
+
+    @property
+    def fills(self) -> bool:
+        """Whether a view has the step `fill`."""
+        return any(isinstance(part, Fill) for part in self.steps_of_views)
+
+    @property
+    def parts(self) -> dict:
+        """The objectives by name."""
+        given = self.objectives
+        return dict(given) if isinstance(given, Mapping) else given.named()
+
+    def event_columns(self, model: list[str]) -> list[str]:
+        """Columns of events that its steps read, beside those of the model."""
+        read = [name for step in self.steps_of_views for name in getattr(step, "event_columns", ())]
+        return [*model, *dict.fromkeys(name for name in read if name not in model)]
+
+    @property
+    def pass_steps(self) -> int:
+        """Steps up to a validation."""
+        return min(self.validate_every, self.steps)
+
+    @property
+    def monitored(self) -> str:
+        defaults = {
+            "next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10", "vectors": "MRR",
+            "texts": "NDCG@10",
+        }  # fmt: skip
+        return self.monitor or defaults.get(self.judge, "score")
+
+
+# The names of its keys.
+STAGE_KEYS = [field.name for field in dataclasses.fields(Stage)]
