@@ -243,7 +243,7 @@ def _fit(
         if initial is not None and not resume:
             _report(output, trained, objective, taken, around.progress)
     where, begun = (device, processes), {**run, "init": start}
-    trainer = _trainer(output, begun, current, keep, len(data.people), around, where)
+    trainer = _trainer(output, begun, current, keep, str(data), around, where)
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
     began = time.perf_counter()
@@ -296,7 +296,7 @@ def _trainer(
     run: dict,
     stage: Stage,
     keep: KeepBest,
-    users: int,
+    who: str,
     around: Around,
     where: tuple[torch.device, int],
 ) -> lightning.Trainer:
@@ -319,7 +319,7 @@ def _trainer(
     console = Console()
     bar = around.progress and (console.is_terminal or console.is_jupyter)
     if around.progress:
-        callbacks.append(RichProgressBar() if bar else Lines(keep, users))
+        callbacks.append(RichProgressBar() if bar else Lines(keep, who))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     noises = (
         ".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*",

@@ -16,14 +16,14 @@ TRAINING, VALIDATION = "metrics", "validation"
 class Lines(Callback):
     """Print a line at the start and for each validation, where no terminal shows a progress bar."""
 
-    def __init__(self, keep: KeepBest, users: int):
-        self.keep, self.users = keep, users
+    def __init__(self, keep: KeepBest, who: str):
+        self.keep, self.who = keep, who
 
     def on_train_start(self, trainer, module) -> None:
         self.start = time.perf_counter()
         stage = module.stage
         self._print(
-            trainer, f"step {trainer.global_step:,} of {stage.steps:,}: {self.users:,} users,"
+            trainer, f"step {trainer.global_step:,} of {stage.steps:,}: {self.who},"
             f" {stage.batch_size} a step, validated every {stage.pass_steps:,} steps",
         )  # fmt: skip
 
@@ -33,9 +33,12 @@ class Lines(Callback):
         loss, value = (float(trainer.callback_metrics[name]) for name in ("train_loss", "valid"))
         best = " (best)" if self.keep.step == trainer.global_step else ""
         seconds = time.perf_counter() - self.start
+        monitored = module.stage.monitored
+        # "steps" keeps the last model, whatever it is worth.
+        best = "" if monitored == "steps" else f", {monitored} {value:.4f}{best}"
         self._print(
-            trainer, f"step {trainer.global_step:,} of {module.stage.steps:,}: loss {loss:.4f},"
-            f" {module.stage.monitored} {value:.4f}{best}, {seconds:.0f} s",
+            trainer, f"step {trainer.global_step:,} of {module.stage.steps:,}: loss {loss:.4f}"
+            f"{best}, {seconds:.0f} s",
         )  # fmt: skip
 
     def on_train_end(self, trainer, module) -> None:

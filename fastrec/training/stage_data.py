@@ -43,6 +43,10 @@ class StageData:
         rows = self.side.dataset
         return rows.owners[self.users].unique() if isinstance(rows, ColdRows) else self.users
 
+    def __str__(self) -> str:
+        rows = f"{len(self.users):,} rows of " if len(self.users) != len(self.people) else ""
+        return f"{rows}{len(self.people):,} users"
+
 
 def select_users(dataset, users: Users, split: str | None = None) -> Tensor:
     """int64: the evaluated users, a random `fraction` of those in "valid" or "test", ascending.
