@@ -60,7 +60,7 @@ SITES = {
     "fill_item": 41,
     "drop": 55,
     "drop_kept": 56,
-    "item_texts": 60,
+    "item_texts": 65,
     "window": 42,
     "same_target": 44,
     "substitute": 45,

@@ -138,7 +138,7 @@ class UserModel(nn.Module):
     def sparse_tables(self) -> bool:
         """Whether gradients of item vectors are sparse tensors of the rows that a step reads, see
         `training.rows`."""
-        return self.item_input.ids.sparse
+        return getattr(self.item_input.ids, "sparse", False)  # it may be wrapped
 
     def has_items_of(self, dataset) -> bool:
         """Whether the items of a data set can be those of this model, in its order. What is known

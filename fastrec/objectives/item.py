@@ -128,7 +128,7 @@ class Item:
         if getattr(model, "num_users", 0):  # it has a vector of each user
             model.check_users(side.dataset)
             side.user_columns["user"] = torch.arange(model.num_users, device="cpu")
-        width = model.config.width + model.config.user_width
+        width = model.config.width + model.config.user_width if self.project else 0
         if self.sampled is None:
             return ItemPrediction(self, width=width)
         share = None
