@@ -277,6 +277,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument(
+        "--only", default="", help="what has this in its name, alone"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -308,7 +311,8 @@ def main() -> None:
     with context:
         for title, work in works.items():
             print(title)
-            found = measured(work, rounds)
+            chosen = {name: call for name, call in work.items() if options.only in name}
+            found = measured(chosen, rounds)
             first = next(iter(found.values()))
             for name, (low, middle) in found.items():
                 ratios = f"{low / first[0]:.2f}, {middle / first[1]:.2f}"
