@@ -277,9 +277,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument(
-        "--only", default="", help="what has this in its name, alone"
-    )
+    parser.add_argument("--only", default="", help="what has this in its name, alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
