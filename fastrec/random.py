@@ -240,6 +240,14 @@ def draws(
     return word >> shift & ((1 << bits) - 1)
 
 
+def wide_draws(rng: Rng, keys: Tensor, col: Tensor, *, site: str) -> Tensor:
+    """Unsigned 32-bit draws, int64: the 16 bits of row 0 above those of row 1. Sorting by them
+    shuffles, and `draw * n >> 32` is a number below n, each to within 2^-32."""
+    rows = torch.arange(2, device=keys.device).view(2, *[1] * max(keys.dim(), col.dim()))
+    high, low = draws(rng, keys, rows, col, site=site)
+    return high << 16 | low
+
+
 def keep_mask(
     rng: Rng,
     p: float,

@@ -81,7 +81,8 @@ class JaggedBatch:
 
     def places(self) -> Tensor:
         """int64 [T]: the positions that an encoder sees, the column `position` if there is one."""
-        return self.events.get("position", self.positions())
+        given = self.events.get("position")
+        return self.positions() if given is None else given
 
     def segment_ids(self) -> Tensor:
         """int64 [T]: the index in the batch of the sequence that each event belongs to."""
@@ -109,6 +110,27 @@ class JaggedBatch:
             events={name: column[index] for name, column in self.events.items()},
             scored=None,
         )
+
+    def with_items(self, values: Tensor, changed: Tensor) -> "JaggedBatch":
+        """The batch with `values` [T], which stand for others in the events that are `changed`,
+        bool [T]. A rating says something of its item: those are hidden. The time since the event
+        before does not: gaps stay."""
+        events = dict(self.events)
+        if "rating" in events:
+            events["rating"] = events["rating"].masked_fill(changed, FILL["rating"])
+        return replace(self, values=values, events=events)
+
+    def where(self, kept: Tensor) -> "JaggedBatch":
+        """The events that are `kept`, bool [T], on the host."""
+        offsets = offsets_of(kept.long())[self.offsets]
+        longest = int(offsets.diff().max()) if len(self) else 0
+        return self.with_events(kept.nonzero().squeeze(1), offsets, longest)
+
+    def runs(self, start: Tensor, length: Tensor) -> "JaggedBatch":
+        """`length` events of each sequence from its place `start` on, int64 [B], on the host."""
+        offsets = offsets_of(length)
+        index = spans(self.offsets[:-1] + start, length, offsets)
+        return self.with_events(index, offsets, int(length.max()) if len(self) else 0)
 
     def select(self, rows: Tensor) -> "JaggedBatch":
         """The sequences `rows`, int64, in that order. `pairs` and `scored` are left out."""
@@ -212,6 +234,26 @@ def from_sequences(sequences: Sequence[Sequence[int]], sample_ids=None) -> Jagge
     )
 
 
+def spread(
+    batch: JaggedBatch, place: Tensor, offsets: Tensor, size: int, max_seq_len: int
+) -> JaggedBatch:
+    """Longer sequences, `size` events together: event t stands at `place[t]`. What is new between
+    is no item yet, with value 0 and `FILL` in the event columns."""
+
+    def moved(column: Tensor, fill: float) -> Tensor:
+        out = column.new_full((size, *column.shape[1:]), fill)
+        return out.index_copy_(0, place, column)
+
+    return replace(
+        batch,
+        values=moved(batch.values, 0),
+        offsets=offsets,
+        max_seq_len=max_seq_len,
+        events={name: moved(column, FILL.get(name, 0)) for name, column in batch.events.items()},
+        scored=None,
+    )
+
+
 def framed(
     batch: JaggedBatch, before: Sequence[int] = (), after: Sequence[int] = ()
 ) -> JaggedBatch:
@@ -226,27 +268,14 @@ def framed(
     place = torch.arange(events, device=batch.offsets.device) + torch.repeat_interleave(
         shift[:-1] + len(before), batch.lengths, output_size=events
     )
-
-    def spread(column: Tensor, fill: float) -> Tensor:
-        out = column.new_full((events + len(batch) * extra, *column.shape[1:]), fill)
-        return out.index_copy_(0, place, column)
-
-    values = spread(batch.values, 0)
+    size = events + len(batch) * extra
+    made = spread(batch, place, offsets, size, batch.max_seq_len + extra)
     for i, token in enumerate(before):
-        values[offsets[:-1] + i] = token
+        made.values[offsets[:-1] + i] = token
     for i, token in enumerate(after):
-        values[offsets[1:] - len(after) + i] = token
-    columns = {name: spread(column, FILL.get(name, 0)) for name, column in batch.events.items()}
-    made = replace(
-        batch,
-        values=values,
-        offsets=offsets,
-        max_seq_len=batch.max_seq_len + extra,
-        events=columns,
-        scored=None,
-    )
-    if "position" in columns:  # tokens have their own, items stand behind those before them
-        inside = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, place, True)
-        given = columns["position"] + len(before)
-        columns["position"] = torch.where(inside, given, made.positions())
+        made.values[offsets[1:] - len(after) + i] = token
+    if "position" in made.events:  # tokens have their own, items stand behind those before them
+        inside = torch.zeros_like(made.values, dtype=torch.bool).index_fill_(0, place, True)
+        given = made.events["position"] + len(before)
+        made.events["position"] = torch.where(inside, given, made.positions())
     return made

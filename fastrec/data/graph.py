@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastrec.data.pairs import Pairs
-from fastrec.random import Rng, draws
+from fastrec.random import Rng, wide_draws
 
 HOPS = (0, 1, 2)
 _BLOCK = 1 << 18  # flags of a block of queries: they stay in the cache
@@ -91,8 +91,8 @@ class SocialGraph:
             torch.from_numpy(users[rows]),
             torch.zeros(len(rows), dtype=torch.int64, device="cpu"),
         )
-        high, low = (draws(rng, sample, row, zero, site="draw_friend").numpy() for row in (0, 1))
-        pick = (high << 16 | low) * degree[rows] >> 32
+        drawn = wide_draws(rng, sample, zero, site="draw_friend").numpy()
+        pick = drawn * degree[rows] >> 32
         return rows, self.values[self.offsets[users[rows]] + pick].astype(np.int64)
 
     def exclusions(

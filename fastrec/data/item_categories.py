@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fastrec.data.batch import offsets_of
 from fastrec.data.errors import DataError
 
 
@@ -102,4 +102,4 @@ def category_lists(dataset, columns: Sequence[str]) -> CategoryLists:
     whole = torch.cat(tables, 1)
     table = whole.masked_fill(whole < 0, classes).sort(1).values  # those that are none come last
     known = table < classes
-    return CategoryLists(table[known], F.pad(known.sum(1).cumsum(0), (1, 0)), classes)
+    return CategoryLists(table[known], offsets_of(known.sum(1)), classes)

@@ -7,6 +7,7 @@ Legend: V items, W tokens of the vocabulary, N tokens of all items, B sequences,
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -162,12 +163,12 @@ class TextData:
     def splits(self) -> np.ndarray | None:
         return self.dataset.splits
 
-    @property
+    @cached_property
     def items_hash(self) -> str:
         """Of the tokens: a model goes to other items whose texts have the same."""
         return hash_of(self.names)
 
-    @property
+    @cached_property
     def events_hash(self) -> str:
         """Of the events and the texts: what a run is resumed on."""
         texts = (str(part.tolist()) for part in (self.values, self.segments, self.offsets))

@@ -101,7 +101,7 @@ class SideData:
         """int64, ascending: the `labelled` users with events in the split, whose sequences a step
         may draw."""
         there = torch.as_tensor(self.dataset.users(self.split), device="cpu")
-        return there[torch.isin(there, self._labelled)].sort().values
+        return there[torch.isin(there, self._labelled)]
 
     @cached_property
     def attributes(self) -> list[EncodedAttribute]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrec.data.dataset import np_spans
+
 MOST = 200  # items of a user that count, the latest: at most 200 x 199 pairs a user
 _BLOCK = 1 << 22  # of S at a time
 
@@ -48,7 +50,7 @@ def most_similar(dataset, split: str = "train", users=None) -> Tensor:
         for part in np.array_split(np.arange(len(one)), 1 + (work[high] - work[low]) // _BLOCK):
             who = other[part]
             left = np.repeat(one[part], size[who])
-            right = item[_spans(begin[who], size[who])]
+            right = item[np_spans(begin[who], size[who])]
             apart = left != right
             pairs = (left * dataset.num_items + right)[apart]
             gains = np.repeat(weight[who], size[who])[apart]
@@ -78,14 +80,7 @@ def _pairs(dataset, split: str, users) -> tuple[np.ndarray, np.ndarray]:
         inside[np.asarray(users)] = True
         kept = np.where(inside, kept, 0)
     count = np.minimum(kept, MOST)
-    items = dataset.values[_spans(dataset.offsets[:-1] + kept - count, count)]
+    items = dataset.values[np_spans(dataset.offsets[:-1] + kept - count, count)]
     key = np.repeat(np.arange(dataset.num_users) * dataset.num_items, count) + items
     user, item = np.divmod(np.unique(key), dataset.num_items)
     return user, item
-
-
-def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: starts[0], starts[0] + 1, .. (counts[0] of them), then the same from starts[1], .."""
-    ends = counts.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - counts), counts)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.random import Rng, draws
+from fastrec.random import Rng, wide_draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +37,8 @@ class TargetIndex:
         inside = np.zeros(dataset.num_users, dtype=bool)
         inside[slice(None) if users is None else np.asarray(users)] = True
         kept = np.where(inside, dataset.split_lengths(split), 0)
-        some = np.flatnonzero(kept > 1)
-        edges = np.zeros(dataset.num_events + 1, dtype=np.int8)
-        edges[dataset.offsets[some] + 1] += 1
-        edges[dataset.offsets[some] + kept[some]] -= 1
-        places = np.flatnonzero(np.cumsum(edges[:-1], dtype=np.int8))
+        first = dataset.offsets[:-1]
+        places = np.flatnonzero(dataset.events_between(first + 1, first + kept))
         items = dataset.values[places]
         counts = np.bincount(items, minlength=dataset.num_items)
         small = np.int32 if dataset.num_events < 2**31 else np.int64
@@ -59,9 +56,8 @@ class TargetIndex:
         """
         first = self.offsets[items]
         others = self.offsets[items + 1] - first - self.users[users]
-        rows, zero = torch.arange(2, device="cpu").unsqueeze(1), torch.zeros_like(keys)
-        high, low = draws(rng, keys, rows, zero, site="same_target").numpy()
-        pick = first + ((high << 16 | low) * others >> 32)
+        drawn = wide_draws(rng, keys, torch.zeros_like(keys), site="same_target").numpy()
+        pick = first + (drawn * others >> 32)
         # The places of an item ascend: leaving `own` out moves those from it on up by one.
         pick += self.users[users] & (self._at(pick) >= own)
         return np.where(others > 0, self._at(pick), own)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, offsets_of, spans
 from fastrec.data.side import SideData
-from fastrec.random import Rng, draws
+from fastrec.data.steps.mask import running
+from fastrec.random import Rng, draws, threshold, wide_draws
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Baskets:
         theirs_starts, theirs_count, theirs_first = _baskets(others)
         other = draws(rng, batch.keys, 1, zero, site="basket") * theirs_count >> 16
         two = (count > 1) & (theirs_count > 0)
-        follows = draws(rng, batch.keys, 2, zero, site="basket") < round(self.follow * 65536)
+        follows = draws(rng, batch.keys, 2, zero, site="basket") < threshold(self.follow)
         follows = (follows | (drawn == batch.sample_ids)) & two  # where there is nobody else
         # Where a piece begins and ends, in the events of `batch` and behind them of `others`.
         both = JaggedBatch.cat([batch, others])
         shift = len(batch.values)
-        begin, end = _span(starts, first + pick, len(batch.values))
-        next_begin, next_end = _span(starts, first + pick + 1, len(batch.values))
-        their_begin, their_end = _span(theirs_starts, theirs_first + other, len(others.values))
+        begin, end = _span(starts, first + pick)
+        next_begin, next_end = _span(starts, first + pick + 1)
+        their_begin, their_end = _span(theirs_starts, theirs_first + other)
         second = torch.where(follows, next_begin, their_begin + shift)
         size = torch.where(follows, next_end - next_begin, their_end - their_begin)
         length = (end - begin).masked_fill(count == 0, 0)
@@ -85,13 +86,10 @@ def _drawn_users(keys: Tensor, users: Tensor, rng: Rng, side: SideData) -> Tenso
     """int64 [B]: another user of each, uniform among those whose sequences may be seen; the user
     itself where there is nobody else."""
     known = side.trained_users
-    high, low = (
-        draws(rng, keys, row, torch.zeros_like(keys), site="basket_user") for row in (0, 1)
-    )
     place = torch.searchsorted(known, users).clamp_max(len(known) - 1)
     itself = known[place] == users
     choices = (len(known) - itself.long()).clamp_min(1)
-    drawn = (high << 16 | low) * choices >> 32
+    drawn = wide_draws(rng, keys, torch.zeros_like(keys), site="basket_user") * choices >> 32
     return known[(drawn + (itself & (drawn >= place)).long()).clamp_max(len(known) - 1)]
 
 
@@ -100,11 +98,11 @@ def _baskets(batch: JaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
     number of its first one [B])."""
     new = ~(batch.events["time_gap"] == 0) | (batch.positions() == 0)
     starts = torch.cat([new.nonzero().squeeze(1), batch.offsets[-1:]])
-    before = torch.cat([new.new_zeros(1, dtype=torch.int64), new.cumsum(0)])[batch.offsets]
+    before = running(new)[batch.offsets]
     return starts, before.diff(), before[:-1]
 
 
-def _span(starts: Tensor, number: Tensor, events: int) -> tuple[Tensor, Tensor]:
-    """(first event, end) of baskets by number; (events, events) behind the last one."""
+def _span(starts: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """(first event, end) of baskets by number; twice the end of the last one behind it."""
     last = len(starts) - 1
     return starts[number.clamp_max(last)], starts[(number + 1).clamp_max(last)]

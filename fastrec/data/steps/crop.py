@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrec.data.batch import JaggedBatch, offsets_of, spans
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
@@ -51,19 +51,12 @@ class Crop:
             return self._without(batch, rng, share_at(self.drop, rng), short)
         assert self.keep is not None
         start, kept = segment(batch, rng, share_at(self.keep, rng), "crop", self.round)
-        start, kept = start.masked_fill(short, 0), batch.lengths.where(short, kept)
-        offsets = offsets_of(kept)
-        index = spans(batch.offsets[:-1] + start, kept, offsets)
-        return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)
+        return batch.runs(start.masked_fill(short, 0), batch.lengths.where(short, kept))
 
     def _without(self, batch: JaggedBatch, rng: Rng, share: float, short: Tensor) -> JaggedBatch:
         start, length = segment(batch, rng, share, "crop", self.round)
         length = length.minimum((batch.lengths - 1).clamp_min(0)).masked_fill(short, 0)
-        owner, position = batch.segment_ids(), batch.positions()
-        inside = (position >= start[owner]) & (position < (start + length)[owner])
-        kept = batch.lengths - length
-        longest = int(kept.max()) if len(kept) else 0
-        return batch.with_events((~inside).nonzero().squeeze(1), offsets_of(kept), longest)
+        return batch.where(~within(batch, start, length))
 
 
 def segment(
@@ -75,3 +68,9 @@ def segment(
     kept = number_of(share, lengths, rounding).minimum(lengths)
     drawn = draws(rng, batch.keys, 0, torch.zeros_like(kept), site=site)
     return drawn * (lengths - kept + 1) >> 16, kept
+
+
+def within(batch: JaggedBatch, start: Tensor, length: Tensor) -> Tensor:
+    """bool [T]: the `length` events of each sequence from its place `start` on, int64 [B]."""
+    owner, position = batch.segment_ids(), batch.positions()
+    return (position >= start[owner]) & (position < (start + length)[owner])

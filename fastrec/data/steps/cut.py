@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch, offsets_of, spans
+from fastrec.data.batch import NO_TARGET, JaggedBatch, offsets_of, spans
 from fastrec.data.side import SideData
 from fastrec.random import Rng
 
@@ -42,9 +42,6 @@ class Cut:
         beyond = ahead >= taken[kept > 0].unsqueeze(1)
         targets = target.new_full((len(index), self.last), NO_TARGET)
         targets[place] = target.masked_fill(beyond | (target >= side.num_items), NO_TARGET)
-        values = out.values.clone()
-        values[place] = side.mask_id
-        events = {**out.events, "target": targets}
-        if "rating" in events:  # it says something of the item that is predicted
-            events["rating"] = events["rating"].index_fill(0, place, FILL["rating"])
-        return replace(out, values=values, events=events)
+        first = torch.zeros_like(out.values, dtype=torch.bool).index_fill_(0, place, True)
+        out = out.with_items(out.values.masked_fill(first, side.mask_id), first)
+        return replace(out, events={**out.events, "target": targets})

@@ -4,10 +4,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fastrec.data.batch import JaggedBatch, offsets_of
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
+from fastrec.data.steps.mask import running
 from fastrec.random import Rng, draws, threshold
 
 
@@ -32,12 +32,5 @@ class Drop:
         kept = (drawn >= threshold(self.share)) | (batch.values >= side.num_items)
         pick = draws(rng, batch.keys, 0, torch.zeros_like(batch.keys), site="drop_kept")
         chosen = (pick * batch.lengths >> 16)[segment] == position
-        kept = kept | (chosen & (_number(kept, segment, len(batch)) == 0)[segment])
-        offsets = offsets_of(_number(kept, segment, len(batch)))
-        longest = int(offsets.diff().max()) if len(batch) else 0
-        return batch.with_events(kept.nonzero().squeeze(1), offsets, longest)
-
-
-def _number(flags: Tensor, segment: Tensor, sequences: int) -> Tensor:
-    """int64 [B]: set flags of each sequence."""
-    return torch.bincount(segment[flags], minlength=sequences)
+        empty = running(kept)[batch.offsets].diff() == 0
+        return batch.where(kept | (chosen & empty[segment]))

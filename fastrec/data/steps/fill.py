@@ -6,11 +6,11 @@ Legend: B sequences, T events, N filled events, K candidates, V items.
 
 from dataclasses import dataclass, replace
 
-from fastrec.data.batch import FILL, JaggedBatch
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
-from fastrec.data.steps.mask import chosen_items, random_order, with_targets
+from fastrec.data.steps.mask import chosen_items, with_targets
 from fastrec.data.steps.share import Share, check_share, share_at
-from fastrec.random import Rng
+from fastrec.random import Rng, wide_draws
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,12 @@ class Fill:
             raise ValueError("the step fill needs a masked-item model: the key filler of the stage")
         chosen = chosen_items(batch, rng, side, share_at(self.share, rng), "fill")
         events = {name: column for name, column in batch.events.items() if name != "target"}
-        masked = replace(batch, values=batch.values.masked_fill(chosen, side.mask_id))
-        masked = with_targets(replace(masked, events=events), chosen, batch.values)
+        values = batch.values.masked_fill(chosen, side.mask_id)
+        masked = with_targets(replace(batch, events=events), values, chosen)
         items, scores = side.filler(masked, min(self.among, side.num_items))  # [N, K]
         below = scores.double().softmax(1).cumsum(1)[:, :-1]
         keys, position = batch.keys[batch.segment_ids()[chosen]], batch.positions()[chosen]
-        drawn = random_order(rng, keys, position, "fill_item") / 2**32
+        drawn = wide_draws(rng, keys, position, site="fill_item") / 2**32
         place = (below <= drawn.unsqueeze(1)).sum(1, keepdim=True)
         values = batch.values.masked_scatter(chosen, items.gather(1, place).squeeze(1))
-        events = dict(batch.events)
-        if "rating" in events:  # that of the item that was there
-            events["rating"] = events["rating"].masked_fill(chosen, FILL["rating"])
-        return replace(batch, values=values, events=events)
+        return batch.with_items(values, chosen)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Similar items come in front of some items of each sequence."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fastrec.data.batch import FILL, JaggedBatch, offsets_of
+from fastrec.data.batch import JaggedBatch, offsets_of, spread
 from fastrec.data.side import SideData
-from fastrec.data.steps.mask import chosen_items
+from fastrec.data.steps.share import check_share
+from fastrec.data.steps.substitute import chosen_and_similar
 from fastrec.random import Rng
 
 
@@ -28,31 +28,15 @@ class Insert:
     share: float = 0.4
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"insert.share must be in (0, 1], got {self.share}")
+        check_share("insert.share", self.share)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        chosen = chosen_items(batch, rng, side, self.share, "insert")
-        similar = side.similar_items[batch.values.masked_fill(~chosen, 0)]
-        chosen &= similar >= 0
+        chosen, similar = chosen_and_similar(batch, rng, side, self.share, "insert")
         before = offsets_of(chosen.long())  # inserted events before each event
         place = torch.arange(len(chosen), device="cpu") + before[1:]
-        size = len(chosen) + int(before[-1])
-
-        def spread(column: Tensor, fill: float) -> Tensor:
-            out = column.new_full((size, *column.shape[1:]), fill)
-            return out.index_copy_(0, place, column)
-
-        values = spread(batch.values, 0)
-        values[place[chosen] - 1] = similar[chosen]
         offsets = batch.offsets + before[batch.offsets]
-        longer = replace(
-            batch,
-            values=values,
-            offsets=offsets,
-            max_seq_len=int(offsets.diff().max()) if len(batch) else 0,
-            events={name: spread(each, FILL.get(name, 0)) for name, each in batch.events.items()},
-            scored=None,
-        )
+        longest = int(offsets.diff().max()) if len(batch) else 0
+        longer = spread(batch, place, offsets, int(offsets[-1]), longest)
+        longer.values[place[chosen] - 1] = similar[chosen]
         room = side.shard.max_len
         return longer if room is None else longer.last(room)

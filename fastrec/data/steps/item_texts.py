@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fastrec.data.batch import JaggedBatch, offsets_of
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.random import Rng, draws
@@ -42,9 +42,7 @@ class ItemTexts:
             last = target.scatter_reduce(0, owner, place, "amax")  # of the oldest item
             target = drawn * last >> 16
         kept = place == target[owner] if self.keep == "target" else place > target[owner]
-        number = torch.zeros_like(batch.keys).index_add_(0, owner, kept.long())
-        longest = int(number.max()) if len(batch) else 0
-        made = batch.with_events(kept.nonzero().squeeze(1), offsets_of(number), longest)
+        made = batch.where(kept)
         shift = target if self.keep == "target" else target + 1
         place = made.events["item_place"] - shift[made.segment_ids()]
         return replace(made, events={**made.events, "item_place": place})

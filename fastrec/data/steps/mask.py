@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
+from fastrec.data.batch import NO_TARGET, JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
-from fastrec.random import Rng, draws, threshold
+from fastrec.random import Rng, draws, threshold, wide_draws
 
 _MAX_POSITIONS = 65536
 
@@ -71,36 +71,25 @@ class Mask:
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         if batch.max_seq_len > _MAX_POSITIONS:
             raise ValueError(f"sequences may hold {_MAX_POSITIONS} events, got {batch.max_seq_len}")
-        segment, position = batch.segment_ids(), batch.positions()
-        keys, share = batch.keys[segment], share_at(self.share, rng)
+        share = share_at(self.share, rng)
         if self.exact or self.count is not None:
             how = ("mask_exact", self.round, self.leave, self.count)
             chosen = chosen_items(batch, rng, side, share, *how)
         else:
             real = batch.values < side.num_items
-            rank = running(real)  # number of items before each event, over the whole batch
-            items = rank[batch.offsets]
-            count = items.diff()
-            drawn = draws(rng, keys, 0, position, site="mask_item")
-            chosen = (drawn < threshold(share)) & real
-            empty = running(chosen)[batch.offsets].diff() == 0
-            pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site="mask_forced")
-            forced = items[:-1] + (pick * count >> 16)
-            chosen |= real & empty[segment] & (rank[:-1] == forced[segment])
+            chosen = drawn_events(batch, rng, real, share, "mask_item", "mask_forced")
         masked = batch.values.masked_fill(chosen, side.mask_id)
         if self.replace < 1:
-            masked = torch.where(
-                chosen, self._replaced(batch.values, rng, keys, position, side), masked
-            )
-        return with_targets(replace(batch, values=masked), chosen, batch.values)
+            masked = torch.where(chosen, self._replaced(batch, rng, side), masked)
+        return with_targets(batch, masked, chosen)
 
-    def _replaced(self, values: Tensor, rng: Rng, keys: Tensor, position: Tensor, side) -> Tensor:
+    def _replaced(self, batch: JaggedBatch, rng: Rng, side: SideData) -> Tensor:
         """[T]: what stands in the place of an item if it is chosen."""
+        keys, position = batch.keys[batch.segment_ids()], batch.positions()
         kind = draws(rng, keys, 0, position, site="mask_replace")
-        high, low = (draws(rng, keys, row, position, site="mask_random_item") for row in (0, 1))
-        item = (high << 16 | low) * side.num_items >> 32  # 1 / V to within 2^-32
+        item = wide_draws(rng, keys, position, site="mask_random_item") * side.num_items >> 32
         swapped = kind < threshold(min(1.0, self.replace + self.random))
-        now = torch.where(swapped, item, values)
+        now = torch.where(swapped, item, batch.values)
         return now.masked_fill(kind < threshold(self.replace), side.mask_id)
 
 
@@ -127,23 +116,35 @@ class MaskLast:
         behind = rank[batch.offsets[1:]][batch.segment_ids()] - rank[:-1]  # items from here on
         last = real & (behind <= self.number)
         masked = batch.values.masked_fill(last, side.mask_id)
-        return with_targets(replace(batch, values=masked), last, batch.values)
+        return with_targets(batch, masked, last)
 
 
-def with_targets(batch: JaggedBatch, chosen: Tensor, items: Tensor) -> JaggedBatch:
-    """The batch whose `chosen` events [T] predict `items` [T]; targets that others have stay.
-
-    A rating says something of its item: those of chosen events are hidden. The time since the event
-    before does not: gaps stay.
-    """
+def with_targets(batch: JaggedBatch, values: Tensor, chosen: Tensor) -> JaggedBatch:
+    """The batch with `values` [T], whose `chosen` events, bool [T], predict what stood there;
+    targets that others have stay."""
     before = batch.events.get("target")
-    target = items.masked_fill(~chosen, NO_TARGET)
+    target = batch.values.masked_fill(~chosen, NO_TARGET)
     if before is not None:
-        target = torch.where(chosen, items, before)
-    events = {**batch.events, "target": target}
-    if "rating" in events:
-        events["rating"] = events["rating"].masked_fill(chosen, FILL["rating"])
-    return replace(batch, events=events)
+        target = torch.where(chosen, batch.values, before)
+    made = batch.with_items(values, chosen)
+    return replace(made, events={**made.events, "target": target})
+
+
+def drawn_events(
+    batch: JaggedBatch, rng: Rng, real: Tensor, share: float, site: str, forced: str
+) -> Tensor:
+    """bool [T]: each of the `real` events, bool [T], with chance `share`, rounded to 2^-16; of a
+    sequence where none is drawn one, any with the same chance. Two sites of draws."""
+    segment, position = batch.segment_ids(), batch.positions()
+    drawn = draws(rng, batch.keys[segment], 0, position, site=site)
+    chosen = (drawn < threshold(share)) & real
+    empty = running(chosen)[batch.offsets].diff() == 0
+    rank = running(real)  # real events before each event, over the whole batch
+    first = rank[batch.offsets]
+    count = first.diff()
+    pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site=forced)
+    one = first[:-1] + (pick * count >> 16)
+    return chosen | (real & empty[segment] & (rank[:-1] == one[segment]))
 
 
 def chosen_items(
@@ -161,7 +162,7 @@ def chosen_items(
     segment, position = batch.segment_ids(), batch.positions()
     real = batch.values < side.num_items
     count = running(real)[batch.offsets].diff()
-    key = random_order(rng, batch.keys[segment], position, site).masked_fill(~real, 1 << 32)
+    key = wide_draws(rng, batch.keys[segment], position, site=site).masked_fill(~real, 1 << 32)
     order = (segment << 33 | key).argsort()
     place = torch.empty_like(order)
     place[order] = position  # sorted events keep their sequences
@@ -170,13 +171,6 @@ def chosen_items(
         number = torch.full_like(number, fixed)
     number = number.minimum(count - leave)
     return real & (place < number[segment])
-
-
-def random_order(rng: Rng, keys: Tensor, position: Tensor, site: str) -> Tensor:
-    """int64 [T], 32 random bits of each event: sorting by them shuffles."""
-    rows = torch.arange(2, device=keys.device).unsqueeze(1)
-    high, low = draws(rng, keys, rows, position, site=site)
-    return high << 16 | low
 
 
 def running(flags: Tensor) -> Tensor:

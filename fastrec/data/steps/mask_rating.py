@@ -7,13 +7,11 @@ Legend: B sequences, T events.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from fastrec.data.batch import FILL, JaggedBatch
 from fastrec.data.side import SideData
-from fastrec.data.steps.mask import running
+from fastrec.data.steps.mask import drawn_events
 from fastrec.data.steps.share import Share, check_share, share_at
-from fastrec.random import Rng, draws, threshold
+from fastrec.random import Rng
 
 TARGET = "rating_target"
 
@@ -49,17 +47,8 @@ class MaskRating:
                 " columns=['rating']"
             )
         rating = batch.events["rating"]
-        segment, position = batch.segment_ids(), batch.positions()
-        rated = ~rating.isnan()
-        rank = running(rated)  # rated events before each event, over the whole batch
-        first = rank[batch.offsets]
-        count = first.diff()
-        drawn = draws(rng, batch.keys[segment], 0, position, site="mask_rating")
-        chosen = (drawn < threshold(share_at(self.share, rng))) & rated
-        empty = running(chosen)[batch.offsets].diff() == 0
-        pick = draws(rng, batch.keys, 0, torch.zeros_like(count), site="mask_rating_forced")
-        forced = first[:-1] + (pick * count >> 16)
-        chosen |= rated & empty[segment] & (rank[:-1] == forced[segment])
+        sites = "mask_rating", "mask_rating_forced"
+        chosen = drawn_events(batch, rng, ~rating.isnan(), share_at(self.share, rng), *sites)
         target = rating.masked_fill(~chosen, FILL[TARGET])
         seen = rating.masked_fill(chosen, FILL["rating"]) if self.hide else rating
         return replace(batch, events={**batch.events, "rating": seen, TARGET: target})

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
-from fastrec.data.steps.mask import random_order
 from fastrec.data.steps.next_item import NextItem
-from fastrec.random import Rng
+from fastrec.random import Rng, wide_draws
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Permute:
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         owner, position = batch.segment_ids(), batch.positions()
-        key = random_order(rng, batch.keys[owner], position, "permute")
+        key = wide_draws(rng, batch.keys[owner], position, site="permute")
         index = (owner << 33 | key).argsort(stable=True)
         batch = replace(batch, events={**batch.events, "position": position})
         return NextItem()(batch.with_events(index, batch.offsets, batch.max_seq_len), rng, side)

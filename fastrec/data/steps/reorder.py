@@ -8,10 +8,9 @@ import torch
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
-from fastrec.data.steps.crop import segment
-from fastrec.data.steps.mask import random_order
+from fastrec.data.steps.crop import segment, within
 from fastrec.data.steps.share import Rounding, Share, check_share, share_at
-from fastrec.random import Rng
+from fastrec.random import Rng, wide_draws
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,9 @@ class Reorder:
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         start, length = segment(batch, rng, share_at(self.share, rng), "reorder", self.round)
         length = length.masked_fill(batch.lengths < self.least, 0)
-        owner, position = batch.segment_ids(), batch.positions()
-        inside = (position >= start[owner]) & (position < (start + length)[owner])
-        run = inside.nonzero().squeeze(1)
-        key = random_order(rng, batch.keys[owner[run]], position[run], "reorder_key")
+        run = within(batch, start, length).nonzero().squeeze(1)
+        owner, position = batch.segment_ids()[run], batch.positions()[run]
+        key = wide_draws(rng, batch.keys[owner], position, site="reorder_key")
         index = torch.arange(len(batch.values), device="cpu")
-        index[run] = run[(owner[run] << 32 | key).argsort(stable=True)]
+        index[run] = run[(owner << 32 | key).argsort(stable=True)]
         return batch.with_events(index, batch.offsets, batch.max_seq_len)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of items, and what is around it: the two views of segment prediction."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from fastrec.data.batch import FILL, JaggedBatch
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
+from fastrec.data.steps.crop import within
+from fastrec.data.steps.share import check_share, number_of
 from fastrec.random import Rng, draws
 
 
@@ -28,22 +30,16 @@ class Segment:
     share: float = 0.5
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"segment.share must be in (0, 1], got {self.share}")
+        check_share("segment.share", self.share)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        lengths, owner = batch.lengths, batch.segment_ids()
-        most = (lengths.double() * self.share + 1e-9).floor().long().clamp_min(1)
+        lengths = batch.lengths
+        most = number_of(self.share, lengths)
         size, place = (
             draws(rng, batch.sample_ids, row, torch.zeros_like(lengths), site="segment")
             for row in (0, 1)
         )
         size = (1 + (size * most >> 16)).minimum(lengths)
         start = place * (lengths - size + 1) >> 16
-        position = batch.positions()
-        inside = (position >= start[owner]) & (position < (start + size)[owner])
-        hidden = inside != self.keep
-        events = dict(batch.events)
-        if "rating" in events:
-            events["rating"] = events["rating"].masked_fill(hidden, FILL["rating"])
-        return replace(batch, values=batch.values.masked_fill(hidden, side.mask_id), events=events)
+        hidden = within(batch, start, size) != self.keep
+        return batch.with_items(batch.values.masked_fill(hidden, side.mask_id), hidden)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Some items of each sequence become similar ones."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from fastrec.data.batch import FILL, JaggedBatch
+from torch import Tensor
+
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
 from fastrec.data.steps.mask import chosen_items
+from fastrec.data.steps.share import check_share
 from fastrec.random import Rng
 
 
@@ -24,14 +27,17 @@ class Substitute:
     share: float = 0.1
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"substitute.share must be in (0, 1], got {self.share}")
+        check_share("substitute.share", self.share)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
-        chosen = chosen_items(batch, rng, side, self.share, "substitute")
-        similar = side.similar_items[batch.values.masked_fill(~chosen, 0)]
-        chosen &= similar >= 0
-        events = dict(batch.events)
-        if "rating" in events:
-            events["rating"] = events["rating"].masked_fill(chosen, FILL["rating"])
-        return replace(batch, values=similar.where(chosen, batch.values), events=events)
+        chosen, similar = chosen_and_similar(batch, rng, side, self.share, "substitute")
+        return batch.with_items(similar.where(chosen, batch.values), chosen)
+
+
+def chosen_and_similar(
+    batch: JaggedBatch, rng: Rng, side: SideData, share: float, site: str
+) -> tuple[Tensor, Tensor]:
+    """(bool [T], `chosen_items` that are like another; int64 [T], that one)."""
+    chosen = chosen_items(batch, rng, side, share, site)
+    similar = side.similar_items[batch.values.masked_fill(~chosen, 0)]
+    return chosen & (similar >= 0), similar

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastrec.data.batch import JaggedBatch, offsets_of, spans
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import Share, check_share, number_of, share_at
 from fastrec.random import Rng, draws
@@ -44,6 +44,4 @@ class Window:
         first, stride = (draws(rng, batch.sample_ids, row, zero, site="window") for row in (0, 1))
         stride = 1 + (stride * (starts - 1) >> 16)
         start = ((first * starts >> 16) + (batch.keys >> 32) * stride) % starts
-        offsets = offsets_of(kept)
-        index = spans(batch.offsets[:-1] + start, kept, offsets)
-        return batch.with_events(index, offsets, int(kept.max()) if len(kept) else 0)
+        return batch.runs(start, kept)
