@@ -176,22 +176,22 @@ def masked_language_model(layers: int, width: int, rounds: int) -> None:
 def main() -> None:
     libraries = {"recbole": recbole, "rectools": rectools, "transformers": transformers}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", choices=libraries)
+    parser.add_argument("package", choices=libraries)
     parser.add_argument("--source", type=Path, help="of recbole and rectools")
     parser.add_argument("--model", choices=("sasrec", "bert4rec"), default="sasrec")
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    if options.library != "transformers":
+    if options.package != "transformers":
         if options.source is None:
-            parser.error(f"{options.library} needs --source")
+            parser.error(f"{options.package} needs --source")
         options.source = options.source.resolve()
     warnings.filterwarnings("ignore", module="(?!fastrec)")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # libraries write logs where they stand
-        libraries[options.library](options)
+        libraries[options.package](options)
 
 
 if __name__ == "__main__":

@@ -55,20 +55,20 @@ class Patch:
     """What `patch` has replaced in one library. As a context manager it is undone at the end.
 
     Attributes:
-        library: its name.
+        name: of the library.
         replaced: the functions, as "module.Class.method".
         parity: whether the first batch of each class of models is computed both ways.
         reports: what that gave.
     """
 
-    def __init__(self, library: str, replacements: list[Replacement]):
-        self.library, self.parity = library, False
+    def __init__(self, name: str, replacements: list[Replacement]):
+        self.name, self.parity = name, False
         self.reports: list[Parity] = []
         self._replacements = replacements
         self._originals: list[Callable | None] = []
-        for owner, name, function in replacements:
-            self._originals.append(owner.__dict__.get(name))  # None: inherited
-            setattr(owner, name, function)
+        for owner, attribute, function in replacements:
+            self._originals.append(owner.__dict__.get(attribute))  # None: inherited
+            setattr(owner, attribute, function)
 
     @property
     def replaced(self) -> list[str]:
@@ -82,20 +82,20 @@ class Patch:
 
         Raises RuntimeError, and puts nothing back, if a function has been replaced once more since.
         """
-        if _ACTIVE.get(self.library) is not self:
+        if _ACTIVE.get(self.name) is not self:
             return
         for owner, name, function in self._replacements:
             if owner.__dict__.get(name) is not function:
                 raise RuntimeError(
                     f"{owner.__qualname__}.{name} was replaced by something else after"
-                    f" fastrec.patch({self.library!r}): undo that first"
+                    f" fastrec.patch({self.name!r}): undo that first"
                 )
         for (owner, name, _), original in zip(self._replacements, self._originals, strict=True):
             if original is None:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
-        del _ACTIVE[self.library]
+        del _ACTIVE[self.name]
 
     def __enter__(self) -> "Patch":
         return self
@@ -104,8 +104,8 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        state = "active" if _ACTIVE.get(self.library) is self else "undone"
-        return f"Patch({self.library!r}, {state}, {len(self._replacements)} functions)"
+        state = "active" if _ACTIVE.get(self.name) is self else "undone"
+        return f"Patch({self.name!r}, {state}, {len(self._replacements)} functions)"
 
 
 _ACTIVE: dict[str, Patch] = {}
@@ -162,7 +162,7 @@ def unpatch(library: str | None = None) -> None:
     if library is not None and library not in LIBRARIES:
         raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
     for active in list(_ACTIVE.values()):
-        if library in (None, active.library):
+        if library in (None, active.name):
             active.undo()
 
 
