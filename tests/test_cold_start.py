@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from builders import Killed, killed_at, lists_of, model_of, synthetic, trained_weights
 from files import fails, write
+from test_data_prepare import shared
 
 from fastrec.cli import main
 from fastrec.data.cold_items import ColdItems, ColdRows
@@ -25,6 +26,7 @@ from fastrec.data.prepare.side_tables import read_cold_items
 from fastrec.data.side import SideData
 from fastrec.data.views import Views
 from fastrec.evaluation.cold_start import ColdStartJudge
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.align import Align
 from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.item import Item
@@ -33,11 +35,11 @@ from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
+from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.fit import fit
 from fastrec.training.graphed import GraphedObjective
 from fastrec.training.stage import Stage
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 EVENTS = "user,item,time\n7,b,1\n7,a,2\n7,c,3\n9,a,1\n9,b,2\n9,c,3\n12,a,1\n12,c,2\n12,b,4\n"
 
 
@@ -374,9 +376,6 @@ def test_other_items_than_those_it_was_trained_for_are_refused(data, tmp_path):
             return table
 
     other = Renamed(*(getattr(dataset, name) for name in dataset.__dataclass_fields__))
-    from fastrec.nn.user_model import UserModel
-    from fastrec.training.evaluate import evaluate_stage
-
     folder = tmp_path / "run" / "model"
     model = UserModel.from_pretrained(folder)
     stage = chosen.cold_start
@@ -390,9 +389,7 @@ def test_other_items_than_those_it_was_trained_for_are_refused(data, tmp_path):
 
 def test_ml_1m_split_by_genre(tmp_path):
     """What somebody saw beside animation and documentaries, and the first three of these."""
-    folder = SHARED / "ml-1m"
-    if not folder.is_dir():
-        pytest.skip("no folder shared/data/ml-1m beside the repository")
+    folder = shared("ml-1m")
     movies = (folder / "movies.dat").read_text(encoding="latin-1").splitlines()
     genres = {line.split("::")[0]: line.split("::")[2].split("|") for line in movies}
     lines = (folder / "sas_to_original_items.txt").read_text().splitlines()

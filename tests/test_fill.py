@@ -68,20 +68,19 @@ def test_what_it_cannot_be_asked_is_named():
         loader_of(model, {"a": [Fill(), NextItem()]}, long).batch_at(0)
 
 
-def test_a_model_that_knows_the_order_fills_by_it():
-    """The item behind i is i + 1: what is filled is what was there, mostly. A model that knows
-    nothing would draw one of its first two in half of the cases."""
+def test_what_is_drawn_goes_to_the_event_that_it_was_drawn_for():
+    """A model that is told what was there, and is sure of it, puts it back."""
     sequences = [[(u + i) % 20 for i in range(8)] for u in range(20)]
     side = Known(dataset_of(sequences, 20))
 
-    def neighbours(batch, among):
+    def told(batch, among):
         rows = batch.events["target"] != -100
         scores = torch.full((int(rows.sum()), 20), -9.0)
         scores[torch.arange(len(scores)), batch.events["target"][rows]] = 9.0
         best = scores.topk(among)
         return best.indices, best.values
 
-    side.filler = neighbours
+    side.filler = told
     batch = from_sequences(sequences)
     made = Fill(0.5)(batch, Rng(0, 0), side)
     assert torch.equal(made.values, batch.values)

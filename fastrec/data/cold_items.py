@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.dataset import COLD, SequenceDataset, hash_of
+from fastrec.data.dataset import SequenceDataset, hash_of
+from fastrec.data.dataset_files import COLD
 from fastrec.data.errors import DataError
 from fastrec.data.settings import check_choices
 

@@ -31,6 +31,7 @@ import torch
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset_files import (
+    COLD,
     check_contents,
     check_digests,
     check_sizes,
@@ -40,8 +41,6 @@ from fastrec.data.dataset_files import (
 from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import read_event_column
 from fastrec.data.splits import FILE, MIN_EVENTS, TARGETS, boundaries
-
-COLD = "cold_items.parquet"
 
 
 @dataclass(frozen=True, eq=False)

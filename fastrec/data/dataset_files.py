@@ -12,6 +12,7 @@ from fastrec.data.splits import FILE, check_splits
 
 FORMAT = "fastrec-dataset"
 FORMAT_VERSION = 1
+COLD = "cold_items.parquet"
 _MANY = 2**48  # more users, items or events than any machine holds
 
 
@@ -34,7 +35,7 @@ def check_digests(folder: Path, schema: dict) -> None:
 
     digests = schema["digests"]
     names = {"values.npy", "offsets.npy", FILE}
-    names |= {"users.parquet", "items.parquet", "relations.parquet", "cold_items.parquet"}
+    names |= {"users.parquet", "items.parquet", "relations.parquet", COLD}
     names |= {features_file(name) for name in schema.get("item_features", {})}
     for name in sorted(names):
         file = folder / name
