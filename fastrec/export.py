@@ -42,9 +42,7 @@ def export_query(model) -> torch.export.ExportedProgram:
     """
     if getattr(model, "texts", None) is not None:
         raise ValueError("a model that reads the texts of items is no program of items alone")
-    batch = model.inputs_of([[0, 0], [0], [0, 0, 0]], ask=True).to(
-        model.item_embedding.weight.device
-    )
+    batch = model.inputs_of([[0, 0], [0], [0, 0, 0]], ask=True).to(model.device)
     any_size = {0: torch.export.Dim.DYNAMIC}
     # Otherwise the program takes no batch of one.
     with torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]

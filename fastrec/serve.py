@@ -164,7 +164,7 @@ class Recommender:
         return Ids(self.dataset.user_ids())
 
     def _query(self, batch: JaggedBatch) -> Tensor:
-        batch = batch.to(self.model.item_embedding.weight.device)
+        batch = batch.to(self.model.device)
         if self._program is None or batch.events or batch.users:
             query = self.model.ask(batch)
         else:

@@ -26,7 +26,7 @@ def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
     with torch.no_grad():
         for rows in row_blocks(len(indices)):
             batch = model.inputs(dataset, torch.as_tensor(indices[rows], device="cpu"), "all")
-            encoded = model.encode(batch.to(model.item_embedding.weight.device))
+            encoded = model.encode(batch.to(model.device))
             vectors.append(finite(model.pool(encoded, pool).float().cpu(), "user vectors"))
     return polars.DataFrame({"user_id": users.take(indices), "vector": torch.cat(vectors).numpy()})
 

@@ -48,7 +48,7 @@ class AttributesJudge:
             raise ValueError("the judge attributes needs the objective user_attributes")
         with torch.no_grad():
             batch = model.inputs(self.dataset, self.users[rows], self.split)
-            encoded = model.encode(batch.to(model.item_embedding.weight.device))
+            encoded = model.encode(batch.to(model.device))
             outputs = head.predict(head.pool(model, encoded))
         columns = [
             outputs[a.name].argmax(1) if a.labels else outputs[a.name].squeeze(1)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastrec.data.cold_items import ColdRows
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.next_item import row_blocks
 from fastrec.objectives.cold_start import ColdItemPrediction
 from fastrec.ops.linear_rank import linear_rank
 
@@ -43,7 +42,7 @@ class ColdStartJudge:
             raise ValueError("the judge cold_start needs the objective cold_start")
         with torch.no_grad():
             batch = model.inputs(self.rows, self.chosen[rows], "all")
-            query = head.pool(model, model.encode(batch.to(model.item_table.device)))
+            query = head.pool(model, model.encode(batch.to(model.device)))
             weight = head.linear.weight
             item = self.rows.items[self.chosen[rows]].to(weight.device)
             # Scores in full precision also in bf16-mixed validation: coarse ones would tie.
@@ -58,10 +57,7 @@ class ColdStartJudge:
 
     def popularity_ranks(self) -> Tensor:
         """float64 [rows]: ranks by how often an item trains, the baseline."""
-        table = torch.zeros(len(self.counts), 1, dtype=torch.float64, device="cpu")
-        item, parts = self.rows.items[self.chosen], []
-        for rows in row_blocks(len(item)):
-            query = torch.ones(rows.stop - rows.start, 1, dtype=torch.float64, device="cpu")
-            bias = self.counts.double()
-            parts.append(linear_rank(query, table, item[rows], linear_bias=bias).double())
-        return torch.cat(parts)
+        order = self.counts.argsort(descending=True, stable=True)  # equal ones in their order
+        ranks = torch.empty(len(order), dtype=torch.float64, device="cpu")
+        ranks[order] = torch.arange(1, len(order) + 1, dtype=torch.float64, device="cpu")
+        return ranks[self.rows.items[self.chosen]]

@@ -65,7 +65,7 @@ class FriendsJudge:
         head = objective.find(SocialRelationDetection)
         with torch.no_grad():
             batch = model.inputs(self.dataset, self.users[rows], self.split)
-            encoded = model.encode(batch.to(model.item_embedding.weight.device))
+            encoded = model.encode(batch.to(model.device))
             vectors = model.pool(encoded, "max") if head is None else head.pool(model, encoded)
             return vectors.float().cpu()
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastrec.data.batch import offsets_of
 from fastrec.data.settings import check_choices, from_values
 from fastrec.evaluation.candidates import held_out_items, listed_negatives, sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
@@ -147,7 +148,7 @@ def adjustment(dataset, tau: float) -> Tensor:
 
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     """[N, D] item-head queries for the item that follows the input of each user in `split`."""
-    batch = model.inputs(dataset, users, split, ask=True).to(model.item_embedding.weight.device)
+    batch = model.inputs(dataset, users, split, ask=True).to(model.device)
     return model.ask(batch)
 
 
@@ -209,17 +210,26 @@ class NextItemJudge:
             raise ValueError(f"there is no user to evaluate in split {split!r}")
         self.targets, self.owner = held_out_items(dataset, users, split)
         number = self.owner.bincount(minlength=len(users))
-        self.offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
+        self.offsets = offsets_of(number)
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         if protocol.candidates == "sampled":
             self.negatives = _negatives(dataset, users, protocol)
+        self._table: Tensor | None = None  # of the model that `score` is asked about
 
     def __len__(self) -> int:
         return len(self.users)
 
     def score(self, model, objective, rows: slice) -> Tensor:
-        """`rank_rows`; the heads of the objective take no part."""
-        return self.rank_rows(model, rows)
+        """`rank_rows`; the heads of the objective take no part. The rows of a validation come in
+        their order: the item table, which may cost a product over all items, is that of the first.
+        """
+        if rows.start == 0 or self._table is None:
+            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+                self._table = model.item_table
+        ranks = self.rank_rows(model, rows, self._table)
+        if rows.stop >= len(self):
+            self._table = None  # of a GPU's memory, perhaps
+        return ranks
 
     @property
     def metric_names(self) -> list[str]:
@@ -278,8 +288,7 @@ class NextItemJudge:
         width = self.dataset.num_items
         targets = self.owner[theirs] * width + self.targets[theirs]
         kept = ~torch.isin(owner[row] * width + items, targets)
-        number = row[kept].bincount(minlength=len(owner))
-        offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
+        offsets = offsets_of(row[kept].bincount(minlength=len(owner)))
         return items[kept].to(device), offsets.to(device)
 
     def candidates(self, pairs: slice = slice(None)) -> Tensor:

@@ -57,7 +57,7 @@ class RatingJudge:
         head = objective.find(RatingPrediction)
         if head is None:
             raise ValueError("the judge rating needs the objective rating")
-        batch = self._asked(model, rows).to(model.item_embedding.weight.device)
+        batch = self._asked(model, rows).to(model.device)
         with torch.no_grad():
             found = head.predict(model.encode(batch)).double().cpu()
         return found[batch.events["asked"].cpu()]

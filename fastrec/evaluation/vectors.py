@@ -48,7 +48,7 @@ class VectorsJudge:
             raise ValueError("the judge vectors needs an objective with a pool")
         with torch.no_grad():
             batch = model.inputs(self.dataset, self.users[rows], self.split)
-            batch = batch.as_views(2).to(model.item_table.device)
+            batch = batch.as_views(2).to(model.device)
             vectors = pool(model, model.encode(batch, Rng(0, 0)))
         return torch.cat(vectors.float().cpu().chunk(2), dim=1)
 

@@ -22,6 +22,7 @@ class Filler:
         if model.config.causal:
             raise ValueError("filler must be a masked-item model, and this one is causal")
         self.model = model.to("cpu").requires_grad_(False)
+        self.table = self.model.item_table  # may cost a product over all items
 
     @torch.no_grad()
     def __call__(self, batch: JaggedBatch, among: int) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,6 @@ class Filler:
         framed = model.frame(batch).with_scored()
         assert framed.scored is not None
         states = model.output(model.encode(framed), framed.scored)
-        query = model.item_head.query(states).to(model.item_table.dtype)
-        best = linear_topk(query, model.item_table, among, linear_bias=model.item_head.bias)
+        query = model.item_head.query(states).to(self.table.dtype)
+        best = linear_topk(query, self.table, among, linear_bias=model.item_head.bias)
         return best.indices, best.values

@@ -92,17 +92,16 @@ def last_pool(states: Tensor, batch: JaggedBatch, num_items: int) -> Tensor:
     """[B, D]: the state of the last item of a sequence; without items that of its last event, and
     0 without events."""
     states = states if len(states) else F.pad(states, (0, 0, 0, 1))
-    last = states[_last_item(batch, num_items)]
+    last = last_event(is_item(batch, num_items), batch)
+    last = states[torch.where(last >= 0, last, batch.offsets[1:] - 1).clamp_min(0)]
     return last.masked_fill((batch.lengths == 0).unsqueeze(1), 0.0)
 
 
-def _last_item(batch: JaggedBatch, num_items: int) -> Tensor:
-    """int64 [B]: the event that `last_pool` takes, any event of an empty sequence."""
-    place = torch.arange(batch.values.shape[0], device=batch.values.device)
-    place = place.masked_fill(~is_item(batch, num_items), -1)
-    running = torch.cat([place.new_full((1,), -1), place.cummax(0).values])[batch.offsets[1:]]
-    ends = batch.offsets[1:] - 1
-    return torch.where(running >= batch.offsets[:-1], running, ends).clamp_min(0)
+def last_event(kept: Tensor, batch: JaggedBatch) -> Tensor:
+    """int64 [B]: the last event of each sequence that is `kept`, bool [T]; -1 where none is."""
+    place = torch.arange(kept.shape[0], device=kept.device).masked_fill(~kept, -1)
+    last = torch.cat([place.new_full((1,), -1), place.cummax(0).values])[batch.offsets[1:]]
+    return torch.where(last >= batch.offsets[:-1], last, -1)
 
 
 class Pool(nn.Module):

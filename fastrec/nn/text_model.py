@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastrec.data.batch import JaggedBatch, from_sequences
 from fastrec.data.item_texts import TextData
 from fastrec.nn.pool import Encoded, Pooling
-from fastrec.nn.user_model import UserModel
+from fastrec.nn.user_model import UserModel, histories_of
 
 _ITEMS = 1024  # that are encoded at a time
 
@@ -42,25 +42,24 @@ class TextModel:
         self.trained_on, self.recipe = model.trained_on, model.recipe
 
     @property
-    def item_embedding(self) -> torch.nn.Embedding:
-        """Of the tokens: where the model is."""
-        return self.model.item_embedding
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
 
     @property
     def item_head(self) -> SimpleNamespace:
         """`bias` [V], 0."""
-        device = self.item_embedding.weight.device
-        return SimpleNamespace(bias=torch.zeros(self.num_items, device=device))
+        return SimpleNamespace(bias=torch.zeros(self.num_items, device=self.device))
 
     @property
     def item_table(self) -> Tensor:
         """float32 [V, D], of unit length, without dropout and without a gradient."""
-        device, parts = self.item_embedding.weight.device, []
+        parts = []
         with torch.no_grad():
             for start in range(0, self.num_items, _ITEMS):
                 items = range(start, min(start + _ITEMS, self.num_items))
                 batch = self._framed(from_sequences([[item] for item in items]))
-                parts.append(self.ask(batch.to(device)))
+                parts.append(self.ask(batch.to(self.device)))
         return torch.cat(parts)
 
     def to(self, device) -> "TextModel":
@@ -81,11 +80,7 @@ class TextModel:
 
     def inputs_of(self, histories, ask: bool = False) -> JaggedBatch:
         """As `UserModel.inputs_of`: lists of item indices in [0, V), oldest first."""
-        batch = from_sequences(histories)
-        wrong = (batch.values < 0) | (batch.values >= self.num_items)
-        if wrong.any():
-            bad = int(batch.values[wrong][0])
-            raise IndexError(f"item {bad} of a history is out of [0, {self.num_items})")
+        batch = histories_of(histories, self.num_items)
         return self._framed(batch.last(self.config.max_len))
 
     def encode(self, batch: JaggedBatch, rng=None) -> Encoded:

@@ -82,7 +82,7 @@ def with_items(
     like: categories of the V_new items: a new item begins with the mean over its categories of the
         mean of the known items in them, where there are any.
     """
-    rows = rows.to(model.item_embedding.weight.device)
+    rows = rows.to(model.device)
     new, config = (rows < 0).nonzero().squeeze(1), model.config
     sizes = model.item_input.classes | model.item_input.sizes
     features = unknown_features(config.items, len(rows), sizes)

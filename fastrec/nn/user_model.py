@@ -18,6 +18,7 @@ from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.heads import ItemHead
+from fastrec.nn.init import init_bert
 from fastrec.nn.items import ItemFeatures, ItemInput, unknown_features
 from fastrec.nn.model_config import ModelConfig, check_sizes, config_of, described, parameters
 from fastrec.nn.model_files import (
@@ -93,7 +94,7 @@ class UserModel(nn.Module):
             similarity=config.head_similarity,
             temperature=config.head_temperature,
         )
-        self.apply(_init_bert)
+        self.apply(_started)
 
     def token(self, name: str) -> int:
         """Row of a special token in the embedding table: "mask", "cls", "sep" or "ur"."""
@@ -110,6 +111,11 @@ class UserModel(nn.Module):
         return self.item_input.ids
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.item_embedding.weight.device
+
+    @property
     def output_table(self) -> Tensor:
         """What scores items by its first V rows: the embedding [V + 4, D], the sum of it and of the
         mapped features of items, or the head's own table [V, D + user_width]; of unit length where
@@ -119,7 +125,7 @@ class UserModel(nn.Module):
 
     def scoring(self, encoded: Encoded) -> Tensor:
         """`output_table` as the pass that made `encoded` has computed it, with its dropout."""
-        return self.output_table if encoded.items is None else self._scoring(encoded.items)
+        return self._scoring(encoded.items)
 
     def _scoring(self, items: Tensor | None) -> Tensor:
         own = self.item_head.table
@@ -188,11 +194,7 @@ class UserModel(nn.Module):
 
         Raises IndexError for an index out of [0, V).
         """
-        batch = from_sequences(histories)
-        wrong = (batch.values < 0) | (batch.values >= self.num_items)
-        if wrong.any():
-            bad = int(batch.values[wrong][0])
-            raise IndexError(f"item {bad} of a history is out of [0, {self.num_items})")
+        batch = histories_of(histories, self.num_items)
         none = torch.full(batch.values.shape, math.nan, device="cpu")
         return self.frame(replace(batch, events=dict.fromkeys(self.event_columns, none)), ask)
 
@@ -379,6 +381,16 @@ class UserModel(nn.Module):
         return model
 
 
+def histories_of(histories: Sequence[Sequence[int]], num_items: int) -> JaggedBatch:
+    """A batch of lists of item indices. Raises IndexError for one out of [0, num_items)."""
+    batch = from_sequences(histories)
+    wrong = (batch.values < 0) | (batch.values >= num_items)
+    if wrong.any():
+        bad = int(batch.values[wrong][0])
+        raise IndexError(f"item {bad} of a history is out of [0, {num_items})")
+    return batch
+
+
 def _read(views: list[JaggedBatch]) -> list[JaggedBatch]:
     """Views with the columns that an encoder reads: targets may differ in shape, and where one has
     positions of its own all must have some."""
@@ -390,12 +402,8 @@ def _read(views: list[JaggedBatch]) -> list[JaggedBatch]:
     return made
 
 
-def _init_bert(module: nn.Module) -> None:
-    # N(0, 0.02) for weights, zero biases, LayerNorm at identity (Devlin et al., 2019).
-    if isinstance(module, nn.Linear | nn.Embedding):
-        torch.nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        torch.nn.init.zeros_(module.bias)
+def _started(module: nn.Module) -> None:
+    init_bert(module)
     if isinstance(module, Patch | ItemInput | ItemHead):
         module.reset()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastrec.data.batch import NO_TARGET
 from fastrec.data.cold_items import ColdRows
 from fastrec.data.side import SideData
+from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Pool, Pooling
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 from fastrec.random import Rng
@@ -57,9 +58,7 @@ class ColdItemPrediction(nn.Module):
     def __init__(self, width: int, num_items: int, pool: Pooling = "ur", ids_hash: str = ""):
         super().__init__()
         self.pool = Pool(pool, width)
-        self.linear = nn.Linear(width, num_items)
-        nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = init_bert(nn.Linear(width, num_items))
         self.scales = [{"name": COLUMN, "items": ids_hash, "pool": pool}]
 
     def forward(self, model, rng: Rng, view: Encoded) -> dict[str, tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
-from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.nn.pool import Encoded, Pool, Pooling, last_event
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
 from fastrec.random import Rng
 
@@ -103,7 +103,7 @@ class ViewContrast(nn.Module):
             no negatives of each other; a negative id is none.
         real: bool [B], who is not padding.
         """
-        how, several = self.settings, torch.distributed.is_initialized()
+        how = self.settings
         twice = how.anchors == "both" or how.candidates == "both"
         # Candidate i is the other view of anchor i.
         query = torch.cat([a, b]) if how.anchors == "both" else a
@@ -115,29 +115,40 @@ class ViewContrast(nn.Module):
             # One more column, of views: the anchors of one and the candidates of the same one.
             view = torch.arange(len(ids), device=a.device).unsqueeze(1) // max(len(a), 1)
             anchor_ids, ids = torch.cat([anchor_ids, view], 1), torch.cat([ids, 1 - view], 1)
-        bias = positive = None
-        if real is not None:
-            bias = torch.where(torch.cat([real, real]), 0.0, -torch.inf)[: len(candidate)]
-            real = torch.cat([real, real])[: len(query)]
-            # The partner of padding is out: it looks for somebody who is not.
-            positive = torch.arange(len(query), device=a.device).masked_fill(~real, 0)
-        loss = in_batch_cross_entropy(
+        return partner_loss(
             query,
             candidate,
+            None if real is None else torch.cat([real, real]),
             similarity=how.similarity,
             temperature=how.temperature,
-            candidate_bias=bias,
-            positive=positive,
             query_group=anchor_ids,
             candidate_group=ids,
-            group=torch.distributed.group.WORLD if several else None,
-            reduction="mean" if real is None else "none",
             backend=self.backend,
         )
-        if real is None:
-            return loss, len(query)
-        count = real.sum()
-        return (loss * real).sum() / count.clamp_min(1), count
+
+
+def partner_loss(
+    query: Tensor, candidate: Tensor, real: Tensor | None, **settings
+) -> tuple[Tensor, Tensor | int]:
+    """(mean, number) of the cross-entropies of queries [N, D] whose partner is the candidate of the
+    same number, among the candidates [M, D] of all processes.
+
+    real: bool, the first N of the queries, the first M of the candidates: who is not padding.
+    settings: of `in_batch_cross_entropy`.
+    """
+    several = torch.distributed.is_initialized()
+    group = torch.distributed.group.WORLD if several else None
+    if real is None:
+        return in_batch_cross_entropy(query, candidate, group=group, **settings), len(query)
+    bias, real = torch.where(real[: len(candidate)], 0.0, -torch.inf), real[: len(query)]
+    # The partner of padding is out: it looks for somebody who is not.
+    positive = torch.arange(len(query), device=query.device).masked_fill(~real, 0)
+    rows = in_batch_cross_entropy(
+        query, candidate, candidate_bias=bias, positive=positive, group=group, reduction="none",
+        **settings,
+    )  # fmt: skip
+    count = real.sum()
+    return (rows * real).sum() / count.clamp_min(1), count
 
 
 def last_target(batch: JaggedBatch) -> Tensor:
@@ -149,8 +160,5 @@ def last_target(batch: JaggedBatch) -> Tensor:
             "contrast.false_negatives: target needs targets in the first view, next_item for one"
         )
     target = target[:, 0] if target.dim() > 1 else target
-    place = torch.arange(len(target), device=target.device).masked_fill(target < 0, -1)
-    # The last event with a target up to the end of each sequence: tokens may stand behind it.
-    last = torch.cat([place.new_full((1,), -1), place.cummax(0).values])[batch.offsets[1:]]
-    padded = torch.cat([target, target.new_full((1,), -1)])  # no event: there is a last one
-    return torch.where(last >= batch.offsets[:-1], padded[last], -1)
+    padded = torch.cat([target, target.new_full((1,), -1)])  # what last_event's -1 points to
+    return padded[last_event(target >= 0, batch)]

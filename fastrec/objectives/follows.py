@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastrec.data.side import SideData
+from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Pool, Pooling
 from fastrec.random import Rng
 
@@ -36,9 +37,7 @@ class BasketFollows(nn.Module):
 
     def __init__(self, width: int, pool: Pooling):
         super().__init__()
-        self.pool, self.linear = Pool(pool, width), nn.Linear(width, 1)
-        nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        self.pool, self.linear = Pool(pool, width), init_bert(nn.Linear(width, 1))
 
     def forward(self, model, rng: Rng, view: Encoded) -> dict[str, tuple]:
         """{"follows": (loss, number of users with two baskets)}; 0 with a live graph for none."""

@@ -16,6 +16,7 @@ from fastrec.data.batch import NO_TARGET, JaggedBatch
 from fastrec.data.negatives import NegativeSampler
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
+from fastrec.nn.init import init_bert
 from fastrec.nn.plain import first_rows
 from fastrec.nn.pool import Encoded
 from fastrec.objectives.bpr import bpr
@@ -160,10 +161,7 @@ class ItemPrediction(nn.Module):
     ):
         super().__init__()
         self.settings, self.sampler, self.share = settings, sampler, share
-        self.linear = nn.Linear(width, width) if settings.project else None
-        if self.linear is not None:
-            nn.init.normal_(self.linear.weight, std=0.02)
-            nn.init.zeros_(self.linear.bias)
+        self.linear = init_bert(nn.Linear(width, width)) if settings.project else None
 
     def forward(self, model, rng: Rng, *views: Encoded) -> dict[str, tuple[Tensor, Tensor | int]]:
         """{"item": (loss, N)}, of bpr the number of pairs; 0 with a live graph when nothing is

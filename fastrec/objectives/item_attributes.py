@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastrec.data.batch import NO_TARGET
 from fastrec.data.item_categories import CategoryLists, category_lists
 from fastrec.data.side import SideData
+from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded
 from fastrec.ops.multilabel_bce import NOT_SCORED, multilabel_bce
 from fastrec.random import Rng
@@ -74,14 +75,11 @@ class ItemAttributePrediction(nn.Module):
     def __init__(self, settings: ItemAttributes, lists: CategoryLists, width: int):
         super().__init__()
         self.settings = settings
-        self.table = nn.Embedding(lists.classes, width)
-        nn.init.normal_(self.table.weight, std=0.02)
+        self.table = init_bert(nn.Embedding(lists.classes, width))
         self.maps = nn.ModuleDict()
         for name in ("masked", "unmasked"):
             if getattr(settings, name):
-                self.maps[name] = linear = nn.Linear(width, width)
-                nn.init.normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
+                self.maps[name] = init_bert(nn.Linear(width, width))
         # Of the data set, not of the model: not saved.
         self.register_buffer("values", lists.values, persistent=False)
         self.register_buffer("offsets", lists.offsets, persistent=False)

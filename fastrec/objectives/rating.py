@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.data.steps.mask_rating import TARGET
+from fastrec.nn.init import init_bert
 from fastrec.nn.plain import embedding_table
 from fastrec.nn.pool import Encoded
 from fastrec.ops.common.arguments import without_autocast
@@ -62,14 +63,11 @@ class RatingPrediction(nn.Module):
 
     def __init__(self, width: int, mean: float = 0.0, num_items: int | None = None):
         super().__init__()
-        self.linear = nn.Linear(width, 1) if num_items is None else None
-        self.items = None if num_items is None else nn.Embedding(num_items, width)
+        self.linear = init_bert(nn.Linear(width, 1)) if num_items is None else None
+        self.items = None if num_items is None else init_bert(nn.Embedding(num_items, width))
         self.scales = [{"by": "state" if num_items is None else "item"}]
         if self.linear is not None:
-            nn.init.normal_(self.linear.weight, std=0.02)
             nn.init.constant_(self.linear.bias, mean)
-        if self.items is not None:
-            nn.init.normal_(self.items.weight, std=0.02)
 
     def predict(self, view: Encoded) -> Tensor:
         """[T] in the dtype of the weights: the rating of each event, in the unit of the data. What

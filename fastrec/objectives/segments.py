@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
+from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Pool, Pooling
 from fastrec.objectives.bpr import pairwise
-from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
+from fastrec.objectives.contrast import partner_loss
 from fastrec.random import Rng
 
 
@@ -68,9 +69,7 @@ class SegmentPrediction(nn.Module):
         super().__init__()
         self.settings = settings
         self.pool = Pool(settings.pool, width)
-        self.linear = nn.Linear(width, width)
-        nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = init_bert(nn.Linear(width, width))
 
     def forward(self, model, rng: Rng, context: Encoded, run: Encoded) -> dict[str, tuple]:
         """{"segments": (loss, number of users)}; 0 for a user alone."""
@@ -86,26 +85,9 @@ class SegmentPrediction(nn.Module):
         [B], who is not padding."""
         if self.settings.negatives == "next":
             return self._next(query, run, ids, real)
-        bias = None if real is None else torch.where(real, 0.0, -torch.inf)
-        positive = None
-        if real is not None:  # the run of padding is out: it looks for somebody's who is not
-            positive = torch.arange(len(query), device=query.device).masked_fill(~real, 0)
-        several = torch.distributed.is_initialized()
-        loss = in_batch_cross_entropy(
-            query,
-            run,
-            candidate_bias=bias,
-            positive=positive,
-            query_group=ids,
-            candidate_group=ids,
-            group=torch.distributed.group.WORLD if several else None,
-            reduction="mean" if real is None else "none",
-            backend=self.backend,
+        return partner_loss(
+            query, run, real, query_group=ids, candidate_group=ids, backend=self.backend
         )
-        if real is None:
-            return loss, len(query)
-        count = real.sum()
-        return (loss * real).sum() / count.clamp_min(1), count
 
     def _next(self, query, run, ids, real) -> tuple[Tensor, Tensor]:
         index = torch.arange(len(query), device=query.device)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.side import SideData
+from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Interests, Pool, Pooling
 from fastrec.random import Rng
 
@@ -87,9 +88,7 @@ class UserAttributePrediction(nn.Module):
         how |= {"hidden": hidden} if hidden else {}
         self.scales = [attribute.scale | how for attribute in attributes]
         self.hidden = nn.Linear(width, hidden) if hidden else None
-        self.linear = nn.Linear(hidden or width, sum(self.sizes))
-        nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = init_bert(nn.Linear(hidden or width, sum(self.sizes)))
         self.pool = Pool(pool, width)
 
     def predict(self, users: Tensor) -> dict[str, Tensor]:

@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from fastrec.data.dataset import COLD
-from fastrec.data.dataset_files import features_file
+from fastrec.data.dataset_files import COLD, features_file
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
 from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.user_model import UserModel
@@ -180,12 +179,12 @@ def started_from(initial: UserModel | None) -> str | None:
 
 
 def check_resumed(
-    folder: Path, run: dict, steps: int, encoder, initial: UserModel | None = None
+    folder: Path, run: dict, steps: int, encoder, given: str | None = None
 ) -> str | None:
-    """What the run in `folder` started from, see `started_from`. A resumed run need not name it.
+    """What the run in `folder` started from, see `started_from`. A resumed run need not say it.
 
     Raises FileNotFoundError or ValueError if it cannot go on as `run` to so many steps: no
-    checkpoint, a damaged one, other settings, another model than `initial`, more steps, or no best
+    checkpoint, a damaged one, other settings, another model than `given`, more steps, or no best
     model."""
     path = folder / LAST
     if not path.is_file():
@@ -198,7 +197,7 @@ def check_resumed(
     if differences := [text for before, now in pairs for text in _differences(before, now)]:
         raise ValueError(f"{path} is of a run with other settings: {', '.join(differences)}")
     start = state["run"].get("init")
-    if initial is not None and start != started_from(initial):
+    if given not in (None, start):
         what = "random weights" if start is None else "another model"
         raise ValueError(f"{path} is of a run that started from {what}, not the one given")
     if state["global_step"] > steps:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrec.data.cold_items import ColdItems, ColdRows
 from fastrec.data.output import write_table
 from fastrec.data.settings import from_values
+from fastrec.data.side import SideData
 from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
@@ -131,9 +132,7 @@ def _cold_start(
     _check_rows(model, recipe.cold_items, folder)
     rows = ColdRows(dataset)
     parts = rows.split(recipe.cold_items)
-    objective = JointObjective(stage.parts, model, cold_side(rows, recipe))
-    load_heads(objective, folder)
-    objective.to(model.item_table.device)
+    objective, _ = _trained(stage.parts, model, cold_side(rows, recipe), folder)
     judge = ColdStartJudge(rows, parts[split], parts["train"], recipe.evaluation.cutoffs)
     ranks = _all_scores(judge, model, objective)
     metrics = {
@@ -171,9 +170,8 @@ def _vectors(
     dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str
 ) -> dict:
     judge = VectorsJudge(dataset, select_users(dataset, recipe.users, split), split)
-    objective = JointObjective(stage.parts, model, side_data(dataset, recipe))
-    load_heads(objective, folder, only=[*stage.parts])  # a pool may have parameters
-    objective.to(model.item_table.device)
+    side, only = side_data(dataset, recipe), [*stage.parts]  # a pool may have parameters
+    objective, _ = _trained(stage.parts, model, side, folder, only)
     rows = {"model": judge.metrics(_all_scores(judge, model, objective))}
     print(f"vectors of {len(judge):,} users, each with two dropouts, split {split}")
     print_metrics(rows, scale=1, digits=4)
@@ -185,9 +183,7 @@ def _rating(
 ) -> dict:
     chosen, trained = (select_users(dataset, recipe.users, part) for part in (split, "train"))
     judge = RatingJudge(dataset, chosen, split, trained)
-    objective = JointObjective(stage.parts, model, side_data(dataset, recipe))
-    load_heads(objective, folder)
-    objective.to(model.item_embedding.weight.device)
+    objective, _ = _trained(stage.parts, model, side_data(dataset, recipe), folder)
     rows = {
         "constant": judge.metrics(judge.constant),
         "biases of items and users": judge.metrics(judge.biases),
@@ -209,9 +205,7 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
         raise ValueError(f"{folder / HEADS} holds no user_attributes: it was trained otherwise")
     pool = from_values(Pooling, scales[0]["pool"], "the pool of user_attributes")
     settings = UserAttributes(pool=pool, hidden=scales[0].get("hidden", 0))
-    objective = JointObjective({"user_attributes": settings}, model, side)
-    load_heads(objective, folder)
-    objective.to(model.item_embedding.weight.device)
+    objective, _ = _trained({"user_attributes": settings}, model, side, folder)
     trained = select_users(dataset, recipe.users, "train")
     judge = AttributesJudge(dataset, users, "all", side.encoded, trained)
     rows = {
@@ -227,10 +221,8 @@ def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Pa
     users, evaluation = held_out_users(dataset, recipe.users), recipe.evaluation
     others = evaluation.other_friends
     judge = FriendsJudge(dataset, users, "all", others, evaluation.seed)
-    settings = stage.parts.get("friends", Friends())
-    objective = JointObjective({"friends": settings}, model, side_data(dataset, recipe))
-    taken = load_heads(objective, folder, only=["friends"])
-    objective.to(model.item_embedding.weight.device)
+    parts = {"friends": stage.parts.get("friends", Friends())}
+    objective, taken = _trained(parts, model, side_data(dataset, recipe), folder, ["friends"])
     rows = {
         "shared items (Sim)": judge.shared_items(),
         "model": judge.metrics(_all_scores(judge, model, objective), objective),
@@ -245,6 +237,15 @@ def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Pa
     print_metrics(rows)
     print(f"standard error of the model's accuracy: {deviation:.2f}")
     return {"pairs": pairs, "trained_similarity": bool(taken), "metrics": rows}
+
+
+def _trained(
+    parts: dict, model: UserModel, side: SideData, folder: Path, only: list[str] | None = None
+) -> tuple[JointObjective, list[str]]:
+    """(objectives with what `load_heads` reads, where the model is; the names of the tensors)."""
+    objective = JointObjective(parts, model, side)
+    taken = load_heads(objective, folder, only)
+    return objective.to(model.device), taken
 
 
 def _all_scores(judge, model: UserModel, objective: JointObjective) -> Tensor:

@@ -187,7 +187,7 @@ def _fit(
     start = started_from(initial)
     if resume:
         run = identity(dataset, recipe, stage)
-        start = check_resumed(output, run, current.steps, encoder, initial)
+        start = check_resumed(output, run, current.steps, encoder, start)
     elif first_process():
         check_free(output, dataset, recipe, stage)
     device = device_of(around.device)

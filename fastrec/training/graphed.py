@@ -240,7 +240,7 @@ class GraphedObjective:
             {n: padded(v, self.capacities[n], spare, length, filler) for n, v in views.items()},
             (torch.tensor(self.seed, device="cpu"), torch.tensor(step, device="cpu")),
         )
-        device = self.model.item_embedding.weight.device
+        device = self.model.device
         packs = _packed(inputs)
         if device.type == "cuda":
             packs = [pack.pin_memory().to(device, non_blocking=True) for pack in packs]

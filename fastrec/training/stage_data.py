@@ -104,12 +104,12 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
 def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
-    The judges of the next item and of ratings are asked about all selected users with a validation
-    target, that of vectors about some of them. Trained are the selected users with training events,
-    together with those whose sequences are too short to hold anything out. The judges of attributes
-    and friends are asked about a random tenth of the selected users, who are not trained on. Where
-    users are held out to test these, the attributes and friends of that tenth are hidden from every
-    stage: a model that remembered them would be chosen for it.
+    The judges of the next item, of texts and of ratings are asked about all selected users with a
+    validation target, that of vectors about some of them. Trained are the selected users with
+    training events, together with those whose sequences are too short to hold anything out. The
+    judges of attributes and friends are asked about a random tenth of the selected users, who are
+    not trained on. Where users are held out to test these, the attributes and friends of that tenth
+    are hidden from every stage: a model that remembered them would be chosen for it.
 
     Cold start trains and judges rows of all users, whatever the recipe says of `users`.
     """

@@ -17,9 +17,11 @@ from fastrec.nn.encoders.transformer import Transformer
 class Encoders:
     """The encoder of a model: exactly one of these.
 
-    Its module maps (`ItemRows`, batch, rng) to states [T, D]; its settings have
-    `build(width, max_positions, dropout)` and, where the states of an event depend on earlier
-    events alone, `causal`.
+    Its module maps (`ItemRows`, batch, rng) to states [T, D], and with `takes_rows` can give those
+    of some events alone. Its settings have `build(width, max_positions, dropout)`,
+    `parameters(width, positions)`, how many numbers that makes, and where it is so `causal` (the
+    states of an event depend on earlier events alone), `event_columns`, which it reads, and
+    `reads_positions`.
 
     Attributes:
         transformer: self-attention.
