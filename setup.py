@@ -97,6 +97,6 @@ setup(
     # `kernels/` stays a top-level folder of the repository but never a top-level package: that name
     # is taken on PyPI and imported by others.
     package_dir={"fastrec": "fastrec", "fastrec.kernels": "kernels"},
-    package_data={"fastrec.recipes": ["*.yaml"], "fastrec": ["py.typed"]},
+    package_data={"fastrec.recipes": ["*.yaml"], "fastrec": ["py.typed", "help/*.txt"]},
     **extension_arguments(),
 )

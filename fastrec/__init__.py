@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastrec: fused, exact kernels and objectives for recommender user models.
 
-The ops are imported here; what is above them, `LATER`, when it is first asked for.
+The ops are imported here, but for the command line; what is above them, `LATER`, when it is first
+asked for.
 """
 
 import importlib
@@ -10,23 +11,24 @@ from typing import TYPE_CHECKING
 from fastrec import threads
 
 if threads.is_command():
-    threads.prepare_command()  # before torch is imported
+    threads.prepare_command()  # before torch is imported, which `fastrec --help` does without
 
-from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
-from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
-from fastrec.ops.gelu_ffn import gelu_ffn
-from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
-from fastrec.ops.in_batch_hardest import in_batch_hardest
-from fastrec.ops.jagged_attention import jagged_attention
-from fastrec.ops.jagged_embedding import jagged_embedding
-from fastrec.ops.jagged_gru import jagged_gru
-from fastrec.ops.jagged_max_pool import jagged_max_pool
-from fastrec.ops.linear import linear
-from fastrec.ops.linear_cross_entropy import linear_cross_entropy
-from fastrec.ops.linear_rank import linear_rank
-from fastrec.ops.linear_topk import linear_topk
-from fastrec.ops.multilabel_bce import multilabel_bce
-from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
+if TYPE_CHECKING or not threads.is_command():
+    from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
+    from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
+    from fastrec.ops.gelu_ffn import gelu_ffn
+    from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
+    from fastrec.ops.in_batch_hardest import in_batch_hardest
+    from fastrec.ops.jagged_attention import jagged_attention
+    from fastrec.ops.jagged_embedding import jagged_embedding
+    from fastrec.ops.jagged_gru import jagged_gru
+    from fastrec.ops.jagged_max_pool import jagged_max_pool
+    from fastrec.ops.linear import linear
+    from fastrec.ops.linear_cross_entropy import linear_cross_entropy
+    from fastrec.ops.linear_rank import linear_rank
+    from fastrec.ops.linear_topk import linear_topk
+    from fastrec.ops.multilabel_bce import multilabel_bce
+    from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
 if TYPE_CHECKING:
     from fastrec.data.dataset import SequenceDataset
@@ -100,6 +102,10 @@ __all__ = [
     "unpatch",
     "user_vectors",
 ]
+
+
+if threads.is_command():
+    LATER |= {name: f"fastrec.ops.{name}" for name in __all__ if name not in LATER}
 
 
 def __getattr__(name: str):

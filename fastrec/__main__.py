@@ -2,9 +2,27 @@
 """`fastrec` and `python -m fastrec`: the command line, or what is missing for it."""
 
 import sys
+from pathlib import Path
+
+# What `fastrec --help` and `fastrec COMMAND --help` print. The parsers read the settings of all
+# parts, and so import torch; who asks for help does not wait for it. `python tests/test_help.py`
+# writes the files.
+HELP = Path(__file__).parent / "help"
+
+
+def saved_help(arguments: list[str]) -> str | None:
+    """The text for arguments that ask for help and nothing else."""
+    *command, asked = arguments or [""]
+    file = HELP / f"{' '.join(command) or 'fastrec'}.txt"
+    if asked not in ("-h", "--help") or len(command) > 1 or not file.is_file():
+        return None
+    return file.read_text()
 
 
 def main() -> None:
+    if (text := saved_help(sys.argv[1:])) is not None:
+        sys.stdout.write(text)
+        return
     try:
         from fastrec import cli
 
