@@ -129,7 +129,8 @@ def patch(library: str, *, parity: bool = False) -> Patch:
         Patch: `undo()` puts everything back; in a `with` statement its end does.
 
     Raises:
-        ValueError: another library. ModuleNotFoundError: the library is not installed.
+        ValueError: another library.
+        ModuleNotFoundError: the library is not installed.
     """
     if library not in LIBRARIES:
         raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")

@@ -104,7 +104,8 @@ def gelu_ffn(
         the same bits in any batch, and all gradients have for any number of threads.
 
     Raises:
-        ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape or dtype is wrong.
+        RuntimeError: `backend` cannot run.
     """
     check_width("input", input, ("T", "D"))
     device, low = input.device, autocast_dtype(input.device)

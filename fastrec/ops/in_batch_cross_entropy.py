@@ -195,8 +195,10 @@ def in_batch_cross_entropy(
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or options differ between the
-        ranks. IndexError: `positive` or a value of `exclude` is out of range (a device assertion on
-        a GPU). RuntimeError: `backend` cannot run.
+            ranks.
+        IndexError: `positive` or a value of `exclude` is out of range (a device assertion on a
+            GPU).
+        RuntimeError: `backend` cannot run.
     """
     query, candidate = promote_under_autocast(query, candidate)
     query_group, candidate_group, exclude = check_pairs(

@@ -154,8 +154,9 @@ def in_batch_hardest(
         Similarities are compared in that dtype.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value of `exclude`
-        is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape, dtype or option is wrong.
+        IndexError: a value of `exclude` is out of range (a device assertion on a GPU).
+        RuntimeError: `backend` cannot run.
     """
     query, candidate = promote_under_autocast(query, candidate)
     query_group, candidate_group, exclude = check_pairs(

@@ -287,9 +287,10 @@ def jagged_attention(
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or dropout has no key. The values
-        of `offsets` are not looked at on a GPU and under torch.compile. There rows of a sequence
-        beyond `max_seq_len` are undefined, and events behind the last offset, which belong to no
-        sequence, have an output and gradients of 0. RuntimeError: `backend` cannot run.
+            of `offsets` are not looked at on a GPU and under torch.compile. There rows of a
+            sequence beyond `max_seq_len` are undefined, and events behind the last offset, which
+            belong to no sequence, have an output and gradients of 0.
+        RuntimeError: `backend` cannot run.
     """
     if is_nested(query):
         (query, key, value), offsets = jagged_parts(offsets, query=query, key=key, value=value)

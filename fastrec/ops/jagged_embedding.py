@@ -243,8 +243,9 @@ def jagged_embedding(
         same bits on every call.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a value or a position
-        is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape, dtype or option is wrong.
+        IndexError: a value or a position is out of range (a device assertion on a GPU).
+        RuntimeError: `backend` cannot run.
     """
     values, positions = _check(values, weight, position_weight, positions, norm_weight, norm_bias)
     events, device = _events(values, weight), weight.device

@@ -182,8 +182,9 @@ def jagged_gru(
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong, or `offsets` do not rise from 0 to T. That
-        is not looked at on a GPU and under torch.compile, where events behind the last offset have
-        a state and gradients of 0. RuntimeError: `backend` cannot run.
+            is not looked at on a GPU and under torch.compile, where events behind the last offset
+            have a state and gradients of 0.
+        RuntimeError: `backend` cannot run.
     """
     offsets = _check(input, offsets, weight_ih, weight_hh, bias_ih, bias_hh)
     backend, wide = resolve(backend, OP, input.device), accumulate_dtype(input)

@@ -138,8 +138,9 @@ def jagged_max_pool(
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong, or `offsets` do not rise from 0 to T. That
-        is not looked at on a GPU and under torch.compile, where events behind the last offset
-        belong to no sequence and have a gradient of 0. RuntimeError: `backend` cannot run.
+            is not looked at on a GPU and under torch.compile, where events behind the last offset
+            belong to no sequence and have a gradient of 0.
+        RuntimeError: `backend` cannot run.
     """
     if is_nested(values):
         (values,), offsets = jagged_parts(offsets, values=values)

@@ -87,7 +87,8 @@ def linear(
         `input` has the same bits in any batch, and all gradients have for any number of threads.
 
     Raises:
-        ValueError, TypeError: a shape or dtype is wrong. RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape or dtype is wrong.
+        RuntimeError: `backend` cannot run.
     """
     check_tensor("input", input)
     if input.dim() == 0:

@@ -120,8 +120,9 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or sizes, targets or options
-        differ between the ranks (a device assertion on a GPU). IndexError: a target or a row is
-        out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+            differ between the ranks (a device assertion on a GPU).
+        IndexError: a target or a row is out of range (a device assertion on a GPU).
+        RuntimeError: `backend` cannot run.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
     sharded = group is not None or hasattr(linear_weight, "device_mesh")

@@ -76,8 +76,9 @@ def linear_rank(
         `torch.set_float32_matmul_precision` allows it.
 
     Raises:
-        ValueError, TypeError: a shape or dtype is wrong. IndexError: a target or a value of
-        `exclude` is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape or dtype is wrong.
+        IndexError: a target or a value of `exclude` is out of range (a device assertion on a GPU).
+        RuntimeError: `backend` cannot run.
     """
     exclude = check_scores(input, linear_weight, linear_bias, exclude)
     target = check_index("target", target, input.shape[:1], input.device)

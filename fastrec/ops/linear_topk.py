@@ -86,8 +86,9 @@ def linear_topk(
         also under autocast, and int64.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or k is wrong. IndexError: a value of `exclude` is out
-        of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape, dtype or k is wrong.
+        IndexError: a value of `exclude` is out of range (a device assertion on a GPU).
+        RuntimeError: `backend` cannot run.
     """
     exclude = check_scores(input, linear_weight, linear_bias, exclude)
     if not 1 <= k <= linear_weight.shape[0]:

@@ -204,7 +204,8 @@ def multilabel_bce(
     Raises:
         ValueError, TypeError: a shape, dtype or option is wrong, or a list does not rise.
         IndexError: a label or a row of `label_rows` is out of range. Of values a device assertion
-        on a GPU. RuntimeError: `backend` cannot run.
+            on a GPU.
+        RuntimeError: `backend` cannot run.
     """
     check_table(input, linear_weight, linear_bias)
     if reduction not in ("none", "mean", "sum"):

@@ -289,8 +289,9 @@ def sampled_linear_cross_entropy(
         float32, and the rows of a gradient are summed in a fixed order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option is wrong. IndexError: a target, a negative
-        or a row is out of range (a device assertion on a GPU). RuntimeError: `backend` cannot run.
+        ValueError, TypeError: a shape, dtype or option is wrong.
+        IndexError: a target, a negative or a row is out of range (a device assertion on a GPU).
+        RuntimeError: `backend` cannot run.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
     input, target, rows, shape = scored_rows(input, target, rows)

@@ -124,9 +124,10 @@ def fit(
 
     Raises:
         FileExistsError: `output` holds a run and `resume` is off, or another process is writing it.
-        FileNotFoundError: nothing to resume. ValueError: `last.ckpt` or the best model is damaged
-        or of a run with other settings, or the stage cannot run as it says. Nothing is written
-        then. KeyboardInterrupt: Ctrl-C; `output/last.ckpt` holds all steps that were done.
+        FileNotFoundError: nothing to resume.
+        ValueError: `last.ckpt` or the best model is damaged or of a run with other settings, or the
+            stage cannot run as it says. Nothing is written then.
+        KeyboardInterrupt: Ctrl-C; `output/last.ckpt` holds all steps that were done.
     """
     around = Around(device, progress, callbacks, loggers)
     if output is None:
