@@ -3,6 +3,7 @@
 errors."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from builders import jagged
 from torch import nn
 from torch.nn import functional as F
 
+from fastrec.data.batch import from_sequences
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer, TransformerEncoder
 from fastrec.nn.items import ItemRows
@@ -220,3 +222,27 @@ def test_a_bert_has_no_place_for_another_encoder_and_is_not_asked_for_the_head()
     plain = bert_model()
     model = UserModel(50, replace(plain.config, head_table="own", user_width=4), num_users=3)
     assert bert_state(model).keys() == bert_state(plain).keys()
+
+
+def test_the_block_of_the_guide():
+    """With the `BertModel` of the real package."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    page = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
+    block = page.split("<!-- weights -->")[1].split("<!-- /weights -->")[0]
+    config = transformers.BertConfig(
+        vocab_size=54,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=INNER,
+        max_position_embeddings=32,
+    )
+    bert = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model, rows, ids = bert_model(), torch.randperm(54), torch.randint(50, (1, 9))
+    names = {"model": model, "bert": bert, "rows": rows, "torch_encoder": torch_encoder(False)}
+    with torch.no_grad():
+        before = bert(rows[ids]).last_hidden_state[0]
+        exec(compile(block.split("```python")[1].split("```")[0], "guide", "exec"), names)
+        ours = model.encode(from_sequences(ids.tolist())).states
+        torch.testing.assert_close(ours, before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bert(ids).last_hidden_state[0], ours, rtol=1e-4, atol=1e-5)

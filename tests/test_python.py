@@ -24,6 +24,7 @@ from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
 from fastrec.training.stage import Stage
 
+ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(
     width=16, max_len=8, dropout=0.2, encoder=Transformer(layers=1, heads=1, causal=True)
 )
@@ -178,17 +179,18 @@ def test_errors_of_parts_name_them():
         fit(data, views={"main": [NextItem()]}, objectives={"item": Item()})
 
 
-def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch):
+def test_the_snippets_of_the_pages_run(tmp_path, monkeypatch):
     """As they stand: ten lines, then a step, an objective and an encoder of one's own."""
     synthetic(tmp_path)
     monkeypatch.chdir(tmp_path)
-    guide = (Path(__file__).parent.parent / "docs" / "guide.md").read_text()
     names: dict = {"__name__": "snippet"}
-    for mark in ("python", "search", "own"):
-        if mark == "search":
-            pytest.importorskip("optuna", reason="the guide's search needs optuna")
-        block = guide.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
-        exec(compile(block.split("```python")[1].split("```")[0], mark, "exec"), names)
+    for page, marks in {"recommend.md": ("python", "search"), "objective.md": ("own",)}.items():
+        text = (ROOT / "docs" / page).read_text()
+        for mark in marks:
+            if mark == "search":
+                pytest.importorskip("optuna", reason="the search of the page needs optuna")
+            block = text.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
+            exec(compile(block.split("```python")[1].split("```")[0], mark, "exec"), names)
     assert names["best"].columns == ["user_id", "rank", "item_id", "score"]
     assert set(names["study"].best_params) == {"learning_rate", "dropout"}
     assert names["best"].height and type(names["model"].encoder).__name__ == "RunningMean"
@@ -198,10 +200,10 @@ def test_the_snippets_of_the_guide_run(tmp_path, monkeypatch):
     torch.testing.assert_close(names["model"].encode(batch).states, expected)
 
 
-def test_the_objective_of_contributing_trains_and_is_its_formula(tmp_path):
-    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-    names: dict = {"__name__": "contributing"}
-    exec(compile(text.split("```python")[1].split("```")[0], "CONTRIBUTING", "exec"), names)
+def test_the_objective_with_settings_trains_and_is_its_formula(tmp_path):
+    text = (ROOT / "docs" / "objective.md").read_text().split("<!-- size -->")[1]
+    names: dict = {"__name__": "objective"}
+    exec(compile(text.split("```python")[1].split("```")[0], "size", "exec"), names)
     dataset = SequenceDataset.load(synthetic(tmp_path))
     model = UserModel(dataset.num_items, CONFIG)
     parts = {"item": Item(), "size": names["Size"](weight=0.1)}

@@ -10,9 +10,11 @@ import fastrec
 PAGE = Path(__file__).parent.parent.parent / "docs" / "integrations.md"
 
 
-def run(library: str) -> dict:
+def run(library: str, mark: str | None = None) -> dict:
+    """Run the block of the page between two marks, called as the library unless said otherwise."""
     pytest.importorskip(library, reason=f"{library} is not installed")
-    block = PAGE.read_text().split(f"<!-- {library} -->")[1].split(f"<!-- /{library} -->")[0]
+    mark = mark or library
+    block = PAGE.read_text().split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
     names: dict = {}
     try:
         exec(compile(block.split("```python")[1].split("```")[0], library, "exec"), names)
@@ -24,6 +26,11 @@ def run(library: str) -> dict:
 def test_transformers():
     (report,) = run("transformers")["patch"].reports
     assert report.model == "BertForMaskedLM" and report.loss_difference < 1e-5
+
+
+def test_patch_and_undo():
+    patch = run("recbole", "patch")["patch"]
+    assert patch.replaced and not fastrec.patched()
 
 
 def test_recbole(tmp_path, monkeypatch):
