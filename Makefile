@@ -13,7 +13,7 @@ WORKERS := -n auto --dist worksteal
 # A library's environment is kept.
 .PRECIOUS: build/integrations/%
 
-.PHONY: help demo test test-all test-integrations smoke fuzz lint bench install wheel clean
+.PHONY: help demo test test-all test-integrations smoke fuzz lint bench install docs wheel clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -70,6 +70,14 @@ lint: .venv/installed  ## ruff and mypy
 
 bench: .venv/installed  ## measure the ops against their peers; updates results and tables
 	$(BIN)/python -m benchmarks.run --output benchmarks/results/cpu.json --table
+
+docs: build/site-tools/installed  ## the documentation site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 build/site-tools/bin/mkdocs build --strict --quiet --site-dir build/site
+
+build/site-tools/installed: docs/site/requirements.txt
+	$(PYTHON) -m venv build/site-tools
+	build/site-tools/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 wheel: .venv/installed  ## one wheel for Python 3.11 and later and torch 2.11 and later, into dist/
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
