@@ -72,7 +72,7 @@ bench: .venv/installed  ## measure the ops against their peers; updates results 
 	$(BIN)/python -m benchmarks.run --output benchmarks/results/cpu.json --table
 
 docs: build/site-tools/installed  ## the documentation site, into build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 build/site-tools/bin/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 build/site-tools/bin/mkdocs build --strict --site-dir build/site
 
 build/site-tools/installed: docs/site/requirements.txt
 	$(PYTHON) -m venv build/site-tools
