@@ -5,13 +5,13 @@ TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py tests/test_trit
   tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py
 VECTOR_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
   -k "cpp and ((within_budget and float32) or masks_are or generator_has)"
-INTEGRATIONS := transformers recbole rectools
+INTEGRATIONS := transformers recbole rectools replay
 ASAN := $(abspath build/asan)
 # A worker process per core; tests of threads and of several processes bring their own.
 WORKERS := -n auto --dist worksteal
 
 # A library's environment is kept.
-.PRECIOUS: build/integrations/%
+.PRECIOUS: build/integrations/%/installed
 
 .PHONY: help demo test test-all test-integrations smoke fuzz lint bench install docs wheel clean
 help:  ## list the targets
@@ -46,14 +46,14 @@ smoke: .venv/installed  ## the suite without the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 # Each library in an environment of its own, because their pins collide.
-test-integrations: .venv/installed $(INTEGRATIONS:%=build/integrations/%)  ## the patches of real libraries
+test-integrations: .venv/installed $(INTEGRATIONS:%=build/integrations/%/installed)  ## the patches of real libraries
 	for library in $(INTEGRATIONS); do \
 	  PYTHONPATH=. build/integrations/$$library/bin/python -m pytest tests/integrations || exit 1; \
 	done
 
-build/integrations/%: tests/integrations/requirements-%.txt
-	$(PYTHON) -m venv $@
-	$@/bin/pip install --quiet --disable-pip-version-check -r $<
+build/integrations/%/installed: tests/integrations/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 fuzz: .venv/installed  ## 20,000 damaged files, 4,000 damaged data sets, 50,000 calls of ops under ASan

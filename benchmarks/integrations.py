@@ -3,6 +3,7 @@
 
     python benchmarks/integrations.py recbole --model sasrec --source Beauty.txt
     python benchmarks/integrations.py rectools --model sasrec --source Beauty.txt
+    python benchmarks/integrations.py replay --source Beauty.txt
     python benchmarks/integrations.py transformers
 
 Run each with the Python that has the library. Original and patched steps alternate in one process,
@@ -12,6 +13,8 @@ forward, backward and optimiser, an epoch that times the number of steps.
     recbole         2 layers, 2 heads, D = 64, F = 256, dropout 0.5, length 50, batch 2048 (its
                     defaults); evaluation: 4,096 users, all items ranked, the best 10 found
     rectools        2 layers, 2 heads, D = 64, dropout 0.2, length 50, batch 256
+    replay          2 layers, 2 heads, D = 64, dropout 0.3, length 50, batch 256; evaluation: 4,096
+                    users, the best 10 items that they have not seen, metrics of these
     transformers    BertForMaskedLM of 2 layers and D = 128, 16 texts of 128 tokens; of 4 layers
                     and D = 256; 15 % of 30,522 tokens masked
 
@@ -20,6 +23,7 @@ forward, backward and optimiser, an epoch that times the number of steps.
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -34,8 +38,8 @@ import torch
 import fastrec
 
 
-def alternate(library: str, work: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median CPU seconds of `work` without and with the patch; the first round is not counted."""
+def alternate(library: str, work: Callable[[], object], rounds: int) -> dict[bool, list[float]]:
+    """CPU seconds of `work` without and with the patch, one round more than `rounds`."""
     spent: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(rounds + 1):
         for patched, times in spent.items():
@@ -43,13 +47,33 @@ def alternate(library: str, work: Callable[[], object], rounds: int) -> tuple[fl
                 start = time.process_time()
                 work()
                 times.append(time.process_time() - start)
-    plain, fused = (median(times[1:]) for times in spent.values())
-    return plain, fused
+    return spent
+
+
+def alternate_steps(library: str, base: type) -> tuple[object, dict[bool, list[float]]]:
+    """A Lightning callback that patches every second step of a training, and the CPU seconds of
+    the steps without and with the patch."""
+    spent: dict[bool, list[float]] = {False: [], True: []}
+
+    class Alternate(base):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            (fastrec.patch if index % 2 else fastrec.unpatch)(library)
+            self.start = time.process_time()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            spent[index % 2 == 1].append(time.process_time() - self.start)
+
+    return Alternate(), spent
+
+
+def say(what: str, spent: dict[bool, list[float]], times: int) -> None:
+    """Medians without the first round, `times` of them."""
+    plain, fused = (times * median(seconds[1:]) for seconds in spent.values())
+    print(f"{what}: {plain:.3g} s, patched {fused:.3g} s, {plain / fused:.1f} times", flush=True)
 
 
 def show(what: str, library: str, work: Callable[[], object], rounds: int, times: int = 1) -> None:
-    plain, fused = (times * seconds for seconds in alternate(library, work, rounds))
-    print(f"{what}: {plain:.3g} s, patched {fused:.3g} s, {plain / fused:.1f} times", flush=True)
+    say(what, alternate(library, work, rounds), times)
 
 
 def recbole(options: argparse.Namespace) -> None:
@@ -117,21 +141,11 @@ def rectools(options: argparse.Namespace) -> None:
     days = pd.to_timedelta(frame[Columns.Datetime], unit="D")
     frame[Columns.Datetime] = pd.Timestamp("2020-01-01") + days
     dataset = Dataset.construct(frame)
-    spent: dict[bool, list[float]] = {False: [], True: []}
-
-    class Alternate(pl.Callback):
-        """Every second step is patched."""
-
-        def on_train_batch_start(self, trainer, module, batch, index):
-            (fastrec.patch if index % 2 else fastrec.unpatch)("rectools")
-            self.start = time.process_time()
-
-        def on_train_batch_end(self, trainer, module, outputs, batch, index):
-            spent[index % 2 == 1].append(time.process_time() - self.start)
+    callback, spent = alternate_steps("rectools", pl.Callback)
 
     def trainer() -> pl.Trainer:
         return pl.Trainer(
-            max_steps=2 * options.rounds + 2, accelerator="cpu", callbacks=[Alternate()],
+            max_steps=2 * options.rounds + 2, accelerator="cpu", callbacks=[callback],
             logger=False, enable_progress_bar=False, enable_checkpointing=False,
         )  # fmt: skip
 
@@ -143,9 +157,75 @@ def rectools(options: argparse.Namespace) -> None:
     ).fit(dataset)  # fmt: skip
     fastrec.unpatch()
     steps = -(-dataset.user_id_map.size // 256)
-    plain, fused = (steps * median(times[1:]) for times in spent.values())
-    name = kind.__name__.removesuffix("Model")
-    print(f"{name}, epoch: {plain:.3g} s, patched {fused:.3g} s, {plain / fused:.1f} times")
+    say(f"{kind.__name__.removesuffix('Model')}, epoch", spent, steps)
+
+
+def replay(options: argparse.Namespace) -> None:
+    import lightning
+    import polars
+    from replay.data import FeatureHint, FeatureType
+    from replay.data.nn import ParquetModule, TensorFeatureInfo, TensorSchema
+    from replay.nn.lightning import LightningModule
+    from replay.nn.lightning.callback import ComputeMetricsCallback
+    from replay.nn.lightning.postprocessor import SeenItemsFilter
+    from replay.nn.sequential import SasRec
+    from replay.nn.transform.template import make_default_sasrec_transforms
+
+    histories = [[int(item) - 1 for item in line.split()[1:]] for line in options.source.open()]
+    items = 1 + max(map(max, histories))
+    trained = [history[:-2] for history in histories]
+    columns = {
+        "item_id": trained,
+        "seen_ids": trained,
+        "ground_truth": [h[-2:-1] for h in histories],
+    }
+    polars.DataFrame(columns).write_parquet("file.parquet")
+    size, longest = options.length, max(map(len, trained))
+    shapes = {"item_id": size, "seen_ids": longest, "ground_truth": 1}
+    schema = TensorSchema(
+        TensorFeatureInfo(
+            "item_id", FeatureType.CATEGORICAL, is_seq=True, feature_hint=FeatureHint.ITEM_ID,
+            cardinality=items, padding_value=items, embedding_dim=64,
+        )
+    )  # fmt: skip
+    data = ParquetModule(
+        batch_size={"train": 256, "validate": 512},
+        metadata={
+            "train": {"item_id": {"shape": size + 1, "padding": items}},
+            "validate": {n: {"shape": k, "padding": items} for n, k in shapes.items()},
+        },
+        transforms=make_default_sasrec_transforms(schema),
+        train_path="file.parquet",
+        validate_path="file.parquet",
+    )
+    model = LightningModule(
+        SasRec.from_params(
+            schema, embedding_dim=64, num_heads=2, num_blocks=2, max_sequence_length=size
+        )
+    )
+    settings = dict(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    callback, spent = alternate_steps("replay", lightning.Callback)
+    lightning.Trainer(
+        max_steps=2 * options.rounds + 2, callbacks=[callback], limit_val_batches=0, **settings
+    ).fit(model, data)
+    fastrec.unpatch()
+    say("SasRec, epoch", spent, -(-len(histories) // 256))
+
+    found = []
+
+    def evaluate() -> None:
+        metrics = ComputeMetricsCallback(
+            ["ndcg", "recall"], [10], postprocessors=[SeenItemsFilter(items)], verbose=False
+        )
+        trainer = lightning.Trainer(limit_val_batches=8, callbacks=[metrics], **settings)
+        found.extend(trainer.validate(model, data, verbose=False))
+
+    show("SasRec, evaluation of 4096 users", "replay", evaluate, options.rounds)
+    print("metrics:", *found[-2:])
 
 
 def transformers(options: argparse.Namespace) -> None:
@@ -174,11 +254,15 @@ def masked_language_model(layers: int, width: int, rounds: int) -> None:
 
 
 def main() -> None:
-    libraries = {"recbole": recbole, "rectools": rectools, "transformers": transformers}
+    libraries = {
+        "recbole": recbole, "rectools": rectools, "replay": replay, "transformers": transformers
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("package", choices=libraries)
-    parser.add_argument("--source", type=Path, help="of recbole and rectools")
-    parser.add_argument("--model", choices=("sasrec", "bert4rec"), default="sasrec")
+    parser.add_argument("--source", type=Path, help="of all but transformers")
+    parser.add_argument(
+        "--model", choices=("sasrec", "bert4rec"), default="sasrec", help="replay has sasrec alone"
+    )
     parser.add_argument("--length", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

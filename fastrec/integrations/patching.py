@@ -5,20 +5,26 @@ Classes keep their parameters, names and configurations: a checkpoint that was w
 patch loads without it, and the other way round.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastrec.nn.plain import is_plain
+from fastrec.random import Rng
+
 # The name of a library and of its distribution, and the version that the replacements are for.
 LIBRARIES = {
     "recbole": ("recbole", "1.2.1"),
     "rectools": ("rectools", "0.19.0"),
+    "replay": ("replay-rec", "0.22.0"),
     "transformers": ("transformers", "5.23.0"),
 }
 
@@ -65,10 +71,20 @@ class Patch:
         self.name, self.parity = name, False
         self.reports: list[Parity] = []
         self._replacements = replacements
-        self._originals: list[Callable | None] = []
-        for owner, attribute, function in replacements:
-            self._originals.append(owner.__dict__.get(attribute))  # None: inherited
+        # None: inherited.
+        self._originals = [owner.__dict__.get(attribute) for owner, attribute, _ in replacements]
+        self._replace()
+
+    def _replace(self) -> None:
+        for owner, attribute, function in self._replacements:
             setattr(owner, attribute, function)
+
+    def _restore(self) -> None:
+        for (owner, name, _), original in zip(self._replacements, self._originals, strict=True):
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
     @property
     def replaced(self) -> list[str]:
@@ -90,12 +106,17 @@ class Patch:
                     f"{owner.__qualname__}.{name} was replaced by something else after"
                     f" fastrec.patch({self.name!r}): undo that first"
                 )
-        for (owner, name, _), original in zip(self._replacements, self._originals, strict=True):
-            if original is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original)
+        self._restore()
         del _ACTIVE[self.name]
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The original functions, as long as this lasts."""
+        self._restore()
+        try:
+            yield
+        finally:
+            self._replace()
 
     def __enter__(self) -> "Patch":
         return self
@@ -120,7 +141,7 @@ def patch(library: str, *, parity: bool = False) -> Patch:
     a warning says so, once for each reason. Calling it again returns the same handle.
 
     Args:
-        library: "recbole", "rectools" or "transformers".
+        library: "recbole", "rectools", "replay" or "transformers".
         parity: the first training batch of each class of models is computed both ways, without
             dropout, and the largest absolute differences of the loss and of each gradient are
             printed and kept in `Patch.reports`. Asked of an active patch: the next batch.
@@ -178,15 +199,58 @@ def keep_original(what: str, why: str) -> None:
     warnings.warn(f"fastrec leaves {what} as it is: {why}", stacklevel=3)
 
 
+def own_method(kind: type, owner: type, names: Iterable[str]) -> str | None:
+    """Which of the methods a subclass of `owner` has replaced, as a reason. None: none of them."""
+    for name in names:
+        if inspect.getattr_static(kind, name) is not inspect.getattr_static(owner, name):
+            return f"it has a {name} of its own"
+    return None
+
+
+def scored_rows(target: Tensor, none: int, *columns: Tensor) -> tuple[Tensor, ...]:
+    """(target [N], the columns [N, ...]) of the rows that have a target, where the host knows them.
+    Elsewhere, and under torch.compile, all rows: nothing waits for their number, and an op that is
+    told `ignore_index=none` leaves the others out."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return target, *columns
+    rows = (target != none).nonzero().squeeze(1)
+    return tuple(x.index_select(0, rows) for x in (target, *columns))
+
+
+def unserved_part(model: nn.Module, kinds: set[type]) -> str | None:
+    """Why the parameters of a model cannot be read instead of calling its modules: one of another
+    class than `kinds` (an adapter, for one), or a hook that waits for a call. None: they can."""
+    for name, module in model.named_modules():
+        if module is not model and type(module) not in kinds:
+            return f"{name} is a {type(module).__name__}"
+        if module is not model and not is_plain(module, type(module)):
+            return f"hooks wait for calls of {name}"
+    return None
+
+
+def rng_of(model: nn.Module) -> Rng | None:
+    """For a model in training mode a key of its own for every batch, from torch's generator: who
+    seeds that seeds the dropout."""
+    if not model.training:
+        return None
+    return Rng(int(torch.randint(2**62, (), device="cpu")), 0)
+
+
 def check_parity(
     library: str, model: nn.Module, original: Callable[[], Tensor], fused: Callable[[], Tensor]
 ) -> None:
-    """Compare the two losses of a batch, if `patch` was asked to and has not for this class."""
+    """Compare the two losses of a batch, if `patch` was asked to and has not for this class.
+    `original` runs with no function replaced."""
     active = _ACTIVE.get(library)
     name = type(model).__qualname__
     if active is None or not active.parity or any(name == one.model for one in active.reports):
         return
-    report = compare(model, original, fused)
+
+    def plain() -> Tensor:
+        with active.suspended():
+            return original()
+
+    report = compare(model, plain, fused)
     active.reports.append(report)
     print(f"fastrec, parity of {report}")
 

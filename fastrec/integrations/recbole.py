@@ -21,16 +21,21 @@ from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch, offsets_of
 from fastrec.integrations import recbole_mask
-from fastrec.integrations.patching import Replacement, check_parity, keep_original
+from fastrec.integrations.patching import (
+    Replacement,
+    check_parity,
+    keep_original,
+    own_method,
+    rng_of,
+    unserved_part,
+)
 from fastrec.nn.encoders.sublayers import EventDropout, attend, attend_at, join
-from fastrec.nn.plain import is_plain
 from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_attention import split_packed
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.ops.linear import linear
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 from fastrec.ops.linear_topk import linear_topk
-from fastrec.random import Rng
 
 SERVED = (SASRec, BERT4Rec)
 # The methods of a model whose work the fused functions do.
@@ -86,15 +91,7 @@ def _unserved(model: nn.Module) -> str | None:
     owner = next((owner for owner in SERVED if isinstance(model, owner)), None)
     if owner is None:
         return "it is no SASRec or BERT4Rec"
-    for name in METHODS:
-        if getattr(type(model), name) is not getattr(owner, name):
-            return f"it has a {name} of its own"
-    for name, module in model.named_modules():
-        if module is not model and type(module) not in MODULES:
-            return f"{name} is a {type(module).__name__}"
-        if module is not model and not is_plain(module, type(module)):
-            return f"hooks wait for calls of {name}"
-    return None
+    return own_method(type(model), owner, METHODS) or unserved_part(model, MODULES)
 
 
 def _batch_of(items: Tensor) -> tuple[JaggedBatch, Tensor, Tensor]:
@@ -111,13 +108,6 @@ def _batch_of(items: Tensor) -> tuple[JaggedBatch, Tensor, Tensor]:
     return JaggedBatch(items[real], offsets, keys, items.shape[1]), columns, place
 
 
-def _rng(model: nn.Module) -> Rng | None:
-    """A key of its own for every batch, from torch's generator: `seed` of the config counts."""
-    if not model.training:
-        return None
-    return Rng(int(torch.randint(2**62, (), device="cpu")), 0)
-
-
 def encode(model, items: Tensor, causal: bool, asked: Tensor, kept: Tensor | None = None) -> Tensor:
     """States at some places of item_seq [B, L], as `forward` of SASRec and BERT4Rec computes them.
 
@@ -131,7 +121,7 @@ def encode(model, items: Tensor, causal: bool, asked: Tensor, kept: Tensor | Non
     batch, columns, place = _batch_of(items)
     rows = place.gather(1, asked)
     rows = rows.flatten() if kept is None else rows[kept]
-    rng = _rng(model)
+    rng = rng_of(model)
     alone = rng is None and not torch.is_grad_enabled() and kept is None and asked.shape[1] == 1
     dropout = EventDropout(batch, model.dropout.p, rng)
     tables, norm = (model.item_embedding.weight, model.position_embedding.weight), model.LayerNorm

@@ -14,7 +14,7 @@ from recbole.data.interaction import Interaction
 from recbole.data.transform import MaskItemSequence
 from torch import Tensor
 
-from fastrec.integrations.patching import Replacement, keep_original
+from fastrec.integrations.patching import Replacement, keep_original, own_method
 
 
 def replacements() -> list[Replacement]:
@@ -45,9 +45,9 @@ def _call() -> Callable:
 
 
 def _unserved(transform: MaskItemSequence) -> str | None:
-    for name in ("_append_mask_last", "_neg_sample", "_padding_sequence"):
-        if getattr(type(transform), name) is not getattr(MaskItemSequence, name):
-            return f"it has a {name} of its own"
+    names = ("_append_mask_last", "_neg_sample", "_padding_sequence")
+    if why := own_method(type(transform), MaskItemSequence, names):
+        return why
     if transform.mask_item_length < 1:
         return f"mask_ratio {transform.mask_ratio} keeps no mask of a sequence"
     return None

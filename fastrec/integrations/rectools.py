@@ -16,7 +16,13 @@ from rectools.models.nn.transformers.torch_backbone import TransformerTorchBackb
 from rectools.models.rank import Distance
 from torch import Tensor
 
-from fastrec.integrations.patching import Replacement, check_parity, keep_original
+from fastrec.integrations.patching import (
+    Replacement,
+    check_parity,
+    keep_original,
+    own_method,
+    scored_rows,
+)
 from fastrec.nn.plain import is_plain
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -76,10 +82,8 @@ def _validation_step() -> Callable:
 def _unserved(module: TransformerLightningModule) -> str | None:
     if module.loss != "softmax":
         return f"loss is {module.loss}, served is softmax"
-    for name in METHODS:
-        own, assumed = (getattr(kind, name) for kind in (type(module), TransformerLightningModule))
-        if getattr(own, "__func__", own) is not getattr(assumed, "__func__", assumed):
-            return f"it has a {name} of its own"
+    if why := own_method(type(module), TransformerLightningModule, METHODS):
+        return why
     backbone = module.torch_model
     if type(backbone).forward is not TransformerTorchBackbone.forward:
         return f"its backbone {type(backbone).__name__} has a forward of its own"
@@ -98,11 +102,7 @@ def softmax_loss(module: TransformerLightningModule, batch: dict[str, Tensor]) -
     backbone, target = module.torch_model, batch["y"].flatten()
     items = backbone.item_model.get_all_embeddings()  # [V, D]
     states = backbone.encode_sessions(batch, items).flatten(0, 1)  # [B L, D]
-    weight = batch["yw"].flatten()
-    # Elsewhere than on a host the number of targets is not waited for: the op leaves rows out.
-    if states.device.type == "cpu":
-        rows = (target != PADDING).nonzero().squeeze(1)
-        states, target, weight = (x.index_select(0, rows) for x in (states, target, weight))
+    target, states, weight = scored_rows(target, PADDING, states, batch["yw"].flatten())
     similarity = backbone.similarity_module
     if similarity.distance == Distance.COSINE:
         states, items = (similarity._get_embeddings_norm(x) for x in (states, items))

@@ -9,11 +9,15 @@ nowhere. Legend: B texts, L tokens, D width, V vocabulary, N positions with a la
 import functools
 from collections.abc import Callable
 
-import torch
 import transformers
 from torch import Tensor, nn
 
-from fastrec.integrations.patching import Replacement, check_parity, keep_original
+from fastrec.integrations.patching import (
+    Replacement,
+    check_parity,
+    keep_original,
+    scored_rows,
+)
 from fastrec.nn.plain import is_plain
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -99,13 +103,8 @@ def fused_output(model, head: Callable, labels: Tensor, named: dict):
     """MaskedLMOutput with the loss, float32 or float64, and without logits."""
     outputs = model.base_model(**named)
     states = outputs[0].flatten(0, 1)  # [B L, D]
-    labels = labels.to(states.device).flatten()
-    # On a host the head is computed for labelled positions alone. Elsewhere their number is not
-    # known without waiting for the device: the head is computed everywhere, and the op leaves the
-    # other rows out.
-    if states.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = (labels != NO_LABEL).nonzero().squeeze(1)
-        states, labels = states.index_select(0, rows), labels.index_select(0, rows)
+    # Where the host does not know the labelled positions the head is computed everywhere.
+    labels, states = scored_rows(labels.to(states.device).flatten(), NO_LABEL, states)
     decoder = model.get_output_embeddings()
     loss = linear_cross_entropy(
         head(model, states), decoder.weight, labels, linear_bias=decoder.bias

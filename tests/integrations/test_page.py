@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import fastrec
-
 PAGE = Path(__file__).parent.parent.parent / "docs" / "integrations.md"
 
 
@@ -16,10 +14,7 @@ def run(library: str, mark: str | None = None) -> dict:
     mark = mark or library
     block = PAGE.read_text().split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
     names: dict = {}
-    try:
-        exec(compile(block.split("```python")[1].split("```")[0], library, "exec"), names)
-    finally:
-        fastrec.unpatch()
+    exec(compile(block.split("```python")[1].split("```")[0], library, "exec"), names)
     return names
 
 
@@ -59,3 +54,17 @@ def test_rectools(tmp_path, monkeypatch):
     names = run("rectools")
     (report,) = names["patch"].reports
     assert report.loss_difference < 1e-5 and set(names["best"]["user_id"]) == set(range(30))
+
+
+def test_replay(tmp_path, monkeypatch):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    monkeypatch.chdir(tmp_path)
+    lines = ["user_id,item_id,timestamp"]
+    for user in range(30):
+        lines += [f"{user},{(7 * user + 3 * place) % 30},{place}" for place in range(8)]
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    names = run("replay")
+    (report,) = names["patch"].reports
+    assert report.model == "SasRec" and report.loss_difference < 1e-5
+    found = names["best"].get_result()
+    assert len(found) == 300 and set(found["user_id"]) == set(range(30))

@@ -63,7 +63,9 @@ def test_undo_refuses_what_was_replaced_since(active, monkeypatch):
 
 def test_wrong_names_and_missing_libraries(monkeypatch):
     for call in (fastrec.patch, fastrec.unpatch):
-        with pytest.raises(ValueError, match="recbole, rectools, transformers, got 'keras'"):
+        with pytest.raises(
+            ValueError, match="recbole, rectools, replay, transformers, got 'keras'"
+        ):
             call("keras")
     monkeypatch.setitem(patching.LIBRARIES, "recbole", ("no-such-distribution", "1"))
     monkeypatch.setattr(patching, "_ACTIVE", {})

@@ -29,12 +29,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _undo():
-    yield
-    fastrec.unpatch()
-
-
 @pytest.fixture
 def build(tmp_path, monkeypatch):
     """build(name, **settings) -> (trainer, train data, test data) of histories of 5 to 20 items."""

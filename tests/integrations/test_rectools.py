@@ -26,12 +26,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _undo():
-    yield
-    fastrec.unpatch()
-
-
 def histories():
     draw = random.Random(0)
     rows = [

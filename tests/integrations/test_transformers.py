@@ -28,12 +28,6 @@ CONFIGS = {
 pytestmark = pytest.mark.filterwarnings("error:fastrec leaves")
 
 
-@pytest.fixture(autouse=True)
-def _undo():
-    yield
-    fastrec.unpatch()
-
-
 def model_of(name="BertForMaskedLM"):
     torch.manual_seed(0)
     model = getattr(transformers, name)(copy.deepcopy(CONFIGS[name])).train()

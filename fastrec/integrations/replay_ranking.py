@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation, test and prediction of RePlay: the best items, without the scores of all.
+
+Where only callbacks of RePlay read what a step returns, it returns the states of the last places,
+and the callbacks find the best items of them. Legend: B sequences, L places, D width, V items, S
+seen items of a sequence, k items found.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from replay.nn.lightning import LightningModule
+from replay.nn.lightning.callback import ComputeMetricsCallback, TopItemsCallbackBase
+from replay.nn.lightning.postprocessor import SeenItemsFilter
+from torch import Tensor
+
+from fastrec.data.batch import offsets_of
+from fastrec.integrations.patching import Replacement, keep_original, own_method
+from fastrec.integrations.replay_encoder import encode, places_of, unserved_tower
+from fastrec.integrations.replay_models import MODELS, item_vectors, tower_of, unserved_head
+from fastrec.nn.plain import is_plain
+from fastrec.ops.linear_topk import TopK, linear_topk
+
+
+class Query(NamedTuple):
+    """In place of the scores: states [B, D] of the last places, item vectors [V, D]."""
+
+    states: Tensor
+    items: Tensor
+
+
+def replacements() -> list[Replacement]:
+    return [
+        Replacement(LightningModule, "validation_step", _step("validation")),
+        Replacement(LightningModule, "test_step", _step("test")),
+        Replacement(LightningModule, "predict_step", _step("predict")),
+        Replacement(ComputeMetricsCallback, "_batch_end", _metrics()),
+        Replacement(TopItemsCallbackBase, "on_predict_batch_end", _top_items()),
+    ]
+
+
+def _step(stage: str) -> Callable:
+    original = getattr(LightningModule, f"{stage}_step")
+
+    @functools.wraps(original)
+    def step(self, batch, batch_idx, dataloader_idx=0):
+        why = _unserved(self, batch, stage)
+        query = None if why else last_query(self.model, batch)
+        if query is None:
+            what = f"the {stage} of {type(self.model).__qualname__}"
+            keep_original(what, why or "a last place is padding behind an item")
+            return original(self, batch, batch_idx, dataloader_idx)
+        return query
+
+    return step
+
+
+def last_query(model, batch: dict) -> Query | None:
+    """None where a last place is padding, and items are in front of it."""
+    tower = tower_of(model)
+    padding_mask = batch["padding_mask"]
+    asked = torch.zeros_like(padding_mask)
+    asked[:, -1] = True
+    places = places_of(padding_mask, asked)
+    if places is None:
+        return None
+    rows = places.batch.offsets[1:] - 1
+    return Query(encode(tower, batch["feature_tensors"], places, rows), item_vectors(model))
+
+
+def _unserved(module: LightningModule, batch: dict, stage: str) -> str | None:
+    model = module.model
+    if type(module).forward is not LightningModule.forward:
+        return "its LightningModule has a forward of its own"
+    owner = next((kind for kind in MODELS if isinstance(model, kind)), None)
+    if owner is None:
+        return "it is no SasRec or TwoTower"
+    if why := own_method(type(model), owner, ("forward", "forward_inference")):
+        return why
+    if not all(is_plain(part, type(part)) for part in (module, model, model.body)):
+        return "hooks wait for its calls"
+    if getattr(model, "context_merger", None) is not None:
+        return "it has a context_merger"
+    tower = tower_of(model)
+    if why := unserved_head(model.get_logits) or unserved_tower(tower):
+        return why
+    if torch.is_grad_enabled() or model.training:
+        return "gradients or dropout are on"
+    if module.candidates_to_score is not None or batch.get("candidates_to_score") is not None:
+        return "candidates are given"
+    return _unserved_reader(module, batch, stage)
+
+
+def _unserved_reader(module: LightningModule, batch: dict, stage: str) -> str | None:
+    """Who wants more of a step than the best items."""
+    trainer, hook = module._trainer, f"on_{stage}_batch_end"
+    if trainer is None:
+        return "no Trainer runs it"
+    if getattr(type(module), hook) is not getattr(lightning.LightningModule, hook):
+        return f"its LightningModule has an {hook}"
+    if stage == "predict" and trainer.predict_loop.return_predictions:
+        return "its scores are returned: predict(..., return_predictions=False) asks for none"
+    for callback in trainer.callbacks:
+        kind = type(callback)
+        if getattr(kind, hook) is getattr(lightning.Callback, hook):
+            continue  # it reads nothing
+        if isinstance(callback, (ComputeMetricsCallback, TopItemsCallbackBase)):
+            if why := _unserved_callback(callback, module.model, batch, hook):
+                return why
+        # Progress bars and the like read no scores.
+        elif isinstance(callback, BasePredictionWriter) or not kind.__module__.startswith(
+            "lightning."
+        ):
+            return f"{kind.__name__} may read the scores"
+    return None
+
+
+def _unserved_callback(callback, model, batch: dict, hook: str) -> str | None:
+    kind = type(callback)
+    owner = TopItemsCallbackBase
+    if isinstance(callback, ComputeMetricsCallback):
+        owner = ComputeMetricsCallback
+    names = {"_batch_end", hook, "_apply_postproccesors", "_prepare_candidates"} & {*dir(owner)}
+    if why := own_method(kind, owner, sorted(names)):
+        return f"{kind.__name__}: {why}"
+    items, most = len(item_vectors(model)), _longest(callback)
+    for filter in callback._postprocessors:
+        if type(filter) is not SeenItemsFilter:
+            return f"a postprocessor is a {type(filter).__name__}"
+        if filter.item_count != items:
+            return f"SeenItemsFilter counts {filter.item_count} of {items} items"
+        most += batch[filter.seen_items_column].shape[1]
+    return f"k and the seen items may be more than {items} items" if most > items else None
+
+
+def _longest(callback) -> int:
+    if isinstance(callback, TopItemsCallbackBase):
+        return callback._top_k
+    return max(builder.max_k for builder in callback._metrics_builders)
+
+
+def best_items(query: Query, k: int, callback, batch: dict) -> TopK:
+    """The k best items [B, k], without those that the filters of a callback leave out."""
+    exclude = None
+    filters = callback._postprocessors
+    if filters:
+        items = len(query.items)
+        seen = torch.cat([batch[filter.seen_items_column] for filter in filters], 1)
+        seen = seen.to(query.states.device, torch.int64).sort(1).values
+        listed = (seen >= 0) & (seen < items)  # others are padding
+        exclude = seen[listed], offsets_of(listed.sum(1))
+    return linear_topk(query.states, query.items, k, exclude=exclude)
+
+
+def _metrics() -> Callable:
+    original = ComputeMetricsCallback._batch_end
+
+    @functools.wraps(original)
+    def _batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx):
+        if isinstance(outputs, Query):
+            # The original finds the best of the best: candidates of each row.
+            k = self._metrics_builders[dataloader_idx].max_k
+            best = best_items(outputs, k, self, batch)
+            outputs = {"logits": best.values}
+            batch = {**batch, "candidates_to_score": best.indices}
+            original(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+            self._set_postprocessor_candidates(None)
+            return
+        original(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    return _batch_end
+
+
+def _top_items() -> Callable:
+    original = TopItemsCallbackBase.on_predict_batch_end
+
+    @functools.wraps(original)
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if not isinstance(outputs, Query):
+            return original(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        best = best_items(outputs, self._top_k, self, batch)
+        self._query_batches.append(batch[self.query_column])
+        self._item_batches.append(best.indices)
+        self._item_scores.append(best.values)
+
+    return on_predict_batch_end
