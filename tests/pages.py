@@ -75,6 +75,12 @@ def anchors(file: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", name.lower()).strip().replace(" ", "-") for name in named}
 
 
+def inline(page: str, begins: str) -> list[str]:
+    """Benchmarks between backticks in the text of a page, those with a choice or a gap left out."""
+    found = re.findall(rf"`({begins}(?:-m )?benchmarks[^`]*)`", (ROOT / page).read_text())
+    return [" ".join(command.split()) for command in found if not re.search(r"[|[]", command)]
+
+
 # Variables of commands that the text beside them sets.
 VARIABLES = {"S": "0", "R": "uprec", "T": "profile"}
 

@@ -8,6 +8,7 @@
 | sh: fastrec | the commands of a section run in one folder, trainings for TRAINED steps |
 | sh: fastrec, on pages of results | flags and recipe are read, nothing runs |
 | sh: python | the program exists and its parser takes the arguments |
+| commands of benchmarks in the text | the same |
 | sh: make, pip | the target, the extra exists |
 | yaml | a recipe, over the one that `base:` or BASES names |
 """
@@ -17,6 +18,7 @@ import functools
 import importlib.util
 import re
 import runpy
+import shlex
 import sys
 import tomllib
 from itertools import pairwise
@@ -218,6 +220,17 @@ def program(arguments, sources, monkeypatch):
         else:
             patch.setattr(sys, "argv", arguments)
             runpy.run_path(str(pages.ROOT / arguments[0]), run_name="__main__")
+
+
+PLACEHOLDERS = {"PACKAGE": "fastrec", "MODEL": "sasrec", "N": "9", "L": "9", "B": "9"}
+INLINE = sorted({c for page in pages.PAGES for c in pages.inline(page, "python ")})
+
+
+@pytest.mark.parametrize("command", INLINE)
+def test_benchmarks_in_the_text(command, monkeypatch):
+    """The commands beside numbers, `python -m benchmarks.NAME`, are read like those of blocks."""
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)]
+    program(words[1:], None, monkeypatch)
 
 
 def target(arguments, sources, monkeypatch):
