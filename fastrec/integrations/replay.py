@@ -15,11 +15,7 @@ from torch import Tensor, nn
 
 from fastrec.integrations import replay_ranking
 from fastrec.integrations.patching import Replacement, check_parity, keep_original
-from fastrec.integrations.replay_encoder import (
-    encode,
-    places_of,
-    unserved_tower,
-)
+from fastrec.integrations.replay_encoder import encode, places_of, unserved_tower
 from fastrec.integrations.replay_models import (
     as_in_training,
     item_embedding,
@@ -137,7 +133,7 @@ def _unserved_labels(self, positives: Tensor) -> str | None:
     scores = self.logits_callback
     if not isinstance(scores, MethodType):
         return "its logits_callback is no method of a model"
-    if type(self._loss) is not nn.CrossEntropyLoss or not is_plain(self._loss, type(self._loss)):
+    if not is_plain(self._loss, nn.CrossEntropyLoss):
         return "its _loss is no plain CrossEntropyLoss"
     if positives.shape[-1] != 1:
         return f"a place has {positives.shape[-1]} targets"
