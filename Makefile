@@ -13,7 +13,7 @@ WORKERS := -n auto --dist worksteal
 # A library's environment is kept.
 .PRECIOUS: build/integrations/%/installed
 
-.PHONY: help demo test test-all test-integrations smoke fuzz lint bench install docs wheel clean
+.PHONY: help demo test test-all test-integrations smoke fuzz lint bench kernel-tables install docs wheel clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -79,6 +79,15 @@ build/site-tools/installed: docs/site/requirements.txt
 	$(PYTHON) -m venv build/site-tools
 	build/site-tools/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
+
+# The oldest Triton that is supported beside the installed one.
+build/triton-3.6.0: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	@touch $@
+
+kernel-tables: .venv/installed build/triton-3.6.0  ## what the Triton kernels compile to, into docs/kernels
+	$(BIN)/python tests/aot_tables.py
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python tests/aot_tables.py
 
 wheel: .venv/installed  ## one wheel for Python 3.11 and later and torch 2.11 and later, into dist/
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

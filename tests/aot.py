@@ -3,10 +3,15 @@
 
 A spill shows as STACK > 0 and as LDL/STL in the SASS (the LOCAL field of cuobjdump stays 0). This
 must run without TRITON_INTERPRET: the decorator then returns kernels that cannot be compiled.
+
+`tests/test_aot_<op>.py` has the cases of an op, `tests/aot_tables.py` writes what they compile to
+into the pages of docs/kernels/.
 """
 
+import functools
 import gzip
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -18,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from sass import PRODUCTS, Loop, main_loop
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
@@ -26,6 +32,8 @@ from fastrec.kernels.common.linear_scores import config_of
 
 # Shared memory that one program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Of a multiprocessor of all of them; a block takes RESERVED bytes of shared memory for itself.
+REGISTERS, WARPS, BLOCKS, TENSOR_COLUMNS, RESERVED = 65536, 64, 32, 512, 1024
 # Name: dtypes of the activations and of the table.
 TYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -64,9 +72,16 @@ def take_options(config: dict) -> dict:
 
 @dataclass(frozen=True)
 class Binary:
+    """registers and stack (bytes) of a thread; shared (bytes), columns of tensor memory and warps
+    of a block of threads; elements: of the tile that a block makes in one round of its loop."""
+
+    capability: int
     registers: int
     stack: int
     shared: int
+    columns: int
+    warps: int
+    elements: int
     sass: str
 
     def count(self, opcode: str) -> int:
@@ -79,24 +94,40 @@ class Binary:
     @property
     def product(self) -> str:
         """The instruction that multiplies matrices; empty where there is none."""
-        found = [name for name in ("HGMMA", "UTCHMMA", "HMMA", "FFMA") if self.count(name)]
-        return found[0] if found else ""
+        return next((name for name in PRODUCTS if self.count(name)), "")
 
-    def assert_fits(self, capability: int) -> None:
+    @functools.cached_property
+    def loop(self) -> Loop:
+        return main_loop(self.sass)
+
+    def per_element(self, instructions: int) -> float:
+        """Of a thread in a round of the loop -> of all threads, for each element of the tile."""
+        return instructions * 32 * self.warps / self.elements
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads that fit on a multiprocessor at a time."""
+        granule = 256  # registers of a warp are allocated in so many, warps in fours
+        warps = REGISTERS // (-(-self.registers * 32 // granule) * granule) // 4 * 4
+        room = SHARED_LIMIT[self.capability] + RESERVED
+        fits = [BLOCKS, min(warps, WARPS) // self.warps, room // (self.shared + RESERVED)]
+        return min(*fits, TENSOR_COLUMNS // self.columns if self.columns else BLOCKS)
+
+    def assert_fits(self) -> None:
         """No register is spilled, and a program's memory is there."""
         assert not self.spills, f"{self.registers} registers, {self.stack} bytes of stack"
-        limit = SHARED_LIMIT[capability]
+        limit = SHARED_LIMIT[self.capability]
         assert self.shared <= limit, (
-            f"{self.shared} bytes of shared memory, sm_{capability}: {limit}"
+            f"{self.shared} bytes of shared memory, sm_{self.capability}: {limit}"
         )
 
-    def assert_wgmma(self) -> None:
-        assert self.count("HGMMA") > 0, "the products do not use wgmma"
 
-
-def compile_for(capability: int, kernel, arguments: dict[str, object], **options) -> Binary:
+def compile_for(
+    capability: int, kernel, arguments: dict, tile: str = "BLOCK_N BLOCK_V", **options
+) -> Binary:
     """`arguments`: a type name ("*bf16", "i32") for what varies at run time, with ":16" appended
-    where the launcher finds a multiple of 16; any other value is compiled in, as are None and 1."""
+    where the launcher finds a multiple of 16; any other value is compiled in, as are None and 1.
+    `tile`: the arguments whose product is the number of elements of a round of the main loop."""
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = arguments[name]
@@ -118,7 +149,9 @@ def compile_for(capability: int, kernel, arguments: dict[str, object], **options
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
         sass = _disassembled(cubin)
     field = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return Binary(field["REG"], field["STACK"], compiled.metadata.shared, sass)
+    found, elements = compiled.metadata, math.prod(arguments[name] for name in tile.split())
+    memory = (field["REG"], field["STACK"], found.shared, getattr(found, "tmem_size", 0) or 0)
+    return Binary(capability, *memory, found.num_warps, elements, sass)
 
 
 def _disassembled(cubin: Path) -> str:
@@ -130,18 +163,6 @@ def _disassembled(cubin: Path) -> str:
     sass = _tool("nvdisasm", "--print-code", "--no-dataflow", cubin)
     cache.put(gzip.compress(sass.encode()), "sass.gz")
     return sass
-
-
-def print_table(names: str, cases: list, build: Callable[..., Binary], product: str = "") -> None:
-    """The rows of the documents: the values of a case, the last of them its capability, and what
-    `build` of them is. `names`: of the other values; `product`: of a column for the instruction."""
-    heads = [*names.split(), "sm", "registers", "stack", "shared, bytes", *filter(None, [product])]
-    print("|", " | ".join(heads), "|")
-    print("|" + "---|" * len(heads))
-    for values in (case.values for case in cases):
-        binary = build(*values)
-        cells = [*values, binary.registers, binary.stack, binary.shared, binary.product]
-        print("|", " | ".join(map(str, cells[: len(heads)])), "|", flush=True)
 
 
 def _tool(name: str, *arguments) -> str:
@@ -158,3 +179,47 @@ def score_arguments(types: str, width: int, capability: int) -> tuple[dict, dict
     arguments |= dict(stride_xn="i32:16", stride_xd=1, stride_wv="i32:16", stride_wd=1, stride_b=1)
     arguments |= dict(listed="*i64:16", offsets="*i64:16", n="i32", v="i32", per_range="i32")
     return arguments | config, options
+
+
+@dataclass(frozen=True)
+class Op:
+    """The cases of an op. heads: names of the values of a case, of which the last one is the
+    capability. wgmma: of which cases the products must use wgmma on sm_90. page: the file in
+    docs/kernels/ if it has another name than the op."""
+
+    name: str
+    heads: str
+    cases: list
+    build: Callable[..., Binary]
+    wgmma: Callable[..., bool] = lambda *values: False
+    page: str = ""
+
+    @property
+    def shown(self) -> list[tuple]:
+        """What a page shows and `aot_bounds.csv` bounds: cases of the smoke run, for all GPUs."""
+        plain = {case.values[:-1] for case in self.cases if not case.marks}
+        return [case.values for case in self.cases if case.values[:-1] in plain]
+
+
+def machine_code_test(op: Op) -> Callable:
+    """The test of every case: it fits, it uses wgmma, it stays below its bounds, and its row on the
+    page is what this version of Triton makes of it."""
+    import aot_tables
+
+    shown = set(op.shown)
+    parameters = [
+        pytest.param(case.values, marks=case.marks, id="-".join(map(str, case.values)))
+        for case in op.cases
+    ]
+
+    @needs_compiler
+    @pytest.mark.parametrize("values", parameters)
+    def test(values):
+        binary = op.build(*values)
+        binary.assert_fits()
+        if values[-1] == 90 and op.wgmma(*values):
+            assert binary.count("HGMMA") > 0, "the products do not use wgmma"
+        if values in shown:
+            aot_tables.check(op, values, binary)
+
+    return test

@@ -16,7 +16,7 @@ def _too_large_kernel(x, y):
 
 
 def test_a_spill_is_detected():
-    binary = compile_for(90, _too_large_kernel, {"x": "*fp32:16", "y": "*fp32:16"}, num_warps=1)
+    binary = compile_for(90, _too_large_kernel, {"x": "*fp32:16", "y": "*fp32:16"}, "", num_warps=1)
     assert binary.stack > 0
     assert binary.count("LDL") > 0
     assert binary.spills

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of the kernels of bias_gelu_dropout: no GPU is needed.
+"""What ptxas makes of the kernels of bias_gelu_dropout: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/bias_gelu_dropout.md.
-"""
-
-import pytest
-from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
+from aot import SHARED_LIMIT, Binary, Op, case, compile_for, machine_code_test, take_options
 
 from fastrec.kernels import bias_gelu_dropout as kernels
-
-pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
@@ -35,14 +29,10 @@ def build(kernel: str, dtype: str, dropout: bool, capability: int) -> Binary:
     else:
         arguments |= dict(grad_output=x, grad_input=x, partials=wide)
         arguments |= dict(per_program="i32", stride_output=step)
-    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+    return compile_for(
+        capability, getattr(kernels, f"_{kernel}_kernel"), arguments, "BLOCK_N BLOCK_D", **options
+    )
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "dropout", "capability"), CASES)
-def test_no_spill(kernel, dtype, dropout, capability):
-    binary = build(kernel, dtype, dropout, capability)
-    binary.assert_fits(capability)
-
-
-if __name__ == "__main__":
-    print_table("kernel dtype dropout", CASES, build)
+OP = Op("bias_gelu_dropout", "kernel dtype dropout sm", CASES, build)
+test_machine_code = machine_code_test(OP)

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of the kernels of dropout_add_layer_norm: no GPU is needed.
+"""What ptxas makes of the kernels of dropout_add_layer_norm: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/dropout_add_layer_norm.md.
-"""
-
-import pytest
-from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
+from aot import SHARED_LIMIT, Binary, Op, case, compile_for, machine_code_test, take_options
 
 from fastrec.kernels import dropout_add_layer_norm as kernels
-
-pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
@@ -39,14 +33,10 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
         names = ("grad_output", "grad_sum", "sum", "mean", "rstd", "grad_residual", "partials")
         arguments |= dict.fromkeys(names, wide) | dict(grad_input=x, per_program="i32")
         arguments |= dict.fromkeys(("stride_output", "stride_gsum", "stride_sum"), step)
-    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+    return compile_for(
+        capability, getattr(kernels, f"_{kernel}_kernel"), arguments, "BLOCK_N BLOCK_D", **options
+    )
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
-def test_no_spill(kernel, dtype, width, capability):
-    binary = build(kernel, dtype, width, capability)
-    binary.assert_fits(capability)
-
-
-if __name__ == "__main__":
-    print_table("kernel sublayer D", CASES, build)
+OP = Op("dropout_add_layer_norm", "kernel sublayer D sm", CASES, build)
+test_machine_code = machine_code_test(OP)

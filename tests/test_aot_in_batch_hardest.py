@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of the kernel of in_batch_hardest: no GPU is needed."""
 
-import pytest
 import torch
-from aot import SHARED_LIMIT, WIDTHS, case, compile_for, needs_compiler, take_options
+from aot import SHARED_LIMIT, WIDTHS, Binary, Op, case, compile_for, machine_code_test, take_options
 
 from fastrec.kernels import in_batch_hardest as kernels
 from fastrec.kernels.in_batch_cross_entropy import config_of
-
-pytestmark = needs_compiler
 
 # The public function computes in float32.
 CASES = [
@@ -18,8 +15,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("width, capability", CASES)
-def test_no_spill(width, capability):
+def build(width: int, capability: int) -> Binary:
     config = config_of(width, torch.float32)["fwd"]
     options = take_options(config)
     del config["HEADROOM"]
@@ -27,5 +23,8 @@ def test_no_spill(width, capability):
     arguments = dict.fromkeys(("x", "c", "bias", "best_out"), vector) | config
     arguments |= dict.fromkeys(("row_group", "item_group", "listed", "offsets"), ids)
     arguments |= dict(index_out="*i32:16", n="i32", v="i32", d="i32:16", per_range="i32", COLUMNS=2)
-    binary = compile_for(capability, kernels._fwd_kernel, arguments, **options)
-    binary.assert_fits(capability)
+    return compile_for(capability, kernels._fwd_kernel, arguments, "BLOCK_B BLOCK_C", **options)
+
+
+OP = Op("in_batch_hardest", "D sm", CASES, build, page="in_batch_cross_entropy")
+test_machine_code = machine_code_test(OP)

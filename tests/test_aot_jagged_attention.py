@@ -1,29 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of the tile configurations of jagged_attention: no GPU is needed.
+"""What ptxas makes of the tile configurations of jagged_attention: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/jagged_attention.md.
-"""
-
-import pytest
-from aot import (
-    SHARED_LIMIT,
-    TYPES,
-    Binary,
-    case,
-    compile_for,
-    needs_compiler,
-    print_table,
-    take_options,
-)
+from aot import SHARED_LIMIT, TYPES, Binary, Op, case, compile_for, machine_code_test, take_options
 
 from fastrec.kernels import jagged_attention as kernels
-
-pytestmark = needs_compiler
 
 # (head width, longest sequence): one tile of 16, 32 and 64 events, and more than one.
 SHAPES = ((16, 16), (32, 30), (32, 50), (32, 200), (64, 50), (64, 200), (128, 200), (256, 200))
 # The plain suite compiles the target device at the widths of the recipes; the rest is slow.
-PLAIN = ((32, 30), (32, 200))
+PLAIN = ((32, 30), (32, 50), (32, 200))
 CASES = [
     case(
         kernel,
@@ -59,17 +44,10 @@ def build(kernel: str, dtype: str, width: int, length: int, capability: int) -> 
         arguments |= dict(g=x, grad=x, ONE_TILE=length <= config["BLOCK"])
     for name in tensors:
         arguments |= {f"stride_{name}t": "i32:16", f"stride_{name}h": "i32:16"}
-    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+    return compile_for(
+        capability, getattr(kernels, f"_{kernel}_kernel"), arguments, "BLOCK BLOCK", **options
+    )
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "width", "length", "capability"), CASES)
-def test_no_spill(kernel, dtype, width, length, capability):
-    binary = build(kernel, dtype, width, length, capability)
-    binary.assert_fits(capability)
-    if dtype == "bf16":
-        matrix = ("HMMA", "HGMMA", "UTCHMMA")
-        assert any(binary.count(name) for name in matrix), "the products do not use tensor cores"
-
-
-if __name__ == "__main__":
-    print_table("kernel type D longest", CASES, build, product="products")
+OP = Op("jagged_attention", "kernel type D longest sm", CASES, build)
+test_machine_code = machine_code_test(OP)

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of the kernels of jagged_embedding: no GPU is needed.
+"""What ptxas makes of the kernels of jagged_embedding: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/jagged_embedding.md.
-"""
-
-import pytest
-from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
+from aot import SHARED_LIMIT, Binary, Op, case, compile_for, machine_code_test, take_options
 
 from fastrec.kernels import jagged_embedding as kernels
-
-pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
@@ -25,6 +19,7 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
     """With positions, LayerNorm and dropout."""
     table, wide, ids, step = f"*{dtype}:16", "*fp32:16", "*i64:16", "i32:16"
     arguments: dict = dict(t="i32", d=step)
+    rows = {"scatter": "BLOCK_T", "carry": "BLOCK_K"}.get(kernel, "BLOCK_N")
     if kernel in ("scatter", "carry"):
         options = {}
         arguments |= dict(index=ids, out=table, head=wide, tail=wide)
@@ -47,14 +42,8 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
             arguments |= dict(grad_output=table, mean=wide, rstd=wide, grad_z=wide, partials=wide)
             arguments |= dict(per_program="i32", stride_output=step)
     function = kernels.carry_kernel if kernel == "carry" else getattr(kernels, f"_{kernel}_kernel")
-    return compile_for(capability, function, arguments, **options)
+    return compile_for(capability, function, arguments, f"{rows} BLOCK_D", **options)
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
-def test_no_spill(kernel, dtype, width, capability):
-    binary = build(kernel, dtype, width, capability)
-    binary.assert_fits(capability)
-
-
-if __name__ == "__main__":
-    print_table("kernel table D", CASES, build)
+OP = Op("jagged_embedding", "kernel table D sm", CASES, build)
+test_machine_code = machine_code_test(OP)

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of the kernels of jagged_gru: no GPU is needed.
+"""What ptxas makes of the kernels of jagged_gru: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/jagged_gru.md.
-"""
-
-import pytest
-from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
+from aot import SHARED_LIMIT, Binary, Op, case, compile_for, machine_code_test, take_options
 
 from fastrec.kernels import jagged_gru as kernels
-
-pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
@@ -30,15 +24,10 @@ def build(kernel: str, capability: int) -> Binary:
     else:
         names |= dict.fromkeys(("grad_states", "grads", "previous", "carry"), rows)
         arguments |= names | dict(stride="i32:16")
-    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+    return compile_for(
+        capability, getattr(kernels, f"_{kernel}_kernel"), arguments, "BLOCK_B BLOCK_D", **options
+    )
 
 
-@pytest.mark.parametrize(("kernel", "capability"), CASES)
-def test_no_spill(kernel, capability):
-    binary = build(kernel, capability)
-    binary.assert_fits(capability)
-    assert binary.count("BAR") > 0, "a step of time does not wait for the one before"
-
-
-if __name__ == "__main__":
-    print_table("kernel", CASES, build)
+OP = Op("jagged_gru", "kernel sm", CASES, build)
+test_machine_code = machine_code_test(OP)

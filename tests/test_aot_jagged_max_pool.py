@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of the kernels of jagged_max_pool: no GPU is needed.
+"""What ptxas makes of the kernels of jagged_max_pool: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/jagged_max_pool.md.
-"""
-
-import pytest
-from aot import SHARED_LIMIT, Binary, case, compile_for, needs_compiler, print_table, take_options
+from aot import SHARED_LIMIT, Binary, Op, case, compile_for, machine_code_test, take_options
 
 from fastrec.kernels import jagged_max_pool as kernels
-
-pytestmark = needs_compiler
 
 # The plain suite compiles the target device; the other architectures are slow.
 CASES = [
@@ -30,14 +24,10 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
         arguments |= dict(values=values, counted="*u8:16", output=values)
     else:
         arguments |= dict(grad_output=values, grad=values, sequences="i32", events="i32")
-    return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
+    return compile_for(
+        capability, getattr(kernels, f"_{kernel}_kernel"), arguments, "BLOCK_T BLOCK_D", **options
+    )
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "width", "capability"), CASES)
-def test_no_spill(kernel, dtype, width, capability):
-    binary = build(kernel, dtype, width, capability)
-    binary.assert_fits(capability)
-
-
-if __name__ == "__main__":
-    print_table("kernel dtype D", CASES, build)
+OP = Op("jagged_max_pool", "kernel dtype D sm", CASES, build)
+test_machine_code = machine_code_test(OP)

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of every shipped tile configuration: no GPU is needed.
+"""What ptxas makes of every shipped tile configuration: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/linear_cross_entropy_gpu.md.
-"""
-
-import pytest
 from aot import (
     POINTER,
     SHARED_LIMIT,
     TYPES,
     WIDTHS,
     Binary,
+    Op,
     case,
     compile_for,
-    needs_compiler,
-    print_table,
+    machine_code_test,
     take_options,
 )
 
 from fastrec.kernels import linear_cross_entropy as kernels
 from fastrec.kernels.common import linear_cross_entropy_wide as wide
 
-pytestmark = needs_compiler
-
 # The plain suite compiles the target device; the other architectures and types are slow.
 CASES = [
-    case(kernel, types, width, capability, plain=(capability, types) == (90, "bf16"))
+    case(
+        kernel,
+        types,
+        width,
+        capability,
+        plain=capability == 90 and (types == "bf16" or (width == 64 and kernel in ("fwd", "bwd"))),
+    )
     for kernel in ("fwd", "combine", "bwd", "bwd_ranges", "softmax", "gradient")
     for types in TYPES
     for width in WIDTHS
@@ -46,7 +46,8 @@ def build_wide(kernel: str, types: str, width: int, capability: int) -> Binary:
     arguments |= dict(zip(("BLOCK_N", "BLOCK_V"), wide.TILE, strict=True))
     function = getattr(wide, f"_{kernel}_kernel")
     arguments = {name: arguments[name] for name in function.arg_names}
-    return compile_for(capability, function, arguments, num_warps=wide.WARPS[kernel])
+    tile = "BLOCK" if kernel == "softmax" else "BLOCK_N BLOCK_V"  # of one row, of several
+    return compile_for(capability, function, arguments, tile, num_warps=wide.WARPS[kernel])
 
 
 def build(kernel: str, types: str, width: int, capability: int) -> Binary:
@@ -80,16 +81,15 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
             scale=vector, grad_w=w if kernel == "bwd" else vector, grad_bias=vector, ranges="i32",
         )  # fmt: skip
     function = getattr(kernels, f"_{kernel.removesuffix('_ranges')}_kernel")
-    return compile_for(capability, function, shared | arguments, **options)
+    tile = "BLOCK_R BLOCK_D" if kernel == "combine" else "BLOCK_N BLOCK_V"
+    return compile_for(capability, function, shared | arguments, tile, **options)
 
 
-@pytest.mark.parametrize(("kernel", "types", "width", "capability"), CASES)
-def test_no_spill(kernel, types, width, capability):
-    binary = build(kernel, types, width, capability)
-    binary.assert_fits(capability)
-    if capability == 90 and types != "fp32" and kernel in ("fwd", "bwd", "bwd_ranges"):
-        binary.assert_wgmma()
+def _wgmma(kernel: str, types: str, *_) -> bool:
+    return types != "fp32" and kernel in ("fwd", "bwd", "bwd_ranges")
 
 
-if __name__ == "__main__":
-    print_table("kernel types D", CASES, build, product="matrix instruction")
+OP = Op(
+    "linear_cross_entropy", "kernel types D sm", CASES, build, _wgmma, "linear_cross_entropy_gpu"
+)
+test_machine_code = machine_code_test(OP)

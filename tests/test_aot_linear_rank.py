@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of every tile configuration of linear_rank: no GPU is needed.
+"""What ptxas makes of every tile configuration of linear_rank: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/linear_rank.md.
-"""
-
-import pytest
 from aot import (
     SHARED_LIMIT,
     TYPES,
     WIDTHS,
     Binary,
+    Op,
     case,
     compile_for,
-    needs_compiler,
-    print_table,
+    machine_code_test,
     score_arguments,
 )
 
 from fastrec.kernels import linear_rank as kernels
-
-pytestmark = needs_compiler
 
 CASES = [
     case(types, width, capability, plain=(types, width, capability) == ("bf16", 64, 90))
@@ -35,13 +29,5 @@ def build(types: str, width: int, capability: int) -> Binary:
     return compile_for(capability, kernels._fwd_kernel, arguments, **options)
 
 
-@pytest.mark.parametrize(("types", "width", "capability"), CASES)
-def test_no_spill(types, width, capability):
-    binary = build(types, width, capability)
-    binary.assert_fits(capability)
-    if capability == 90 and types == "bf16":
-        binary.assert_wgmma()
-
-
-if __name__ == "__main__":
-    print_table("types D", CASES, build, product="matrix instruction")
+OP = Op("linear_rank", "types D sm", CASES, build, lambda types, *_: types == "bf16")
+test_machine_code = machine_code_test(OP)

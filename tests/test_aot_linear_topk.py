@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of every tile configuration of linear_topk: no GPU is needed.
+"""What ptxas makes of every tile configuration of linear_topk: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/linear_topk.md.
-"""
-
-import pytest
 from aot import (
     SHARED_LIMIT,
     TYPES,
     WIDTHS,
     Binary,
+    Op,
     case,
     compile_for,
-    needs_compiler,
-    print_table,
+    machine_code_test,
     score_arguments,
 )
 
 from fastrec.kernels import linear_topk as kernels
-
-pytestmark = needs_compiler
 
 CASES = [
     case(kernel, types, width, capability, plain=(types, width, capability) == ("bf16", 64, 90))
@@ -40,13 +34,5 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     return compile_for(capability, getattr(kernels, f"_{kernel}_kernel"), arguments, **options)
 
 
-@pytest.mark.parametrize(("kernel", "types", "width", "capability"), CASES)
-def test_no_spill(kernel, types, width, capability):
-    binary = build(kernel, types, width, capability)
-    binary.assert_fits(capability)
-    if capability == 90 and types == "bf16":
-        binary.assert_wgmma()
-
-
-if __name__ == "__main__":
-    print_table("kernel types D", CASES, build, product="matrix instruction")
+OP = Op("linear_topk", "kernel types D sm", CASES, build, lambda kernel, types, *_: types == "bf16")
+test_machine_code = machine_code_test(OP)

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas makes of the kernels of multilabel_bce: no GPU is needed.
+"""What ptxas makes of the kernels of multilabel_bce: no GPU is needed."""
 
-Run as a script it prints the numbers of docs/kernels/multilabel_bce.md.
-"""
-
-import pytest
 from aot import (
     POINTER,
     SHARED_LIMIT,
     TYPES,
     WIDTHS,
     Binary,
+    Op,
     case,
     compile_for,
-    needs_compiler,
-    print_table,
+    machine_code_test,
     take_options,
 )
 
 from fastrec.kernels import multilabel_bce as kernels
-
-pytestmark = needs_compiler
 
 CASES = [
     case(kernel, types, width, capability, plain=(types, width, capability) == ("bf16", 64, 90))
@@ -49,13 +43,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     return compile_for(capability, function, arguments, **options)
 
 
-@pytest.mark.parametrize(("kernel", "types", "width", "capability"), CASES)
-def test_no_spill(kernel, types, width, capability):
-    binary = build(kernel, types, width, capability)
-    binary.assert_fits(capability)
-    if capability == 90 and types != "fp32":
-        binary.assert_wgmma()
-
-
-if __name__ == "__main__":
-    print_table("kernel types D", CASES, build, product="matrix instruction")
+OP = Op(
+    "multilabel_bce", "kernel types D sm", CASES, build, lambda kernel, types, *_: types != "fp32"
+)
+test_machine_code = machine_code_test(OP)

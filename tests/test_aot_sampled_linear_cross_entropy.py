@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of the kernels of sampled_linear_cross_entropy: no GPU is needed."""
 
-import pytest
 from aot import (
     POINTER,
     SHARED_LIMIT,
     TYPES,
     WIDTHS,
+    Binary,
+    Op,
     case,
     compile_for,
-    needs_compiler,
+    machine_code_test,
     take_options,
 )
 
 from fastrec.kernels import sampled_linear_cross_entropy as kernels
-
-pytestmark = needs_compiler
 
 VECTOR, IDS = "*fp32:16", "*i64:16"
 # The plain suite compiles the target device; the other architectures, types and widths are slow.
@@ -24,20 +23,20 @@ CASES = [
         kernel,
         types,
         width,
-        capability,
         softmax,
-        plain=(types, width, capability, softmax) == ("bf16", 64, 90, True),
+        capability,
+        plain=(types, width, softmax, capability) == ("bf16", 64, True, 90),
     )
     for kernel in ("own_fwd", "shared_fwd", "shared_bwd", "sum")
     for types in TYPES
     for width in WIDTHS
-    for capability in SHARED_LIMIT
     for softmax in (True, False)
     if softmax or kernel != "sum"
+    for capability in SHARED_LIMIT
 ]
 
 
-def build(kernel, types, width, capability, softmax):
+def build(kernel: str, types: str, width: int, softmax: bool, capability: int) -> Binary:
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
     dtype, table = TYPES[types]
     if kernel == "sum":
@@ -70,13 +69,13 @@ def build(kernel, types, width, capability, softmax):
         arguments = dict.fromkeys(("coefficient", "head", "tail"), VECTOR)
         arguments |= dict(order=IDS, index=IDS, out=w, t="i32", per_row="i32", spare="i32")
     function = getattr(kernels, f"_{kernel}_kernel")
-    return compile_for(capability, function, shared | arguments, **options)
+    tile = {"sum": "BLOCK_T BLOCK_D", "own_fwd": "BLOCK_K"}.get(kernel, "BLOCK_N BLOCK_K")
+    return compile_for(capability, function, shared | arguments, tile, **options)
 
 
-@pytest.mark.parametrize(("kernel", "types", "width", "capability", "softmax"), CASES)
-def test_no_spill(kernel, types, width, capability, softmax):
-    binary = build(kernel, types, width, capability, softmax)
-    binary.assert_fits(capability)
-    products = kernel.startswith("shared") and types != "fp32" and width <= 128
-    if capability == 90 and products:
-        binary.assert_wgmma()
+def _wgmma(kernel: str, types: str, width: int, *_) -> bool:
+    return kernel.startswith("shared") and types != "fp32" and width <= 128
+
+
+OP = Op("sampled_linear_cross_entropy", "kernel types D softmax sm", CASES, build, _wgmma)
+test_machine_code = machine_code_test(OP)
