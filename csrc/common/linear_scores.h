@@ -20,9 +20,12 @@ namespace fastrec {
 // Items of a tile. The rows of a block, a tile and a panel together fill the L1 cache at D = 64.
 constexpr int64_t SWEEP = 48;
 static_assert(SWEEP % 12 == 0 && SWEEP >= 32, "whole register tiles, at least a panel of rows");
-// Calls of up to so many rows multiply them one by one, with the width in the lanes: most lanes of a
-// panel would be empty. A request that serves one user is one row.
+// Calls of up to so many rows multiply them one by one, with items in the lanes: most lanes of a panel
+// would be empty. A request that serves one user is one row.
 constexpr int64_t FEW = 4;
+// Bytes ahead of what is read of a table: memory answers late, and the processor's own prefetching
+// ends with a page. A table that no cache holds is read in 0.75 of the time.
+constexpr int64_t AHEAD = 8192;
 
 template <class T>
 struct Scores {
@@ -54,7 +57,7 @@ struct Sweep {
     range = task / q.blocks, first = task % q.blocks * q.block;
     rows = std::min(q.block, q.rows - first);
     begin = range * q.range, end = std::min(begin + q.range, q.items);
-    G::pack_transposed(rows, q.width, q.x + first * q.ld, q.ld, packed);
+    if (q.rows > FEW) G::pack_transposed(rows, q.width, q.x + first * q.ld, q.ld, packed);
     if (!q.listed) return;
     for (int64_t r = 0; r < rows; ++r) {
       next[r] = std::lower_bound(q.listed + q.list_begin[first + r],
@@ -72,17 +75,30 @@ struct Sweep {
     G::template scores<G::NR>(count, q.width, tile, q.ld, packed + n * q.width, s);
   }
 
-  // Rows of x and of the tile are 0 from the width up to whole vectors.
   FASTREC_INLINE void multiply_few(int64_t count) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* x = q.x + (first + r) * q.ld;
-      for (int64_t i = 0; i < count; ++i) {
-        typename S::V sum{};
-        for (int64_t k = 0; k < q.width; k += S::lanes)
-          sum += S::load(x + k) * S::load(tile + i * q.ld + k);
-        s[i * G::NR + r] = reduce<S>(sum, [](auto a, auto b) { return a + b; });
+    for (int64_t i = 0; i < count; i += S::lanes) {
+      for (int64_t r = 0; r < rows; ++r) {
+        typename S::V products = few(tile + i * q.ld, q.ld, r);
+        for (int64_t j = 0; j < S::lanes; ++j) s[(i + j) * G::NR + r] = products[j];
       }
     }
+  }
+
+  // The products of as many items as a vector has lanes, `ld` apart, with row r of the block. Rows of
+  // x are 0 from the width up to whole vectors; those of the items are finite there.
+  FASTREC_INLINE typename S::V few(const T* item, int64_t ld, int64_t r) const {
+    const T* x = q.x + (first + r) * q.ld;
+    typename S::V sum[S::lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::lanes; ++i) {
+      sum[i] = typename S::V{};
+      for (int64_t k = 0; k < q.width; k += S::lanes) {
+        const T* at = item + i * ld + k;
+        __builtin_prefetch(at + AHEAD / sizeof(T));
+        sum[i] += S::load(x + k) * S::load(at);
+      }
+    }
+    return transposed_sums<S>(sum);
   }
 
   // out[r] = score of item[r] for row r of the block: the additions are those of the sweep in the
@@ -105,19 +121,21 @@ struct Sweep {
       for (int64_t i = 0; i < count; ++i) load(v + i, i);
       for (int64_t n = 0; n < rows; n += G::NR) {
         multiply(count, n);
-        if (q.listed) leave_out(v, count, n, left_out);
+        if (q.listed) {
+          for (int64_t r = n; r < std::min<int64_t>(n + G::NR, rows); ++r)
+            leave_out(v, count, r, [&](int64_t i) { s[i * G::NR + r - n] = left_out; });
+        }
         panel(v, count, n, static_cast<const T*>(s), static_cast<const T*>(bias));
       }
     }
   }
 
-  FASTREC_INLINE void leave_out(int64_t v, int64_t count, int64_t n, T left_out) {
-    for (int64_t r = n; r < std::min<int64_t>(n + G::NR, rows); ++r) {
-      int64_t at = next[r], last = q.list_end[first + r];
-      for (; at < last && q.listed[at] < v + count; ++at)
-        s[(q.listed[at] - v) * G::NR + r - n] = left_out;
-      next[r] = at;
-    }
+  // leave(i) for the listed items of row r, counted from item v of a tile.
+  template <class Leave>
+  FASTREC_INLINE void leave_out(int64_t v, int64_t count, int64_t r, const Leave& leave) {
+    int64_t at = next[r], last = q.list_end[first + r];
+    for (; at < last && q.listed[at] < v + count; ++at) leave(q.listed[at] - v);
+    next[r] = at;
   }
 
   const Scores<T>& q;

@@ -89,6 +89,43 @@ FASTREC_INLINE int64_t above(T limit, T bound, int64_t count, const T* s, const 
   return found;
 }
 
+// The sweep of a call of few rows: items are in the lanes, and a table of T is read where it lies.
+template <class S, class T = typename S::T>
+FASTREC_INLINE void few_rows(const LinearTopk<T>& a, Sweep<S>& sweep, Shortlist<T>* rows) {
+  using V = typename S::V;
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  const Scores<T>& q = a.scores;
+  const bool lies = q.weight.dtype == compute_dtype<T>() && q.width % S::lanes == 0;
+  T score[SWEEP];
+  for (int64_t v = sweep.begin; v < sweep.end; v += SWEEP) {
+    const int64_t count = std::min(SWEEP, sweep.end - v);
+    const T* item = sweep.tile;
+    int64_t ld = q.ld;
+    if (lies && count == SWEEP) {
+      item = reinterpret_cast<const T*>(q.weight.data + v * q.weight.stride);
+      ld = q.weight.stride / int64_t(sizeof(T));
+    } else {
+      for (int64_t i = 0; i < count; ++i) q.weight.load(v + i, sweep.tile + i * q.ld, q.width);
+    }
+    for (int64_t r = 0; r < sweep.rows; ++r) {
+      V peak = V{} - inf;
+      for (int64_t i = 0; i < SWEEP; i += S::lanes)
+        S::store(score + i, sweep.few(item + i * ld, ld, r));
+      if (q.bias) {
+        for (int64_t i = 0; i < count; ++i) score[i] += q.bias[v + i];
+      }
+      if (q.listed) sweep.leave_out(v, count, r, [&](int64_t i) { score[i] = -inf; });
+      for (int64_t i = count; i < SWEEP; ++i) score[i] = -inf;
+      for (int64_t i = 0; i < SWEEP; i += S::lanes) peak = S::max(S::load(score + i), peak);
+      Shortlist<T>& row = rows[r];
+      if (!row.wants(reduce<S>(peak, [](auto x, auto y) { return x > y ? x : y; }))) continue;
+      for (int64_t i = 0; i < count; ++i) {
+        if (row.wants(score[i])) row.add(score[i], v + i - sweep.begin, a.bound[sweep.first + r]);
+      }
+    }
+  }
+}
+
 template <class S, class T = typename S::T>
 FASTREC_INLINE void linear_topk_tasks(const LinearTopk<T>& a) {
   constexpr int64_t NR = Gemm<S>::NR;
@@ -107,20 +144,24 @@ FASTREC_INLINE void linear_topk_tasks(const LinearTopk<T>& a) {
     for (int64_t r = 0; r < sweep.rows; ++r)
       rows[r] = {lists + r * room, a.k, room, 0, -inf,
                  a.bound[sweep.first + r].load(std::memory_order_relaxed)};
-    sweep.run(-inf, [&](int64_t v, int64_t count, int64_t n, const T* s,
-                        const T* bias) __attribute__((always_inline)) {
-      largest<S>(count, s, bias, peak);
-      for (int64_t r = 0; r < std::min(NR, sweep.rows - n); ++r) {
-        Shortlist<T>& row = rows[n + r];
-        if (!row.wants(peak[r])) continue;
-        int64_t found = above<NR>(row.limit, row.bound, count, s, bias, r, place);
-        for (int64_t f = 0; f < found; ++f) {
-          T score = s[place[f] * NR + r] + bias[place[f]];
-          if (row.wants(score))
-            row.add(score, v + place[f] - sweep.begin, a.bound[sweep.first + n + r]);
+    if (q.rows <= FEW) {
+      few_rows<S>(a, sweep, rows);
+    } else {
+      sweep.run(-inf, [&](int64_t v, int64_t count, int64_t n, const T* s,
+                          const T* bias) __attribute__((always_inline)) {
+        largest<S>(count, s, bias, peak);
+        for (int64_t r = 0; r < std::min(NR, sweep.rows - n); ++r) {
+          Shortlist<T>& row = rows[n + r];
+          if (!row.wants(peak[r])) continue;
+          int64_t found = above<NR>(row.limit, row.bound, count, s, bias, r, place);
+          for (int64_t f = 0; f < found; ++f) {
+            T score = s[place[f] * NR + r] + bias[place[f]];
+            if (row.wants(score))
+              row.add(score, v + place[f] - sweep.begin, a.bound[sweep.first + n + r]);
+          }
         }
-      }
-    });
+      });
+    }
     for (int64_t r = 0; r < sweep.rows; ++r) {
       rows[r].shorten(a.bound[sweep.first + r]);
       int64_t out = sweep.range * q.rows + sweep.first + r;

@@ -172,6 +172,19 @@ FASTREC_INLINE void transpose(typename S::V (&rows)[S::lanes]) {
   if constexpr (DISTANCE > 1) transpose<S, DISTANCE / 2>(rows);
 }
 
+// Lane i: the sum over the lanes of rows[i], by halves as in `reduce`.
+template <class S, int DISTANCE = S::lanes / 2>
+FASTREC_INLINE typename S::V transposed_sums(typename S::V (&rows)[S::lanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, S::lanes>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < DISTANCE; ++i) {
+    auto a = rows[i], b = rows[i + DISTANCE];
+    rows[i] = exchange<DISTANCE, false>(a, b, lanes) + exchange<DISTANCE, true>(a, b, lanes);
+  }
+  if constexpr (DISTANCE > 1) return transposed_sums<S, DISTANCE / 2>(rows);
+  return rows[0];
+}
+
 // [rows, width] with row stride ld -> panels [width, NR] of NR source rows each; lanes beyond `rows`
 // repeat the last row. Reads and writes whole vectors: rows and panels extend to a multiple of them.
 template <class S>

@@ -94,6 +94,21 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     }
     yield Sample("three_not_excluded", tied("three_not_excluded", **left))
 
+    # So few rows take a way of their own through the cpp kernel: whole vectors of a table are read
+    # where they lie, several ranges, a last tile that is not full.
+    items = 9 * v if interpret_small else 20011
+    few_bias = torch.randint(-3, 4, (items,), generator=g, device=device).to(types.table)
+    for rows in (1, 4, 5):
+        listed = lists(f"few_{rows}", device, rows, items, 300)
+        for width in (64, 50):
+            name = f"ties_few_{rows}_{width}"
+            yield Sample(name, tied(name, rows, items, width, 10, **listed, linear_bias=few_bias))
+    yield Sample("spread_few", spread("spread_few", 3, items, 64, 7))
+    case = tied("few_nan", 3, 200, 64, 9)
+    case["input"][1] = math.nan
+    case["linear_weight"][1::3] = math.nan
+    yield Sample("few_nan", case)
+
     # Equal scores everywhere, and scores that rise or fall with the id.
     case = tied("zeros", v=2 * v, k=30)
     yield Sample("zeros", case | {"input": torch.zeros_like(case["input"])})
@@ -138,6 +153,6 @@ OP = Op(
     private_samples=_private,
     representative=("lists", "spread_width_64"),
     complete=("lists",),
-    many_tasks=("ties_many_items", "spread_many_items", "ties_many_rows", "zeros"),
+    many_tasks=("ties_many_items", "spread_many_items", "ties_many_rows", "zeros", "ties_few_1_64"),
     refuses={("triton", "float64"): "float64"},
 )
