@@ -33,10 +33,11 @@ from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import RECIPE, read_json
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
-from fastrec.training.checkpoint import MODEL, SUMMARY, first_process
+from fastrec.training.checkpoint import MODEL, SUMMARY
 from fastrec.training.config import Recipe, Users
 from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.model_folder import load_model, read_trained_on
+from fastrec.training.processes import first_process
 from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.start import warn_of_settings
 from fastrec.training.sweep import sweep

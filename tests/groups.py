@@ -3,11 +3,13 @@
 
 import datetime
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -78,6 +80,24 @@ class Ranks:
                 pipe.send(None)
             process.join(timeout=30)
         self.folder.cleanup()
+
+
+def launched(rank: int, world: int, per_node: int = 1) -> dict[str, str]:
+    """The environment of a process that torchrun has started, the nodes being `per_node` wide."""
+    return {
+        "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node),
+        "GROUP_RANK": str(rank // per_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+
+
+def trained(group, data: Path, output: Path, chosen, options: dict | None = None, nodes: int = 1):
+    """Train as processes that torchrun has started; the weights of the model, on each rank."""
+    from builders import run
+
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    with patch.dict(os.environ, launched(rank, world, world // nodes)):
+        return run(data, output, chosen, **(options or {})).state_dict()
 
 
 def message_of(call: Callable) -> str:

@@ -282,7 +282,7 @@ def test_training_with_replayed_steps_ends_with_the_same_weights(tmp_path, monke
     found = []
     for cuda_graph in (False, True):
         if cuda_graph:
-            monkeypatch.setattr("fastrec.training.fit._check_one_gpu", lambda *given: None)
+            monkeypatch.setattr("fastrec.training.fit.check_one_gpu", lambda *given: None)
             graphed = functools.partial(GraphedObjective, capture=Replay)
             monkeypatch.setattr("fastrec.training.module.GraphedObjective", graphed)
         chosen = recipe(**options, cuda_graph=cuda_graph)

@@ -13,7 +13,8 @@ from typing import Any, cast
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from fastrec.training.checkpoint import first_process, write_checkpoint
+from fastrec.training.checkpoint import write_checkpoint
+from fastrec.training.processes import first_process
 
 
 class KeepBest(Callback):

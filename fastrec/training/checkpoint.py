@@ -31,7 +31,7 @@ from fastrec.training.model_folder import read_trained_on
 
 # Of the stage: neither the data nor the weights of the steps done so far depend on these, nor on
 # the number of steps where the learning rate does not.
-MAY_CHANGE = ("patience", "checkpoint_every", "devices", "backend", "cuda_graph")
+MAY_CHANGE = ("patience", "checkpoint_every", "devices", "num_nodes", "backend", "cuda_graph")
 # Of the recipe: the other stages may change.
 COMPARED = ("model", "texts", "attributes", "evaluation", "users", "seed")
 # What a run leaves that ends before its first checkpoint, beside the model it started from.
@@ -85,12 +85,6 @@ def identity(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
 def short(run: dict) -> str:
     """Stands for what `identity` gives."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def first_process() -> bool:
-    """Whether this is the process that writes and prints: DDP starts the others later, and they run
-    the command again."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def check_free(folder: Path, dataset, recipe: Recipe, stage: str) -> None:

@@ -18,6 +18,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
@@ -44,7 +45,6 @@ from fastrec.training.checkpoint import (
     TRANSFER,
     check_free,
     check_resumed,
-    first_process,
     identity,
     plain,
     short,
@@ -56,6 +56,13 @@ from fastrec.training.config import STAGES, Recipe
 from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
 from fastrec.training.model_folder import hashes, load_heads, load_pool, save_model
 from fastrec.training.module import StageModule
+from fastrec.training.processes import (
+    Processes,
+    check_one_gpu,
+    first_process,
+    processes_of,
+    started_outside,
+)
 from fastrec.training.rows import use_rows
 from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.stage_data import stage_data
@@ -183,6 +190,9 @@ def _fit(
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
     config = with_causal(recipe.model, current.init.causal)
     encoder = settings_of(config.encoder)
+    where = processes_of(device_of(around.device), current.devices, current.num_nodes)
+    if current.cuda_graph:
+        check_one_gpu(where, current.devices)
     if first_process():
         tidy_run(output)
     start = started_from(initial)
@@ -191,12 +201,8 @@ def _fit(
         start = check_resumed(output, run, current.steps, encoder, start)
     elif first_process():
         check_free(output, dataset, recipe, stage)
-    device = device_of(around.device)
-    processes = _processes(device, current.devices)
-    if current.cuda_graph:
-        _check_one_gpu(device, current.devices, processes)
     name = current.backend or "reference"
-    if why := unavailable_reason(name, "linear_cross_entropy", device):
+    if why := unavailable_reason(name, "linear_cross_entropy", where.device):
         raise ValueError(f"backend is {name!r}: {why}")
 
     torch.manual_seed(recipe.seed)
@@ -207,7 +213,7 @@ def _fit(
     data.side.filler = filler_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     if current.tables.update == "rows":
-        if processes > 1 or current.cuda_graph:
+        if where.total > 1 or current.cuda_graph:
             raise ValueError("tables.update: rows needs one process, and no cuda_graph")
         use_rows(trained, objective.parts.values())
     if initial_folder is not None:
@@ -243,7 +249,7 @@ def _fit(
         start_run(output, dataset, recipe, stage, resume)
         if initial is not None and not resume:
             _report(output, trained, objective, taken, around.progress)
-    where, begun = (device, processes), {**run, "init": start}
+    begun = {**run, "init": start}
     trainer = _trainer(output, begun, current, keep, str(data), around, where)
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
@@ -299,7 +305,7 @@ def _trainer(
     keep: KeepBest,
     who: str,
     around: Around,
-    where: tuple[torch.device, int],
+    where: Processes,
 ) -> lightning.Trainer:
     callbacks: list[Callback] = [
         *around.callbacks,
@@ -328,18 +334,21 @@ def _trainer(
     )  # fmt: skip
     for noise in noises:
         warnings.filterwarnings("ignore", noise)
-    device, processes = where
+    plugins: list = [CheckpointFile()]
+    if where.total > 1 and started_outside():
+        plugins.append(TorchElasticEnvironment())  # also where another launcher says the same
     return lightning.Trainer(
         max_steps=stage.steps,
         max_epochs=stage.steps // stage.pass_steps,
-        accelerator=device.type,
-        devices=processes if device.index is None else [device.index],
+        accelerator=where.device.type,
+        devices=where.each if where.device.index is None else [where.device.index],
+        num_nodes=where.nodes,
         # Which parameters the objectives read is theirs to know: the item head of a stage without
         # item prediction has no gradient, and DDP would wait for it.
-        strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
+        strategy="ddp_find_unused_parameters_true" if where.total > 1 else "auto",
         precision=stage.precision,
         callbacks=callbacks,
-        plugins=[CheckpointFile()],
+        plugins=plugins,
         logger=[
             *around.loggers,
             Csv(output, TRAINING),
@@ -352,21 +361,3 @@ def _trainer(
         log_every_n_steps=min(10, stage.pass_steps),
         use_distributed_sampler=False,
     )
-
-
-def _processes(device: torch.device, devices: int | str) -> int:
-    """How many a run has: one for a device that is named by its number, and with "auto" one for
-    each GPU, or one on the CPU."""
-    if device.index is not None and devices not in ("auto", 1):
-        raise ValueError(f"devices is {devices}, and device names one, {device}")
-    if devices != "auto":
-        return int(devices)
-    return torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
-
-
-def _check_one_gpu(device: torch.device, devices: int | str, processes: int) -> None:
-    if device.type != "cuda" or processes != 1:
-        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        raise ValueError(
-            f"cuda_graph needs one process on one GPU: devices is {devices}, {gpus} GPUs are here"
-        )

@@ -119,6 +119,7 @@ class Stage:
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
             one CPU process.
+        num_nodes: machines, each with as many processes; all see one `output`.
         backend: of the losses (items, friends, contrast); None = native.
         cuda_graph: replay forward and backward from CUDA graphs, batches padded to a budget. One
             process on one GPU.
@@ -147,6 +148,7 @@ class Stage:
     patience: int = 10
     checkpoint_every: int = 500
     devices: int | Literal["auto"] = "auto"
+    num_nodes: int = 1
     backend: Literal["reference", "cpp", "triton"] | None = None
     cuda_graph: bool = False
 
@@ -154,7 +156,7 @@ class Stage:
         check_choices(self)
         if self.devices != "auto" and not 1 <= int(self.devices) <= 1024:
             raise ValueError(f"devices must be in [1, 1024] or 'auto', got {self.devices}")
-        for name in ("steps", "batch_size", "validate_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "validate_every", "checkpoint_every", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):

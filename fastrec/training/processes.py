@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a run: how many there are, which one this is, and who starts them.
+
+Lightning starts those of one machine itself. On several machines, or under a launcher such as
+torchrun, each process is started from outside and learns its number from the environment.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+# What launchers say of how many processes there are, and of the number of this one: torchrun and
+# Lightning, Slurm (of a step), Open MPI, and the process manager of MPICH and Intel MPI.
+_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_RANKS = (
+    "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"
+)  # fmt: skip
+
+
+class Processes(NamedTuple):
+    """Where a run is: the device of a process, how many are on each of how many machines."""
+
+    device: torch.device
+    each: int
+    nodes: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.each * self.nodes
+
+
+def first_process() -> bool:
+    """Whether this is the process, of all machines, that writes and prints: Lightning starts the
+    others later, and they run the command again."""
+    return not any(int(os.environ.get(name) or 0) for name in _RANKS)
+
+
+def started_outside() -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ)
+
+
+def processes_of(device: torch.device, devices: int | str, nodes: int) -> Processes:
+    """With "auto", one for each GPU, or one on the CPU or a device that is named by its number.
+
+    Raises ValueError where the processes that were started are others: each would train a model of
+    its own, and all write it into one folder.
+    """
+    if device.index is not None and devices not in ("auto", 1):
+        raise ValueError(f"devices is {devices}, and device names one, {device}")
+    if devices != "auto":
+        each = int(devices)
+    else:
+        each = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+    found = Processes(device, each, nodes)
+    for name in _SIZES:
+        if (said := int(os.environ.get(name) or found.total)) != found.total:
+            raise ValueError(
+                f"the launcher started {said} processes ({name}), and devices x num_nodes is"
+                f" {each} x {nodes}: set devices to the processes of a machine and num_nodes to the"
+                " number of machines"
+            )
+    if (node := int(os.environ.get("NODE_RANK") or 0)) >= nodes:
+        raise ValueError(f"NODE_RANK is {node}, and num_nodes is {nodes}")
+    if nodes > 1 and "MASTER_ADDR" not in os.environ and "SLURM_PROCID" not in os.environ:
+        raise ValueError(
+            f"num_nodes is {nodes}: start the command on each machine by torchrun, or with"
+            " MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment"
+        )
+    return found
+
+
+def check_one_gpu(where: Processes, devices: int | str) -> None:
+    """Raise ValueError where a CUDA graph cannot be."""
+    if where.device.type != "cuda" or where.total != 1:
+        gpus = torch.cuda.device_count() if where.device.type == "cuda" else 0
+        raise ValueError(
+            f"cuda_graph needs one process on one GPU: devices is {devices}, {gpus} GPUs are here"
+        )
