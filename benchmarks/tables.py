@@ -20,17 +20,16 @@ from statistics import median
 WIDTH = 64
 
 
-def measure(items: int, update: str, optimizer: str | None, steps: int) -> dict:
+def case(items: int, recipe: str, tables: dict, batch: int | None = None):
+    """(module of a stage, its loader) of users who are drawn."""
     import numpy as np
-    import torch
 
     from fastrec.data.dataset import SequenceDataset
     from fastrec.data.loader import SequenceLoader
     from fastrec.data.side import SideData
     from fastrec.data.views import Views
     from fastrec.nn.user_model import UserModel
-    from fastrec.objectives.joint import JointObjective, total_loss
-    from fastrec.random import Rng
+    from fastrec.objectives.joint import JointObjective
     from fastrec.training.config import Recipe
     from fastrec.training.module import StageModule
     from fastrec.training.rows import use_rows
@@ -42,19 +41,30 @@ def measure(items: int, update: str, optimizer: str | None, steps: int) -> dict:
     values = drawn.astype(np.int32).clip(1) - 1
     schema = {"num_users": len(lengths), "num_items": items, "num_interactions": len(values)}
     dataset = SequenceDataset("memory", schema, values, offsets)
-    tables = {"update": update, **({"optimizer": optimizer} if update == "rows" else {})}
-    recipe = Recipe.load("sasrec-sampled", tables=tables)
-    stage = recipe.stage("pretraining")
-    before = memory()
-    model = UserModel(items, recipe.model)
+    sizes = {} if batch is None else {"batch_size": batch}
+    chosen = Recipe.load(recipe, tables=tables, **sizes)
+    stage = chosen.stage("pretraining")
+    model = UserModel(items, chosen.model)
     side = SideData(dataset)
     objective = JointObjective(stage.parts, model, side)
-    if update == "rows":
-        use_rows(model, objective.parts.values())
-    views = Views(stage.views, model.frame, side, recipe.model.max_len)
+    if stage.tables.update == "rows":
+        use_rows(model)
+    views = Views(stage.views, model.frame, side, chosen.model.max_len)
     loader = SequenceLoader(views, batch_size=stage.batch_size)
     judge = type("Judge", (), {"metric_names": [stage.monitored]})()
-    module = StageModule(model, objective, stage, loader, judge)
+    return StageModule(model, objective, stage, loader, judge), loader
+
+
+def measure(items: int, update: str, optimizer: str | None, steps: int) -> dict:
+    import torch
+
+    from fastrec.objectives.joint import total_loss
+    from fastrec.random import Rng
+
+    before = memory()
+    tables = {"update": update, **({"optimizer": optimizer} if update == "rows" else {})}
+    module, loader = case(items, "sasrec-sampled", tables)
+    model, objective = module.model, module.objective
     optimizer_ = module.configure_optimizers()["optimizer"]
     times = []
     for number in range(steps + 2):

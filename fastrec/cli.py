@@ -37,7 +37,7 @@ from fastrec.training.checkpoint import MODEL, SUMMARY
 from fastrec.training.config import Recipe, Users
 from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.model_folder import load_model, read_trained_on
-from fastrec.training.processes import first_process
+from fastrec.training.processes import first_process, group_of_launcher
 from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.start import warn_of_settings
 from fastrec.training.sweep import sweep
@@ -125,7 +125,7 @@ def evaluate(
     device: str = "auto",
 ):
     """Measure a model as a stage of the recipe judges it, beside a baseline. Without --config the
-    recipe is that of the model.
+    recipe is that of the model. The processes of torchrun share the users.
 
     Args:
         data: folder written by `fastrec prepare`.
@@ -145,12 +145,15 @@ def evaluate(
         overwrite: replace a file `output` or `ranks`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
-    with contextlib.nullcontext() if output is None else locked_file(output, overwrite):
-        if ranks is not None:
-            check_table_path(ranks)
-            check_absent(ranks, overwrite)
-        result = _evaluate(recipe, data, pretrained, task, split, ranks, device)
-        if output is not None:
+    if ranks is not None:
+        check_table_path(ranks)
+        check_absent(ranks, overwrite)
+    writes = output is not None and first_process()
+    with locked_file(output, overwrite) if writes else contextlib.nullcontext():
+        with group_of_launcher(device_of(device)) as group:
+            ranks = ranks if first_process() else None
+            result = _evaluate(recipe, data, pretrained, task, split, ranks, device, group)
+        if output is not None and writes:
             write_text(output, json.dumps(result, indent=2) + "\n")
 
 
@@ -162,6 +165,7 @@ def _evaluate(
     split: str,
     ranks: Path | None,
     device: str,
+    group,
 ) -> dict:
     dataset = SequenceDataset.load(data)
     made = read_trained_on(pretrained).get("stage")
@@ -176,7 +180,7 @@ def _evaluate(
     if asked:
         _say_other_protocol(trained, recipe)
     trained = trained.to(device_of(device))
-    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split, ranks)
+    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split, ranks, group)
 
 
 def list_recipes():

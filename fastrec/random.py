@@ -56,6 +56,7 @@ SITES = {
     "permute": 52,
     "negatives_shared": 28,
     "negatives_own": 29,
+    "evaluation_negatives": 30,
     "fill": 40,
     "fill_item": 41,
     "drop": 55,

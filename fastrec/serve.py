@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.ids import Ids
-from fastrec.evaluation.next_item import adjustment, check_scores, row_blocks, seen_items
+from fastrec.evaluation.blocks import row_blocks
+from fastrec.evaluation.next_item import adjustment, check_scores, seen_items
 from fastrec.ops.linear_topk import TopK, linear_topk
 from fastrec.vectors import finite, user_rows
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.ids import Ids
-from fastrec.evaluation.next_item import row_blocks
+from fastrec.evaluation.blocks import row_blocks
 from fastrec.nn.pool import Pooling
 
 

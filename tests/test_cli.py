@@ -25,7 +25,8 @@ from fastrec.data.settings import from_values
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
-from fastrec.evaluation.next_item import Protocol, row_blocks
+from fastrec.evaluation.blocks import row_blocks
+from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import write_digests

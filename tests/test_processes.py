@@ -3,15 +3,24 @@
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import polars
 import pytest
 import torch
 from builders import command, recipe, run, synthetic, trained_weights
 from groups import Ranks, launched, trained
 
+from fastrec.data.dataset import SequenceDataset
+from fastrec.evaluation.blocks import own_blocks, row_blocks
+from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.nn.user_model import UserModel
+from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.processes import first_process, processes_of, started_outside
+from fastrec.training.stage_data import stage_data
 
 CPU = torch.device("cpu")
 
@@ -48,9 +57,62 @@ def test_two_nodes_train_one_model(data, two, tmp_path):
     run(data, tmp_path / "one", recipe(steps=6, validate_every=6))
     models = two.run(trained, data, tmp_path / "two", chosen, None, 2)
     assert_close_weights(tmp_path / "one", tmp_path / "two")
+    one, other = (valid(tmp_path / name) for name in ("one", "two"))
+    assert one.columns == other.columns and np.allclose(one.to_numpy(), other.to_numpy(), atol=2e-3)
     for name, value in models[0].items():
         assert torch.equal(value, models[1][name]), name
     assert len(valid(tmp_path / "two")) == 1, "the second node writes no logs"
+
+
+def metrics_of(group, data: Path, folder: Path, chosen) -> tuple[dict, int]:
+    """What `evaluate` finds on this process, and how many users it has ranked."""
+    judge, asked = NextItemJudge.rank_rows, []
+
+    def counted(self, model, rows, *table):
+        asked.append(rows.stop - rows.start)
+        return judge(self, model, rows, *table)
+
+    with patch.object(NextItemJudge, "rank_rows", counted):
+        dataset, model = SequenceDataset.load(data), UserModel.from_pretrained(folder)
+        stage = chosen.stage("pretraining")
+        found = evaluate_stage(dataset, chosen, stage, model, folder, group=group)
+    return found, sum(asked)
+
+
+@pytest.mark.parametrize("judged", [{}, {"candidates": "sampled", "negatives": 20}])
+def test_the_users_of_an_evaluation_are_shared(data, two, tmp_path, judged):
+    chosen = replace(recipe(steps=1, validate_every=1), evaluation=Protocol(**judged))
+    model = run(data, tmp_path / "run", chosen)
+    assert model.num_items == 150
+    expected, _ = metrics_of(None, data, tmp_path / "run" / "model", chosen)
+    made = two.run(metrics_of, data, tmp_path / "run" / "model", chosen)
+    assert [found for found, _ in made] == [expected, expected], "to the last bit"
+    assert sum(asked for _, asked in made) == 1300 and all(asked for _, asked in made)
+
+
+@pytest.mark.parametrize(("count", "world"), [(1, 2), (512, 2), (513, 2), (5000, 3), (1300, 1)])
+def test_rows_are_shared_by_blocks(count, world):
+    made = [own_blocks(count, rank, world) for rank in range(world)]
+    assert len({len(blocks) for blocks in made}) == 1, "a model over several processes needs all"
+    rows = [row for blocks in made for b in blocks if b.counts for row in range(count)[b.rows]]
+    assert sorted(rows) == list(range(count))
+    assert [b.rows for blocks in zip(*made, strict=True) for b in blocks if b.counts] == (
+        row_blocks(count)
+    )
+
+
+def test_a_validation_of_some_users(data):
+    dataset, chosen = SequenceDataset.load(data), recipe(validate_users=100)
+    some, whole = (stage_data(dataset, each, each.pretraining) for each in (chosen, recipe()))
+    assert len(some.judge) == 100 and len(whole.judge) == 1300
+    assert torch.isin(some.judge.users, whole.judge.users).all()
+    assert torch.equal(some.users, whole.users), "all are trained"
+    again = stage_data(dataset, chosen, chosen.pretraining)
+    assert torch.equal(again.judge.users, some.judge.users)
+    with pytest.raises(ValueError, match="validate_users must be at least 1, got 0"):
+        recipe(validate_users=0)
+    with pytest.raises(ValueError, match="validate_users has no effect on the judge friends"):
+        recipe(validate_users=9, judge="friends")
 
 
 def test_processes_that_nobody_asked_for_write_nothing(data, tmp_path):

@@ -49,7 +49,8 @@ def test_uniform_negatives_are_unseen_distinct_and_of_all_items():
         assert ((counts[user, unseen] - expected).abs() < 5 * expected**0.5).all()
     by = Protocol(candidates="sampled", negatives=5, negatives_by="uniform", seed=3)
     judge = NextItemJudge(dataset, users, "test", by)
-    assert torch.equal(judge.negatives, sampled_negatives(dataset, users, 5, 3, by="uniform"))
+    drawn = sampled_negatives(dataset, users, 5, 3, by="uniform")
+    assert torch.equal(judge.candidates()[:, 1:], drawn[judge.owner])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_listed_negatives_are_those_of_the_file(dataset, tmp_path):
     assert torch.equal(listed_negatives(dataset, users, file), expected)
     protocol = Protocol(candidates="sampled", negatives_file=str(file))
     judge = NextItemJudge(dataset, users, "test", protocol)
-    assert torch.equal(judge.negatives, expected)
+    assert torch.equal(judge.candidates()[:, 1:], expected[judge.owner])
     assert f"among the items of {file}" in str(protocol)
 
 

@@ -16,7 +16,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare import prepare
 from fastrec.data.prepare.readers import RawData
-from fastrec.evaluation.next_item import row_blocks
+from fastrec.evaluation.blocks import row_blocks
 
 V = 30
 MODELS = {

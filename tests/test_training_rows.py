@@ -31,7 +31,7 @@ from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
-from fastrec.training.rows import RowAdamW, Tables, clip_, tables_of, use_rows
+from fastrec.training.rows import RowAdamW, Tables, check_tables, clip_, tables_of, use_rows
 from fastrec.training.stage import Stage
 
 SEQUENCES = [[1, 2, 3, 4, 2], [5, 6, 7], [1, 9, 3], [8, 8, 2, 11], [14, 2, 1], [17, 3]]
@@ -70,9 +70,9 @@ def test_gradients_are_those_of_dense_tables(name, loss):
     sparse = copy.deepcopy(dense)
     ahead = 2 if name == "caser" else 1
     for model in (dense, sparse):
-        objective, ask = terms_of(model, loss, ahead)
+        _, ask = terms_of(model, loss, ahead)
         if model is sparse:
-            use_rows(model, objective.parts.values())
+            use_rows(model)
         ask().backward()
     tables = {id(p) for p in tables_of(sparse)}
     assert tables
@@ -239,7 +239,7 @@ def test_what_reads_every_row_is_refused(make, objective, match):
     model = make()
     joint = JointObjective({"item": objective}, model, SideData(dataset_of(SEQUENCES, 20)))
     with pytest.raises(ValueError, match=match):
-        use_rows(model, joint.parts.values())
+        check_tables(Tables(update="rows"), model, joint.parts.values())
 
 
 def test_settings_without_effect_are_refused(data, tmp_path):
@@ -248,6 +248,6 @@ def test_settings_without_effect_are_refused(data, tmp_path):
             Tables(**{name: value})
     with pytest.raises(ValueError, match="must not be negative"):
         Tables(update="rows", learning_rate=-1.0)
-    with pytest.raises(ValueError, match="rows needs one process"):
-        run(data, tmp_path / "run", by_rows(devices=2))
+    with pytest.raises(ValueError, match="cuda_graph needs"):
+        run(data, tmp_path / "run", by_rows(cuda_graph=True))
     assert not (tmp_path / "run").exists()

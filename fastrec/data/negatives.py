@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrec.random import Rng, draw_words
 
 UNIT = 1 << 32  # probabilities of a slot in 2^-32
+MOST_DRAWN = 2 * 65536  # at one place
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +102,8 @@ class NegativeSampler:
         return self._draw(number, rng, keys, positions, site)
 
     def _draw(self, number, rng, keys, positions, site) -> Tensor:
-        if not 0 < number <= 2 * 65536:
-            raise ValueError(f"the number of negatives must be in [1, 131072], got {number}")
+        if not 0 < number <= MOST_DRAWN:
+            raise ValueError(f"the number of negatives must be in [1, {MOST_DRAWN}], got {number}")
         words = draw_words(rng, keys, positions, (number + 1) // 2, site=site)
         pairs = words.unflatten(-1, (-1, 2))[..., :number, :]
         slot = pairs[..., 0] * self.num_items >> 32

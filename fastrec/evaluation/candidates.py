@@ -12,7 +12,10 @@ from torch import Tensor
 
 from fastrec.data.errors import DataError
 from fastrec.data.ids import Ids
+from fastrec.data.negatives import MOST_DRAWN, NegativeSampler
 from fastrec.data.prepare.text import read_fields
+from fastrec.evaluation.blocks import row_blocks
+from fastrec.random import Rng
 
 _ROUNDS = 4  # of rejection, before a user whose history is most of the events costs O(items)
 
@@ -27,48 +30,104 @@ def held_out_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
     return batch.values[kept], owner[kept]
 
 
+class SampledNegatives:
+    """Negatives of users, unseen and all different, drawn in proportion to the interactions of an
+    item, or "uniform".
+
+    Draws come in turn, and one that is seen or already taken is rejected, which is sampling
+    without replacement. After `_ROUNDS` turns the rest comes from exponential keys: the same law,
+    because what is drawn next depends on what is taken and not on how long it took. The negatives
+    of a user depend on (seed, user) only.
+    """
+
+    def __init__(self, dataset, count: int, seed: int, by: str = "popularity"):
+        self.dataset, self.count, self.seed = dataset, count, seed
+        self.popularity = torch.ones(dataset.num_items, dtype=torch.int64, device="cpu")
+        if by == "popularity":
+            counts = np.bincount(np.asarray(dataset.values), minlength=dataset.num_items)
+            self.popularity = torch.from_numpy(counts)
+        self.sampler = NegativeSampler.popularity(self.popularity)
+        self.alive = int((self.popularity > 0).sum())
+
+    def check(self, users: Tensor) -> None:
+        """Raise ValueError where one has fewer than `count` unseen items (with interactions)."""
+        offsets, places = np.asarray(self.dataset.offsets), users.numpy()
+        lengths = torch.from_numpy(offsets[places + 1] - offsets[places])
+        long = users[lengths > self.alive - self.count]
+        for rows in row_blocks(len(long)):
+            unseen = self.alive - (self._seen(long[rows]) // self.dataset.num_items).bincount(
+                minlength=rows.stop - rows.start
+            )
+            if (unseen < self.count).any():
+                bad = int((unseen < self.count).nonzero()[0])
+                raise ValueError(
+                    f"user number {int(long[rows][bad])}, from 0, has {int(unseen[bad])} unseen"
+                    f" items, {self.count} negatives were asked for: lower evaluation.negatives"
+                )
+
+    def __call__(self, users: Tensor) -> Tensor:
+        """int64 [U, count] of `users`, who pass `check`."""
+        out = torch.empty(len(users), self.count, dtype=torch.int64, device="cpu")
+        seen, rows = self._seen(users), torch.arange(len(users), device="cpu")
+        drawn = torch.empty(len(users), 0, dtype=torch.int64, device="cpu")
+        for turn in range(_ROUNDS):
+            number = min(self.count + self.count // 2 + 8, MOST_DRAWN)
+            keys, place = users[rows], torch.zeros_like(rows)
+            rng = Rng(self.seed, turn)
+            more = self.sampler.own(number, rng, keys, place, "evaluation_negatives")
+            drawn = torch.cat([drawn, more], 1)
+            kept = ~_among(rows[:, None] * self.dataset.num_items + drawn, seen) & _first(drawn)
+            enough = kept.sum(1) >= self.count
+            taken = kept[enough] & (kept[enough].cumsum(1) <= self.count)
+            out[rows[enough]] = drawn[enough][taken].view(-1, self.count)
+            rows, drawn, kept = rows[~enough], drawn[~enough], kept[~enough]
+            if len(rows) == 0:
+                return out
+        for place, row in enumerate(rows.tolist()):  # rare: the history is most of the events
+            taken = drawn[place][kept[place]] if _ROUNDS else drawn[place]
+            out[row] = self._rest(int(users[row]), taken)
+        return out
+
+    def _seen(self, users: Tensor) -> Tensor:
+        """int64, ascending: place of a user x V + item, of all their events, once each."""
+        offsets = self.dataset.offsets
+        batch = self.dataset.between(users, offsets[users.numpy()], offsets[users.numpy() + 1])
+        return (batch.segment_ids() * self.dataset.num_items + batch.values).unique()
+
+    def _rest(self, user: int, taken: Tensor) -> Tensor:
+        """int64 [count]: `taken`, and behind them others in the order of exponential keys."""
+        left = self.popularity > 0
+        left[taken] = False
+        left[self._seen(torch.tensor([user], device="cpu"))] = False
+        left = left.nonzero().squeeze(1)
+        generator = np.random.Generator(np.random.Philox(key=(self.seed, user)))
+        keys = torch.from_numpy(generator.standard_exponential(len(left)))
+        order = (keys / self.popularity[left]).argsort()
+        return torch.cat([taken, left[order]])[: self.count]
+
+
 def sampled_negatives(
     dataset, users: Tensor, count: int, seed: int, by: str = "popularity"
 ) -> Tensor:
-    """int64 [U, count] negatives of `users`: unseen and all different, drawn in proportion to the
-    interactions of an item, or "uniform".
+    """int64 [U, count]: `SampledNegatives` of `users`. Raises ValueError as its `check` does."""
+    draw = SampledNegatives(dataset, count, seed, by)
+    draw.check(users)
+    return torch.cat([draw(users[rows]) for rows in row_blocks(len(users))])
 
-    Draws come in turn, and one that is seen or already taken is rejected, which is sampling
-    without replacement. After `_ROUNDS` x 2 `count` draws the rest comes from exponential keys: the
-    same law, because what is drawn next depends on what is taken and not on how long it took. The
-    negatives of a user depend on (seed, user) only.
 
-    Raises ValueError when a user has fewer than `count` unseen items (with interactions).
-    """
-    popularity = np.ones(dataset.num_items, dtype=np.int64)
-    if by == "popularity":
-        popularity = np.bincount(np.asarray(dataset.values), minlength=dataset.num_items)
-    alive = np.flatnonzero(popularity)
-    cumulative = np.cumsum(popularity)
-    out = np.empty((len(users), count), dtype=np.int64)
-    values, offsets = np.asarray(dataset.values), np.asarray(dataset.offsets)
-    for i, user in enumerate(users.tolist()):
-        seen = np.unique(values[offsets[user] : offsets[user + 1]])
-        if len(alive) - len(seen) < count:
-            raise ValueError(
-                f"user number {user}, from 0, has {len(alive) - len(seen)} unseen items, {count}"
-                " negatives were asked for: lower evaluation.negatives"
-            )
-        generator = np.random.Generator(np.random.Philox(key=(seed, user)))
-        taken = np.empty(0, dtype=np.int64)
-        for _ in range(_ROUNDS):
-            ticks = generator.integers(0, cumulative[-1], size=2 * count)
-            drawn = np.searchsorted(cumulative, ticks, side="right")
-            taken = np.concatenate((taken, drawn[~np.isin(drawn, seen)]))
-            taken = taken[np.sort(np.unique(taken, return_index=True)[1])]
-            if len(taken) >= count:
-                break
-        else:
-            left = alive[~np.isin(alive, np.concatenate((seen, taken)))]
-            keys = generator.standard_exponential(len(left)) / popularity[left]
-            taken = np.concatenate((taken, left[keys.argsort()]))
-        out[i] = taken[:count]
-    return torch.from_numpy(out)
+def _among(keys: Tensor, known: Tensor) -> Tensor:
+    """bool, which of `keys` are in `known`, ascending."""
+    if len(known) == 0:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    return known[torch.searchsorted(known, keys).clamp_max(len(known) - 1)] == keys
+
+
+def _first(drawn: Tensor) -> Tensor:
+    """bool [U, K]: an item that does not stand further left in its row."""
+    ordered, place = drawn.sort(dim=1, stable=True)
+    new = torch.ones_like(drawn, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.empty_like(new).scatter_(1, place, new)
 
 
 def listed_negatives(dataset, users: Tensor, file: Path | str) -> Tensor:

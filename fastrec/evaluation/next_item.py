@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastrec.data.batch import offsets_of
 from fastrec.data.settings import check_choices, from_values
-from fastrec.evaluation.candidates import held_out_items, listed_negatives, sampled_negatives
+from fastrec.evaluation.blocks import row_blocks, scores_of
+from fastrec.evaluation.candidates import SampledNegatives, held_out_items, listed_negatives
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import (
     candidate_scores,
@@ -116,11 +117,6 @@ class Protocol:
             raise ValueError("evaluation.seed has no effect: candidates is full")
 
 
-def row_blocks(count: int, size: int = 512) -> list[slice]:
-    """Consecutive slices of `size` rows, the last one shorter: what a model evaluates at a time."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def seen_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
     """(items, offsets [N + 1]) int64: the items in the input of each user, sorted, for `exclude` of
     linear_rank and linear_topk."""
@@ -198,10 +194,11 @@ class NextItemJudge:
 
     targets, owner: int64 [P], the items and the places of their users in `users`; user by user, an
         item once a user, in the order of the events. Leave-one-out has one a user.
-    offsets: int64 [U + 1], the pairs of each user. negatives: int64 [U, C], where they are drawn.
+    offsets: int64 [U + 1], the pairs of each user.
 
-    Negatives are drawn once, here, so that models and epochs are compared on the same candidates.
-    Raises ValueError without a user, or for one who is not in the split.
+    Negatives are a function of the user, so that models and epochs are compared on the same
+    candidates. `ranks`, `lists` and `popularity_ranks` take a process group, whose processes all
+    ask and share the users. Raises ValueError without a user, or for one who is not in the split.
     """
 
     def __init__(self, dataset, users: Tensor, split: str, protocol: Protocol = Protocol()):
@@ -212,24 +209,27 @@ class NextItemJudge:
         number = self.owner.bincount(minlength=len(users))
         self.offsets = offsets_of(number)
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
-        if protocol.candidates == "sampled":
-            self.negatives = _negatives(dataset, users, protocol)
+        self._listed: Tensor | None = None
+        if protocol.negatives_file is not None:
+            self._listed = listed_negatives(dataset, users, protocol.negatives_file)
+        elif protocol.candidates == "sampled":
+            by = protocol.negatives_by or "popularity"
+            self._drawn = SampledNegatives(dataset, protocol.others, protocol.seed, by)
+            self._drawn.check(users)
         self._table: Tensor | None = None  # of the model that `score` is asked about
 
     def __len__(self) -> int:
         return len(self.users)
 
     def score(self, model, objective, rows: slice) -> Tensor:
-        """`rank_rows`; the heads of the objective take no part. The rows of a validation come in
-        their order: the item table, which may cost a product over all items, is that of the first.
-        """
-        if rows.start == 0 or self._table is None:
+        """`rank_rows`; the heads of the objective take no part. The item table, which may cost a
+        product over all items, is kept until `metrics` ends a validation."""
+        if model.spread_table is not None:
+            return self._rank_spread(model, rows)
+        if self._table is None:
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 self._table = model.item_table
-        ranks = self.rank_rows(model, rows, self._table)
-        if rows.stop >= len(self):
-            self._table = None  # of a GPU's memory, perhaps
-        return ranks
+        return self.rank_rows(model, rows, self._table)
 
     @property
     def metric_names(self) -> list[str]:
@@ -240,7 +240,7 @@ class NextItemJudge:
     ) -> dict[str, float]:
         """`ranking_metrics` of what `score` gives for all rows. users: bool [U], whom to average
         over; None: all."""
-        owner = self.owner
+        owner, self._table = self.owner, None
         if users is not None:
             kept = users[owner]
             ranks, owner = ranks[kept], owner[kept]
@@ -256,20 +256,48 @@ class NextItemJudge:
                 table = model.item_table if table is None else table
                 return self._rank(query, table, bias, rows).cpu()
 
-    def lists(self, model, k: int) -> Tensor:
+    @torch.no_grad()
+    def _rank_spread(self, model, rows: slice) -> Tensor:
+        """`rank_rows` of a model whose item vectors are spread over processes, which all ask."""
+        from fastrec.evaluation.spread import spread_ranks
+
+        query = next_item_queries(model, self.dataset, self.users[rows], self.split)
+        spread, device = model.spread_table, query.device
+        pairs = slice(int(self.offsets[rows.start]), int(self.offsets[rows.stop]))
+        owner, targets = self.owner[pairs], self.targets[pairs].to(device)
+        query = query[(owner - rows.start).to(device)]
+        adjustment, seen = self.adjustment.to(device), self.protocol.seen
+        with torch.autocast(device.type, enabled=False):
+            if self.protocol.candidates == "sampled":
+                found = spread.rows(targets, self.candidates(pairs)[:, 1:].to(device))
+                table, bias = found.table, found.bias - adjustment[found.ids]
+                among = torch.cat([found.targets[:, None], found.negatives], 1)
+                ranks = rank_candidates(query, table, bias, among)
+                if len(ranks) > rows.stop - rows.start:
+                    scores = candidate_scores(query, table, bias, among[:, :1]).squeeze(1)
+                    offsets = self.offsets[rows.start : rows.stop + 1] - pairs.start
+                    ranks = others_above(ranks, scores, offsets)
+                return ranks.cpu()
+            left_out = self._left_out(owner, device) if seen == "exclude" else None
+            zero = self._seen(self.users[owner], device) if seen == "zero" else None
+            return spread_ranks(query, targets, spread, adjustment, left_out, zero).cpu()
+
+    def lists(self, model, k: int, group=None) -> Tensor:
         """int64 [U, k]: the k best items of every user, -1 where there are fewer. Items of the
         input are among them where the protocol keeps them."""
         with torch.no_grad():
-            table, parts = model.item_table, []
-        for rows in row_blocks(len(self.users)):
+            table = model.item_table
+
+        def best(rows: slice) -> Tensor:
             with torch.no_grad():
                 query, bias = self._asked(model, rows)
-                best = min(k, len(table))
                 some = self.protocol.seen != "none"
                 exclude = self._seen(self.users[rows], query.device) if some else None
-                found = linear_topk(query, table, best, linear_bias=bias, exclude=exclude)
-                parts.append(found.indices.cpu())
-        return torch.cat(parts)
+                most = min(k, len(table))
+                found = linear_topk(query, table, most, linear_bias=bias, exclude=exclude)
+                return found.indices.cpu()
+
+        return scores_of(len(self), best, group)
 
     def _asked(self, model, rows: slice) -> tuple[Tensor, Tensor]:
         """(queries [N, D], biases [V]) of the scores."""
@@ -293,27 +321,33 @@ class NextItemJudge:
 
     def candidates(self, pairs: slice = slice(None)) -> Tensor:
         """int64 [P, 1 + negatives]: the target of each pair and the negatives of its user."""
-        return torch.cat([self.targets[pairs, None], self.negatives[self.owner[pairs]]], dim=1)
+        owner = self.owner[pairs]
+        if self._listed is not None:
+            negatives = self._listed[owner]
+        else:
+            users, place = owner.unique(return_inverse=True)
+            negatives = self._drawn(self.users[users])[place]
+        return torch.cat([self.targets[pairs, None], negatives], dim=1)
 
-    def ranks(self, model) -> Tensor:
+    def ranks(self, model, group=None) -> Tensor:
         """float64 [P]: ranks of the targets of all users, on the CPU."""
         with torch.no_grad():
             table = model.item_table
-        blocks = row_blocks(len(self.users))
-        return torch.cat([self.rank_rows(model, rows, table) for rows in blocks])
+        return scores_of(len(self), lambda rows: self.rank_rows(model, rows, table), group)
 
-    def popularity_ranks(self) -> Tensor:
+    def popularity_ranks(self, group=None) -> Tensor:
         """Ranks under a ranker by number of training interactions: the baseline and, for sampled
         negatives, the self-test of the protocol (it must fall to chance)."""
         counts = torch.as_tensor(
             self.dataset.item_counts("train"), dtype=torch.float64, device="cpu"
         )
         table = torch.zeros(len(counts), 1, dtype=torch.float64, device="cpu")
-        parts = []
-        for rows in row_blocks(len(self.users)):
+
+        def rank(rows: slice) -> Tensor:
             query = torch.ones(rows.stop - rows.start, 1, dtype=torch.float64, device="cpu")
-            parts.append(self._rank(query, table, counts, rows))
-        return torch.cat(parts)
+            return self._rank(query, table, counts, rows)
+
+        return scores_of(len(self), rank, group)
 
     def _rank(self, query: Tensor, table: Tensor, bias: Tensor, rows: slice) -> Tensor:
         """Ranks of the targets of `users[rows]`, whose queries are `query` [N, D]."""
@@ -345,10 +379,3 @@ class NextItemJudge:
         zeros = self._seen(self.users[owner], device)
         ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=zeros).double()
         return seen_above(ranks, query, table, bias, targets, *zeros)
-
-
-def _negatives(dataset, users: Tensor, protocol: Protocol) -> Tensor:
-    if protocol.negatives_file is not None:
-        return listed_negatives(dataset, users, protocol.negatives_file)
-    by = protocol.negatives_by or "popularity"
-    return sampled_negatives(dataset, users, protocol.others, protocol.seed, by)

@@ -11,8 +11,7 @@ from fastrec.nn.text_model import TextModel
 class TextJudge:
     """Ranks targets as `NextItemJudge` does, by the vectors of the texts.
 
-    These are encoded anew where the first users are asked, and kept for those behind them: the
-    rows of a validation come in their order.
+    These are encoded where the first users are asked, and kept until `metrics` ends a validation.
     """
 
     def __init__(self, texts: TextData, users: Tensor, split: str, protocol: Protocol):
@@ -27,9 +26,10 @@ class TextJudge:
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64, the ranks of the targets of some users, on the CPU."""
         asked = TextModel(model, self.texts)
-        if rows.start == 0 or self._table is None:
+        if self._table is None:
             self._table = asked.item_table
         return self.ranking.rank_rows(asked, rows, self._table)
 
     def metrics(self, scores: Tensor, objective=None) -> dict[str, float]:
+        self._table = None
         return self.ranking.metrics(scores)

@@ -93,14 +93,21 @@ class ItemHead(nn.Module):
         )
 
     def sampled_loss(
-        self, states: Tensor, item_table: Tensor, targets: Tensor, negatives: Tensor, **options
+        self,
+        states: Tensor,
+        item_table: Tensor,
+        targets: Tensor,
+        negatives: Tensor,
+        bias: Tensor | None = None,
+        **options,
     ) -> Tensor:
         """The same over the targets and sampled `negatives`, int64 [K] or [N, K]; `options` as in
         `sampled_linear_cross_entropy`. Rows of the table after the V items may be negatives, and
-        count nothing."""
-        special = item_table.shape[0] - self.bias.shape[0]
-        # Not -inf, of which all negatives of a block would make a maximum.
-        bias = F.pad(self.bias, (0, special), value=-1e30) if special else self.bias
+        count nothing. bias: of the rows of the table; None: those of the items."""
+        if bias is None:
+            special = item_table.shape[0] - self.bias.shape[0]
+            # Not -inf, of which all negatives of a block would make a maximum.
+            bias = F.pad(self.bias, (0, special), value=-1e30) if special else self.bias
         return sampled_linear_cross_entropy(
             self.query(states), item_table, targets, negatives, linear_bias=bias, **options
         )

@@ -3,10 +3,10 @@
 D width."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ from fastrec.nn.model_files import (
 from fastrec.nn.plain import embedding_table, first_rows
 from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
+
+if TYPE_CHECKING:
+    from fastrec.nn.spread import SpreadTable
 
 
 class UserModel(nn.Module):
@@ -145,6 +148,16 @@ class UserModel(nn.Module):
         """Whether gradients of item vectors are sparse tensors of the rows that a step reads, see
         `training.rows`."""
         return getattr(self.item_input.ids, "sparse", False)  # it may be wrapped
+
+    @property
+    def spread_table(self) -> "SpreadTable | None":
+        """What scores items where it is spread over processes, see `nn.spread`."""
+        table: Any = self.item_head.table or self.item_input.ids
+        if not hasattr(table, "part"):
+            return None
+        from fastrec.nn.spread import SpreadTable
+
+        return SpreadTable(table, self.item_head.bias)
 
     def has_items_of(self, dataset) -> bool:
         """Whether the items of a data set can be those of this model, in its order. What is known
@@ -303,9 +316,10 @@ class UserModel(nn.Module):
             users = users[encoded.batch.segment_ids()[events]]
         return self.item_head.with_users(states, users)
 
-    def save_pretrained(self, path: Path | str) -> None:
+    def save_pretrained(self, path: Path | str, state: Mapping[str, Tensor] | None = None) -> None:
         """Write `model.safetensors`, `config.json`, `digests.json` and, of a model that has one,
-        `tokenizer.json` into the folder `path`."""
+        `tokenizer.json` into the folder `path`. state: the weights, of a model whose own are
+        spread over processes."""
         config: dict[str, Any] = {"num_items": self.num_items, **described(self.config)}
         if self.num_users:
             config["num_users"] = self.num_users
@@ -315,7 +329,7 @@ class UserModel(nn.Module):
             config["item_vectors"] = sizes
         if self.texts is not None:
             config["texts"] = asdict(self.texts)
-        write_model(Path(path), config, self.state_dict())
+        write_model(Path(path), config, self.state_dict() if state is None else state)
         if self.tokenizer is not None:
             write_text(Path(path) / TOKENIZER, self.tokenizer)
             write_digests(Path(path))

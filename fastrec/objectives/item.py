@@ -177,8 +177,12 @@ class ItemPrediction(nn.Module):
         count: Tensor | int = len(targets)
         if any(view.batch.events["target"].dim() > 1 for view in views):
             count = (targets != NO_TARGET).sum()  # an event may have fewer than A targets
-        table = model.scoring(views[0])
+        spread = model.spread_table
         if self.sampler is None or self.settings.sampled is None:
+            if spread is not None:
+                query = model.item_head.query(states)
+                return {"item": spread.cross_entropy(query, targets, self.backend)}
+            table = model.scoring(views[0])
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
         how, self.sampler = self.settings.sampled, self.sampler.to(states.device)
@@ -188,6 +192,10 @@ class ItemPrediction(nn.Module):
             places = [_places(view.batch) for view in views]
             keys, events = (torch.cat(part) for part in zip(*places, strict=True))
             negatives = self.sampler.own(how.negatives, rng, keys, events)
+        if spread is not None:
+            loss = self._over_rows(model, spread.rows(targets, negatives), states)
+            return {"item": (loss, count)}
+        table = model.scoring(views[0])
         if how.in_batch:
             negatives = torch.cat([targets, negatives])
         if self.settings.loss == "bpr_max":
@@ -223,6 +231,24 @@ class ItemPrediction(nn.Module):
             backend=self.backend,
         )
         return {"item": (loss, count)}
+
+    def _over_rows(self, model, rows, states: Tensor) -> Tensor:
+        """The sampled loss over the rows of a spread table, `nn.spread.Candidates`."""
+        how = self.settings.sampled
+        assert how is not None and self.sampler is not None
+        correct = self.settings.loss == "softmax" and how.log_q is not False
+        return model.item_head.sampled_loss(
+            states,
+            rows.table,
+            rows.targets,
+            rows.negatives,
+            bias=rows.bias,
+            log_q=self.sampler.log_q[rows.ids] if correct else None,
+            loss=self.settings.loss,
+            gbce_t=0.75 if how.gbce_t is None else how.gbce_t,
+            num_items=model.num_items,
+            backend=self.backend,
+        )
 
     def _log_counts(self, how: Sampled, targets: Tensor) -> Tensor:
         """[V], log(N p_j + K q_j): how often item j is expected among N targets and K negatives, p

@@ -172,6 +172,7 @@ def sampled_linear_cross_entropy_ref(
     reduction="mean",
     ignore_index=-100,
     rows=None,
+    num_items=None,
     sparse_grad=False,
 ):
     """The oracle: plain PyTorch, any dtype, materialises the [N, K + 1, D] rows of the table."""
@@ -181,7 +182,7 @@ def sampled_linear_cross_entropy_ref(
         input = input[rows]
     kept = target != ignore_index
     y = torch.where(kept, target, 0)
-    beta = _beta(loss, gbce_t, negatives.shape[-1], linear_weight.shape[0])
+    beta = _beta(loss, gbce_t, negatives.shape[-1], num_items or linear_weight.shape[0])
     losses = _losses_ref(input, linear_weight, y, negatives, linear_bias, log_q, beta, sparse_grad)
     row_weight = kept.to(losses.dtype)
     if weight is not None:
@@ -241,6 +242,7 @@ def sampled_linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = -100,
     rows: Tensor | None = None,
+    num_items: int | None = None,
     sparse_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -278,6 +280,7 @@ def sampled_linear_cross_entropy(
         ignore_index: target value of rows that are not scored: loss 0, no gradient. None is -100,
             as in torch.
         rows: positions in the T rows to score: [N] (repeats allowed), or a bool mask [T] or [...].
+        num_items: V of beta, where `linear_weight` is a part of the table; its rows if None.
         sparse_grad: the gradients of `linear_weight` and `linear_bias` are sparse tensors of the
             items that occur (coalesced, except on the reference backend), for
             `torch.optim.SparseAdam`; on a GPU the host waits for their number.
@@ -320,6 +323,7 @@ def sampled_linear_cross_entropy(
             reduction=reduction,
             ignore_index=ignore_index,
             rows=rows,
+            num_items=num_items,
             sparse_grad=sparse_grad,
         )
         return losses.view(shape) if reduction == "none" else losses
@@ -327,7 +331,7 @@ def sampled_linear_cross_entropy(
         target, rows = torch.where(rows, target, ignore_index), None
     kept = target != ignore_index
     y = torch.where(kept, target, -1)
-    beta = _beta(loss, gbce_t, negatives.shape[-1], linear_weight.shape[0])
+    beta = _beta(loss, gbce_t, negatives.shape[-1], num_items or linear_weight.shape[0])
     losses = _SampledLoss.apply(
         select_rows(input, rows), linear_weight, linear_bias,
         None if log_q is None else log_q.detach(), y, negatives,

@@ -13,13 +13,13 @@ from typing import Any, cast
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from fastrec.training.checkpoint import write_checkpoint
+from fastrec.training.checkpoint import tidy_shards, write_checkpoint
 from fastrec.training.processes import first_process
 
 
 class KeepBest(Callback):
-    """Call `save` with the number of steps whenever the monitored metric improves. `metrics` are
-    those of validation at that step."""
+    """Call `save` with the number of steps, on every process, whenever the monitored metric
+    improves. `metrics` are those of validation at that step."""
 
     def __init__(self, save: Callable[[int], None]):
         self.save, self.best, self.step = save, float("-inf"), 0
@@ -44,8 +44,7 @@ class KeepBest(Callback):
             self.best, self.step = value, trainer.global_step
             found = {k: float(v) for k, v in trainer.callback_metrics.items() if "valid/" in k}
             self.metrics = {name.removeprefix("valid/"): value for name, value in found.items()}
-            if trainer.is_global_zero:
-                self.save(trainer.global_step)
+            self.save(trainer.global_step)
 
 
 class Interrupted(Exception):
@@ -106,6 +105,8 @@ class SaveToResume(Checkpoint):
     def _save(self, trainer, module) -> None:
         _check_finite(trainer, module)
         trainer.save_checkpoint(self.path)
+        if module.stage.tables.shard and trainer.is_global_zero:
+            tidy_shards(self.path)
         if self.interrupted:
             raise Interrupted(
                 f"Ctrl-C: the run ended after {trainer.global_step} of {module.stage.steps} steps,"
@@ -146,10 +147,12 @@ class EndAtOnce(Callback):
 
 
 def _check_finite(trainer, module) -> None:
-    """On every process, whose weights are the same: all stop."""
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise _diverged(trainer, f"weights are not finite, those of {name} for one")
+    """All processes stop where one finds such weights: they may have other rows of a table."""
+    state = module.state_dict().items()
+    bad = [n for n, value in state if value.is_floating_point() and not value.isfinite().all()]
+    if not trainer.strategy.reduce_boolean_decision(not bad, all=True):
+        name = bad[0] if bad else "another process"
+        raise _diverged(trainer, f"weights are not finite, those of {name} for one")
 
 
 def _diverged(trainer, what: str) -> ValueError:

@@ -6,6 +6,7 @@
     metrics/, validation/, tensorboard/    logs
     model/                    the best model so far, first the one that the run started from
     last.ckpt                 what to resume from, and what it was started with
+    last.shards-*/            the tables of a run that spreads them over processes
     summary.json              the run has ended
 
 Each appears complete and is replaced in one step. With last.ckpt a run is resumed; without it and
@@ -38,6 +39,7 @@ COMPARED = ("model", "texts", "attributes", "evaluation", "users", "seed")
 UNSTARTED = {
     "recipe.json", "stage.json", "transfer.json", "metrics", "validation", "tensorboard"
 }  # fmt: skip
+SHARDS = "last.shards-"  # folders beside last.ckpt, see `training.shards`
 MODEL, LAST, SUMMARY, TRANSFER = "model", "last.ckpt", "summary.json", "transfer.json"
 _DIGEST = 64  # characters of SHA-256
 
@@ -94,7 +96,7 @@ def check_free(folder: Path, dataset, recipe: Recipe, stage: str) -> None:
         if folder.exists():
             raise FileExistsError(f"{folder} is a file")
         return
-    found = {path.name for path in folder.iterdir()}
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(SHARDS)}
     if MODEL in found and found <= {MODEL, *UNSTARTED}:
         made = read_trained_on(folder / MODEL)
         if made.get("steps") == 0 or made.get("run") == short(identity(dataset, recipe, stage)):
@@ -105,7 +107,7 @@ def check_free(folder: Path, dataset, recipe: Recipe, stage: str) -> None:
 
 def tidy_run(folder: Path) -> None:
     """Take away what a killed process left half written in a run folder."""
-    for name in (MODEL, LAST, SUMMARY, TRANSFER, "recipe.json", "stage.json"):
+    for name in (MODEL, LAST, SUMMARY, TRANSFER, "recipe.json", "stage.json", "tables"):
         tidy(folder / name)
 
 
@@ -117,8 +119,19 @@ def start_run(folder: Path, dataset, recipe: Recipe, stage: str, resume: bool) -
         (folder / TRANSFER).unlink(missing_ok=True)
     if not resume and (folder / MODEL).exists():
         remove_folder(folder / MODEL)
+    tidy_shards(folder / LAST)
     for name, values in _described(dataset, recipe, stage).items():
         write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
+
+
+def tidy_shards(path: Path) -> None:
+    """Take away the shards beside a checkpoint that it does not name."""
+    kept = None
+    if path.is_file():
+        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("shards")
+    for folder in path.parent.glob(f"{SHARDS}*"):
+        if folder.name != kept:
+            remove_folder(folder)
 
 
 def write_checkpoint(state: dict, path: Path) -> None:

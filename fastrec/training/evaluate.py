@@ -12,10 +12,11 @@ from fastrec.data.output import write_table
 from fastrec.data.settings import from_values
 from fastrec.data.side import SideData
 from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.blocks import scores_of
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.metrics import length_groups, list_metrics
-from fastrec.evaluation.next_item import NextItemJudge, check_scores, row_blocks
+from fastrec.evaluation.next_item import NextItemJudge, check_scores
 from fastrec.evaluation.rating import RatingJudge
 from fastrec.evaluation.report import print_metrics
 from fastrec.evaluation.vectors import VectorsJudge
@@ -40,6 +41,7 @@ def evaluate_stage(
     folder: Path,
     split: str = "test",
     ranks: Path | None = None,
+    group=None,
 ) -> dict:
     """Print and return the metrics of the test users of a stage.
 
@@ -48,31 +50,32 @@ def evaluate_stage(
         which input; of cold start: which rows.
     ranks: for the judges of the next item and of cold start: a .csv or .parquet file for user_id,
         item_id (the target) and rank, a row for each target.
+    group: a process group: its processes share the users, and all of them return the metrics.
     """
     if stage.judge in ("next_item", "texts"):
-        return _next_item(dataset, recipe, model, split, ranks)
+        return _next_item(dataset, recipe, model, split, ranks, group)
     if isinstance(model, TextModel):
         raise ValueError(f"{folder} reads the texts of items: {stage.judge} is not asked of it")
     if stage.judge == "cold_start":
-        return _cold_start(dataset, recipe, stage, model, folder, split, ranks)
+        return _cold_start(dataset, recipe, stage, model, folder, split, ranks, group)
     if ranks is not None:
         raise ValueError(f"--ranks has no effect: this stage judges {stage.judge}")
     if stage.judge == "vectors":
-        return _vectors(dataset, recipe, stage, model, folder, split)
+        return _vectors(dataset, recipe, stage, model, folder, split, group)
     if stage.judge == "rating":
-        return _rating(dataset, recipe, stage, model, folder, split)
+        return _rating(dataset, recipe, stage, model, folder, split, group)
     if stage.judge == "attributes":
-        return _attributes(dataset, recipe, model, folder)
-    return _friends(dataset, recipe, stage, model, folder)
+        return _attributes(dataset, recipe, model, folder, group)
+    return _friends(dataset, recipe, stage, model, folder, group)
 
 
-def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None) -> dict:
+def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None, group) -> dict:
     check_scores(model)
     chosen = select_users(dataset, recipe.users, split)
     judge = NextItemJudge(dataset, chosen, split, recipe.evaluation)
-    ranks = judge.ranks(model)
+    ranks = judge.ranks(model, group)
     rows = {
-        "popularity": judge.metrics(judge.popularity_ranks()),
+        "popularity": judge.metrics(judge.popularity_ranks(group)),
         "model": judge.metrics(ranks),
     }
     several = len(judge.targets) > len(judge)
@@ -84,7 +87,7 @@ def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None) ->
         for label, mask in length_groups(dataset.lengths[judge.users.numpy()])
     }
     print_metrics(groups, title="model, by number of events of the user")
-    lists = _lists(judge, model) if recipe.evaluation.candidates == "full" else {}
+    lists = _lists(judge, model, group) if recipe.evaluation.candidates == "full" else {}
     if file is not None:
         write_table(_ranks_table(judge, ranks), file, overwrite=True)
         print(f"{file}: the rank of {'each target' if several else 'the target'} of each user")
@@ -99,9 +102,9 @@ def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None) ->
     }
 
 
-def _lists(judge: NextItemJudge, model) -> dict:
+def _lists(judge: NextItemJudge, model, group) -> dict:
     k, counts = max(judge.protocol.cutoffs), judge.dataset.item_counts("train")
-    found = list_metrics(judge.lists(model, k), counts)
+    found = list_metrics(judge.lists(model, k, group), counts)
     print(
         f"lists of {k}: {100 * found['coverage']:.1f} % of the items are in some list, novelty"
         f" {found['novelty']:.2f} bits"
@@ -128,13 +131,14 @@ def _cold_start(
     folder: Path,
     split: str,
     file: Path | None,
+    group,
 ) -> dict:
     _check_rows(model, recipe.cold_items, folder)
     rows = ColdRows(dataset)
     parts = rows.split(recipe.cold_items)
     objective, _ = _trained(stage.parts, model, cold_side(rows, recipe), folder)
     judge = ColdStartJudge(rows, parts[split], parts["train"], recipe.evaluation.cutoffs)
-    ranks = _all_scores(judge, model, objective)
+    ranks = _all_scores(judge, model, objective, group)
     metrics = {
         "popularity": judge.metrics(judge.popularity_ranks()),
         "model": judge.metrics(ranks),
@@ -167,19 +171,19 @@ def _check_rows(model: UserModel, asked: ColdItems, folder: Path) -> None:
 
 
 def _vectors(
-    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
 ) -> dict:
     judge = VectorsJudge(dataset, select_users(dataset, recipe.users, split), split)
     side, only = side_data(dataset, recipe), [*stage.parts]  # a pool may have parameters
     objective, _ = _trained(stage.parts, model, side, folder, only)
-    rows = {"model": judge.metrics(_all_scores(judge, model, objective))}
+    rows = {"model": judge.metrics(_all_scores(judge, model, objective, group))}
     print(f"vectors of {len(judge):,} users, each with two dropouts, split {split}")
     print_metrics(rows, scale=1, digits=4)
     return {"split": split, "users": len(judge), "metrics": rows}
 
 
 def _rating(
-    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
 ) -> dict:
     chosen, trained = (select_users(dataset, recipe.users, part) for part in (split, "train"))
     judge = RatingJudge(dataset, chosen, split, trained)
@@ -187,7 +191,7 @@ def _rating(
     rows = {
         "constant": judge.metrics(judge.constant),
         "biases of items and users": judge.metrics(judge.biases),
-        "model": judge.metrics(_all_scores(judge, model, objective)),
+        "model": judge.metrics(_all_scores(judge, model, objective, group)),
     }
     low, high = judge.range
     print(
@@ -198,7 +202,7 @@ def _rating(
     return {"split": split, "users": len(judge), "ratings": len(judge.ratings), "metrics": rows}
 
 
-def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict:
+def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path, group) -> dict:
     users, side = held_out_users(dataset, recipe.users), side_data(dataset, recipe)
     scales = saved_scales(folder).get("user_attributes")
     if not scales:
@@ -210,14 +214,14 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path) -> dict
     judge = AttributesJudge(dataset, users, "all", side.encoded, trained)
     rows = {
         "constant": judge.metrics(judge.baseline()),
-        "model": judge.metrics(_all_scores(judge, model, objective)),
+        "model": judge.metrics(_all_scores(judge, model, objective, group)),
     }
     print(f"{len(users)} held-out users, {len(side.encoded)} attributes")
     print_metrics(rows, scale=1, digits=4)
     return {"users": len(users), "metrics": rows}
 
 
-def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path) -> dict:
+def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, group) -> dict:
     users, evaluation = held_out_users(dataset, recipe.users), recipe.evaluation
     others = evaluation.other_friends
     judge = FriendsJudge(dataset, users, "all", others, evaluation.seed)
@@ -225,7 +229,7 @@ def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Pa
     objective, taken = _trained(parts, model, side_data(dataset, recipe), folder, ["friends"])
     rows = {
         "shared items (Sim)": judge.shared_items(),
-        "model": judge.metrics(_all_scores(judge, model, objective), objective),
+        "model": judge.metrics(_all_scores(judge, model, objective, group), objective),
     }
     pairs = len(judge.queries)
     deviation = 100 * (rows["model"]["accuracy"] * (1 - rows["model"]["accuracy"]) / pairs) ** 0.5
@@ -248,6 +252,5 @@ def _trained(
     return objective.to(model.device), taken
 
 
-def _all_scores(judge, model: UserModel, objective: JointObjective) -> Tensor:
-    blocks = row_blocks(len(judge))
-    return torch.cat([judge.score(model, objective, rows) for rows in blocks])
+def _all_scores(judge, model: UserModel, objective: JointObjective, group) -> Tensor:
+    return scores_of(len(judge), lambda rows: judge.score(model, objective, rows), group)

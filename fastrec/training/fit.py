@@ -27,6 +27,7 @@ from fastrec.data.loader import SequenceLoader
 from fastrec.data.output import locked, write_text
 from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.spread import whole_state
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import PARTS, report, trained_share
 from fastrec.nn.user_model import UserModel
@@ -63,7 +64,7 @@ from fastrec.training.processes import (
     processes_of,
     started_outside,
 )
-from fastrec.training.rows import use_rows
+from fastrec.training.rows import Tables, check_tables, use_rows
 from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import (
@@ -212,10 +213,11 @@ def _fit(
     data = stage_data(dataset, recipe, current)
     data.side.filler = filler_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
+    if current.tables != Tables() and current.cuda_graph:
+        raise ValueError("cuda_graph needs tables.update: dense, and no tables.shard")
+    check_tables(current.tables, trained, objective.parts.values())
     if current.tables.update == "rows":
-        if where.total > 1 or current.cuda_graph:
-            raise ValueError("tables.update: rows needs one process, and no cuda_graph")
-        use_rows(trained, objective.parts.values())
+        use_rows(trained)
     if initial_folder is not None:
         heads = [name for name in current.init.take if name not in PARTS]
         taken += load_heads(objective, initial_folder, only=heads)
@@ -230,7 +232,7 @@ def _fit(
         steps_per_pass=current.pass_steps,
     )
     objective.check_users(loader.smallest)
-    module = StageModule(trained, objective, current, loader, data.judge)
+    module = StageModule(trained, objective, current, loader, data.judge, output)
     run = identity(dataset, recipe, stage)
     trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
     if trained.num_users:
@@ -238,12 +240,14 @@ def _fit(
     kept = output / MODEL if resume else None
     seen = seen_by_run(dataset, data.people, recipe, current, initial, initial_folder, kept)
     items, described = hashes(dataset.item_ids()), plain(recipe)
-    keep = KeepBest(
-        lambda steps: save_model(
-            output / MODEL, trained, objective, {**trained_on, "steps": steps}, described, items,
-            seen,
-        )
-    )  # fmt: skip
+
+    def save(steps: int) -> None:
+        with whole_state(trained, output) as state:
+            if first_process():
+                said = {**trained_on, "steps": steps}
+                save_model(output / MODEL, trained, objective, said, described, items, seen, state)
+
+    keep = KeepBest(save)
     output.mkdir(parents=True, exist_ok=True)
     if first_process():
         start_run(output, dataset, recipe, stage, resume)
@@ -253,6 +257,7 @@ def _fit(
     trainer = _trainer(output, begun, current, keep, str(data), around, where)
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
+    parameters = trained_share(trained, objective)
     began = time.perf_counter()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
@@ -263,7 +268,6 @@ def _fit(
         raise SystemExit(128 + signal.SIGTERM) from stop
     except Interrupted as stop:  # Lightning would end the process for a KeyboardInterrupt
         raise KeyboardInterrupt(str(stop)) from None
-    parameters = trained_share(trained, objective)
     summary = {
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - began, 1),
@@ -331,6 +335,7 @@ def _trainer(
     noises = (
         ".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*",
         ".*your dataloader is not resumable.*",  # it is: the batch of a step is a function of it
+        ".*torch.distributed is disabled, unavailable or uninitialized.*",  # shards of one process
     )  # fmt: skip
     for noise in noises:
         warnings.filterwarnings("ignore", noise)

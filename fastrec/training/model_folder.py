@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 
@@ -50,15 +50,16 @@ def save_model(
     recipe: dict,
     items: np.ndarray,
     seen: np.ndarray | None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model with all that belongs to it; one that is in `folder` is replaced in one step.
 
     trained_on: see `KEYS`. recipe: as `--config` reads it. items: `hashes` of their original
-    ids. seen: of `seen_users`.
+    ids. seen: of `seen_users`. state: the weights, where the model has them in part.
     """
     work = new_folder(folder)
     try:
-        model.save_pretrained(work)
+        model.save_pretrained(work, state)
         save_heads(objective, work)
         write_text(work / TRAINED_ON, json.dumps(trained_on, indent=2) + "\n")
         write_text(work / RECIPE, json.dumps(recipe, indent=2) + "\n")

@@ -2,18 +2,19 @@
 """The Lightning module of one stage: one joint loss; validation by a judge."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 
 from fastrec.data.loader import SequenceLoader
-from fastrec.evaluation.next_item import row_blocks
+from fastrec.evaluation.blocks import Block, gathered, own_blocks
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
 from fastrec.training.graphed import GraphedObjective
-from fastrec.training.rows import RowAdamW, clip_, tables_of
+from fastrec.training.rows import RowAdamW, clip_, share_gradients, tables_of
 from fastrec.training.stage import Stage
 
 
@@ -23,6 +24,7 @@ class StageModule(lightning.LightningModule):
     judge: has `len()`, `score(model, objective, rows)`, a tensor for a slice of its rows,
         `metrics(scores, objective)`, a dict of numbers from the scores of all rows, and their
         `metric_names`.
+    folder: of the run, for what a checkpoint has beside its file.
 
     Raises ValueError if what the stage monitors is none of these, nor "steps".
 
@@ -37,6 +39,7 @@ class StageModule(lightning.LightningModule):
         stage: Stage,
         loader: SequenceLoader,
         judge,
+        folder: Path = Path(),
     ):
         super().__init__()
         if stage.monitored not in (*judge.metric_names, "steps"):
@@ -44,9 +47,57 @@ class StageModule(lightning.LightningModule):
                 f"monitor is {stage.monitored!r}, the metrics of this task are {judge.metric_names}"
             )
         self.model, self.stage, self.loader, self.judge = model, stage, loader, judge
+        self.folder = folder
         self.objective = objective
         self.validation_scores: list[torch.Tensor] = []
         self.graphed: GraphedObjective | None = None
+        self.shared: list[torch.nn.Parameter] = []  # tables with sparse gradients, on all processes
+
+    def configure_model(self):
+        """Called where the processes know each other, and DDP does not yet know the model."""
+        how, several = self.stage.tables, self.trainer.world_size > 1
+        if not several or (how.update == "dense" and not how.shard):
+            return
+        if how.shard and self.model.spread_table is None:
+            from fastrec.nn.spread import spread
+
+            spread(self.model, torch.distributed.group.WORLD)
+        ours = set(map(id, self._spread()))
+        if how.update == "rows":
+            self.shared = [table for table in tables_of(self.model) if id(table) not in ours]
+            for table in self.shared:  # as DDP does with the others
+                torch.distributed.broadcast(table.detach(), 0)
+        ours |= set(map(id, self.shared))
+        names = [name for name, p in self.named_parameters() if id(p) in ours]
+        self._ddp_params_and_buffers_to_ignore = names  # its own word for it
+
+    def _spread(self) -> list[torch.nn.Parameter]:
+        """The parameters of which this process has a block."""
+        if self.model.spread_table is None:
+            return []
+        from fastrec.nn.spread import spread_parameters
+
+        return [block for block, _ in spread_parameters(self.model).values()]
+
+    def on_after_backward(self):
+        if self.shared:
+            share_gradients(self.shared)
+        if self.stage.tables.update == "dense":
+            for block in self._spread():
+                if block.grad is not None and block.grad.is_sparse:  # no loss over all items
+                    block.grad = block.grad.to_dense()
+
+    def on_save_checkpoint(self, checkpoint):
+        if self.stage.tables.shard:
+            from fastrec.training.shards import save_shards
+
+            save_shards(checkpoint, self, self.folder)
+
+    def on_load_checkpoint(self, checkpoint):
+        if "shards" in checkpoint:
+            from fastrec.training.shards import load_shards
+
+            load_shards(checkpoint, self, self.folder)
 
     def train_dataloader(self):
         self.loader.set_step(self.trainer.global_step)
@@ -54,7 +105,8 @@ class StageModule(lightning.LightningModule):
         return self.loader
 
     def val_dataloader(self):
-        blocks = [(rows.start, rows.stop) for rows in row_blocks(len(self.judge))]
+        trainer = self.trainer
+        blocks = own_blocks(len(self.judge), trainer.global_rank, trainer.world_size)
         return torch.utils.data.DataLoader(blocks, batch_size=None)  # type: ignore[arg-type]
 
     def on_fit_start(self):
@@ -76,13 +128,16 @@ class StageModule(lightning.LightningModule):
             self.log(f"train/{term.name}", value, batch_size=size, sync_dist=several)
         return loss
 
-    def validation_step(self, rows, batch_index):
-        scores = self.judge.score(self.model, self.objective, slice(*rows))
-        self.validation_scores.append(scores)
+    def validation_step(self, block: Block, batch_index):
+        scores = self.judge.score(self.model, self.objective, block.rows)
+        if block.counts:
+            self.validation_scores.append(scores)
 
     def on_validation_epoch_end(self):
-        metrics = self.judge.metrics(torch.cat(self.validation_scores), self.objective)
+        group = torch.distributed.group.WORLD if self.trainer.world_size > 1 else None
+        scores = gathered(self.validation_scores, group)
         self.validation_scores.clear()
+        metrics = self.judge.metrics(scores, self.objective)
         self.log_dict({f"valid/{name}": value for name, value in metrics.items()}, prog_bar=False)
         chosen = {**metrics, "steps": float(self.global_step)}[self.stage.monitored]
         self.log("valid", chosen, prog_bar=True, logger=False)
@@ -98,7 +153,7 @@ class StageModule(lightning.LightningModule):
         # Lightning's own refuses a fused optimizer in mixed precision, for the sake of a loss
         # scale that bfloat16 does not need.
         if self.stage.gradient_clip:
-            clip_(self.parameters(), self.stage.gradient_clip)
+            clip_(self.parameters(), self.stage.gradient_clip, self._spread())
 
     def configure_optimizers(self):
         stage, tables = self.stage, self.stage.tables

@@ -5,8 +5,10 @@ Lightning starts those of one machine itself. On several machines, or under a la
 torchrun, each process is started from outside and learns its number from the environment.
 """
 
+import contextlib
 import os
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,6 +71,27 @@ def processes_of(device: torch.device, devices: int | str, nodes: int) -> Proces
             " MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment"
         )
     return found
+
+
+@contextlib.contextmanager
+def group_of_launcher(device: torch.device) -> Iterator[Any]:
+    """The process group of what torchrun has started, None of one process. All but the first print
+    nothing; a GPU is that of the process."""
+    if not started_outside() or os.environ["WORLD_SIZE"] == "1":
+        yield None
+        return
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo")  # of what the host knows
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if not first_process():
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def check_one_gpu(where: Processes, devices: int | str) -> None:

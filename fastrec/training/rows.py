@@ -25,16 +25,20 @@ class Tables:
     Attributes:
         update: "dense", every row in every step, or "rows", those that a step touches: its time
             and its traffic do not grow with the number of items. Losses over sampled negatives
-            only; no weight decay of these tables; one process.
+            only; no weight decay of these tables.
         optimizer: of "rows": "adam" (if None), whose averages move where a row is touched (lazy
             Adam, `torch.optim.SparseAdam`) and take two more tables, "adagrad" with one number a
             row beside the table (Mudigere et al., 2022), or "sgd" with nothing beside it.
         learning_rate: of "rows", the peak of the schedule; that of the stage if None.
+        shard: spread the rows of the item table and its biases, their gradients and averages, over
+            the processes. With "dense" the softmax over all items is that of every process over
+            its rows; with "rows" those that a step touches travel between the processes.
     """
 
     update: Literal["dense", "rows"] = "dense"
     optimizer: Literal["adam", "adagrad", "sgd"] | None = None
     learning_rate: float | None = None
+    shard: bool = False
 
     def __post_init__(self):
         check_choices(self)
@@ -45,26 +49,33 @@ class Tables:
             raise ValueError(f"tables.learning_rate must not be negative, got {self.learning_rate}")
 
 
-def use_rows(model, parts: Iterable[nn.Module]) -> None:
-    """Let the tables of `model` have sparse gradients. parts: the objectives that train it.
-
-    Raises ValueError for a model or an objective that reads a whole table in every step.
-    """
-    config = model.config
+def check_tables(how: Tables, model, parts: Iterable[nn.Module]) -> None:
+    """Raise ValueError for a model or an objective that reads a whole table in every step. parts:
+    the objectives that train the model."""
+    if how == Tables():
+        return
+    config, key = model.config, "update: rows" if how.update == "rows" else "shard"
     if config.head_similarity == "cosine" or config.items.features:
         raise ValueError(
-            "tables.update: rows cannot train a model that computes a vector of every item in every"
+            f"tables.{key} cannot train a model that computes a vector of every item in every"
             " step: cosines, features of items"
         )
     for part in parts:
-        how: Any = getattr(part, "settings", None)
-        if not hasattr(how, "sampled"):
+        settings: Any = getattr(part, "settings", None)
+        if not hasattr(settings, "sampled"):
             continue
-        if how.sampled is None or how.sampled.in_batch or "bpr" in how.loss:
+        sampled = settings.sampled
+        whole = sampled is None and how.update == "rows"
+        if whole or (sampled is not None and sampled.in_batch) or "bpr" in settings.loss:
             raise ValueError(
-                "tables.update: rows needs item losses over sampled negatives (item.sampled):"
+                f"tables.{key} needs item losses over sampled negatives (item.sampled):"
                 " softmax, bce or gbce, not in_batch; others have a gradient of every item"
+                + ("" if how.update == "rows" else ", of which the softmax over all items is one")
             )
+
+
+def use_rows(model) -> None:
+    """Let the tables of `model` have sparse gradients."""
     for module in (model.item_input.ids, model.item_head.table, model.item_head.users):
         if module is not None:
             module.sparse = True  # torch's own word for it
@@ -143,17 +154,41 @@ class RowAdamW(torch.optim.AdamW):
         table.index_add_(0, rows, mean / (square.sqrt() + group["eps"]), alpha=-rate)
 
 
-def clip_(parameters: Iterable[nn.Parameter], norm: float) -> None:
-    """Scale the gradients, some of them sparse, to a total norm of `norm` where it is larger."""
-    grads = []
+def share_gradients(tables: Iterable[nn.Parameter]) -> None:
+    """Give every process the mean of the sparse gradients of all: each then makes the same step.
+    What is sent are the touched rows. Sums are in the order of the processes."""
+    from fastrec.ops.common.collectives import gather, gather_rows
+
+    group = torch.distributed.group.WORLD
+    world = torch.distributed.get_world_size(group)
+    for table in tables:
+        rows = torch.empty(0, dtype=torch.int64, device=table.device)
+        values = table.new_empty(0, *table.shape[1:])
+        if table.grad is not None:
+            grad = table.grad.coalesce()
+            rows, values = grad.indices()[0], grad.values()
+        sizes = gather(torch.tensor([len(rows)], device=table.device), group).flatten().tolist()
+        rows, values = (gather_rows(part, sizes, group) for part in (rows, values))
+        table.grad = torch.sparse_coo_tensor(
+            rows[None], values / world, table.shape, check_invariants=False
+        )
+
+
+def clip_(parameters: Iterable[nn.Parameter], norm: float, spread: Iterable = ()) -> None:
+    """Scale the gradients, some of them sparse, to a total norm of `norm` where it is larger.
+    spread: parameters of which every process has other rows."""
+    grads, parts, known = [], [], set(map(id, spread))
     for parameter in parameters:
         if parameter.grad is not None:
             if parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.coalesce()
-                grads.append(parameter.grad.values())
-            else:
-                grads.append(parameter.grad)
+            grad = parameter.grad.values() if parameter.grad.is_sparse else parameter.grad
+            (parts if id(parameter) in known else grads).append(grad)
     total = torch.nn.utils.get_total_norm(grads)
+    if known:
+        square = torch.nn.utils.get_total_norm(parts).square().to(total.device)
+        torch.distributed.all_reduce(square)
+        total = (total.square() + square).sqrt()
     scale = (norm / (total + 1e-6)).clamp(max=1.0)
-    for grad in grads:
+    for grad in (*grads, *parts):
         grad.mul_(scale)

@@ -111,6 +111,8 @@ class Stage:
         gradient_clip: largest gradient norm; 0 = off.
         precision: "32-true" or "bf16-mixed".
         validate_every: steps between validations.
+        validate_users: whom a validation asks at most, drawn at random; None: all. Of attributes
+            and friends it is a tenth of the users.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
             the next item, MRR@10 of cold_start, "score" of attributes and ratings, "accuracy" of
             friends, MRR of vectors. "steps" keeps the last model and never stops: for objectives
@@ -144,6 +146,7 @@ class Stage:
     gradient_clip: float = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     validate_every: int = 1000
+    validate_users: int | None = None
     monitor: str | None = None
     patience: int = 10
     checkpoint_every: int = 500
@@ -162,6 +165,11 @@ class Stage:
         for name in ("learning_rate", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.validate_users is not None:
+            if self.validate_users < 1:
+                raise ValueError(f"validate_users must be at least 1, got {self.validate_users}")
+            if self.judge in ("attributes", "friends", "cold_start"):
+                raise ValueError(f"validate_users has no effect on the judge {self.judge}")
         if self.judge == "rating" and self.monitor in ("RMSE", "MAE"):
             raise ValueError(f"monitor {self.monitor}: the largest would be kept; score is 1 - MSE")
         if self.dropout is not None and not 0 <= self.dropout < 1:

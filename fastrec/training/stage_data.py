@@ -79,15 +79,11 @@ def _evaluated(dataset) -> Tensor:
     return torch.as_tensor(found, device="cpu")
 
 
-def _validation_users(selected: Tensor, users: Users) -> Tensor:
-    """A random tenth of the training users, ascending, to choose a model by."""
+def _validation_users(selected: Tensor, users: Users, count: int) -> Tensor:
+    """`count` random users, ascending, to choose a model by."""
     generator = torch.Generator().manual_seed(users.seed + 1)
-    count = max(1, len(selected) // 10)
-    return (
-        selected[torch.randperm(len(selected), generator=generator, device="cpu")[:count]]
-        .sort()
-        .values
-    )
+    order = torch.randperm(len(selected), generator=generator, device="cpu")
+    return selected[order[:count]].sort().values
 
 
 def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideData:
@@ -105,8 +101,9 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
     The judges of the next item, of texts and of ratings are asked about all selected users with a
-    validation target, that of vectors about some of them. Trained are the selected users with
-    training events, together with those whose sequences are too short to hold anything out. The
+    validation target, or `validate_users` of them, that of vectors about some. Trained are the
+    selected users with training events, together with those whose sequences are too short to hold
+    anything out. The
     judges of attributes and friends are asked about a random tenth of the selected users, who are
     not trained on. Where users are held out to test these, the attributes and friends of that tenth
     are hidden from every stage: a model that remembered them would be chosen for it.
@@ -122,7 +119,7 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
             what = "a validation target and an event before it"
         raise ValueError(f"no user has {what}: there is nothing to validate on")
     users = labelled = select_users(dataset, recipe.users, "train")
-    judged = _validation_users(users, recipe.users)
+    judged = _validation_users(users, recipe.users, max(1, len(users) // 10))
     everyone = stage.judge in ("next_item", "vectors", "rating", "texts")
     if not everyone or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
@@ -133,6 +130,8 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         users, labelled = (torch.cat([part, short]).sort().values for part in (users, labelled))
     else:
         users = labelled
+    if stage.validate_users is not None:
+        selected = _validation_users(selected, recipe.users, stage.validate_users)
     side = side_data(dataset, recipe, labelled)
     side.event_columns = stage.event_columns(recipe.model.event_columns)
     judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | RatingJudge | TextJudge

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step on one process and on several, by what happens to the item table.
+
+    python -m benchmarks.processes --items 1000000                      # sampled negatives, by rows
+    python -m benchmarks.processes --items 1000000 --whole --batch 64   # the softmax over all items
+
+Users, items and negatives are those of `benchmarks.tables`, one thread a process, gloo. A step is
+the batch, forward, backward, the exchange of gradients and the optimizer; of several processes the
+slowest is printed: median and minimum of wall time in ms, the mean loss of the steps, and the
+largest resident memory of a process beyond what it had before the model.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from statistics import median
+
+from benchmarks.tables import case, memory
+
+
+def measure(options) -> dict:
+    import torch
+    import torch.distributed as dist
+
+    from fastrec.nn.spread import spread, spread_parameters
+    from fastrec.objectives.joint import total_loss
+    from fastrec.random import Rng
+    from fastrec.training.rows import share_gradients, tables_of
+
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    update = "dense" if options.whole else "rows"
+    tables = {"update": update} if options.whole else {"update": update, "optimizer": "adam"}
+    recipe = "sasrec" if options.whole else "sasrec-sampled"
+    before = memory()
+    torch.manual_seed(0)
+    module, loader = case(options.items, recipe, tables, options.batch)
+    model, objective = module.model, module.objective
+    shared = []
+    if world > 1:
+        loader.rank, loader.world_size = dist.get_rank(), world
+        if options.how == "shard":
+            spread(model, dist.group.WORLD)
+        elif not options.whole:
+            shared = tables_of(model)
+    ours = {id(p) for p, _ in spread_parameters(model).values()} | set(map(id, shared))
+    common = [p for p in module.parameters() if id(p) not in ours]
+    optimizer = module.configure_optimizers()["optimizer"]
+    times, losses = [], []
+    for number in range(options.steps + 2):
+        if world > 1:
+            dist.barrier()
+        start = time.perf_counter()
+        terms = objective(model, loader.batch_at(number), Rng(0, number))
+        loss = total_loss(terms, world)
+        loss.backward()
+        if world > 1:
+            share_gradients(shared)
+            grads = [p.grad for p in common if p.grad is not None]
+            flat = torch.cat([grad.flatten() for grad in grads]) / world  # as DDP does
+            dist.all_reduce(flat)
+            for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(1e3 * (time.perf_counter() - start))
+        losses.append(loss.item())
+    found = [median(times[2:]), min(times[2:]), memory() - before, sum(losses) / len(losses)]
+    if world > 1:
+        seen = torch.tensor(found, dtype=torch.float64)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        mean = torch.tensor(found[3] / world, dtype=torch.float64)
+        dist.all_reduce(mean)
+        found = [*seen.tolist()[:3], mean.item()]
+        dist.destroy_process_group()
+    names = ("median", "minimum", "memory", "loss")
+    return dict(zip(names, found, strict=True))
+
+
+def run(arguments: list[str], how: str, world: int) -> dict:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "benchmarks.processes", *arguments, "--how", how]
+    made = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        made.append(
+            subprocess.Popen(
+                command, env={**os.environ, **place}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    said = [process.communicate() for process in made]
+    for process, (_, error) in zip(made, said, strict=True):
+        if process.returncode:
+            sys.exit(error[-2000:])
+    return json.loads(said[0][0].splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--whole", action="store_true", help="the softmax over all items")
+    parser.add_argument("--batch", type=int, default=256, help="users of a step, on all processes")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1, help="of all cases, in turn")
+    parser.add_argument("--how", choices=["shard", "copies"], help="one case, as JSON")
+    options = parser.parse_args()
+    if options.how:
+        print(json.dumps(measure(options)))
+        return
+    cases = [("copies", 1), ("copies", options.processes), ("shard", options.processes)]
+    if options.whole:  # copies of a dense table: its gradient is all-reduced, and no gain
+        cases = [cases[0], cases[2]]
+    print("table, processes: wall ms (median, min), MiB a process, loss")
+    for _ in range(options.rounds):
+        for how, world in cases:
+            got = run(sys.argv[1:], how, world)
+            print(
+                f"{how:<6} {world}  {got['median']:.0f}, {got['minimum']:.0f}"
+                f"  {got['memory']:.0f}  {got['loss']:.6f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

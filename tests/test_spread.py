@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Item tables on several processes: rows that travel, and the models of one process."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from builders import (
+    MODEL,
+    Killed,
+    assert_same_weights,
+    dataset_of,
+    loader_of,
+    model_of,
+    run,
+    synthetic,
+    trained_weights,
+)
+from groups import Ranks, trained
+from safetensors.torch import load_file
+
+from fastrec.data.side import SideData
+from fastrec.data.steps.next_item import NextItem
+from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.spread import part_of, spread, spread_parameters, whole_state
+from fastrec.objectives.item import Item, Sampled
+from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.random import Rng
+from fastrec.training.config import Recipe
+from fastrec.training.module import StageModule
+from fastrec.training.rows import Tables, clip_, share_gradients, tables_of, use_rows
+from fastrec.training.stage import Stage
+
+SEQUENCES = [[1, 2, 3, 4, 2], [5, 6, 7], [1, 9, 3], [8, 8, 2, 11], [14, 2, 1], [17, 3]]
+LOSSES = {
+    "whole": Item(),
+    "softmax": Item(sampled=Sampled(3)),
+    "shared": Item(sampled=Sampled(3, shared=True)),
+    "gbce": Item(loss="gbce", sampled=Sampled(3)),
+}
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three():
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss, gradients as DDP averages them) of a step; of one process without a group."""
+    config = dict(head_table="own", head_transform=False) if own else {}
+    model = model_of(causal=True, **config)
+    side = SideData(dataset_of(SEQUENCES, 20))
+    objective = JointObjective({"item": LOSSES[loss]}, model, side)
+    if kind == "rows":
+        use_rows(model)
+    world = 1 if group is None else dist.get_world_size(group)
+    if kind == "spread" and group is not None:
+        spread(model, group)
+    rank = 0 if group is None else dist.get_rank(group)
+    loader = loader_of(model, {"main": [NextItem()]}, side, rank=rank, world_size=world)
+    value = total_loss(objective(model, loader.batch_at(2), Rng(0, 2)), world)
+    value.backward()
+    if kind == "rows" and group is not None:
+        share_gradients(tables_of(model))
+    blocks, grads = spread_parameters(model), {}
+    ours = {
+        *blocks,
+        *(n for n, p in model.named_parameters() if p.grad is not None and p.grad.is_sparse),
+    }
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        grads[name] = grad.to_dense() if grad.is_sparse else grad
+        if group is not None and name not in ours:
+            dist.all_reduce(grads[name])
+            grads[name] /= world
+    value = value.detach().clone()
+    if group is not None:
+        dist.all_reduce(value)
+    return value.item() / world, grads
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("world", ["two", "three"])
+def test_gradients_of_spread_tables(world, loss, own, request):
+    value, expected = step_of(None, loss, own, "spread")
+    made = request.getfixturevalue(world).run(step_of, loss, own, "spread")
+    for other, _ in made:
+        assert other == pytest.approx(value, rel=1e-5)
+    for name, grad in expected.items():
+        parts = [grads[name] for _, grads in made]
+        blocks = name in ("item_input.ids.weight", "item_head.table.weight", "item_head.bias")
+        whole = torch.cat(parts) if blocks else parts[0]
+        torch.testing.assert_close(whole, grad, rtol=2e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "shared", "gbce"])
+def test_touched_rows_are_shared(two, loss):
+    value, expected = step_of(None, loss, False, "rows")
+    made = two.run(step_of, loss, False, "rows")
+    for other, grads in made:
+        assert other == pytest.approx(value, rel=1e-5)
+        for name, grad in expected.items():
+            torch.testing.assert_close(grads[name], grad, rtol=2e-5, atol=1e-6, msg=name)
+            assert torch.equal(grads[name], made[0][1][name]), "the same bits on all"
+
+
+def clipped(group) -> list[torch.Tensor]:
+    rank = dist.get_rank(group)
+    block, common = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    block.grad = torch.tensor([3.0, 0.0]) if rank == 0 else torch.tensor([0.0, 4.0])
+    common.grad = torch.tensor([12.0, 0.0])
+    clip_([block, common], 6.5, [block])
+    return [block.grad, common.grad]
+
+
+def test_gradients_of_all_blocks_are_clipped_together(two):
+    first, second = two.run(clipped)
+    torch.testing.assert_close(torch.stack(first), torch.tensor([[1.5, 0.0], [6.0, 0.0]]))
+    torch.testing.assert_close(torch.stack(second), torch.tensor([[0.0, 2.0], [6.0, 0.0]]))
+
+
+PROTOCOLS = [
+    Protocol(),
+    Protocol(seen="exclude"),
+    Protocol(seen="zero", logit_adjustment=0.5),
+    Protocol("sampled", negatives=5),
+]
+
+
+def ranked(group, protocol: Protocol, folder: Path) -> tuple[torch.Tensor, dict | None]:
+    model = model_of(causal=True, num_items=40)
+    torch.nn.init.normal_(model.item_head.bias)
+    sequences = torch.randint(40, (9, 7), generator=torch.Generator().manual_seed(0)).tolist()
+    judge = NextItemJudge(dataset_of(sequences, 40), torch.arange(9), "test", protocol)
+    rows = slice(0, 9)
+    if group is None:
+        return judge.score(model, None, rows), dict(model.state_dict())
+    spread(model, group)
+    assert len(model.item_input.ids.weight) < 44
+    rank = dist.get_rank(group)
+    rows = slice(0, 5) if rank == 0 else slice(5, 9) if rank == 1 else slice(8, 9)
+    found = judge.score(model, None, rows)
+    with whole_state(model, folder) as state:
+        kept = None if state is None else {name: value.clone() for name, value in state.items()}
+    return found, kept
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
+@pytest.mark.parametrize("world", ["two", "three"])
+def test_ranks_among_spread_items(world, protocol, tmp_path, request):
+    torch.manual_seed(0)
+    expected, weights = ranked(None, protocol, tmp_path)
+    made = request.getfixturevalue(world).run(ranked, protocol, tmp_path)
+    assert torch.equal(torch.cat([made[0][0], made[1][0]]), expected)
+    if world == "three":
+        assert made[2][0].tolist() == expected[8:].tolist()
+    assert [state is None for _, state in made] == [False, *[True] * (len(made) - 1)]
+    for name, value in weights.items():
+        assert torch.equal(made[0][1][name], value), name
+    assert not list(tmp_path.iterdir())
+
+
+def parts(group) -> list[tuple]:
+    return [(p.first, p.last) for p in (part_of(n, group) for n in (0, 1, 2, 5, 7))]
+
+
+def test_blocks_are_those_of_torch(three):
+    for place, total in enumerate((0, 1, 2, 5, 7)):
+        made = [each[place] for each in three.run(parts)]
+        chunks = torch.arange(total).chunk(3) if total else []
+        assert [b - a for a, b in made if b > a] == [len(c) for c in chunks]
+        assert made[-1][1] == total
+
+
+def spread_recipe(update: str, **changes) -> Recipe:
+    sampled = Sampled(4, by="popularity") if update == "rows" else None
+    stage = dict(steps=12, batch_size=64, validate_every=6, checkpoint_every=5)
+    tables = {"update": update, "shard": True, **changes.pop("tables", {})}
+    stage |= {"tables": Tables(**tables), **changes}
+    objectives = {"item": Item(sampled=sampled)}
+    encoder = Transformer(layers=1, heads=2, causal=True)
+    return Recipe(
+        model=replace(MODEL, encoder=encoder, tokens=[]),
+        pretraining=Stage(views={"main": [NextItem()]}, objectives=objectives, **stage),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return synthetic(tmp_path_factory.mktemp("synthetic"))
+
+
+CASES = {
+    "whole": ("dense", {"weight_decay": 0.01, "gradient_clip": 0.3}),
+    "rows": ("rows", {"gradient_clip": 0.3}),
+    "adagrad": ("rows", {"tables": {"optimizer": "adagrad", "learning_rate": 0.05}}),
+    "shared": ("rows", {"tables": {"shard": False}}),
+}
+
+
+def close_models(one: Path, other: Path) -> None:
+    first, second = (load_file(path / "model" / "model.safetensors") for path in (one, other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.shape == second[name].shape
+        # Sums in another order; Adam magnifies that where a gradient is near 0.
+        error = (value - second[name]).norm() / value.norm().clamp_min(1e-2)
+        assert error < 2e-3, (name, error)
+
+
+def killed(group, data: Path, output: Path, chosen: Recipe, step: int) -> None:
+    original = StageModule.training_step
+
+    def dies(self, *given):
+        if self.global_step >= step:
+            raise Killed
+        return original(self, *given)
+
+    StageModule.training_step = dies
+    try:
+        trained(group, data, output, chosen)
+    except Killed:
+        return
+    finally:
+        StageModule.training_step = original
+    raise AssertionError("it ended")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
+    update, changes = CASES[case]
+    chosen = spread_recipe(update, monitor="steps", **changes)
+    pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
+    run(data, tmp_path / "one", chosen)
+    two.run(trained, data, tmp_path / "two", pair)
+    close_models(tmp_path / "one", tmp_path / "two")
+    two.run(killed, data, tmp_path / "cut", pair, 7)
+    two.run(trained, data, tmp_path / "cut", pair, {"resume": True})
+    if chosen.pretraining.tables.shard:
+        assert_same_models(tmp_path / "two", tmp_path / "cut")
+        (shards,) = (tmp_path / "cut").glob("last.shards-*")
+        assert torch.load(tmp_path / "cut" / "last.ckpt")["shards"] == shards.name
+    else:
+        assert_same_weights(tmp_path / "two", tmp_path / "cut")
+    # and on with one process
+    two.run(killed, data, tmp_path / "fewer", pair, 7)
+    run(data, tmp_path / "fewer", chosen, resume=True)
+    close_models(tmp_path / "one", tmp_path / "fewer")
+
+
+def assert_same_models(one: Path, other: Path) -> None:
+    first, second = (load_file(path / "model" / "model.safetensors") for path in (one, other))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    state, again = trained_weights(one), trained_weights(other)
+    assert state.keys() == again.keys()
