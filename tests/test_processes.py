@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of several processes: who they are, and that they train the model of one."""
 
+import json
 import os
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +90,27 @@ def test_the_users_of_an_evaluation_are_shared(data, two, tmp_path, judged):
     made = two.run(metrics_of, data, tmp_path / "run" / "model", chosen)
     assert [found for found, _ in made] == [expected, expected], "to the last bit"
     assert sum(asked for _, asked in made) == 1300 and all(asked for _, asked in made)
+
+
+def test_evaluate_under_a_launcher_prints_once(data, tmp_path):
+    run(data, tmp_path / "run", recipe(steps=1, validate_every=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = {"MASTER_PORT": str(free.getsockname()[1])}
+    flags = ("--data", data, "--pretrained", tmp_path / "run" / "model", "--device=cpu")
+    files = ("--output", tmp_path / "found.json", "--ranks", tmp_path / "ranks.csv")
+    made = [
+        subprocess.Popen(
+            command("evaluate", *flags, *files), stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **launched(rank, 2, 2), **port},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in made]
+    assert [process.returncode for process in made] == [0, 0]
+    assert "1,300 users" in said[0] and said[1] == ""
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["users"] == 1300 and len(polars.read_csv(tmp_path / "ranks.csv")) == 1300
 
 
 @pytest.mark.parametrize(("count", "world"), [(1, 2), (512, 2), (513, 2), (5000, 3), (1300, 1)])

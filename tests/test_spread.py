@@ -190,7 +190,7 @@ def spread_recipe(update: str, **changes) -> Recipe:
     stage = dict(steps=12, batch_size=64, validate_every=6, checkpoint_every=5)
     tables = {"update": update, "shard": True, **changes.pop("tables", {})}
     stage |= {"tables": Tables(**tables), **changes}
-    objectives = {"item": Item(sampled=sampled)}
+    objectives = changes.pop("objectives", {"item": Item(sampled=sampled)})
     encoder = Transformer(layers=1, heads=2, causal=True)
     return Recipe(
         model=replace(MODEL, encoder=encoder, tokens=[]),
@@ -259,6 +259,32 @@ def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
     two.run(killed, data, tmp_path / "fewer", pair, 7)
     run(data, tmp_path / "fewer", chosen, resume=True)
     close_models(tmp_path / "one", tmp_path / "fewer")
+
+
+def test_damaged_shards_are_named(data, tmp_path):
+    chosen = spread_recipe("rows", steps=2, validate_every=2, monitor="steps")
+    run(data, tmp_path / "run", chosen)
+    (shards,) = (tmp_path / "run").glob("last.shards-*")
+    for file in shards.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    longer = replace(chosen, pretraining=replace(chosen.pretraining, steps=4))
+    with pytest.raises(ValueError, match=f"{shards.name} cannot be read"):
+        run(data, tmp_path / "run", longer, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("update", "objective", "match"),
+    [
+        ("dense", Item(sampled=Sampled(4, in_batch=True)), "tables.shard needs item losses"),
+        ("rows", Item(), "tables.update: rows needs item losses over sampled"),
+        ("dense", Item(loss="bpr_max", sampled=Sampled(4)), "the softmax over all items is one"),
+    ],
+)
+def test_what_reads_other_rows_is_refused(data, tmp_path, update, objective, match):
+    chosen = spread_recipe(update, objectives={"item": objective})
+    with pytest.raises(ValueError, match=match):
+        run(data, tmp_path / "run", chosen)
+    assert not (tmp_path / "run").exists()
 
 
 def assert_same_models(one: Path, other: Path) -> None:

@@ -83,8 +83,8 @@ class SampledNegatives:
             rows, drawn, kept = rows[~enough], drawn[~enough], kept[~enough]
             if len(rows) == 0:
                 return out
-        for place, row in enumerate(rows.tolist()):  # rare: the history is most of the events
-            taken = drawn[place][kept[place]] if _ROUNDS else drawn[place]
+        for number, row in enumerate(rows.tolist()):  # rare: the history is most of the events
+            taken = drawn[number][kept[number]] if _ROUNDS else drawn[number]
             out[row] = self._rest(int(users[row]), taken)
         return out
 

@@ -160,6 +160,7 @@ def share_gradients(tables: Iterable[nn.Parameter]) -> None:
     from fastrec.ops.common.collectives import gather, gather_rows
 
     group = torch.distributed.group.WORLD
+    assert group is not None
     world = torch.distributed.get_world_size(group)
     for table in tables:
         rows = torch.empty(0, dtype=torch.int64, device=table.device)
@@ -177,7 +178,9 @@ def share_gradients(tables: Iterable[nn.Parameter]) -> None:
 def clip_(parameters: Iterable[nn.Parameter], norm: float, spread: Iterable = ()) -> None:
     """Scale the gradients, some of them sparse, to a total norm of `norm` where it is larger.
     spread: parameters of which every process has other rows."""
-    grads, parts, known = [], [], set(map(id, spread))
+    grads: list[Tensor] = []
+    parts: list[Tensor] = []
+    known = set(map(id, spread))
     for parameter in parameters:
         if parameter.grad is not None:
             if parameter.grad.is_sparse:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -52,8 +53,8 @@ def load_shards(checkpoint: dict[str, Any], module, folder: Path) -> None:
     }
     try:
         dcp.load(_as_dtensors(found, names, module), checkpoint_id=path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        raise ValueError(f"{path} cannot be read: {type(error).__name__} {error}") from error
     for key, padded in found.items():
         tensor = padded[: len(blocks[names[key]].parameter)]
         place, _, kind = key.partition("/")
