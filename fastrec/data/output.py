@@ -97,6 +97,18 @@ def new_folder(output: Path) -> Path:
     return work
 
 
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, on the same disk, for what is too large for memory."""
+    folder = _beside(output, "scratch")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def put(work: Path, output: Path) -> None:
     """Make the finished folder `work` be `output`, on disk; one that is there goes."""
     output = output.resolve()  # through a link, the folder is replaced and not the link
@@ -131,7 +143,7 @@ def tidy(output: Path) -> None:
     old = _beside(output, "old")
     if old.exists() and not output.exists():
         os.rename(old, output)
-    for kind in ("new", "old"):
+    for kind in ("new", "old", "scratch"):
         left = _beside(output, kind)
         if left.is_file():
             left.unlink()

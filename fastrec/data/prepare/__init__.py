@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """From source files to the canonical dataset: read, filter, map ids, sort, write."""
 
+import resource
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrec.data.errors import DataError, reading
+from fastrec.data.errors import reading
 from fastrec.data.event_columns import PLACE
+from fastrec.data.output import scratch_folder
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.catalogue import Catalogue
-from fastrec.data.prepare.filters import Filters, add, kept_events
+from fastrec.data.prepare.filters import Filters, Kept, add, kept_events
 from fastrec.data.prepare.item_features import item_features as read_item_features
 from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
+from fastrec.data.prepare.load import Loaded, load
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
 from fastrec.data.prepare.report import TIE_RULE, PrepareReport
 from fastrec.data.prepare.sources import is_frame, polars_frame
 from fastrec.data.prepare.split import divided, source_name, split_of
-from fastrec.data.prepare.split_files import joined
-from fastrec.data.prepare.writer import claim, write_dataset
+from fastrec.data.prepare.writer import Interactions, claim, write_dataset
 
 ORDER_RULE = "order of the source, never sorted"
 BY_FILE = ", training before validation before test"
@@ -127,25 +131,29 @@ def prepare(
         ):
             raise ValueError(f"{name}_key has no effect: {name}_attributes is no file")
         settings["na_values"] = na_values
-    with claim(Path(output), overwrite), reading(source_name(source)):
-        sources = [source, *chosen.files]
-        parts = [
-            each if isinstance(each, RawData) else readers.read(each, format, **options)
-            for each in sources
-        ]
-        raw = joined(parts, options.get("on_duplicate", "error"))
+    output, start = Path(output), time.perf_counter()
+    with claim(output, overwrite), scratch_folder(output) as folder, reading(source_name(source)):
+        sources = []
+        for each in [source, *chosen.files]:
+            if format == "table" and not isinstance(each, RawData):
+                readers.check_options(each, format, options)
+            elif not isinstance(each, RawData):
+                each = readers.read(each, format, **options)
+            sources.append(each)
+        found = load(sources, options, folder, options.get("on_duplicate", "error"))
         for name, (_, settings) in sides.items():
-            settings["known_as"] = options.get(name) or raw.inferred.get(f"{name}_column")
+            settings["known_as"] = options.get(name) or found.raw.inferred.get(f"{name}_column")
         filters = Filters(k_core, min_rating, max_users)
         beside = Beside(
             sides["user"], sides["item"], item_features, relations, cold_items, na_values
         )
         earlier = None if items_of is None else Path(items_of)
-        return _prepare(raw, Path(output), filters, beside, earlier, chosen, overwrite)
+        report = _prepare(found, output, filters, beside, earlier, chosen, overwrite)
+    return replace(report, seconds=time.perf_counter() - start, peak_memory=_peak_memory())
 
 
 def _prepare(
-    raw: RawData,
+    found: Loaded,
     output: Path,
     filters: Filters,
     beside: Beside,
@@ -153,27 +161,13 @@ def _prepare(
     split,
     overwrite: bool,
 ) -> PrepareReport:
-    frame, removed = raw.interactions, dict(raw.removed)
-    user_ids, user = _codes(frame["user_id"])
-    item_ids, item = _codes(frame["item_id"])
-    before = {"users": len(user_ids), "items": len(item_ids), "interactions": frame.height}
-    before["interactions"] += sum(raw.removed.values())
-
-    keep = kept_events(raw, user, item, filters, removed)
-    rows = np.flatnonzero(keep)
-    used_users, user = np.unique(user[rows], return_inverse=True)
-    used_items, item = np.unique(item[rows], return_inverse=True)
-    if raw.ordered:
-        order = np.argsort(user, kind="stable")  # own files follow each other
-    else:
-        if "timestamp" not in frame.columns:
-            raise DataError(
-                raw.source, "events without times need a source that is in order (--ordered true)",
-                column="timestamp",
-            )  # fmt: skip
-        part = np.zeros_like(rows) if raw.part is None else raw.part[rows]
-        order = np.lexsort((rows, frame["timestamp"].to_numpy()[rows], part, user))
-    user, item, rows = user[order], item[order], rows[order]
+    raw, removed = found.raw, dict(found.raw.removed)
+    user_ids, item_ids = found.user_ids, found.item_ids
+    sizes = {"users": len(user_ids), "items": len(item_ids)}
+    before = sizes | {"interactions": found.events.height + sum(removed.values())}
+    used_users, used_items, events = kept_events(
+        raw.source, found.events, len(user_ids), len(item_ids), filters, removed
+    )
 
     user_file, options = beside.user
     sources = [(raw.source, raw.users), ("user_attributes", user_file)]
@@ -184,7 +178,8 @@ def _prepare(
     listed, catalogue = item_ids[used_items], None
     if items_of is not None:
         catalogue = Catalogue(items_of, listed)
-        item, listed = catalogue.numbers(item), catalogue.ids
+        events.item = np.where(events.item < 0, -1, catalogue.numbers(events.item.clip(0)))
+        listed = catalogue.ids
         item_ids = item_ids.cast(listed.dtype)
     items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
     add(removed, "attribute rows of items without interactions", lost)
@@ -207,19 +202,19 @@ def _prepare(
         )
         add(removed, "cold-start rows of users without interactions", lost)
         add(removed, "cold-start rows that are there twice", twice)
-        sizes = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
-        cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*sizes)
-    time = raw.time if "timestamp" in frame.columns else PLACE
-    splits, said = divided(split, raw, user, item, rows)
+        many = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
+        cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*many)
+    when = raw.time if "timestamp" in found.events.dtypes else PLACE
+    splits, said = divided(split, raw, events)
     schema = write_dataset(
         output,
-        interactions=_interactions(frame, rows, user, item),
+        interactions=_interactions(found, events),
         users=users,
         items=items,
         relations=links,
         cold_items=cold_items,
-        tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + ("" if raw.part is None else BY_FILE),
-        time=time,
+        tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + (BY_FILE if found.parts else ""),
+        time=when,
         source=raw.source,
         inferred=raw.inferred,
         filters=filters._asdict() | {"items_of": items_of and str(items_of), "removed": removed},
@@ -228,7 +223,7 @@ def _prepare(
         features=vectors,
         overwrite=overwrite,
     )
-    lengths = np.bincount(user)
+    lengths = events.lengths
     return PrepareReport(
         output=output,
         source=raw.source,
@@ -243,9 +238,9 @@ def _prepare(
         },
         num_short_users=schema["num_short_users"],
         tie_rule=schema["tie_rule"],
-        time=time,
+        time=when,
         inferred=raw.inferred,
-        preview=preview(frame, time),
+        preview=preview(raw.interactions, when),
         catalogue=None if catalogue is None else str(catalogue),
         split=said,
         attributes={"users": users.columns[1:], "items": items.columns[1:]},
@@ -255,31 +250,34 @@ def _prepare(
     )
 
 
-def _codes(ids):
-    """(distinct ids in ascending order as a polars.Series, int64 [E] index of each id)."""
+def _interactions(found: Loaded, events: Kept) -> Interactions:
     import polars as pl
 
-    distinct = ids.unique().sort()
-    if ids.dtype == pl.Int64:
-        return distinct, np.searchsorted(distinct.to_numpy(), ids.to_numpy())
-    codes = ids.to_frame("id").join(
-        distinct.to_frame("id").with_row_index("code"), on="id", how="left", maintain_order="left"
-    )
-    return distinct, codes["code"].to_numpy().astype(np.int64)
+    names = [name for name in ("timestamp", "rating", "event_type") if name in found.events.dtypes]
+    schema: dict = {"user": pl.Int64, "item": pl.Int64, "timestamp": pl.Int64}
+    if "rating" in names:
+        schema["rating"] = pl.Float32
+    if found.kinds is not None:
+        schema["event_type"] = found.kinds.dtype
+
+    def blocks():
+        first, before = np.cumsum(events.lengths) - events.lengths, 0
+        for chunk in events.chunks(*names):
+            height = len(chunk["user"])
+            if height == 0:
+                continue
+            place = np.arange(before, before + height)
+            before += height
+            if "timestamp" not in names:
+                chunk["timestamp"] = place - first[chunk["user"]]
+            if found.kinds is not None:
+                kind = pl.Series(chunk["event_type"])
+                chunk["event_type"] = found.kinds.gather(kind.set(kind < 0, None))
+            yield pl.DataFrame({name: chunk[name] for name in schema}, schema=schema)
+
+    return Interactions(schema, events.height, blocks)
 
 
-def _interactions(frame, rows: np.ndarray, user: np.ndarray, item: np.ndarray):
-    import polars as pl
-
-    columns = {"user": pl.Series(user, dtype=pl.Int64), "item": pl.Series(item, dtype=pl.Int64)}
-    if "timestamp" in frame.columns:
-        columns["timestamp"] = frame["timestamp"].gather(rows)
-    else:
-        lengths = np.bincount(user)
-        place = np.arange(len(user)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        columns["timestamp"] = pl.Series(place, dtype=pl.Int64)
-    for name, dtype in (("rating", pl.Float32), ("event_type", None)):
-        if name in frame.columns:
-            column = frame[name].gather(rows)
-            columns[name] = column if dtype is None else column.cast(dtype)
-    return pl.DataFrame(columns)
+def _peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,6 +5,7 @@ A unit that is not given is inferred where every time lies between 1990 and 2100
 do not overlap. A fraction is kept in a finer unit, which is said.
 """
 
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 from fastrec.data.errors import DataError
@@ -26,6 +27,49 @@ _WHOLE, _SAY_UNIT = "a whole number such as 7 or 1.5e9", "; --time_unit says wha
 _EXPONENT = r"^-?(0|[1-9][0-9]*)(\.[0-9]*)?[eE][+-]?[0-9]{1,9}$"
 
 
+@dataclass
+class Known:
+    """What holds for a whole time column that is read block by block.
+
+    Settled before, from the blocks: numbers: whether it holds numbers. unit: of these, where no
+    setting names one; "" is none, None infers it. digits: fractions are kept to as many behind the
+    unit at least. offsets: text has them.
+    Seen so far: plain: a block of text without offsets, which are refused where the column is read
+    again. times: number of them; inside: how many are dates of 1990 to 2100 by unit; outside:
+    (file, column, row) of the first that is none.
+    """
+
+    numbers: bool | None = None
+    unit: str | None = None
+    digits: int = 0
+    offsets: bool = False
+    plain: bool = False
+    times: int = 0
+    inside: dict[str, int] = field(default_factory=lambda: dict.fromkeys(UNITS, 0))
+    outside: dict[str, tuple] = field(default_factory=dict)
+
+    def inferred_unit(self) -> str | None:
+        """The unit in which all times seen are dates from 1990 to 2100; raises if each is one, in
+        two units."""
+        found = [unit for unit, count in self.inside.items() if count]
+        if sum(self.inside.values()) < self.times or len(found) == 1:
+            return found[0] if found and self.inside[found[0]] == self.times else None
+        file, column, row = self.outside[found[0]]
+        raise DataError(
+            file, f"times are dates in {found[0]} or in {found[1]}: bring them to one unit",
+            column=column, row=row,
+        )  # fmt: skip
+
+    def see(self, file, values, first: int) -> None:
+        """Count whole numbers (Int64 without nulls) of a block."""
+        self.times += len(values)
+        for unit, digits in UNITS.items():
+            inside = (values >= _FROM * 10**digits) & (values < _TO * 10**digits)
+            self.inside[unit] += int(inside.sum())
+            if unit not in self.outside and not inside.all():
+                self.outside[unit] = file, values.name, first_row(~inside, first)
+
+
 def is_number(series) -> bool:
     """Whether a column holds times as numbers: typed so, or text that begins with one."""
     if series.dtype.is_numeric():
@@ -33,18 +77,25 @@ def is_number(series) -> bool:
     return bool(series.str.contains(r"^[+-]?[0-9]*\.?[0-9]*([eE][+-]?[0-9]+)?$")[0])
 
 
-def epoch_column(file, series, first: int, unit: str | None = None):
+def epoch_column(file, series, first: int, unit: str | None = None, known: Known | None = None):
     """(Int64, what it counts, the unit if it was inferred) of a column of numbers.
 
     series: integers, floats, decimals or text of numbers, without nulls. unit: a key of UNITS.
+    known: of a column of which this is a block.
     """
+    known = known or Known()
     if series.dtype.is_integer():
         values, fractions = int64(file, series, first), None
     else:
         values, fractions = _decimals(file, series, first)
     inferred = None
-    if unit is None:
-        unit = inferred = _unit_of(file, values.rename(series.name), first)
+    if unit is None and known.unit is not None:
+        unit = inferred = known.unit or None
+    elif unit is None:
+        block = Known()
+        for each in (known, block):
+            each.see(file, values.rename(series.name), first)
+        unit = inferred = block.inferred_unit()
     if unit is None:
         if fractions is not None:
             refuse(file, series, first, fractions != "", _WHOLE, _SAY_UNIT)
@@ -54,25 +105,11 @@ def epoch_column(file, series, first: int, unit: str | None = None):
     outside = (values < low) | (values >= high)
     refuse(file, series, first, outside, f"a time of the years 1 to 9999 in {unit}")
     digits = UNITS[unit]
-    if fractions is not None:
-        values, digits = _with_fractions(file, series, first, values, fractions, digits)
+    if fractions is not None or known.digits:
+        values, digits = _with_fractions(
+            file, series, first, values, fractions, digits, known.digits
+        )
     return values, WORDS[digits], inferred
-
-
-def _unit_of(file, values, first: int) -> str | None:
-    """The unit in which all are dates from 1990 to 2100; raises if each is one, in two units."""
-    inside = {
-        unit: (values >= _FROM * 10**digits) & (values < _TO * 10**digits)
-        for unit, digits in UNITS.items()
-    }
-    found = [unit for unit, flags in inside.items() if flags.any()]
-    if sum(int(flags.sum()) for flags in inside.values()) < len(values) or len(found) == 1:
-        return found[0] if found and inside[found[0]].all() else None
-    row = first_row(~inside[found[0]], first)
-    raise DataError(
-        file, f"times are dates in {found[0]} or in {found[1]}: bring them to one unit",
-        column=values.name, row=row,
-    )  # fmt: skip
 
 
 def _decimals(file, series, first: int):
@@ -116,15 +153,18 @@ def _without_exponents(text):
     return text.scatter(places, pl.Series(plain, dtype=pl.String))
 
 
-def _with_fractions(file, series, first: int, values, fractions, digits: int):
-    """(Int64, digits behind the second) in the unit that holds every fraction."""
+def _with_fractions(file, series, first: int, values, fractions, digits: int, least: int):
+    """(Int64, digits behind the second) in the unit that holds every fraction, and `least` more
+    digits than `digits`."""
     import polars as pl
 
+    if fractions is None:
+        fractions = pl.repeat("", len(values), dtype=pl.String, eager=True)
     negative = fractions.str.starts_with("-")
     behind = fractions.str.strip_chars_start("-")
     length = behind.str.len_chars().cast(pl.Int64)
     refuse(file, series, first, length + digits > 9, "a time to the nanosecond at most")
-    finer = -(-(digits + int(length.max())) // 3) * 3
+    finer = max(-(-(digits + int(length.max())) // 3) * 3, digits + least)
     factor = 10 ** (finer - digits)
     far = values.abs() >= (2**63 - 1) // factor
     what = f"a time that fits 64 bits in {WORDS[finer].split()[0]}, as others have fractions"

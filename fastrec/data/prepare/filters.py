@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which events `prepare` keeps, and what it says of the others.
 
-Legend: E events.
+Legend: E events, U users, V items.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from fastrec.data.errors import DataError
-from fastrec.data.prepare.k_core import k_core_mask
+from fastrec.data.prepare.k_core import core_counts, counts
+from fastrec.data.prepare.store import Store
 
 
 class Filters(NamedTuple):
@@ -20,46 +22,97 @@ class Filters(NamedTuple):
     max_users: int | None = None
 
 
-def kept_events(raw, user: np.ndarray, item: np.ndarray, filters: Filters, removed: dict):
-    """bool [E]: the events of `raw` that are left. user, item: int64 [E], numbers of their ids.
-    removed: gets how many went, by reason.
+class Kept:
+    """The events of a `Store` that are left, their users and items numbered anew.
+
+    user: int32 [U] and item: integers [V], the new number of each old one, -1 for none. lengths:
+    int64 [U'], events of each user that is left. height: of all.
+    """
+
+    def __init__(self, events: Store, user, item, lengths, min_rating: float | None):
+        self.events, self.user, self.item, self.lengths = events, user, item, lengths
+        self.height = int(lengths.sum())
+        self._min_rating = min_rating
+
+    def chunks(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """user and item, int64 in new numbers, and the columns `names` of chunks of events, sorted
+        by user and in time order inside a user."""
+        for chunk in _rated(self.events, self._min_rating, *names):
+            user, item = self.user[chunk.pop("user")], self.item[chunk.pop("item")]
+            keep = (user >= 0) & (item >= 0)
+            made = {"user": user[keep].astype(np.int64), "item": item[keep].astype(np.int64)}
+            yield made | {name: chunk[name][keep] for name in names}
+
+
+def kept_events(
+    source: str, events: Store, num_users: int, num_items: int, filters: Filters, removed: dict
+) -> tuple[np.ndarray, np.ndarray, Kept]:
+    """(the users that are left, the items, ascending numbers of `events`, their events).
+
+    events: sorted by user. removed: gets how many went, by reason.
 
     Raises DataError where nothing is left, and for a rating rule without ratings.
     """
     k_core, min_rating, max_users = filters
-    keep = np.ones(len(user), dtype=bool)
+    if min_rating is not None and "rating" not in events.dtypes:
+        raise DataError(
+            source, "--min_rating needs ratings: --rating_column names them", column="rating"
+        )
+
+    def passed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for chunk in _rated(events, min_rating):
+            yield chunk["user"], chunk["item"]
+
+    everybody, everything = np.ones(num_users, dtype=bool), np.ones(num_items, dtype=bool)
+    by_user, by_item = counts(passed, everybody, everything)
+    left = int(by_user.sum())
     if min_rating is not None:
-        if "rating" not in raw.interactions.columns:
-            raise DataError(
-                raw.source,
-                "--min_rating needs ratings: --rating_column names them",
-                column="rating",
-            )
-        keep &= raw.interactions["rating"].to_numpy() >= min_rating
-        _count(removed, raw.source, f"interactions rated below {min_rating:g}", keep)
+        reason = f"interactions rated below {min_rating:g}"
+        _count(removed, source, reason, events.height - left, left)
     if max_users is not None:
-        kept = np.unique(user[keep])[:max_users]
-        inside = np.isin(user, kept)
-        _count(removed, raw.source, f"interactions beyond {max_users} users", inside, keep)
-        keep &= inside
+        first = np.flatnonzero(by_user)[:max_users]
+        everybody = np.zeros(num_users, dtype=bool)
+        everybody[first] = True
+        beyond = left - int(by_user[first].sum())
+        _count(removed, source, f"interactions beyond {max_users} users", beyond, left - beyond)
+        by_user, by_item = counts(passed, everybody, everything)
     if k_core > 1:
-        rows = np.flatnonzero(keep)
-        core = k_core_mask(user[rows], item[rows], k_core)
-        if not core.all():
-            gone_users = len(np.unique(user[rows])) - len(np.unique(user[rows[core]]))
-            gone_items = len(np.unique(item[rows])) - len(np.unique(item[rows[core]]))
-            reason = f"({gone_users:,} users, {gone_items:,} items) outside the {k_core}-core"
-            removed[f"interactions {reason}"] = int((~core).sum())
-        keep[rows[~core]] = False
-        if not keep.any():
-            raise DataError(raw.source, f"no interaction is left in the {k_core}-core")
-    return keep
+        before = by_user, by_item
+        by_user, by_item = core_counts(passed, by_user, by_item, k_core)
+        gone = int(before[0].sum() - by_user.sum())
+        if gone:
+            users, items = (
+                int((old > 0).sum() - (new > 0).sum())
+                for old, new in zip(before, (by_user, by_item), strict=True)
+            )
+            reason = f"({users:,} users, {items:,} items) outside the {k_core}-core"
+            removed[f"interactions {reason}"] = gone
+        if not by_user.any():
+            raise DataError(source, f"no interaction is left in the {k_core}-core")
+    used_users, used_items = np.flatnonzero(by_user), np.flatnonzero(by_item)
+    user, item = (_numbers(used, of) for used, of in ((used_users, by_user), (used_items, by_item)))
+    return used_users, used_items, Kept(events, user, item, by_user[used_users], min_rating)
 
 
-def _count(removed: dict, source: str, reason: str, kept: np.ndarray, of=None) -> None:
-    of = np.ones(len(kept), dtype=bool) if of is None else of
-    add(removed, reason, int((of & ~kept).sum()))
-    if not (of & kept).any():
+def _rated(events: Store, least: float | None, *names: str) -> Iterator[dict[str, np.ndarray]]:
+    """user, item and `names` of the events that are rated `least` or more."""
+    wanted = {"user", "item", *names} | ({"rating"} if least is not None else set())
+    for chunk in events.chunks(*wanted):
+        if least is not None:
+            keep = chunk["rating"] >= least
+            chunk = {name: values[keep] for name, values in chunk.items()}
+        yield chunk
+
+
+def _numbers(used: np.ndarray, of: np.ndarray) -> np.ndarray:
+    made = np.full(len(of), -1, dtype=np.int32)
+    made[used] = np.arange(len(used), dtype=np.int32)
+    return made
+
+
+def _count(removed: dict, source: str, reason: str, count: int, left: int) -> None:
+    add(removed, reason, count)
+    if not left:
         raise DataError(source, f"no interaction is left: {reason} were removed")
 
 

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k-core of the interactions. Letters: E events."""
+"""The k-core of the interactions. Letters: E events, U users, V items."""
+
+from collections.abc import Callable, Iterable
+from itertools import count
 
 import numpy as np
 
+Events = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]  # users and items of chunks
+
 _PASSES = 20
+_FEW = 1 << 22  # events that are held in memory
 
 
 def k_core_mask(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
@@ -12,19 +18,48 @@ def k_core_mask(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
     user, item: int64 [E], ids from 0. Events count, repeated (user, item) pairs too. The k-core is
     unique: users and items below k are removed until none is left. Time O(E).
     """
-    kept = np.arange(len(user))
-    for _ in range(_PASSES):  # most data is done after a few; a chain loses one event a pass
-        users, items = user[kept], item[kept]
-        stay = np.bincount(users, minlength=1)[users] >= k
-        stay &= np.bincount(items, minlength=1)[items] >= k
-        if stay.all():
+    by_user, by_item = (np.bincount(ids, minlength=1) for ids in (user, item))
+    by_user, by_item = core_counts(lambda: [(user, item)], by_user, by_item, k)
+    return (by_user[user] > 0) & (by_item[item] > 0)
+
+
+def core_counts(
+    events: Events, by_user: np.ndarray, by_item: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [U], int64 [V]): how many events of the k-core each user and item has, 0 for one that
+    is not in it. by_user, by_item: the same of those that are in now.
+
+    A pass over all events takes away what is below k. A chain loses one event a pass: what is left
+    after some passes is taken into memory once it is few, and done with a queue.
+    """
+    for number in count(1):
+        users, items = by_user >= k, by_item >= k
+        if (users == (by_user > 0)).all() and (items == (by_item > 0)).all():
             break
-        kept = kept[stay]
-    else:
-        kept = kept[_peel(user[kept], item[kept], k)]
-    mask = np.zeros(len(user), dtype=bool)
-    mask[kept] = True
-    return mask
+        if number > _PASSES and by_user.sum() <= _FEW:
+            inside = [inside_of(users, items, *chunk) for chunk in events()]
+            user, item = (np.concatenate(ends) for ends in zip(*inside, strict=True))
+            keep = _peel(user, item, k)
+            by_user = np.bincount(user[keep], minlength=len(by_user))
+            by_item = np.bincount(item[keep], minlength=len(by_item))
+            break
+        by_user, by_item = counts(events, users, items)
+    return by_user, by_item
+
+
+def counts(events: Events, users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [U], int64 [V]): events of each user and item with both ends in bool [U] and [V]."""
+    by_user, by_item = (np.zeros(len(each), dtype=np.int64) for each in (users, items))
+    for chunk in events():
+        user, item = inside_of(users, items, *chunk)
+        by_user += np.bincount(user, minlength=len(users))
+        by_item += np.bincount(item, minlength=len(items))
+    return by_user, by_item
+
+
+def inside_of(users, items, user: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    keep = users[user] & items[item]
+    return user[keep], item[keep]
 
 
 def _peel(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:

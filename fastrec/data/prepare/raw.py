@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from fastrec.data.event_columns import SOURCE
 
 if TYPE_CHECKING:
-    import numpy as np
     import polars as pl
 
 
@@ -20,8 +19,7 @@ class RawData:
     relations: user_id, friend_id. ordered: each user's rows are oldest first and must not be
     sorted. time: what a timestamp counts. removed: how many rows an option of the reader dropped,
     by reason. inferred: the settings that were not given but recognised, such as
-    {"user_column": "userId"}. part: int64 of each event, 0 training, 1 validation, 2 test, where
-    these are files of their own.
+    {"user_column": "userId"}.
     """
 
     source: str
@@ -33,4 +31,3 @@ class RawData:
     time: str = SOURCE
     removed: dict[str, int] = field(default_factory=dict)
     inferred: dict[str, str] = field(default_factory=dict)
-    part: "np.ndarray | None" = None

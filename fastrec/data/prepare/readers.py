@@ -2,7 +2,8 @@
 """Readers: each returns a `RawData` with original ids, in the order of the file.
 
 Nothing is dropped silently and nothing is sorted here. Rows of errors are 1-based lines (a header
-counts). Files ending in .gz are gunzipped. A file is read whole into memory.
+counts). Files ending in .gz are gunzipped. What a reader returns is in memory; `prepare` reads
+tables block by block instead (`load`).
 
 A duplicate is an event with the same user, item and timestamp as an earlier one. Formats without
 timestamps have none: there a repeated item is another visit, as in the S3-Rec files.
@@ -152,6 +153,13 @@ OPTIONS: dict[str, set[str]] = {
 
 def read(source, format: str, **options) -> RawData:
     """Read `source` with the reader of FORMATS[format]; `options` are its arguments."""
+    check_options(source, format, options)
+    with reading(name_of(source)):
+        return FORMATS[format](source, **options)
+
+
+def check_options(source, format: str, options: dict) -> None:
+    """Raise ValueError for a setting that has no effect on the format."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {sorted(FORMATS)}, got {format!r}")
     for name in sorted(options.keys() - OPTIONS[format]):
@@ -161,5 +169,3 @@ def read(source, format: str, **options) -> RawData:
             raise ValueError(f"{name} must be a list of names, got {options[name]!r}")
     if is_frame(source) and format not in ("table", "histories"):
         raise ValueError(f"--format {format} is a kind of file, not of a data frame")
-    with reading(name_of(source)):
-        return FORMATS[format](source, **options)

@@ -31,6 +31,8 @@ class PrepareReport:
     relations: int = 0
     item_features: dict[str, dict[str, int]] = field(default_factory=dict)
     cold: str | None = None
+    seconds: float = 0.0
+    peak_memory: int = 0  # bytes
 
     def __str__(self) -> str:
         lines = [f"{self.source} -> {self.output}"]
@@ -69,4 +71,9 @@ class PrepareReport:
             lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
         lines.append(f"  order: {self.tie_rule}")
         lines.append(f"  time: {self.time}")
+        rate = self.before["interactions"] / max(self.seconds, 1e-9)
+        lines.append(
+            f"  took {self.seconds:.1f} s, {rate:,.0f} events/s,"
+            f" peak memory {self.peak_memory / 2**30:.2f} GiB"
+        )
         return "\n".join(lines)

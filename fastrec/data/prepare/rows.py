@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the rows of a source stand: an error names a file and a row that a person can look up."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +22,25 @@ class Rows:
     parts: Sequence[tuple[Any, int, int]]
     kept: np.ndarray | None = None
 
+    @classmethod
+    def of_blocks(cls, blocks: Iterable[tuple[Any, int, int]]) -> "Rows":
+        """The rows of blocks (file, number of the first row, number of rows), end to end."""
+        parts: list[tuple[Any, int, int]] = []
+        for file, first, count in blocks:
+            if parts and parts[-1][0] == file and sum(parts[-1][1:]) == first:
+                first, count = parts[-1][1], parts.pop()[2] + count
+            parts.append((file, first, count))
+        return cls(parts)
+
     @property
     def first(self) -> int:
         """The number of the first row of the first file: 2 behind a header."""
         return self.parts[0][1]
+
+    @property
+    def count(self) -> int:
+        """How many rows the table has."""
+        return sum(count for *_, count in self.parts) if self.kept is None else len(self.kept)
 
     def place(self, index: int) -> tuple[Any, int]:
         """(file, row number) of row `index` of the table, from 0."""

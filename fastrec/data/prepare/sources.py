@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastrec.data.errors import DataError, EmptyFile, reading
 from fastrec.data.prepare.rows import Rows
-from fastrec.data.prepare.tables import read_frame
+from fastrec.data.prepare.tables import frame_blocks, rows_of
 
 FRAME = "data frame"
 
@@ -29,9 +29,31 @@ def read_source(
     columns: list[str] | None = None,
     encoding: str | None = None,
 ):
-    """(polars.DataFrame, Rows) of a file, a folder of part files or a data frame.
+    """(polars.DataFrame, Rows) of a file, a folder of part files or a data frame: all of
+    `read_blocks`."""
+    import polars as pl
 
-    separator, columns (of a file without a header), encoding: see `tables.read_frame`.
+    blocks = list(read_blocks(source, separator=separator, columns=columns, encoding=encoding))
+    rows = Rows.of_blocks((file, first, frame.height) for frame, file, first in blocks)
+    if len(blocks) == 1:
+        return blocks[0][0], rows
+    with reading(name_of(source)):
+        frames = [frame for frame, *_ in blocks]
+        return pl.concat(frames, how="vertical_relaxed", rechunk=True), rows
+
+
+def read_blocks(
+    source,
+    *,
+    separator: str | None = None,
+    columns: list[str] | None = None,
+    encoding: str | None = None,
+    size: int | None = None,
+):
+    """(polars.DataFrame, file, number of its first row) of each block of a file, a folder of part
+    files or a data frame.
+
+    separator, columns (of a file without a header), encoding, size: see `tables.frame_blocks`.
     """
     if is_frame(source):
         for name, value in (("separator", separator), ("columns", columns), ("encoding", encoding)):
@@ -40,12 +62,33 @@ def read_source(
         frame = polars_frame(source)
         if frame.height == 0:
             raise EmptyFile(FRAME, "holds no rows")
-        return frame, Rows([(FRAME, 1, frame.height)])
+        rows = rows_of(size)
+        for start in range(0, frame.height, rows):
+            yield frame[start : start + rows], FRAME, start + 1
+        return
+    options: dict = {"separator": separator, "names": columns, "encoding": encoding, "size": size}
     source = Path(source)
     if not source.is_dir():
-        frame, first = read_frame(source, separator=separator, names=columns, encoding=encoding)
-        return frame, Rows([(source, first, frame.height)])
-    return _read_parts(source, separator, columns, encoding)
+        for frame, first in frame_blocks(source, **options):
+            yield frame, source, first
+        return
+    begun = source
+    names: list[str] = []
+    for file in _parts(source):
+        try:
+            for frame, first in frame_blocks(file, **options):
+                if not names:
+                    begun, names = file, frame.columns
+                if frame.columns != names:
+                    raise DataError(
+                        file, f"columns are {', '.join(frame.columns)}, those of {begun.name}"
+                        f" {', '.join(names)}",
+                    )  # fmt: skip
+                yield frame, file, first
+        except EmptyFile:
+            continue
+    if not names:
+        raise DataError(source, "no part file holds a row")
 
 
 def polars_frame(frame, name: str = FRAME):
@@ -61,38 +104,24 @@ def polars_frame(frame, name: str = FRAME):
             raise DataError(name, f"cannot be read: {error}") from error
 
 
-def _read_parts(folder: Path, separator, columns, encoding):
-    """The part files of a folder, as Spark writes them, end to end in the order of their names.
+def _parts(folder: Path) -> list[Path]:
+    """The part files of a folder, as Spark and Ray write them, in the order of their names.
 
-    Files beginning with "_" or "." are Spark's own. Parts without a row are left out.
+    Files beginning with "_" or "." are Spark's own.
     """
-    import polars as pl
-
     if (folder / "_temporary").exists():
         raise DataError(folder, "holds _temporary: its writer has not finished")
     files = sorted(file for file in folder.iterdir() if not file.name.startswith(("_", ".")))
-    other = [file.name for file in files if not (file.is_file() and file.name.startswith("part-"))]
+    other = [file.name for file in files if not (file.is_file() and _is_part(file))]
     if other or not files:
         what = f"found {other[0]}" if other else "found none"
         raise DataError(
-            folder, f"as a table, a folder holds part files (part-*) alone; {what} (--format"
-            " movielens-1m, movielens-100k and recbole read theirs)",
+            folder, f"as a table, a folder holds part files (part-*, or *.parquet) alone; {what}"
+            " (--format movielens-1m, movielens-100k and recbole read theirs)",
         )  # fmt: skip
-    frames: list = []
-    parts: list[tuple[Path, int, int]] = []
-    for file in files:
-        try:
-            frame, first = read_frame(file, separator=separator, names=columns, encoding=encoding)
-        except EmptyFile:
-            continue
-        if frames and frame.columns != frames[0].columns:
-            raise DataError(
-                file, f"columns are {', '.join(frame.columns)}, those of {parts[0][0].name}"
-                f" {', '.join(frames[0].columns)}",
-            )  # fmt: skip
-        frames.append(frame)
-        parts.append((file, first, frame.height))
-    if not frames:
-        raise DataError(folder, "no part file holds a row")
-    with reading(folder):
-        return pl.concat(frames, how="vertical_relaxed"), Rows(parts)
+    return files
+
+
+def _is_part(file: Path) -> bool:
+    # Ray calls its files by the number of the job, polars and DuckDB by their own.
+    return file.name.startswith("part-") or file.suffix == ".parquet"

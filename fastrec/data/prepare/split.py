@@ -18,6 +18,7 @@ import numpy as np
 from fastrec.data.errors import DataError
 from fastrec.data.event_columns import PER_SECOND
 from fastrec.data.prepare.epochs import WORDS, is_number
+from fastrec.data.prepare.filters import Kept
 from fastrec.data.prepare.raw import RawData
 from fastrec.data.prepare.sources import name_of
 from fastrec.data.prepare.times import time_column
@@ -93,22 +94,18 @@ def _share(name: str, value) -> float:
     return share
 
 
-def divided(
-    split: Split, raw: RawData, user: np.ndarray, item: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray | None, dict | None]:
+def divided(split: Split, raw: RawData, events: Kept) -> tuple[np.ndarray | None, dict | None]:
     """(int64 [U, 2] boundaries, what schema.json says of them); None, None for leave-one-out.
 
-    user, item, rows: int64 [E], sorted by user and in time order inside a user; the last are those
-    of `raw.interactions`.
+    raw: of its interactions, only which columns they have. events: those of the data set.
 
     Raises DataError where there are no times to split by, nothing is left to train on, or nobody to
     validate or test on; ValueError for times that cannot be read or are in the wrong order.
     """
     if split.kind == "leave_one_out":
         return None, None
-    lengths = np.bincount(user)
-    ends, values, rule = _KINDS[split.kind](split, raw, user, rows, lengths)
-    parts = _counted(ends, lengths, user, item)
+    ends, values, rule = _KINDS[split.kind](split, raw, events)
+    parts = _counted(ends, events)
     if parts["train"]["events"] == 0:
         raise DataError(raw.source, f"no event is left to train on: {rule}")
     for name, word in (("valid", "a validation"), ("test", "a test")):
@@ -117,7 +114,8 @@ def divided(
     return ends, {"kind": split.kind, **values, "rule": rule, "parts": parts}
 
 
-def _last(split: Split, raw, user, rows, lengths):
+def _last(split: Split, raw: RawData, events: Kept):
+    lengths = events.lengths
     rule = (
         f"the last {split.test} events of a user are test, the {split.valid} before them"
         f" validation; of users with at most {split.valid + split.test} all are training"
@@ -129,7 +127,8 @@ def _last(split: Split, raw, user, rows, lengths):
     return ends, {"valid": split.valid, "test": split.test}, rule
 
 
-def _ratio(split: Split, raw, user, rows, lengths):
+def _ratio(split: Split, raw: RawData, events: Kept):
+    lengths = events.lengths
     rule = (
         f"of each user's events the last {100 * split.test:g} % are test, the"
         f" {100 * split.valid:g} % before them validation, rounded down"
@@ -142,33 +141,41 @@ def _ratio(split: Split, raw, user, rows, lengths):
     return ends, {"valid": split.valid, "test": split.test}, rule
 
 
-def _time(split: Split, raw: RawData, user, rows, lengths):
+def _time(split: Split, raw: RawData, events: Kept):
     if "timestamp" not in raw.interactions.columns:
         raise DataError(raw.source, "--split time needs times (of a table: --timestamp_column)")
     valid = _cut("valid", split.valid, raw)
     test = _cut("test", split.test, raw)
     if valid >= test:
         raise ValueError(f"--valid {split.valid} is not before --test {split.test}")
-    times = raw.interactions["timestamp"].to_numpy()[rows]
-    if ((np.diff(times) < 0) & (np.diff(user) == 0)).any():
-        raise DataError(raw.source, "times of a user fall: --split time needs them in order")
-    counts = [np.bincount(user[times < cut], minlength=len(lengths)) for cut in (valid, test)]
+    counts = np.zeros((len(events.lengths), 2), dtype=np.int64)
+    before = {"user": -1, "timestamp": 0}
+    for chunk in events.chunks("timestamp"):
+        user, times = (np.append(before[name], chunk[name]) for name in before)
+        if ((np.diff(times) < 0) & (np.diff(user) == 0)).any():
+            raise DataError(raw.source, "times of a user fall: --split time needs them in order")
+        before = {"user": user[-1], "timestamp": times[-1]}
+        for column, cut in enumerate((valid, test)):
+            counts[:, column] += np.bincount(user[1:][times[1:] < cut], minlength=len(counts))
     rule = (
         f"events before {split.valid} are training, those from then on validation, those from"
         f" {split.test} on test"
     )
-    return np.stack(counts, axis=1), {"valid": valid, "test": test, "time": raw.time}, rule
+    return counts, {"valid": valid, "test": test, "time": raw.time}, rule
 
 
-def _files(split: Split, raw: RawData, user, rows, lengths):
+def _files(split: Split, raw: RawData, events: Kept):
     names = {"valid": source_name(split.valid), "test": source_name(split.test)}
     rule = (
         f"training, validation and test are the events of {raw.source}, {names['valid']} and"
         f" {names['test']}"
     )
-    part = np.asarray(raw.part)[rows]
-    counts = [np.bincount(user[part < later], minlength=len(lengths)) for later in (1, 2)]
-    return np.stack(counts, axis=1), names, rule
+    counts = np.zeros((len(events.lengths), 2), dtype=np.int64)
+    for chunk in events.chunks("part"):
+        for column in range(2):
+            user = chunk["user"][chunk["part"] <= column]
+            counts[:, column] += np.bincount(user, minlength=len(counts))
+    return counts, names, rule
 
 
 _KINDS = {"last": _last, "ratio": _ratio, "time": _time, "files": _files}
@@ -203,26 +210,42 @@ def _cut(name: str, text: str, raw: RawData) -> int:
     return -(-int(moments[0]) * PER_SECOND[raw.time] // PER_SECOND[word])
 
 
-def _counted(ends: np.ndarray, lengths: np.ndarray, user, item) -> dict[str, dict[str, int]]:
+def _counted(ends: np.ndarray, events: Kept) -> dict[str, dict[str, int]]:
     """Of each part: events, and users who are trained or asked. Of validation and test: targets,
     how many of them are items without a training event, and users who have no event before."""
-    place = np.arange(len(user)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    train = place < ends[user, 0]
-    known = np.bincount(item[train], minlength=item.max() + 1) > 0
-    trained = int((ends[:, 0] > 0).sum())
-    parts = {"train": {"events": int(train.sum()), "users": trained}}
+    lengths = events.lengths
+    known = np.zeros(int(events.item.max()) + 1, dtype=bool)
+    for _, item, place, train_end, _ in _placed(ends, events):
+        known[item[place < train_end]] = True
+    parts = {"train": {"events": int(ends[:, 0].sum()), "users": int((ends[:, 0] > 0).sum())}}
+    asked_of, without = {}, {"valid": 0, "test": 0}
     for name, start, end in (("valid", ends[:, 0], ends[:, 1]), ("test", ends[:, 1], lengths)):
         held_out, asked = start < end, (start < end) & (start > 0)
-        inside = (place >= start[user]) & (place < end[user])
-        targets = inside & asked[user]
+        asked_of[name] = asked
         parts[name] = {
-            "events": int(inside.sum()),
+            "events": int((end - start).sum()),
             "users": int(asked.sum()),
-            "targets": int(targets.sum()),
-            "targets_without_training": int((~known[item[targets]]).sum()),
+            "targets": int((end - start)[asked].sum()),
+            "targets_without_training": 0,
             "users_without_input": int((held_out & ~asked).sum()),
         }
+    for user, item, place, train_end, valid_end in _placed(ends, events):
+        new = ~known[item] & (place >= train_end)
+        for name, inside in (("valid", place < valid_end), ("test", place >= valid_end)):
+            without[name] += int((new & inside & asked_of[name][user]).sum())
+    for name, count in without.items():
+        parts[name]["targets_without_training"] = count
     return parts
+
+
+def _placed(ends: np.ndarray, events: Kept):
+    """user, item, place in the sequence and the two boundaries of chunks of events."""
+    first, before = np.cumsum(events.lengths) - events.lengths, 0
+    for chunk in events.chunks():
+        user = chunk["user"]
+        place = np.arange(before, before + len(user)) - first[user]
+        yield user, chunk["item"], place, ends[user, 0], ends[user, 1]
+        before += len(user)
 
 
 def report_lines(split: dict) -> list[str]:

@@ -7,8 +7,16 @@ from io import BytesIO
 from pathlib import Path
 
 from fastrec.data.errors import DataError, EmptyFile, reading
+from fastrec.data.prepare import text
 from fastrec.data.prepare.columns import first_row
-from fastrec.data.prepare.text import check_file, gunzip, read_bytes, read_delimited, read_lines
+from fastrec.data.prepare.text import (
+    check_file,
+    delimited_blocks,
+    gunzip,
+    read_bytes,
+    read_delimited,
+    read_lines,
+)
 
 _SEPARATORS = {
     ".csv": ",",
@@ -40,13 +48,28 @@ def read_frame(
     file, *, separator: str | None = None, names: list[str] | None = None,
     encoding: str | None = None,
 ):  # fmt: skip
-    """(polars.DataFrame, row number of its first record) of a table with named columns.
+    """(polars.DataFrame, row number of its first record) of a table: all of `frame_blocks`."""
+    import polars as pl
+
+    blocks = list(frame_blocks(file, separator=separator, names=names, encoding=encoding))
+    if len(blocks) == 1:
+        return blocks[0]
+    with reading(file):
+        return pl.concat([frame for frame, _ in blocks], rechunk=True), blocks[0][1]
+
+
+def frame_blocks(
+    file, *, separator: str | None = None, names: list[str] | None = None,
+    encoding: str | None = None, size: int | None = None,
+):  # fmt: skip
+    """(polars.DataFrame, row number of its first record) of each block of a table with named
+    columns. Delimited text and Parquet come in several, other files in one.
 
     By suffix: .parquet; .jsonl, .ndjson and .json (an object or a Python dictionary a line, .json
     also one array); .csv, .tsv and RecBole's files; each also .gz. Other suffixes are delimited
     text if `separator` (`text.read_delimited`) says how. Delimited columns come as text; quotes are
     honoured between commas and semicolons. names: the columns of a delimited file without a header.
-    encoding: of text; UTF-8.
+    encoding: of text; UTF-8. size: of a block, bytes of text and a 16th of it in rows of Parquet.
     """
     suffix = _suffix(file)
     if not is_delimited(file):
@@ -56,8 +79,10 @@ def read_frame(
             if value is not None:
                 raise ValueError(f"{file}: --{name} has no effect on a {suffix} file")
         if suffix in _PARQUET:
-            return read_parquet(file), 1
-        return _read_json(file, encoding or "utf-8", array=suffix == ".json"), 1
+            yield from _parquet_blocks(file, rows_of(size))
+        else:
+            yield _read_json(file, encoding or "utf-8", array=suffix == ".json"), 1
+        return
     if suffix in _OTHER:
         raise DataError(file, f"a {suffix} file is not read: {_OTHER[suffix]}")
     separator = separator or _SEPARATORS.get(suffix)
@@ -71,23 +96,29 @@ def read_frame(
     if names is not None and len(set(names)) < len(names):
         raise ValueError(f"--columns holds a name twice: {', '.join(names)}")
     separator = "\t" if separator == "\\t" else separator
-    frame = read_delimited(file, separator, names, encoding or "utf-8")
-    return frame, 2 if names is None else 1
+    yield from delimited_blocks(file, separator, names, encoding or "utf-8", size)
 
 
-def read_parquet(file):
-    """polars.DataFrame of a Parquet file with rows; the name is a name, not a pattern."""
+def rows_of(size: int | None) -> int:
+    """How many rows of a typed table are a block where `size` bytes of text are one."""
+    return max((size or text.BLOCK) // 16, 1)
+
+
+def _parquet_blocks(file, rows: int):
+    """Blocks of a Parquet file with rows; the name is a name, not a pattern."""
     import polars as pl
 
     file = check_file(file)
     with reading(file, "truncated or corrupt Parquet"):
-        data = file.read_bytes()
-        if file.suffix.lower() == ".gz":
-            data = gunzip(file, data)
-        frame = pl.read_parquet(BytesIO(data))
-    if frame.height == 0:
+        packed = file.suffix.lower() == ".gz"
+        table = pl.scan_parquet(
+            BytesIO(gunzip(file, file.read_bytes())) if packed else file, glob=False
+        )
+        count = table.select(pl.len()).collect().item()
+        for start in range(0, count, rows):
+            yield table.slice(start, rows).collect(engine="streaming"), start + 1
+    if count == 0:
         raise EmptyFile(file, "holds no rows")
-    return frame
 
 
 def _read_json(file, encoding: str, array: bool):

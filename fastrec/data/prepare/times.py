@@ -6,8 +6,9 @@ is refused.
 """
 
 from fastrec.data.errors import DataError
+from fastrec.data.event_columns import SOURCE
 from fastrec.data.prepare.columns import check_present, refuse
-from fastrec.data.prepare.epochs import UNITS, WORDS, epoch_column, is_number
+from fastrec.data.prepare.epochs import UNITS, WORDS, Known, epoch_column, is_number
 
 _ISO = (
     r"^(?<date>[0-9]{4}-[0-9]{2}-[0-9]{2})"
@@ -15,21 +16,73 @@ _ISO = (
     r"(?<zone>Z|[+-][0-9]{2}:?[0-9]{2})?)?$"
 )
 _YEARS = ("%Y", "%y", "%G", "%g", "%F", "%D", "%x", "%c", "%v", "%s", "%+")
+_DIGITS = {word: digits for digits, word in WORDS.items()}
 _NANO_LIMIT = 9_214_560_000_000_000  # microseconds from 1970 to 2262-01-01
 
 
+class Clock:
+    """Reads a time column block by block to what `time_column` makes of it at once.
+
+    A block is read by what it says itself. Where all blocks say the same, which is usual, that is
+    all; otherwise `settled` is False, and they are to be read again by what holds for all.
+    """
+
+    def __init__(self, time_format: str | None = None, time_unit: str | None = None):
+        self.settings = time_format, time_unit
+        self.word: str = SOURCE  # what a time counts
+        self.unit: str | None = None  # if it was inferred
+        self._known = Known()
+        self._said: set[tuple[str, str | None, bool]] = set()
+        self._again = False
+
+    def read(self, file, series, first: int):
+        """Int64 of a block; raises as `time_column` does."""
+        before = self._known.offsets
+        values, self.word, self.unit = time_column(
+            file, series, first, *self.settings, known=self._known
+        )
+        self._said.add((self.word, self.unit, self._known.offsets))
+        self._known.offsets = before
+        return values
+
+    def settled(self, source) -> bool:
+        """Whether all blocks were read alike. Raises DataError for times of two kinds."""
+        if len(self._said) <= 1:
+            return True
+        if self._again:
+            words = " and ".join(sorted({word for word, *_ in self._said}))
+            raise DataError(source, f"times are {words}: bring them to one unit")
+        self._again = True
+        known = Known(self._known.numbers, offsets=any(offsets for *_, offsets in self._said))
+        unit = self.settings[1]
+        if known.numbers and unit is None:
+            known.unit = unit = self._known.inferred_unit() or ""
+        base = UNITS[unit] if unit else 6
+        if unit != "":
+            finest = max(_DIGITS[word] for word, *_ in self._said if word in _DIGITS)
+            known.digits = max(finest - base, 0)
+        self._known, self._said = known, set()
+        return False
+
+
 def time_column(
-    file, series, first: int, time_format: str | None = None, time_unit: str | None = None
+    file,
+    series,
+    first: int,
+    time_format: str | None = None,
+    time_unit: str | None = None,
+    known: Known | None = None,
 ):
     """(Int64, what it counts, the time_unit if it was inferred) of a time column.
 
     Numbers count `time_unit` ("s", "ms", "us" or "ns") since 1970: see `epochs.epoch_column`.
     Dates, date-times and ISO 8601 text become microseconds since 1970, nanoseconds where one is
     finer. time_format: of other text, as in strptime. Text with an offset is taken at it; without
-    one, as UTC.
+    one, as UTC. known: of a column of which this is a block.
     """
     import polars as pl
 
+    known = known or Known()
     check_present(file, series, first)
     if time_unit is not None and time_unit not in UNITS:
         raise ValueError(f"time_unit must be one of {', '.join(UNITS)}, got {time_unit!r}")
@@ -42,21 +95,24 @@ def time_column(
             raise DataError(
                 file, f"--time_format is for text, the column is {series.dtype}", column=series.name
             )
-        return *_formatted(file, series, first, time_format), None
+        return *_formatted(file, series, first, time_format, known), None
     if series.dtype != pl.String and not series.dtype.is_numeric():
         if series.dtype not in (pl.Date, pl.Datetime):
             raise DataError(file, f"expected times, got {series.dtype}", column=series.name)
-    elif is_number(series):
-        return epoch_column(file, series, first, time_unit)
+    else:
+        if known.numbers is None:
+            known.numbers = is_number(series)
+        if known.numbers:
+            return epoch_column(file, series, first, time_unit, known)
     if time_unit is not None:
         raise DataError(
             file, "--time_unit is for numbers, the column holds dates", column=series.name
         )
     moments = _iso if series.dtype == pl.String else _moments
-    return *moments(file, series, first), None
+    return *moments(file, series, first, known), None
 
 
-def _formatted(file, series, first: int, time_format: str):
+def _formatted(file, series, first: int, time_format: str, known: Known):
     import polars as pl
 
     if not any(year in time_format for year in _YEARS):
@@ -67,17 +123,19 @@ def _formatted(file, series, first: int, time_format: str):
     refuse(file, series, first, micro.is_null(), what)
     finer = series.str.to_datetime(time_format, strict=False, time_unit="ns").cast(pl.Int64) % 1000
     # Nanoseconds of 64 bits end in 2262, and wrap around there.
-    return _counted(file, series, first, micro, finer.set(micro.abs() > _NANO_LIMIT, 0))
+    return _counted(file, series, first, micro, finer.set(micro.abs() > _NANO_LIMIT, 0), known)
 
 
-def _iso(file, series, first: int):
+def _iso(file, series, first: int, known: Known):
     import polars as pl
 
     parts = series.str.extract_groups(_ISO).struct.unnest()
     aware = parts["zone"].is_not_null()
-    if aware.any():
+    known.offsets |= bool(aware.any())
+    if known.offsets and not known.plain:
         mixed = parts["date"].is_not_null() & ~aware
         refuse(file, series, first, mixed, "a time with an offset, as others have")
+    known.plain |= not aware.any()
     clock = parts["time"].fill_null("00:00").str.replace("^(.....)$", "${1}:00")
     text = parts["date"] + "T" + clock
     moments = text.str.to_datetime("%Y-%m-%dT%H:%M:%S", strict=False, time_unit="us")
@@ -92,10 +150,10 @@ def _iso(file, series, first: int):
         "a number or an ISO time such as 2024-01-31 or 2024-01-31T10:00:00",
         "; --time_format says how it is written, such as %m/%d/%Y or %d.%m.%Y %H:%M:%S",
     )  # fmt: skip
-    return _counted(file, series, first, micro, fraction % 1000)
+    return _counted(file, series, first, micro, fraction % 1000, known)
 
 
-def _moments(file, series, first: int):
+def _moments(file, series, first: int, known: Known):
     """Dates and date-times of a typed file."""
     import polars as pl
 
@@ -105,12 +163,12 @@ def _moments(file, series, first: int):
     finer = micro * 0
     if series.dtype == pl.Datetime and series.dtype.time_unit == "ns":
         finer = series.cast(pl.Int64) % 1000
-    return _counted(file, series, first, micro, finer)
+    return _counted(file, series, first, micro, finer, known)
 
 
-def _counted(file, series, first: int, micro, finer):
+def _counted(file, series, first: int, micro, finer, known: Known):
     """(Int64, unit): microseconds, or nanoseconds where one has a finer fraction (0 to 999)."""
-    if not (finer != 0).any():
+    if not (known.digits or (finer != 0).any()):
         return micro, WORDS[6]
     what = "a time from 1678 to 2261, as others have nanoseconds"
     refuse(file, series, first, micro.abs() > _NANO_LIMIT, what)

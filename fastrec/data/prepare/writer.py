@@ -3,17 +3,34 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest, features_file
 from fastrec.data.errors import DataError
 from fastrec.data.output import locked, new_folder, put
+from fastrec.data.prepare import store
 from fastrec.data.prepare.item_features import Vectors
 from fastrec.data.splits import FILE, boundaries, check_splits
+
+_ROW_GROUP = 1 << 18  # rows of interactions.parquet, whatever the blocks
+
+
+class Interactions(NamedTuple):
+    """The events of a data set, block by block. schema: polars types by column; height: events;
+    blocks: gives polars.DataFrames of them, none empty, each time it is called."""
+
+    schema: dict[str, Any]
+    height: int
+    blocks: Callable[[], Iterable]
+
+    @classmethod
+    def of(cls, frame) -> "Interactions":
+        return cls(dict(frame.schema), frame.height, lambda: frame.iter_slices(store.CHUNK))
 
 
 def write_dataset(
@@ -36,8 +53,9 @@ def write_dataset(
 ) -> dict:
     """Write a dataset that `SequenceDataset.load` opens; returns its schema.
 
-    interactions: polars.DataFrame, user, item, timestamp (int64), optional rating (float32) and
-    event_type; sorted by user, and in time order inside a user.
+    interactions: polars.DataFrame, or `Interactions` that come block by block: user, item,
+    timestamp (int64), optional rating (float32) and event_type; sorted by user, and in time order
+    inside a user.
     users, items: polars.DataFrames whose row i describes user (item) i: the original id in user_id
     (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
     cold_items: polars.DataFrame user, item, item_id of another catalogue, or None.
@@ -53,23 +71,15 @@ def write_dataset(
     """
     output = Path(output)
     check_output(output, overwrite)
-    user, item = interactions["user"].to_numpy(), interactions["item"].to_numpy()
-    if user.size == 0:
+    if not isinstance(interactions, Interactions):
+        interactions = Interactions.of(interactions)
+    if interactions.height == 0:
         raise DataError(output, "a dataset needs at least one interaction")
-    if (np.diff(user) < 0).any():
-        raise ValueError("interactions must be sorted by user")
-    for name, ids, count in (("user", user, users.height), ("item", item, items.height)):
-        if ids.min() < 0 or ids.max() >= count:
-            raise ValueError(f"interactions: {name} out of [0, {count})")
     users = _indexed(users, "user")
     items = _indexed(items, "item")
-    lengths = np.bincount(user, minlength=users.height)
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     if (splits is None) != (split is None):
         raise ValueError("splits and what schema.json says of them belong together")
-    if splits is not None:
-        check_splits(output, splits, lengths)
-    tables = {"interactions": interactions, "users": users, "items": items}
+    tables = {"users": users, "items": items}
     if relations is not None:
         tables["relations"] = relations
     if cold_items is not None:
@@ -81,7 +91,7 @@ def write_dataset(
         "num_items": items.height,
         "num_interactions": interactions.height,
         "num_relations": 0 if relations is None else relations.height,
-        "num_short_users": int((boundaries("train", lengths, splits)[0] == lengths).sum()),
+        "num_short_users": 0,
         "time": time,
         "tie_rule": tie_rule,
         "source": source,
@@ -89,7 +99,7 @@ def write_dataset(
         "filters": filters or {},
         "columns": {
             name: {column: str(dtype) for column, dtype in table.schema.items()}
-            for name, table in tables.items()
+            for name, table in {"interactions": interactions, **tables}.items()
         },
     }
 
@@ -105,9 +115,12 @@ def write_dataset(
     try:
         for name, table in tables.items():
             table.write_parquet(work / f"{name}.parquet")
-        dtype = np.int32 if items.height <= np.iinfo(np.int32).max else np.int64
-        np.save(work / "values.npy", item.astype(dtype))
-        np.save(work / "offsets.npy", offsets)
+        lengths = _write_events(work, interactions, users.height, items.height)
+        if splits is not None:
+            check_splits(output, splits, lengths)
+        short = boundaries("train", lengths, splits)[0] == lengths
+        schema["num_short_users"] = int(short.sum())
+        np.save(work / "offsets.npy", np.concatenate(([0], np.cumsum(lengths))).astype(np.int64))
         for name, part in (features or {}).items():
             np.save(work / features_file(name), part.numbers)
         if splits is not None:
@@ -120,6 +133,37 @@ def write_dataset(
         shutil.rmtree(work, ignore_errors=True)
         raise
     return schema
+
+
+def _write_events(work: Path, events: Interactions, users: int, items: int) -> np.ndarray:
+    """Write interactions.parquet and values.npy; int64 [U], how many events each user has."""
+    from polars.io.plugins import register_io_source
+
+    lengths = np.zeros(users, dtype=np.int64)
+    dtype = np.dtype(np.int32 if items <= np.iinfo(np.int32).max else np.int64)
+
+    def blocks(with_columns, predicate, n_rows, batch_size):
+        last = 0
+        for block in events.blocks():
+            user, item = block["user"].to_numpy(), block["item"].to_numpy()
+            if (np.diff(user, prepend=last) < 0).any():
+                raise ValueError("interactions must be sorted by user")
+            for name, ids, count in (("user", user, users), ("item", item, items)):
+                if ids.min() < 0 or ids.max() >= count:
+                    raise ValueError(f"interactions: {name} out of [0, {count})")
+            last = int(user[-1])
+            counts = np.bincount(user - user[0])
+            lengths[user[0] : user[0] + len(counts)] += counts
+            values.write(item.astype(dtype).data)
+            yield block if with_columns is None else block.select(with_columns)
+
+    with (work / "values.npy").open("wb") as values:
+        header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
+        np.lib.format.write_array_header_1_0(values, header | {"shape": (events.height,)})
+        source = register_io_source(blocks, schema=events.schema)
+        file = work / "interactions.parquet"
+        source.sink_parquet(file, row_group_size=_ROW_GROUP, engine="streaming")
+    return lengths
 
 
 @contextmanager
