@@ -21,7 +21,7 @@ from fastrec import __version__, recipes, threads
 from fastrec.backend import device_of
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
-from fastrec.cli_prepare import prepare
+from fastrec.cli_prepare import generate, prepare
 from fastrec.cli_serve import embed, recommend, similar
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import input_errors
@@ -233,6 +233,7 @@ RECIPE_COMMANDS: dict[str, Callable[..., None]] = {
 COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": list_recipes,
     "prepare": prepare,
+    "generate": generate,
     "embed": embed,
     "recommend": recommend,
     "similar": similar,

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `prepare`."""
+"""The commands `prepare` and `generate`."""
 
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 from fastrec.data.prepare import prepare as prepare_dataset
+from fastrec.data.prepare import synthetic
+from fastrec.data.prepare.report import peak_memory, took
 
 
 def prepare(
@@ -137,3 +140,42 @@ def prepare(
         **{name: value for name, value in given.items() if value is not None},
     )
     print(report)
+
+
+def generate(
+    output: Path,
+    users: int = 20_000,
+    items: int = 5_000,
+    median_length: float = 7.7,
+    max_length: int = 350,
+    communities: int | None = None,
+    zipf: float = 0.7,
+    mean_friends: float = 8.0,
+    seed: int = 0,
+    overwrite: bool = False,
+):
+    """Write a synthetic data set of any size: communities, order, attributes, friends.
+
+    Args:
+        output: folder of the data set.
+        users: number of users.
+        items: number of items.
+        median_length: of the sequences, above 5; their mean is about 2.2 times what is above 5.
+        max_length: of the sequences.
+        communities: of users and items; without it one per 100 items.
+        zipf: exponent of the popularity of items.
+        mean_friends: links of a user who has any.
+        seed: another seed gives other data.
+        overwrite: replace a data set in `output`.
+    """
+    start = time.perf_counter()
+    dataset = synthetic.generate(
+        output, num_users=users, num_items=items, median_length=median_length,
+        max_length=max_length, num_communities=communities, zipf=zipf, mean_friends=mean_friends,
+        seed=seed, overwrite=overwrite,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    print(
+        f"{output}: {dataset.num_users:,} users, {dataset.num_items:,} items,"
+        f" {dataset.num_events:,} events\n{took(dataset.num_events, seconds, peak_memory())}"
+    )

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastrec.cli import main
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.graph import SocialGraph
+from fastrec.data.prepare import store, synthetic
 from fastrec.data.prepare.synthetic import generate
 
 
@@ -140,3 +142,32 @@ def test_arguments(tmp_path):
     with pytest.raises(FileExistsError):
         generate(tmp_path / "d", num_users=5, num_items=20)
     generate(tmp_path / "d", num_users=6, num_items=20, overwrite=True)
+
+
+def test_users_in_blocks_are_of_one_world(tmp_path, monkeypatch):
+    """Blocks of users differ, and share communities, items and what these are like; events in
+    chunks are the same bytes."""
+    monkeypatch.setattr(synthetic, "BLOCK", 700)
+    made = generate(tmp_path / "a", num_users=2_000, num_items=300, seed=5, median_length=30.0)
+    monkeypatch.setattr(store, "CHUNK", 999)
+    again = generate(tmp_path / "b", num_users=2_000, num_items=300, seed=5, median_length=30.0)
+    assert digest(made.path) == digest(again.path)
+    assert 25 < np.median(made.lengths) < 35 and made.lengths.max() == 350
+    first, second = (made.gather(np.arange(n, n + 600), "all").values for n in (0, 700))
+    assert not torch.equal(first[:1000], second[:1000])
+    counts = [np.bincount(part, minlength=300) for part in (first.numpy(), second.numpy())]
+    assert np.corrcoef(counts)[0, 1] > 0.8, "popular items are the same"
+    users = made.user_attributes()
+    for some in (users[:700], users[1400:]):
+        assert some["region"].n_unique() == 6 and 3 < some["mean_rating"].mean() < 4.5
+
+
+def test_generate_from_the_command_line(tmp_path, capsys):
+    main(["generate", f"--output={tmp_path / 'd'}", "--users=50", "--items=40", "--seed=3"])
+    said = capsys.readouterr().out
+    assert "50 users, 40 items" in said and "events/s, peak memory" in said
+    assert digest(tmp_path / "d") == digest(
+        generate(tmp_path / "e", num_users=50, num_items=40, seed=3).path
+    )
+    with pytest.raises(SystemExit, match="median_length must be above 5"):
+        main(["generate", f"--output={tmp_path / 'f'}", "--median_length=5"])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From source files to the canonical dataset: read, filter, map ids, sort, write."""
 
-import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from fastrec.data.prepare.join import attribute_table, cold_table, relation_tabl
 from fastrec.data.prepare.load import Loaded, load
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
-from fastrec.data.prepare.report import TIE_RULE, PrepareReport
+from fastrec.data.prepare.report import TIE_RULE, PrepareReport, peak_memory
 from fastrec.data.prepare.sources import is_frame, polars_frame
 from fastrec.data.prepare.split import divided, source_name, split_of
 from fastrec.data.prepare.writer import Interactions, claim, write_dataset
@@ -149,7 +148,7 @@ def prepare(
         )
         earlier = None if items_of is None else Path(items_of)
         report = _prepare(found, output, filters, beside, earlier, chosen, overwrite)
-    return replace(report, seconds=time.perf_counter() - start, peak_memory=_peak_memory())
+    return replace(report, seconds=time.perf_counter() - start, peak_memory=peak_memory())
 
 
 def _prepare(
@@ -276,8 +275,3 @@ def _interactions(found: Loaded, events: Kept) -> Interactions:
             yield pl.DataFrame({name: chunk[name] for name in schema}, schema=schema)
 
     return Interactions(schema, events.height, blocks)
-
-
-def _peak_memory() -> int:
-    """Bytes that this process had in memory at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

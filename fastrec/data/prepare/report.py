@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `prepare` says when it is done."""
 
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,9 +72,18 @@ class PrepareReport:
             lines.append(f"  {self.num_short_users:,} users have fewer than 3 events: train only")
         lines.append(f"  order: {self.tie_rule}")
         lines.append(f"  time: {self.time}")
-        rate = self.before["interactions"] / max(self.seconds, 1e-9)
-        lines.append(
-            f"  took {self.seconds:.1f} s, {rate:,.0f} events/s,"
-            f" peak memory {self.peak_memory / 2**30:.2f} GiB"
-        )
+        lines.append(f"  {took(self.before['interactions'], self.seconds, self.peak_memory)}")
         return "\n".join(lines)
+
+
+def took(events: int, seconds: float, memory: int) -> str:
+    """How long it took, in words."""
+    return (
+        f"took {seconds:.1f} s, {events / max(seconds, 1e-9):,.0f} events/s,"
+        f" peak memory {memory / 2**30:.2f} GiB"
+    )
+
+
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

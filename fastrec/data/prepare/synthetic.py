@@ -11,16 +11,23 @@ the main community, so that profile and social tasks carry signal about behaviou
 Sequences are short, as in the Yelp data of UPRec: from 5, median 7, mean about 10, a long tail.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.event_columns import SECONDS
-from fastrec.data.prepare.writer import check_output, claim, write_dataset
+from fastrec.data.output import scratch_folder
+from fastrec.data.prepare.store import Store
+from fastrec.data.prepare.writer import Interactions, check_output, claim, write_dataset
 
 REGIONS = ("north", "east", "south", "west", "centre", "islands")
 _SUCCESSORS = np.array([0.3, 0.22, 0.16, 0.13, 0.1, 0.09])  # probability of each successor
 _REACH = 12  # successors are among the next 12 items of the chain
 _MIN_LENGTH = 5
+BLOCK = 1 << 16  # users in memory at a time
+_EVENTS = {"user": np.int64, "item": np.int64, "timestamp": np.int64, "rating": np.float32}
 
 
 def generate(
@@ -34,6 +41,7 @@ def generate(
     new_session: float = 0.2,
     zipf: float = 0.7,
     mean_friends: float = 8.0,
+    median_length: float = 7.7,
     max_length: int = 350,
     overwrite: bool = False,
 ) -> SequenceDataset:
@@ -42,17 +50,16 @@ def generate(
     num_communities: default one per 100 items. walk: probability that an event inside a session
     goes to a successor of the last item (0: order carries no signal). new_session: probability that
     an event opens a session. zipf: exponent of the popularity. mean_friends: links per user who has
-    any; about one user in seven has none.
+    any; about one user in seven has none. median_length, max_length: of the sequences.
 
     Tables beyond the minimum: interactions.rating (1..5, whole), users.mean_rating (numeric, 1..5),
     users.region (categorical, 6 values), items.category (int), items.price (numeric),
     items.attributes (list of int: tags), relations (each link once, user < friend), cold_items (1
     to 5 items of another catalogue of num_items // 5 for five users in six, mostly those of the
     main community).
-    The output is a function of the arguments. 50,000 users take a few seconds.
+    The output is a function of the arguments. Users are drawn `BLOCK` at a time, and their events
+    go to disk: memory grows with users and items, not with events.
     """
-    from pathlib import Path
-
     import polars as pl
 
     for name, value, least in (("num_users", num_users, 2), ("num_items", num_items, 10)):
@@ -62,54 +69,36 @@ def generate(
         raise ValueError(f"walk and new_session are probabilities, got {walk} and {new_session}")
     if max_length < _MIN_LENGTH:
         raise ValueError(f"max_length must be at least {_MIN_LENGTH}, got {max_length}")
-    check_output(Path(output), overwrite)
+    if not median_length > _MIN_LENGTH:
+        raise ValueError(f"median_length must be above {_MIN_LENGTH}, got {median_length}")
+    output = Path(output)
+    check_output(output, overwrite)
     rng = np.random.default_rng(seed)
     communities = num_communities or max(2, num_items // 100)
     catalogue = _Catalogue(rng, num_items, min(communities, num_items // 2), zipf)
-
-    sizes = 1 / np.arange(3, catalogue.communities + 3) ** 0.5
-    share = np.cumsum(sizes / sizes.sum())
-    share[-1] = 1.0
-    main = np.searchsorted(share, rng.random(num_users), side="right")
-    second = np.searchsorted(share, rng.random(num_users), side="right")
-    extra = np.exp(np.log(2.7) + 1.25 * _normal(rng, num_users))
-    lengths = np.minimum(_MIN_LENGTH + extra.astype(np.int64), max_length)
-    item, opens = _walk(rng, catalogue, main, second, share, lengths, walk, new_session)
-
-    user = np.repeat(np.arange(num_users), lengths)
-    gaps = -np.log1p(-rng.random(len(user))) * np.where(opens, 6 * 86_400.0, 600.0)
-    clock = np.cumsum(gaps.astype(np.int64) + 1)
-    first = np.cumsum(lengths) - lengths
-    begin = 1_500_000_000 + (rng.random(num_users) * 365 * 86_400).astype(np.int64)
-    timestamp = clock + np.repeat(begin - clock[first], lengths)
-
-    taste = 3.6 + 0.6 * _normal(rng, catalogue.communities)
-    mean_rating = np.clip(taste[main] + 0.3 * _normal(rng, num_users), 1, 5)
-    quality = 0.5 * _normal(rng, num_items)
-    noise = 0.6 * _normal(rng, len(user))
-    rating = np.clip(np.rint(mean_rating[user] + quality[item] + noise), 1, 5)
-    home = (rng.random(catalogue.communities) * len(REGIONS)).astype(np.int64)
-    region = np.where(
-        rng.random(num_users) < 0.7,
-        home[main],
-        (rng.random(num_users) * len(REGIONS)).astype(np.int64),
-    )
-    integers = {"user": user, "item": item, "timestamp": timestamp}
-    interactions = pl.DataFrame(
-        [pl.Series(name, values, dtype=pl.Int64) for name, values in integers.items()]
-        + [pl.Series("rating", rating, dtype=pl.Float32)]
-    )
-    users = pl.DataFrame(
-        {
-            "user_id": np.arange(num_users),
-            "mean_rating": mean_rating.astype(np.float32),
-            "region": pl.Series(REGIONS).gather(region),
-        }
-    )
-    with claim(Path(output), overwrite):
+    world = _World(catalogue, median_length, max_length, walk, new_session)
+    people = []
+    with claim(output, overwrite), scratch_folder(output) as folder:
+        events = Store(folder / "events", _EVENTS)
+        for start in range(0, num_users, BLOCK):
+            own = rng if start == 0 else np.random.default_rng([seed, start // BLOCK])
+            block, columns = world.users(own, min(BLOCK, num_users - start))
+            people.append(block)
+            events.append(columns | {"user": columns["user"] + start})
+        main, mean_rating, region = (np.concatenate(parts) for parts in zip(*people, strict=True))
+        users = pl.DataFrame(
+            {
+                "user_id": np.arange(num_users),
+                "mean_rating": mean_rating.astype(np.float32),
+                "region": pl.Series(REGIONS).gather(region),
+            }
+        )
+        schema = {name: pl.Float32 if name == "rating" else pl.Int64 for name in _EVENTS}
         write_dataset(
             output,
-            interactions=interactions,
+            interactions=Interactions(
+                schema, events.height, lambda: (pl.DataFrame(each) for each in events.chunks())
+            ),
             users=users,
             items=catalogue.table(rng),
             relations=pl.DataFrame(_links(rng, main, mean_friends), schema=["user", "friend"]),
@@ -120,6 +109,58 @@ def generate(
             overwrite=overwrite,
         )
     return SequenceDataset.load(output)
+
+
+class _World:
+    """What all users share; `users` draws some of them."""
+
+    def __init__(
+        self, catalogue: "_Catalogue", median_length: float, max_length: int, walk, new_session
+    ):
+        self.catalogue, self.walk, self.new_session = catalogue, walk, new_session
+        self.extra, self.max_length = median_length - _MIN_LENGTH, max_length
+        sizes = 1 / np.arange(3, catalogue.communities + 3) ** 0.5
+        self.share = np.cumsum(sizes / sizes.sum())
+        self.share[-1] = 1.0
+        self.taste: Any = None  # of a community; and the quality of an item, a community's region
+        self.quality: Any = None
+        self.home: Any = None
+
+    def users(self, rng, count: int):
+        """((main community, mean rating, region) of `count` users, their events by column)."""
+        catalogue, share = self.catalogue, self.share
+        main = np.searchsorted(share, rng.random(count), side="right")
+        second = np.searchsorted(share, rng.random(count), side="right")
+        extra = np.exp(np.log(self.extra) + 1.25 * _normal(rng, count))
+        lengths = np.minimum(_MIN_LENGTH + extra.astype(np.int64), self.max_length)
+        item, opens = _walk(
+            rng, catalogue, main, second, share, lengths, self.walk, self.new_session
+        )
+        user = np.repeat(np.arange(count), lengths)
+        gaps = -np.log1p(-rng.random(len(user))) * np.where(opens, 6 * 86_400.0, 600.0)
+        clock = np.cumsum(gaps.astype(np.int64) + 1)
+        first = np.cumsum(lengths) - lengths
+        begin = 1_500_000_000 + (rng.random(count) * 365 * 86_400).astype(np.int64)
+        timestamp = clock + np.repeat(begin - clock[first], lengths)
+
+        begun = self.taste is not None  # what all share is drawn among what the first users draw
+        if not begun:
+            self.taste = 3.6 + 0.6 * _normal(rng, catalogue.communities)
+        mean_rating = np.clip(self.taste[main] + 0.3 * _normal(rng, count), 1, 5)
+        if not begun:
+            self.quality = 0.5 * _normal(rng, len(catalogue.item))
+        noise = 0.6 * _normal(rng, len(user))
+        rating = np.clip(np.rint(mean_rating[user] + self.quality[item] + noise), 1, 5)
+        if not begun:
+            self.home = _regions(rng, catalogue.communities)
+        at_home = rng.random(count) < 0.7
+        region = np.where(at_home, self.home[main], _regions(rng, count))
+        columns = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
+        return (main, mean_rating, region), columns
+
+
+def _regions(rng, count: int) -> np.ndarray:
+    return (rng.random(count) * len(REGIONS)).astype(np.int64)
 
 
 class _Catalogue:
