@@ -6,7 +6,7 @@
 | python | those of a page run in their order in one namespace, shortened by SHORTER |
 | python under a mark, `<!-- service -->` | another test runs it and looks at what comes out |
 | sh: fastrec | the commands of a section run in one folder, trainings for TRAINED steps |
-| sh: fastrec, on pages of results | flags and recipe are read, nothing runs |
+| sh: fastrec on pages of results and of several processes, torchrun | flags and recipe are read, nothing runs |
 | sh: python | the program exists and its parser takes the arguments |
 | commands of benchmarks in the text | the same |
 | sh: make, pip | the target, the extra exists |
@@ -116,7 +116,7 @@ def without_graphs(losses, packs):
 @pytest.fixture
 def one_process(page, tmp_path):
     """A group of this process alone, for the page that speaks of groups."""
-    if page != "docs/scale.md":
+    if page != "docs/processes.md":
         return (yield)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
@@ -144,11 +144,14 @@ def test_python(page, sources, tmp_path, monkeypatch, one_process):
 @pytest.mark.parametrize(("page", "section"), SECTIONS, ids=str)
 def test_commands(page, section, sources, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rules = {"fastrec": fastrec_command, "python": program, "make": target, "pip": packages}
+    rules = {
+        "fastrec": fastrec_command, "python": program, "make": target, "pip": packages,
+        "torchrun": launched,
+    }  # fmt: skip
     ours = [b for b in BLOCKS if (b.page, b.section, b.language) == (page, section, "sh")]
     for block in ours:
         for name, *arguments in pages.commands(block, (*rules, "uvicorn")):
-            if name == "fastrec" and block.page.startswith("docs/results/"):
+            if name == "fastrec" and block.page.startswith(("docs/results/", "docs/processes.md")):
                 read(arguments, sources, monkeypatch)
             elif name == "fastrec":
                 fastrec_command(arguments, sources, monkeypatch)
@@ -196,6 +199,13 @@ def read(arguments, sources, monkeypatch):
     values, named = ran[0]
     if values and named.get("task"):
         values[0].stage(named["task"])
+
+
+def launched(arguments, sources, monkeypatch):
+    """`torchrun FLAGS -m fastrec COMMAND`; tests/test_processes.py runs such processes."""
+    where = arguments.index("-m")
+    assert arguments[where + 1] == "fastrec"
+    read(arguments[where + 2 :], sources, monkeypatch)
 
 
 class Parsed(Exception):
