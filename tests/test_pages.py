@@ -6,7 +6,7 @@
 | python | those of a page run in their order in one namespace, shortened by SHORTER |
 | python under a mark, `<!-- service -->` | another test runs it and looks at what comes out |
 | sh: fastrec | the commands of a section run in one folder, trainings for TRAINED steps |
-| sh: fastrec on pages of results and of several processes, torchrun | flags and recipe are read, nothing runs |
+| sh: fastrec on pages of results, of several processes; torchrun | read, not run: flags, recipe |
 | sh: python | the program exists and its parser takes the arguments |
 | commands of benchmarks in the text | the same |
 | sh: make, pip | the target, the extra exists |

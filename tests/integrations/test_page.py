@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import fastrec
+
 PAGE = Path(__file__).parent.parent.parent / "docs" / "integrations.md"
 
 
