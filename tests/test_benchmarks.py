@@ -14,7 +14,7 @@ from builders import synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks import roofline, run  # noqa: E402
+from benchmarks import roofline, run, step_profile  # noqa: E402
 from benchmarks.bench import OPS, module  # noqa: E402
 
 
@@ -137,6 +137,17 @@ def test_no_stored_point_is_above_the_roof():
     for op, label, _, rate in roofline.points(results):
         assert rate <= roof["fma_gflops"], (op, label)
     assert roof["gflops"] <= roof["fma_gflops"]
+
+
+def test_the_plot_of_a_step_reads_the_table_beside_it():
+    parts = {
+        part: 0.01 * place for place, part in enumerate((*step_profile.PARTS, "everything else"))
+    }
+    profiles = {"B=768 float32": parts, "B=9 float32 x": {part: 0.25 for part in parts}}
+    table = step_profile.render(profiles)
+    page = f"| a |\n<!-- bench:step_profile -->\n\n{table}\n\n<!-- /bench -->\n| b |\n"
+    for name, found in step_profile.stored(page).items():
+        assert found == pytest.approx({part: 1e3 * each for part, each in profiles[name].items()})
 
 
 def test_pytest_benchmark_entries_are_collected():
