@@ -59,7 +59,7 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
         "fastrec/ops/common/native.py",
     ):
         assert expected in names
-    for kind in ("*.py", "*.yaml"):
+    for kind in ("*.py", "*.yaml", "*.txt"):
         for file in (ROOT / "fastrec").rglob(kind):
             assert file.relative_to(ROOT).as_posix() in names, "is its folder in setup.py?"
 
