@@ -80,7 +80,7 @@ build/site-tools/installed: docs/site/requirements.txt
 	@touch $@
 
 # The oldest Triton that is supported beside the installed one.
-build/triton-3.6.0: .venv/installed
+build/triton-3.6.0: | .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 	@touch $@
 

@@ -20,6 +20,7 @@ def _entry(n: int, v: int, d: int, case: str = "flat", **options) -> Entry:
 
 
 CHUNKS = (128, 256, 512)
+FLOAT32_TABLE = "float32 table"  # beside rows of another type
 # Of the largest entries: those that fit in memory and in minutes.
 _NO_COMPILER = ("fastrec", "eager", "torch default options", *(f"torch chunk {n}" for n in CHUNKS))
 ENTRIES = (
@@ -37,6 +38,7 @@ SMOKE = (
     _entry(33, 257, 16, rounds=2),
     _entry(33, 257, 16, case="peaked", rounds=2, only=("fastrec", "eager")),
     _entry(33, 257, 16, dtype="bfloat16", rounds=2, only=("fastrec", "eager", "reference")),
+    _entry(33, 257, 16, FLOAT32_TABLE, dtype="bfloat16", rounds=2, only=("fastrec", "eager")),
 )
 QUICK = (_entry(256, 5_000, 64), _entry(1317, 20_033, 64))
 ELEMENT = "logit"
@@ -66,7 +68,7 @@ def work(entry: Entry) -> dict[str, int]:
 
 
 def eager(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, w).float(), y)
+    return F.cross_entropy(F.linear(x, w.to(x.dtype)).float(), y)  # as autocast does
 
 
 def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
@@ -89,11 +91,13 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
 
 
 def problem(entry: Entry, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """flat: logits of standard deviation 1. peaked: the logit of the target is 14 higher."""
+    """flat: logits of standard deviation 1. peaked: the logit of the target is 14 higher.
+    FLOAT32_TABLE: flat, the table in float32."""
     generator = torch.Generator(device).manual_seed(0)
     dtype, options = getattr(torch, entry.dtype), {"generator": generator, "device": device}
     n, v, d = entry.sizes.values()
-    w = torch.randn(v, d, **options).mul_(d**-0.5).to(dtype)
+    w = torch.randn(v, d, **options).mul_(d**-0.5)
+    w = w if entry.case == FLOAT32_TABLE else w.to(dtype)
     y = torch.randint(v, (n,), **options)
     x = torch.randn(n, d, **options)
     if entry.case == "peaked":

@@ -94,8 +94,11 @@ def test_floor_is_the_slowest_unit():
     rates = {"bf16": 100.0, "copy": 10.0, "exp": 1.0}
     assert floor_seconds(rates, "bfloat16", 500.0, 20.0, 3.0) == (5.0, "bf16")
     assert floor_seconds(rates, "bfloat16", 100.0, 20.0, 3.0) == (3.0, "exp")
-    assert floor_seconds(rates, "float32", 100.0, 20.0, 3.0) == (None, None)
-    assert set(probe.MATRIX.values()) == {"bf16", "fp32"}
+    # Float32 by three products of halves where that is faster.
+    assert floor_seconds(rates | {"bf16": 96.0}, "float32", 480.0, 20.0, 3.0) == (15.0, "bf16")
+    assert floor_seconds(rates | {"fp32": 50.0}, "float32", 500.0, 20.0, 3.0) == (10.0, "fp32")
+    assert floor_seconds({"bf16": 100.0}, "bfloat16", 100.0, 20.0, 3.0) == (None, None)
+    assert {rate for rates in probe.MATRIX.values() for rate in rates} == {"bf16", "fp32"}
 
 
 def test_floors_of_the_note():

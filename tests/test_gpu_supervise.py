@@ -11,13 +11,15 @@ pytest.importorskip("triton")
 from benchmarks.gpu import supervise
 from benchmarks.gpu.context import Results
 
+PARTS = {"probe": 1, "attention": 2, "step": 1}
 CHILD = """#!{python}
 import json, sys, time
 state = json.loads(sys.argv[sys.argv.index("--child") + 1])
 say = lambda text: print(text, flush=True)
 crashed = [entry[:3] for entry in state["crashed"]]
 finished = state["finished"]
-for section in state["sections"]:
+for section, share in state["parts"]:
+    say(f"={{section}}")
     for key in ("first", "second"):
         if [section, key] in finished:
             continue
@@ -43,7 +45,7 @@ def test_a_broken_or_silent_process_is_replaced(tmp_path, monkeypatch, capsys):
     stored = Results(output)
     stored.begin("attention", {})
     stored.write()
-    assert supervise.supervise(["probe", "attention", "step"], output, 1.0, [], patience=2.0)
+    assert supervise.supervise(PARTS, output, 60.0, [], patience=2.0)
     out = capsys.readouterr().out
     assert "attention first times: the process ended with 75" in out
     assert "attention second lock: no answer for 2 s" in out
@@ -53,5 +55,5 @@ def test_a_broken_or_silent_process_is_replaced(tmp_path, monkeypatch, capsys):
 
 def test_a_process_that_cannot_start_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(supervise.sys, "executable", "false")
-    assert not supervise.supervise(["probe"], tmp_path / "results.json", 1.0, [], patience=5.0)
+    assert not supervise.supervise({"probe": 1}, tmp_path / "results.json", 60.0, [], patience=5.0)
     assert "nothing was measured: the process ended with 1" in capsys.readouterr().out

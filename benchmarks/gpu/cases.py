@@ -5,11 +5,14 @@
 Legend: N rows, V items, D width, B queries or sequences, L padded length, H heads, T events.
 """
 
+import functools
+
 from benchmarks import encoder_pieces as pieces
 from benchmarks import peers as others
 from benchmarks.bench import Entry, module
 from benchmarks.gpu.measured import Counts, Measured, item_bytes
 from benchmarks.gpu.ranked_cases import RANK_TOPK, SAMPLED
+from benchmarks.linear_cross_entropy import FLOAT32_TABLE
 
 # Softmax over a table: products of N x V x D, an exponential a logit and sweep.
 
@@ -22,7 +25,7 @@ def linear_ce_entry(
 
 def _linear_ce_floor(entry: Entry) -> dict[str, Counts]:
     n, v, d = entry.sizes.values()
-    table = v * d * item_bytes(entry)
+    table = v * d * (4 if entry.case == FLOAT32_TABLE else item_bytes(entry))
     return {
         "forward": (2 * n * v * d, table, n * v),
         "both": (8 * n * v * d, 3 * table, 2 * n * v),
@@ -32,31 +35,37 @@ def _linear_ce_floor(entry: Entry) -> dict[str, Counts]:
 def _stored(entry: Entry) -> others.Peers:
     from benchmarks.gpu.stored import stored
 
-    fits = entry.dtype == "bfloat16" and entry.sizes["D"] <= 256
+    same = entry.dtype == "bfloat16" and entry.case != FLOAT32_TABLE
+    fits = same and entry.sizes["D"] <= 256
     return {"stored": stored if fits else "bfloat16 only"}
 
 
 _LIGER = tuple(f"liger chunk {rows}" for rows in ("512", "1024", "512 fp32"))
-_NO_COMPILER = (
-    "fastrec", "stored", "eager", "liger", *_LIGER, "cce", "cce exact", "quack",
-    "quack largest chunk", "quack chunk 1024",
+_CHUNKED = (
+    "fastrec", "stored", *_LIGER, "cce", "cce exact", "quack", "quack largest chunk",
+    "quack chunk 1024",
 )  # fmt: skip
-_FEW = ("fastrec", "stored", "cce", "cce exact")
-_CHUNKED = tuple(name for name in _NO_COMPILER if name not in ("eager", "liger"))
+# At its defaults liger takes 1M items a row at a time, which is seconds.
+_NO_COMPILER = (*_CHUNKED, "eager")
+_SMALL = (*_NO_COMPILER, "liger", "torch.compile")
+_MILLION = functools.partial(linear_ce_entry, 4096, 1_000_000, 64)
 
 LINEAR_CE = Measured(
     (
-        linear_ce_entry(4096, 1_000_000, 64, only=_NO_COMPILER),
+        _MILLION(only=_NO_COMPILER),
+        _MILLION(case=FLOAT32_TABLE, only=("fastrec", "eager")),
+        _MILLION("float32", only=("fastrec", "eager", "liger chunk 512", "liger chunk 1024")),
+        linear_ce_entry(1317, 20_033, 64, only=_SMALL),
+        # QuACK has its fast path where V is a multiple of 128.
+        linear_ce_entry(4096, 2**20, 64, only=_NO_COMPILER),
         linear_ce_entry(4096, 1_000_000, 128, only=_NO_COMPILER),
         linear_ce_entry(4096, 1_000_000, 256, only=_NO_COMPILER),
         linear_ce_entry(4096, 100_000, 128),
         linear_ce_entry(4096, 100_000, 512),  # beyond 256 fastrec stores the scores of a chunk
-        linear_ce_entry(
-            4096, 1_000_000, 64, case="peaked", only=("fastrec", "stored", "cce", "cce exact")
-        ),
+        _MILLION(case="peaked", only=("fastrec", "stored", "cce", "cce exact")),
         linear_ce_entry(2560, 141_939, 64),
         linear_ce_entry(4096, 10_000_000, 64, rounds=3, only=_CHUNKED),
-        linear_ce_entry(1317, 20_033, 64, "float32", only=(*_NO_COMPILER, "torch.compile")),
+        linear_ce_entry(1317, 20_033, 64, "float32", only=_SMALL),
     ),
     _linear_ce_floor,
     "forward 2 N V D operations, N V exponentials, the table read once; with backward 8 N V D,"

@@ -60,7 +60,8 @@ def _code() -> str:
 
 
 class Results:
-    """{"sections": {section: {"environment", "date", "rows": {key: row}}}}, written as it grows."""
+    """{"sections": {section: {"environment", "date", "rows": {key: row}, "earlier"}}}, written as
+    it grows. "earlier": the same of other environments, to see a change against."""
 
     def __init__(self, path: Path):
         self.path, self.data = path, {"sections": {}}
@@ -78,18 +79,29 @@ class Results:
         return self.data["sections"].get(section, {}).get("rows", {})
 
     def begin(self, section: str, environment: dict) -> None:
-        """Rows of an earlier run stay if they are of the same environment."""
-        old = self.data["sections"].get(section, {})
-        rows = old.get("rows", {}) if old.get("environment") == environment else {}
+        """Rows of an earlier run stay if they are of the same environment; others go aside."""
+        old = self.data["sections"].get(section, {"rows": {}})
+        earlier = old.pop("earlier", [])
+        same = old.get("environment") == environment
+        if old["rows"] and not same:
+            earlier.append(old)
         self.data["sections"][section] = {
             "environment": environment,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "rows": rows,
+            "rows": old["rows"] if same else {},
+            "earlier": earlier,
         }
+        self.write()  # the supervisor looks there for a section that ends its process at once
 
     def put(self, section: str, key: str, row: dict) -> None:
         self.data["sections"][section]["rows"][key] = row
         self.write()
+
+
+def _good(row: dict) -> bool:
+    """Whether a row is what it should be: of several implementations, that of fastrec."""
+    ours = row.get("implementations", {"fastrec": {}}).get("fastrec", {"failed": "not measured"})
+    return "failed" not in row and "failed" not in ours and not row.get("ended")
 
 
 @dataclass
@@ -98,6 +110,8 @@ class Context:
 
     crashed: (section, key, name) of measurements that ended an earlier process of this run.
     finished: (section, key) of rows that this run already has.
+    keep: whether good rows of an earlier run in the same environment are not made again.
+    limit: how many of its first cases the section runs; None for all.
     """
 
     device: str
@@ -107,6 +121,8 @@ class Context:
     deadline: float = float("inf")
     crashed: dict[tuple[str, str, str], str] = field(default_factory=dict)
     finished: set[tuple[str, str]] = field(default_factory=set)
+    keep: bool = False
+    limit: int | None = None
 
     @property
     def cuda(self) -> bool:
@@ -130,7 +146,10 @@ class Context:
         print("@", flush=True)
 
     def have(self, key: str) -> bool:
-        return (self.section, key) in self.finished
+        if (self.section, key) in self.finished:
+            return True
+        row = self.results.rows(self.section).get(key)
+        return self.keep and row is not None and _good(row)
 
     def save(self, key: str, row: dict) -> None:
         self.results.put(self.section, key, row)

@@ -9,11 +9,11 @@ import functools
 import time
 from collections.abc import Callable
 
-from benchmarks.bench import PASS, Entry, module, spread
+from benchmarks.bench import PASS, Entry, module
 from benchmarks.gpu.cases import MEASURED, Measured
-from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.clock import Clock, spread
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.probe import MATRIX
+from benchmarks.gpu.probe import MATRIX, sm_clock
 
 FEW = 3  # rounds that are worth keeping when time is up
 SLOW = 0.25  # seconds; slower implementations are called FEW times
@@ -22,11 +22,13 @@ SLOW = 0.25  # seconds; slower implementations are called FEW times
 def floor_seconds(ceilings: dict, dtype: str, operations: float, bytes_: float, exps: float):
     """(seconds, what limits), where the units overlap; (None, None) without the rates needed."""
     parts = {}
-    for name, amount in ((MATRIX[dtype], operations), ("copy", bytes_), ("exp", exps)):
-        if amount and name not in ceilings:
+    for names, amount in ((MATRIX[dtype], operations), ({"copy": 1}, bytes_), ({"exp": 1}, exps)):
+        rates = {name: ceilings[name] / work for name, work in names.items() if name in ceilings}
+        if amount and not rates:
             return None, None
         if amount:
-            parts[name] = amount / ceilings[name]
+            name = max(rates, key=rates.__getitem__)
+            parts[name] = amount / rates[name]
     limit = max(parts, key=parts.__getitem__)
     return parts[limit], limit
 
@@ -115,6 +117,13 @@ def measure(
             if floors[kind][0]:
                 row[kind]["floor_share"] = floors[kind][0] / row[kind]["median"]
         rows[name] = row
+    # What a user waits for who calls the op alone: the launches count.
+    rows["fastrec"]["launched"] = spread(
+        [
+            clock.seconds(lambda: PASS[main](names["fastrec"], inputs), lead=False)
+            for _ in range(1 if context.tiny else FEW)
+        ]
+    )
     for name in names:
         rows[name]["ratio"] = rows[name][main]["median"] / rows["fastrec"][main]["median"]
     return {
@@ -125,7 +134,7 @@ def measure(
             for kind in op.PASSES
         },
         "implementations": rows,
-    }
+    } | sm_clock(context)
 
 
 def section_of(name: str) -> Callable[[Context], None]:
@@ -134,6 +143,7 @@ def section_of(name: str) -> Callable[[Context], None]:
         entries = measured.entries
         if context.tiny:
             entries = tuple(entry for op in measured.ops for entry in module(op).SMOKE)
+        entries = entries[: context.limit]
         for index, entry in enumerate(entries):
             if context.over() or context.have(entry.key):
                 continue

@@ -5,6 +5,8 @@ Rates are per second: bytes of a copy (read and written), floating point operati
 product, exponentials of a kernel that does nothing else.
 """
 
+import subprocess
+
 import torch
 import triton
 import triton.language as tl
@@ -12,8 +14,9 @@ import triton.language as tl
 from benchmarks.gpu.clock import Clock, rate
 from benchmarks.gpu.context import Context
 
-# How a dtype is multiplied by default: float32 to float32 accuracy.
-MATRIX = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
+# Dtype -> {rate: products of that kind for each}, of which the fastest counts: float32 to float32
+# accuracy by itself or by three products of its halves.
+MATRIX = {"bfloat16": {"bf16": 1}, "float16": {"bf16": 1}, "float32": {"fp32": 1, "bf16": 3}}
 
 
 @triton.jit
@@ -63,12 +66,32 @@ def _copy(context: Context, clock: Clock, rounds: int) -> dict:
     return rate(clock, lambda: target.copy_(source), 2 * size, rounds)
 
 
+def _smi(what: str) -> str | None:
+    """What nvidia-smi says of the first device; None where there is no nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", "-i", "0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def sm_clock(context: Context) -> dict:
+    """{"clock_mhz"} of the multiprocessors, right behind what was measured."""
+    clock = _smi("clocks.sm") if context.cuda else None
+    return {"clock_mhz": int(clock)} if clock and clock.isdigit() else {}
+
+
 def _properties(context: Context) -> dict:
     if not context.cuda:
         return {"name": "CPU tensors"}
     found = torch.cuda.get_device_properties(0)
     row = {
         "name": found.name,
+        "driver": _smi("driver_version"),
+        "ptxas": triton.knobs.nvidia.ptxas.version,
+        "largest_clock_mhz": _smi("clocks.max.sm"),
+        "power_limit_w": _smi("power.limit"),
         "capability": f"{found.major}.{found.minor}",
         "multiprocessors": found.multi_processor_count,
         "memory_bytes": found.total_memory,

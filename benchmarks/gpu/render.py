@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks.gpu import targets
 from benchmarks.gpu.cases import MEASURED
 
 BLOCK = re.compile(r"(<!-- gpu:(\w+) -->\n).*?(<!-- /gpu -->)", re.DOTALL)
@@ -27,8 +28,7 @@ def newest(folder: Path) -> Path | None:
 def _ms(found: dict | None) -> str:
     if not found:
         return "-"
-    numbers = [f"{1e3 * found[k]:.3g}" for k in ("median", "p20", "p80")]
-    return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+    return f"{1e3 * found['median']:.3g} ({1e3 * found['p10']:.3g})"
 
 
 def _mib(count: float | None) -> str:
@@ -77,7 +77,7 @@ def _measured(section: str, rows: dict) -> str:
         peers = [_best(found, columns) for _, columns in measured.columns]
         lines.append([key, *times, shares, *peers, _mib(ours.get("peak_bytes")), errors])
     notes = (
-        "Median (20 to 80 %), device time with a cold L2 cache. Columns of peers: their time over"
+        "Median (10 %), device time with a cold L2 cache. Columns of peers: their time over"
         " that of fastrec, forward + backward where there is one, alternating in one process on the"
         " same inputs."
         f" Floor, from the rates of `probe`: {measured.formula}."
@@ -145,7 +145,13 @@ def _checked(rows: dict) -> str:
 
 
 def table(stored: dict, section: str) -> str:
-    """Markdown of one section."""
+    """Markdown of one section, of the "targets", or of "all" that was measured."""
+    if section == "targets":
+        return _grid(["case", "target", "measured"], targets.lines(stored))
+    if section == "all":
+        names = [name for name, found in stored.get("sections", {}).items() if found["rows"]]
+        parts = [f"### `{name}`\n\n{table(stored, name)}" for name in names]
+        return "\n\n".join(parts) or "No GPU has been measured yet."
     found = stored.get("sections", {}).get(section)
     if not found or not found["rows"]:
         return f"No GPU has been measured in section `{section}` yet."

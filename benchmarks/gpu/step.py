@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Entry, spread
+from benchmarks.bench import Entry
 from benchmarks.gpu.checks import captured
-from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.clock import Clock, spread
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.native import native
 from benchmarks.jagged_attention import lengths_of
@@ -234,6 +234,6 @@ def _measure(sizes: Step, context: Context, clock: Clock, rounds: int) -> dict:
 def step(context: Context) -> None:
     assert NATIVE[context.device] == "triton", "the step is measured on the Triton kernels"
     clock, rounds = Clock(context.device), 1 if context.tiny else 31
-    for sizes in TINY if context.tiny else STEPS:
+    for sizes in (TINY if context.tiny else STEPS)[: context.limit]:
         call = functools.partial(_measure, sizes, context, clock, rounds)
         context.attempt(sizes.name, call, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the sections in a process of their own and starts another one when it ends badly.
+"""Runs the parts of a plan in a process of their own and starts another one when it ends badly.
 
 A kernel that reads out of bounds breaks the CUDA context, a lock that is never released stops
 everything: the measurement that did it becomes a row that says so, and the next ones go on.
@@ -28,8 +28,9 @@ WHOLE = {"", "start", "errors", "times", "kernels"}
 class State:
     """What a new process has to know of those before it."""
 
-    sections: list[str]
+    parts: list  # [part, share], of which the first one is under way
     end: float
+    keep: bool = False  # rows of earlier runs that are good
     crashed: list = field(default_factory=list)  # [section, key, name, why]
     finished: list = field(default_factory=list)  # [section, key]
 
@@ -47,6 +48,9 @@ class Watch:
             self.pending = section, key, name
         elif line.startswith("#") and line.count("\t") == 1:
             state.finished.append(line[1:].split("\t"))
+        elif line.startswith("="):
+            names = [part for part, _ in state.parts]
+            state.parts = state.parts[names.index(line[1:]) :]
         elif line != "@":
             print(line, flush=True)
 
@@ -84,12 +88,17 @@ def _lines(watch: Watch, state: State, patience: float) -> str:
 
 
 def supervise(
-    sections: list[str], output: Path, minutes: float, arguments: list[str], patience: float
+    parts: dict[str, float],
+    output: Path,
+    seconds: float,
+    arguments: list[str],
+    patience: float,
+    keep: bool = False,
 ) -> bool:
-    """Runs `sections` for at most `minutes`; False where the process could not even start."""
-    state = State(sections, time.time() + 60 * minutes)
+    """Runs `parts` for at most `seconds`; False where the process could not even start."""
+    state = State([list(item) for item in parts.items()], time.time() + seconds, keep)
     for _ in range(RESTARTS):
-        if not state.sections or time.time() > state.end:
+        if time.time() > state.end:
             break
         command = [sys.executable, "-m", "benchmarks.gpu_evidence", "--output", str(output)]
         command += [*arguments, "--child", json.dumps(vars(state))]
@@ -117,7 +126,6 @@ def supervise(
 
 def _give_up(state: State, pending: tuple[str, str, str], why: str, output: Path) -> None:
     section, key, name = pending
-    state.sections = state.sections[state.sections.index(section) :]
     if name in WHOLE:
         Results(output).put(section, key, {"failed": why})
         state.finished.append([section, key])

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from benchmarks.bench import PASS, Entry, module, spread
+from benchmarks.bench import PASS, Entry, module
 from benchmarks.gpu.cases import attention_entry, in_batch_entry, linear_ce_entry
-from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.clock import Clock, spread
 from benchmarks.gpu.context import Context
 
 

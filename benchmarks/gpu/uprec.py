@@ -146,6 +146,6 @@ def _measure(sizes: Sizes, context: Context, clock: Clock, rounds: int) -> dict:
 
 def uprec_step(context: Context) -> None:
     clock, rounds = Clock(context.device), 1 if context.tiny else 31
-    for sizes in TINY if context.tiny else SIZES:
+    for sizes in (TINY if context.tiny else SIZES)[: context.limit]:
         call = functools.partial(_measure, sizes, context, clock, rounds)
         context.attempt(sizes.name, call, None)
