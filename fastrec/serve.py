@@ -257,12 +257,10 @@ def _best(query: Tensor, scored: Scored, k: int, past: Lists | None) -> TopK:
     if best == 0:
         none = torch.empty(len(query), 0, device="cpu")
         return TopK(none, none.long())
-    exclude, bias = None, scored.bias
-    if past is not None and len(query) == 1:  # one list need not be checked: biases leave it out
-        bias = bias.index_fill(0, past[0].to(bias.device), -torch.inf)
-    elif past is not None:
+    exclude = None
+    if past is not None:
         exclude = past[0].to(query.device), past[1].to(query.device)
-    found = linear_topk(query, scored.table, best, linear_bias=bias, exclude=exclude)
+    found = linear_topk(query, scored.table, best, linear_bias=scored.bias, exclude=exclude)
     scores, items = found.values.cpu(), found.indices.cpu()
     if scored.rows is not None:
         items = torch.where(items < 0, items, scored.rows[items.clamp_min(0)])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trained model knows as vectors: of users, and of items."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -80,6 +82,6 @@ def user_rows(users: Ids, asked) -> np.ndarray:
 
 def finite(numbers: Tensor, what: str) -> Tensor:
     """Raises ValueError where finite weights have led beyond what a number can be."""
-    if not numbers.isfinite().all():
+    if numbers.numel() and not all(math.isfinite(end.item()) for end in numbers.aminmax()):
         raise ValueError(f"{what} of the model are not finite: has its training diverged?")
     return numbers

@@ -74,6 +74,8 @@ class JaggedBatch:
 
     def positions(self) -> Tensor:
         """int64 [T]: the place of each event inside its sequence, from 0."""
+        if not torch.compiler.is_compiling() and len(self) == 1:
+            return torch.arange(self.values.shape[0], device=self.values.device)
         starts = torch.repeat_interleave(
             self.offsets[:-1], self.lengths, output_size=self.values.shape[0]
         )

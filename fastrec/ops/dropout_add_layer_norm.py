@@ -19,7 +19,7 @@ from torch import Tensor
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import accumulate_dtype, beside, check_tensor, check_width
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
-from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.native import applied, kernels_of, register_cuda
 from fastrec.ops.common.second_order import leaf, twice_differentiable
 from fastrec.random import Rng, keep_mask
 
@@ -220,6 +220,6 @@ def dropout_add_layer_norm(
             site=site,
             layer=layer,
         )
-    output, sum = _DropoutAddLayerNorm.apply(input, residual, weight, bias, eps, backend, *mask)
+    output, sum = applied(_DropoutAddLayerNorm, input, residual, weight, bias, eps, backend, *mask)
     plain = residual is None and mask.drop == 0
     return DropoutAddLayerNorm(output, input if plain else sum)

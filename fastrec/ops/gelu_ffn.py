@@ -20,6 +20,7 @@ from torch import Tensor
 from fastrec.backend import resolve
 from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor, check_width
+from fastrec.ops.common.native import applied
 from fastrec.ops.common.second_order import leaf, twice_differentiable
 from fastrec.ops.linear import linear
 
@@ -136,4 +137,4 @@ def gelu_ffn(
     # The kernel adds a bias in any case, for which zeros are as fast as nothing.
     bias_in = weight_in.new_zeros(inner) if bias_in is None else bias_in
     bias_out = weight_out.new_zeros(out) if bias_out is None else bias_out
-    return _GeluFfn.apply(input, weight_in, bias_in, weight_out, bias_out)
+    return applied(_GeluFfn, input, weight_in, bias_in, weight_out, bias_out)

@@ -28,7 +28,7 @@ from fastrec.ops.common.arguments import (
     jagged_parts,
 )
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_sequences
-from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.native import applied, kernels_of, register_cuda
 from fastrec.ops.common.second_order import twice_differentiable
 from fastrec.random import Rng, keep_mask
 
@@ -235,7 +235,7 @@ def split_packed(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The same as `packed.unbind(1)`, whose backward pass copies the three gradients into one tensor.
     Those of `jagged_attention` already lie in one, which is passed on as it is.
     """
-    return _SplitPacked.apply(packed)
+    return applied(_SplitPacked, packed)
 
 
 def _check(query, key, value, offsets, max_seq_len):
@@ -328,6 +328,6 @@ def jagged_attention(
             layer=layer,
         )
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    return _JaggedAttention.apply(
-        query, key, value, offsets, max_seq_len, causal, scale, backend, *mask
+    return applied(
+        _JaggedAttention, query, key, value, offsets, max_seq_len, causal, scale, backend, *mask
     )

@@ -23,7 +23,7 @@ from fastrec.ops.common.arguments import (
     check_width,
 )
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
-from fastrec.ops.common.native import kernels_of, register_cuda
+from fastrec.ops.common.native import applied, kernels_of, register_cuda
 from fastrec.ops.common.second_order import twice_differentiable
 from fastrec.random import Rng, keep_mask
 
@@ -269,6 +269,5 @@ def jagged_embedding(
             layer=layer,
             sparse=sparse,
         )
-    return _JaggedEmbedding.apply(
-        weight, position_weight, norm_weight, norm_bias, values, eps, sparse, backend, *mask
-    )
+    inputs = weight, position_weight, norm_weight, norm_bias, values
+    return applied(_JaggedEmbedding, *inputs, eps, sparse, backend, *mask)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor
+from fastrec.ops.common.native import applied
 from fastrec.ops.common.second_order import leaf, twice_differentiable
 
 OP = "linear"
@@ -110,6 +111,6 @@ def linear(
             f" {input.dtype} and weight of {weight.dtype}"
         )
     if input.dim() == 2:
-        return _Linear.apply(input, weight, bias)
+        return applied(_Linear, input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
-    return _Linear.apply(rows, weight, bias).view(*input.shape[:-1], weight.shape[0])
+    return applied(_Linear, rows, weight, bias).view(*input.shape[:-1], weight.shape[0])

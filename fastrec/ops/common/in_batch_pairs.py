@@ -186,6 +186,9 @@ def check_exclude(exclude: Lists, queries: int, candidates: int) -> None:
         rise = (offsets[1:] >= offsets[:-1]).all()  # a difference may run over 2^63
         rise = rise & (offsets[0] == 0) & (offsets[-1] == len(values))
         require(rise, f"exclude offsets must rise from 0 to E = {len(values)}")
+    if queries == 1:  # no other list begins anywhere
+        require((values.diff() >= 0).all(), "exclude values must be sorted within each query")
+        return
     starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
     # A wrong offset was refused above (on a GPU: is about to be).
     starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)
