@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
     from fastrec.export import export_query
+    from fastrec.index import index_queries, index_recall, item_index
     from fastrec.integrations.patching import patch, patched, unpatch
     from fastrec.nn.model_config import ModelConfig
     from fastrec.nn.user_model import UserModel
@@ -57,6 +58,9 @@ LATER = {
     "export_onnx": "fastrec.onnx",
     "export_query": "fastrec.export",
     "fit": "fastrec.training.fit",
+    "index_queries": "fastrec.index",
+    "index_recall": "fastrec.index",
+    "item_index": "fastrec.index",
     "load_model": "fastrec.training.model_folder",
     "item_vectors": "fastrec.vectors",
     "onnx_query": "fastrec.onnx",
@@ -82,6 +86,9 @@ __all__ = [
     "gelu_ffn",
     "in_batch_cross_entropy",
     "in_batch_hardest",
+    "index_queries",
+    "index_recall",
+    "item_index",
     "item_vectors",
     "jagged_attention",
     "jagged_embedding",

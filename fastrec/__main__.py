@@ -28,7 +28,9 @@ def main() -> None:
 
         cli.main()
     except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.startswith("fastrec"):
+        if missing.name is None:  # fastrec's own words
+            sys.exit(f"fastrec: error: {missing}")
+        if missing.name.startswith("fastrec"):
             raise
         sys.exit(f"fastrec: error: {missing.name} is missing: pip install 'fastrec[train]'")
 

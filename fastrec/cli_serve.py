@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that ask a trained model: `embed`, `recommend` and `similar`."""
+"""The commands that ask a trained model: `embed`, `recommend`, `similar` and `index`."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from fastrec.data.errors import DataError
 from fastrec.data.output import check_absent, check_table_path, locked_file, write_table
 from fastrec.data.prepare.text import read_lines
 from fastrec.evaluation.report import plot_plane
+from fastrec.index import index_recall, item_index, write_index
 from fastrec.serve import Recommender
 from fastrec.training.model_folder import load_model
 from fastrec.vectors import item_vectors, principal_components, user_vectors
@@ -216,6 +217,57 @@ def similar(
         write_table(best, output, overwrite)
     count = dataset.num_items if asked is None else len(asked)
     print(f"{output}: {len(best):,} rows, the {k} most similar items of {count:,} items")
+
+
+def index(
+    data: Path,
+    pretrained: Path,
+    output: Path,
+    factory: str = "Flat",
+    search: str = "",
+    k: int = 10,
+    queries: int = 1000,
+    new_items_like: str | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+):
+    """Write the items as an index of FAISS, and say how much of the exact answer it finds.
+
+    Args:
+        data: folder written by `fastrec prepare`.
+        pretrained: folder of a model (`RUN/model`).
+        output: .faiss file. Beside it a .parquet file of the same name with the column item_id: its
+            row i is the item with label i. An index is asked for vectors of `fastrec embed --what
+            queries` with a 1 behind them.
+        factory: how to search, in the words of faiss.index_factory: Flat, HNSW32, "IVF1024,Flat".
+        search: parameters of the search, in the words of faiss.ParameterSpace: nprobe=16.
+        k: items a user of whom the share that is found is said.
+        queries: users, spread over all, whose answers are compared.
+        new_items_like: column of item attributes: items that the model does not know begin as the
+            mean of known ones of the same category; without it as the mean of all.
+        overwrite: replace the files.
+        device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
+    """
+    if output.suffix != ".faiss":
+        raise ValueError(f"{output}: an index is written to a .faiss file")
+    if queries < 1:
+        raise ValueError(f"queries must be at least 1, got {queries}")
+    labels = output.with_suffix(".parquet")
+    with locked_file(output, overwrite):
+        dataset = SequenceDataset.load(data)
+        model = load_model(pretrained, dataset, new_items_like=new_items_like).to(device_of(device))
+        check_absent(labels, overwrite)
+        made = item_index(model, dataset, factory, search)
+        recommender, users = Recommender(model, dataset), dataset.user_ids()
+        some = users[:: max(1, len(users) // queries)][:queries].tolist()
+        recall = index_recall(made, recommender, recommender.queries(some), k)
+        write_table(item_vectors(model, dataset).select("item_id"), labels, overwrite)
+        write_index(made, output)
+    print(
+        f"{output}: {made.ntotal:,} items, {factory}; {labels}: their ids by label;"
+        f" recall@{recall.k} of {recall.queries:,} users, against the exact answer:"
+        f" {recall.share:.4f}"
+    )
 
 
 def read_ids(path: Path | None) -> list[str] | None:

@@ -42,6 +42,14 @@ def test_recommender_and_an_index_of_somebody_else(folder):
     assert found.flatten().tolist() == best["item_id"].to_list()
 
 
+def test_the_index_of_the_page_finds_what_recommend_does(folder):
+    pytest.importorskip("faiss", reason="faiss is not installed: the index of items")
+    names = run("faiss", run("recommender", {}))
+    best = names["recommender"].recommend(10, [3, 14], seen="none")
+    assert names["found"].flatten().tolist() == best["item_id"].to_list()
+    assert names["recall"] == 1.0
+
+
 def test_the_program_of_the_page_gives_the_same_answers(folder):
     names = run("program", run("recommender", {}))
     torch.testing.assert_close(names["queries"], names["model"].ask(names["batch"]))
