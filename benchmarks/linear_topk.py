@@ -5,6 +5,8 @@ Legend: N rows, V items, D width, K results a row; a score is one (row, item) pa
 gradient.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -22,6 +24,8 @@ def _entry(n: int, v: int, d: int, k: int, **options) -> Entry:
     return Entry("linear_topk", dict(N=n, V=v, D=d, K=k), **options)
 
 
+REQUEST = ("fastrec", "eager", "FAISS flat")  # of one user, as a service has them
+
 ENTRIES = (
     _entry(512, 20_033, 64, 10, rounds=15),
     _entry(512, 141_939, 64, 10, rounds=5),
@@ -29,6 +33,8 @@ ENTRIES = (
     _entry(512, 141_939, 64, 10, dtype="bfloat16", rounds=1, only=("fastrec", "eager")),
     _entry(512, 500_000, 128, 10, rounds=3),
     _entry(512, 10_000_000, 64, 10, rounds=1, only=("fastrec",)),
+    _entry(1, 100_000, 64, 10, rounds=101, only=REQUEST),
+    _entry(1, 1_000_000, 64, 10, rounds=25, only=REQUEST),
 )
 SMOKE = (
     _entry(33, 257, 16, 5, rounds=2),
@@ -37,7 +43,12 @@ SMOKE = (
 QUICK = (_entry(512, 20_033, 64, 10),)
 ELEMENT = "score"
 PASSES = ("forward",)
-PEERS = {"eager": ("eager",), "`torch.compile`": ("torch.compile",), "eager tiles": ("tiles",)}
+PEERS = {
+    "eager": ("eager",),
+    "`torch.compile`": ("torch.compile",),
+    "eager tiles": ("tiles",),
+    "FAISS flat": ("FAISS flat",),
+}
 GRADIENT_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
 
 
@@ -58,15 +69,35 @@ def tiles(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+@functools.lru_cache(maxsize=1)
+def flat_index(w: Tensor):
+    """An index that compares all items."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(w.shape[1])
+    index.add(w.numpy())
+    return index
+
+
+def faiss_flat(x: Tensor, w: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = flat_index(w).search(x.numpy(), k)
+    return torch.from_numpy(values), torch.from_numpy(indices)
+
+
 def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
-    """Name -> (values, indices)(input, linear_weight, k)."""
-    return {
+    """Name -> (values, indices)(input, linear_weight, k). FAISS where it is installed, and where it
+    is asked for: it searches float32 on a CPU."""
+    found: dict[str, Callable] = {
         "fastrec": linear_topk,
         "eager": eager,
         "torch.compile": torch.compile(eager, dynamic=False, backend=compiler),
         "tiles": tiles,
         "reference": linear_topk_ref,
     }
+    if "FAISS flat" in entry.only and importlib.util.find_spec("faiss") is not None:
+        found["FAISS flat"] = faiss_flat
+    return found
 
 
 def problem(entry: Entry, device: str = "cpu") -> tuple[Tensor, Tensor, int]:
