@@ -16,7 +16,7 @@ from fastrec.data.event_columns import (
     SECONDS,
     SOURCE,
 )
-from fastrec.data.prepare.columns import first_row, int64, refuse
+from fastrec.data.prepare.columns import first_row, int64, integers, refuse
 
 UNITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # digits behind the second
 WORDS = {0: SECONDS, 3: MILLISECONDS, 6: MICROSECONDS, 9: NANOSECONDS}
@@ -63,6 +63,13 @@ class Known:
     def see(self, file, values, first: int) -> None:
         """Count whole numbers (Int64 without nulls) of a block."""
         self.times += len(values)
+        low, high = values.min(), values.max()
+        for unit, digits in UNITS.items():
+            if _FROM * 10**digits <= low and high < _TO * 10**digits:  # as it mostly is
+                self.inside[unit] += len(values)
+                for other in UNITS.keys() - {unit}:
+                    self.outside.setdefault(other, (file, values.name, first))
+                return
         for unit, digits in UNITS.items():
             inside = (values >= _FROM * 10**digits) & (values < _TO * 10**digits)
             self.inside[unit] += int(inside.sum())
@@ -83,11 +90,16 @@ def epoch_column(file, series, first: int, unit: str | None = None, known: Known
     series: integers, floats, decimals or text of numbers, without nulls. unit: a key of UNITS.
     known: of a column of which this is a block.
     """
+    import polars as pl
+
     known = known or Known()
+    fractions = None
     if series.dtype.is_integer():
-        values, fractions = int64(file, series, first), None
+        values = int64(file, series, first)
     else:
-        values, fractions = _decimals(file, series, first)
+        values = integers(series) if series.dtype == pl.String else None
+        if values is None or values.has_nulls():
+            values, fractions = _decimals(file, series, first)
     inferred = None
     if unit is None and known.unit is not None:
         unit = inferred = known.unit or None

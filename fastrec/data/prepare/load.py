@@ -13,6 +13,7 @@ import numpy as np
 
 from fastrec.data.errors import DataError, reading
 from fastrec.data.prepare import store as storage
+from fastrec.data.prepare.ahead import ahead
 from fastrec.data.prepare.codes import Codes, Kinds
 from fastrec.data.prepare.events import Events, duplicate
 from fastrec.data.prepare.raw import RawData
@@ -51,7 +52,7 @@ class Part:
                 yield block, np.arange(start, start + block.height)
             return
         read, before = [], 0
-        for frame, file, first in read_blocks(self._source, **self._text):
+        for frame, file, first in ahead(read_blocks(self._source, **self._text)):
             here = Rows([(file, first, frame.height)])
             made = self.table.typed(frame, here, header=first == 2)
             if made is not None:
@@ -167,7 +168,7 @@ class _Reader:
         )
         while not settled:
             schema: dict = {}
-            for frame, rows in part.blocks():
+            for frame, rows in ahead(part.blocks()):
                 schema = _wider(schema, dict(frame.schema))
                 if said and schema.keys() != self.schemas[0].keys():
                     _check_alike(said[0], part.said(), self.schemas[0], schema)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 CHUNK = 1 << 20  # events in memory at a time where they are passed through
-BUCKET = 1 << 22  # events in memory at a time where they are sorted
+BUCKET = 1 << 20  # events in memory at a time where they are sorted
 
 
 class Store:
