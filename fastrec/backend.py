@@ -15,6 +15,11 @@ import torch
 BACKENDS = ("reference", "cpp", "triton")
 NATIVE = {"cpu": "cpp", "cuda": "triton"}
 
+# Of `linear_cross_entropy` on triton, activations in 16 bits beside a float32 table: multiply by a
+# copy of the table in 16 bits (V x D x 2 bytes during each pass) instead of converting every tile
+# where it is read. The same products; set it before the forward pass: `backend.copy_tables = True`.
+copy_tables = False
+
 
 @functools.cache
 def _load_extension() -> str | None:

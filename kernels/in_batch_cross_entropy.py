@@ -16,16 +16,25 @@ from fastrec.kernels.common.in_batch_cross_entropy_sweeps import (
     _fwd_kernel,
 )
 from fastrec.kernels.common.in_batch_pairs import by_column, lists_of
-from fastrec.kernels.common.tiles import allow_tf32, capability_of, ranges_of, sum_ranges
+from fastrec.kernels.common.tiles import (
+    capability_of,
+    float32_products,
+    ranges_of,
+    sum_ranges,
+)
 from fastrec.ops.common.in_batch_pairs import transposed_lists
 
 # (BLOCK_B, BLOCK_C, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
 # found by compiling: no spills on sm_80, sm_90 and sm_100 with every kind of exclusion.
 TILES = {
     "half": {
-        64: ((128, 64, 8, 3), (32, 128, 8, 3)),
+        64: ((64, 64, 4, 3), (32, 128, 8, 3)),
         128: ((64, 64, 8, 3), (64, 64, 8, 3)),
         256: ((64, 64, 8, 3), (64, 64, 8, 2)),
+    },
+    "split": {  # float32 as sums of two bfloat16
+        64: ((64, 64, 4, 2), (64, 64, 4, 2)),
+        128: ((128, 32, 8, 2), (32, 128, 8, 2)),
     },
     "float32": {
         64: ((32, 32, 8, 2), (16, 32, 4, 2)),
@@ -35,18 +44,26 @@ TILES = {
 }
 
 
-def config_of(width: int, dtype: torch.dtype, capability: int = 90) -> dict:
-    """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor."""
+def config_of(width: int, dtype: torch.dtype, precision: str, capability: int = 90) -> dict:
+    """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor.
+    `precision`: of the products of float32, "ieee" where they are not split: above 128 columns, and
+    below sm_90, where operands are registers and every warp would split all of a tile."""
+    kind = "half"
+    if dtype == torch.float32:
+        kind = "split" if precision == "bf16x3" and width <= 128 and capability >= 90 else "float32"
+        precision = "ieee" if precision == "bf16x3" and kind == "float32" else precision
     if width > 256:  # in chunks of 64 columns, with the products of all chunks recomputed for each
         block_d, block_b = 64, 16 if dtype == torch.float32 else 32
         tiles = ((32, 32, 4, 1), (block_b, 32, 8, 1))
     else:
         block_d = max(triton.next_power_of_2(width), 16)
-        tiles = TILES["float32" if dtype == torch.float32 else "half"][max(block_d, 64)]
+        tiles = TILES[kind][max(block_d, 64)]
     config = {}
     for name, (block_b, block_c, warps, stages) in zip(("fwd", "bwd"), tiles, strict=True):
         if (block_b, block_c) == (32, 128) and capability >= 100:
             block_b = 64  # 32 spill 8 bytes there, 64 spill on sm_80
+        if name == "fwd" and (block_b, block_c, warps) == (64, 64, 4) and capability >= 100:
+            block_b, warps = 128, 8  # 64 and 4 warps spill 16 bytes there
         config[name] = {
             "BLOCK_B": block_b,
             "BLOCK_C": block_c,
@@ -56,17 +73,17 @@ def config_of(width: int, dtype: torch.dtype, capability: int = 90) -> dict:
             "num_stages": stages,
             # float16 has 5 bits of exponent: p is kept near e^HEADROOM instead of near 1.
             "HEADROOM": {"fwd": 4.5, "bwd": 10.0}[name] if dtype == torch.float16 else 0.0,
-            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+            "PRECISION": precision if dtype == torch.float32 else "tf32",
         }
+    # Without tensor cores a second loop for sums that outgrow their shift spills.
+    config["fwd"]["RUNNING"] = dtype == torch.float16 or kind == "float32"
     return config
 
 
-def options_of(query: torch.Tensor) -> dict[str, dict]:
+def options_of(query: torch.Tensor, precision: str) -> dict[str, dict]:
     if query.dtype == torch.float64:
         raise RuntimeError("in_batch ops have no float64 triton kernel, query is float64")
-    config = config_of(query.shape[1], query.dtype, capability_of(query.device))
-    allow_tf32(*config.values())
-    return config
+    return config_of(query.shape[1], query.dtype, precision, capability_of(query.device))
 
 
 def _combine_rows(block_d: int) -> int:
@@ -77,7 +94,7 @@ def in_batch_cross_entropy_fwd(
     query, candidate, bias, positive, query_group, candidate_group, exclude_values,
     exclude_offsets, with_direction,
 ):  # fmt: skip
-    config = options_of(query)["fwd"]
+    config = options_of(query, float32_products())["fwd"]
     query, candidate, positive = query.contiguous(), candidate.contiguous(), positive.contiguous()
     bias = None if bias is None else bias.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
@@ -112,7 +129,7 @@ def in_batch_cross_entropy_bwd(
     query, candidate, bias, positive, query_group, candidate_group, exclude_values,
     exclude_offsets, loss, lse, grad_loss,
 ):  # fmt: skip
-    config = options_of(query)["bwd"]
+    config = options_of(query, float32_products())["bwd"]
     query, candidate, positive = query.contiguous(), candidate.contiguous(), positive.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
     # -g (1 - p of the positive); its own vector, because p - 1 would cancel.

@@ -13,11 +13,16 @@ from fastrec.kernels.common.in_batch_pairs import (
     by_column,
     leave_out_groups,
     leave_out_listed,
-    list_bounds,
+    lists_from,
     lists_of,
-    seek,
 )
-from fastrec.kernels.common.tiles import dot, load_rows, product_in_chunks, ranges_of
+from fastrec.kernels.common.tiles import (
+    allow_tf32,
+    dot_t,
+    load_rows,
+    product_in_chunks,
+    ranges_of,
+)
 from fastrec.kernels.in_batch_cross_entropy import options_of
 
 
@@ -34,9 +39,7 @@ def _fwd_kernel(
     live = row < n
     begin = (slot // blocks) * per_range * BLOCK_C
     if listed is not None:
-        place, end = list_bounds(offsets, row, live)
-        if begin > 0:
-            place = seek(listed, place, end, begin)
+        place, end, value, nearest = lists_from(listed, offsets, row, live, begin)
     if CHUNKS == 1:
         x_tile = load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
     best = tl.full([BLOCK_B], float("-inf"), tl.float32)
@@ -46,7 +49,7 @@ def _fwd_kernel(
         real = item < v
         if CHUNKS == 1:
             c_tile = load_rows(c, item, real, d, 1, 0, d, BLOCK_D)
-            s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
+            s = dot_t(x_tile, c_tile, None, PRECISION)
         else:
             s = product_in_chunks(
                 x, row, live, d, 1, c, item, real, d, 1, d,
@@ -58,7 +61,9 @@ def _fwd_kernel(
             s = tl.where(real[None, :], s, float("-inf"))
         s = leave_out_groups(s, row, item, live, real, row_group, item_group, n, v, COLUMNS)
         if listed is not None:
-            s, place = leave_out_listed(s, item, listed, place, end, first + BLOCK_C)
+            s, place, value, nearest = leave_out_listed(
+                s, item, listed, place, end, value, nearest, first + BLOCK_C
+            )  # fmt: skip
         peak, at = tl.max(s, 1, return_indices=True)  # the lowest of equals
         greater = peak > best
         best = tl.where(greater, peak, best)
@@ -71,8 +76,9 @@ def _fwd_kernel(
 def in_batch_hardest_fwd(
     query, candidate, bias, query_group, candidate_group, exclude_values, exclude_offsets
 ):
-    config = options_of(query)["fwd"]
-    del config["HEADROOM"]
+    config = options_of(query, "ieee")["fwd"]
+    allow_tf32(config)
+    del config["HEADROOM"], config["RUNNING"]
     query, candidate = query.contiguous(), candidate.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
     if n == 0:

@@ -13,12 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.in_batch_pairs import (
-    leave_out_listed,
-    list_bounds,
-    lists_of,
-    seek,
-)
+from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, lists_of
 from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile, strides_of
 from fastrec.kernels.common.tiles import ranges_of
 
@@ -55,9 +50,7 @@ def _fwd_kernel(
 
     begin = (slot // blocks) * per_range * BLOCK_V
     if listed is not None:
-        place, end = list_bounds(offsets, row, live)
-        if begin > 0:
-            place = seek(listed, place, end, begin)
+        place, end, value, nearest = lists_from(listed, offsets, row, live, begin)
     count = tl.zeros([BLOCK_N], tl.int32)
     for first in range(begin, tl.minimum(begin + per_range * BLOCK_V, v), BLOCK_V):
         item = first + column
@@ -70,8 +63,8 @@ def _fwd_kernel(
         if first + BLOCK_V > v:
             s = tl.where(real[None, :], s, float("nan"))
         if listed is not None:
-            s, place = leave_out_listed(
-                s, item, listed, place, end, first + BLOCK_V, float("nan")
+            s, place, value, nearest = leave_out_listed(
+                s, item, listed, place, end, value, nearest, first + BLOCK_V, float("nan")
             )  # fmt: skip
         if first + BLOCK_V <= lowest:
             count += tl.sum((s >= own[:, None]).to(tl.int32), 1)

@@ -17,12 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.in_batch_pairs import (
-    leave_out_listed,
-    list_bounds,
-    lists_of,
-    seek,
-)
+from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, lists_of
 from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile, strides_of
 from fastrec.kernels.common.tiles import ranges_of
 
@@ -45,12 +40,6 @@ def _values_and_indices(keys):
     return values, (LOW.value - (keys & LOW.value)).masked_fill_(values == -torch.inf, -1)
 
 
-@triton.jit
-def _no_result(s, real):
-    """NaN and what is behind the last item are worth -inf."""
-    return tl.where((s == s) & real[None, :], s, float("-inf"))
-
-
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
 def _maxima_kernel(
     x, w, bias, listed, offsets, keys, n, v, d, per_range,
@@ -69,9 +58,7 @@ def _maxima_kernel(
     x_tile = load_x(x, row, live, d, stride_xn, stride_xd, w.dtype.element_ty, BLOCK_D)
     begin = (slot // blocks) * per_range * BLOCK_V
     if listed is not None:
-        place, end = list_bounds(offsets, row, live)
-        if begin > 0:
-            place = seek(listed, place, end, begin)
+        place, end, value, nearest = lists_from(listed, offsets, row, live, begin)
     for first in range(begin, tl.minimum(begin + per_range * BLOCK_V, v), BLOCK_V):
         item = first + column
         real = item < v
@@ -79,11 +66,16 @@ def _maxima_kernel(
             x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv,
             stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
         )  # fmt: skip
-        s = _no_result(s, real)
+        if first + BLOCK_V > v:
+            s = tl.where(real[None, :], s, float("-inf"))
         if listed is not None:
-            s, place = leave_out_listed(s, item, listed, place, end, first + BLOCK_V)
+            s, place, value, nearest = leave_out_listed(
+                s, item, listed, place, end, value, nearest, first + BLOCK_V
+            )  # fmt: skip
         tile = first // BLOCK_V
-        tl.store(keys + row * tiles + tile, _key(tl.max(s, 1), row * 0 + tile), mask=live)
+        best = tl.max(s, 1)  # of numbers; NaN, worth -inf, where there is none
+        best = tl.where(best == best, best, float("-inf"))
+        tl.store(keys + row * tiles + tile, _key(best, row * 0 + tile), mask=live)
 
 
 @triton.jit(do_not_specialize=["v", "slots"])
@@ -107,11 +99,12 @@ def _select_kernel(
         x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv, stride_wd,
         stride_b, BLOCK_D, CHUNKS, PRECISION,
     )  # fmt: skip
-    s = _no_result(s, real)
+    s = tl.where((s == s) & real[None, :], s, float("-inf"))  # NaN is worth -inf
     if listed is not None:
-        place, end = list_bounds(offsets, row, live)
-        place = seek(listed, place, end, first)
-        s, place = leave_out_listed(s, item, listed, place, end, first + BLOCK_V)
+        place, end, value, nearest = lists_from(listed, offsets, row, live, first)
+        s, place, value, nearest = leave_out_listed(
+            s, item, listed, place, end, value, nearest, first + BLOCK_V
+        )  # fmt: skip
     mine = tl.max(tl.where(live[:, None], s, float("-inf")), 0)
     tl.store(keys + at * BLOCK_V + tl.arange(0, BLOCK_V), _key(mine, item))
 

@@ -14,12 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.in_batch_pairs import leave_out_listed, list_bounds, seek
+from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, seek
 from fastrec.kernels.common.tiles import (
     LOG2E,
     allow_tf32,
     capability_of,
     dot,
+    dot_t,
     load_rows,
     ranges_of,
     round_to,
@@ -66,8 +67,7 @@ def _fwd_kernel(
     stop = tl.minimum(begin + per_range * BLOCK_V, v)
     stop = tl.where((slot % blocks) * BLOCK_N < scored, stop, begin)
     own = tl.load(lists + row, mask=live, other=0)
-    place, end = list_bounds(offsets, own, live)
-    place = seek(listed, place, end, begin)
+    place, end, value, nearest = lists_from(listed, offsets, own, live, begin)
     total = tl.zeros([BLOCK_N], tl.float32)
     grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(begin, stop, BLOCK_V):
@@ -75,12 +75,14 @@ def _fwd_kernel(
         real = label < v
         w_tile = load_rows(w, label, real, stride_wv, stride_wd, 0, d, BLOCK_D)
         w_tile = round_to(w_tile, x.dtype.element_ty)
-        s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
+        s = dot_t(x_tile, w_tile, None, PRECISION)
         if bias is not None:
             b = tl.load(bias + label.to(tl.int64) * stride_b, mask=real, other=0.0)
             s += b.to(tl.float32)[None, :]
         sign = tl.full([BLOCK_N, BLOCK_V], 1.0, tl.float32)
-        sign, place = leave_out_listed(sign, label, listed, place, end, first + BLOCK_V, -1.0)
+        sign, place, value, nearest = leave_out_listed(
+            sign, label, listed, place, end, value, nearest, first + BLOCK_V, -1.0
+        )  # fmt: skip
         loss, p = _softplus_and_sigmoid(s * sign)
         total += tl.sum(tl.where(real[None, :], loss, 0.0), 1)
         if WITH_INPUT:  # rows of w_tile that are no label are 0
@@ -131,11 +133,12 @@ def _bwd_kernel(
         live = at < scored
         row = tl.load(order + at, mask=live, other=0)
         x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
-        s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
+        s = dot_t(w_tile, x_tile, None, PRECISION)
         if bias is not None:
             s += b[:, None]
         own = tl.load(lists + row, mask=live, other=0)
-        place, end = list_bounds(offsets, own, live)
+        place = tl.load(offsets + own, mask=live, other=0)
+        end = tl.load(offsets + own + 1, mask=live, other=0)
         sign = tl.full([BLOCK_V, BLOCK_N], 1.0, tl.float32)
         if tl.max((place < end).to(tl.int32), 0) > 0:
             place = seek(listed, place, end, tile * BLOCK_V)

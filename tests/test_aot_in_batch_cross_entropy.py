@@ -28,7 +28,7 @@ CASES = [
         and (width == 64 or (rules == "all" and width < 256)),
     )
     for kernel in ("fwd", "combine", "bwd")
-    for types in ("bf16", "fp32")
+    for types in ("bf16", "fp32", "fp32-ieee")
     for width in WIDTHS
     for rules in (("none",) if kernel == "combine" else ("none", "all"))
     for capability in SHARED_LIMIT
@@ -37,9 +37,11 @@ CASES = [
 
 def build(kernel: str, types: str, width: int, rules: str, capability: int) -> Binary:
     """The kernel as the launcher specialises it. `rules`: none, or two columns of ids and lists."""
-    dtype = TYPES[types][0]
+    dtype = TYPES[types.removesuffix("-ieee")][0]
+    precision = "ieee" if types == "fp32-ieee" else "bf16x3"
     matrix, vector, ids = POINTER[dtype], "*fp32:16", "*i64:16"
-    config = kernels.config_of(width, dtype, capability)["bwd" if kernel == "bwd" else "fwd"]
+    config = kernels.config_of(width, dtype, precision, capability)
+    config = config["bwd" if kernel == "bwd" else "fwd"]
     options = take_options(config)
     shared = dict(x=matrix, c=matrix, bias=vector, positive=ids, n="i32", d="i32:16")
     if kernel == "combine":
@@ -66,7 +68,8 @@ def build(kernel: str, types: str, width: int, rules: str, capability: int) -> B
 
 
 def _wgmma(kernel: str, types: str, width: int, *_) -> bool:
-    return types != "fp32" and width <= 256 and kernel != "combine"
+    widest = {"bf16": 256, "fp32": 128}.get(types, 0)  # of the tiles of tensor cores
+    return kernel != "combine" and width <= widest
 
 
 OP = Op("in_batch_cross_entropy", "kernel types D exclusions sm", CASES, build, _wgmma)

@@ -16,9 +16,9 @@ CASES = [
 
 
 def build(width: int, capability: int) -> Binary:
-    config = config_of(width, torch.float32)["fwd"]
+    config = config_of(width, torch.float32, "ieee")["fwd"]
     options = take_options(config)
-    del config["HEADROOM"]
+    del config["HEADROOM"], config["RUNNING"]
     vector, ids = "*fp32:16", "*i64:16"
     arguments = dict.fromkeys(("x", "c", "bias", "best_out"), vector) | config
     arguments |= dict.fromkeys(("row_group", "item_group", "listed", "offsets"), ids)

@@ -17,6 +17,20 @@ from aot import (
 from fastrec.kernels import linear_cross_entropy as kernels
 from fastrec.kernels.common import linear_cross_entropy_wide as wide
 
+# float32 products by tensor cores, unless "ieee" is asked for.
+KINDS = {**TYPES, "fp32-ieee": TYPES["fp32"]}
+
+
+def precision_of(types: str) -> str:
+    return "ieee" if types == "fp32-ieee" else "bf16x3"
+
+
+def stored(types: str, width: int, capability: int) -> bool:
+    """Whether the scores are stored at this width."""
+    kind = kernels._kind(*KINDS[types], precision_of(types))
+    return width > kernels._widest(kind, capability)
+
+
 # The plain suite compiles the target device; the other architectures and types are slow.
 CASES = [
     case(
@@ -27,18 +41,19 @@ CASES = [
         plain=capability == 90 and (types == "bf16" or (width == 64 and kernel in ("fwd", "bwd"))),
     )
     for kernel in ("fwd", "combine", "bwd", "bwd_ranges", "softmax", "gradient")
-    for types in TYPES
+    for types in KINDS
     for width in WIDTHS
     if kernel != "bwd_ranges" or types == "bf16"  # elsewhere dW is float32 anyway
-    if (kernel in ("softmax", "gradient")) == (width > kernels.WIDEST)
     for capability in SHARED_LIMIT
+    if (kernel in ("softmax", "gradient")) == stored(types, width, capability)
 ]
 
 
 def build_wide(kernel: str, types: str, width: int, capability: int) -> Binary:
     """The same for the kernels between products; chunks hold a multiple of 16 items."""
-    dtype, table = TYPES[types]
-    config = kernels._config(width, dtype, table)["fwd" if kernel == "softmax" else "bwd"]
+    dtype, table = KINDS[types]
+    config = kernels._config(width, dtype, table, precision_of(types), capability)
+    config = config["fwd" if kernel == "softmax" else "bwd"]
     vectors = ["shift", "sums", "fade", "logit", "lse", "grad_lse", "grad_logit"]
     arguments = dict.fromkeys(["scores", *vectors, "bias_out"], "*fp32:16") | config
     arguments |= dict(bias=POINTER[table], target="*i64:16", p_out=POINTER[dtype], stride_b=1)
@@ -52,15 +67,16 @@ def build_wide(kernel: str, types: str, width: int, capability: int) -> Binary:
 
 def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
-    if width > kernels.WIDEST:
+    if stored(types, width, capability):
         return build_wide(kernel, types, width, capability)
-    dtype, table = TYPES[types]
+    dtype, table = KINDS[types]
     x, w, vector, ids = POINTER[dtype], POINTER[table], "*fp32:16", "*i64:16"
-    config = kernels._config(width, dtype, table, capability)["bwd" if "bwd" in kernel else "fwd"]
+    config = kernels._config(width, dtype, table, precision_of(types), capability)
+    config = config["bwd" if "bwd" in kernel else "fwd"]
     options = take_options(config)
     if kernel == "combine":
         options = {}
-        config = {key: value for key, value in config.items() if "_" in key}
+        config = {key: config[key] for key in ("BLOCK_N", "BLOCK_V", "BLOCK_D", "PRECISION")}
         config |= {"BLOCK_R": kernels._combine_rows(config["BLOCK_D"]), "WITH_MEAN": True}
     shared = dict(x=x, w=w, bias=None, count=ids, v="i32", d="i32:16", stride_wv="i32:16", **config)
     shared |= {"stride_wd": 1, "stride_b": "i32:16"}  # 0 without a bias
@@ -86,7 +102,7 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
 
 
 def _wgmma(kernel: str, types: str, *_) -> bool:
-    return types != "fp32" and kernel in ("fwd", "bwd", "bwd_ranges")
+    return types != "fp32-ieee" and kernel in ("fwd", "bwd", "bwd_ranges")
 
 
 OP = Op(

@@ -8,7 +8,7 @@ import pytest
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 FILES = sorted(KERNELS.rglob("*.py"))
-DOT = ("dot", "tl.dot")
+DOT = ("dot", "tl.dot", "_dot", "dot_t")
 
 
 def calls(node: ast.AST) -> set[str]:
@@ -35,9 +35,12 @@ def transposed_products(source: str) -> list[str]:
                     made |= {name for target in targets for name in names(target)}
         for call in ast.walk(function):
             if isinstance(call, ast.Call) and ast.unparse(call.func) in DOT:
-                for operand in call.args[:2]:
+                for place, operand in enumerate(call.args[:2]):
                     text = ast.unparse(operand)
-                    if "trans(" in text and (names(operand) & made or calls(operand) & products):
+                    turned = ast.unparse(call.func) == "dot_t" and place == 1
+                    if (turned or "trans(" in text) and (
+                        names(operand) & made or calls(operand) & products
+                    ):
                         found.append(f"{function.name}: {text}")
     return found
 
@@ -48,6 +51,8 @@ def test_the_reader_finds_the_form():
     assert transposed_products(head + " return dot(tl.trans(a), b)") == ["f: tl.trans(a)"]
     cast = head + " c = 2 * a\n return tl.dot(b, tl.trans(round_to(c, 1)))"
     assert transposed_products(cast) == ["f: tl.trans(round_to(c, 1))"]
+    assert transposed_products(head + " return dot_t(a, b, None)") == []
+    assert transposed_products(head + " return dot_t(b, a, None)") == ["f: a"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(KERNELS)))

@@ -4,13 +4,13 @@
 Legend: B queries, C candidates, D width, G id columns.
 
 Forward: a program owns BLOCK_B queries and a range of candidates, and keeps sum_j p_ij and
-sum_j p_ij c_j without the positive, relative to a running row shift; `_combine_kernel` adds the
+sum_j p_ij c_j without the positive, relative to a shift of the row; `_combine_kernel` adds the
 ranges in a fixed order and puts the positive in. Backward: a program owns BLOCK_C candidates and a
 range of queries; the ranges are added by torch. No atomics and no locks: equal inputs give equal
 bits. The tiles are those of `linear_cross_entropy`, with the exclusions applied to the scores:
 
     ids      one comparison per logit and column
-    lists    every row keeps the position in its sorted list; tiles without an entry cost nothing
+    lists    every row keeps its next entry; tiles without an entry cost one comparison
     positive in the few tiles that hold one
 """
 
@@ -20,15 +20,16 @@ import triton.language as tl
 from fastrec.kernels.common.in_batch_pairs import (
     leave_out_groups,
     leave_out_listed,
-    list_bounds,
-    seek,
+    lists_from,
 )
 from fastrec.kernels.common.tiles import (
     dot,
+    dot_t,
     exp_shifted,
     join_means,
     join_sums,
     load_rows,
+    outgrown,
     product_in_chunks,
     round_to,
     softmax_step,
@@ -37,39 +38,30 @@ from fastrec.kernels.common.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "v", "per_range"])
-def _fwd_kernel(
-    x, c, bias, positive, row_group, item_group, listed, offsets, shift_out, sum_out, mean_out,
-    n, v, d, per_range,
+@triton.jit
+def _sweep(
+    x, c, bias, row_group, item_group, listed, offsets, row, live, y, begin, end, own, n, v, d,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr, WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNNING: tl.constexpr, STAGES: tl.constexpr, WITH_MEAN: tl.constexpr,
+    HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs read the same candidates.
-    blocks = tl.cdiv(n, BLOCK_B)
-    slot = tl.program_id(0)
-    own = tl.program_id(1) * BLOCK_D  # columns of c whose mean this program accumulates
-    row = ((slot % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    live = row < n
-    begin = (slot // blocks) * per_range * BLOCK_C
-    y = tl.load(positive + row, mask=live, other=-1)
+    """(shift, total, rounded, mean) of the queries `row` over the candidates [begin, end)."""
+    lowest = tl.min(tl.where(y < 0, v, y), 0)  # of the positives, which the tiles between hold
+    highest = tl.max(y, 0)
     if listed is not None:
-        place, end = list_bounds(offsets, row, live)
-        if begin > 0:
-            place = seek(listed, place, end, begin)
+        place, stop, value, nearest = lists_from(listed, offsets, row, live, begin)
     if CHUNKS == 1:
         x_tile = load_rows(x, row, live, d, 1, 0, d, BLOCK_D)
-
     shift = tl.full([BLOCK_B], -1e30, tl.float32)
     total = tl.zeros([BLOCK_B], tl.float32)
-    rounded = tl.zeros([BLOCK_B], tl.float32)
+    rounded = tl.zeros([BLOCK_B, 8], tl.float32)
     mean = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    for first in range(begin, tl.minimum(begin + per_range * BLOCK_C, v), BLOCK_C):
+    for first in tl.range(begin, end, BLOCK_C, num_stages=STAGES):
         item = first + tl.arange(0, BLOCK_C)
         real = item < v
         c_tile = load_rows(c, item, real, d, 1, own, d, BLOCK_D)
         if CHUNKS == 1:
-            s = dot(x_tile, tl.trans(c_tile), None, PRECISION)
+            s = dot_t(x_tile, c_tile, None, PRECISION)
         else:
             s = product_in_chunks(
                 x, row, live, d, 1, c, item, real, d, 1, d,
@@ -81,17 +73,50 @@ def _fwd_kernel(
             s = tl.where(real[None, :], s, float("-inf"))
         s = leave_out_groups(s, row, item, live, real, row_group, item_group, n, v, COLUMNS)
         if listed is not None:
-            s, place = leave_out_listed(s, item, listed, place, end, first + BLOCK_C)
-        inside = (y >= first) & (y < first + BLOCK_C)
-        if tl.max(inside.to(tl.int32), 0) > 0:
+            s, place, value, nearest = leave_out_listed(
+                s, item, listed, place, stop, value, nearest, first + BLOCK_C
+            )  # fmt: skip
+        if (first <= highest) & (first + BLOCK_C > lowest):
             s = tl.where(y[:, None] == item[None, :], float("-inf"), s)
         shift, total, rounded, mean = softmax_step(
-            s, c_tile, shift, total, rounded, mean, WITH_MEAN, HEADROOM, PRECISION
+            s, c_tile, first == begin, shift, total, rounded, mean,
+            RUNNING, WITH_MEAN, HEADROOM, PRECISION,
         )  # fmt: skip
+    return shift, total, rounded, mean
 
+
+@triton.jit(do_not_specialize=["n", "v", "per_range"])
+def _fwd_kernel(
+    x, c, bias, positive, row_group, item_group, listed, offsets, shift_out, sum_out, mean_out,
+    n, v, d, per_range,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr, RUNNING: tl.constexpr, WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs read the same candidates.
+    blocks = tl.cdiv(n, BLOCK_B)
+    slot = tl.program_id(0)
+    own = tl.program_id(1) * BLOCK_D  # columns of c whose mean this program accumulates
+    row = ((slot % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    live = row < n
+    begin = (slot // blocks) * per_range * BLOCK_C
+    end = tl.minimum(begin + per_range * BLOCK_C, v)
+    y = tl.load(positive + row, mask=live, other=-1)
+    shift, total, rounded, mean = _sweep(
+        x, c, bias, row_group, item_group, listed, offsets, row, live, y, begin, end, own, n, v, d,
+        BLOCK_B, BLOCK_C, BLOCK_D, CHUNKS, COLUMNS, RUNNING, None, WITH_MEAN, HEADROOM, PRECISION,
+    )  # fmt: skip
+    if not RUNNING:  # noqa: SIM102, what is known to the compiler alone
+        if outgrown(total):  # small tiles: it happens seldom, and must not cost registers
+            shift, total, rounded, mean = _sweep(
+                x, c, bias, row_group, item_group, listed, offsets, row, live, y, begin, end, own,
+                n, v, d, BLOCK_B, 16, BLOCK_D, CHUNKS, COLUMNS, True, 1, WITH_MEAN, HEADROOM,
+                PRECISION,
+            )  # fmt: skip
     at = slot.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     store_sums(
-        shift_out, sum_out, mean_out, at, own, shift, total, rounded, mean, d, WITH_MEAN, BLOCK_D
+        shift_out, sum_out, mean_out, at, own, shift, total, rounded, mean, d,
+        WITH_MEAN, x.dtype.element_ty, BLOCK_D,
     )  # fmt: skip
 
 
@@ -167,13 +192,12 @@ def _bwd_kernel(
     blocks = tl.cdiv(v, BLOCK_C)
     slot = tl.program_id(0)
     own = tl.program_id(1) * BLOCK_D
-    item = ((slot % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    lowest = (slot % blocks) * BLOCK_C
+    item = (lowest + tl.arange(0, BLOCK_C)).to(tl.int64)
     real = item < v
     begin = (slot // blocks) * per_range * BLOCK_B
     if listed is not None:
-        place, end = list_bounds(offsets, item, real)
-        if begin > 0:
-            place = seek(listed, place, end, begin)
+        place, end, value, nearest = lists_from(listed, offsets, item, real, begin)
     if CHUNKS == 1:
         c_tile = load_rows(c, item, real, d, 1, 0, d, BLOCK_D)
     if bias is not None:
@@ -186,7 +210,7 @@ def _bwd_kernel(
         live = row < n
         x_tile = load_rows(x, row, live, d, 1, own, d, BLOCK_D)
         if CHUNKS == 1:
-            s = dot(c_tile, tl.trans(x_tile), None, PRECISION)
+            s = dot_t(c_tile, x_tile, None, PRECISION)
         else:
             s = product_in_chunks(
                 x, row, live, d, 1, c, item, real, d, 1, d,
@@ -196,15 +220,17 @@ def _bwd_kernel(
             s += b[:, None]
         s = leave_out_groups(s, item, row, real, live, item_group, row_group, v, n, COLUMNS)
         if listed is not None:
-            s, place = leave_out_listed(s, row, listed, place, end, first + BLOCK_B)
+            s, place, value, nearest = leave_out_listed(
+                s, row, listed, place, end, value, nearest, first + BLOCK_B
+            )  # fmt: skip
         shift = tl.load(lse + row, mask=live, other=float("inf")) - HEADROOM
         p = exp_shifted(s, shift[None, :], PRECISION)
         p *= tl.load(grad + row, mask=live, other=0.0)[None, :]
         y = tl.load(positive + row, mask=live, other=-1)
-        hit = item[:, None] == y[None, :]
-        if tl.max(tl.max(hit.to(tl.int32), 1), 0) > 0:
+        inside = (y >= lowest) & (y < lowest + BLOCK_C)
+        if tl.max(inside.to(tl.int32), 0) > 0:
             g = tl.load(grad_positive + row, mask=live, other=0.0)
-            p = tl.where(hit, g[None, :], p)
+            p = tl.where(item[:, None] == y[None, :], g[None, :], p)
         if bias is not None:
             acc_bias += tl.sum(p, 1)
         acc = dot(round_to(p, x.dtype.element_ty), x_tile, acc, PRECISION)

@@ -4,12 +4,14 @@
 Legend: B queries, C candidates, G id columns.
 
     ids      one comparison per logit and column
-    lists    every row keeps the position in its sorted list; tiles without an entry cost nothing
+    lists    every row keeps its next entry; tiles without an entry cost one comparison
 """
 
 import torch
 import triton
 import triton.language as tl
+
+FAR = tl.constexpr(2**62)  # no index
 
 
 @triton.jit
@@ -41,22 +43,36 @@ def seek(values, place, end, first):
 
 
 @triton.jit
-def leave_out_listed(s, column, values, place, end, last, OUT: tl.constexpr = float("-inf")):
-    """OUT for the listed columns below `last`; also the position of every row after them."""
-    value = tl.load(values + place, mask=place < end, other=last)
-    if tl.min(value, 0) < last:  # the compiler pipelines no loop that holds a bare `while`
-        while tl.min(value, 0) < last:
-            s = tl.where(value[:, None] == column[None, :], OUT, s)
-            place += (value < last).to(tl.int64)
-            value = tl.load(values + place, mask=place < end, other=last)
-    return s, place
+def next_listed(values, place, end):
+    """What every row lists at `place`, FAR behind the last entry, and the nearest of all rows."""
+    value = tl.load(values + place, mask=place < end, other=FAR)
+    return value, tl.min(value, 0)
 
 
 @triton.jit
-def list_bounds(offsets, row, live):
-    return tl.load(offsets + row, mask=live, other=0), tl.load(
-        offsets + row + 1, mask=live, other=0
-    )
+def leave_out_listed(
+    s, column, values, place, end, value, nearest, last, OUT: tl.constexpr = float("-inf")
+):  # fmt: skip
+    """OUT for the listed columns below `last`; also (place, value, nearest) after them. Tiles
+    without an entry cost one comparison: what comes next was loaded when the entry before was
+    taken."""
+    if nearest < last:  # the compiler pipelines no loop that holds a bare `while`
+        while nearest < last:
+            s = tl.where(value[:, None] == column[None, :], OUT, s)
+            place += (value < last).to(tl.int64)
+            value, nearest = next_listed(values, place, end)
+    return s, place, value, nearest
+
+
+@triton.jit
+def lists_from(values, offsets, row, live, first):
+    """(place, end, value, nearest) of the lists of `row`: their first entries not below `first`."""
+    place = tl.load(offsets + row, mask=live, other=0)
+    end = tl.load(offsets + row + 1, mask=live, other=0)
+    if first > 0:
+        place = seek(values, place, end, first)
+    value, nearest = next_listed(values, place, end)
+    return place, end, value, nearest
 
 
 def by_column(ids: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `linear_cross_entropy`: the N x V logits exist one tile at a time.
 
-Legend: N rows, V items, D width. Rows are visited in the order of `_plan`: the scored ones first,
-sorted by target.
+Legend: N rows, V items, D width. Rows are visited in the order of `linear_cross_entropy_plan`: the
+scored ones first, sorted by target.
 
 Forward: a program owns BLOCK_N rows and a range of items. It streams tiles of W and keeps
-sum_j p_ij and sum_j p_ij W_j relative to a running row shift; `_combine_kernel` adds the ranges in
-a fixed order. Backward: a program owns BLOCK_V items and a range of rows (all of them where there
-are many items) and writes its rows of dW once. No atomics and no locks: equal inputs give equal
-bits.
+sum_j p_ij and sum_j p_ij W_j relative to a shift of the row; `_combine_kernel` adds the ranges in a
+fixed order. The shift is the maximum of the first tile: in bfloat16 and float32 p may be far above
+1. Where a sum gets too large (and always in float16) the shift follows the maximum.
+
+Backward: a program owns BLOCK_V items and a range of rows (all of them where there are many items)
+and writes its rows of dW once. No atomics and no locks: equal inputs give equal bits.
 
 The number of scored rows stays on the device, so the host never waits; programs without work exit.
 """
@@ -18,12 +20,15 @@ import triton.language as tl
 
 from fastrec.kernels.common.tiles import (
     dot,
+    dot_t,
     exp_shifted,
     join_means,
     join_sums,
     load_rows,
+    outgrown,
     round_to,
     softmax_step,
+    split,
     split_lse,
     store_sums,
 )
@@ -39,11 +44,40 @@ def _schedule(count, v, slots, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     return blocks, tl.cdiv(tiles, per_range), per_range
 
 
+@triton.jit
+def _sweep(
+    x_tile, w, bias, begin, end, v, d, stride_wv, stride_wd, stride_b,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, RUNNING: tl.constexpr,
+    STAGES: tl.constexpr, WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(shift, total, rounded, mean) of the rows of x_tile over the items [begin, end)."""
+    shift = tl.full([BLOCK_N], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    rounded = tl.zeros([BLOCK_N, 8], tl.float32)
+    mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for first in tl.range(begin, end, BLOCK_V, num_stages=STAGES):
+        item = first + tl.arange(0, BLOCK_V)
+        real = item < v
+        w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
+        w_tile = round_to(w_tile, x_tile.dtype)
+        s = dot_t(x_tile, w_tile, None, PRECISION)
+        if bias is not None:
+            b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
+            s += b.to(tl.float32)[None, :]
+        elif first + BLOCK_V > v:
+            s = tl.where(real[None, :], s, float("-inf"))
+        shift, total, rounded, mean = softmax_step(
+            s, w_tile, first == begin, shift, total, rounded, mean,
+            RUNNING, WITH_MEAN, HEADROOM, PRECISION,
+        )  # fmt: skip
+    return shift, total, rounded, mean
+
+
 @triton.jit(do_not_specialize=["v", "slots"])
 def _fwd_kernel(
     x, w, bias, order, count, shift_out, sum_out, mean_out,
     v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, RUNNING: tl.constexpr,
     WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs read the same items, so that a W tile comes from HBM once.
@@ -55,30 +89,22 @@ def _fwd_kernel(
     live = at < tl.load(count)
     row = tl.load(order + at, mask=live, other=0)
     x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
-
-    shift = tl.full([BLOCK_N], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    rounded = tl.zeros([BLOCK_N], tl.float32)
-    mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     begin = (slot // blocks) * per_range * BLOCK_V
-    for first in range(begin, tl.minimum(begin + per_range * BLOCK_V, v), BLOCK_V):
-        item = first + tl.arange(0, BLOCK_V)
-        real = item < v
-        w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
-        w_tile = round_to(w_tile, x.dtype.element_ty)
-        s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
-        if bias is not None:
-            b = tl.load(bias + item.to(tl.int64) * stride_b, mask=real, other=float("-inf"))
-            s += b.to(tl.float32)[None, :]
-        elif first + BLOCK_V > v:
-            s = tl.where(real[None, :], s, float("-inf"))
-        shift, total, rounded, mean = softmax_step(
-            s, w_tile, shift, total, rounded, mean, WITH_MEAN, HEADROOM, PRECISION
-        )  # fmt: skip
-
+    end = tl.minimum(begin + per_range * BLOCK_V, v)
+    shift, total, rounded, mean = _sweep(
+        x_tile, w, bias, begin, end, v, d, stride_wv, stride_wd, stride_b,
+        BLOCK_N, BLOCK_V, BLOCK_D, RUNNING, None, WITH_MEAN, HEADROOM, PRECISION,
+    )  # fmt: skip
+    if not RUNNING:  # noqa: SIM102, what is known to the compiler alone
+        if outgrown(total):  # small tiles: it happens seldom, and must not cost registers
+            shift, total, rounded, mean = _sweep(
+                x_tile, w, bias, begin, end, v, d, stride_wv, stride_wd, stride_b,
+                BLOCK_N, 16, BLOCK_D, True, 1, WITH_MEAN, HEADROOM, PRECISION,
+            )  # fmt: skip
     place = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     store_sums(
-        shift_out, sum_out, mean_out, place, 0, shift, total, rounded, mean, d, WITH_MEAN, BLOCK_D
+        shift_out, sum_out, mean_out, place, 0, shift, total, rounded, mean, d,
+        WITH_MEAN, x.dtype.element_ty, BLOCK_D,
     )  # fmt: skip
 
 
@@ -87,7 +113,7 @@ def _combine_kernel(
     x, w, bias, target, order, count, shift_in, sum_in, mean_in, lse_out, logit_out, offset_out,
     n, v, d, slots, stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    WITH_MEAN: tl.constexpr,
+    WITH_MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """lse, target_logit and mean_offset of BLOCK_R rows; 0 for rows that are not scored."""
     blocks, ranges, _ = _schedule(count, v, slots, BLOCK_N, BLOCK_V)
@@ -103,7 +129,14 @@ def _combine_kernel(
     x_tile = load_rows(x, row, live, stride_xn, stride_xd, 0, d, BLOCK_D)
     w_tile = load_rows(w, y, live, stride_wv, stride_wd, 0, d, BLOCK_D)
     w_tile = round_to(w_tile, x.dtype.element_ty)  # the value that forward multiplies
-    logit = tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
+    if PRECISION == "bf16x3":  # the product that forward computes, to the last digits
+        x_high, x_low = split(x_tile)
+        w_high, w_low = split(w_tile)
+        x_tile = x_high.to(tl.float32) + x_low.to(tl.float32)
+        w_tile = w_high.to(tl.float32) + w_low.to(tl.float32)
+        logit = tl.sum(x_tile * w_tile - x_low.to(tl.float32) * w_low.to(tl.float32), 1)
+    else:
+        logit = tl.sum(x_tile.to(tl.float32) * w_tile.to(tl.float32), 1)
     if WITH_MEAN:
         col = tl.arange(0, BLOCK_D)
         mean = join_means(
@@ -130,7 +163,7 @@ def _bwd_kernel(
     HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW and db of BLOCK_V items from a range of rows: [ranges, V, D] and [ranges, V]. x and the
-    [N] vectors are contiguous, in the order of `_plan`."""
+    [N] vectors are contiguous, in the order of `linear_cross_entropy_plan`."""
     tiles = tl.cdiv(v, BLOCK_V)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     part = (tl.program_id(0) // tiles).to(tl.int64)
@@ -153,7 +186,7 @@ def _bwd_kernel(
         at = first + tl.arange(0, BLOCK_N)
         live = at < rows
         x_tile = load_rows(x, at, live, d, 1, 0, d, BLOCK_D)
-        s = dot(w_tile, tl.trans(x_tile), None, PRECISION)
+        s = dot_t(w_tile, x_tile, None, PRECISION)
         shift = tl.load(lse + at, mask=live, other=float("inf")) - HEADROOM
         if bias is not None:
             s += b[:, None]

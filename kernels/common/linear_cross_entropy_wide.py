@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of `linear_cross_entropy` for widths above 256: stored scores.
+"""Triton kernels of `linear_cross_entropy` for large widths: stored scores.
 
 A program that owned rows of such a width could not hold their sums in registers, and one that took
 64 columns of them would compute every score again for every 64 columns. So the products are those
@@ -26,9 +26,20 @@ TILE = 64, 128  # rows and items of a backward program
 WARPS = {"softmax": 4, "gradient": 8}
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed and returned in float32."""
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as a sum of two bfloat16, exact to 2^-17."""
+    high = x.bfloat16()
+    return high, (x - high.float()).bfloat16()
+
+
+def product(a: Tensor, b: Tensor, precision: str = "ieee") -> Tensor:
+    """a @ b, summed and returned in float32. "bf16x3": the three products of the halves of float32
+    that count, as one of three times the inner size; copies take 1.5 times the operands."""
     with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32 and precision == "bf16x3":
+            (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
+            a = torch.cat([a_low, a_high, a_high], 1)
+            b = torch.cat([b_high, b_low, b_high], 0)
         if a.dtype == torch.float32 or not a.is_cuda:
             return a.float() @ b.float()
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -128,12 +139,13 @@ def forward(input, linear_weight, linear_bias, target, with_offset, options):
         items = len(w)
         p = input.new_empty(n if with_offset else 0, items)
         _softmax_kernel[(n,)](
-            product(input, w.t()), bias, target, shift, sums, fade, logit, p, part.start, items,
+            product(input, w.t(), options["PRECISION"]), bias, target, shift, sums, fade, logit, p,
+            part.start, items,
             0 if bias is None else bias.stride(0),
             BLOCK=BLOCK, WITH_MEAN=with_offset, num_warps=WARPS["softmax"], **options,
         )  # fmt: skip
         if with_offset:
-            mean.mul_(fade[:, None]).add_(product(p, w))
+            mean.mul_(fade[:, None]).add_(product(p, w, options["PRECISION"]))
     live = target >= 0
     total, rounded = sums.unbind(1)
     lse, rest = split_sum(shift, total.log())
@@ -142,6 +154,8 @@ def forward(input, linear_weight, linear_bias, target, with_offset, options):
     lse = torch.stack([torch.where(low, logit, lse), rest])
     if with_offset:
         target_rows = linear_weight.index_select(0, target.clamp_min(0)).to(input.dtype)
+        if target_rows.dtype == torch.float32 and options["PRECISION"] == "bf16x3":
+            target_rows = sum(half.float() for half in halves(target_rows))  # as it was multiplied
         mean = mean / rounded[:, None] - target_rows.float()
         mean = torch.where(live[:, None], mean, 0.0)
     return torch.where(live, lse, 0.0), logit, mean
@@ -163,11 +177,12 @@ def backward(input, linear_weight, linear_bias, target, vectors, scale, options)
         p = input.new_empty(n, items)
         sums = vectors.new_empty(0 if bias is None else blocks, items)
         _gradient_kernel[(blocks, triton.cdiv(items, block_v))](
-            product(input, w.t()), bias, target, *vectors, p, sums, n, part.start, items,
+            product(input, w.t(), options["PRECISION"]), bias, target, *vectors, p, sums, n,
+            part.start, items,
             0 if bias is None else bias.stride(0),
             BLOCK_N=block_n, BLOCK_V=block_v, num_warps=WARPS["gradient"], **options,
         )  # fmt: skip
-        grad_weight[part] = product(p.t(), input).mul_(scale)
+        grad_weight[part] = product(p.t(), input, options["PRECISION"]).mul_(scale)
         if bias is not None:
             grad_bias[part] = sums.sum(0) * scale
     return grad_weight, grad_bias

@@ -12,7 +12,7 @@ import triton.language as tl
 from fastrec.kernels.common.tiles import (
     allow_tf32,
     capability_of,
-    dot,
+    dot_t,
     load_rows,
     product_in_chunks,
 )
@@ -35,7 +35,7 @@ def score_tile(
     shapes: equal rows of w give equal bits, wherever they stand."""
     if CHUNKS == 1:
         w_tile = load_rows(w, item, real, stride_wv, stride_wd, 0, d, BLOCK_D)
-        s = dot(x_tile, tl.trans(w_tile), None, PRECISION)
+        s = dot_t(x_tile, w_tile, None, PRECISION)
     else:
         s = product_in_chunks(
             x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
@@ -50,7 +50,8 @@ def score_tile(
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of a 16-bit table by BLOCK_D, the largest found that
 # spill on none of sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program
 # are one tile.
-TILES = {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (64, 64, 4, 2)}
+# With 4 warps each has whole rows, and a reduction over the items of a tile no barrier.
+TILES = {64: (64, 128, 4, 3), 128: (64, 128, 8, 3), 256: (64, 64, 4, 2)}
 # A float32 table is multiplied in float32, without tensor cores: rounding it to the 16 bits of the
 # rows would reorder items, and three products of tf32 need too many registers. In chunks of 32
 # columns, because the compiler takes a product of float32 apart into its single terms.

@@ -10,6 +10,7 @@ from fastrec.backend import interpreting
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(5.5)  # the running shift of a row follows its maximum in steps above e^5.5
+MOST = tl.constexpr(2.0**64)  # of a sum relative to the first tile: e^44 above its maximum
 # The interpreter (Triton 3.6 to 3.9) truncates to bfloat16 and multiplies the bits of bfloat16.
 INTERPRETED = tl.constexpr(interpreting())
 
@@ -25,10 +26,45 @@ def round_to(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def split(x):
+    """float32 as a sum of two bfloat16: (high, low), |x - high - low| <= 2^-17 |x|."""
+    bits = x.to(tl.int32, bitcast=True)
+    high = ((bits + 0x8000) & -65536).to(tl.float32, bitcast=True)  # a half goes away from 0
+    return round_to(high, tl.bfloat16), round_to(x - high, tl.bfloat16)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. "bf16x3": float32 as sums of two bfloat16, without the product of the low
+    ones: each product is exact to 2^-15."""
+    if PRECISION == "bf16x3" and a.dtype == tl.float32:
+        a_high, a_low = split(a)
+        b_high, b_low = split(b)
+        acc = _dot(a_low, b_high, acc, "tf32")
+        acc = _dot(a_high, b_low, acc, "tf32")
+        return _dot(a_high, b_high, acc, "tf32")
+    else:
+        return _dot(a, b, acc, PRECISION)
+
+
+@triton.jit
+def dot_t(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b^T. b is split before it is turned: a later product with b finds the parts."""
+    if PRECISION == "bf16x3" and a.dtype == tl.float32:
+        a_high, a_low = split(a)
+        b_high, b_low = split(b)
+        acc = _dot(a_low, tl.trans(b_high), acc, "tf32")
+        acc = _dot(a_high, tl.trans(b_low), acc, "tf32")
+        return _dot(a_high, tl.trans(b_high), acc, "tf32")
+    else:
+        return _dot(a, tl.trans(b), acc, PRECISION)
 
 
 @triton.jit
@@ -76,36 +112,47 @@ def product_in_chunks(
         x_part = load_rows(x, row, live, stride_xn, stride_xd, first, d, BLOCK_D)
         w_part = load_rows(w, item, real, stride_wv, stride_wd, first, d, BLOCK_D)
         x_part, w_part = round_to(x_part, TYPE), round_to(w_part, TYPE)
-        if BY_ITEM:
-            s = dot(w_part, tl.trans(x_part), s, PRECISION)
-        else:
-            s = dot(x_part, tl.trans(w_part), s, PRECISION)
+        s = dot_t(w_part, x_part, s, PRECISION) if BY_ITEM else dot_t(x_part, w_part, s, PRECISION)
     return s
 
 
 @triton.jit
+def outgrown(total):
+    """Whether a row's sum, relative to the maximum of its first tile, has left the numbers that
+    can be trusted: then the tiles are read again with a running shift."""
+    return tl.max((total > MOST).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def softmax_step(
-    s, values, shift, total, rounded, mean,
-    WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+    s, values, first, shift, total, rounded, mean,
+    RUNNING: tl.constexpr, WITH_MEAN: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the scores s [R, C] of `values` [C, D] to the sums of p = exp(s - shift): total, and, of
-    p rounded as the product takes it, rounded and mean. p stays below e^(SLACK + HEADROOM): only
-    where a maximum outgrows that do shift and sums change."""
-    peak = tl.max(s, 1)
-    grown = peak > shift + (SLACK + HEADROOM)
-    if tl.max(grown.to(tl.int32), 0) > 0:
-        new = tl.where(grown, peak - HEADROOM, shift)
-        fade = tl.exp2((shift - new) * LOG2E)
-        total *= fade
-        if WITH_MEAN:
-            rounded *= fade
-            mean *= fade[:, None]
-        shift = new
+    """Adds the scores s [R, C] of `values` [C, D] to the sums of p = exp(s - shift): total [R], and
+    of p rounded as the product takes it rounded [R, 8] and mean [R, D].
+
+    The shift is the maximum of the tile where `first` is true. If RUNNING, p stays below
+    e^(SLACK + HEADROOM): where a maximum outgrows that, shift and sums change. The branch is one
+    for all rows, so all warps wait for each other."""
+    if RUNNING:
+        peak = tl.max(s, 1)
+        grown = peak > shift + (SLACK + HEADROOM)
+        if tl.max(grown.to(tl.int32), 0) > 0:
+            new = tl.where(grown, peak - HEADROOM, shift)
+            fade = tl.exp2((shift - new) * LOG2E)
+            total *= fade
+            if WITH_MEAN:
+                rounded *= fade[:, None]
+                mean *= fade[:, None]
+            shift = new
+    elif first:
+        shift = tl.maximum(tl.max(s, 1), -1e30)
     p = exp_shifted(s, shift[:, None], PRECISION)
     total += tl.sum(p, 1)
     if WITH_MEAN:
         q = round_to(p, values.dtype)
-        rounded += tl.sum(q.to(tl.float32), 1)
+        if values.dtype != tl.float32:  # by the tensor cores: taken apart, q costs 3 operations
+            rounded = dot(q, tl.full([s.shape[1], 8], 1.0, q.dtype), rounded, PRECISION)
         mean = dot(q, values, mean, PRECISION)
     return shift, total, rounded, mean
 
@@ -113,13 +160,16 @@ def softmax_step(
 @triton.jit
 def store_sums(
     shift_out, sum_out, mean_out, at, own, shift, total, rounded, mean, d,
-    WITH_MEAN: tl.constexpr, BLOCK_D: tl.constexpr,
+    WITH_MEAN: tl.constexpr, TYPE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums of one range at the places `at`, for `join_sums`; of mean the columns from `own`."""
     if own == 0:
         tl.store(shift_out + at, shift)
         tl.store(sum_out + 2 * at, total)
-        tl.store(sum_out + 2 * at + 1, rounded)
+        if tl.float32 != TYPE:
+            tl.store(sum_out + 2 * at + 1, tl.max(rounded, 1))  # eight times the same
+        else:
+            tl.store(sum_out + 2 * at + 1, total)
     if WITH_MEAN:
         col = own + tl.arange(0, BLOCK_D)
         tl.store(mean_out + at[:, None] * d + col[None, :], mean, mask=(col < d)[None, :])
@@ -183,6 +233,12 @@ def ranges_of(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
 def sum_ranges(parts: torch.Tensor) -> torch.Tensor:
     """Sums over the first dimension, the ranges, in order; of one range a view."""
     return parts.sum(0) if len(parts) > 1 else parts[0]
+
+
+def float32_products() -> str:
+    """How float32 is multiplied, by `torch.backends.cuda.matmul.fp32_precision`: "ieee" where that
+    was asked for, else by tensor cores with errors up to 2^-15 of a product (tf32: 2^-10)."""
+    return "ieee" if torch.backends.cuda.matmul.fp32_precision == "ieee" else "bf16x3"
 
 
 def allow_tf32(*configs: dict) -> None:

@@ -86,6 +86,17 @@ class Op:
     rounding_band: Callable[[str, Sample], float] = no_band
 
 
+def split_band(backend: str, input: Tensor, table: Tensor) -> float:
+    """Triton multiplies float32 as sums of two bfloat16, unless "ieee" is asked for: each product
+    is wrong by up to 2^-15 of it, which is that error in a score and, relatively, in what is
+    computed from exponentials of it; once more in the product with these."""
+    asked = torch.backends.cuda.matmul.fp32_precision == "ieee"
+    if backend != "triton" or input.dtype != torch.float32 or asked or not table.numel():
+        return 0.0
+    score = input.double().norm(dim=-1).nan_to_num(0).max() if input.numel() else torch.zeros(())
+    return 2.0**-15 * (1 + 2 * (score * table.double().norm(dim=-1).max()).item())
+
+
 def generator(name: str, device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(sum(map(ord, name)))
 

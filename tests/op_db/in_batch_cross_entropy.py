@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import fastrec
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy_ref
-from op_db.case import Op, Sample, Types, generator
+from op_db.case import Op, Sample, Types, generator, split_band
 
 OFFSETS = "exclude_offsets"
 
@@ -156,6 +157,14 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         floor={"output": 80.0},
         why="the loss is the difference of two logits of this size",
     )
+    # Far higher behind the first tile of a program's candidates than in it.
+    step = 60.0 * (torch.arange(300, device=device) >= 64)
+    yield Sample(
+        "outgrown",
+        problem("outgrown", c=300, fixed_temperature=math.sqrt(d), candidate_bias=step),
+        floor={"output": 60.0},
+        why="the loss is the difference of two logits of this size",
+    )
     temperature = torch.tensor(0.7, device=device, dtype=types.table)
     yield sample("temperature", l2("temperature", c=c, temperature=temperature))
 
@@ -229,9 +238,20 @@ def _private(device: str, op: str) -> Iterator[tuple]:
 def _rounding_band(backend: str, sample: Sample) -> float:
     """On triton the centred operands and the probabilities are rounded to the dtype of the query
     (one eps of it) for the tensor cores; the loss and the parameters may be float32."""
-    dtype = sample.kwargs["query"].dtype
-    low = torch.finfo(dtype).bits == 16
-    return torch.finfo(dtype).eps if backend == "triton" and low else 0.0
+    given = sample.kwargs
+    query, candidate = given["query"], given["candidate"]
+    if torch.finfo(query.dtype).bits == 16:
+        return torch.finfo(query.dtype).eps if backend == "triton" else 0.0
+    # The operands whose products are the scores.
+    similarity = given.get("similarity", "dot")
+    if similarity == "cosine":
+        query, candidate = F.normalize(query), F.normalize(candidate)
+    if similarity == "weighted_l2":
+        weight = given.get("weight")
+        query = 2 * query * (1 if weight is None else weight.detach().abs().max())
+    temperature = given.get("fixed_temperature", given.get("temperature"))
+    temperature = 1.0 if temperature is None else float(temperature)
+    return split_band(backend, query.detach() / temperature, candidate.detach())
 
 
 OP = Op(

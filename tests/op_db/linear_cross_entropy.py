@@ -11,7 +11,7 @@ import torch
 
 import fastrec
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
-from op_db.case import Op, Sample, Types, generator
+from op_db.case import Op, Sample, Types, generator, split_band
 
 
 def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sample]:
@@ -121,6 +121,15 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     out[::5] = True
     out[case["target"]] = False
     yield Sample("bias_minus_inf", case | {"linear_bias": bias.masked_fill(out, -math.inf)})
+    # Far higher scores behind the first tile of a program's items than in it.
+    case = problem("outgrown", n, 700, 16, reduction="none")
+    step = 60.0 * (torch.arange(700, device=device) >= 128)
+    yield Sample(
+        "outgrown",
+        case | {"linear_bias": step.to(types.table)},
+        floor={"output": 60.0},
+        why="the loss is the difference of two logits of this size",
+    )
     # Four rows after whole tiles (of 192 and fewer, and of all chunks) that take no part: a table
     # whose last rows are special tokens.
     for name, items in {"tail_out": 388, "tail_out_not_stored": 32772}.items():
@@ -252,7 +261,9 @@ def _rounding_band(backend: str, sample: Sample) -> float:
     input = sample.kwargs["input"]
     mixed = sample.kwargs["linear_weight"].dtype != input.dtype
     rounds = backend == "triton" or (backend == "cpp" and input.dtype == torch.bfloat16)
-    return torch.finfo(input.dtype).eps if rounds and mixed else 0.0
+    if rounds and mixed:
+        return torch.finfo(input.dtype).eps
+    return split_band(backend, input, sample.kwargs["linear_weight"])
 
 
 OP = Op(
