@@ -29,6 +29,7 @@ from fastrec.nn.spread import part_of, spread, spread_parameters, whole_state
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
+from fastrec.training.checkpoint import write_checkpoint
 from fastrec.training.config import Recipe
 from fastrec.training.module import StageModule
 from fastrec.training.rows import Tables, clip_, share_gradients, tables_of, use_rows
@@ -189,12 +190,11 @@ def spread_recipe(update: str, **changes) -> Recipe:
     sampled = Sampled(4, by="popularity") if update == "rows" else None
     stage = dict(steps=12, batch_size=64, validate_every=6, checkpoint_every=5)
     tables = {"update": update, "shard": True, **changes.pop("tables", {})}
-    stage |= {"tables": Tables(**tables), **changes}
-    objectives = changes.pop("objectives", {"item": Item(sampled=sampled)})
+    stage |= {"tables": Tables(**tables), "objectives": {"item": Item(sampled=sampled)}, **changes}
     encoder = Transformer(layers=1, heads=2, causal=True)
     return Recipe(
         model=replace(MODEL, encoder=encoder, tokens=[]),
-        pretraining=Stage(views={"main": [NextItem()]}, objectives=objectives, **stage),
+        pretraining=Stage(views={"main": [NextItem()]}, **stage),
     )
 
 
@@ -259,6 +259,29 @@ def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
     two.run(killed, data, tmp_path / "fewer", pair, 7)
     run(data, tmp_path / "fewer", chosen, resume=True)
     close_models(tmp_path / "one", tmp_path / "fewer")
+
+
+def test_a_run_that_dies_between_its_shards_and_their_checkpoint(data, tmp_path, monkeypatch):
+    chosen = spread_recipe("rows", monitor="steps")
+    run(data, tmp_path / "whole", chosen)
+    written = []
+
+    def dies(state, path):
+        written.append(state["shards"])
+        if len(written) == 2:
+            raise Killed
+        write_checkpoint(state, path)
+
+    with monkeypatch.context() as context:
+        context.setattr("fastrec.training.callbacks.write_checkpoint", dies)
+        with pytest.raises(Killed):
+            run(data, tmp_path / "cut", chosen)
+    left = {path.name for path in (tmp_path / "cut").glob("last.shards-*")}
+    assert left == set(written), "the first pair, and the shards of the second"
+    run(data, tmp_path / "cut", chosen, resume=True)
+    assert_same_models(tmp_path / "whole", tmp_path / "cut")
+    (last,) = (tmp_path / "cut").glob("last.shards-*")
+    assert last.name not in written
 
 
 def test_damaged_shards_are_named(data, tmp_path):
