@@ -6,8 +6,9 @@
 
 Users, items and negatives are those of `benchmarks.tables`, one thread a process, gloo. A step is
 the batch, forward, backward, the exchange of gradients and the optimizer; of several processes the
-slowest is printed: median and minimum of wall time in ms, the mean loss of the steps, and the
-largest resident memory of a process beyond what it had before the model.
+slowest is printed: median and minimum of wall time and of process CPU time in ms, the largest
+resident memory of a process beyond what it had before the model, that after the last step, and the
+mean loss of the steps.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def measure(options) -> dict:
     update = "dense" if options.whole else "rows"
     tables = {"update": update} if options.whole else {"update": update, "optimizer": "adam"}
     recipe = "sasrec" if options.whole else "sasrec-sampled"
-    before = memory()
+    before, began = memory(), now()
     torch.manual_seed(0)
     module, loader = case(options.items, recipe, tables, options.batch)
     model, objective = module.model, module.objective
@@ -52,11 +53,11 @@ def measure(options) -> dict:
     ours = {id(p) for p, _ in spread_parameters(model).values()} | set(map(id, shared))
     common = [p for p in module.parameters() if id(p) not in ours]
     optimizer = module.configure_optimizers()["optimizer"]
-    times, losses = [], []
+    times, cpu, losses = [], [], []
     for number in range(options.steps + 2):
         if world > 1:
             dist.barrier()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         terms = objective(model, loader.batch_at(number), Rng(0, number))
         loss = total_loss(terms, world)
         loss.backward()
@@ -70,17 +71,25 @@ def measure(options) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(1e3 * (time.perf_counter() - start))
+        cpu.append(1e3 * (time.process_time() - used))
         losses.append(loss.item())
-    found = [median(times[2:]), min(times[2:]), memory() - before, sum(losses) / len(losses)]
+    found = [median(times[2:]), min(times[2:]), median(cpu[2:]), min(cpu[2:]), memory() - before]
+    found += [now() - began, sum(losses) / len(losses)]
     if world > 1:
         seen = torch.tensor(found, dtype=torch.float64)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        mean = torch.tensor(found[3] / world, dtype=torch.float64)
+        mean = torch.tensor(found[-1] / world, dtype=torch.float64)
         dist.all_reduce(mean)
-        found = [*seen.tolist()[:3], mean.item()]
+        found = [*seen.tolist()[:-1], mean.item()]
         dist.destroy_process_group()
-    names = ("median", "minimum", "memory", "loss")
+    names = ("median", "minimum", "cpu", "least", "memory", "kept", "loss")
     return dict(zip(names, found, strict=True))
+
+
+def now() -> float:
+    """MiB that are resident."""
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def run(arguments: list[str], how: str, world: int) -> dict:
@@ -121,13 +130,14 @@ def main() -> None:
     cases = [("copies", 1), ("copies", options.processes), ("shard", options.processes)]
     if options.whole:  # copies of a dense table: its gradient is all-reduced, and no gain
         cases = [cases[0], cases[2]]
-    print("table, processes: wall ms (median, min), MiB a process, loss")
+    print("table, processes: wall, cpu ms (median, min)  MiB (most, at the end)  loss")
     for _ in range(options.rounds):
         for how, world in cases:
             got = run(sys.argv[1:], how, world)
             print(
                 f"{how:<6} {world}  {got['median']:.0f}, {got['minimum']:.0f}"
-                f"  {got['memory']:.0f}  {got['loss']:.6f}",
+                f"  cpu {got['cpu']:.0f}, {got['least']:.0f}"
+                f"  {got['memory']:.0f}, {got['kept']:.0f}  {got['loss']:.6f}",
                 flush=True,
             )
 
