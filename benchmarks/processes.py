@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 from benchmarks.tables import case, memory
@@ -88,7 +89,7 @@ def measure(options) -> dict:
 
 def now() -> float:
     """MiB that are resident."""
-    pages = int(open("/proc/self/statm").read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

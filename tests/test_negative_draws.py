@@ -52,12 +52,11 @@ def successive(weights: dict[int, int], count: int) -> dict[tuple, float]:
 def test_the_law_is_that_of_draws_in_turn(rounds, monkeypatch):
     """Keys alone, keys after a round of rejection, rejection: the same probabilities."""
     monkeypatch.setattr("fastrec.evaluation.candidates._ROUNDS", rounds)
-    weights = {1: 1, 2: 2, 3: 4}
-    sequences = [[0] * 40] + [[item] for item, times in weights.items() for _ in range(times)]
-    dataset, draws = dataset_of(sequences, 4), 6000
+    weights, draws = {1: 1, 2: 2, 3: 4}, 6000
+    sequences = [[0]] * draws + [[item] for item in weights for _ in range(1000 * weights[item])]
+    drawn = sampled_negatives(dataset_of(sequences, 4), torch.arange(draws), 2, seed=0)
     seen: dict[tuple, int] = {}
-    for seed in range(draws):
-        order = tuple(sampled_negatives(dataset, torch.tensor([0]), 2, seed)[0].tolist())
+    for order in map(tuple, drawn.tolist()):
         seen[order] = seen.get(order, 0) + 1
     law = successive(weights, 2)
     assert set(seen) == set(law)

@@ -97,7 +97,8 @@ def test_evaluate_under_a_launcher_prints_once(data, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = {"MASTER_PORT": str(free.getsockname()[1])}
-    flags = ("--data", data, "--pretrained", tmp_path / "run" / "model", "--device=cpu")
+    flags = ("--config=bert4rec", "--data", data, "--device=cpu")
+    flags += ("--pretrained", tmp_path / "run" / "model")
     files = ("--output", tmp_path / "found.json", "--ranks", tmp_path / "ranks.csv")
     made = [
         subprocess.Popen(
