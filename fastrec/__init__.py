@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from fastrec.nn.user_model import UserModel
     from fastrec.onnx import export_onnx, onnx_query
     from fastrec.serve import Recommender, recommend
+    from fastrec.serve_cold import OtherCatalogue
+    from fastrec.training.adapters import save_adapter, with_adapter
     from fastrec.training.config import Recipe
     from fastrec.training.fit import fit
     from fastrec.training.model_folder import load_model
@@ -50,6 +52,7 @@ __version__ = "0.1.0"
 # Their modules import polars, Lightning and others: a program that only wants an op goes without.
 LATER = {
     "ModelConfig": "fastrec.nn.model_config",
+    "OtherCatalogue": "fastrec.serve_cold",
     "Recipe": "fastrec.training.config",
     "Recommender": "fastrec.serve",
     "SequenceDataset": "fastrec.data.dataset",
@@ -68,11 +71,14 @@ LATER = {
     "patched": "fastrec.integrations.patching",
     "prepare": "fastrec.data.prepare",
     "recommend": "fastrec.serve",
+    "save_adapter": "fastrec.training.adapters",
     "unpatch": "fastrec.integrations.patching",
     "user_vectors": "fastrec.vectors",
+    "with_adapter": "fastrec.training.adapters",
 }
 __all__ = [
     "ModelConfig",
+    "OtherCatalogue",
     "Recipe",
     "Recommender",
     "SequenceDataset",
@@ -106,8 +112,10 @@ __all__ = [
     "prepare",
     "recommend",
     "sampled_linear_cross_entropy",
+    "save_adapter",
     "unpatch",
     "user_vectors",
+    "with_adapter",
 ]
 
 

@@ -22,7 +22,7 @@ from fastrec.backend import device_of
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.cli_prepare import generate, prepare
-from fastrec.cli_serve import embed, index, recommend, similar
+from fastrec.cli_serve import adapter, embed, index, recommend, similar
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import input_errors
 from fastrec.data.output import check_absent, check_table_path, locked_file, write_text
@@ -77,7 +77,7 @@ def finetune(
     Args:
         data: folder written by `fastrec prepare`.
         output: folder of the run; the best model on validation is in `output/model`.
-        task: name of the stage, such as recommendation, profile, relation or cold_start;
+        task: name of the stage, such as recommendation, profile, relation, cold_start or click;
             recommendation if the recipe has it, else pretraining.
         init: folder of a pre-trained model; random weights without it.
         new_items_like: column of item attributes: items that the model does not know begin as the
@@ -121,6 +121,7 @@ def evaluate(
     split: Literal["valid", "test"] = "test",
     output: Path | None = None,
     ranks: Path | None = None,
+    adapter: Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
@@ -134,27 +135,29 @@ def evaluate(
             recipe has it. The next item of each user is ranked beside popularity and by length of
             the sequence; attributes of held-out users are predicted beside mean and most frequent
             class; their friends are found beside shared items ("Sim"); items of another catalogue
-            are ranked beside popularity; ratings are predicted beside their mean and beside biases
+            are ranked beside popularity; clicks are told from other items beside popularity or the
+            share of clicks of an item; ratings are predicted beside their mean and beside biases
             of items and users; of the judge vectors, two dropout passes of a user are
             compared, and users with each other.
-        split: which held-out events, for the next item and ratings; which input, for vectors; which
-            rows, for cold start.
+        split: which held-out events, for the next item, ratings and clicks; which input, for
+            vectors; which rows, for cold start.
         output: JSON file for the metrics.
         ranks: .csv or .parquet file for user_id, item_id (the held-out item) and its rank, of
             next items and cold start.
+        adapter: folder of `fastrec adapter`: patches and heads that the model gets.
         overwrite: replace a file `output` or `ranks`.
         device: cpu, cuda or cuda:N; auto is a GPU, or the CPU.
     """
     if ranks is not None:
         check_table_path(ranks)
         check_absent(ranks, overwrite)
-    writes = output is not None and first_process()
-    with locked_file(output, overwrite) if writes else contextlib.nullcontext():
+    written = output if first_process() else None
+    with contextlib.nullcontext() if written is None else locked_file(written, overwrite):
         with group_of_launcher(device_of(device)) as group:
             ranks = ranks if first_process() else None
-            result = _evaluate(recipe, data, pretrained, task, split, ranks, device, group)
-        if output is not None and writes:
-            write_text(output, json.dumps(result, indent=2) + "\n")
+            result = _evaluate(recipe, data, pretrained, task, split, ranks, adapter, device, group)
+        if written is not None:
+            write_text(written, json.dumps(result, indent=2) + "\n")
 
 
 def _evaluate(
@@ -164,15 +167,18 @@ def _evaluate(
     task: str | None,
     split: str,
     ranks: Path | None,
+    adapter: Path | None,
     device: str,
     group,
 ) -> dict:
     dataset = SequenceDataset.load(data)
-    made = read_trained_on(pretrained).get("stage")
+    heads = adapter or pretrained  # the folder that says what the model was trained for
+    made = read_trained_on(heads).get("stage")
     task = task or (made if made in recipe.stages else _default_task(recipe))
     stage = recipe.stage(task)
     asked = stage.judge in ("next_item", "texts")  # other judges read no user vectors
-    trained = load_model(pretrained, dataset, _held_out(recipe, stage), same_users=asked)
+    held_out = _held_out(recipe, stage)
+    trained = load_model(pretrained, dataset, held_out, same_users=asked, adapter=adapter)
     config = trained.config  # a stage may have another dropout, and patches
     asks = dataclasses.replace(recipe.model, dropout=config.dropout, encoder=config.encoder)
     if recipe.model != ModelConfig():
@@ -180,7 +186,7 @@ def _evaluate(
     if asked:
         _say_other_protocol(trained, recipe)
     trained = trained.to(device_of(device))
-    return evaluate_stage(dataset, recipe, stage, trained, pretrained, split, ranks, group)
+    return evaluate_stage(dataset, recipe, stage, trained, heads, split, ranks, group)
 
 
 def list_recipes():
@@ -238,6 +244,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recommend": recommend,
     "similar": similar,
     "index": index,
+    "adapter": adapter,
     "bench": bench,
     "demo": demo,
 }
@@ -311,11 +318,13 @@ def _with_recipe(name: str, arguments: list[str]) -> None:
 
 
 def _own_recipe(arguments: list[str]) -> list[str]:
-    """--config with the recipe of the model that --pretrained names."""
+    """--config with the recipe of the adapter that --adapter names, or else of the model that
+    --pretrained does."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    for flag, value in [*pairs, *(a.partition("=")[::2] for a in arguments)]:
-        if flag == "--pretrained" and (Path(value) / RECIPE).is_file():
-            return ["--config", str(Path(value) / RECIPE)]
+    given = dict([*pairs, *(a.partition("=")[::2] for a in arguments)])
+    for flag in ("--adapter", "--pretrained"):
+        if flag in given and (file := Path(given[flag]) / RECIPE).is_file():
+            return ["--config", str(file)]
     return []
 
 

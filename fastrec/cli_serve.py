@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that ask a trained model: `embed`, `recommend`, `similar` and `index`."""
+"""The commands that ask a trained model: `embed`, `recommend`, `similar` and `index`; and `adapter`."""
 
 import json
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,11 @@ from fastrec.data.output import check_absent, check_table_path, locked_file, wri
 from fastrec.data.prepare.text import read_lines
 from fastrec.evaluation.report import plot_plane
 from fastrec.index import index_recall, item_index, write_index
+from fastrec.nn.pool import Pool, Pooling
 from fastrec.serve import Recommender
-from fastrec.training.model_folder import load_model
+from fastrec.serve_cold import OtherCatalogue, judges_cold_start
+from fastrec.training.adapters import save_adapter
+from fastrec.training.model_folder import load_model, trained_pool
 from fastrec.vectors import item_vectors, principal_components, user_vectors
 
 
@@ -24,7 +28,8 @@ def embed(
     output: Path,
     what: Literal["users", "items", "queries"] = "users",
     users: Path | None = None,
-    pool: Literal["max", "mean", "cls", "ur", "last"] | None = None,
+    pool: Literal["max", "mean", "cls", "ur", "last", "attention", "interests"] | None = None,
+    adapter: Path | None = None,
     new_items_like: str | None = None,
     plot: Path | None = None,
     color_by: str | None = None,
@@ -42,7 +47,9 @@ def embed(
             whose products with the vectors of items, plus the biases, are the scores.
         users: text file with one original user id a line; all users without it.
         pool: of users: max (UPRec, eq. 8) or mean over the items, the state of a token, or of the
-            last item; the state of [UR] where the model has one, else max.
+            last item; attention or interests, as an objective of the model has trained it; the
+            state of [UR] where the model has one, else max.
+        adapter: folder of `fastrec adapter`: patches and heads that the model gets.
         new_items_like: column of item attributes: items that the model does not know begin as the
             mean of known ones of the same category; without it as the mean of all.
         plot: .png file for a picture of the user vectors: their two principal components.
@@ -62,13 +69,19 @@ def embed(
         column = None if color_by is None else _attribute(dataset, color_by)
         # Pools and items read no user vectors.
         model = load_model(
-            pretrained, dataset, same_users=what == "queries", new_items_like=new_items_like
-        )
+            pretrained, dataset, same_users=what == "queries", new_items_like=new_items_like,
+            adapter=adapter,
+        )  # fmt: skip
         model = model.to(device_of(device))
         width = model.config.width
         if what == "users":
             pool = pool or ("ur" if "ur" in model.config.tokens else "max")
-            vectors = user_vectors(model, dataset, read_ids(users), pool)
+            how: Pooling | Pool
+            if pool == "attention" or pool == "interests":
+                how = trained_pool(adapter or pretrained, pool, width).to(model.device)
+            else:
+                how = pool
+            vectors = user_vectors(model, dataset, read_ids(users), how)
             said = f"user vectors of {width} numbers, {pool} of the states"
         elif what == "items":
             vectors = item_vectors(model, dataset)
@@ -128,11 +141,13 @@ def recommend(
     logit_adjustment: float = 0.0,
     allowed: Path | None = None,
     blocked: Path | None = None,
+    adapter: Path | None = None,
     new_items_like: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ):
-    """Write the k best next items of each user, in the ids of the original data.
+    """Write the k best next items of each user, in the ids of the original data; of a model that
+    was trained for cold start, items of the other catalogue.
 
     Args:
         data: folder written by `fastrec prepare`.
@@ -143,11 +158,13 @@ def recommend(
             oldest first; their user_id is the number of the line, from 0. Items that the model does
             not know are left out and counted.
         k: items a user.
-        seen: leave out or keep the items that a user already has.
+        seen: leave out or keep the items that a user already has, in the other catalogue if these
+            are recommended.
         logit_adjustment: what is taken from a score is this times the log of the item's share of
             the training events; with 1, items are ranked by how much likelier the user makes them.
         allowed: text file with one original item id a line; only these are scored.
         blocked: the same; these are never recommended.
+        adapter: folder of `fastrec adapter`: patches and heads that the model gets.
         new_items_like: column of item attributes: items that the model does not know begin as the
             mean of known ones of the same category; without it as the mean of all.
         overwrite: replace a file `output`.
@@ -161,9 +178,13 @@ def recommend(
         asked, given = read_ids(users), read_histories(histories)
         some, never = read_ids(allowed), read_ids(blocked)
         model = load_model(
-            pretrained, dataset, same_users=histories is None, new_items_like=new_items_like
-        ).to(device_of(device))
-        best = Recommender(model, dataset).recommend(
+            pretrained, dataset, same_users=histories is None, new_items_like=new_items_like,
+            adapter=adapter,
+        ).to(device_of(device))  # fmt: skip
+        other = None
+        if judges_cold_start(model):
+            other = OtherCatalogue(adapter or pretrained, model, dataset)
+        best = Recommender(model, dataset, other=other).recommend(
             k, asked, given, seen=seen, logit_adjustment=logit_adjustment, allowed=some,
             blocked=never,
         )  # fmt: skip
@@ -172,6 +193,7 @@ def recommend(
     everyone = asked if given is None else given
     count = dataset.num_users if everyone is None else len(everyone)
     said = f"items of {'their history' if who == 'users' else 'the history'} "
+    said = said if other is None else "of the other catalogue, those that they have there "
     said += "left out" if seen == "exclude" else "included"
     if some is not None:
         said += f", {len(set(some)):,} items allowed"
@@ -267,6 +289,26 @@ def index(
         f"{output}: {made.ntotal:,} items, {factory}; {labels}: their ids by label;"
         f" recall@{recall.k} of {recall.queries:,} users, against the exact answer:"
         f" {recall.share:.4f}"
+    )
+
+
+def adapter(pretrained: Path, base: Path, output: Path, overwrite: bool = False):
+    """Save what a task has trained beside a frozen model, without that model.
+
+    Args:
+        pretrained: folder of the trained model (`RUN/model`).
+        base: folder of the model that it started from, with items and encoder frozen.
+        output: folder of the adapter: `--adapter` of recommend, embed and evaluate, beside
+            `--pretrained` with the base.
+        overwrite: replace an adapter in `output`.
+    """
+    check_absent(output, overwrite)
+    tensors, whole = save_adapter(output, pretrained, base)
+    some = sum(prod(shape) for shape in tensors.values())
+    for name, shape in tensors.items():
+        print(f"{name} {shape}")
+    print(
+        f"{output}: {len(tensors)} tensors, {some:,} of {whole:,} parameters ({some / whole:.1%})"
     )
 
 

@@ -57,6 +57,7 @@ SITES = {
     "negatives_shared": 28,
     "negatives_own": 29,
     "evaluation_negatives": 30,
+    "negatives_click": 70,
     "fill": 40,
     "fill_item": 41,
     "drop": 55,

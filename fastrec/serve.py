@@ -20,6 +20,7 @@ from fastrec.data.ids import Ids
 from fastrec.evaluation.blocks import row_blocks
 from fastrec.evaluation.next_item import adjustment, check_scores, seen_items
 from fastrec.ops.linear_topk import TopK, linear_topk
+from fastrec.serve_cold import OtherCatalogue
 from fastrec.vectors import finite, user_rows
 
 Lists = tuple[Tensor, Tensor]  # values and offsets
@@ -54,15 +55,26 @@ class Recommender:
         program: (values, offsets) -> queries, of `export_query`: it answers in place of
             `model.ask` where the input of the model is items alone. The model answers for users
             that have a vector, and where it reads ratings or time gaps.
+        other: `fastrec.OtherCatalogue`: its items are recommended, by a model that was trained for
+            cold start. `allowed`, `blocked` and `seen` are then of them.
 
     Raises ValueError for a data set whose items are not those of the model (`load_model` finds them
     by their ids).
     """
 
-    def __init__(self, model, dataset, program: Callable[[Tensor, Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        model,
+        dataset,
+        program: Callable[[Tensor, Tensor], Tensor] | None = None,
+        other: OtherCatalogue | None = None,
+    ):
         model.check_items(dataset)
-        self.model, self.dataset, self._program = model, dataset, program
+        if program is not None and other is not None:
+            raise ValueError("a program scores the model's own items, not those of other")
+        self.model, self.dataset, self._program, self._other = model, dataset, program, other
         self._items = Ids(dataset.item_ids())
+        self._offered = self._items if other is None else other.ids
         self._adjusted: tuple[float, Tensor] | None = None
 
     def recommend(
@@ -97,13 +109,15 @@ class Recommender:
         _check_k(k)
         if seen not in ("exclude", "none"):
             raise ValueError(f"seen must be 'exclude' or 'none', got {seen!r}")
+        if logit_adjustment and self._other is not None:
+            raise ValueError("logit_adjustment is of the model's own items, not of other")
         people, asked = self._asked(user_ids, histories, seen == "exclude")
         found = []
         with torch.no_grad():
             scored = self._scored(logit_adjustment, allowed, blocked)
             for owners, batch, past in asked:
                 found.append((owners, _best(self._query(batch), scored, k, past)))
-        return _table("user_id", people, "item_id", self._items, found)
+        return _table("user_id", people, "item_id", self._offered, found)
 
     def queries(
         self, user_ids: Sequence | None = None, histories: Sequence[Sequence] | None = None
@@ -137,6 +151,8 @@ class Recommender:
         Raises ValueError for a wrong k, and for items that are not known.
         """
         _check_k(k)
+        if self._other is not None:
+            raise ValueError("similar is of the model's own items, not of other")
         if item_ids is None:
             indices = np.arange(len(self._items))
         else:
@@ -157,6 +173,8 @@ class Recommender:
     @cached_property
     def _table(self) -> Tensor:
         """[V, D]: the vectors that score items."""
+        if self._other is not None:
+            return self._other.table
         with torch.no_grad():
             return self.model.item_table.detach()
 
@@ -166,7 +184,9 @@ class Recommender:
 
     def _query(self, batch: JaggedBatch) -> Tensor:
         batch = batch.to(self.model.device)
-        if self._program is None or batch.events or batch.users:
+        if self._other is not None:
+            query = self._other.query(self.model, batch)
+        elif self._program is None or batch.events or batch.users:
             query = self.model.ask(batch)
         else:
             query = self._program(batch.values, batch.offsets)
@@ -174,7 +194,8 @@ class Recommender:
 
     def _asked(self, user_ids, histories, past: bool):
         """(the ids of those who may be asked about, blocks of those who are)."""
-        check_scores(self.model)
+        if self._other is None:
+            check_scores(self.model)
         if histories is None:
             return self._users, self._asked_users(user_rows(self._users, user_ids), past)
         if user_ids is not None:
@@ -184,9 +205,12 @@ class Recommender:
 
     def _asked_users(self, indices: np.ndarray, past: bool) -> Iterator[Asked]:
         for rows in row_blocks(len(indices)):
-            users = torch.as_tensor(indices[rows], device="cpu")
-            seen = seen_items(self.dataset, users, "all") if past else None
-            batch = self.model.inputs(self.dataset, users, "all", ask=True)
+            users, seen = torch.as_tensor(indices[rows], device="cpu"), None
+            if past and self._other is not None:
+                seen = self._other.taken(users)
+            elif past:
+                seen = seen_items(self.dataset, users, "all")
+            batch = self.model.inputs(self.dataset, users, "all", ask=self._other is None)
             yield Asked(indices[rows], batch, seen)
 
     def _asked_histories(self, known: dict[int, list[int]], past: bool) -> Iterator[Asked]:
@@ -194,11 +218,11 @@ class Recommender:
         for rows in row_blocks(len(known)):
             part = [known[owner] for owner in owners[rows].tolist()]
             seen = None
-            if past:
+            if past and self._other is None:
                 items = [item for history in part for item in sorted(history)]
                 ends = np.cumsum([0, *map(len, part)])
                 seen = torch.tensor(items, dtype=torch.int64, device="cpu"), torch.from_numpy(ends)
-            yield Asked(owners[rows], self.model.inputs_of(part, ask=True), seen)
+            yield Asked(owners[rows], self.model.inputs_of(part, ask=self._other is None), seen)
 
     def _known(self, histories: Sequence[Sequence]) -> dict[int, list[int]]:
         """By place, the rows of the items that are known of each history that can be asked."""
@@ -228,25 +252,27 @@ class Recommender:
 
     def _scored(self, tau: float, allowed, blocked) -> Scored:
         table, bias = self._table, self.model.item_head.bias
+        if self._other is not None:
+            bias = self._other.bias
         if tau != 0:
             kept = self._adjusted  # read once: another thread may replace it
             if kept is None or kept[0] != tau:
                 kept = self._adjusted = tau, adjustment(self.dataset, tau)
             bias = bias - kept[1].to(bias.device)
         if blocked is not None and len(blocked):
-            never = torch.from_numpy(self._items.rows(blocked, "blocked items"))
+            never = torch.from_numpy(self._offered.rows(blocked, "blocked items"))
             bias = bias.index_fill(0, never.to(bias.device), -torch.inf)
         if allowed is None:
             return Scored(table, bias, None)
-        rows = torch.from_numpy(np.unique(self._items.rows(allowed, "allowed items")))
+        rows = torch.from_numpy(np.unique(self._offered.rows(allowed, "allowed items")))
         there = rows.to(table.device)
         return Scored(table[there], bias[there], rows)
 
 
-def recommend(model, dataset, k: int, user_ids=None, histories=None, **options):
-    """`Recommender(model, dataset).recommend(k, user_ids, histories, **options)`: for a request
-    alone. It reads the ids of the data set; for many requests keep a `Recommender`."""
-    return Recommender(model, dataset).recommend(k, user_ids, histories, **options)
+def recommend(model, dataset, k: int, user_ids=None, histories=None, *, other=None, **options):
+    """`Recommender(model, dataset, other=other).recommend(k, user_ids, histories, **options)`: for
+    a request alone. It reads the ids of the data set; for many requests keep a `Recommender`."""
+    return Recommender(model, dataset, other=other).recommend(k, user_ids, histories, **options)
 
 
 def _best(query: Tensor, scored: Scored, k: int, past: Lists | None) -> TopK:

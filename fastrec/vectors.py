@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fastrec.data.ids import Ids
 from fastrec.evaluation.blocks import row_blocks
-from fastrec.nn.pool import Pooling
+from fastrec.nn.pool import Pool, Pooling
 
 
-def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
+def user_vectors(model, dataset, user_ids=None, pool: Pooling | Pool = "max"):
     """User vectors: pooled states of the last `max_len` items of the history ("max": UPRec, eq. 8).
+    pool: one with parameters is a module, of `training.model_folder.trained_pool`.
 
     Returns a polars frame: user_id, vector (array of D float32).
 
@@ -23,13 +24,16 @@ def user_vectors(model, dataset, user_ids=None, pool: Pooling = "max"):
     import polars
 
     model.check_items(dataset)
+    pooled = pool if isinstance(pool, Pool) else Pool(pool, model.config.width)
+    if pooled is not pool and next(pooled.parameters(), None) is not None:
+        raise ValueError(f"pool {pool!r} has parameters: give the module of trained_pool")
     users = Ids(dataset.user_ids())
     indices, vectors = user_rows(users, user_ids), []
     with torch.no_grad():
         for rows in row_blocks(len(indices)):
             batch = model.inputs(dataset, torch.as_tensor(indices[rows], device="cpu"), "all")
             encoded = model.encode(batch.to(model.device))
-            vectors.append(finite(model.pool(encoded, pool).float().cpu(), "user vectors"))
+            vectors.append(finite(pooled(model, encoded).float().cpu(), "user vectors"))
     return polars.DataFrame({"user_id": users.take(indices), "vector": torch.cat(vectors).numpy()})
 
 

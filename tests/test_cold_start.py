@@ -16,6 +16,7 @@ from builders import Killed, killed_at, lists_of, model_of, synthetic, trained_w
 from files import fails, write
 from test_data_prepare import shared
 
+from fastrec import OtherCatalogue, Recommender, recommend
 from fastrec.cli import main
 from fastrec.data.cold_items import ColdItems, ColdRows
 from fastrec.data.dataset import SequenceDataset
@@ -26,9 +27,10 @@ from fastrec.data.prepare.side_tables import read_cold_items
 from fastrec.data.side import SideData
 from fastrec.data.views import Views
 from fastrec.evaluation.cold_start import ColdStartJudge
+from fastrec.nn.pool import Interests
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.align import Align
-from fastrec.objectives.cold_start import ColdStart
+from fastrec.objectives.cold_start import ColdItemPrediction, ColdStart
 from fastrec.objectives.item import Item
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
@@ -38,6 +40,7 @@ from fastrec.training.config import Recipe
 from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.fit import fit
 from fastrec.training.graphed import GraphedObjective
+from fastrec.training.model_folder import load_heads
 from fastrec.training.stage import Stage
 
 EVENTS = "user,item,time\n7,b,1\n7,a,2\n7,c,3\n9,a,1\n9,b,2\n9,c,3\n12,a,1\n12,c,2\n12,b,4\n"
@@ -358,10 +361,96 @@ def test_from_the_command_line(data, tmp_path, capsys):
     capsys.readouterr()
     main(["evaluate", f"--data={data}", f"--pretrained={run / 'model'}"])  # its own stage
     assert "HR@k is Recall@k" in capsys.readouterr().out
-    for folder, judge in ((start, "vectors"), (run, "cold_start")):
-        with pytest.raises(SystemExit, match=f"was trained for {judge} .*scores no next items"):
-            main(["recommend", f"--data={data}", f"--pretrained={folder / 'model'}",
-                  f"--output={tmp_path / 'best.csv'}"])  # fmt: skip
+    with pytest.raises(SystemExit, match="was trained for vectors .*scores no next items"):
+        main(["recommend", f"--data={data}", f"--pretrained={start / 'model'}",
+              f"--output={tmp_path / 'best.csv'}"])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """A model of rows of the other catalogue, by a pool with parameters."""
+    objectives = Objectives(cold_start=ColdStart(pool=Interests(2)))
+    run = tmp_path_factory.mktemp("trained") / "run"
+    fit(SequenceDataset.load(data), recipe=Recipe(cold_start=cold_stage(objectives=objectives)),
+        stage="cold_start", output=run, progress=False)  # fmt: skip
+    return run / "model"
+
+
+def test_recommends_items_of_the_other_catalogue(data, rows, trained, tmp_path, capsys):
+    """The best of dense scores by the pooled states, less what a user has there."""
+    main(["recommend", f"--data={data}", f"--pretrained={trained}", "--k=3",
+          f"--output={tmp_path / 'best.parquet'}"])  # fmt: skip
+    said = "users, of the other catalogue, those that they have there left out"
+    assert said in capsys.readouterr().out
+    dataset, model = SequenceDataset.load(data), UserModel.from_pretrained(trained)
+    side = SideData(rows, "all")
+    settings = {"cold_start": ColdStart(pool=Interests(2))}
+    objective = JointObjective(settings, model, side)
+    load_heads(objective, trained)
+    head = objective.find(ColdItemPrediction)
+    users = torch.arange(dataset.num_users)
+    with torch.no_grad():
+        encoded = model.encode(model.inputs(dataset, users, "all"))
+        scores = head.linear(head.pool(model, encoded))
+    whole = scores.clone()
+    scores[rows.owners, rows.items] = -torch.inf
+    best = scores.topk(3).indices.numpy()
+    table = pl.read_parquet(tmp_path / "best.parquet")
+    assert table["item_id"].to_list() == rows.ids[best].flatten().tolist()
+    assert table["user_id"].unique(maintain_order=True).to_list() == dataset.user_ids().tolist()
+
+    other = OtherCatalogue(trained, model, dataset)
+    kept = recommend(model, dataset, 3, other=other, seen="none")
+    assert kept["item_id"].to_list() == rows.ids[whole.topk(3).indices.numpy()].flatten().tolist()
+    some, never = rows.ids[[4, 1, 2]], rows.ids[[1]]
+    few = recommend(model, dataset, 3, other=other, seen="none", allowed=some, blocked=never)
+    assert set(few["item_id"].to_list()) == {*rows.ids[[4, 2]].tolist()}
+    history = dataset.item_ids()[dataset.values[: dataset.offsets[1]]].tolist()
+    again = recommend(model, dataset, 3, histories=[history], other=other)
+    assert again["item_id"].to_list() == kept["item_id"].to_list()[:3]
+    asked = Recommender(model, dataset, other=other)
+    for ask, message in (
+        (lambda: asked.similar(k=1), "similar is of the model's own items"),
+        (lambda: asked.recommend(1, logit_adjustment=1.0), "logit_adjustment is of the model's"),
+        (lambda: asked.recommend(1, allowed=["?"]), "allowed items"),
+        (
+            lambda: Recommender(model, dataset, program=id, other=other),
+            "a program scores the model",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    with pytest.raises(ValueError, match="was trained for cold_start .* scores no next items"):
+        recommend(model, dataset, 3)
+
+
+def test_who_has_what_in_the_other_catalogue(data, rows, trained):
+    dataset = SequenceDataset.load(data)
+    other = OtherCatalogue(trained, UserModel.from_pretrained(trained), dataset)
+    theirs = {user: [] for user in range(dataset.num_users)}
+    for owner, item in zip(rows.owners.tolist(), rows.items.tolist(), strict=True):
+        theirs[owner].append(item)
+    users = [7, 0, 399, 7, 12]
+    items, offsets = other.taken(torch.tensor(users))
+    found = [items[a:b].tolist() for a, b in pairwise(offsets.tolist())]
+    assert found == [sorted(theirs[user]) for user in users]
+    assert other.taken(torch.tensor([], dtype=torch.int64))[1].tolist() == [0]
+
+
+def test_only_a_model_of_that_catalogue_recommends_it(data, trained, tmp_path):
+    dataset, model = SequenceDataset.load(data), UserModel.from_pretrained(trained)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="heads.safetensors holds no cold_start"):
+        OtherCatalogue(tmp_path / "plain", model, dataset)
+    table = dataset.cold_items().with_columns(pl.col("item_id").str.replace("cold", "warm"))
+
+    class Renamed(SequenceDataset):
+        def cold_items(self):
+            return table
+
+    others = Renamed(*(getattr(dataset, name) for name in dataset.__dataclass_fields__))
+    with pytest.raises(ValueError, match="it was trained to predict .*, here that output is"):
+        OtherCatalogue(trained, model, others)
 
 
 def test_other_items_than_those_it_was_trained_for_are_refused(data, tmp_path):

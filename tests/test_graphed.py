@@ -25,9 +25,10 @@ from fastrec import backend
 from fastrec.data.graph import SocialGraph
 from fastrec.data.item_categories import CategoryLists
 from fastrec.data.prepare.synthetic import generate
+from fastrec.data.steps.click import Click as Labelled
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.insert import Insert
-from fastrec.data.steps.mask import Mask
+from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.same_target import SameTarget
@@ -38,6 +39,7 @@ from fastrec.nn.item_parts import Rating as Levels
 from fastrec.nn.items import Items
 from fastrec.nn.pool import Interests
 from fastrec.objectives.align import Align
+from fastrec.objectives.click import Click
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.item_attributes import ItemAttributePrediction, ItemAttributes
@@ -96,6 +98,8 @@ SYSTEMS = {
         {"main": [NextItem(positions="last", ahead=3)]},
         {"item": Item(loss="bce", sampled=Sampled(6, shared=False))},
     ),
+    "next_clicks": ({"main": [NextItem()]}, {"click": Click(negatives=3)}),
+    "rating_clicks": ({"main": [Labelled(3), MaskLast()]}, {"click": Click(negatives=2)}),
     "next_item_users": ({"main": [NextItem(ahead=2)]}, {"item": Item()}),
     "next_item_sasrec": ({"main": [NextItem()]}, {"item": Item()}),
     "next_item_ligr": ({"main": [NextItem()]}, {"item": Item()}),

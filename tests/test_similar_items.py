@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import dataset_of
+from builders import dataset_of, model_of, synthetic
 
+from fastrec.cli import main
 from fastrec.data import similar_items
 from fastrec.data.side import SideData
+from fastrec.nn.similar import SimilarItems
+from fastrec.nn.user_model import UserModel
 
 V = 17
 
@@ -83,3 +86,75 @@ def test_the_latest_items_of_a_long_history_count():
 
 def test_nothing_is_like_nothing():
     assert similar_items.most_similar(dataset_of([[1], [2, 2], []], 3), "all").tolist() == [-1] * 3
+
+
+# By a model
+
+
+def by_model(table: torch.Tensor) -> dict[tuple[int, int], float]:
+    """e_i . e_j of all pairs of different items."""
+    V = len(table)
+    return {(i, j): (table[i] @ table[j]).item() for i in range(V) for j in range(V) if i != j}
+
+
+def hybrid(table: torch.Tensor, histories: list[list[int]]) -> list[int]:
+    """The larger of the best scaled similarity of each kind, over dictionaries."""
+    kinds = [
+        {(i, j): score for i, row in correlations(histories).items() for j, score in row.items()},
+        by_model(table),
+    ]
+    out = []
+    for item in range(len(table)):
+        best = []
+        for kind in kinds:
+            low, high = min(kind.values()), max(kind.values())
+            scaled = {j: (s - low) / (high - low) for (i, j), s in kind.items() if i == item}
+            best += [max(scaled.items(), key=lambda pair: (pair[1], -pair[0]))] if scaled else []
+        out.append(max(best, key=lambda pair: pair[1])[0])
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_by_a_model_and_by_both(seed):
+    model = model_of(num_items=V)
+    torch.nn.init.normal_(model.item_embedding.weight)
+    generator = np.random.default_rng(seed)
+    histories = [generator.integers(0, 12, generator.integers(0, 5)).tolist() for _ in range(9)]
+    table, data = model.item_table.detach(), dataset_of(histories, V)
+    pairs = by_model(table)
+    expected = [max((s, -j) for (i, j), s in pairs.items() if i == k)[1] * -1 for k in range(V)]
+    assert SimilarItems(model, users=False)(data, "all").tolist() == expected
+    found = SimilarItems(model)(data, "all").tolist()
+    assert found == hybrid(table, histories)
+    by_users = similar_items.most_similar(data, "all").tolist()
+    assert any(f != e for f, e in zip(found, expected, strict=True)), "some are by users"
+    assert any(f != u and u >= 0 for f, u in zip(found, by_users, strict=True)), "some by the model"
+
+
+def test_without_common_users_the_model_says_it_and_alone_an_item_is_like_none():
+    model, empty = model_of(num_items=3), dataset_of([[0], [1], [2]], 3)
+    assert SimilarItems(model)(empty, "all").equal(SimilarItems(model, users=False)(empty, "all"))
+    assert SimilarItems(model_of(num_items=1))(dataset_of([[0, 0]], 1), "all").tolist() == [-1]
+
+
+def test_a_run_asks_a_model_that_is_named(tmp_path):
+    data = synthetic(tmp_path, num_users=60, num_items=30)
+    flags = ["--config=coserec", f"--data={data}", "--model.width=8", "--model.max_len=8",
+             "--pretraining.steps=2", "--pretraining.warmup_steps=0"]  # fmt: skip
+    warm = tmp_path / "warm" / "model"
+    main(["pretrain", *flags, f"--output={tmp_path / 'warm'}"])
+    model = UserModel.from_pretrained(warm)
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        patch.setattr(SimilarItems, "__call__", lambda self, *rest: asked.append(self) or whole)
+        whole = torch.full((30,), 7)
+        main(["finetune", *flags, "--task=pretraining", f"--init={warm}",
+              f"--pretraining.similar.model={warm}", f"--output={tmp_path / 'next'}"])  # fmt: skip
+    assert len(asked) == 1 and asked[0].users and torch.equal(asked[0].table, model.item_table)
+    with pytest.raises(SystemExit, match="similar has no effect: no view has the step substitute"):
+        main(["pretrain", "--config=sasrec", *flags[1:], f"--output={tmp_path / 'x'}",
+              f"--pretraining.similar.model={warm}"])  # fmt: skip
+    with pytest.raises(SystemExit, match="would be tested on users that it has seen"):
+        main(["pretrain", *flags, f"--output={tmp_path / 'x'}", "--users.fraction=0.5",
+              f"--pretraining.similar.model={warm}"])  # fmt: skip
+    assert not (tmp_path / "x").exists()

@@ -20,6 +20,7 @@ FILL = {
     "target": NO_TARGET,
     "rating": float("nan"),
     "rating_target": float("nan"),
+    "click": -1,
     "time_gap": float("nan"),
     "segment": -1,
     "item_place": -1,
@@ -40,8 +41,9 @@ class JaggedBatch:
         event predicts, -100 for none; `rating` and `time_gap` are those of
         `SequenceDataset.event_column`, NaN for none; `position`, int64, is the place that an
         encoder shall see instead of its own; `segment`, int64, is that of two texts, -1 for none;
-        `rating_target` is the rating that an event predicts, NaN for none; `item_place`, int64, is
-        the item of a token, from the latest on, -1 for none.
+        `rating_target` is the rating that an event predicts, NaN for none; `click`, int64, is
+        whether its item, or behind `next_item` its target, is a click, -1 unknown; `item_place`,
+        int64, is the item of a token, from the latest on, -1 for none.
     users: columns with one row per sequence, [B, ...]: attributes, labels.
     pairs: who belongs to whom among the sequences.
     scored: int64 [N], the events that have a target, ascending; `with_scored` finds them on the

@@ -109,6 +109,12 @@ class SequenceLoader:
         shard = Shard(users, self.rank, self.world_size)
         return self.views(batch, Rng(self.seed, step), shard)
 
+    def few(self, number: int) -> dict[str, JaggedBatch]:
+        """The views of the first `number` users, at step 0: whether they can be made."""
+        users = self.users[:number]
+        batch = self.side.gather(users, self.views.length)
+        return self.views(batch, Rng(self.seed, 0), Shard(users))
+
     def _users_of_all_ranks(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.batches_per_epoch)
         if not self.shuffle:

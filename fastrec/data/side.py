@@ -71,6 +71,9 @@ class SideData:
         # What the step `fill` asks: (batch with masked targets [N], K) -> (items int64 [N, K],
         # scores [N, K]). Models are above data: training sets it, `nn.filler.Filler`.
         self.filler: Callable[[JaggedBatch, int], tuple[Tensor, Tensor]] | None = None
+        # What says which items are similar in place of `most_similar`, whose arguments and result
+        # it has: `nn.similar.SimilarItems`.
+        self.similar: Callable[..., Tensor] = most_similar
 
     def gather(self, users, max_len: int | None = None) -> JaggedBatch:
         """The sequences of `users`, the last `max_len` items, with the columns of events and of
@@ -142,9 +145,9 @@ class SideData:
 
     @cached_property
     def similar_items(self) -> Tensor:
-        """int64 [V]: the item that is most like each item by the labelled users who have both, see
-        `most_similar`; -1 where there is none."""
-        return most_similar(self.dataset, self.split, self._labelled)
+        """int64 [V]: the item that is most like each item, by the labelled users who have both
+        (`most_similar`) or as `similar` says; -1 where there is none."""
+        return self.similar(self.dataset, self.split, self._labelled)
 
     @cached_property
     def encoded(self) -> list[EncodedAttribute]:

@@ -6,6 +6,7 @@ Legend: V items, N pairs of a user and an item, S pairs of items of the same use
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +18,26 @@ MOST = 200  # items of a user that count, the latest: at most 200 x 199 pairs a 
 _BLOCK = 1 << 22  # of S at a time
 
 
+class Nearest(NamedTuple):
+    """items: int64 [V], -1 for none. scores: float32 [V], their correlation, -inf for none. lowest:
+    float32, the smallest of all pairs of different items that some user has both of."""
+
+    items: Tensor
+    scores: Tensor
+    lowest: Tensor
+
+
 def most_similar(dataset, split: str = "train", users=None) -> Tensor:
-    """int64 [V]: the item j with the largest
+    """int64 [V]: the items of `nearest`."""
+    return nearest(dataset, split, users).items
+
+
+def nearest(dataset, split: str = "train", users=None) -> Nearest:
+    """The item j with the largest
 
         Cor(i, j) = sum over users u of both of 1 / log(1 + |N(u)|) / sqrt(|N(i)| |N(j)|)
 
-    for each item i, the smaller id of equal ones (to float32), -1 where no user has another item
+    for each item i, the smaller id of equal ones (to float32), none where no user has another item
     beside i: the memory-based correlation of CoSeRec (Liu et al., 2021). N(u) are the distinct
     items among the last 200 events of a user in the inputs of `split`, N(i) the users that have i
     among theirs.
@@ -39,6 +54,8 @@ def most_similar(dataset, split: str = "train", users=None) -> Tensor:
     popularity = np.bincount(item, minlength=dataset.num_items)  # |N(i)|
     first = np.concatenate(([0], popularity.cumsum()))
     found = np.full(dataset.num_items, -1, dtype=np.int64)
+    scores = np.full(dataset.num_items, -np.inf, dtype=np.float32)
+    lowest = np.float32(np.inf)
     # Items are taken in runs whose users have about a block of items together.
     work = np.concatenate(([0], size[owner].cumsum()))[first]  # items beside those before each item
     cuts = np.searchsorted(work, np.arange(_BLOCK, work[-1], _BLOCK))
@@ -59,8 +76,10 @@ def most_similar(dataset, split: str = "train", users=None) -> Tensor:
         score = (score / np.sqrt(popularity[left] * popularity[right])).astype(np.float32)
         best = np.lexsort((right, -score, left))
         best = best[np.diff(left[best], prepend=-1) > 0]  # the first of each item
-        found[left[best]] = right[best]
-    return torch.from_numpy(found)
+        found[left[best]], scores[left[best]] = right[best], score[best]
+        lowest = min(lowest, score.min(initial=np.inf))
+    least = torch.tensor(lowest, device="cpu")
+    return Nearest(torch.from_numpy(found), torch.from_numpy(scores), least)
 
 
 def _summed(key: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -70,6 +70,31 @@ def ranking_metrics(
     return metrics
 
 
+def auc(scores: Tensor, labels: Tensor, owner: Tensor | None = None) -> Tensor:
+    """Area under the ROC curve: the share of pairs of a click and another item in which the click
+    has the larger score, equal ones a half.
+
+    Args:
+        scores: [P]. labels: int64 [P], 1 or 0.
+        owner: int64 [P], from 0: one area for each user with both labels; None: one for all.
+
+    Returns float64 [users with both labels].
+    """
+    owner = torch.zeros_like(labels) if owner is None else owner
+    place = scores.unique(return_inverse=True)[1]
+    key = owner * (len(scores) + 1) + place
+    _, group, size = key.unique(return_inverse=True, return_counts=True)
+    number = owner.bincount()
+    before = number.cumsum(0) - number
+    rank = size.cumsum(0)[group] - before[owner] - (size[group] - 1) / 2  # from 1, ties shared
+    clicks = owner.bincount(weights=labels.double())
+    total = owner.bincount(weights=rank.double() * labels)
+    others = number - clicks
+    both = (clicks > 0) & (others > 0)
+    above = total - clicks * (clicks + 1) / 2
+    return above[both] / (clicks * others)[both]
+
+
 def _by_user(ranks: Tensor, owner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ranks [P] user by user, the best first; whose each is, from 0; its place, from 1; T [U])."""
     order = ranks.argsort(stable=True)

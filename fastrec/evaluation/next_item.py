@@ -18,7 +18,12 @@ from torch import Tensor
 from fastrec.data.batch import offsets_of
 from fastrec.data.settings import check_choices, from_values
 from fastrec.evaluation.blocks import row_blocks, scores_of
-from fastrec.evaluation.candidates import SampledNegatives, held_out_items, listed_negatives
+from fastrec.evaluation.candidates import (
+    SampledNegatives,
+    held_out_items,
+    listed_negatives,
+    sampled_negatives,
+)
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.ranking import (
     candidate_scores,
@@ -155,7 +160,7 @@ def check_scores(model) -> None:
     stages = [recipe.get(name) or {} for name in ("pretraining", last)]
     ranked = any((stage.get("objectives") or {}).get("item") for stage in stages)
     judge = stages[-1].get("judge")
-    if judge in ("rating", "vectors", "cold_start") and not ranked:
+    if judge in ("rating", "vectors", "cold_start", "click") and not ranked:
         raise ValueError(
             f"the model was trained for {judge} (stage {last}) without the objective item: it"
             " scores no next items"
@@ -379,3 +384,11 @@ class NextItemJudge:
         zeros = self._seen(self.users[owner], device)
         ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=zeros).double()
         return seen_above(ranks, query, table, bias, targets, *zeros)
+
+
+def negatives_of(dataset, users: Tensor, protocol: Protocol) -> Tensor:
+    """int64 [U, C]: what the targets of `users` are compared with, of a sampled protocol."""
+    if protocol.negatives_file is not None:
+        return listed_negatives(dataset, users, protocol.negatives_file)
+    by = protocol.negatives_by or "popularity"
+    return sampled_negatives(dataset, users, protocol.others, protocol.seed, by)

@@ -6,6 +6,8 @@ model.safetensors   its weights
 tokenizer.json      of one that reads the texts of items
 heads.safetensors, trained_on.json, items.npy, users.npy, recipe.json   of one that `fit` trained
 digests.json        a digest of each, written last
+
+Those of an adapter, which has no weights of its own, are in `training.adapters`.
 """
 
 import json
@@ -24,6 +26,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADS, TRAINED_ON, USERS = "heads.safetensors", "trained_on.json", "users.npy"
 ITEMS, RECIPE = "items.npy", "recipe.json"
 TOKENIZER = "tokenizer.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, ITEMS, USERS, RECIPE, TOKENIZER)
 DIGESTS = "digests.json"
 
@@ -49,7 +52,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata=None) -> N
 
 
 def write_digests(folder: Path) -> None:
-    digests = {name: digest(folder / name) for name in NAMES if (folder / name).is_file()}
+    names = [*NAMES, ADAPTER, ADAPTER_WEIGHTS]
+    digests = {name: digest(folder / name) for name in names if (folder / name).is_file()}
     write_text(folder / DIGESTS, json.dumps(digests, indent=2) + "\n")
 
 

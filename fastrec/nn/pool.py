@@ -2,7 +2,7 @@
 """From states to user vectors. Legend: B sequences, T events, V items, D width, K interests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -33,6 +33,11 @@ class Interests:
 
 Named = Literal["max", "mean", "cls", "ur", "last", "attention"]
 Pooling = Named | Interests
+
+
+def as_value(pool: Pooling) -> str | dict:
+    """A pool as JSON has it."""
+    return asdict(pool) if isinstance(pool, Interests) else pool
 
 
 @dataclass(frozen=True, eq=False)

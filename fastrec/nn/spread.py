@@ -66,7 +66,8 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, part, *tables):
         counts = part.owned(ids)
-        asked = _exchange(counts, *[[1] * len(counts)] * 2, part.group).tolist()
+        each = [1] * len(counts)
+        asked = _exchange(counts, each, each, part.group).tolist()
         own = counts.tolist()
         wanted = _exchange(ids, own, asked, part.group) - part.first
         rows = torch.cat([table[wanted].view(len(wanted), -1) for table in tables], 1)
@@ -136,8 +137,9 @@ class SpreadTable:
         [N, D] of this process. The gradient of the block is whole; that of `query` is W times that
         of the mean, which DDP then divides by W."""
         group = self.part.group
-        sizes = gather(torch.tensor([len(targets)], device=targets.device), group).flatten()
-        sizes, special = sizes.tolist(), len(self.table.weight) - len(self.bias)
+        own = torch.tensor([len(targets)], device=targets.device)
+        sizes = gather(own, group).flatten().tolist()
+        special = len(self.table.weight) - len(self.bias)
         loss = linear_cross_entropy(
             gather_rows(query, sizes, group, accumulate_dtype(query)),  # gradients are added
             self.table.weight,

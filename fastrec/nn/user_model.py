@@ -22,6 +22,7 @@ from fastrec.nn.init import init_bert
 from fastrec.nn.items import ItemFeatures, ItemInput, unknown_features
 from fastrec.nn.model_config import ModelConfig, check_sizes, config_of, described, parameters
 from fastrec.nn.model_files import (
+    ADAPTER,
     CONFIG,
     NAMES,
     RECIPE,
@@ -290,17 +291,19 @@ class UserModel(nn.Module):
         """[B, D_out] vectors whose products with `item_table` score the item that follows each
         sequence of `inputs(..., ask=True)`: from the state of its [MASK] (UPRec, section 3.5), or
         of a causal model from that of its last item. `ask` does the same without other states."""
-        return self._query(self.output(encoded, self._asked(encoded.batch)))
+        return self._query(self.output(encoded, self.asked(encoded.batch)))
 
     def ask(self, batch: JaggedBatch) -> Tensor:
         """`next_item_query(encode(batch))`, of which the encoder computes what it needs: the last
         layer of a transformer is that of one event of each sequence."""
         if not getattr(self.encoder, "takes_rows", False):
             return self.next_item_query(self.encode(batch))
-        states = self.encoder(self.item_input(batch), batch, rows=self._asked(batch))
+        states = self.encoder(self.item_input(batch), batch, rows=self.asked(batch))
         return self._query(self.item_head.with_users(states, batch.users.get("user")))
 
-    def _asked(self, batch: JaggedBatch) -> Tensor:
+    def asked(self, batch: JaggedBatch) -> Tensor:
+        """int64 [B]: the events of `inputs(..., ask=True)` whose states are asked for the next
+        item."""
         after = sum(name != "cls" for name in self.config.tokens)
         return batch.offsets[1:] - 1 - after
 
@@ -347,6 +350,8 @@ class UserModel(nn.Module):
         for name in (CONFIG, WEIGHTS):
             if not (path / name).is_file():
                 inside = ", but its folder model does" if (path / "model" / name).is_file() else ""
+                if (path / ADAPTER).is_file():
+                    inside = ", but an adapter: --pretrained is its model, --adapter this folder"
                 raise FileNotFoundError(
                     f"{path / name} is missing: {path} holds no fastrec model{inside}"
                 )
@@ -411,7 +416,9 @@ def _read(views: list[JaggedBatch]) -> list[JaggedBatch]:
     given = any("position" in view.events for view in views)
     made = []
     for view in views:
-        events = {name: column for name, column in view.events.items() if name != "target"}
+        events = {
+            name: column for name, column in view.events.items() if name not in ("target", "click")
+        }
         made.append(replace(view, events=events | {"position": view.places()} if given else events))
     return made
 

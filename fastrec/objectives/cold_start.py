@@ -13,7 +13,7 @@ from fastrec.data.batch import NO_TARGET
 from fastrec.data.cold_items import ColdRows
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
-from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.nn.pool import Encoded, Pool, Pooling, as_value
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 from fastrec.random import Rng
 
@@ -59,7 +59,7 @@ class ColdItemPrediction(nn.Module):
         super().__init__()
         self.pool = Pool(pool, width)
         self.linear = init_bert(nn.Linear(width, num_items))
-        self.scales = [{"name": COLUMN, "items": ids_hash, "pool": pool}]
+        self.scales = [{"name": COLUMN, "items": ids_hash, "pool": as_value(pool)}]
 
     def forward(self, model, rng: Rng, view: Encoded) -> dict[str, tuple[Tensor, Tensor]]:
         """{"cold_start": (loss, number of rows)}; padding is no row."""

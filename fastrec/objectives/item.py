@@ -168,7 +168,7 @@ class ItemPrediction(nn.Module):
         predicted. Sampled negatives are a function of (seed, step) and, if not shared, of the key
         and the position of an event.
         Candidates in batch are the targets of this process."""
-        parts = [_predicted(model, view) for view in views]
+        parts = [predicted(model, view) for view in views]
         states, targets = parts[0]
         if len(parts) > 1:
             states, targets = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -189,7 +189,7 @@ class ItemPrediction(nn.Module):
         if self.settings.shares:
             negatives = self.sampler.shared(how.negatives, rng)
         else:
-            places = [_places(view.batch) for view in views]
+            places = [places_of(view.batch) for view in views]
             keys, events = (torch.cat(part) for part in zip(*places, strict=True))
             negatives = self.sampler.own(how.negatives, rng, keys, events)
         if spread is not None:
@@ -277,14 +277,14 @@ def _rows(batch: JaggedBatch) -> Tensor:
     return scored if target.dim() == 1 else scored.repeat_interleave(target.shape[1])
 
 
-def _predicted(model, view: Encoded) -> tuple[Tensor, Tensor]:
+def predicted(model, view: Encoded) -> tuple[Tensor, Tensor]:
     """(output states [N, D + user_width], targets int64 [N], -100 where none)."""
     rows, target = _rows(view.batch), view.batch.events["target"]
     scored = rows if target.dim() == 1 else rows[:: target.shape[1]]
     return model.output(view, rows), target[scored].flatten()
 
 
-def _places(batch: JaggedBatch) -> tuple[Tensor, Tensor]:
+def places_of(batch: JaggedBatch) -> tuple[Tensor, Tensor]:
     """(keys, places) int64 [N] of the predictions: the position of the event, or A times it and the
     number of the target where an event has A."""
     rows, target = _rows(batch), batch.events["target"]

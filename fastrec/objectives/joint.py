@@ -2,7 +2,7 @@
 """The weighted sum of objectives that a stage trains (UPRec eq. 15), from one encoder pass."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,28 @@ class JointObjective(nn.Module):
                     f"{name} needs at least {least} users a step, and a step of an epoch has"
                     f" {number}: choose another batch_size"
                 )
+
+    @torch.no_grad()
+    def rehearse(self, model, views: dict[str, JaggedBatch]) -> None:
+        """The objectives of fastrec on a few users on the host, natively and without a trace: what
+        does not fit is said before anything is written. One of somebody else may count its calls.
+        """
+        rng = Rng(0, 0)
+        encoded = model.encode_views(views, rng)
+        for name, part in self.parts.items():
+            if not type(part).__module__.startswith("fastrec."):
+                continue
+            own: Any = part
+            backend = getattr(own, "backend", None)
+            if backend is not None:
+                own.backend = None
+            own.eval()  # batch statistics stay
+            try:
+                own(model, rng, *(encoded[view] for view in self.views[name]))
+            finally:
+                own.train()
+                if backend is not None:
+                    own.backend = backend
 
     def forward(self, model, views: dict[str, JaggedBatch], rng: Rng) -> list[Term]:
         """The terms of the loss: `total_loss` is their sum of weight times loss. Seed and step may

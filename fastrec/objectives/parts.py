@@ -4,6 +4,7 @@
 from dataclasses import dataclass, fields
 
 from fastrec.objectives.align import Align
+from fastrec.objectives.click import Click
 from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.follows import Follows
@@ -32,6 +33,7 @@ class Objectives:
         item_attributes: prediction of the attributes of items.
         segments: a run of items and the sequence without it are near each other.
         rating: regression to ratings of events.
+        click: whether items are clicked, from user vector and item content.
     """
 
     item: Item | None = None
@@ -45,6 +47,7 @@ class Objectives:
     item_attributes: ItemAttributes | None = None
     segments: Segments | None = None
     rating: Rating | None = None
+    click: Click | None = None
 
     def named(self) -> dict[str, object]:
         """Those that are set."""

@@ -6,7 +6,7 @@ Legend: S users of a batch, D width.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastrec.data.attributes import EncodedAttribute
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
-from fastrec.nn.pool import Encoded, Interests, Pool, Pooling
+from fastrec.nn.pool import Encoded, Pool, Pooling, as_value
 from fastrec.random import Rng
 
 
@@ -84,7 +84,7 @@ class UserAttributePrediction(nn.Module):
                 f"weights names {unknown[0]!r}; the attributes that are predicted are {self.names}"
             )
         self.sizes = [attribute.outputs for attribute in attributes]
-        how: dict[str, Any] = {"pool": asdict(pool) if isinstance(pool, Interests) else pool}
+        how: dict[str, Any] = {"pool": as_value(pool)}
         how |= {"hidden": hidden} if hidden else {}
         self.scales = [attribute.scale | how for attribute in attributes]
         self.hidden = nn.Linear(width, hidden) if hidden else None

@@ -18,6 +18,7 @@ from fastrec.evaluation.next_item import Protocol
 from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.model_config import ModelConfig
+from fastrec.objectives.click import Click
 from fastrec.objectives.item import Item
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.stage import STAGE_KEYS, Stage
@@ -54,6 +55,7 @@ class Recipe:
         profile: fine-tuning for user attributes.
         relation: fine-tuning for friends.
         cold_start: fine-tuning for items of another catalogue.
+        click: fine-tuning for whether items are clicked.
         attributes: of the users that are predicted; an empty list takes all columns that have a
             type for it.
         evaluation: how a next item is ranked.
@@ -70,6 +72,7 @@ class Recipe:
     profile: Stage | None = None
     relation: Stage | None = None
     cold_start: Stage | None = None
+    click: Stage | None = None
     attributes: list[Attribute] = field(default_factory=list)
     evaluation: Protocol = field(default_factory=Protocol)
     users: Users = field(default_factory=Users)
@@ -79,11 +82,7 @@ class Recipe:
     def __post_init__(self):
         stages = self.stages
         for name, stage in stages.items():
-            for objective in stage.parts.values():
-                if isinstance(objective, Item) and stage.judge == "next_item":
-                    causal = stage.init.causal
-                    causal = self.model.causal if causal is None else causal
-                    _check_asked(name, stage, objective, causal)
+            check_stage(name, stage, self.model)
         judges: set[str] = {stage.judge for stage in stages.values()}
         parts = [part for stage in stages.values() for part in stage.parts.values()]
         steps = [step for stage in stages.values() for step in stage.steps_of_views]
@@ -187,7 +186,17 @@ class Recipe:
 STAGES = [name for name, hint in get_type_hints(Recipe).items() if Stage in get_args(hint)]
 
 
-def _check_asked(name: str, stage: Stage, objective: Item, causal: bool) -> None:
+def check_stage(name: str, stage: Stage, config: ModelConfig) -> None:
+    """Raise ValueError that names the stage where it does not train what its judge asks."""
+    causal = config.causal if stage.init.causal is None else stage.init.causal
+    for objective in stage.parts.values():
+        # A stage that keeps its last model may train something else than is asked.
+        asked = stage.judge in ("next_item", "click") and stage.monitor != "steps"
+        if isinstance(objective, (Item, Click)) and asked:
+            _check_asked(name, stage, objective, causal)
+
+
+def _check_asked(name: str, stage: Stage, objective: Item | Click, causal: bool) -> None:
     """A model is trained for what its judge asks: a causal one at its last item, another at a
     [MASK]. Views with steps of somebody else are not looked at."""
     for view in objective.views:

@@ -13,6 +13,7 @@ from fastrec.data.settings import from_values
 from fastrec.data.side import SideData
 from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.blocks import scores_of
+from fastrec.evaluation.click import ClickJudge
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.metrics import length_groups, list_metrics
@@ -46,8 +47,8 @@ def evaluate_stage(
     """Print and return the metrics of the test users of a stage.
 
     folder: of the model, with the parameters of its objectives.
-    split: for the judges of the next item and of ratings: which events are held out; of vectors:
-        which input; of cold start: which rows.
+    split: for the judges of the next item, of ratings and clicks: which events are held out; of
+        vectors: which input; of cold start: which rows.
     ranks: for the judges of the next item and of cold start: a .csv or .parquet file for user_id,
         item_id (the target) and rank, a row for each target.
     group: a process group: its processes share the users, and all of them return the metrics.
@@ -64,6 +65,8 @@ def evaluate_stage(
         return _vectors(dataset, recipe, stage, model, folder, split, group)
     if stage.judge == "rating":
         return _rating(dataset, recipe, stage, model, folder, split, group)
+    if stage.judge == "click":
+        return _click(dataset, recipe, stage, model, folder, split, group)
     if stage.judge == "attributes":
         return _attributes(dataset, recipe, model, folder, group)
     return _friends(dataset, recipe, stage, model, folder, group)
@@ -200,6 +203,28 @@ def _rating(
     )
     print_metrics(rows, scale=1, digits=4)
     return {"split": split, "users": len(judge), "ratings": len(judge.ratings), "metrics": rows}
+
+
+def _click(
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
+) -> dict:
+    chosen, trained = (select_users(dataset, recipe.users, part) for part in (split, "train"))
+    judge = ClickJudge(dataset, chosen, split, recipe.evaluation, stage.least_click, trained)
+    objective, _ = _trained(stage.parts, model, side_data(dataset, recipe), folder)
+    given = judge.least is not None
+    rows = {
+        "share of clicks of the item" if given else "popularity": judge.metrics(judge.baseline),
+        "model": judge.metrics(_all_scores(judge, model, objective, group)),
+    }
+    clicks = int(judge.labels.sum())
+    what = f"rated from {judge.least:g} on" if given else "held out, the others drawn"
+    print(
+        f"{len(judge.labels):,} items of {len(judge):,} users, split {split}, {clicks:,} clicks"
+        f" ({what})"
+    )
+    print_metrics(rows, scale=1, digits=4)
+    size = {"users": len(judge), "pairs": len(judge.labels), "clicks": clicks}
+    return {"split": split, **size, "metrics": rows}
 
 
 def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path, group) -> dict:

@@ -70,6 +70,7 @@ from fastrec.training.stage_data import stage_data
 from fastrec.training.start import (
     filler_of,
     seen_by_run,
+    similar_of,
     started_model,
     text_data,
     with_causal,
@@ -180,7 +181,10 @@ def _fit(
     if recipe.texts is not None:
         dataset = text_data(dataset, recipe.texts, initial, output / MODEL if resume else None)
     if initial is not None:
-        recipe = with_model(recipe, initial, current)
+        try:
+            recipe = with_model(recipe, initial, current, stage)
+        except ValueError as error:
+            raise ValueError(f"{stage} cannot start from that model: {error}") from error
     elif current.init.freeze or current.init.patch or current.init.ids:
         raise ValueError(
             f"{stage}: init freezes or patches a model, or gives it ids, and there is none to start"
@@ -212,6 +216,7 @@ def _fit(
         trained.texts, trained.tokenizer = recipe.texts, dataset.tokenizer
     data = stage_data(dataset, recipe, current)
     data.side.filler = filler_of(dataset, recipe, current)
+    data.side.similar = similar_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     if current.tables != Tables() and current.cuda_graph:
         raise ValueError("cuda_graph needs tables.update: dense, and no tables.shard")
@@ -232,6 +237,9 @@ def _fit(
         steps_per_pass=current.pass_steps,
     )
     objective.check_users(loader.smallest)
+    sample = loader.few(2)
+    if where.device.type == "cpu":  # parts of one's own may run on a GPU alone
+        objective.rehearse(trained, sample)
     module = StageModule(trained, objective, current, loader, data.judge, output)
     run = identity(dataset, recipe, stage)
     trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}

@@ -25,16 +25,19 @@ from fastrec.nn.model_files import (
     RECIPE,
     TRAINED_ON,
     USERS,
+    check_like,
     checked,
     read_json,
     read_tensors,
     write_digests,
     write_tensors,
 )
+from fastrec.nn.pool import Interests, Pool
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import with_items
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
+from fastrec.training.adapters import with_adapter
 from fastrec.training.config import Users
 from fastrec.training.stage_data import held_out_users
 
@@ -194,14 +197,18 @@ def load_model(
     same_items: bool = True,
     same_users: bool = True,
     new_items_like: str | None = None,
+    adapter: Path | str | None = None,
 ) -> UserModel | TextModel:
     """The model in the folder `path`, for the items of `dataset` unless `same_items` is false (see
     `for_items_of`: known items by their ids, new ones as the mean, of those of the same category
     where `new_items_like` names a column of item attributes). One that reads the texts of items is
-    a `TextModel`, for any items. Raises ValueError where it does not belong to `dataset`, see
-    `check_model`."""
+    a `TextModel`, for any items. adapter: folder of patches and heads that it gets, see
+    `with_adapter`. Raises ValueError where it does not belong to `dataset`, see `check_model`."""
     path = Path(path)
     model = UserModel.from_pretrained(path)
+    if adapter is not None:
+        model = with_adapter(model, adapter)
+        check_model(Path(adapter), dataset, held_out, same_users)
     if model.texts is not None:
         if new_items_like is not None:
             raise ValueError(f"new_items_like has no effect: {path} reads the texts of items")
@@ -313,6 +320,33 @@ def load_pool(objective: JointObjective, folder: Path, name: str) -> list[str]:
         raise ValueError(f"init.pool has no effect: no objective of this stage pools as {name} did")
     objective.parts.load_state_dict(taken, strict=False)
     return list(taken)
+
+
+def trained_pool(folder: Path | str, how: str, width: int) -> Pool:
+    """The pool "attention" or "interests" as an objective of the model, or adapter, in `folder` has
+    trained it. width: of the model.
+
+    Raises ValueError where none has, several have, or it is of another width.
+    """
+    file = checked(Path(folder), HEADS)
+    state = read_tensors(file) if file.is_file() else {}
+    end = {"attention": ".pool.query", "interests": ".pool.queries"}[how]
+    owners = [name.removesuffix(end) for name in state if name.endswith(end)]
+    if len(owners) != 1:
+        said = (
+            f"several objectives have one, {sorted(owners)}" if owners else "no objective has one"
+        )
+        raise ValueError(f"pool {how}: {said} in {folder}")
+    prefix = f"{owners[0]}.pool."
+    own = {n.removeprefix(prefix): part for n, part in state.items() if n.startswith(prefix)}
+    number = own[end.removeprefix(".pool.")].numel() // max(width, 1)
+    try:
+        pool = Pool("attention" if how == "attention" else Interests(number), width)
+        check_like(file, own, pool.state_dict())
+    except ValueError as error:
+        raise ValueError(f"pool {how} of {owners[0]}: {error}") from error
+    pool.load_state_dict(own)
+    return pool
 
 
 def saved_scales(folder: Path) -> dict[str, list]:

@@ -61,7 +61,9 @@ class StageModule(lightning.LightningModule):
         if how.shard and self.model.spread_table is None:
             from fastrec.nn.spread import spread
 
-            spread(self.model, torch.distributed.group.WORLD)
+            world = torch.distributed.group.WORLD
+            assert world is not None  # Lightning has made it
+            spread(self.model, world)
         ours = set(map(id, self._spread()))
         if how.update == "rows":
             self.shared = [table for table in tables_of(self.model) if id(table) not in ours]

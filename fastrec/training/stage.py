@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastrec.data.settings import check_choices
+from fastrec.data.steps.click import Click as Labelled
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.parts import Step
+from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import parts_of
 from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.transfer import PARTS
+from fastrec.objectives.click import Click
 from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
@@ -87,6 +91,20 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Similar:
+    """What says which items are similar, for the steps `substitute` and `insert`.
+
+    Attributes:
+        model: folder of a trained model: items are similar by the products of their vectors.
+        users: the more similar one of that and of the item with the most users in common, both
+            scaled to 0 .. 1 (the hybrid of CoSeRec); false: by the model alone.
+    """
+
+    model: str
+    users: bool = True
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training run of a system: pre-training, or fine-tuning for a task.
 
@@ -95,11 +113,14 @@ class Stage:
         objectives: what is trained on the views. In Python also {name: settings or module}.
         judge: what validation and `evaluate` measure: the next item of each user, attributes of
             users who were not trained on, their friends, items of another catalogue, the ratings
-            of held-out events, or whether users are found again by their vectors, which needs no
-            target. "texts": the next item of a model that reads the texts of items.
+            of held-out events, which of them are clicks, or whether users are found again by their
+            vectors, which needs no target. "texts": the next item of a model that reads the texts
+            of items.
         init: what is taken from the model that the stage starts from.
         tables: how the item table is updated.
         filler: folder of the masked-item model that the step `fill` draws from.
+        similar: a model that says which items are similar; None: those with the most users in
+            common.
         steps: optimiser steps, a multiple of `validate_every` where that is smaller.
         batch_size: users a step.
         dropout: of the model in this stage and from then on; None: as the model has it.
@@ -115,8 +136,8 @@ class Stage:
             and friends it is a tenth of the users.
         monitor: validation metric that chooses the kept model and stops early; None: NDCG@10 of
             the next item, MRR@10 of cold_start, "score" of attributes and ratings, "accuracy" of
-            friends, MRR of vectors. "steps" keeps the last model and never stops: for objectives
-            that do not train what the judge asks.
+            friends, MRR of vectors, AUC of click. "steps" keeps the last model and never stops: for
+            objectives that do not train what the judge asks.
         patience: validations without improvement before stopping; 0 = never.
         checkpoint_every: steps between checkpoints to resume from.
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
@@ -130,11 +151,12 @@ class Stage:
     views: dict[str, list[Step]] = field(default_factory=dict)
     objectives: Objectives = field(default_factory=Objectives)
     judge: Literal[
-        "next_item", "attributes", "friends", "vectors", "cold_start", "rating", "texts"
+        "next_item", "attributes", "friends", "vectors", "cold_start", "rating", "texts", "click"
     ] = "next_item"
     init: Init = field(default_factory=Init)
     tables: Tables = field(default_factory=Tables)
     filler: str | None = None
+    similar: Similar | None = None
     steps: int = 10000
     batch_size: int = 768
     dropout: float | None = None
@@ -194,8 +216,12 @@ class Stage:
         if unread := [name for name in self.views if name not in read]:
             raise ValueError(f"no objective reads the view {unread[0]!r}: it has no effect")
         self._check_rows()
+        self._check_labels()
         if self.filler is not None and not self.fills:
             raise ValueError("filler has no effect: no view has the step fill")
+        asks = any(isinstance(part, (Substitute, Insert)) for part in self.steps_of_views)
+        if self.similar is not None and not asks:
+            raise ValueError("similar has no effect: no view has the step substitute or insert")
 
     def _check_rows(self) -> None:
         """The rows of cold start are no users: nothing else that asks who a user is goes along."""
@@ -211,6 +237,23 @@ class Stage:
                 raise ValueError(f"the objective {name} cannot be trained beside {cold[0]}")
         if any(isinstance(part, Friend) for part in self.steps_of_views):
             raise ValueError("the step friend has no place in a stage with judge: cold_start")
+
+    def _check_labels(self) -> None:
+        """Clicks that are labelled are predicted."""
+        predicted = any(isinstance(part, Click) for part in self.parts.values())
+        if self.judge == "click" and not predicted:
+            raise ValueError("the judge click needs the objective click")
+        levels = {part.least for part in self.steps_of_views if isinstance(part, Labelled)}
+        if levels and not predicted:
+            raise ValueError("the step click has no effect: no objective click")
+        if len(levels) > 1:
+            raise ValueError(f"views have clicks from other ratings on: {sorted(levels)}")
+
+    @property
+    def least_click(self) -> float | None:
+        """Rating of a click by the step `click`; None where no view has it."""
+        levels = [part.least for part in self.steps_of_views if isinstance(part, Labelled)]
+        return levels[0] if levels else None
 
     @property
     def steps_of_views(self) -> list:
@@ -242,7 +285,7 @@ class Stage:
     def monitored(self) -> str:
         defaults = {
             "next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10", "vectors": "MRR",
-            "texts": "NDCG@10",
+            "texts": "NDCG@10", "click": "AUC",
         }  # fmt: skip
         return self.monitor or defaults.get(self.judge, "score")
 

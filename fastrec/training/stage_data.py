@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrec.data.cold_items import ColdRows
 from fastrec.data.side import SideData
 from fastrec.evaluation.attributes import AttributesJudge
+from fastrec.evaluation.click import ClickJudge
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
 from fastrec.evaluation.next_item import NextItemJudge
@@ -35,6 +36,7 @@ class StageData:
         | ColdStartJudge
         | RatingJudge
         | TextJudge
+        | ClickJudge
     )
 
     @property
@@ -100,10 +102,10 @@ def side_data(dataset, recipe: Recipe, labelled: Tensor | None = None) -> SideDa
 def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
-    The judges of the next item, of texts and of ratings are asked about all selected users with a
-    validation target, or `validate_users` of them, that of vectors about some. Trained are the
-    selected users with training events, together with those whose sequences are too short to hold
-    anything out. The
+    The judges of the next item, of texts, of ratings and of clicks are asked about all selected
+    users with a validation target, or `validate_users` of them, that of vectors about some. Trained
+    are the selected users with training events, together with those whose sequences are too short
+    to hold anything out. The
     judges of attributes and friends are asked about a random tenth of the selected users, who are
     not trained on. Where users are held out to test these, the attributes and friends of that tenth
     are hidden from every stage: a model that remembered them would be chosen for it.
@@ -120,7 +122,7 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         raise ValueError(f"no user has {what}: there is nothing to validate on")
     users = labelled = select_users(dataset, recipe.users, "train")
     judged = _validation_users(users, recipe.users, max(1, len(users) // 10))
-    everyone = stage.judge in ("next_item", "vectors", "rating", "texts")
+    everyone = stage.judge in ("next_item", "vectors", "rating", "texts", "click")
     if not everyone or recipe.users.fraction < 1.0:
         labelled = users[~torch.isin(users, judged)]
     if everyone:
@@ -134,13 +136,24 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         selected = _validation_users(selected, recipe.users, stage.validate_users)
     side = side_data(dataset, recipe, labelled)
     side.event_columns = stage.event_columns(recipe.model.event_columns)
-    judge: NextItemJudge | AttributesJudge | FriendsJudge | VectorsJudge | RatingJudge | TextJudge
+    judge: (
+        NextItemJudge
+        | AttributesJudge
+        | FriendsJudge
+        | VectorsJudge
+        | RatingJudge
+        | TextJudge
+        | ClickJudge
+    )
     if stage.judge == "next_item":
         judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
     elif stage.judge == "vectors":
         judge = VectorsJudge(dataset, selected, "valid")
     elif stage.judge == "rating":
         judge = RatingJudge(dataset, selected, "valid", users)
+    elif stage.judge == "click":
+        how, least = recipe.evaluation, stage.least_click
+        judge = ClickJudge(dataset, selected, "valid", how, least, users)
     elif stage.judge == "texts":
         judge = TextJudge(dataset, selected, "valid", recipe.evaluation)
     elif stage.judge == "attributes":

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ import torch
 
 from fastrec.data.item_categories import Categories
 from fastrec.data.item_texts import TextData, Texts
+from fastrec.data.similar_items import most_similar
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
 from fastrec.nn.items import ItemFeatures, item_features
 from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.model_files import TOKENIZER, checked
+from fastrec.nn.similar import SimilarItems
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
-from fastrec.training.config import Recipe
+from fastrec.training.config import Recipe, check_stage
 from fastrec.training.model_folder import load_model, seen_users
 from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import select_users
@@ -88,8 +91,7 @@ def seen_by_run(
         earlier.append(kept)
     elif initial is not None and stage.init.users == "same":
         earlier.append(initial_folder)
-    if stage.filler is not None:
-        earlier.append(Path(stage.filler))
+    earlier += [Path(asked) for asked in (stage.filler, _similar(stage)) if asked is not None]
     return seen_users(dataset, everyone, earlier)
 
 
@@ -107,6 +109,21 @@ def filler_of(dataset, recipe: Recipe, stage: Stage) -> Filler | None:
     if isinstance(model, TextModel):
         raise ValueError(f"{stage.filler} reads the texts of items: it predicts no items")
     return Filler(model)
+
+
+def similar_of(dataset, recipe: Recipe, stage: Stage) -> Callable[..., torch.Tensor]:
+    """What says which items are similar in a stage, see `SideData.similar`. Raises ValueError for a
+    model that cannot be asked about the items of the data set."""
+    if stage.similar is None:
+        return most_similar
+    model = load_model(stage.similar.model, dataset, recipe.users, same_users=False)
+    if isinstance(model, TextModel):
+        raise ValueError(f"{stage.similar.model} reads the texts of items: they have no vectors")
+    return SimilarItems(model, stage.similar.users)
+
+
+def _similar(stage: Stage) -> str | None:
+    return None if stage.similar is None else stage.similar.model
 
 
 def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
@@ -147,9 +164,15 @@ def _others(has, asks, name: str = "") -> list[str]:
     return [] if has == asks else [f"{name} {has!r}, not {asks!r}"]
 
 
-def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
-    """The recipe with the settings of the model that a stage starts from, and a warning if they
-    differ. The dropout of the stage is nothing that they differ in."""
+def with_model(
+    recipe: Recipe, initial: UserModel, stage: Stage, name: str = "pretraining"
+) -> Recipe:
+    """The recipe with the settings of the model that a stage, called `name`, starts from, and a
+    warning if they differ. The dropout of the stage is nothing that they differ in.
+
+    Raises ValueError where the stage cannot start from that model, or another stage of the recipe
+    could not train one with its settings.
+    """
     config, init = with_dropout(initial.config, stage), stage.init
     if init.causal is not None:  # what the recipe says holds for its other stages
         config = with_causal(config, recipe.model.causal)
@@ -171,7 +194,11 @@ def with_model(recipe: Recipe, initial: UserModel, stage: Stage) -> Recipe:
             )
         encoder = dataclasses.replace(encoder, patch=init.patch, patch_form=init.patch_form)
         config = dataclasses.replace(config, encoder=encoder)
-    return dataclasses.replace(recipe, model=config)
+    check_stage(name, stage, config)  # this stage before the others
+    try:
+        return dataclasses.replace(recipe, model=config)
+    except ValueError as error:
+        raise ValueError(f"the recipe is for other models, in its {error}") from error
 
 
 def with_dropout(config: ModelConfig, stage: Stage) -> ModelConfig:

@@ -84,8 +84,9 @@ def sweep(
             f"{key} is set by seeds={seeds}: the runs of each value have seeds 0, 1, ..."
         )
     ranked = "recommendation" in recipe.stages or "pretraining" not in recipe.stages
-    if not ranked and recipe.stages["pretraining"].judge == "rating":
-        raise ValueError("a sweep ranks next items, and this recipe trains ratings alone")
+    alone = {"rating": "ratings", "click": "clicks"}
+    if not ranked and (judge := recipe.stages["pretraining"].judge) in alone:
+        raise ValueError(f"a sweep ranks next items, and this recipe trains {alone[judge]} alone")
     recipes = {value: with_value(recipe, key, value) for value in values}
     dataset = SequenceDataset.load(data)
     with locked(output):

@@ -47,6 +47,10 @@ class NextItem:
             last = torch.zeros(len(index), dtype=torch.bool, device="cpu")
             last[offsets[1:][kept > 0] - 1] = True
             target = target.masked_fill(~last.unsqueeze(1), NO_TARGET)
+        columns = {"target": target}
+        if "click" in batch.events:  # of the target
+            label = batch.events["click"][places.clamp_max(max(len(batch.values) - 1, 0))]
+            columns["click"] = label.masked_fill(target == NO_TARGET, -1)
         if self.ahead == 1:
-            target = target.squeeze(1)
-        return replace(out, events={**out.events, "target": target})
+            columns = {name: column.squeeze(1) for name, column in columns.items()}
+        return replace(out, events={**out.events, **columns})

@@ -8,6 +8,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import part_of
 from fastrec.data.side import SideData
 from fastrec.data.steps.baskets import Baskets
+from fastrec.data.steps.click import Click
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.cut import Cut
 from fastrec.data.steps.drop import Drop
@@ -36,6 +37,7 @@ class Step:
     Attributes:
         mask: items become [MASK] and are predicted.
         mask_last: the last item becomes [MASK] and is predicted.
+        click: events are labelled by their rating as clicks or as none.
         mask_rating: ratings of events are hidden and predicted, their items stay.
         next_item: every event predicts the item behind it.
         cut: the last items are cut off, and one [MASK] predicts them all.
@@ -59,6 +61,7 @@ class Step:
 
     mask: Mask | None = None
     mask_last: MaskLast | None = None
+    click: Click | None = None
     mask_rating: MaskRating | None = None
     next_item: NextItem | None = None
     cut: Cut | None = None
