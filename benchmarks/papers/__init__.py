@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of papers, each cell a command. See docs/results/papers.md."""
