@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Item tables on several processes: rows that travel, and the models of one process."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import polars
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.evaluation.next_item import NextItemJudge, Protocol
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.spread import part_of, spread, spread_parameters, whole_state
+from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
@@ -259,6 +262,27 @@ def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
     two.run(killed, data, tmp_path / "fewer", pair, 7)
     run(data, tmp_path / "fewer", chosen, resume=True)
     close_models(tmp_path / "one", tmp_path / "fewer")
+
+
+def tuned(group, data: Path, output: Path, chosen: Recipe, start: Path) -> dict:
+    return trained(group, data, output, chosen, {"model": UserModel.from_pretrained(start)})
+
+
+def test_a_model_to_start_from_is_validated_and_spread(data, two, tmp_path):
+    chosen = spread_recipe("dense", steps=6, precision="bf16-mixed")
+    start = run(data, tmp_path / "start", chosen)
+    pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
+    run(data, tmp_path / "one", chosen, model=start)
+    two.run(tuned, data, tmp_path / "two", pair, tmp_path / "start" / "model")
+    said = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    assert said[0]["parameters"] == said[1]["parameters"]
+    first, second = (trained_losses(tmp_path / name) for name in ("one", "two"))
+    assert first == pytest.approx(second, rel=2e-2), "bfloat16"
+
+
+def trained_losses(folder: Path) -> list[float]:
+    (file,) = (folder / "metrics").rglob("metrics.csv")
+    return polars.read_csv(file)["train_loss"].drop_nulls().to_list()
 
 
 def test_a_run_that_dies_between_its_shards_and_their_checkpoint(data, tmp_path, monkeypatch):
