@@ -7,8 +7,8 @@
 Users, items and negatives are those of `benchmarks.tables`, one thread a process, gloo. A step is
 the batch, forward, backward, the exchange of gradients and the optimizer; of several processes the
 slowest is printed: median and minimum of wall time and of process CPU time in ms, the largest
-resident memory of a process beyond what it had before the model, that after the last step, and the
-mean loss of the steps.
+resident memory of a process beyond what it had before the trainer was imported, that after the last
+step, and the mean loss of the steps.
 """
 
 import argparse
