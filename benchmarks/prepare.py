@@ -7,8 +7,8 @@
 `source` writes events block by block: users and items of Zipf-like popularity, times that are a
 permutation inside each block and all different, so that there are no duplicates. `run` prepares the
 file with each in a process of its own, prints wall and CPU seconds, events per second, peak memory
-and a digest of the values.npy that it writes. "polars-1GB" is the script with the budget of 1 GB that
-polars' streaming engine has for what does not fit in memory.
+and a digest of the values.npy that it writes. "polars-1GB" is the script with the budget of 1 GB
+that polars' streaming engine has for what does not fit in memory.
 """
 
 import argparse
