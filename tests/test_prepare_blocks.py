@@ -30,7 +30,8 @@ def both(tmp_path, monkeypatch, source, **options):
                 small(patch, size)
             try:
                 report = prepare(source, tmp_path / "data", overwrite=True, **options)
-                said = str(report).rsplit("\n", 1)[0]
+                said, took = str(report).rsplit("\n", 1)
+                assert "events/s, peak memory" in took
                 files = {file.name: file.read_bytes() for file in report.output.iterdir()}
             except (DataError, ValueError) as error:
                 said, files = str(error), {}
@@ -65,6 +66,7 @@ RATED = USUAL | {
         (RATED, {"min_rating": 2.0, "max_users": 7, "k_core": 3}),
         (RATED, {"keep_events": ["buy"], "split": "ratio", "valid": 0.2, "test": 0.2}),
         (USUAL, {"split": "time", "valid": 1_704_000_000, "test": 1_707_000_000}),
+        (USUAL | {"item_id": lambda r, n: f'"a\nb, ""{r.randrange(5)}"""'}, {}),
         # The last row makes all ids text, or all times finer, or of no unit.
         (USUAL | {"user_id": lambda r, n: r.randrange(9) if n < 99 else "x7"}, {}),
         (USUAL | {"item_id": lambda r, n: r.randrange(9) * 10**15}, {}),
@@ -195,3 +197,18 @@ def test_the_core_of_few_events_left_is_that_of_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(k_core, "_FEW", 0)
     assert both(tmp_path, monkeypatch, source, k_core=2, on_duplicate="keep") == expected
     assert expected[1]
+
+
+def test_what_a_killed_process_left_goes_and_a_full_disk_is_named(tmp_path, monkeypatch):
+    source = write(tmp_path / "t.csv", log(100, **USUAL))
+    (tmp_path / ".scratch.data" / "read").mkdir(parents=True)
+    prepare(source, tmp_path / "data")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "t.csv"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "pwrite", full)
+    with pytest.raises(OSError, match=r"scratch.data/read cannot be written: .* No space left"):
+        prepare(source, tmp_path / "data", overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "t.csv"]

@@ -16,7 +16,7 @@ from fastrec.data.prepare.catalogue import Catalogue
 from fastrec.data.prepare.filters import Filters, Kept, add, kept_events
 from fastrec.data.prepare.item_features import item_features as read_item_features
 from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
-from fastrec.data.prepare.load import Loaded, load
+from fastrec.data.prepare.load import Loaded, load_events
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
 from fastrec.data.prepare.report import TIE_RULE, PrepareReport, peak_memory
@@ -139,7 +139,7 @@ def prepare(
             elif not isinstance(each, RawData):
                 each = readers.read(each, format, **options)
             sources.append(each)
-        found = load(sources, options, folder, options.get("on_duplicate", "error"))
+        found = load_events(sources, options, folder, options.get("on_duplicate", "error"))
         for name, (_, settings) in sides.items():
             settings["known_as"] = options.get(name) or found.raw.inferred.get(f"{name}_column")
         filters = Filters(k_core, min_rating, max_users)

@@ -23,8 +23,7 @@ class Events:
     events of these types. ordered: each user's rows are oldest first; otherwise a timestamp is
     needed. on_missing ("error", "drop") is about rows without a user, item, timestamp or rating,
     on_duplicate ("error", "keep", "drop") about rows with the same user, item and timestamp; "drop"
-    keeps the first. header: the names are the first line of a text file, for what an error
-    suggests. See `columns`, `times` and `epochs`.
+    keeps the first. See `columns`, `times` and `epochs`.
     """
 
     def __init__(
@@ -70,7 +69,8 @@ class Events:
 
     def typed(self, frame, rows: Rows, header: bool = False):
         """(polars.DataFrame user_id, item_id, and timestamp, rating, event_type where there are;
-        `rows` of these) of a block; None where nothing of it is left."""
+        `rows` of these) of a block; None where nothing of it is left. header: the names are the
+        first line of a text file, for what an error suggests."""
         if not self._names:
             self._find(frame.columns, header)
         columns = {role: frame[name] for role, name in self._names.items()}
@@ -252,12 +252,11 @@ def duplicate(rows: Rows, place: int, first: int, event: tuple, count: int) -> D
 def events_of(source, frame, rows: Rows, *, header: bool = False, **options) -> RawData:
     """The events of a table in memory, in its order. header, options: see `Events`.
 
-    Timestamps are checked for `ordered`, and for duplicates.
+    Events are checked for `ordered` and for duplicates, by their timestamps.
     """
     reader = Events(source, **options)
     made = reader.typed(frame, rows, header)
-    if not reader.settled():
-        raise AssertionError("a single block is settled")
+    reader.settled()  # a single block always is, or it raises
     events, rows = made
     removed = reader.removed
     if "timestamp" in events.columns:

@@ -102,7 +102,7 @@ class Loaded:
     parts: bool
 
 
-def load(sources: list, options: dict, folder: Path, on_duplicate: str) -> Loaded:
+def load_events(sources: list, options: dict, folder: Path, on_duplicate: str) -> Loaded:
     """Read `sources` (tables and RawData) end to end; `folder` holds the events.
 
     options: of a table, see `readers.read_table`. on_duplicate: what to do with an event that

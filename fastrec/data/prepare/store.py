@@ -7,6 +7,7 @@ Memory stays the same whatever the number of events. Legend: E events.
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from weakref import finalize
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Store:
         self._files = {
             name: os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600) for name in dtypes
         }
+        self._close = finalize(self, _close, list(self._files.values()))
 
     def write(self, start: int, columns: Mapping[str, np.ndarray]) -> None:
         """Write events at places from `start` on."""
@@ -32,7 +34,10 @@ class Store:
             data = np.ascontiguousarray(values, dtype).data.cast("B")
             at = start * dtype.itemsize
             while data:  # the system may write less
-                done = os.pwrite(self._files[name], data, at)
+                try:
+                    done = os.pwrite(self._files[name], data, at)
+                except OSError as error:  # which names no file
+                    raise OSError(f"{self.folder} cannot be written: {error}") from error
                 data, at = data[done:], at + done
 
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
@@ -61,8 +66,12 @@ class Store:
 
     def remove(self) -> None:
         """Take the files away."""
-        for name, file in self._files.items():
-            os.close(file)
+        self._close()
+        for name in self.dtypes:
             (self.folder / name).unlink()
         self.folder.rmdir()
-        self._files = {}
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
