@@ -62,8 +62,10 @@ def config_of(width: int, dtype: torch.dtype, precision: str, capability: int = 
     for name, (block_b, block_c, warps, stages) in zip(("fwd", "bwd"), tiles, strict=True):
         if (block_b, block_c) == (32, 128) and capability >= 100:
             block_b = 64  # 32 spill 8 bytes there, 64 spill on sm_80
-        if name == "fwd" and (block_b, block_c, warps) == (64, 64, 4) and capability >= 100:
-            block_b, warps = 128, 8  # 64 and 4 warps spill 16 bytes there
+        if name == "bwd" and kind == "float32" and block_d == 128 and capability >= 100:
+            block_b, warps = 16, 4  # 32 and 8 warps spill 16 bytes there
+        if (block_b, block_c, warps) == (64, 64, 4) and capability >= 100:  # spill 16 bytes there
+            block_b, block_c, warps = (128, 64, 8) if name == "fwd" else (64, 128, 8)
         config[name] = {
             "BLOCK_B": block_b,
             "BLOCK_C": block_c,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of every shipped tile configuration: no GPU is needed."""
 
+import pytest
+import torch
 from aot import (
     POINTER,
     SHARED_LIMIT,
@@ -11,10 +13,12 @@ from aot import (
     case,
     compile_for,
     machine_code_test,
+    needs_compiler,
     take_options,
 )
 
 from fastrec.kernels import linear_cross_entropy as kernels
+from fastrec.kernels.common import linear_cross_entropy_plan as plan
 from fastrec.kernels.common import linear_cross_entropy_wide as wide
 
 # float32 products by tensor cores, unless "ieee" is asked for.
@@ -109,3 +113,20 @@ OP = Op(
     "linear_cross_entropy", "kernel types D sm", CASES, build, _wgmma, "linear_cross_entropy_gpu"
 )
 test_machine_code = machine_code_test(OP)
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("passed", ["forward", "backward"])
+def test_the_plan_compiles(passed, capability):
+    backward = passed == "backward"
+    ids, vector, rows = "*i64:16", "*fp32:16", POINTER[torch.bfloat16]
+    own = dict.fromkeys(("by_item", "offsets"), ids) | dict(x=rows, x_out=rows)
+    own |= dict.fromkeys(("vectors", "vectors_out"), vector)
+    arguments = own if backward else dict.fromkeys(own)
+    arguments |= dict(target=ids, order=None if backward else ids, count=ids)
+    arguments |= dict.fromkeys(("n", "v", "tiles"), "i32") | {"stride_xd": 1, "ITEMS": 128}
+    arguments |= dict.fromkeys(("d", "stride_xn"), "i32:16") | {"BLOCK_D": 64}
+    arguments |= {"BLOCK_R": plan.BLOCK_R, "BLOCK_J": plan.BLOCK_J}
+    tile, options = "BLOCK_R BLOCK_D", {"num_warps": plan.WARPS}
+    compile_for(capability, plan._plan_kernel, arguments, tile, **options).assert_fits()

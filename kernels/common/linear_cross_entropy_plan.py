@@ -17,7 +17,7 @@ from fastrec.kernels.common.tiles import load_rows
 
 MOST_ROWS, MOST_TILES = 8192, 8192  # beyond them torch sorts
 MOST_ITEMS = 2**31 - 1  # targets are compared as int32
-BLOCK_R, BLOCK_J, WARPS = 32, 128, 4  # rows of a program, and how many they are compared with
+BLOCK_R, BLOCK_J, WARPS = 32, 64, 4  # rows of a program, and how many they are compared with
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _places(target, key, number, n, v, BLOCK_R: tl.constexpr, BLOCK_J: tl.conste
             (other[None, :] == key[:, None]) & (j[None, :] < number[:, None])
         )
         place += tl.sum((before & (j < n)[None, :]).to(tl.int32), 1)
-    return place
+    return place.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["n", "v", "tiles"])
@@ -50,7 +50,7 @@ def _plan_kernel(
         live = row < n
         key = tl.load(target + row, mask=live, other=0).to(tl.int32)
         key = tl.where(key < 0, v, key)
-        place = _places(target, key, row, n, v, BLOCK_R, BLOCK_J).to(tl.int64)
+        place = _places(target, key, row, n, v, BLOCK_R, BLOCK_J)
         if x is None:
             tl.store(order + place, row.to(tl.int64), mask=live)
         else:
@@ -59,19 +59,19 @@ def _plan_kernel(
                 number = tl.load(vectors + i * n + row, mask=live, other=0.0)
                 tl.store(vectors_out + i * n + place, number, mask=live)
             for first in range(0, d, BLOCK_D):
-                tile = load_rows(x, row, live, stride_xn, stride_xd, first, d, BLOCK_D)
+                rows = load_rows(x, row, live, stride_xn, stride_xd, first, d, BLOCK_D)
                 col = first + tl.arange(0, BLOCK_D)
                 keep = live[:, None] & (col < d)[None, :]
-                tl.store(x_out + place[:, None] * d + col[None, :], tile, mask=keep)
+                tl.store(x_out + place[:, None] * d + col[None, :], rows, mask=keep)
     else:  # the number of scored rows, and the first rows of the tiles
         tile = (tl.program_id(0) - blocks) * BLOCK_R + lane
         key = tl.minimum(tile.to(tl.int64) * ITEMS, v).to(tl.int32)
         place = _places(target, key, lane * 0, n, v, BLOCK_R, BLOCK_J)
         if x is None:
-            tl.store(count + lane * 0, place.to(tl.int64), mask=lane == BLOCK_R - 1)
+            tl.store(count + lane * 0, place, mask=lane == BLOCK_R - 1)
         else:
-            tl.store(offsets + tile, place.to(tl.int64), mask=tile <= tiles)
-            tl.store(count + lane * 0, place.to(tl.int64), mask=tile == tiles)
+            tl.store(offsets + tile, place, mask=tile <= tiles)
+            tl.store(count + lane * 0, place, mask=tile == tiles)
 
 
 def _sorted(target, items):
