@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from replay.nn.lightning import LightningModule
 from replay.nn.lightning.callback import ComputeMetricsCallback, TopItemsCallbackBase
 from replay.nn.lightning.postprocessor import SeenItemsFilter
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrec.data.batch import offsets_of
 from fastrec.integrations.patching import Replacement, keep_original, own_method
@@ -127,33 +127,35 @@ def _unserved_callback(callback, model, batch: dict, hook: str) -> str | None:
     names = {"_batch_end", hook, "_apply_postproccesors", "_prepare_candidates"} & {*dir(owner)}
     if why := own_method(kind, owner, sorted(names)):
         return f"{kind.__name__}: {why}"
-    items, most = len(item_vectors(model)), _longest(callback)
+    items = len(item_vectors(model))
     for filter in callback._postprocessors:
         if type(filter) is not SeenItemsFilter:
             return f"a postprocessor is a {type(filter).__name__}"
         if filter.item_count != items:
             return f"SeenItemsFilter counts {filter.item_count} of {items} items"
-        most += batch[filter.seen_items_column].shape[1]
-    return f"k and the seen items may be more than {items} items" if most > items else None
+    return None
 
 
-def _longest(callback) -> int:
-    if isinstance(callback, TopItemsCallbackBase):
-        return callback._top_k
-    return max(builder.max_k for builder in callback._metrics_builders)
-
-
-def best_items(query: Query, k: int, callback, batch: dict) -> TopK:
-    """The k best items [B, k], without those that the filters of a callback leave out."""
-    exclude = None
-    filters = callback._postprocessors
-    if filters:
-        items = len(query.items)
-        seen = torch.cat([batch[filter.seen_items_column] for filter in filters], 1)
+def best_items(query: Query, k: int, callback, batch: dict) -> TopK | None:
+    """The k best items [B, k], without those that the filters of a callback leave out. None where
+    there are not that many in a row, or scores are NaN: what the original makes of these is left to
+    it. On a GPU this waits for the answer."""
+    exclude, items = None, len(query.items)
+    if callback._postprocessors:
+        columns = [filter.seen_items_column for filter in callback._postprocessors]
+        seen = torch.cat([batch[column] for column in columns], 1)
         seen = seen.to(query.states.device, torch.int64).sort(1).values
         listed = (seen >= 0) & (seen < items)  # others are padding
         exclude = seen[listed], offsets_of(listed.sum(1))
-    return linear_topk(query.states, query.items, k, exclude=exclude)
+    if k > items:
+        return None
+    best = linear_topk(query.states, query.items, k, exclude=exclude)
+    return None if (best.indices < 0).any() else best
+
+
+def with_scores(query: Query) -> dict[str, Tensor]:
+    """What the original step returns, as far as the callbacks read it."""
+    return {"logits": nn.functional.linear(query.states, query.items)}
 
 
 def _metrics() -> Callable:
@@ -161,16 +163,16 @@ def _metrics() -> Callable:
 
     @functools.wraps(original)
     def _batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx):
+        best = None
         if isinstance(outputs, Query):
-            # The original finds the best of the best: candidates of each row.
             k = self._metrics_builders[dataloader_idx].max_k
             best = best_items(outputs, k, self, batch)
-            outputs = {"logits": best.values}
+            outputs = with_scores(outputs) if best is None else {"logits": best.values}
+        if best is not None:  # the original finds the best of the best: candidates of each row
             batch = {**batch, "candidates_to_score": best.indices}
-            original(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-            self._set_postprocessor_candidates(None)
-            return
         original(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        if best is not None:
+            self._set_postprocessor_candidates(None)
 
     return _batch_end
 
@@ -180,9 +182,12 @@ def _top_items() -> Callable:
 
     @functools.wraps(original)
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        if not isinstance(outputs, Query):
+        best = None
+        if isinstance(outputs, Query):
+            best = best_items(outputs, self._top_k, self, batch)
+            outputs = with_scores(outputs) if best is None else outputs
+        if best is None:
             return original(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        best = best_items(outputs, self._top_k, self, batch)
         self._query_batches.append(batch[self.query_column])
         self._item_batches.append(best.indices)
         self._item_scores.append(best.values)
