@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that ask a trained model: `embed`, `recommend`, `similar`, `index`; and `adapter`."""
+"""The commands that ask a trained model: `embed`, `recommend`, `similar`, `index`; `adapter`."""
 
 import json
 from collections.abc import Sequence
