@@ -291,6 +291,12 @@ def test_a_wrong_gradient_of_attention_is_seen(tmp_path, monkeypatch):
     assert rows["D=64 L=50"]["failed"] == "7.100 times the budget"
     assert rows["D=16 L=50"]["failed"] == "nan times the budget"
     assert rows["ended"]["failed"] == "exit code 99 after 3 cases"
+    ends = {"": "some are beyond it", "exit code 1": "exit code 1 after 3 cases"}
+    for why, text in ends.items():
+        monkeypatch.setattr(programs, "run_lines", lambda *rest, why=why: program(*rest) and why)
+        found.finished.clear()
+        programs.attention_backward(found)
+        assert rows["ended"]["failed"] == text
 
 
 def test_samples_beyond_the_budget_and_those_that_did_not_run(tmp_path, monkeypatch):
@@ -309,6 +315,16 @@ def test_samples_beyond_the_budget_and_those_that_did_not_run(tmp_path, monkeypa
     assert rows[every[0]] == {"passed": True} and rows[every[1]] == {"failed": "output 3 > 1"}
     assert rows["ended"]["failed"].startswith(f"exit code 1 before {every[2]}, ")
     assert (rows["ended"]["ran"], rows["ended"]["of"]) == (2, len(every))
+
+    def complete(command, seconds, line, environment):
+        for key in every:
+            line(f"ran {key}\toutput 3 > 1" if key == every[1] else f"ran {key}")
+        return ""
+
+    monkeypatch.setattr(programs, "run_lines", complete)
+    found.finished.clear()
+    programs.budget(found)
+    assert "failed" in rows["ended"], "the second plan would take it for good"
 
 
 def test_wrong_numbers_are_beyond_the_budget(monkeypatch):
