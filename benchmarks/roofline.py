@@ -105,7 +105,7 @@ def _label(entry: Entry) -> str:
     return " ".join([*map(str, entry.sizes.values()), entry.case]).strip()
 
 
-PLACES = ((6, -2, "left"), (-6, -2, "right"), (0, 6, "center"), (0, -10, "center"))
+PLACES = ((9, -3, "left"), (-9, -3, "right"), (0, 9, "center"), (0, -15, "center"))
 
 
 def _annotate(axes, measured: list[tuple[str, str, float, float]], line: float) -> None:
@@ -119,9 +119,9 @@ def _annotate(axes, measured: list[tuple[str, str, float, float]], line: float) 
     taken.append((frame[0], height - 1, frame[2], height + 1))
     for _, label, intensity, reached in measured:
         for x, y, align in PLACES:
-            text = axes.annotate(label, (intensity, reached), xytext=(x, y), fontsize=6.5,
+            text = axes.annotate(label, (intensity, reached), xytext=(x, y), fontsize=8,
                                  textcoords="offset points", ha=align)  # fmt: skip
-            box = text.get_window_extent().extents
+            box = text.get_window_extent().padded(3).extents
             inside = box[0] >= frame[0] and box[2] <= frame[2]
             if inside and not any(
                 box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
@@ -144,10 +144,10 @@ def plot(results: dict, path: Path) -> None:
     ridge = peak / bandwidth
     intensities = [point[2] for point in measured] + [ridge]
     left, right = min(intensities) / 2, max(intensities) * 4
-    figure, axes = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 7.5), layout="constrained")
     axes.plot([left, ridge, right], [left * bandwidth, peak, peak], "k-", linewidth=1)
     axes.axhline(product, color="0.5", linestyle="--", linewidth=1)
-    small = {"fontsize": 8}
+    small = {"fontsize": 9}
     axes.text(right, 1.04 * peak, f"multiply-adds, {found['fma_source']}: {peak:.0f} GFLOP/s ",
               ha="right", **small)  # fmt: skip
     axes.text(left, 1.04 * product, f" torch.mm: {product:.0f} GFLOP/s", color="0.4", **small)
@@ -164,7 +164,7 @@ def plot(results: dict, path: Path) -> None:
         own = [point for point in measured if point[0] == op]
         if own:
             axes.plot([p[2] for p in own], [p[3] for p in own], marker, label=op, markersize=6)
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=9)
     _annotate(axes, measured, product)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
