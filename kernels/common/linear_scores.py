@@ -68,7 +68,9 @@ def config_of(width: int, table: torch.dtype, capability: int = 90) -> dict:
         block_d, tile = CHUNK_WIDTH, CHUNKED
     else:
         tile = TILES[max(block_d, 64)]
-        if capability < 90 and block_d == 128:
+        if capability >= 100 and block_d <= 64:
+            tile = (64, 128, 8, 3)  # 4 warps spill 152 bytes there
+        elif capability < 90 and block_d == 128:
             tile = (64, 64, 8, 3)  # 128 items spill 40 bytes there
         elif capability < 90 and block_d == 256:
             tile = (64, 64, 8, 2)  # 4 warps spill 120 bytes there, 8 spill 16 bytes on sm_100

@@ -158,11 +158,11 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         why="the loss is the difference of two logits of this size",
     )
     # Far higher behind the first tile of a program's candidates than in it.
-    step = 60.0 * (torch.arange(300, device=device) >= 64)
+    step = 100.0 * (torch.arange(300, device=device) >= 64)
     yield Sample(
         "outgrown",
         problem("outgrown", c=300, fixed_temperature=math.sqrt(d), candidate_bias=step),
-        floor={"output": 60.0},
+        floor={"output": 100.0},
         why="the loss is the difference of two logits of this size",
     )
     temperature = torch.tensor(0.7, device=device, dtype=types.table)

@@ -123,11 +123,11 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     yield Sample("bias_minus_inf", case | {"linear_bias": bias.masked_fill(out, -math.inf)})
     # Far higher scores behind the first tile of a program's items than in it.
     case = problem("outgrown", n, 700, 16, reduction="none")
-    step = 60.0 * (torch.arange(700, device=device) >= 128)
+    step = 100.0 * (torch.arange(700, device=device) >= 128)
     yield Sample(
         "outgrown",
         case | {"linear_bias": step.to(types.table)},
-        floor={"output": 60.0},
+        floor={"output": 100.0},
         why="the loss is the difference of two logits of this size",
     )
     # Four rows after whole tiles (of 192 and fewer, and of all chunks) that take no part: a table
