@@ -53,6 +53,7 @@ def test_binary_losses_by_hand(backend, own):
         (dict(loss="gbce", gbce_t=0.0), 1.0),
         (dict(loss="gbce", gbce_t=1.0), 3 / 6),  # K / (V - 1)
         (dict(loss="gbce", gbce_t=0.5), 0.75),
+        (dict(loss="gbce", gbce_t=1.0, num_items=10), 3 / 9),
     ):
         loss = sampled_linear_cross_entropy(*arguments, drawn, **options, backend=backend)
         assert loss.item() == pytest.approx((beta * positive + negative) / 4, rel=1e-6)
@@ -155,6 +156,7 @@ def test_bits_of_a_row_do_not_depend_on_its_batch():
     "change, error, message",
     [
         (dict(negatives=torch.zeros(3, 2).long().fill_diagonal_(9)), IndexError, r"\[0, 0\] is 9"),
+        (dict(num_items=2), ValueError, "num_items is 2, linear_weight has"),
         (dict(gbce_t=1.5), ValueError, r"gbce_t must be in \[0, 1\], got 1.5"),
     ],
 )

@@ -210,7 +210,9 @@ def _losses_ref(
     return (beta * F.softplus(-scores[:, 0]) + negative) / candidates.shape[1]
 
 
-def _check_sampled(linear_weight, log_q, loss, gbce_t):
+def _check_sampled(linear_weight, log_q, loss, gbce_t, num_items):
+    if num_items is not None and num_items < len(linear_weight):
+        raise ValueError(f"num_items is {num_items}, linear_weight has {len(linear_weight)} rows")
     if log_q is not None:
         check_tensor("log_q", log_q, linear_weight.shape[:1], device=linear_weight.device)
     if loss not in LOSSES:
@@ -302,7 +304,7 @@ def sampled_linear_cross_entropy(
     if low is not None and input.dtype == torch.float32:
         input = input.to(low)
     check_arguments(input, linear_weight, linear_bias, weight, reduction, 0.0)
-    _check_sampled(linear_weight, log_q, loss, gbce_t)
+    _check_sampled(linear_weight, log_q, loss, gbce_t, num_items)
     negatives = _flat_negatives(negatives, shape, input.device)
     check_range("target", target, linear_weight.shape[0], ignore_index)
     check_range("negatives", negatives, linear_weight.shape[0])
