@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastrec.data import paging
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.side import Shard
@@ -17,6 +18,7 @@ from fastrec.data.views import Views
 from fastrec.random import Rng, sort_keys
 
 _CHUNK = 1 << 18
+_AHEAD = 4  # batches whose pages are fetched before they are used, where memory is too small
 
 
 def epoch_order(users: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -79,6 +81,8 @@ class SequenceLoader:
         self.steps_per_pass = steps_per_pass or self.batches_per_epoch
         self.step = 0
         self._order: tuple[int, np.ndarray] | None = None
+        self._fetches = paging.read_singly(self.side.dataset.values)
+        self._fetched = -1  # the last step whose pages are on their way
 
     @property
     def smallest(self) -> int:
@@ -105,6 +109,8 @@ class SequenceLoader:
     def batch_at(self, step: int) -> dict[str, JaggedBatch]:
         """The views of global step `step`; does not move the loader."""
         users = self._users_of_all_ranks(step)
+        if self._fetches:
+            self._fetch_until(step)
         batch = self.side.gather(users[self.rank :: self.world_size], self.views.length)
         shard = Shard(users, self.rank, self.world_size)
         return self.views(batch, Rng(self.seed, step), shard)
@@ -114,6 +120,19 @@ class SequenceLoader:
         users = self.users[:number]
         batch = self.side.gather(users, self.views.length)
         return self.views(batch, Rng(self.seed, 0), Shard(users))
+
+    def _fetch_until(self, step: int) -> None:
+        """Have the pages of the batches behind `step` read, inside the epoch."""
+        dataset, split, length = self.side.dataset, self.side.split, self.views.length
+        last = (step // self.batches_per_epoch + 1) * self.batches_per_epoch - 1
+        end = min(step + _AHEAD, last)
+        begin = self._fetched + 1 if step <= self._fetched <= end else step
+        for number in range(begin, end + 1):
+            users = self._users_of_all_ranks(number)[self.rank :: self.world_size]
+            ends = dataset.input_ends(users, split)
+            starts = np.maximum(dataset.offsets[users], ends - length)
+            paging.fetch(dataset.values, starts, ends)
+        self._fetched = end
 
     def _users_of_all_ranks(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.batches_per_epoch)
