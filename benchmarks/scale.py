@@ -128,7 +128,7 @@ def print_data(o) -> None:
         ("offsets.npy, mapped", f"{8 * users / GB:,.1f} GB", "U"),
         ("interactions.parquet", f"{o.parquet_bytes * o.events / GB:,.0f} GB of disk", "E"),
         ("scratch of `prepare`, at its peak", f"{50 * o.events / GB:,.0f} GB of disk", "E"),
-        ("`prepare`, one host of two cores", f"{o.events / o.prepare_rate / 3600:,.1f} h", "E"),
+        ("`prepare`, one core", f"{o.events / o.prepare_rate / 3600:,.1f} h", "E"),
         ("`prepare`, ids and their places",
          f"{(users + o.items) * o.id_bytes / GB:,.1f} GB of memory", "U + V"),
         ("order of an epoch, in each process", f"{24 * users / GB:,.1f} GB of memory", "U"),
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--compute", type=float, default=0.3, help="share of the product rate")
     parser.add_argument("--bandwidth", type=float, default=0.6, help="share of the byte rates")
-    parser.add_argument("--prepare-rate", type=float, default=0.5e6, help="events/s, measured")
+    parser.add_argument("--prepare-rate", type=float, default=1e6, help="a core, measured")
     parser.add_argument("--parquet-bytes", type=float, default=7.0, help="an event, measured")
     parser.add_argument("--id-bytes", type=float, default=76.0, help="measured")
     options = parser.parse_args()
