@@ -26,6 +26,8 @@ def read_singly(array: np.ndarray) -> bool:
 def fetch(array: np.memmap, starts: np.ndarray, ends: np.ndarray) -> None:
     """Have the system read array[starts[i]:ends[i]] without waiting for it. starts, ends: int64."""
     map_ = array.base
+    if not isinstance(map_, mmap.mmap):
+        raise TypeError(f"expected a mapped array, got one of {type(map_).__name__}")
     begin = array.offset % mmap.ALLOCATIONGRANULARITY  # where the array begins in the map
     first = (begin + starts * array.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
     lengths = begin + ends * array.itemsize - first
