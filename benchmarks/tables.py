@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of `sasrec-sampled` by the number of items: all rows updated, or those touched.
+"""A training step by the number of items: all rows of the tables updated, or those touched.
 
     python -m benchmarks.tables --items 20000 1000000
+    python -m benchmarks.tables --items 1000000 --loss all --steps 5
 
-256 users of 3 to 16 items by Zipf's law (some 2,300 events), 256 negatives an event by popularity,
-width 64. Each case runs in a process of its own: median and minimum of process CPU time and of wall
-time in ms, and the largest resident memory in MiB beyond what the process had before the model,
-with that of the weights and of the optimizer's averages.
+Users of 3 to 16 items by Zipf's law, width 64. Of `sasrec-sampled` 256 users (some 2,300 events),
+256 negatives an event by popularity; of `sasrec`, the softmax over all items, 64 (some 540). Each
+case runs in a process of its own: median and minimum of process CPU time and of wall time in ms,
+and the largest resident memory in MiB beyond what the process had before the model, with that of
+the weights and of the optimizer's averages.
 """
 
 import argparse
@@ -48,14 +50,14 @@ def case(items: int, recipe: str, tables: dict, batch: int | None = None):
     side = SideData(dataset)
     objective = JointObjective(stage.parts, model, side)
     if stage.tables.update == "rows":
-        use_rows(model)
+        use_rows(model, objective.parts.values())
     views = Views(stage.views, model.frame, side, chosen.model.max_len)
     loader = SequenceLoader(views, batch_size=stage.batch_size)
     judge = type("Judge", (), {"metric_names": [stage.monitored]})()
     return StageModule(model, objective, stage, loader, judge), loader
 
 
-def measure(items: int, update: str, optimizer: str | None, steps: int) -> dict:
+def measure(items: int, update: str, optimizer: str | None, steps: int, loss: str) -> dict:
     import torch
 
     from fastrec.objectives.joint import total_loss
@@ -63,7 +65,8 @@ def measure(items: int, update: str, optimizer: str | None, steps: int) -> dict:
 
     before = memory()
     tables = {"update": update, **({"optimizer": optimizer} if update == "rows" else {})}
-    module, loader = case(items, "sasrec-sampled", tables)
+    recipe, batch = ("sasrec-sampled", 256) if loss == "sampled" else ("sasrec", 64)
+    module, loader = case(items, recipe, tables, batch)
     model, objective = module.model, module.objective
     optimizer_ = module.configure_optimizers()["optimizer"]
     times = []
@@ -100,19 +103,20 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=[20_000, 1_000_000])
     parser.add_argument("--update", nargs="+", default=["dense", "rows"])
     parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--loss", choices=("sampled", "all"), default="sampled")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--one", action="store_true", help="one case, as JSON")
     options = parser.parse_args()
     if options.one:
-        case = options.items[0], options.update[0], options.optimizer, options.steps
-        print(json.dumps(measure(*case)))
+        asked = options.items[0], options.update[0], options.optimizer, options.steps
+        print(json.dumps(measure(*asked, options.loss)))
         return
     print("items, update: cpu ms (median, min), wall ms (median, min), MiB (weights, state)")
     for items in options.items:
         for update in options.update:
             command = [sys.executable, "-m", "benchmarks.tables", "--one", "--items", str(items)]
             command += ["--update", update, "--optimizer", options.optimizer]
-            command += ["--steps", str(options.steps)]
+            command += ["--steps", str(options.steps), "--loss", options.loss]
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
                 sys.exit(made.stderr[-2000:])

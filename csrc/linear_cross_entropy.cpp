@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels of fastrec::linear_cross_entropy_fwd, _bwd and _value_and_grad: tensors in and out.
+// CPU kernels of fastrec::linear_cross_entropy_fwd, _bwd, _update_ and _value_and_grad: tensors in and out.
 // The calls of the kernels are in linear_cross_entropy_tasks.h, the arithmetic in
 // linear_cross_entropy.h and linear_cross_entropy_stored.h, the products in gemm.h.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
@@ -44,6 +44,17 @@ std::vector<T> gather(const Tensor& values, const std::vector<int64_t>& rows, in
   return out;
 }
 
+// `backward_sweep` of tensors [T] with the rows that are not scored.
+template <class T>
+void backward_of(const Scored<T>& scored, const Tensor& lse, const Tensor& grad_lse,
+                 const Tensor& grad_target_logit, const BackwardArgs<T>& a) {
+  std::vector<T> row_grad = gather<T>(grad_lse, scored.row);
+  std::vector<T> target_grad = gather<T>(grad_target_logit, scored.row);
+  std::vector<T> rest = gather<T>(lse, scored.row, grad_lse.size(0));
+  for (size_t i = 0; i < rest.size(); ++i) row_grad[i] *= std::exp(-rest[i]);
+  backward_sweep(scored.problem, gather<T>(lse, scored.row), row_grad.data(), target_grad.data(), a);
+}
+
 template <class T>
 std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& linear_weight,
                                           const std::optional<Tensor>& linear_bias,
@@ -54,13 +65,31 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& lin
   Tensor grad_weight = torch::stable::new_empty(linear_weight, {q.items, q.width});
   Tensor grad_bias = torch::stable::new_empty(linear_bias ? *linear_bias : lse,
                                               {linear_bias ? q.items : 0});
-  std::vector<T> row_grad = gather<T>(grad_lse, scored.row);
-  std::vector<T> target_grad = gather<T>(grad_target_logit, scored.row);
-  std::vector<T> rest = gather<T>(lse, scored.row, input.size(0));
-  for (size_t i = 0; i < rest.size(); ++i) row_grad[i] *= std::exp(-rest[i]);
-  backward_sweep(q, gather<T>(lse, scored.row), row_grad.data(), target_grad.data(), grad_weight,
-                 linear_bias ? &grad_bias : nullptr);
+  BackwardArgs<T> a{};
+  a.grad_weight = grad_weight.data_ptr(), a.weight_dtype = grad_weight.scalar_type();
+  a.grad_bias = linear_bias ? grad_bias.data_ptr() : nullptr;
+  a.bias_dtype = grad_bias.scalar_type();
+  backward_of(scored, lse, grad_lse, grad_target_logit, a);
   return {grad_weight, grad_bias};
+}
+
+template <class T>
+T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+void update_typed(const Tensor& linear_weight, const std::optional<Tensor>& linear_bias,
+                  const Tensor& input, const Tensor& target, const Tensor& lse,
+                  const Tensor& grad_lse, const Tensor& grad_target_logit, const Tensor& rows,
+                  const Tensor& grad_rows, RowUpdate<T> update) {
+  Scored<T> scored(input, linear_weight, linear_bias, target);
+  Tensor ids = torch::stable::contiguous(rows), more = torch::stable::contiguous(grad_rows);
+  update.table = data<T>(linear_weight), update.bias = data_or_null<T>(linear_bias);
+  update.rows = int64_data(ids), update.grad = data<T>(more), update.count = rows.size(0);
+  BackwardArgs<T> a{};
+  a.update = &update;
+  backward_of(scored, lse, grad_lse, grad_target_logit, a);
 }
 
 template <class T>
@@ -118,6 +147,26 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_bwd(Tensor input, Tensor linear_
   return typed(input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit);
 }
 
+void linear_cross_entropy_update_(
+    Tensor linear_weight, std::optional<Tensor> linear_bias, Tensor input, Tensor target,
+    Tensor lse, Tensor grad_lse, Tensor grad_target_logit, Tensor rows, Tensor grad_rows,
+    std::optional<Tensor> weight_square, std::optional<Tensor> weight_mean,
+    std::optional<Tensor> bias_square, std::optional<Tensor> bias_mean, double rate,
+    double bias_rate, double eps, double first, double second) {
+  auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    RowUpdate<T> update{};
+    update.square = data_or_null<T>(weight_square), update.mean = data_or_null<T>(weight_mean);
+    update.bias_square = data_or_null<T>(bias_square);
+    update.bias_mean = data_or_null<T>(bias_mean);
+    update.rate = T(rate), update.bias_rate = T(bias_rate), update.eps = T(eps);
+    update.first = T(first), update.second = T(second);
+    update_typed<T>(linear_weight, linear_bias, input, target, lse, grad_lse, grad_target_logit,
+                    rows, grad_rows, update);
+  };
+  input.scalar_type() == ScalarType::Double ? typed(0.0) : typed(0.0f);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_value_and_grad(
     Tensor input, Tensor linear_weight, std::optional<Tensor> linear_bias, Tensor target,
     std::optional<Tensor> weight, int64_t ignore_index, bool mean, bool with_input,
@@ -134,6 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_value_and_grad(
 STABLE_TORCH_LIBRARY_IMPL(fastrec, CPU, m) {
   m.impl("linear_cross_entropy_fwd", TORCH_BOX(&fastrec::linear_cross_entropy_fwd));
   m.impl("linear_cross_entropy_bwd", TORCH_BOX(&fastrec::linear_cross_entropy_bwd));
+  m.impl("linear_cross_entropy_update_", TORCH_BOX(&fastrec::linear_cross_entropy_update_));
   m.impl("linear_cross_entropy_value_and_grad",
          TORCH_BOX(&fastrec::linear_cross_entropy_value_and_grad));
 }

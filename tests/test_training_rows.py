@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import needs
 from builders import (
     MODEL,
     Killed,
@@ -19,6 +20,7 @@ from builders import (
 )
 
 from fastrec.data.side import SideData
+from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.encoders.dilated import Dilated
@@ -31,9 +33,18 @@ from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
-from fastrec.training.rows import RowAdamW, Tables, check_tables, clip_, tables_of, use_rows
+from fastrec.training.rows import (
+    RowAdamW,
+    Tables,
+    check_tables,
+    clip_,
+    swept_of,
+    tables_of,
+    use_rows,
+)
 from fastrec.training.stage import Stage
 
+needs_cpp = needs("cpp", "linear_cross_entropy")
 SEQUENCES = [[1, 2, 3, 4, 2], [5, 6, 7], [1, 9, 3], [8, 8, 2, 11], [14, 2, 1], [17, 3]]
 OWN = dict(head_table="own", user_width=3, head_transform=False)
 
@@ -72,7 +83,7 @@ def test_gradients_are_those_of_dense_tables(name, loss):
     for model in (dense, sparse):
         _, ask = terms_of(model, loss, ahead)
         if model is sparse:
-            use_rows(model)
+            use_rows(model, objective.parts.values())
         ask().backward()
     tables = {id(p) for p in tables_of(sparse)}
     assert tables
@@ -181,6 +192,54 @@ def test_gradients_are_clipped_together():
     assert torch.equal(two.grad, before), "it is below"
 
 
+@needs_cpp
+@pytest.mark.parametrize("how", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("name", [*MODELS, "mask"])
+def test_a_loss_over_all_items_moves_what_its_gradient_would(name, how, monkeypatch):
+    """The gradient of every item by the two sweeps, as rows that are all touched."""
+    monkeypatch.setattr("fastrec.ops.linear_cross_entropy.STORED_ITEMS", 0)
+    plain = model_of() if name == "mask" else MODELS[name]()
+    torch.nn.init.normal_(plain.item_head.bias.data)
+    swept, side = copy.deepcopy(plain), SideData(dataset_of(SEQUENCES, 20))
+    step = Mask() if name == "mask" else NextItem(ahead=2 if name == "caser" else 1)
+    settings = dict(lr=0.1, betas=(0.9, 0.99))
+    updates = []
+    for model in (plain, swept):
+        objective = JointObjective({"item": Item()}, model, side)
+        if model is swept:
+            use_rows(model, objective.parts.values())
+        tables = tables_of(model)
+        rest = [p for p in model.parameters() if all(p is not table for table in tables)]
+        optimizer = RowAdamW(rest, tables, how, 0.1, settings, swept_of(model))
+        updates.append((model, objective, optimizer))
+    for number in range(4):
+        for model, objective, optimizer in updates:
+            loader = loader_of(model, {"main": [step]}, side, batch_size=6)
+            batch = loader.batch_at(number)
+            optimizer.zero_grad(set_to_none=True)
+            total_loss(objective(model, batch, Rng(0, number))).backward()
+            if model is swept:
+                scoring = swept_of(model).table
+                assert scoring.grad is None or scoring.grad.is_sparse
+                assert model.item_head.bias.grad is None and len(model.item_head.pending) == 1
+            else:
+                for table in tables_of(model):
+                    seen = torch.ones(len(table), dtype=torch.bool)
+                    seen[20:] = table.grad[20:].flatten(1).any(1) if table.dim() == 2 else False
+                    rows = seen.nonzero().squeeze(1)
+                    if len(table) < 20:  # of users
+                        rows = table.grad.any(1).nonzero().squeeze(1)
+                    table.grad = torch.sparse_coo_tensor(
+                        rows[None], table.grad[rows], table.shape, check_invariants=True
+                    )
+            optimizer.step()
+    before = MODELS["transformer"]() if name == "mask" else MODELS[name]()
+    assert not torch.equal(before.item_embedding.weight, swept.item_embedding.weight)
+    # Not the others: AdamW makes steps of the rounding of gradients that are 0, of biases of keys.
+    for one, other in zip(tables_of(plain), tables_of(swept), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
+
+
 ITEM = {"item": Item(sampled=Sampled(4))}
 
 
@@ -188,7 +247,8 @@ def by_rows(**changes) -> Recipe:
     """A recipe of a causal model whose tables are updated by rows."""
     tables = Tables(update="rows", **changes.pop("tables", {}))
     settings = dict(steps=30, batch_size=64, validate_every=10, checkpoint_every=7) | changes
-    stage = Stage(views={"main": [NextItem()]}, objectives=ITEM, tables=tables, **settings)
+    settings = {"views": {"main": [NextItem()]}, "objectives": ITEM} | settings
+    stage = Stage(tables=tables, **settings)
     encoder = Transformer(layers=1, heads=2, causal=True)
     return Recipe(model=replace(MODEL, encoder=encoder, tokens=[]), pretraining=stage)
 
@@ -204,6 +264,7 @@ def data(tmp_path_factory):
         {},
         {"tables": {"optimizer": "adagrad", "learning_rate": 0.05}, "precision": "bf16-mixed"},
         {"tables": {"optimizer": "sgd"}, "gradient_clip": 0.3, "schedule": "linear"},
+        {"objectives": {"item": Item()}},
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, changes):
@@ -218,10 +279,17 @@ def test_a_killed_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, chan
     assert not model.sparse_tables
 
 
+def frozen():
+    model = model_of(causal=True)
+    model.item_input.requires_grad_(False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "objective", "match"),
     [
-        (lambda: model_of(causal=True), Item(), "needs item losses over sampled negatives"),
+        (lambda: model_of(causal=True), Item(loss="bpr", sampled=Sampled(4)), "over all items"),
+        (frozen, Item(), "trains their table"),
         (
             lambda: model_of(causal=True),
             Item(sampled=Sampled(4, in_batch=True)),
@@ -250,4 +318,11 @@ def test_settings_without_effect_are_refused(data, tmp_path):
         Tables(update="rows", learning_rate=-1.0)
     with pytest.raises(ValueError, match="cuda_graph needs"):
         run(data, tmp_path / "run", by_rows(cuda_graph=True))
+    everything = {"objectives": {"item": Item()}}
+    for name, value in (("gradient_clip", 1.0), ("precision", "bf16-mixed"), ("devices", 2)):
+        with pytest.raises(ValueError, match="needs one process, gradient_clip 0.*32-true"):
+            run(data, tmp_path / "run", by_rows(**everything, **{name: value}))
+    with pytest.raises(ValueError, match="shard needs item losses over sampled"):
+        tables = Tables(update="rows", shard=True)
+        run(data, tmp_path / "run", by_rows(**everything, tables=tables))
     assert not (tmp_path / "run").exists()

@@ -56,6 +56,20 @@ struct OneHot {
   }
 };
 
+// A row-wise optimizer (fastrec/training/rows.py), which the sweep of the table applies to a row as
+// soon as its gradient is whole, so that the gradient of the table is nowhere.
+template <class T>
+struct RowUpdate {
+  T *table, *bias;  // [V, D], [V] or null: what the scores are of
+  // More gradient of some rows, ascending and different: [U], [U, D].
+  const int64_t* rows;
+  const T* grad;
+  int64_t count;
+  // Without square: SGD. Without mean: Adagrad with a number a row, square [V]. With both: Adam, [V, D].
+  T *square, *mean, *bias_square, *bias_mean;
+  T rate, bias_rate, eps, first, second;
+};
+
 template <class T>
 struct BackwardArgs {
   Problem<T> problem;
@@ -68,6 +82,7 @@ struct BackwardArgs {
   void* grad_bias;             // [V] or null
   ScalarType weight_dtype, bias_dtype;
   const bf16::Tile* rows_in_pairs;  // x for linear_cross_entropy_bf16.h, else null
+  const RowUpdate<T>* update;       // in the place of grad_weight and grad_bias, or null
   std::atomic<int64_t>* next;
 };
 
@@ -179,6 +194,49 @@ FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
   }
 }
 
+template <class T>
+FASTREC_INLINE void update_row(const RowUpdate<T>& u, int64_t n, const T* grad, T* value, T* square,
+                               T* mean, T rate) {
+  if (!square) {
+    for (int64_t d = 0; d < n; ++d) value[d] -= rate * grad[d];
+  } else if (!mean) {
+    T total = 0;
+    for (int64_t d = 0; d < n; ++d) total += grad[d] * grad[d];
+    *square += total / n;
+    const T scale = rate / (std::sqrt(*square) + u.eps);
+    for (int64_t d = 0; d < n; ++d) value[d] -= scale * grad[d];
+  } else {
+    for (int64_t d = 0; d < n; ++d) {
+      mean[d] += (grad[d] - mean[d]) * (1 - u.first);
+      square[d] += (grad[d] * grad[d] - square[d]) * (1 - u.second);
+      value[d] -= rate * (mean[d] / (std::sqrt(square[d]) + u.eps));
+    }
+  }
+}
+
+// Rows [first, first + items), whose gradients are acc [items, ld] and what `u` has of them, and
+// those of their biases.
+template <class T>
+FASTREC_INLINE void update_rows(const RowUpdate<T>& u, int64_t first, int64_t items, int64_t width,
+                                T* acc, int64_t ld, const double* sum) {
+  const int64_t *last = u.rows + u.count, *row = std::lower_bound(u.rows, last, first);
+  for (; row < last && *row < first + items; ++row) {
+    const T* grad = u.grad + (row - u.rows) * width;
+    for (int64_t d = 0; d < width; ++d) acc[(*row - first) * ld + d] += grad[d];
+  }
+  // A number a row, or one like every number of the table.
+  const int64_t step = u.mean ? width : 1;
+  for (int64_t i = 0; i < items; ++i) {
+    const int64_t v = first + i;
+    update_row(u, width, acc + i * ld, u.table + v * width, u.square ? u.square + v * step : nullptr,
+               u.mean ? u.mean + v * width : nullptr, u.rate);
+    if (!u.bias) continue;
+    const T grad = static_cast<T>(sum[i]);
+    update_row(u, 1, &grad, u.bias + v, u.bias_square ? u.bias_square + v : nullptr,
+               u.bias_mean ? u.bias_mean + v : nullptr, u.bias_rate);
+  }
+}
+
 template <class S, class T = typename S::T>
 FASTREC_INLINE void backward_tasks(const BackwardArgs<T>& a) {
   using G = Gemm<S>;
@@ -218,6 +276,10 @@ FASTREC_INLINE void backward_tasks(const BackwardArgs<T>& a) {
       const T* x = q.x + hot->row * q.ld;
       for (int64_t d = 0; d < q.width; ++d) acc[i * q.ld + d] += grad * x[d];
       sum[i] += grad;
+    }
+    if (a.update) {
+      update_rows<T>(*a.update, first, items, q.width, acc, q.ld, sum);
+      continue;
     }
     for (int64_t i = 0; i < items; ++i) {
       store_row<T>(acc + i * q.ld, a.grad_weight, a.weight_dtype, (first + i) * q.width, q.width);

@@ -81,22 +81,18 @@ void forward_sweep(const Problem<T>& q, bool with_mean, const Row& row) {
   });
 }
 
-// grad_bias may be null; `lse` is taken by value because it is made finite.
+// What becomes of the gradients is in `a`; `lse` is taken by value because it is made finite.
 template <class T>
 void backward_sweep(const Problem<T>& q, std::vector<T> lse, const T* grad_lse,
-                    const T* grad_target_logit, Tensor& grad_weight, Tensor* grad_bias) {
+                    const T* grad_target_logit, BackwardArgs<T> a) {
   for (T& value : lse) value = finite_shift(value);
   std::vector<OneHot> one_hot(q.rows);
   for (int64_t i = 0; i < q.rows; ++i) one_hot[i] = {q.target[i], i};
   std::sort(one_hot.begin(), one_hot.end());
 
-  BackwardArgs<T> a{};
   a.problem = q;
   a.shift = lse.data(), a.grad_lse = grad_lse, a.grad_target_logit = grad_target_logit;
   a.one_hot = one_hot.data();
-  a.grad_weight = grad_weight.data_ptr(), a.weight_dtype = grad_weight.scalar_type();
-  a.grad_bias = grad_bias ? grad_bias->data_ptr() : nullptr;
-  a.bias_dtype = grad_bias ? grad_bias->scalar_type() : a.weight_dtype;
   auto sweep = [&](int64_t block, void (*kernel)(const BackwardArgs<T>&)) {
     a.block = q.items < 32 * block ? block / 2 : block;  // few items: more tasks to share
     a.blocks = divide_up(q.items, a.block);

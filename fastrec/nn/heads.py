@@ -4,13 +4,14 @@
 Legend: N rows, V items, D width, P width of a user vector.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.linear_cross_entropy_update import Pending, pending_loss
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy
 
@@ -51,6 +52,8 @@ class ItemHead(nn.Module):
         )
         self.table = nn.Embedding(num_items, scored) if own else None
         self.users = nn.Embedding(num_users, user_width) if user_width else None
+        # Where rows are updated in the place of a gradient of all items, see `training.rows`.
+        self.pending: list[Pending] | None = None
 
     def reset(self) -> None:
         """User vectors as they start."""
@@ -86,6 +89,10 @@ class ItemHead(nn.Module):
         Rows of `table` after the V items, an embedding's special tokens, take no part. The backward
         pass of a slice without them would fill and copy a second gradient of the table's size.
         """
+        if self.pending is not None and torch.is_grad_enabled():
+            query, items = self.query(states), table[: self.bias.shape[0]]
+            how: dict[str, Any] = dict(pending=self.pending, backend=backend)
+            return pending_loss(query, items, targets, linear_bias=self.bias, **how)
         special = table.shape[0] - self.bias.shape[0]
         bias = F.pad(self.bias, (0, special), value=-torch.inf) if special else self.bias
         return linear_cross_entropy(

@@ -197,7 +197,7 @@ def linear_cross_entropy(
         )
     else:
         lse, nll, class_sum = LinearCrossEntropy.apply(
-            select_rows(input, rows), linear_weight, linear_bias, y, smoothed, backend
+            select_rows(input, rows), linear_weight, linear_bias, y, smoothed, backend, None
         )
         row_weight = kept.to(accumulate)
         if class_weight is not None:

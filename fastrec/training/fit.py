@@ -222,7 +222,15 @@ def _fit(
         raise ValueError("cuda_graph needs tables.update: dense, and no tables.shard")
     check_tables(current.tables, trained, objective.parts.values())
     if current.tables.update == "rows":
-        use_rows(trained)
+        use_rows(trained, objective.parts.values())
+        if trained.item_head.pending is not None and (
+            where.total > 1 or current.gradient_clip or current.precision != "32-true"
+        ):
+            raise ValueError(
+                "tables.update: rows with a loss over all items needs one process, gradient_clip 0,"
+                " whose norm would be that of a gradient that is never stored, and precision"
+                " 32-true"
+            )
     if initial_folder is not None:
         heads = [name for name in current.init.take if name not in PARTS]
         taken += load_heads(objective, initial_folder, only=heads)

@@ -14,7 +14,7 @@ from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.random import Rng
 from fastrec.training.graphed import GraphedObjective
-from fastrec.training.rows import RowAdamW, clip_, share_gradients, tables_of
+from fastrec.training.rows import RowAdamW, clip_, share_gradients, swept_of, tables_of
 from fastrec.training.stage import Stage
 
 
@@ -171,7 +171,8 @@ class StageModule(lightning.LightningModule):
             known = set(map(id, by_row))
             rest = [p for p in self.parameters() if id(p) not in known]
             rate = stage.learning_rate if tables.learning_rate is None else tables.learning_rate
-            optimizer = RowAdamW(rest, by_row, tables.optimizer or "adam", rate, settings)
+            how, swept = tables.optimizer or "adam", swept_of(self.model)
+            optimizer = RowAdamW(rest, by_row, how, rate, settings, swept)
         else:
             optimizer = torch.optim.AdamW(self.parameters(), **settings)
 

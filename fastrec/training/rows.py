@@ -10,12 +10,18 @@ Legend: V rows of a table, D width, U rows that a step touches.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastrec.data.settings import check_choices
+from fastrec.ops.common.linear_cross_entropy_update import (
+    Pending,
+    RowState,
+    move_rows_,
+    update_rows_,
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,10 @@ class Tables:
 
     Attributes:
         update: "dense", every row in every step, or "rows", those that a step touches: its time
-            and its traffic do not grow with the number of items. Losses over sampled negatives
-            only; no weight decay of these tables.
+            and its traffic do not grow with the number of items where the loss is over sampled
+            negatives. The softmax over all items touches every row, which moves as soon as its
+            gradient is known, on one process: no table of gradients. No weight decay of these
+            tables.
         optimizer: of "rows": "adam" (if None), whose averages move where a row is touched (lazy
             Adam, `torch.optim.SparseAdam`) and take two more tables, "adagrad" with one number a
             row beside the table (Mudigere et al., 2022), or "sgd" with nothing beside it.
@@ -50,8 +58,8 @@ class Tables:
 
 
 def check_tables(how: Tables, model, parts: Iterable[nn.Module]) -> None:
-    """Raise ValueError for a model or an objective that reads a whole table in every step. parts:
-    the objectives that train the model."""
+    """Raise ValueError for a model or an objective that reads a whole table in every step, but for
+    the softmax over all items. parts: the objectives that train the model."""
     if how == Tables():
         return
     config, key = model.config, "update: rows" if how.update == "rows" else "shard"
@@ -60,22 +68,37 @@ def check_tables(how: Tables, model, parts: Iterable[nn.Module]) -> None:
             f"tables.{key} cannot train a model that computes a vector of every item in every"
             " step: cosines, features of items"
         )
-    for part in parts:
-        settings: Any = getattr(part, "settings", None)
-        if not hasattr(settings, "sampled"):
-            continue
+    for settings in _item_losses(parts):
         sampled = settings.sampled
-        whole = sampled is None and how.update == "rows"
-        if whole or (sampled is not None and sampled.in_batch) or "bpr" in settings.loss:
+        if "bpr" in settings.loss or (sampled is not None and sampled.in_batch):
             raise ValueError(
-                f"tables.{key} needs item losses over sampled negatives (item.sampled):"
-                " softmax, bce or gbce, not in_batch; others have a gradient of every item"
-                + ("" if how.update == "rows" else ", of which the softmax over all items is one")
+                f"tables.{key} needs an item loss over all items (softmax) or over sampled"
+                " negatives: softmax, bce or gbce, not in_batch; others have a gradient of every"
+                " item"
             )
+        if sampled is None and how.update == "rows":
+            if how.shard:
+                raise ValueError(
+                    "tables: update: rows with shard needs item losses over sampled negatives"
+                    " (item.sampled); over all items shard alone spreads the table"
+                )
+            if not scoring_table(model).requires_grad:
+                raise ValueError(
+                    "tables.update: rows with a loss over all items trains their table"
+                )
 
 
-def use_rows(model) -> None:
-    """Let the tables of `model` have sparse gradients."""
+def _item_losses(parts: Iterable[nn.Module]) -> list[Any]:
+    """The settings of the losses over items."""
+    found: list[Any] = [getattr(part, "settings", None) for part in parts]
+    return [settings for settings in found if hasattr(settings, "sampled")]
+
+
+def use_rows(model, parts: Iterable[nn.Module]) -> None:
+    """Let the tables of `model` have sparse gradients, and losses over all items move every row.
+    parts: the objectives that train it, which `check_tables` has passed."""
+    if any(settings.sampled is None for settings in _item_losses(parts)):
+        model.item_head.pending = []
     for module in (model.item_input.ids, model.item_head.table, model.item_head.users):
         if module is not None:
             module.sparse = True  # torch's own word for it
@@ -88,6 +111,29 @@ def tables_of(model) -> list[nn.Parameter]:
     return [p for p in (*found, head.bias) if p.requires_grad]
 
 
+def scoring_table(model) -> nn.Parameter:
+    """[V, D] or, before special tokens, [V + S, D]: what scores items."""
+    head = model.item_head
+    return (model.item_input.ids if head.table is None else head.table).weight
+
+
+class Swept(NamedTuple):
+    """Of losses over all items: the table [V, D] or, before special tokens, [V + S, D] that scores
+    them, the biases [V], and what backward leaves in the place of their gradients."""
+
+    table: nn.Parameter
+    bias: nn.Parameter
+    pending: list[Pending]
+
+
+def swept_of(model) -> Swept | None:
+    """What `use_rows` has found to be swept."""
+    head = model.item_head
+    if head.pending is None:
+        return None
+    return Swept(scoring_table(model), head.bias, head.pending)
+
+
 class RowAdamW(torch.optim.AdamW):
     """AdamW, and row-wise updates of the parameters `tables`, whose gradients are sparse. One
     optimizer, so that schedules, checkpoints and the trainer need not know.
@@ -97,6 +143,7 @@ class RowAdamW(torch.optim.AdamW):
         tables: [V, D] or [V].
         how, table_lr: of the tables.
         settings: of AdamW, lr and others.
+        swept: of losses over all items.
     """
 
     def __init__(
@@ -106,10 +153,11 @@ class RowAdamW(torch.optim.AdamW):
         how: Literal["adam", "adagrad", "sgd"],
         table_lr: float,
         settings: dict,
+        swept: Swept | None = None,
     ):
         rows: dict[str, Any] = {"params": list(tables), "lr": table_lr, "weight_decay": 0.0}
         super().__init__([{"params": list(parameters)}, rows], **settings)
-        self.how = how
+        self.how, self.swept = how, swept
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -118,40 +166,63 @@ class RowAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[1]
+        if self.swept is not None and self.swept.pending:
+            self._sweep(self.swept, group)
         for table in group["params"]:
             if table.grad is not None:
-                grad, table.grad = table.grad.coalesce(), None  # AdamW passes it by
-                if len(grad.values()):
-                    self._update(table, grad.indices()[0], grad.values(), group)
+                rows, grad = _taken(table)  # AdamW passes it by
+                if len(rows):
+                    move_rows_(table, rows, grad, self._started(table, group), **_constants(group))
         super().step()
         return loss
 
-    def _update(self, table: Tensor, rows: Tensor, grad: Tensor, group: dict) -> None:
-        """rows: int64 [U], distinct. grad: [U, D] or [U]."""
+    def _sweep(self, swept: Swept, group: dict) -> None:
+        """Every item, by the gradient of the losses over all items and that of its embedding."""
+        table, bias, pending = swept
+        items, how = len(bias), _constants(group)
+        rows, grad = _taken(table)
+        of_items = rows < items
+        state, bias_state = self._started(table, group), RowState(0.0)
+        if bias.requires_grad:
+            bias_state = self._started(bias, group)
+        update_rows_(
+            table[:items], bias, pending, rows[of_items], grad[of_items], state.first(items),
+            bias_state, **how,
+        )  # fmt: skip
+        move_rows_(table, rows[~of_items], grad[~of_items], state, **how)
+        pending.clear()
+
+    def _started(self, table: Tensor, group: dict) -> RowState:
+        """The state of one more step."""
         state, rate = self.state[table], group["lr"]
         if self.how == "sgd":
-            table.index_add_(0, rows, grad, alpha=-rate)
-            return
-        if self.how == "adagrad":
-            if not state:
-                state["step"] = torch.zeros((), device="cpu")  # AdamW looks for it when it loads
-                state["sum"] = torch.zeros(len(table), device=table.device)
-            square = grad.square().mean(1) if grad.dim() == 2 else grad.square()
-            total = state["sum"][rows] + square
-            state["sum"][rows] = total
-            scale = (rate / (total.sqrt() + group["eps"])).view(-1, *[1] * (grad.dim() - 1))
-            table.index_add_(0, rows, grad * scale, alpha=-1)
-            return
+            return RowState(rate)
         if not state:
-            state["step"] = torch.zeros((), device="cpu")
+            state["step"] = torch.zeros((), device="cpu")  # AdamW looks for it when it loads
+        if self.how == "adagrad":
+            if "sum" not in state:
+                state["sum"] = torch.zeros(len(table), device=table.device)
+            return RowState(rate, state["sum"])
+        if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
         state["step"] += 1
         (first, second), step = group["betas"], float(state["step"])
-        mean = torch.lerp(grad, state["exp_avg"][rows], first)
-        square = torch.lerp(grad.square(), state["exp_avg_sq"][rows], second)
-        state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
         rate *= (1 - second**step) ** 0.5 / (1 - first**step)
-        table.index_add_(0, rows, mean / (square.sqrt() + group["eps"]), alpha=-rate)
+        return RowState(rate, state["exp_avg_sq"], state["exp_avg"])
+
+
+def _constants(group: dict) -> dict[str, Any]:
+    return {"eps": group["eps"], "betas": group["betas"]}
+
+
+def _taken(table: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows int64 [U], ascending, gradients [U, D] or [U]) of the sparse gradient of a table, which
+    has none from here on."""
+    if table.grad is None:
+        none = torch.arange(0, device=table.device)
+        return none, table.detach()[none]
+    grad, table.grad = table.grad.coalesce(), None
+    return grad.indices()[0], grad.values()
 
 
 def share_gradients(tables: Iterable[nn.Parameter]) -> None:

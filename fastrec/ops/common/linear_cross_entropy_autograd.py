@@ -158,10 +158,13 @@ def _plain_again(ctx, x, linear_weight, linear_bias, target, weight, *grads):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(lse, lse - target_logit, class_sum), class_sum_i = sum_j class_weight_j s_ij (0 if None)."""
+    """(lse, lse - target_logit, class_sum), class_sum_i = sum_j class_weight_j s_ij (0 if None).
+
+    pending: a list that backward appends what the gradient of the table is made of to, or None.
+    """
 
     @staticmethod
-    def forward(ctx, x, linear_weight, linear_bias, target, class_weight, backend):
+    def forward(ctx, x, linear_weight, linear_bias, target, class_weight, backend, pending=None):
         fwd = kernels_of(OP, backend, x.device).linear_cross_entropy_fwd
         lse, target_logit, mean_offset = fwd(
             x, linear_weight, linear_bias, target, ctx.needs_input_grad[0]
@@ -172,7 +175,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(
             x, linear_weight, linear_bias, target, class_weight, lse, mean_offset, class_mean
         )
-        ctx.backend = backend
+        ctx.backend, ctx.pending = backend, pending
         return lse[0], loss_of(lse, target_logit), class_sum
 
     @staticmethod
@@ -185,6 +188,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_target_logit = (-grad_nll * scored).contiguous()
         grad_lse = (grad_lse * scored - grad_target_logit).contiguous()
         grad_class_sum = grad_class_sum * scored
+        if ctx.pending is not None:
+            ctx.pending.append((x.detach(), target, lse, grad_lse, grad_target_logit))
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad = mean_offset * grad_lse[:, None]
@@ -205,7 +210,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_input,
             grad_weight if ctx.needs_input_grad[1] else None,
             grad_bias if ctx.needs_input_grad[2] else None,
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
