@@ -68,7 +68,7 @@ def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, to
     side = SideData(dataset_of(SEQUENCES, 20))
     objective = JointObjective({"item": LOSSES[loss]}, model, side)
     if kind == "rows":
-        use_rows(model)
+        use_rows(model, objective.parts.values())
     world = 1 if group is None else dist.get_world_size(group)
     if kind == "spread" and group is not None:
         spread(model, group)

@@ -81,7 +81,7 @@ def test_gradients_are_those_of_dense_tables(name, loss):
     sparse = copy.deepcopy(dense)
     ahead = 2 if name == "caser" else 1
     for model in (dense, sparse):
-        _, ask = terms_of(model, loss, ahead)
+        objective, ask = terms_of(model, loss, ahead)
         if model is sparse:
             use_rows(model, objective.parts.values())
         ask().backward()
