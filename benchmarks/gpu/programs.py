@@ -230,7 +230,7 @@ def _sanitized(device: str, tiny: bool) -> None:
         print(f"ran {key}", flush=True)
 
 
-# Where a person or a session puts ml-1m.txt of SASRec ("user item" lines); it is not shipped.
+# ml-1m.txt of SASRec ("user item" lines) goes there; it is not shipped.
 ML_1M = ROOT / "data" / "ml-1m.txt"
 GOAL = 0.182  # NDCG@10 of SASRec+ on the test split, seen items out (docs/results/ml-1m.md)
 
