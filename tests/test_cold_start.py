@@ -16,6 +16,7 @@ from builders import Killed, killed_at, lists_of, model_of, synthetic, trained_w
 from files import fails, write
 from test_data_prepare import shared
 
+import fastrec
 from fastrec import OtherCatalogue, Recommender, recommend
 from fastrec.cli import main
 from fastrec.data.cold_items import ColdItems, ColdRows
@@ -422,6 +423,19 @@ def test_recommends_items_of_the_other_catalogue(data, rows, trained, tmp_path, 
             ask()
     with pytest.raises(ValueError, match="was trained for cold_start .* scores no next items"):
         recommend(model, dataset, 3)
+
+
+def test_the_page_recommends_from_the_other_catalogue(data, rows, trained, tmp_path, monkeypatch):
+    """The block of docs/new_items.md."""
+    page = Path(__file__).parent.parent / "docs" / "new_items.md"
+    text = page.read_text().split("<!-- other_catalogue -->")[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "cold").mkdir(parents=True)
+    (tmp_path / "runs" / "cold" / "model").symlink_to(trained)
+    dataset = SequenceDataset.load(data)
+    names = {"fastrec": fastrec, "dataset": dataset, "model": UserModel.from_pretrained(trained)}
+    exec(compile(text.split("```python")[1].split("```")[0], "new_items.md", "exec"), names)
+    assert set(names["best"]["item_id"]) <= set(rows.ids.tolist())
 
 
 def test_who_has_what_in_the_other_catalogue(data, rows, trained):
