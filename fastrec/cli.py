@@ -321,7 +321,7 @@ def _own_recipe(arguments: list[str]) -> list[str]:
     """--config with the recipe of the adapter that --adapter names, or else of the model that
     --pretrained does."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    given = dict([*pairs, *(a.partition("=")[::2] for a in arguments)])
+    given = dict([*pairs, *(a.partition("=")[::2] for a in arguments if "=" in a)])
     for flag in ("--adapter", "--pretrained"):
         if flag in given and (file := Path(given[flag]) / RECIPE).is_file():
             return ["--config", str(file)]

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import polars
 import pytest
@@ -10,6 +11,7 @@ import torch
 from builders import model_of, synthetic
 from safetensors.torch import load_file, save_file
 
+import fastrec
 from fastrec import (
     Recommender,
     SequenceDataset,
@@ -46,6 +48,21 @@ def runs(tmp_path_factory):
 
 def of(runs, name):
     return runs / name / "model", runs / "adapters" / name
+
+
+def test_the_page_switches_between_tasks(runs, tmp_path, monkeypatch):
+    """The block of docs/guide.md."""
+    page = Path(__file__).parent.parent / "docs" / "guide.md"
+    text = page.read_text().split("<!-- adapters -->")[1].split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "peterrec").symlink_to(runs / "base")
+    (tmp_path / "adapters").symlink_to(runs / "adapters")
+    names = {"fastrec": fastrec, "dataset": SequenceDataset.load(runs / "data")}
+    exec(compile(text, "guide.md", "exec"), names)
+    base, tasks = names["base"], names["tasks"]
+    shared = {each.item_table.data_ptr() for each in (base, *tasks.values())}
+    assert set(tasks) == set(TASKS.values()) and len(shared) == 1
 
 
 def test_what_is_saved_is_patches_and_heads_alone(runs, tmp_path, capsys):

@@ -177,6 +177,7 @@ def test_the_recipes_are_those_of_the_folder():
         "profile",
         "relation",
         "cold_start",
+        "click",
     }
 
 

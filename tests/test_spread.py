@@ -322,9 +322,9 @@ def test_damaged_shards_are_named(data, tmp_path):
 @pytest.mark.parametrize(
     ("update", "objective", "match"),
     [
-        ("dense", Item(sampled=Sampled(4, in_batch=True)), "tables.shard needs item losses"),
-        ("rows", Item(), "tables.update: rows needs item losses over sampled"),
-        ("dense", Item(loss="bpr_max", sampled=Sampled(4)), "the softmax over all items is one"),
+        ("dense", Item(sampled=Sampled(4, in_batch=True)), "tables.shard needs an item loss"),
+        ("rows", Item(), "rows with shard needs item losses over sampled"),
+        ("dense", Item(loss="bpr_max", sampled=Sampled(4)), "others have a gradient of every"),
     ],
 )
 def test_what_reads_other_rows_is_refused(data, tmp_path, update, objective, match):

@@ -61,7 +61,7 @@ def test_the_command_and_nothing_else_sets_it_before_torch_loads(tmp_path, how, 
         f"sys.exit(json.dumps([os.environ.get(name) for name in {NAMES[:2]}]))\n"
     )
     for name in ("fastrec", "other"):
-        (tmp_path / name).write_text("import fastrec\n")
+        (tmp_path / name).write_text("import fastrec\nimport torch\n")
     arguments = [part.format(folder=tmp_path) for part in how]
     found = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True,

@@ -323,6 +323,5 @@ def test_settings_without_effect_are_refused(data, tmp_path):
         with pytest.raises(ValueError, match="needs one process, gradient_clip 0.*32-true"):
             run(data, tmp_path / "run", by_rows(**everything, **{name: value}))
     with pytest.raises(ValueError, match="shard needs item losses over sampled"):
-        tables = Tables(update="rows", shard=True)
-        run(data, tmp_path / "run", by_rows(**everything, tables=tables))
+        run(data, tmp_path / "run", by_rows(**everything, tables={"shard": True}))
     assert not (tmp_path / "run").exists()

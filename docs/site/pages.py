@@ -25,12 +25,14 @@ API = {
     ]),
     "training": ("Training", [
         "fastrec.fit", "fastrec.Recipe", "fastrec.training.stage", "fastrec.training.graphed",
-        "fastrec.load_model",
+        "fastrec.load_model", "fastrec.save_adapter", "fastrec.with_adapter",
     ]),
     "objectives": ("Objectives", ["fastrec/objectives"]),
     "answers": ("Answers", [
         "fastrec.evaluate", "fastrec.evaluation.metrics", "fastrec.Recommender",
-        "fastrec.recommend", "fastrec.item_vectors", "fastrec.user_vectors",
+        "fastrec.recommend", "fastrec.OtherCatalogue", "fastrec.item_vectors",
+        "fastrec.user_vectors", "fastrec.item_index", "fastrec.index_queries",
+        "fastrec.index_recall",
         "fastrec.export_query", "fastrec.export_onnx", "fastrec.onnx_query", "fastrec.patch",
         "fastrec.patched", "fastrec.unpatch",
     ]),

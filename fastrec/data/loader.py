@@ -81,7 +81,8 @@ class SequenceLoader:
         self.steps_per_pass = steps_per_pass or self.batches_per_epoch
         self.step = 0
         self._order: tuple[int, np.ndarray] | None = None
-        self._fetches = paging.read_singly(self.side.dataset.values)
+        values = getattr(self.side.dataset, "values", None)  # rows of a cold start have none
+        self._fetches = isinstance(values, np.memmap) and paging.read_singly(values)
         self._fetched = -1  # the last step whose pages are on their way
 
     @property

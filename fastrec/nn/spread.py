@@ -83,7 +83,7 @@ class _Pull(torch.autograd.Function):
         grads = [
             torch.sparse_coo_tensor(
                 ctx.wanted[None], values.reshape(len(rows), *shape[1:]), shape,
-                check_invariants=False,
+                device=rows.device, check_invariants=False,
             )
             for values, shape in zip(rows.split(widths, 1), ctx.shapes, strict=True)
         ]  # fmt: skip

@@ -242,7 +242,7 @@ def share_gradients(tables: Iterable[nn.Parameter]) -> None:
         sizes = gather(torch.tensor([len(rows)], device=table.device), group).flatten().tolist()
         rows, values = (gather_rows(part, sizes, group) for part in (rows, values))
         table.grad = torch.sparse_coo_tensor(
-            rows[None], values / world, table.shape, check_invariants=False
+            rows[None], values / world, table.shape, device=table.device, check_invariants=False
         )
 
 
