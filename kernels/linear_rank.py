@@ -59,9 +59,11 @@ def _fwd_kernel(
             x_tile, x, w, bias, row, live, item, real, d, stride_xn, stride_xd, stride_wv,
             stride_wd, stride_b, BLOCK_D, CHUNKS, PRECISION,
         )  # fmt: skip
-        # What is left out is NaN: not even a target of score -inf equals it. Of every tile: in a
-        # branch of the last one, beside those below, Triton 3.6 cannot pipeline the loop on sm_90.
-        s = tl.where(real[None, :], s, float("nan"))
+        # What is left out is NaN: not even a target of score -inf equals it. Of every tile that is
+        # one product: in a branch of the last one, beside those below, Triton 3.6 cannot pipeline
+        # the loop on sm_90. Products in chunks are not pipelined, and would spill 16 bytes.
+        if CHUNKS == 1 or first + BLOCK_V > v:
+            s = tl.where(real[None, :], s, float("nan"))
         if listed is not None:
             s, place, value, nearest = leave_out_listed(
                 s, item, listed, place, end, value, nearest, first + BLOCK_V, float("nan")
