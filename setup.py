@@ -58,6 +58,7 @@ def extension_arguments() -> dict:
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         extra_compile_args=[
             *("-fopenmp", "-fopenmp-simd", "-std=c++17", "-Wall", "-Wno-psabi"),
+            "-fno-math-errno",  # nobody reads errno, and for its sake no square root is vectorised
             *STRICT,
         ],
         # What is for debuggers alone is nine tenths of the file: CFLAGS=-g1 keeps it.

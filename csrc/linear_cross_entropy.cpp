@@ -159,8 +159,8 @@ void linear_cross_entropy_update_(
     update.square = data_or_null<T>(weight_square), update.mean = data_or_null<T>(weight_mean);
     update.bias_square = data_or_null<T>(bias_square);
     update.bias_mean = data_or_null<T>(bias_mean);
-    update.rate = T(rate), update.bias_rate = T(bias_rate), update.eps = T(eps);
-    update.first = T(first), update.second = T(second);
+    update.rate = T(rate), update.bias_rate = T(bias_rate);
+    update.how = {T(eps), T(first), T(second)};
     update_typed<T>(linear_weight, linear_bias, input, target, lse, grad_lse, grad_target_logit,
                     rows, grad_rows, update);
   };

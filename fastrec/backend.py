@@ -54,9 +54,10 @@ _FOUND: set[tuple[str, str]] = set()  # asking the dispatcher takes 3 us, 5 % of
 def _has_kernel(op: str, key: str) -> bool:
     if (op, key) in _FOUND:
         return True
-    name = f"fastrec::{op}_fwd"  # an op with a reference only has no schema either
-    defined = hasattr(torch.ops.fastrec, f"{op}_fwd")
-    if not (defined and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)):
+    # What has no backward has one pass, of its own name. One with a reference only has no schema.
+    names = [name for name in (f"{op}_fwd", op) if hasattr(torch.ops.fastrec, name)]
+    found = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not any(found(f"fastrec::{name}", key) for name in names):
         return False
     _FOUND.add((op, key))
     return True

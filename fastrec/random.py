@@ -194,6 +194,10 @@ def _words(seed, step, keys, row, group, site: str, layer: int, head, bits: int)
     """Key and counter of the contract, from tensors, arrays or numbers."""
     if keys.dtype not in (torch.int64, np.int64):  # the view is in the upper half
         raise TypeError(f"keys must be int64, got {keys.dtype}")
+    if isinstance(row, Tensor):
+        row = row.to(torch.int64)  # in 32 bits a row from 32,768 on would run out of its word
+    elif isinstance(row, np.ndarray):
+        row = row.astype(np.int64, copy=False)
     key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16), (seed >> 32) & _MASK32)
     counter = (
         (row << 16) | group,

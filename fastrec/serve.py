@@ -319,12 +319,12 @@ def _table(owner: str, people: Ids, item: str, items: Ids, found: list[tuple[np.
         finite(torch.from_numpy(scores[-1]), "scores")
     whole = [_joined(column, np.int64) for column in (owners, ranks, best)]
     return polars.DataFrame(
-        {
-            owner: people.take(whole[0]),
-            "rank": whole[1],
-            item: items.take(whole[2]),
-            "score": _joined(scores, np.float32),
-        }
+        [
+            people.take(whole[0]).alias(owner),
+            polars.Series("rank", whole[1]),
+            items.take(whole[2]).alias(item),
+            polars.Series("score", _joined(scores, np.float32)),
+        ]
     )
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Negative samplers: the exact distribution, and that a draw depends on its key only."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from backends import needs
 
 from fastrec.data.negatives import UNIT, NegativeSampler
 from fastrec.random import Rng, draws
@@ -142,3 +144,66 @@ def test_boundaries():
 def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def by_hand(sampler: NegativeSampler, rng: Rng, key: int, place: int, number: int, site: str):
+    """The contract, a draw at a time: two words of two 16-bit draws each."""
+    half = draws(rng, torch.tensor(key), place, torch.arange(4 * number), site=site).tolist()
+    words = [low | high << 16 for low, high in zip(half[::2], half[1::2], strict=True)]
+    found = []
+    for slot, which in zip(words[::2], words[1::2], strict=True):
+        slot = slot * sampler.num_items >> 32
+        alias = sampler.alias is not None and which >= int(sampler.threshold[slot])
+        found.append(int(sampler.alias[slot]) if alias else slot)
+    return found
+
+
+@needs("cpp", "draw_negatives")
+@pytest.mark.parametrize("number", [1, 2, 7, 64, 255])
+@pytest.mark.parametrize("items", [1, 2, 5000, (1 << 30) - 1])
+def test_the_kernel_draws_what_the_contract_says(items, number, monkeypatch):
+    uniform = items > 5000
+    sampler = NegativeSampler.uniform(5) if uniform else NegativeSampler.popularity(zipf(items))
+    if uniform:
+        sampler = dataclasses.replace(sampler, num_items=items)
+    rng = Rng(-3, 2**33 + 5)
+    keys = torch.tensor([0, 7, (3 << 32) + 0xFFFFFFFF, 9])
+    places = torch.tensor([0, 65535, 1, 300], dtype=torch.int32)
+    own = sampler.own(number, rng, keys, places)
+    shared = sampler.shared(number, rng)
+    assert own.shape == (4, number) and shared.shape == (number,) and own.dtype == torch.int64
+    for row, (key, place) in enumerate(zip(keys.tolist(), places.tolist(), strict=True)):
+        assert own[row].tolist() == by_hand(sampler, rng, key, place, number, "negatives_own")
+    assert shared.tolist() == by_hand(sampler, rng, 0, 0, number, "negatives_shared")
+    strided = sampler.own(number, rng, torch.stack([keys, keys], 1)[:, 0], places)
+    assert torch.equal(strided, own)
+    none = torch.empty(0, dtype=torch.int64)
+    assert sampler.own(number, rng, none, none).shape == (0, number)
+    monkeypatch.setattr("fastrec.data.negatives.unavailable_reason", lambda *_: "it is not asked")
+    assert torch.equal(sampler.own(number, rng, keys, places), own)
+    assert torch.equal(sampler.shared(number, rng), shared)
+
+
+@needs("cpp", "draw_negatives")
+def test_the_kernel_draws_the_same_on_any_number_of_threads(monkeypatch):
+    sampler, keys = NegativeSampler.popularity(zipf(5000)), torch.arange(3000)
+    own = sampler.own(33, Rng(1, 2), keys, keys % 50)
+    count = torch.get_num_threads()
+    torch.set_num_threads(count + 3)
+    try:
+        assert torch.equal(sampler.own(33, Rng(1, 2), keys, keys % 50), own)
+    finally:
+        torch.set_num_threads(count)
+    monkeypatch.setattr("fastrec.data.negatives.unavailable_reason", lambda *_: "it is not asked")
+    assert torch.equal(sampler.own(33, Rng(1, 2), keys, keys % 50), own)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_no_draw_can_be_of(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fastrec.data.negatives.unavailable_reason", lambda *_: "not asked")
+    sampler, keys = NegativeSampler.uniform(9), torch.arange(3)
+    with pytest.raises(TypeError, match="keys must be int64, got torch.int32"):
+        sampler.own(4, Rng(0, 0), keys.int(), keys)
+    with pytest.raises(ValueError, match=r"\[0, 65536\), got 65536"):
+        sampler.own(4, Rng(0, 0), keys, keys + 65534)

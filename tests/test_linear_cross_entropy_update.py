@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from backends import needs
 
-from fastrec.ops.common.linear_cross_entropy_update import RowState, pending_loss, update_rows_
+from fastrec.ops.common.linear_cross_entropy_update import pending_loss, update_rows_
+from fastrec.ops.common.move_rows import RowState
 
 pytestmark = needs("cpp", "linear_cross_entropy")
 EPS, BETAS, RATE = 1e-3, (0.9, 0.99), 0.05

@@ -107,6 +107,23 @@ def test_few_draws_on_the_host_are_those_of_tensors(bits, monkeypatch):
         assert torch.equal(got, expected) and got.dtype == torch.int64
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_position_in_32_bits_is_the_same_position(bits, monkeypatch):
+    keys, row, col = (
+        torch.tensor([3, 4, 5]),
+        torch.tensor([7, 32768, 65535]),
+        torch.tensor([9, 1, 2]),
+    )
+    wide = draws(Rng(1, 2), keys, row, col, site="mask_item", bits=bits)
+    narrow = draws(Rng(1, 2), keys, row.int(), col.int(), site="mask_item", bits=bits)
+    assert torch.equal(narrow, wide), "on the host"
+    monkeypatch.setattr("fastrec.random._readable", lambda value: False)
+    narrow = draws(Rng(1, 2), keys, row.int(), col.int(), site="mask_item", bits=bits)
+    assert torch.equal(narrow, wide), "by tensors"
+    mask, _ = keep_mask(Rng(1, 2), 0.5, keys, row, 40, site="embedding")
+    assert torch.equal(keep_mask(Rng(1, 2), 0.5, keys, row.int(), 40, site="embedding")[0], mask)
+
+
 def test_sites_are_part_of_the_contract():
     assert {name: SITES[name] for name in list(SITES)[:5]} == {
         "attention": 1,

@@ -14,6 +14,7 @@
 #include "convert.h"
 #include "gemm.h"
 #include "lse.h"
+#include "row_update.h"
 #include "simd.h"
 
 namespace fastrec {
@@ -65,9 +66,10 @@ struct RowUpdate {
   const int64_t* rows;
   const T* grad;
   int64_t count;
-  // Without square: SGD. Without mean: Adagrad with a number a row, square [V]. With both: Adam, [V, D].
+  // See update_row: [V] for Adagrad, [V, D] for Adam.
   T *square, *mean, *bias_square, *bias_mean;
-  T rate, bias_rate, eps, first, second;
+  T rate, bias_rate;
+  RowConstants<T> how;
 };
 
 template <class T>
@@ -194,26 +196,6 @@ FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
   }
 }
 
-template <class T>
-FASTREC_INLINE void update_row(const RowUpdate<T>& u, int64_t n, const T* grad, T* value, T* square,
-                               T* mean, T rate) {
-  if (!square) {
-    for (int64_t d = 0; d < n; ++d) value[d] -= rate * grad[d];
-  } else if (!mean) {
-    T total = 0;
-    for (int64_t d = 0; d < n; ++d) total += grad[d] * grad[d];
-    *square += total / n;
-    const T scale = rate / (std::sqrt(*square) + u.eps);
-    for (int64_t d = 0; d < n; ++d) value[d] -= scale * grad[d];
-  } else {
-    for (int64_t d = 0; d < n; ++d) {
-      mean[d] += (grad[d] - mean[d]) * (1 - u.first);
-      square[d] += (grad[d] * grad[d] - square[d]) * (1 - u.second);
-      value[d] -= rate * (mean[d] / (std::sqrt(square[d]) + u.eps));
-    }
-  }
-}
-
 // Rows [first, first + items), whose gradients are acc [items, ld] and what `u` has of them, and
 // those of their biases.
 template <class T>
@@ -228,11 +210,12 @@ FASTREC_INLINE void update_rows(const RowUpdate<T>& u, int64_t first, int64_t it
   const int64_t step = u.mean ? width : 1;
   for (int64_t i = 0; i < items; ++i) {
     const int64_t v = first + i;
-    update_row(u, width, acc + i * ld, u.table + v * width, u.square ? u.square + v * step : nullptr,
-               u.mean ? u.mean + v * width : nullptr, u.rate);
+    update_row(u.how, width, acc + i * ld, u.table + v * width,
+               u.square ? u.square + v * step : nullptr, u.mean ? u.mean + v * width : nullptr,
+               u.rate);
     if (!u.bias) continue;
     const T grad = static_cast<T>(sum[i]);
-    update_row(u, 1, &grad, u.bias + v, u.bias_square ? u.bias_square + v : nullptr,
+    update_row(u.how, 1, &grad, u.bias + v, u.bias_square ? u.bias_square + v : nullptr,
                u.bias_mean ? u.bias_mean + v : nullptr, u.bias_rate);
   }
 }

@@ -31,8 +31,9 @@ enum class Site : uint32_t {
 struct PhiloxKey {
   uint32_t k0, k1, c1, c2, c3;
 
-  PhiloxKey(int64_t seed, int64_t step, Site site, int64_t layer)
-      : k0(uint32_t(seed) ^ uint32_t(site) << 24 ^ 8u << 16),
+  // bits: of a draw.
+  PhiloxKey(int64_t seed, int64_t step, Site site, int64_t layer, uint32_t bits = 8)
+      : k0(uint32_t(seed) ^ uint32_t(site) << 24 ^ bits << 16),
         k1(uint32_t(uint64_t(seed) >> 32)),
         c1(uint32_t(layer) << 8),
         c2(0),

@@ -10,7 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.random import Rng, draw_words
+from fastrec.backend import unavailable_reason
+from fastrec.random import SITES, Rng, check_positions, draw_words
+
+torch.library.define(
+    "fastrec::draw_negatives",
+    "(Tensor rng, Tensor keys, Tensor positions, int number, int site, int items,"
+    " Tensor? threshold, Tensor? alias) -> Tensor",
+)
+
+
+@torch.library.register_fake("fastrec::draw_negatives")
+def _(rng, keys, positions, number, *args):
+    return keys.new_empty(len(keys), number)
+
 
 UNIT = 1 << 32  # probabilities of a slot in 2^-32
 MOST_DRAWN = 2 * 65536  # at one place
@@ -104,12 +117,25 @@ class NegativeSampler:
     def _draw(self, number, rng, keys, positions, site) -> Tensor:
         if not 0 < number <= MOST_DRAWN:
             raise ValueError(f"the number of negatives must be in [1, {MOST_DRAWN}], got {number}")
+        if unavailable_reason("cpp", "draw_negatives", keys.device) is None:
+            return self._drawn(number, rng, keys, positions, site)
         words = draw_words(rng, keys, positions, (number + 1) // 2, site=site)
         pairs = words.unflatten(-1, (-1, 2))[..., :number, :]
         slot = pairs[..., 0] * self.num_items >> 32
         if self.threshold is None or self.alias is None:
             return slot
         return torch.where(pairs[..., 1] < self.threshold[slot], slot, self.alias[slot])
+
+    def _drawn(self, number, rng, keys, positions, site) -> Tensor:
+        """The same by the kernel, which keeps no words."""
+        if keys.dtype != torch.int64:  # the view is in the upper half
+            raise TypeError(f"keys must be int64, got {keys.dtype}")
+        check_positions("positions", positions)
+        keys, positions = torch.broadcast_tensors(keys, positions.to(torch.int64))
+        words, table = rng.key(keys.device), (self.num_items, self.threshold, self.alias)
+        flat = keys.flatten(), positions.flatten()
+        out = torch.ops.fastrec.draw_negatives(words, *flat, number, SITES[site], *table)
+        return out.view(*keys.shape, number)
 
 
 def _alias_table(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -209,8 +209,10 @@ class UserModel(nn.Module):
         Raises IndexError for an index out of [0, V).
         """
         batch = histories_of(histories, self.num_items)
-        none = torch.full(batch.values.shape, math.nan, device="cpu")
-        return self.frame(replace(batch, events=dict.fromkeys(self.event_columns, none)), ask)
+        if self.event_columns:
+            none = torch.full(batch.values.shape, math.nan, device="cpu")
+            batch = replace(batch, events=dict.fromkeys(self.event_columns, none))
+        return self.frame(batch, ask)
 
     def frame(self, batch: JaggedBatch, ask: bool = False) -> JaggedBatch:
         """Sequences of items as the encoder reads them: the most recent ones, special tokens around
@@ -402,12 +404,11 @@ class UserModel(nn.Module):
 
 def histories_of(histories: Sequence[Sequence[int]], num_items: int) -> JaggedBatch:
     """A batch of lists of item indices. Raises IndexError for one out of [0, num_items)."""
-    batch = from_sequences(histories)
-    wrong = (batch.values < 0) | (batch.values >= num_items)
-    if wrong.any():
-        bad = int(batch.values[wrong][0])
-        raise IndexError(f"item {bad} of a history is out of [0, {num_items})")
-    return batch
+    for history in histories:
+        for item in history:
+            if not 0 <= item < num_items:
+                raise IndexError(f"item {item} of a history is out of [0, {num_items})")
+    return from_sequences(histories)
 
 
 def _read(views: list[JaggedBatch]) -> list[JaggedBatch]:

@@ -16,12 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.settings import check_choices
-from fastrec.ops.common.linear_cross_entropy_update import (
-    Pending,
-    RowState,
-    move_rows_,
-    update_rows_,
-)
+from fastrec.ops.common.linear_cross_entropy_update import Pending, update_rows_
+from fastrec.ops.common.move_rows import RowState, move_rows_
 
 
 @dataclass(frozen=True)

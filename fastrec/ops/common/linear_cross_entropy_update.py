@@ -19,6 +19,7 @@ from fastrec.backend import resolve
 from fastrec.ops.common.arguments import check_range, check_tensor
 from fastrec.ops.common.item_losses import check_arguments, reduce_loss
 from fastrec.ops.common.linear_cross_entropy_autograd import OP, LinearCrossEntropy
+from fastrec.ops.common.move_rows import RowState, move_rows_
 from fastrec.ops.common.native import kernels_of
 
 torch.library.define(
@@ -45,20 +46,6 @@ class Pending(NamedTuple):
     lse: Tensor
     grad_lse: Tensor
     grad_target_logit: Tensor
-
-
-class RowState(NamedTuple):
-    """The state of a row-wise optimizer for one tensor [V, D] or [V]: none for SGD; `square` [V]
-    for Adagrad, the sums of the mean squares of a row; for Adam the averages `square` and `mean`,
-    like the tensor. rate: what a step is multiplied with."""
-
-    rate: float
-    square: Tensor | None = None
-    mean: Tensor | None = None
-
-    def first(self, rows: int) -> "RowState":
-        square, mean = (None if part is None else part[:rows] for part in self[1:])
-        return RowState(self.rate, square, mean)
 
 
 def pending_loss(
@@ -99,28 +86,6 @@ def pending_loss(
     )
     row_weight = kept.to(nll.dtype)
     return reduce_loss(row_weight * nll, row_weight, "mean")
-
-
-def move_rows_(
-    table: Tensor, rows: Tensor, grad: Tensor, state: RowState, eps: float, betas: tuple
-) -> None:
-    """Move rows of a tensor [V, D] or [V] by their gradients [U, D] or [U]. rows: int64 [U],
-    distinct."""
-    if state.square is None:
-        table.index_add_(0, rows, grad, alpha=-state.rate)
-        return
-    if state.mean is None:
-        square = grad.square().mean(1) if grad.dim() == 2 else grad.square()
-        total = state.square[rows] + square
-        state.square[rows] = total
-        scale = (state.rate / (total.sqrt() + eps)).view(-1, *[1] * (grad.dim() - 1))
-        table.index_add_(0, rows, grad * scale, alpha=-1)
-        return
-    first, second = betas
-    mean = torch.lerp(grad, state.mean[rows], first)
-    square = torch.lerp(grad.square(), state.square[rows], second)
-    state.mean[rows], state.square[rows] = mean, square
-    table.index_add_(0, rows, mean / (square.sqrt() + eps), alpha=-state.rate)
 
 
 def update_rows_(
