@@ -2,7 +2,8 @@
 """The commands that ask a trained model: `embed`, `recommend`, `similar`, `index`; `adapter`."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -10,8 +11,16 @@ from typing import Literal
 from fastrec.backend import device_of
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.output import check_absent, check_table_path, locked_file, write_table
+from fastrec.data.ids import Ids
+from fastrec.data.output import (
+    check_absent,
+    check_table_path,
+    locked_file,
+    write_parts,
+    write_table,
+)
 from fastrec.data.prepare.text import read_lines
+from fastrec.evaluation.blocks import row_blocks
 from fastrec.evaluation.report import plot_plane
 from fastrec.index import index_recall, item_index, write_index
 from fastrec.nn.pool import Pool, Pooling
@@ -20,6 +29,8 @@ from fastrec.serve_cold import OtherCatalogue, judges_cold_start
 from fastrec.training.adapters import save_adapter
 from fastrec.training.model_folder import load_model, trained_pool
 from fastrec.vectors import item_vectors, principal_components, user_vectors
+
+USERS = 1 << 16  # whose recommendations are in memory at a time
 
 
 def embed(
@@ -136,6 +147,7 @@ def recommend(
     output: Path,
     users: Path | None = None,
     histories: Path | None = None,
+    part: str | None = None,
     k: int = 10,
     seen: Literal["exclude", "none"] = "exclude",
     logit_adjustment: float = 0.0,
@@ -157,6 +169,8 @@ def recommend(
         histories: JSON lines in place of users of the data set: a list of original item ids a line,
             oldest first; their user_id is the number of the line, from 0. Items that the model does
             not know are left out and counted.
+        part: 2/8 for the second eighth of the users, in their order: each of several processes or
+            machines writes a file of its own.
         k: items a user.
         seen: leave out or keep the items that a user already has, in the other catalogue if these
             are recommended.
@@ -173,6 +187,8 @@ def recommend(
     check_table_path(output)
     if users is not None and histories is not None:
         raise ValueError("recommend takes --users or --histories, not both")
+    if part is not None and histories is not None:
+        raise ValueError("--part is of users, not of --histories")
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         asked, given = read_ids(users), read_histories(histories)
@@ -184,14 +200,22 @@ def recommend(
         other = None
         if judges_cold_start(model):
             other = OtherCatalogue(adapter or pretrained, model, dataset)
-        best = Recommender(model, dataset, other=other).recommend(
-            k, asked, given, seen=seen, logit_adjustment=logit_adjustment, allowed=some,
-            blocked=never,
-        )  # fmt: skip
-        write_table(best, output, overwrite)
+        recommender = Recommender(model, dataset, other=other)
+        options = {
+            "seen": seen, "logit_adjustment": logit_adjustment, "allowed": some, "blocked": never,
+        }  # fmt: skip
+        if given is None:
+            if asked is not None:
+                Ids(dataset.user_ids()).rows(asked, "users")  # an unknown one, before any work
+            everyone = _part_of(dataset.user_ids() if asked is None else asked, part)
+            blocks = row_blocks(len(everyone), USERS) or [slice(0, 0)]
+            parts = (recommender.recommend(k, everyone[block], **options) for block in blocks)
+        else:
+            everyone, parts = given, iter([recommender.recommend(k, histories=given, **options)])
+        counts: list[tuple[int, int]] = []
+        write_parts(_counted(parts, counts), output, overwrite)
+    rows, found = map(sum, zip(*counts, strict=True))
     who = "users" if histories is None else "histories"
-    everyone = asked if given is None else given
-    count = dataset.num_users if everyone is None else len(everyone)
     said = f"items of {'their history' if who == 'users' else 'the history'} "
     said = said if other is None else "of the other catalogue, those that they have there "
     said += "left out" if seen == "exclude" else "included"
@@ -200,9 +224,27 @@ def recommend(
     if never is not None:
         said += f", {len(set(never)):,} blocked"
     print(
-        f"{output}: {len(best):,} rows, the {k} best items of"
-        f" {best['user_id'].n_unique():,} of {count:,} {who}, {said}"
+        f"{output}: {rows:,} rows, the {k} best items of {found:,} of {len(everyone):,} {who},"
+        f" {said}"
     )
+
+
+def _counted(frames: Iterable, counts: list[tuple[int, int]]) -> Iterator:
+    """The frames, after (rows, users) of each was appended to `counts`."""
+    for frame in frames:
+        counts.append((len(frame), frame["user_id"].n_unique()))
+        yield frame
+
+
+def _part_of(users: Sequence, part: str | None) -> Sequence:
+    """Those of `users` that are meant by "2/8"."""
+    if part is None:
+        return users
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
+    number, of = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= of:
+        raise ValueError(f"part must be like 2/8, from 1/8 to 8/8, got {part!r}")
+    return users[len(users) * (number - 1) // of : len(users) * number // of]
 
 
 def similar(

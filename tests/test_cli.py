@@ -12,9 +12,10 @@ import numpy as np
 import polars
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 from safetensors.torch import load_file
 
-from fastrec import recipes, serve
+from fastrec import cli_serve, recipes, serve
 from fastrec.cli import RECIPE_COMMANDS, _recipe_settings, main
 from fastrec.cli_help import recipe_keys
 from fastrec.cli_serve import read_ids
@@ -107,6 +108,55 @@ def test_recommend_returns_original_ids_that_the_user_has_not_seen(runs, raw, tm
         recommended = frame.filter(polars.col("user_id") == user)["item_id"].to_list()
         assert len(set(recommended)) == 5 and not seen & set(recommended)
         assert all(item.startswith("item-") for item in recommended)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_users_in_parts_are_all_users(runs, tmp_path, monkeypatch, capsys, ending):
+    """Parts in memory, and parts of several processes, are the file of one go."""
+    read = polars.read_csv if ending == "csv" else polars.read_parquet
+
+    def recommended(name: str, *flags: str):
+        output = tmp_path / f"{name}.{ending}"
+        main(
+            ["recommend", f"--data={runs / 'data'}", f"--pretrained={runs / 'finetune' / 'model'}",
+             f"--output={output}", "--k=3", *flags]
+        )  # fmt: skip
+        return read(output)
+
+    whole = recommended("whole")
+    assert "600 rows, the 3 best items of 200 of 200 users" in capsys.readouterr().out
+    monkeypatch.setattr(cli_serve, "USERS", 33)
+    assert_frame_equal(recommended("small"), whole)  # scores to rounding: other blocks
+    assert "600 rows, the 3 best items of 200 of 200 users" in capsys.readouterr().out
+    if ending == "parquet":
+        assert polars.read_parquet_schema(tmp_path / "small.parquet") == whole.schema
+    parts = [recommended(f"part-{number}", f"--part={number}/3") for number in (1, 2, 3)]
+    assert [part["user_id"].n_unique() for part in parts] == [66, 67, 67]
+    assert_frame_equal(polars.concat(parts), whole)
+    (tmp_path / "two.txt").write_text("u7\nu3\n")
+    two = f"--users={tmp_path / 'two.txt'}"
+    some = [recommended(f"two-{number}", f"--part={number}/3", two) for number in (2, 3)]
+    assert [part["user_id"].unique().to_list() for part in some] == [["u7"], ["u3"]]
+    with pytest.raises(SystemExit, match="the list of users is empty"):
+        recommended("two-1", "--part=1/3", two)
+    (tmp_path / "unknown.txt").write_text("u7\n" * 40 + "nobody\n")
+    with pytest.raises(SystemExit, match="1 of 41 users are not in the data set, the first is 'no"):
+        recommended("unknown", f"--users={tmp_path / 'unknown.txt'}")
+    assert not (tmp_path / f"unknown.{ending}").exists()
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "1/3/4", "-1/3", "1/0"])
+def test_parts_that_there_are_not(runs, tmp_path, part):
+    with pytest.raises(SystemExit, match=f"part must be like 2/8, from 1/8 to 8/8, got '{part}'"):
+        main(
+            ["recommend", f"--data={runs / 'data'}", f"--pretrained={runs / 'finetune' / 'model'}",
+             f"--output={tmp_path / 'best.csv'}", f"--part={part}"]
+        )  # fmt: skip
+    with pytest.raises(SystemExit, match="--part is of users, not of --histories"):
+        main(
+            ["recommend", f"--data={runs / 'data'}", f"--pretrained={runs / 'finetune' / 'model'}",
+             f"--output={tmp_path / 'best.csv'}", "--part=1/2", "--histories=there.jsonl"]
+        )  # fmt: skip
 
 
 def test_recommend_with_logit_adjustment_turns_from_popular_items(runs, tmp_path):

@@ -184,6 +184,18 @@ def test_the_kernel_draws_what_the_contract_says(items, number, monkeypatch):
     assert torch.equal(sampler.shared(number, rng), shared)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_word_that_is_the_threshold_gives_the_alias(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("fastrec.data.negatives.unavailable_reason", lambda *_: "not asked")
+    half = draws(Rng(1, 2), torch.tensor(5), 6, torch.arange(4), site="negatives_own").tolist()
+    word = half[2] | half[3] << 16
+    for threshold, expected in ((word, 7), (word + 1, 0)):
+        table = torch.tensor([threshold]), torch.tensor([7])
+        sampler = NegativeSampler(1, torch.zeros(1), *table)
+        assert sampler.own(1, Rng(1, 2), torch.tensor([5]), torch.tensor([6])).item() == expected
+
+
 @needs("cpp", "draw_negatives")
 def test_the_kernel_draws_the_same_on_any_number_of_threads(monkeypatch):
     sampler, keys = NegativeSampler.popularity(zipf(5000)), torch.arange(3000)

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -178,15 +178,49 @@ def write_table(frame, path: Path | str, overwrite: bool = False) -> None:
     Raises ValueError for another ending, FileExistsError for a file that is there, but for
     `overwrite`.
     """
+    write_parts([frame], path, overwrite)
+
+
+def write_parts(frames: Iterable, path: Path | str, overwrite: bool = False) -> None:
+    """`write_table` of at least one frame, one below the other. One is in memory at a time: row
+    groups of a Parquet file. An error of `frames` is raised as it is."""
     path = Path(path)
     check_table_path(path)
     check_absent(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as work:
-        if path.suffix == ".parquet":
-            frame.write_parquet(work)
-        else:
-            frame.write_csv(work)
+    failed: list[Exception] = []
+    try:
+        with new_file(path) as work:
+            _written(_watched(frames, failed), work)
+    except OSError:
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def _watched(frames: Iterable, failed: list[Exception]) -> Iterator:
+    try:
+        yield from frames
+    except Exception as error:
+        failed.append(error)
+        raise
+
+
+def _written(frames: Iterator, work: Path) -> None:
+    first = next(frames)
+    if work.suffix == ".csv":
+        with work.open("wb") as file:
+            first.write_csv(file)
+            for frame in frames:
+                frame.write_csv(file, include_header=False)
+        return
+    from pyarrow.parquet import ParquetWriter
+
+    table = first.to_arrow()
+    with ParquetWriter(work, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        for frame in frames:
+            writer.write_table(frame.to_arrow())
 
 
 def check_table_path(path: Path) -> None:
