@@ -6,13 +6,15 @@
     python -m benchmarks.encoders caser   --data data --length 50   # beside nn.Conv2d
     python -m benchmarks.encoders patches --data data --length 50   # a training step with them
     python -m benchmarks.encoders request --data data --length 50   # a Recommender, a history
+    python -m benchmarks.encoders everyone --data data --rounds 1   # the 10 best of all users
     python -m benchmarks.encoders rank    --data data --length 150  # a step of AdaptSSR, 128 users
     python -m benchmarks.encoders rating  --data data --length 200  # of bert4rec-rating, 128 users
 
-Process CPU time on one thread, of a request wall time, all in turn in one process: minimum, median
-and 99th percentile in ms, and the ratio of minimum and median to the first one's. That the results
-are equal is in tests/test_asked.py, tests/test_dilated.py, tests/test_caser.py, tests/test_rank.py
-and tests/test_rating.py. `data` is a folder of `fastrec prepare`, with ratings for `rating`.
+Process CPU time on one thread, of a request and of everyone wall time, all in turn in one process:
+minimum, median and 99th percentile in ms, and the ratio of minimum and median to the first one's.
+That the results are equal is in tests/test_asked.py, tests/test_dilated.py, tests/test_caser.py,
+tests/test_rank.py and tests/test_rating.py. `data` is a folder of `fastrec prepare`, with ratings
+for `rating`.
 
 Legend: B sequences, T events, L most events, D width.
 """
@@ -35,6 +37,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.side import Shard, SideData
 from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.views import Views
+from fastrec.evaluation.next_item import seen_items
 from fastrec.export import export_query
 from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.encoders.dilated import Dilated
@@ -45,6 +48,7 @@ from fastrec.nn.transfer import freeze
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.onnx import export_onnx, onnx_query
+from fastrec.ops.linear_topk import linear_topk
 from fastrec.random import Rng
 from fastrec.serve import Recommender
 from fastrec.training.config import Recipe
@@ -166,12 +170,16 @@ def training_step(num_items: int, batch: JaggedBatch, config: ModelConfig, froze
     return step
 
 
-def request(dataset: SequenceDataset, length: int) -> Work:
-    """The 10 best of one history of 20 items."""
+def request(dataset: SequenceDataset, length: int, only: str = "") -> Work:
+    """The 10 best of one history of 20 items. only: "Recommender", without what compiles."""
     encoder = Transformer(heads=1, causal=True, pre_norm=True)
     config = ModelConfig(WIDTH, length, head_transform=False, encoder=encoder)
     model = UserModel(dataset.num_items, config)
     recommender = Recommender(model, dataset)
+    history = [dataset.item_ids()[:20].tolist()]
+    plain = {"Recommender": lambda: recommender.recommend(10, histories=history)}
+    if only == "Recommender":
+        return plain
     with tempfile.TemporaryDirectory() as folder:
         path = aoti_compile_and_package(
             export_query(model), package_path=f"{folder}/query.pt2", inductor_configs={}
@@ -179,11 +187,33 @@ def request(dataset: SequenceDataset, length: int) -> Work:
         program = aoti_load_package(path)
         export_onnx(model, f"{folder}/query.onnx")
         onnx = Recommender(model, dataset, onnx_query(f"{folder}/query.onnx"))
-    compiled, history = Recommender(model, dataset, program), [dataset.item_ids()[:20].tolist()]
+    compiled = Recommender(model, dataset, program)
     return {
-        "Recommender": lambda: recommender.recommend(10, histories=history),
+        **plain,
         "with a compiled program": lambda: compiled.recommend(10, histories=history),
         "with an ONNX file": lambda: onnx.recommend(10, histories=history),
+    }
+
+
+def everyone(dataset: SequenceDataset, length: int) -> Work:
+    """The 10 best of every user: what a Recommender takes beside its two kernels, whose inputs are
+    ready there."""
+    encoder = Transformer(heads=1, causal=True, pre_norm=True)
+    config = ModelConfig(WIDTH, length, head_transform=False, encoder=encoder)
+    model = UserModel(dataset.num_items, config)
+    recommender = Recommender(model, dataset)
+    blocks = torch.arange(dataset.num_users).split(512)
+    batches = [model.inputs(dataset, users, "all", ask=True) for users in blocks]
+    seen = [seen_items(dataset, users, "all") for users in blocks]
+    table, bias = model.item_table, model.item_head.bias
+
+    def kernels() -> None:
+        for batch, past in zip(batches, seen, strict=True):
+            linear_topk(model.ask(batch), table, 10, linear_bias=bias, exclude=past)
+
+    return {
+        "model and linear_topk alone": kernels,
+        "Recommender": lambda: recommender.recommend(10),
     }
 
 
@@ -272,7 +302,7 @@ def measured(work: Work, rounds: int, clock=time.process_time) -> dict[str, list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("asked", "dilated", "caser", "patches", "request", "rank", "rating")
+    parts = ("asked", "dilated", "caser", "patches", "request", "everyone", "rank", "rating")
     parser.add_argument("part", choices=parts)
     parser.add_argument("--data", required=True)
     parser.add_argument("--length", type=int, default=50)
@@ -300,18 +330,23 @@ def main() -> None:
         works["a step of ranking"] = rank(dataset, options.length)
     elif options.part == "rating":
         works["a step of ratings"] = rating(dataset, options.length)
+    elif options.part == "everyone":
+        works[f"all {dataset.num_users:,} users"] = everyone(dataset, options.length)
     elif options.part == "request":
-        works["one history of 20 items"] = request(dataset, options.length)
+        works["one history of 20 items"] = request(dataset, options.length, options.only)
     else:
         make = {"dilated": dilated, "caser": caser}[options.part]
         works[f"B={BATCH} T={len(batch.values)}"] = make(batch, options.length)
-    rounds = options.rounds or {"asked": 6, "request": 200}.get(options.part, 20)
-    context = torch.no_grad() if options.part in ("asked", "request") else torch.enable_grad()
+    rounds = options.rounds or {"asked": 6, "request": 200, "everyone": 2}.get(options.part, 20)
+    asks = options.part in ("asked", "request", "everyone")
+    context = torch.no_grad() if asks else torch.enable_grad()
     with context:
         for title, work in works.items():
             print(title)
             chosen = {name: call for name, call in work.items() if options.only in name}
-            clock = time.perf_counter if options.part == "request" else time.process_time
+            clock = (
+                time.perf_counter if options.part in ("request", "everyone") else time.process_time
+            )
             found = measured(chosen, rounds, clock)
             first = next(iter(found.values()))
             for name, times in found.items():

@@ -4,6 +4,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -200,18 +201,20 @@ def recommend(
         other = None
         if judges_cold_start(model):
             other = OtherCatalogue(adapter or pretrained, model, dataset)
-        recommender = Recommender(model, dataset, other=other)
-        options = {
-            "seen": seen, "logit_adjustment": logit_adjustment, "allowed": some, "blocked": never,
-        }  # fmt: skip
+        ask = partial(
+            Recommender(model, dataset, other=other).recommend, k, seen=seen,
+            logit_adjustment=logit_adjustment, allowed=some, blocked=never,
+        )  # fmt: skip
+        parts: Iterable
         if given is None:
+            everyone = dataset.user_ids().tolist() if asked is None else asked
             if asked is not None:
                 Ids(dataset.user_ids()).rows(asked, "users")  # an unknown one, before any work
-            everyone = _part_of(dataset.user_ids() if asked is None else asked, part)
+            everyone = _part_of(everyone, part)
             blocks = row_blocks(len(everyone), USERS) or [slice(0, 0)]
-            parts = (recommender.recommend(k, everyone[block], **options) for block in blocks)
+            parts = (ask(everyone[block]) for block in blocks)
         else:
-            everyone, parts = given, iter([recommender.recommend(k, histories=given, **options)])
+            everyone, parts = given, [ask(histories=given)]
         counts: list[tuple[int, int]] = []
         write_parts(_counted(parts, counts), output, overwrite)
     rows, found = map(sum, zip(*counts, strict=True))
