@@ -280,8 +280,18 @@ def test_links_lead_somewhere():
     assert sum(map(len, known.values())) > 200
 
 
+def test_the_navigation_of_the_site_has_every_page_once():
+    """`make docs` fails for one that it leaves out."""
+    listed = re.findall(r"(?m)^ *- .*?([\w/-]+\.md)$", (pages.ROOT / "mkdocs.yml").read_text())
+    hook = runpy.run_path(str(pages.ROOT / "docs/site/pages.py"))
+    made = [name for name in hook["ABOVE"] if name.endswith(".md")]
+    made += [f"api/{name}.md" for name in hook["API"]]
+    docs = pages.ROOT / "docs"
+    written = [page.relative_to(docs).as_posix() for page in docs.glob("**/*.md")]
+    assert sorted(listed) == sorted(made + written)
+
+
 def test_the_api_of_the_site_lists_every_public_name():
-    """And its navigation every page: `make docs` fails for one that it leaves out."""
     names = runpy.run_path(str(pages.ROOT / "docs" / "site" / "pages.py"))
     listed = {
         name
