@@ -4,6 +4,8 @@
 import sys
 from pathlib import Path
 
+from fastrec import __version__
+
 # What `fastrec --help` and `fastrec COMMAND --help` print. The parsers read the settings of all
 # parts, and so import torch; who asks for help does not wait for it. `python tests/test_help.py`
 # writes the files.
@@ -20,6 +22,8 @@ def saved_help(arguments: list[str]) -> str | None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--version"]:  # also where the packages of the command line are missing
+        return print(f"fastrec {__version__}")
     if (text := saved_help(sys.argv[1:])) is not None:
         sys.stdout.write(text)
         return

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from fastrec import __version__, recipes, threads
+from fastrec import recipes, threads
 from fastrec.backend import device_of
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
@@ -333,8 +333,6 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.formatwarning = lambda text, *_: f"fastrec: warning: {text}\n"
     name = arguments[0] if arguments else ""
-    if name == "--version":
-        return print(f"fastrec {__version__}")
     try:
         if name in RECIPE_COMMANDS and {"-h", "--help", "--help-all"} & set(arguments):
             return show_help(_parser(), name, whole="--help-all" in arguments)

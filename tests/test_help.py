@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+import fastrec.__main__
 from fastrec.__main__ import HELP, saved_help
 from fastrec.cli import COMMANDS, RECIPE_COMMANDS, main
 
@@ -69,13 +70,19 @@ def test_import_fastrec_imports_nothing_heavy_beyond_torch():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["pretrain", "--help"], ["prepare", "-h"]], ids=str
+    "arguments", [["--help"], ["pretrain", "--help"], ["prepare", "-h"], ["--version"]], ids=str
 )
-def test_help_does_without_torch(arguments):
+def test_help_and_version_do_without_torch(arguments):
     program = f"sys.argv = ['fastrec', *{arguments}]\nfrom fastrec.__main__ import main; main()"
     found = modules_of(program)
     assert "fastrec.__main__" in found
     assert not {"torch", "numpy", *HEAVY} & found
+
+
+def test_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastrec", "--version"])
+    fastrec.__main__.main()
+    assert capsys.readouterr().out == f"fastrec {fastrec.__version__}\n"
 
 
 def test_a_command_still_has_the_ops():

@@ -132,8 +132,6 @@ def test_commands_say_what_they_wrote(folder, run, capsys):
     assert f"{best}: {rows} rows, the 3 best items of 200 of 200 users, items of their h" in said
     main(["embed", *shared, "--output", str(vectors)])
     assert f"{vectors}: 200 user vectors of 16 numbers" in capsys.readouterr().out
-    main(["--version"])
-    assert capsys.readouterr().out == f"fastrec {fastrec.__version__}\n"
 
 
 def test_ctrl_c_keeps_every_step(folder, tmp_path):
