@@ -13,7 +13,16 @@ import shutil
 import sys
 from glob import glob
 
-from setuptools import setup
+import setuptools
+
+# Older ones, such as that of a new environment of Python 3.11, do not read `license` of
+# pyproject.toml, and say so in thirty lines.
+SETUPTOOLS = 77
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+    raise SystemExit(
+        f"fastrec: it is built by setuptools {SETUPTOOLS} or later, here is"
+        f" {setuptools.__version__}: pip install 'setuptools>={SETUPTOOLS}'"
+    )
 
 # Last on the command line, so that they also win over CFLAGS and CXXFLAGS: a reordered sum or an
 # approximate division bends the exponential, and a compiler that assumes that no number is infinite
@@ -93,7 +102,7 @@ PACKAGES = (
     ".recipes",
 )
 
-setup(
+setuptools.setup(
     packages=[f"fastrec{name}" for name in PACKAGES],
     # `kernels/` stays a top-level folder of the repository but never a top-level package: that name
     # is taken on PyPI and imported by others.

@@ -4,14 +4,17 @@ folders whose listing is the list of ops."""
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from op_db import OPS
 
 import fastrec
@@ -22,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def _source(folder: Path) -> Path:
     folder.mkdir()
     tracked = ("fastrec", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in")
-    for name in (*tracked, "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for name in (*tracked, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     for stale in folder.rglob("*.so"):
@@ -57,6 +60,7 @@ def test_wheel_holds_the_package_and_nothing_beside_it(wheel):
         "fastrec/ops/linear_cross_entropy.py",
         "fastrec/data/steps/crop.py",
         "fastrec/ops/common/native.py",
+        wheel.name[:13] + ".dist-info/licenses/LICENSE",
     ):
         assert expected in names
     for kind in ("*.py", "*.yaml", "*.txt"):
@@ -141,6 +145,18 @@ def test_a_compiler_that_is_named_must_exist(tmp_path):
     assert "CXX is 'no-such-g++', and there is no no-such-g++" in built.stderr
 
 
+def test_an_old_setuptools_is_refused_in_one_line(tmp_path):
+    old = tmp_path / "old" / "setuptools"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text('__version__ = "65.5.0"\n')
+    built = _build(_source(tmp_path / "source"), PYTHONPATH=str(old.parent))
+    assert built.returncode != 0
+    (line,) = built.stderr.splitlines()
+    assert "built by setuptools 77 or later, here is 65.5.0: pip install 'setuptools>=77'" in line
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "setuptools>=77" in project["build-system"]["requires"]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.parametrize("flags, stops", [("-O2", False), ("-ffast-math", True), ("-Ofast", True)])
 def test_fast_math_does_not_compile(flags, stops):
@@ -159,6 +175,15 @@ def test_small_numbers_survive_the_extension():
 def test_the_package_can_be_reloaded():
     importlib.reload(fastrec)
     assert fastrec.linear(torch.ones(1, 2), torch.ones(3, 2)).tolist() == [[2.0, 2.0, 2.0]]
+
+
+def test_one_version_and_one_licence_are_named_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    latest = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1].split()[0]
+    (wheel,) = re.findall(r"dist/fastrec-(.*?)-", (ROOT / "README.md").read_text())
+    assert {project["version"], citation["version"], latest, wheel} == {fastrec.__version__}
+    assert project["license"] == citation["license"] == "Apache-2.0"
 
 
 def test_every_source_names_its_licence():

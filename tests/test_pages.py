@@ -252,10 +252,11 @@ def target(arguments, sources, monkeypatch):
 
 
 def packages(arguments, sources, monkeypatch):
-    """The extras of fastrec exist. Other packages are whoever's."""
+    """The extras of fastrec exist. Other packages are whoever's, `fastrec` of PyPI among them."""
     project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
     assert arguments[0] == "install"
-    for extras in re.findall(r"(?:^\.|^fastrec|\.whl)\[(.*)\]", "\n".join(arguments[1:]), re.M):
+    assert not any(re.match(r"fastrec\b", name) for name in arguments[1:])
+    for extras in re.findall(r"(?:^\.|\.whl)\[(.*)\]", "\n".join(arguments[1:]), re.M):
         assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
