@@ -48,7 +48,8 @@ smoke: .venv/installed  ## the suite without the slow tests
 # Each library in an environment of its own, because their pins collide.
 test-integrations: .venv/installed $(INTEGRATIONS:%=build/integrations/%/installed)  ## the patches of real libraries
 	for library in $(INTEGRATIONS); do \
-	  PYTHONPATH=. build/integrations/$$library/bin/python -m pytest tests/integrations || exit 1; \
+	  FASTREC_LIBRARY=$$library PYTHONPATH=. build/integrations/$$library/bin/python -m pytest tests/integrations \
+	    || exit 1; \
 	done
 
 build/integrations/%/installed: tests/integrations/requirements-%.txt

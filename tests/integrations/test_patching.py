@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of classes that stand for those of a library, and what is refused."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +100,16 @@ def test_compare_is_without_dropout_and_leaves_modes_and_gradients():
     assert [module.training for module in model] == [False, True, True]
     assert all(p.grad is None for p in model.parameters())
     assert "2.bias: gradient up to 4.0e+00, difference 4.0e+00" in str(report)
+
+
+def test_the_environment_of_a_library_must_have_it():
+    absent = [name for name in patching.LIBRARIES if importlib.util.find_spec(name) is None]
+    if not absent:
+        pytest.skip("every library is installed")
+    file = Path(__file__).with_name(f"test_{absent[0]}.py")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", file, __file__],
+        env=os.environ | {"FASTREC_LIBRARY": absent[0]}, text=True, capture_output=True,
+        cwd=file.parents[2],
+    )  # fmt: skip
+    assert ran.returncode == 1 and "is not installed" in ran.stdout, ran.stdout + ran.stderr
