@@ -9,8 +9,9 @@ Legend: N rows, V items, D width, k results a row.
 3. `_select_kernel` computes the scores of these tiles again, by products of the same shapes: the
    same bits, so step 2 holds after rounding too.
 
-Scores travel as integer keys that are all different: order of the scores first, then the lower
-index. `torch.topk` of keys has no ties to break.
+`torch.topk` does not say which of equal scores it takes, but the k-th largest of them is one
+number: `_take_kernel` takes what is above it, and of what equals it the first. It keeps the order
+of the ids, so that a stable sort of k scores ends it.
 """
 
 import torch
@@ -21,33 +22,25 @@ from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, 
 from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile, strides_of
 from fastrec.kernels.common.tiles import ranges_of
 
-LOW = tl.constexpr(2**32 - 1)
-BUDGET = 2**28  # bytes of keys: rows are taken in chunks that need no more
+BUDGET = 2**28  # bytes of scores: rows are taken in chunks that need no more
+BLOCK_TAKE = 512  # of one warp, in which nothing waits for another one
 
 
 @triton.jit
-def _key(score, index):
-    """int64: larger for a larger score, and for a lower index (below 2^32) of equal scores."""
-    score = tl.where(score == 0.0, 0.0, score)  # -0 and 0 are equal
-    bits = score.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order by falling magnitude
-    return (ordered.to(tl.int64) << 32) | (LOW - index.to(tl.int64))
-
-
-def _values_and_indices(keys):
-    ordered = (keys >> 32).to(torch.int32)
-    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return values, (LOW.value - (keys & LOW.value)).masked_fill_(values == -torch.inf, -1)
+def _worth(score):
+    """The score as it is compared: -inf for NaN, and 0 for -0, which another order puts below it."""
+    score = tl.where(score == score, score, float("-inf"))
+    return tl.where(score == 0.0, 0.0, score)
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
 def _maxima_kernel(
-    x, w, bias, listed, offsets, keys, n, v, d, per_range,
+    x, w, bias, listed, offsets, maxima, n, v, d, per_range,
     stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[N, tiles]: keys of the largest score of each tile, with the tile as the index."""
+    """[N, tiles]: the largest score of each tile."""
     # Neighbouring programs read the same items.
     blocks = tl.cdiv(n, BLOCK_N)
     slot = tl.program_id(0)
@@ -73,19 +66,18 @@ def _maxima_kernel(
                 s, item, listed, place, end, value, nearest, first + BLOCK_V
             )  # fmt: skip
         tile = first // BLOCK_V
-        best = tl.max(s, 1)  # of numbers; NaN, worth -inf, where there is none
-        best = tl.where(best == best, best, float("-inf"))
-        tl.store(keys + row * tiles + tile, _key(best, row * 0 + tile), mask=live)
+        best = _worth(tl.max(s, 1))  # of numbers; NaN where there is none
+        tl.store(maxima + row * tiles + tile, best, mask=live)
 
 
 @triton.jit(do_not_specialize=["v", "slots"])
 def _select_kernel(
-    x, w, bias, listed, offsets, chosen, keys, v, d, slots,
+    x, w, bias, listed, offsets, chosen, scores, v, d, slots,
     stride_xn, stride_xd, stride_wv, stride_wd, stride_b,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[N, slots, BLOCK_V]: keys of all items of tile chosen[row, slot]. One row a program; the
+    """[N, slots, BLOCK_V]: scores of all items of tile chosen[row, slot]. One row a program; the
     other lanes only give the product the shape that it has in `_maxima_kernel`."""
     at = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_N)
@@ -106,37 +98,86 @@ def _select_kernel(
             s, item, listed, place, end, value, nearest, first + BLOCK_V
         )  # fmt: skip
     mine = tl.max(tl.where(live[:, None], s, float("-inf")), 0)
-    tl.store(keys + at * BLOCK_V + tl.arange(0, BLOCK_V), _key(mine, item))
+    tl.store(scores + at * BLOCK_V + tl.arange(0, BLOCK_V), _worth(mine))
 
 
-def _chunk(input, linear_weight, linear_bias, k, listed, offsets, config):
-    """Keys [N, k] of the best items, best first."""
-    (n, d), v = input.shape, linear_weight.shape[0]
-    blocks, tiles = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(v, config["BLOCK_V"])
+@triton.jit(do_not_specialize=["count", "k"])
+def _take_kernel(
+    scores, best, chosen, value_out, place_out, count, k,
+    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """place_out [N, k]: where the k largest of scores [N, count] are, in ascending order; of equal
+    ones the first. best [N, k]: their values in falling order.
+
+    With `chosen` [N, count / BLOCK_V], whose tiles `scores` holds: the items, -1 for -inf, and
+    their scores in value_out."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    least = tl.load(best + row * k + k - 1)
+    spare = k  # of those that equal the least
+    for first in range(0, k, BLOCK):
+        value = tl.load(best + row * k + first + lane, mask=first + lane < k, other=float("-inf"))
+        spare -= tl.sum((value > least).to(tl.int32), 0)
+    taken = 0
+    for first in range(0, count, BLOCK):
+        at = first + lane
+        value = tl.load(scores + row * count + at, mask=at < count, other=float("nan"))
+        if tl.max((value >= least).to(tl.int32), 0) > 0:
+            equal = (value == least).to(tl.int32)
+            take = (value > least) | ((equal > 0) & (tl.cumsum(equal, 0) <= spare))
+            out = row * k + taken + tl.cumsum(take.to(tl.int32), 0) - 1
+            if chosen is None:
+                tl.store(place_out + out, at.to(tl.int64), mask=take)
+            else:
+                tile = tl.load(chosen + row * (count // BLOCK_V) + at // BLOCK_V, mask=take, other=0)
+                item = tl.where(value == float("-inf"), -1, tile * BLOCK_V + at % BLOCK_V)
+                tl.store(place_out + out, item, mask=take)
+                tl.store(value_out + out, value, mask=take)
+            taken += tl.sum(take.to(tl.int32), 0)
+            spare -= tl.minimum(spare, tl.sum(equal, 0))
+
+
+def _take(scores, k, chosen, value_out, place_out, block_v):
+    best = scores.topk(k).values
+    _take_kernel[(len(scores),)](
+        scores, best, chosen, value_out, place_out, scores.shape[1], k,
+        BLOCK=BLOCK_TAKE, BLOCK_V=block_v, num_warps=1,
+    )  # fmt: skip
+
+
+def _chunk(input, linear_weight, linear_bias, listed, offsets, values, indices, config):
+    """The best items of the rows and their scores, in the order of the ids."""
+    (n, d), v, block_v = input.shape, linear_weight.shape[0], config["BLOCK_V"]
+    blocks, tiles = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(v, block_v)
     ranges, per_range = ranges_of(input.device, blocks, tiles)
     tensors = (input, linear_weight, linear_bias, listed, offsets)
     strides = strides_of(input, linear_weight, linear_bias)
-    maxima = torch.empty(n, tiles, dtype=torch.int64, device=input.device)
-    _maxima_kernel[(ranges * blocks,)](*tensors, maxima, n, v, d, per_range, *strides, **config)
+    vector = {"dtype": torch.float32, "device": input.device}
+    k = values.shape[1]
     slots = min(k, tiles)
-    chosen = LOW.value - (maxima.topk(slots).values & LOW.value)
-    keys = torch.empty(n, slots * config["BLOCK_V"], dtype=torch.int64, device=input.device)
-    _select_kernel[(n * slots,)](*tensors, chosen, keys, v, d, slots, *strides, **config)
-    return keys.topk(k).values
+    maxima, chosen = torch.empty(n, tiles, **vector), indices.new_empty(n, slots)
+    _maxima_kernel[(ranges * blocks,)](*tensors, maxima, n, v, d, per_range, *strides, **config)
+    _take(maxima, slots, None, None, chosen, block_v)
+    scores = torch.empty(n, slots * block_v, **vector)
+    _select_kernel[(n * slots,)](*tensors, chosen, scores, v, d, slots, *strides, **config)
+    _take(scores, k, chosen, values, indices, block_v)
 
 
 def linear_topk_fwd(input, linear_weight, linear_bias, k, exclude_values, exclude_offsets):
     config = options_of("linear_topk", input, linear_weight)
     n, v = input.shape[0], linear_weight.shape[0]
-    keys = torch.empty(n, k, dtype=torch.int64, device=input.device)
+    values = torch.empty(n, k, dtype=torch.float32, device=input.device)
+    indices = torch.empty(n, k, dtype=torch.int64, device=input.device)
     listed, offsets = lists_of(exclude_values, exclude_offsets)
     tiles = triton.cdiv(v, config["BLOCK_V"])
-    step = max(1, BUDGET // (8 * (tiles + min(k, tiles) * config["BLOCK_V"])))
+    step = max(1, BUDGET // (4 * (tiles + min(k, tiles) * config["BLOCK_V"])))
     with torch.cuda.device_of(input):
         for first in range(0, n, step):
             rows = slice(first, min(first + step, n))
             bounds = None if offsets is None else offsets[first : rows.stop + 1]
-            keys[rows] = _chunk(
-                input[rows], linear_weight, linear_bias, k, listed, bounds, config
+            _chunk(
+                input[rows], linear_weight, linear_bias, listed, bounds, values[rows],
+                indices[rows], config,
             )  # fmt: skip
-    return _values_and_indices(keys)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
