@@ -20,7 +20,15 @@ import triton.language as tl
 
 from fastrec.kernels.common.philox import draws, philox_key
 from fastrec.kernels.common.rows import dense
-from fastrec.kernels.common.tiles import LOG2E, allow_tf32, dot, round_to, split_lse
+from fastrec.kernels.common.tiles import (
+    LOG2E,
+    capability_of,
+    dot,
+    dot_t,
+    float32_products,
+    round_to,
+    split_lse,
+)
 
 
 @triton.jit
@@ -48,7 +56,7 @@ def _store_tile(
 def _scores(x, y, query, key, length, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     """scale * x y^T, of queries and keys or keys and queries, -inf where a query does not see a
     key. query, key: their places, one [R, 1] and the other [1, C]."""
-    s = dot(x, tl.trans(y), None, PRECISION) * scale
+    s = dot_t(x, y, None, PRECISION) * scale
     seen = key < length
     if CAUSAL:
         seen = seen & (key <= query)
@@ -246,10 +254,30 @@ def _bwd_kernel(
         )  # fmt: skip
 
 
-def _config(kernel: str, width: int, dtype: torch.dtype, max_seq_len: int) -> dict:
-    """Tile shape and launch options of the "fwd" or "bwd" kernel, as large as no target spills."""
+def _config(
+    kernel: str,
+    width: int,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    precision: str = "bf16x3",
+    capability: int = 90,
+) -> dict:
+    """Tile shape and launch options of the "fwd" or "bwd" kernel, as large as no target spills.
+    `precision`: of the products of float32, "ieee" where they are not split."""
     block_d, full = max(triton.next_power_of_2(width), 16), dtype == torch.float32
     longest = max(triton.next_power_of_2(max_seq_len), 16)
+    # Backward spills with split products, and tiles of 16 gain little. Below sm_90 operands are
+    # registers, and every warp would split all of a tile.
+    split = full and kernel == "fwd" and precision == "bf16x3" and capability >= 90
+    if split and longest > 16 and block_d <= 128:
+        block = min(longest, 64 if block_d <= 64 else 32)
+        return {
+            "BLOCK": block,
+            "BLOCK_D": block_d,
+            "PRECISION": "bf16x3",
+            "num_warps": 4 if block == 64 or block_d == 128 else 2,
+            "num_stages": 1,
+        }
     # float32 has no tensor cores, its operands are registers. Backward has three accumulators, and
     # two loops of products above one tile.
     if kernel == "fwd":
@@ -284,8 +312,10 @@ def _launch(kernel, query, offsets, max_seq_len):
     """(grid, options) of a kernel."""
     if query.dtype == torch.float64:
         raise RuntimeError("jagged_attention has no float64 triton kernel, query is float64")
-    options = _config(kernel, query.shape[2], query.dtype, max_seq_len)
-    allow_tf32(options)
+    options = _config(
+        kernel, query.shape[2], query.dtype, max_seq_len, float32_products(),
+        capability_of(query.device),
+    )  # fmt: skip
     # Sequences on x: the other axes end at 65,535.
     # One more than sequences, for what belongs to none.
     return (offsets.shape[0], triton.cdiv(max_seq_len, options["BLOCK"])), options

@@ -28,7 +28,7 @@ BLOCK_TAKE = 512  # of one warp, in which nothing waits for another one
 
 @triton.jit
 def _worth(score):
-    """The score as it is compared: -inf for NaN, and 0 for -0, which another order puts below it."""
+    """The score as it is compared: -inf for NaN; 0 for -0, which radix selection puts below it."""
     score = tl.where(score == score, score, float("-inf"))
     return tl.where(score == 0.0, 0.0, score)
 
@@ -129,7 +129,8 @@ def _take_kernel(
             if chosen is None:
                 tl.store(place_out + out, at.to(tl.int64), mask=take)
             else:
-                tile = tl.load(chosen + row * (count // BLOCK_V) + at // BLOCK_V, mask=take, other=0)
+                slot = row * (count // BLOCK_V) + at // BLOCK_V
+                tile = tl.load(chosen + slot, mask=take, other=0)
                 item = tl.where(value == float("-inf"), -1, tile * BLOCK_V + at % BLOCK_V)
                 tl.store(place_out + out, item, mask=take)
                 tl.store(value_out + out, value, mask=take)

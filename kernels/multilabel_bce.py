@@ -17,10 +17,10 @@ import triton.language as tl
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, seek
 from fastrec.kernels.common.tiles import (
     LOG2E,
-    allow_tf32,
     capability_of,
     dot,
     dot_t,
+    float32_products,
     load_rows,
     ranges_of,
     round_to,
@@ -169,7 +169,11 @@ TILES = {
         128: ((64, 64, 8, 3), (64, 64, 8, 3)),
         256: ((64, 16, 8, 2), (32, 64, 8, 2)),
     },
-    "float32": {
+    "split": {  # float32 as sums of two bfloat16
+        64: ((64, 32, 4, 2), (32, 128, 8, 2)),
+        128: ((64, 32, 4, 2), (32, 128, 8, 2)),
+    },
+    "float32": {  # no tensor cores
         64: ((32, 32, 4, 2), (32, 32, 4, 2)),
         128: ((32, 32, 8, 2), (32, 16, 8, 2)),
         256: ((16, 16, 4, 2), (16, 32, 8, 2)),
@@ -178,19 +182,22 @@ TILES = {
 WIDEST = max(TILES["half"])
 
 
-def _config(width: int, dtype: torch.dtype, capability: int = 90) -> dict:
-    """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor."""
-    block_d = max(triton.next_power_of_2(width), 16)
-    single = dtype == torch.float32
-    tiles = TILES["float32" if single else "half"][max(block_d, 64)]
-    if capability >= 100 and not single and block_d <= 64:
+def _config(width: int, dtype: torch.dtype, precision: str, capability: int = 90) -> dict:
+    """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor.
+    `precision`: of the products of float32, "ieee" where they are not split: above 128 columns, and
+    below sm_90, where operands are registers and every warp would split all of a tile."""
+    block_d, kind = max(triton.next_power_of_2(width), 16), "half"
+    if dtype == torch.float32:
+        kind = "split" if precision == "bf16x3" and width <= 128 and capability >= 90 else "float32"
+    tiles = TILES[kind][max(block_d, 64)]
+    if capability >= 100 and kind == "half" and block_d <= 64:
         tiles = ((64, 64, 8, 3), tiles[1])  # 32 labels spill 8 bytes there, 64 spill 48 on sm_80
     return {
         name: {
             "BLOCK_N": block_n,
             "BLOCK_V": block_v,
             "BLOCK_D": block_d,
-            "PRECISION": "ieee" if single else "tf32",
+            "PRECISION": {"half": "tf32", "split": "bf16x3", "float32": "ieee"}[kind],
             "num_warps": warps,
             "num_stages": stages,
         }
@@ -206,9 +213,9 @@ def _options(input: torch.Tensor) -> dict:
             f"multilabel_bce has triton kernels of widths up to {WIDEST}, input has"
             f" {input.shape[1]} columns: backend='reference' stores the logits"
         )
-    config = _config(input.shape[1], input.dtype, capability_of(input.device))
-    allow_tf32(*config.values())
-    return config
+    return _config(
+        input.shape[1], input.dtype, float32_products(), capability_of(input.device)
+    )  # fmt: skip
 
 
 def _plan(label_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,12 @@ from fastrec.kernels.common.sampled_linear_cross_entropy_shared import (
     _shared_fwd_kernel,
     shared_config,
 )
-from fastrec.kernels.common.tiles import ranges_of, sum_ranges
+from fastrec.kernels.common.tiles import (
+    capability_of,
+    float32_products,
+    ranges_of,
+    sum_ranges,
+)
 from fastrec.kernels.jagged_embedding import jagged_embedding_scatter
 
 
@@ -49,6 +54,11 @@ def _check(input, linear_weight):
             "the triton kernel of sampled_linear_cross_entropy is for widths up to"
             f" {WIDEST}, got {input.shape[1]}"
         )
+
+
+def _shared_config(input, backward):
+    capability = capability_of(input.device)
+    return shared_config(input.shape[1], input.dtype, backward, float32_products(), capability)
 
 
 def _shared_operands(linear_weight, linear_bias, log_q, negatives):
@@ -91,7 +101,7 @@ def sampled_linear_cross_entropy_fwd(
             y = target.clamp_min(0)
             target_rows = linear_weight.index_select(0, y)
             score = (target_rows.float() * input.float()).sum(1) + _offsets(linear_bias, log_q, y)
-            config = shared_config(d, input.dtype, backward=False)
+            config = _shared_config(input, backward=False)
             grid = (triton.cdiv(n, config["BLOCK_N"]), config["CHUNKS"] if with_input else 1)
             _shared_fwd_kernel[grid](
                 input, rows, offset, negatives, target, target_rows, score, loss, grad_input,
@@ -147,7 +157,7 @@ def sampled_linear_cross_entropy_bwd(
         offsets = coefficient[:, None]
     else:
         rows, offset = _shared_operands(linear_weight, linear_bias, log_q, negatives)
-        config = shared_config(d, input.dtype, backward=True)
+        config = _shared_config(input, backward=True)
         blocks = triton.cdiv(k, config["BLOCK_K"])
         tiles = triton.cdiv(n, config["BLOCK_N"])
         ranges, per_range = ranges_of(input.device, blocks * config["CHUNKS"], tiles)

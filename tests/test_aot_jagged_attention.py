@@ -16,10 +16,13 @@ CASES = [
         width,
         length,
         capability,
-        plain=(capability, dtype) == (90, "bf16") and (width, length) in PLAIN,
+        plain=capability == 90
+        and (width, length) in PLAIN
+        and (dtype == "bf16" or (kernel, length) == ("fwd", 50)),
     )
     for kernel in ("fwd", "bwd")
-    for dtype in ("bf16", "fp32")
+    for dtype in ("bf16", "fp32", "fp32-ieee")
+    if kernel == "fwd" or dtype != "fp32-ieee"  # backward is "ieee"
     for width, length in SHAPES
     for capability in SHARED_LIMIT
     # The kernels are made for widths up to 128; this one is correct and spills 550 bytes.
@@ -29,7 +32,9 @@ CASES = [
 
 def build(kernel: str, dtype: str, width: int, length: int, capability: int) -> Binary:
     """The kernel with dropout as the launcher specialises it: views of a packed [T, 3, H, D]."""
-    config = kernels._config(kernel, width, TYPES[dtype][0], length)
+    precision = "ieee" if dtype == "fp32-ieee" else "bf16x3"
+    dtype = dtype.removesuffix("-ieee")
+    config = kernels._config(kernel, width, TYPES[dtype][0], length, precision, capability)
     options = take_options(config)
     x, ids = f"*{dtype}:16", "*i64:16"
     tensors = ("q", "k", "v")

@@ -16,10 +16,11 @@ from aot import (
 
 from fastrec.kernels import multilabel_bce as kernels
 
+SHOWN = ("bf16", "fp32", "fp32-ieee")
 CASES = [
-    case(kernel, types, width, capability, plain=(types, width, capability) == ("bf16", 64, 90))
+    case(kernel, types, width, capability, plain=(width, capability) == (64, 90) and types in SHOWN)
     for kernel in ("fwd", "bwd")
-    for types in TYPES
+    for types in (*TYPES, "fp32-ieee")
     for width in WIDTHS
     if width <= kernels.WIDEST
     for capability in SHARED_LIMIT
@@ -28,8 +29,9 @@ CASES = [
 
 def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
-    dtype, table = TYPES[types]
-    config = kernels._config(width, dtype, capability)[kernel]
+    dtype, table = TYPES[types.removesuffix("-ieee")]
+    precision = "ieee" if types == "fp32-ieee" else "bf16x3"
+    config = kernels._config(width, dtype, precision, capability)[kernel]
     options = take_options(config)
     vector, ids = "*fp32:16", "*i64:16"
     arguments = dict.fromkeys(("order", "count", "lists", "listed", "offsets"), ids)
@@ -43,7 +45,9 @@ def build(kernel: str, types: str, width: int, capability: int) -> Binary:
     return compile_for(capability, function, arguments, **options)
 
 
-OP = Op(
-    "multilabel_bce", "kernel types D sm", CASES, build, lambda kernel, types, *_: types != "fp32"
-)
+def _wgmma(kernel: str, types: str, width: int, *_) -> bool:
+    return width <= {"fp32": 128, "fp32-ieee": 0}.get(types, 256)
+
+
+OP = Op("multilabel_bce", "kernel types D sm", CASES, build, _wgmma)
 test_machine_code = machine_code_test(OP)

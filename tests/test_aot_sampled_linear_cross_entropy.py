@@ -25,10 +25,12 @@ CASES = [
         width,
         softmax,
         capability,
-        plain=(types, width, softmax, capability) == ("bf16", 64, True, 90),
+        plain=(width, softmax, capability) == (64, True, 90)
+        and (types == "bf16" or (types != "bf16-fp32" and kernel.startswith("shared"))),
     )
     for kernel in ("own_fwd", "shared_fwd", "shared_bwd", "sum")
-    for types in TYPES
+    for types in (*TYPES, "fp32-ieee")
+    if types in TYPES or kernel.startswith("shared")
     for width in WIDTHS
     for softmax in (True, False)
     if softmax or kernel != "sum"
@@ -38,13 +40,15 @@ CASES = [
 
 def build(kernel: str, types: str, width: int, softmax: bool, capability: int) -> Binary:
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
-    dtype, table = TYPES[types]
+    dtype, table = TYPES[types.removesuffix("-ieee")]
     if kernel == "sum":
         config = {"BLOCK_T": kernels.BLOCK_T, "BLOCK_D": min(width, 64), "num_warps": 8}
     elif kernel == "own_fwd":
         config = kernels.own_config(width)
     else:
-        config = kernels.shared_config(width, dtype, kernel == "shared_bwd")
+        precision = "ieee" if types == "fp32-ieee" else "bf16x3"
+        backward = kernel == "shared_bwd"
+        config = kernels.shared_config(width, dtype, backward, precision, capability)
     options = take_options(config)
     x, w = POINTER[dtype], POINTER[table]
     shared = dict(x=x, d="i32:16", stride_xn="i32:16", stride_xd=1, **config)
@@ -74,7 +78,7 @@ def build(kernel: str, types: str, width: int, softmax: bool, capability: int) -
 
 
 def _wgmma(kernel: str, types: str, width: int, *_) -> bool:
-    return kernel.startswith("shared") and types != "fp32" and width <= 128
+    return kernel.startswith("shared") and types != "fp32-ieee" and width <= 128
 
 
 OP = Op("sampled_linear_cross_entropy", "kernel types D softmax sm", CASES, build, _wgmma)

@@ -4,13 +4,30 @@
 import pytest
 import torch
 from op_check import check, need
-from op_db import in_batch_cross_entropy, linear_cross_entropy
+from op_db import (
+    in_batch_cross_entropy,
+    jagged_attention,
+    linear_cross_entropy,
+    multilabel_bce,
+    sampled_linear_cross_entropy,
+)
 from op_db.case import TYPES
 
 tiles = pytest.importorskip("fastrec.kernels.common.tiles")
 wide = pytest.importorskip("fastrec.kernels.common.linear_cross_entropy_wide")
 launchers = pytest.importorskip("fastrec.kernels.linear_cross_entropy")
 in_batch = pytest.importorskip("fastrec.kernels.in_batch_cross_entropy")
+attention = pytest.importorskip("fastrec.kernels.jagged_attention")
+labels = pytest.importorskip("fastrec.kernels.multilabel_bce")
+sampled = pytest.importorskip("fastrec.kernels.sampled_linear_cross_entropy")
+
+OPS = (
+    linear_cross_entropy.OP,
+    in_batch_cross_entropy.OP,
+    sampled_linear_cross_entropy.OP,
+    multilabel_bce.OP,
+    jagged_attention.OP,
+)
 
 
 @pytest.fixture
@@ -56,13 +73,31 @@ def test_without_a_wish_products_are_split():
     assert in_batch.options_of(torch.ones(1, 300), "bf16x3")["fwd"]["PRECISION"] == "ieee"
 
 
+def products(width: int, dtype=torch.float32) -> dict[str, str]:
+    """How the ops of other scores multiply rows, by kernel."""
+    x, offsets = torch.ones(2, width, dtype=dtype), torch.tensor([0, 2])
+    found = {f"sampled {b}": sampled._shared_config(x, b)["PRECISION"] for b in (False, True)}
+    found |= {f"labels {name}": part["PRECISION"] for name, part in labels._options(x).items()}
+    for kernel in ("fwd", "bwd"):
+        options = attention._launch(kernel, x[:, None], offsets, 50)[1]
+        found[f"attention {kernel}"] = options["PRECISION"]
+    return found
+
+
+def test_the_other_ops_follow(ieee):
+    assert set(products(64).values()) == {"ieee"}
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    found = products(64)
+    assert found.pop("attention bwd") == "ieee"  # tiles of split products spill
+    assert set(found.values()) == {"bf16x3"}
+    wide = products(256)
+    assert wide["sampled True"] == "bf16x3" and wide["labels fwd"] == "ieee"
+    assert "bf16x3" not in products(64, torch.bfloat16).values()
+
+
 @pytest.mark.parametrize(
     "op, name",
-    [
-        pytest.param(op, name, id=f"{op.name}-{name}")
-        for op in (linear_cross_entropy.OP, in_batch_cross_entropy.OP)
-        for name in op.representative
-    ],
+    [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS for name in op.representative],
 )
 def test_ieee_has_the_budget_of_float32(op, name, ieee):
     need(op, "triton", "cpu")

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.sampled_linear_cross_entropy_own import binary, finish
-from fastrec.kernels.common.tiles import allow_tf32, dot, load_rows, product_in_chunks, round_to
+from fastrec.kernels.common.tiles import dot, load_rows, product_in_chunks, round_to
 
 
 @triton.jit(do_not_specialize=["n", "k", "beta"])
@@ -118,21 +118,33 @@ def _shared_bwd_kernel(
         tl.store(grad_offset + place, acc_offset * unit, mask=real)
 
 
-def shared_config(width: int, dtype: torch.dtype, backward: bool) -> dict:
-    """Tiles of the products, that spill on none of sm_80, sm_90, sm_100; above 256 columns in
-    chunks of 64."""
-    block_d = 64 if width > 256 else max(triton.next_power_of_2(width), 16)
+def shared_config(
+    width: int, dtype: torch.dtype, backward: bool, precision: str, capability: int = 90
+) -> dict:
+    """Tiles of the products, that spill on none of sm_80, sm_90, sm_100; of wide rows in chunks of
+    64 columns. `precision`: of the products of float32, "ieee" where they are not split: below
+    sm_90, where operands are registers and every warp would split all of a tile."""
     full = dtype == torch.float32
-    block = 32 if full or block_d == 256 else 64
-    small = full and width > 64 and not (backward and width > 256)
-    config = {
-        "BLOCK_N": 16 if small else block,
-        "BLOCK_K": block,
+    split = full and precision == "bf16x3" and capability >= 90
+    widest = 256 if not split else 128 if capability < 100 else 64
+    block_d = 64 if width > widest else max(triton.next_power_of_2(width), 16)
+    if split:
+        tile = (32, 128, 8) if backward else (64, 64, 4) if capability < 100 else (64, 32, 4)
+        if block_d == 128 and not backward:
+            tile = (64, 32, 4)
+        if width > widest:
+            tile = (64, 64, 4)
+    else:
+        block = 32 if full or block_d == 256 else 64
+        small = full and width > 64 and not (backward and width > 256)
+        tile = (16 if small else block, block, 8)
+    block_n, block_k, warps = tile
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
         "BLOCK_D": block_d,
         "CHUNKS": triton.cdiv(width, block_d),
-        "num_warps": 8,
-        "num_stages": 1 if width > 256 else 2,
-        "PRECISION": "ieee" if full else "tf32",
+        "num_warps": warps,
+        "num_stages": 1 if width > widest else 2,
+        "PRECISION": "bf16x3" if split else "ieee" if full else "tf32",
     }
-    allow_tf32(config)
-    return config

@@ -11,7 +11,7 @@ import torch
 from fastrec.ops.common.dropout import Mask
 from fastrec.ops.jagged_attention import jagged_attention, jagged_attention_ref
 from fastrec.random import Rng
-from op_db.case import TYPES, Op, Sample, Types, generator
+from op_db.case import TYPES, Op, Sample, Types, generator, split_band
 
 
 def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sample]:
@@ -123,6 +123,14 @@ def _private(device: str, op: str) -> Iterator[tuple]:
             yield torch.ones_like(q), q, k, v, out, lse, *common
 
 
+def _rounding_band(backend: str, sample: Sample) -> float:
+    """On triton the products of float32 are split."""
+    query, key = sample.kwargs["query"], sample.kwargs["key"]
+    scale = sample.kwargs.get("scale")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return split_band(backend, query * scale, key)
+
+
 OP = Op(
     "jagged_attention",
     jagged_attention,
@@ -139,4 +147,5 @@ OP = Op(
     refuses={("triton", "float64"): "float64"},
     # The reference reads the lengths on the host.
     compiles=("cpp",),
+    rounding_band=_rounding_band,
 )

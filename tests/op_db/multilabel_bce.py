@@ -11,7 +11,7 @@ import torch
 
 import fastrec
 from fastrec.ops.multilabel_bce import multilabel_bce_ref
-from op_db.case import Op, Sample, Types, generator
+from op_db.case import Op, Sample, Types, generator, split_band
 
 
 def label_lists(name, device, lists, a, most):
@@ -118,10 +118,11 @@ def _private(device: str, op: str) -> Iterator[tuple]:
 
 
 def _rounding_band(backend: str, sample: Sample) -> float:
-    """As in linear_cross_entropy: the products take rounded operands on triton."""
-    input = sample.kwargs["input"]
-    mixed = sample.kwargs["linear_weight"].dtype != input.dtype
-    return torch.finfo(input.dtype).eps if backend == "triton" and mixed else 0.0
+    """As in linear_cross_entropy: the products take rounded or split operands on triton."""
+    input, table = sample.kwargs["input"], sample.kwargs["linear_weight"]
+    if backend == "triton" and table.dtype != input.dtype:
+        return torch.finfo(input.dtype).eps
+    return split_band(backend, input, table)
 
 
 _FULL = ("everything_mean", "everything_none")

@@ -10,7 +10,7 @@ import torch
 
 import fastrec
 from fastrec.ops.sampled_linear_cross_entropy import sampled_linear_cross_entropy_ref
-from op_db.case import Op, Sample, Types, generator
+from op_db.case import Op, Sample, Types, generator, split_band
 
 
 class _Dense(torch.autograd.Function):
@@ -182,10 +182,13 @@ def _private(device: str, op: str) -> Iterator[tuple]:
 
 
 def _rounding_band(backend: str, sample: Sample) -> float:
-    """As in linear_cross_entropy: products of shared negatives take rounded operands on triton."""
-    input = sample.kwargs["input"]
-    mixed = sample.kwargs["linear_weight"].dtype != input.dtype
-    return torch.finfo(input.dtype).eps if backend == "triton" and mixed else 0.0
+    """As in linear_cross_entropy: products of shared negatives take rounded or split operands on
+    triton; those of own negatives are sums of float32."""
+    input, table = sample.kwargs["input"], sample.kwargs["linear_weight"]
+    if backend == "triton" and table.dtype != input.dtype:
+        return torch.finfo(input.dtype).eps
+    own = sample.kwargs["negatives"].dim() == 2
+    return 0.0 if own else split_band(backend, input, table)
 
 
 _FULL = tuple(
