@@ -88,6 +88,8 @@ def _config(
     for name, (block_n, block_v, warps, stages) in zip(("fwd", "bwd"), tiles, strict=True):
         if block_n == 128 and block_d == 256 and capability >= 100:
             block_n = 64  # 128 rows spill 120 bytes there
+        if name == "bwd" and block_d <= 64 and kind in ("half", "mixed") and capability == 90:
+            warps = 4  # two blocks a processor in the place of one, fewer instructions; spills else
         config[name] |= {
             "BLOCK_N": block_n,
             "BLOCK_V": block_v,

@@ -184,11 +184,12 @@ WIDEST = max(TILES["half"])
 
 def _config(width: int, dtype: torch.dtype, precision: str, capability: int = 90) -> dict:
     """Tile shapes and launch options of both kernels, for `capability` 10 * major + minor.
-    `precision`: of the products of float32, "ieee" where they are not split: above 128 columns, and
+    `precision`: of the products of float32, "ieee" where they are not split: where that spills, and
     below sm_90, where operands are registers and every warp would split all of a tile."""
     block_d, kind = max(triton.next_power_of_2(width), 16), "half"
     if dtype == torch.float32:
-        kind = "split" if precision == "bf16x3" and width <= 128 and capability >= 90 else "float32"
+        widest = 0 if capability < 90 else 128 if capability < 100 else 64
+        kind = "split" if precision == "bf16x3" and width <= widest else "float32"
     tiles = TILES[kind][max(block_d, 64)]
     if capability >= 100 and kind == "half" and block_d <= 64:
         tiles = ((64, 64, 8, 3), tiles[1])  # 32 labels spill 8 bytes there, 64 spill 48 on sm_80

@@ -128,12 +128,10 @@ def shared_config(
     split = full and precision == "bf16x3" and capability >= 90
     widest = 256 if not split else 128 if capability < 100 else 64
     block_d = 64 if width > widest else max(triton.next_power_of_2(width), 16)
-    if split:
-        tile = (32, 128, 8) if backward else (64, 64, 4) if capability < 100 else (64, 32, 4)
-        if block_d == 128 and not backward:
-            tile = (64, 32, 4)
-        if width > widest:
-            tile = (64, 64, 4)
+    if split and width > widest:
+        tile = (32, 64, 4) if backward else (64, 32, 4)
+    elif split:
+        tile = (32, 128, 8) if backward else (64, 32, 4) if block_d <= 64 else (128, 32, 8)
     else:
         block = 32 if full or block_d == 256 else 64
         small = full and width > 64 and not (backward and width > 256)

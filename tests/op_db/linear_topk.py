@@ -61,6 +61,9 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     # On cpp lists are cut back several times, and at 1000 never.
     yield Sample("ties_k_100", tied("ties_k_100", 9, 300 if interpret_small else 4001, d, 100))
     yield Sample("ties_every", tied("ties_every", 9, v, 8, v))
+    # On triton equal scores, and equal maxima of tiles, in more than one block of `_take_kernel`.
+    yield Sample("ties_blocks", tied("ties_blocks", 3, 700, 8, 40))
+    yield Sample("ties_many_tiles", tied("ties_many_tiles", 1, 17_000, 4, 3))
     yield Sample("ties_width_1", tied("ties_width_1", n, v, 1))
     yield Sample("ties_width_300", tied("ties_width_300", 5, 70, 300))
     yield Sample("no_row", tied("no_row", 0, v, d))
