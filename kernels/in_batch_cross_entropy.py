@@ -50,7 +50,9 @@ def config_of(width: int, dtype: torch.dtype, precision: str, capability: int = 
     below sm_90, where operands are registers and every warp would split all of a tile."""
     kind = "half"
     if dtype == torch.float32:
-        kind = "split" if precision == "bf16x3" and width <= 128 and capability >= 90 else "float32"
+        # sm_100: 128 columns need more tensor memory than there is (Triton 3.6).
+        widest = 0 if capability < 90 else 128 if capability < 100 else 64
+        kind = "split" if precision == "bf16x3" and width <= widest else "float32"
         precision = "ieee" if precision == "bf16x3" and kind == "float32" else precision
     if width > 256:  # in chunks of 64 columns, with the products of all chunks recomputed for each
         block_d, block_b = 64, 16 if dtype == torch.float32 else 32

@@ -114,12 +114,14 @@ class Binary:
         return min(*fits, TENSOR_COLUMNS // self.columns if self.columns else BLOCKS)
 
     def assert_fits(self) -> None:
-        """No register is spilled, and a program's memory is there."""
+        """No register is spilled, and a program's memory is there. Of a kernel that needs too much
+        tensor memory Triton 3.6 leaves nothing but its end."""
         assert not self.spills, f"{self.registers} registers, {self.stack} bytes of stack"
         limit = SHARED_LIMIT[self.capability]
         assert self.shared <= limit, (
             f"{self.shared} bytes of shared memory, sm_{self.capability}: {limit}"
         )
+        assert self.columns <= TENSOR_COLUMNS, f"{self.columns} columns of tensor memory"
 
 
 def compile_for(

@@ -131,7 +131,7 @@ def shared_config(
     if split and width > widest:
         tile = (32, 64, 4) if backward else (64, 32, 4)
     elif split:
-        tile = (32, 128, 8) if backward else (64, 32, 4) if block_d <= 64 else (128, 32, 8)
+        tile = (32, 128, 8) if backward else (64, 32 if block_d <= 64 else 16, 4)
     else:
         block = 32 if full or block_d == 256 else 64
         small = full and width > 64 and not (backward and width > 256)
