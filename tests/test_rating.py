@@ -27,12 +27,14 @@ from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.item_parts import Rating as Levels
 from fastrec.nn.items import Items
 from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.model_files import write_digests
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.rating import Rating
 from fastrec.random import Rng, draws, threshold
 from fastrec.training.config import Recipe
+from fastrec.training.model_folder import load_heads, save_heads
 from fastrec.training.stage import Stage
 from fastrec.training.sweep import sweep
 
@@ -182,6 +184,145 @@ def test_without_targets_the_loss_is_zero_with_a_live_graph():
     assert not objective.parts["rating"].linear.weight.grad.any()
 
 
+# The line of the biases below the states
+
+
+def plain_deviations(dataset, users, split: str = "train") -> tuple[float, list[list[float]]]:
+    """(mean of the ratings of `users` in the split, the deviations of each item)."""
+    column, values = dataset.event_column("rating"), dataset.values
+    events = [
+        (int(values[event]), float(column[event]))
+        for user in users
+        for event in range(
+            dataset.offsets[user],
+            dataset.offsets[user] + int(dataset.split_lengths(split)[user]),
+        )
+        if not math.isnan(column[event])
+    ]
+    mean = sum(rating for _, rating in events) / len(events)
+    return mean, [[rating - mean for other, rating in events if other == i] for i in range(V)]
+
+
+def plain_line(batch, mean, deviations, shrinkage: float, own: bool) -> list[float]:
+    """mean + bias of the item + bias of the user of each event, one at a time. own: of training,
+    the target of an event is left out of the deviations of its item."""
+
+    def shrunken(left: list[float]) -> float:
+        return sum(left) / (len(left) + shrinkage)
+
+    found = []
+    items, seen = lists_of(batch), lists_of(batch, batch.events["rating"])
+    targets = lists_of(batch, batch.events[TARGET]) if own else seen
+    for row, history in enumerate(items):
+        visible = [
+            (place, rating - mean - shrunken(deviations[item]))
+            for place, (item, rating) in enumerate(zip(history, seen[row], strict=True))
+            if not math.isnan(rating)
+        ]
+        for place, item in enumerate(history):
+            rest = list(deviations[item]) if item < V else []
+            if own and not math.isnan(targets[row][place]):
+                nearest = min(rest, key=lambda d: abs(d - (targets[row][place] - mean)))
+                rest.remove(nearest)
+            user = shrunken([left for other, left in visible if other != place])
+            found.append(mean + shrunken(rest) + user)
+    return found
+
+
+@pytest.mark.parametrize("hide", [True, False])
+@pytest.mark.parametrize("by", ["state", "item"])
+def test_a_state_adds_to_the_biases_without_its_own_rating(by, hide):
+    dataset, model = rated(), rating_model(tokens=["cls", "sep"], max_len=14)
+    side = SideData(dataset, "all", event_columns=["rating"])
+    objective = JointObjective({"rating": Rating(by=by, biases=2.5)}, model, side)
+    plain = JointObjective({"rating": Rating(by=by)}, model, side).parts["rating"]
+    head = objective.parts["rating"]
+    plain.load_state_dict({k: v for k, v in head.state_dict().items() if "biases" not in k})
+    batch = model.frame(MaskRating(0.4, hide)(batch_of(dataset), Rng(0, 0), side))
+    mean, deviations = plain_deviations(dataset, range(6), "all")
+    encoded = model.encode(batch)
+    with torch.no_grad():
+        for own in (True, False):
+            found = head.predict(encoded, batch.events[TARGET] if own else None)
+            line = plain_line(batch, mean, deviations, 2.5, own)
+            expected = plain.predict(encoded) + torch.tensor(line)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            if own:
+                training = found
+    (term,) = objective(model, {"main": batch}, Rng(0, 0))
+    target = batch.events[TARGET]
+    known = ~target.isnan()
+    torch.testing.assert_close(term.loss, (training - target)[known].square().mean())
+    assert int(term.number) == int(known.sum()) > 10
+    assert not any(name.startswith("biases") for name, _ in head.named_parameters())
+
+
+def test_untrained_the_biases_are_those_of_the_judge():
+    """At test the judge knows the validation ratings too: users of whom none is held out there."""
+    dataset = rated(missing=0.0)
+    lengths = dataset.lengths
+    dataset = replace(dataset, splits=np.stack([lengths - 1, lengths - 1], 1))
+    dataset._event_columns["rating"] = rated(missing=0.0).event_column("rating")
+    model = rating_model(max_len=20)
+    side = SideData(dataset, event_columns=["rating"])
+    objective = JointObjective({"rating": Rating(biases=5.0)}, model, side)
+    torch.nn.init.zeros_(objective.parts["rating"].linear.weight)
+    everyone = torch.arange(6)
+    judge = RatingJudge(dataset, everyone, "test", everyone)
+    scores = judge.score(model, objective, slice(0, 6))
+    torch.testing.assert_close(scores, judge.biases, rtol=1e-5, atol=1e-5)
+    assert judge.biases.std() > 0.05
+
+
+def test_the_deviations_of_items_are_of_whom_a_step_may_have():
+    dataset = rated(missing=0.0)
+    side = SideData(dataset, users=[0, 1], labelled=[1, 4], event_columns=["rating"])
+    totals, counts = side.rating_deviations
+    column, expected = dataset.event_column("rating"), [[] for _ in range(V)]
+    for user in (0, 1, 4):
+        for event in range(dataset.offsets[user], dataset.offsets[user + 1] - 2):
+            expected[dataset.values[event]].append(float(column[event]) - side.mean_rating)
+    assert counts.tolist() == [len(part) for part in expected]
+    assert totals.tolist() == pytest.approx([sum(part) for part in expected])
+
+
+def test_a_model_keeps_its_biases_and_another_catalogue_has_its_own(tmp_path):
+    dataset, model = rated(missing=0.0), rating_model()
+    side = SideData(dataset, event_columns=["rating"])
+    saved = JointObjective({"rating": Rating(biases=5.0)}, model, side)
+    model.save_pretrained(tmp_path)
+    save_heads(saved, tmp_path)
+    write_digests(tmp_path)
+    other = SideData(rated(seed=1), event_columns=["rating"])
+    again = JointObjective({"rating": Rating(biases=5.0)}, model, other)
+    before = {name: part.clone() for name, part in again.parts.state_dict().items()}
+    taken = load_heads(again, tmp_path, only=["rating"])
+    assert taken == ["rating.linear.weight", "rating.linear.bias"]
+    for name, tensor in again.parts.state_dict().items():
+        source = saved.parts.state_dict() if name in taken else before
+        assert torch.equal(tensor, source[name]), name
+    assert not torch.equal(before["rating.biases.totals"], saved.parts["rating"].biases.totals)
+    load_heads(again, tmp_path)
+    batch = model.frame(batch_of(dataset))
+    found = (part.parts["rating"].predict(model.encode(batch)) for part in (saved, again))
+    assert torch.equal(*found)
+    for settings in (Rating(), Rating(biases=4.0)):
+        with pytest.raises(ValueError, match="it was trained to predict .*'biases': 5.0"):
+            load_heads(JointObjective({"rating": settings}, model, side), tmp_path)
+
+
+def test_without_ratings_in_sight_a_user_has_no_bias():
+    dataset, model = rated(missing=0.0), rating_model()
+    side = SideData(dataset, event_columns=["rating"])
+    head = Rating(biases=5.0).build(model, side)
+    batch = model.frame(MaskRating(1.0)(batch_of(dataset, [0, 1]), Rng(0, 0), side))
+    totals, counts = side.rating_deviations
+    expected = side.mean_rating + (totals / (counts + 5))[batch.values]
+    torch.testing.assert_close(head.biases(batch), expected.float())
+    empty = head.biases(batch.select(torch.tensor([], dtype=torch.int64)))
+    assert empty.shape == (0,)
+
+
 # The judge
 
 
@@ -311,6 +452,9 @@ def test_what_means_nothing_is_refused():
         MaskRating(0.0)
     with pytest.raises(ValueError, match="by must be one of"):
         Rating(by="user")
+    for shrinkage in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="rating.biases must be above 0, got"):
+            Rating(biases=shrinkage)
     with pytest.raises(ValueError, match="monitor RMSE: the largest would be kept"):
         stage(monitor="RMSE")
     dataset = rated()

@@ -100,6 +100,20 @@ class SideData:
         return mean
 
     @cached_property
+    def rating_deviations(self) -> tuple[Tensor, Tensor]:
+        """float64 [V] both: by item, the sum of the deviations of its ratings in the split from
+        `mean_rating`, and how many there are. Of all users whom a step may have, so that what is
+        trained on is a part of them."""
+        users = torch.cat([self._users, self._labelled]).unique()
+        there = torch.as_tensor(self.dataset.users(self.split), device="cpu")
+        rows = self.dataset.gather(there[torch.isin(there, users)], self.split, columns=["rating"])
+        left = rows.events["rating"].double() - self.mean_rating
+        rated = ~left.isnan()
+        values, zeros = rows.values[rated], left.new_zeros(self.num_items)
+        totals = zeros.index_add(0, values, left[rated])
+        return totals, values.bincount(minlength=self.num_items).double()
+
+    @cached_property
     def trained_users(self) -> Tensor:
         """int64, ascending: the `labelled` users with events in the split, whose sequences a step
         may draw."""

@@ -5,18 +5,21 @@ and prospect", 2021, section 4).
 Legend: T events, V items, D width.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.data.steps.mask_rating import TARGET
 from fastrec.nn.init import init_bert
 from fastrec.nn.plain import embedding_table
-from fastrec.nn.pool import Encoded
+from fastrec.nn.pool import Encoded, weighted_sum
 from fastrec.ops.common.arguments import without_autocast
 from fastrec.random import Rng
 
@@ -32,14 +35,19 @@ class Rating:
             mean rating of training; or "item", the product of the state and a vector of the event's
             item, without a bias: the output layer of an autoencoder (DACF), of which only the items
             that are asked about are computed.
+        biases: add mean + bias of the item + bias of the user to what the state says, which then
+            starts near 0: `RatingBiases`, with this shrinkage. None: no such line.
     """
 
     views: list[str] = field(default_factory=lambda: ["main"])
     weight: float = 1.0
     by: Literal["state", "item"] = "state"
+    biases: float | None = None
 
     def __post_init__(self):
         check_choices(self)
+        if self.biases is not None and not 0 < self.biases < math.inf:
+            raise ValueError(f"rating.biases must be above 0, got {self.biases}")
 
     def build(self, model, side: SideData) -> "RatingPrediction":
         if "rating" not in model.event_columns:
@@ -48,8 +56,55 @@ class Rating:
                 " the encoder bag"
             )
         items = model.num_items if self.by == "item" else None
+        if self.biases is not None:
+            biases = RatingBiases(self.biases, side.mean_rating, *side.rating_deviations)
+            return RatingPrediction(model.config.width, 0.0, items, biases)
         mean = side.mean_rating if self.by == "state" else 0.0
         return RatingPrediction(model.config.width, mean, items)
+
+
+class RatingBiases(nn.Module):
+    """mean + bias of the item + bias of the user, the line that the judge `rating` prints, of a
+    batch. The bias of an item is sum / (number + shrinkage) of the deviations of its training
+    ratings from their mean; that of a user is made in the same way of what this leaves of the
+    ratings that are visible in its sequence. No rating is a part of its own prediction.
+
+    Nothing here is trained. What a model predicts is saved with it: `mean` and, by item, `totals`
+    and `counts` of the deviations.
+
+    Args:
+        shrinkage: K: ratings without a deviation that every item and user has beside its own.
+        mean: of the training ratings.
+        totals, counts: [V] each.
+    """
+
+    def __init__(self, shrinkage: float, mean: float, totals: Tensor, counts: Tensor):
+        super().__init__()
+        self.shrinkage = shrinkage
+        self.mean: Tensor
+        self.totals: Tensor
+        self.counts: Tensor
+        self.register_buffer("mean", totals.new_tensor(mean).float())
+        self.register_buffer("totals", totals.float())
+        self.register_buffer("counts", counts.float())
+
+    def forward(self, batch: JaggedBatch, target: Tensor | None = None) -> Tensor:
+        """float32 [T]; 0 as the bias of the item for special tokens. target: [T], NaN for none,
+        training ratings that the biases of their items are made without."""
+        index = batch.values.clamp_max(len(self.totals) - 1)
+        real = (batch.values < len(self.totals)).to(self.totals.dtype)
+        totals, counts = self.totals[index] * real, self.counts[index] * real
+        rating = batch.events["rating"]
+        left = rating - self.mean - totals / (counts + self.shrinkage)
+        seen, left = (~rating.isnan()).to(left.dtype), left.nan_to_num()
+        sums = weighted_sum(torch.stack([left, seen], 1), seen, batch)  # [B, 2]
+        others, number = sums.index_select(0, batch.segment_ids()).unbind(1)
+        user = (others - left) / (number - seen + self.shrinkage)
+        if target is not None:
+            own = ~target.isnan()
+            totals = totals - (target - self.mean).nan_to_num()
+            counts = (counts - own.to(counts.dtype)).clamp_min(0)
+        return self.mean + totals / (counts + self.shrinkage) + user
 
 
 class RatingPrediction(nn.Module):
@@ -59,19 +114,39 @@ class RatingPrediction(nn.Module):
         width: D.
         mean: rating that the linear layer starts at.
         num_items: V: a vector for each item in place of the linear layer.
+        biases: what the states are added to.
     """
 
-    def __init__(self, width: int, mean: float = 0.0, num_items: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        mean: float = 0.0,
+        num_items: int | None = None,
+        biases: RatingBiases | None = None,
+    ):
         super().__init__()
+        self.biases = biases
         self.linear = init_bert(nn.Linear(width, 1)) if num_items is None else None
         self.items = None if num_items is None else init_bert(nn.Embedding(num_items, width))
-        self.scales = [{"by": "state" if num_items is None else "item"}]
+        scale: dict[str, str | float] = {"by": "state" if num_items is None else "item"}
+        self.scales = [scale if biases is None else scale | {"biases": biases.shrinkage}]
         if self.linear is not None:
             nn.init.constant_(self.linear.bias, mean)
 
-    def predict(self, view: Encoded) -> Tensor:
+    @property
+    def of_data(self) -> list[str]:
+        """Names of the tensors that are counted in the data: of another catalogue they are its
+        own."""
+        return [] if self.biases is None else [f"biases.{n}" for n in self.biases.state_dict()]
+
+    def predict(self, view: Encoded, target: Tensor | None = None) -> Tensor:
         """[T] in the dtype of the weights: the rating of each event, in the unit of the data. What
-        special tokens get means nothing."""
+        special tokens get means nothing. target: of training, see `RatingBiases`."""
+        found = self._of_states(view)
+        return found if self.biases is None else found + self.biases(view.batch, target)
+
+    def _of_states(self, view: Encoded) -> Tensor:
+        """[T]."""
         states = view.states
         if self.linear is not None:
             with without_autocast(states.device):  # ratings in bfloat16 would be on a coarse grid
@@ -88,6 +163,6 @@ class RatingPrediction(nn.Module):
             raise ValueError("the objective rating reads a view without the step mask_rating")
         target = view.batch.events[TARGET]
         known = ~target.isnan()
-        error = (self.predict(view) - target.nan_to_num()).square() * known
+        error = (self.predict(view, target) - target.nan_to_num()).square() * known
         count = known.sum()
         return {"rating": (error.sum() / count.clamp_min(1), count)}

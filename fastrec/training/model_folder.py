@@ -264,8 +264,9 @@ def save_heads(objective: JointObjective, folder: Path) -> None:
 def load_heads(objective: JointObjective, folder: Path, only: list[str] | None = None) -> list[str]:
     """Read what `save_heads` wrote; returns the names of the tensors that were set.
 
-    only: take over these objectives, where both sides have them; otherwise the file must hold every
-        parameter of `objective`, with the same `scales`: the same attributes with the same classes,
+    only: take over these objectives, where both sides have them, but for what is counted in the
+        data of a stage, their `of_data`; otherwise the file must hold every parameter of
+        `objective`, with the same `scales`: the same attributes with the same classes,
         standardisation and pool.
 
     Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
@@ -276,7 +277,14 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
             return []
         raise FileNotFoundError(f"{file} is missing: the model was not trained for this task")
     state = read_tensors(file)
-    names = [n for n in own if only is None or (n.split(".")[0] in only and n in state)]
+    names = list(own)
+    if only is not None:
+        counted = {
+            f"{name}.{tensor}"
+            for name, part in objective.parts.items()
+            for tensor in getattr(part, "of_data", ())
+        }
+        names = [n for n in own if n.split(".")[0] in only and n in state and n not in counted]
     for name in names:
         if name not in state:
             raise ValueError(f"{file} holds no {name}: the model was not trained for this task")
