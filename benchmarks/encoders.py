@@ -273,8 +273,10 @@ def step(loss: Callable[[], Tensor], *modules: nn.Module) -> Callable[[], None]:
 
 
 def rating(dataset: SequenceDataset, length: int, batch: int = 128) -> Work:
-    """Forward and backward of bert4rec-rating; the view and its padding are ready."""
-    recipe = Recipe.load("bert4rec-rating", model={"max_len": length})
+    """Forward and backward of bert4rec-rating, the head without biases; the view and its padding
+    are ready."""
+    plain = {"rating": {"biases": None}}
+    recipe = Recipe.load("bert4rec-rating", model={"max_len": length}, objectives=plain)
     stage, config = recipe.stage("pretraining"), recipe.model
     model = UserModel(dataset.num_items, config)
     side = SideData(dataset, event_columns=model.event_columns)

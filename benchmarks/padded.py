@@ -43,8 +43,8 @@ def item_loss(model: UserModel, states: Tensor, targets: Tensor) -> Tensor:
 
 
 class PaddedRating(nn.Module):
-    """The loss of `bert4rec-rating` on a padded view: `nn.TransformerEncoder` with a padding mask
-    and the weights of the model, item and rating vectors joined beside each other.
+    """The loss of `bert4rec-rating` without `biases` on a padded view: `nn.TransformerEncoder` with
+    a padding mask and the weights of the model, item and rating vectors joined beside each other.
 
     Args:
         model, head: with an encoder of the form `standard`, post-norm.

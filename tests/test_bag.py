@@ -199,11 +199,15 @@ def test_wrong_settings_and_batches_are_refused():
 
 
 def test_the_recipes():
-    dacf, nfm, deepfm = (
-        from_values(Recipe, recipes.load(name)) for name in ("dacf", "nfm", "deepfm")
-    )
+    names = ("dacf", "dacf-original", "nfm", "deepfm")
+    dacf, original, nfm, deepfm = (from_values(Recipe, recipes.load(name)) for name in names)
     assert dacf.model.encoder.bag == Bag(hidden=[128]) and dacf.model.width == 256
     assert dacf.model.event_columns == ["rating"]
     assert not dacf.pretraining.views["main"][0].mask_rating.hide
+    heads = [recipe.pretraining.parts["rating"] for recipe in (dacf, original)]
+    assert [head.by for head in heads] == ["item", "item"]
+    assert [head.biases for head in heads] == [5.0, None]
+    plain = replace(dacf.pretraining, objectives=original.pretraining.objectives)
+    assert replace(dacf, pretraining=plain) == original
     assert nfm.model.encoder.fm.deep == "interactions" and deepfm.model.encoder.fm.deep == "items"
     assert {"pretraining", "profile", "cold_start"} == {*nfm.stages}
