@@ -154,9 +154,15 @@ std::tuple<Tensor, Tensor> forward_typed(Problem<T>&& problem, const Tensor& que
 
 template <class T>
 Tensor backward_typed(Problem<T>&& problem, const Tensor& grad_out, const Tensor& query,
-                      const Tensor& lse) {
+                      const std::optional<Tensor>& out, const Tensor& lse) {
   Tensor upstream = with_contiguous_features(grad_out), saved = torch::stable::contiguous(lse);
   Tensor grad = torch::stable::new_empty(query, {query.size(0), 3, query.size(1), query.size(2)});
+  std::optional<Tensor> output;
+  if (problem.args.longest > KEYS) {
+    STD_TORCH_CHECK(out, "a sequence of more than ", KEYS, " events needs out");
+    output = with_contiguous_features(*out);
+    problem.args.out = heads_of(*output);
+  }
   problem.args.grad_out = heads_of(upstream);
   problem.args.grad_query = heads_of(grad, 0);
   problem.args.grad_key = heads_of(grad, 1);
@@ -192,7 +198,7 @@ Tensor jagged_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor va
     using T = decltype(zero);
     return backward_typed(
         Problem<T>(query, key, value, offsets, causal, scale, keys, rng, drop, site, layer),
-        grad_out, query, lse);
+        grad_out, query, out, lse);
   };
   return query.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }

@@ -2,9 +2,13 @@
 // Attention of one head of one sequence, forward and backward, free of torch types except a dtype.
 //
 // Legend: L events of the sequence, D head width, S scores and P probabilities of a block of ROWS
-// queries with all their keys. Vector lanes are keys in S and P, features in everything else. Hence
-// the bytes of the random number contract (16 keys of one query a call) lie in the order of the
-// lanes, and only K (and V in the backward pass) is ever transposed.
+// queries with a tile of KEYS keys. Vector lanes are keys in S and P, features in everything else.
+// Hence the bytes of the random number contract (16 keys of one query a call) lie in the order of
+// the lanes, and only K (and V in the backward pass) is ever transposed.
+//
+// Tiles of keys are the outer loop: K, V, dK and dV of a tile stay in the L2 while all queries pass.
+// Up to KEYS events there is one tile, a softmax of whole rows, and delta = sum_j P dP of the very
+// products it is subtracted from; beyond, a running maximum and sum, and delta = dO . O.
 #pragma once
 
 #include <atomic>
@@ -21,7 +25,9 @@
 
 namespace fastrec {
 
-constexpr int64_t ROWS = 48;  // queries of a block: S and dP stay in the L2 for 512 keys
+constexpr int64_t ROWS = 48;   // queries of a block
+constexpr int64_t KEYS = 480;  // of a tile: whole blocks, panels and draws, and no power of 2: columns
+                               // of S and dP are read at that stride, which then misses few sets
 
 // A [T, H, D] tensor with contiguous features; strides in elements.
 struct Heads {
@@ -53,7 +59,8 @@ struct AttentionArgs {
   int drop;  // an element is dropped where its draw is below; 0: no dropout
   bool causal;
   T scale;
-  Heads query, key_, value, out;                   // out: forward only
+  Heads query, key_, value;
+  Heads out;  // in the backward pass only of sequences of several tiles
   Heads grad_out, grad_query, grad_key, grad_value;  // backward only
   T *lse, *left_out;                               // [T, H]: rounded, what rounding left out
   const int64_t* order;
@@ -80,30 +87,36 @@ struct Attention {
 
   const AttentionArgs<T>& a;
   const int64_t width;   // D in whole vectors
-  const int64_t keys;    // longest sequence in whole panels
+  const int64_t events;  // longest sequence in whole panels
+  const int64_t keys;    // of a tile in whole panels: row stride of S and dP
   const T keep_scale;    // of what dropout leaves
   // Copies of q, k, v, dO where the tensors cannot be read as they are; results likewise.
   Buffer<T> q_copy, k_copy, v_copy, g_copy, out_copy, dk_copy, dv_copy;
   Buffer<T> k_panels, v_panels, s, dp, normaliser;
+  Buffer<T> tops, sums, deltas;  // of each query of a sequence of several tiles
   Buffer<uint8_t> draws;
 
   FASTREC_INLINE explicit Attention(const AttentionArgs<T>& args, bool backward)
       : a(args),
         width(round_up(args.width, S::lanes)),
-        keys(round_up(args.longest, NR)),
+        events(round_up(args.longest, NR)),
+        keys(std::min(events, KEYS)),
         keep_scale(args.drop ? T(256) / T(256 - args.drop) : T(1)),
-        q_copy(keys * width),
-        k_copy(keys * width),
-        v_copy(keys * width),
-        g_copy(backward ? keys * width : 0),
-        out_copy(keys * width),
-        dk_copy(backward ? keys * width : 0),
-        dv_copy(backward ? keys * width : 0),
+        q_copy(events * width),
+        k_copy(events * width),
+        v_copy(events * width),
+        g_copy(backward ? events * width : 0),
+        out_copy(events * width),
+        dk_copy(backward ? events * width : 0),
+        dv_copy(backward ? events * width : 0),
         k_panels(keys * width),
         v_panels(backward ? keys * width : 0),
         s(ROWS * keys),
         dp(backward ? ROWS * keys : 0),
         normaliser(ROWS),
+        tops(backward ? 0 : events),
+        sums(backward ? 0 : events),
+        deltas(backward ? events : 0),
         draws(args.drop ? ROWS * round_up(keys, 16) + Random::slack : 0) {}
 
   // The tensor itself where its type and whole vectors allow it, else a copy padded with zeros.
@@ -172,13 +185,15 @@ struct Attention {
     if (j < count) step(j, std::integral_constant<int, 1>{});
   }
 
-  // Scores of a row -> exp(s - max), 0 where dropped. Returns the maximum and the sum of all.
-  FASTREC_INLINE void softmax(T* row, int64_t valid, int64_t count, const uint8_t* draw, T& top,
-                              T& sum) const {
+  // Scores of a row -> exp(s - top), 0 where dropped. `top` becomes the greatest of it and of the
+  // scores; returns the sum of all.
+  FASTREC_INLINE T softmax(T* row, int64_t valid, int64_t count, const uint8_t* draw,
+                           T& top) const {
     int64_t vectors = end_row(row, valid, -infinity);
     V peak = S::load(row);
     for (int64_t j = 1; j < vectors; ++j) peak = S::max(peak, S::load(row + j * S::lanes));
-    top = reduce<S>(peak, [](auto x, auto y) { return x > y ? x : y; });
+    auto greater = [](auto x, auto y) { return x > y ? x : y; };
+    top = greater(reduce<S>(peak, greater), top);
     const T shift = finite_shift(top);
     V total{};
     by_vectors(vectors, [&](int64_t j, auto n) __attribute__((always_inline)) {
@@ -196,8 +211,8 @@ struct Attention {
         S::store(at + i * S::lanes, p[i]);
       }
     });
-    sum = reduce<S>(total, [](auto x, auto y) { return x + y; });
     for (int64_t j = vectors * S::lanes; j < count; j += S::lanes) S::store(row + j, V{});
+    return reduce<S>(total, [](auto x, auto y) { return x + y; });
   }
 
   // s -> P = exp(s - lse) with the sign bit where dropped, dp -> dP with 0 there. Returns
@@ -251,8 +266,13 @@ struct Attention {
   FASTREC_INLINE PhiloxKey key_of(int64_t b, int64_t h) const {
     return a.drop ? a.key.of(a.sequence_keys[b], h) : a.key;
   }
-  FASTREC_INLINE int64_t keys_of(int64_t first, int64_t rows, int64_t length) const {
-    return a.causal ? std::min(length, first + rows) : length;
+  // Of the keys from `start` on, `tile` of them: what the queries before `end` see together.
+  FASTREC_INLINE int64_t keys_of(int64_t end, int64_t start, int64_t tile) const {
+    return a.causal ? std::min(tile, end - start) : tile;
+  }
+  template <class Element>
+  static FASTREC_INLINE Matrix<Element> from(Matrix<Element> x, int64_t row) {
+    return {x.data + row * x.ld, x.ld};
   }
 
   FASTREC_INLINE void forward(int64_t b, int64_t h) const {
@@ -260,60 +280,92 @@ struct Attention {
     auto q = read(a.query, t, h, length, q_copy), k = read(a.key_, t, h, length, k_copy);
     auto v = read(a.value, t, h, length, v_copy);
     auto out = target(a.out, t, h, out_copy);
-    pack_transposed<S>(length, a.width, k.data, k.ld, k_panels, width * NR);
     const PhiloxKey key = key_of(b, h);
-    for (int64_t first = 0; first < length; first += ROWS) {
-      const int64_t rows = std::min(ROWS, length - first), count = keys_of(first, rows, length);
-      const int64_t groups = (count + 15) / 16, padded = round_up(count, S::lanes);
-      scores(rows, count, {q.data + first * q.ld, q.ld}, k_panels, a.scale, s);
-      if (a.drop) Random::fill(key, first, rows, groups, draws);
-      for (int64_t i = 0; i < rows; ++i) {
-        T top, sum;
-        softmax(s + i * keys, a.causal ? first + i + 1 : length, padded, draws + i * groups * 16,
-                top, sum);
-        normaliser[i] = keep_scale / sum;
-        const int64_t at = (t + first + i) * a.heads + h;
-        split_lse(top, std::log(double(sum)), a.lse[at], a.left_out[at]);
+    for (int64_t start = 0; start < length; start += KEYS) {
+      const int64_t tile = std::min(KEYS, length - start);
+      pack_transposed<S>(tile, a.width, k.data + start * k.ld, k.ld, k_panels, width * NR);
+      for (int64_t first = a.causal ? start : 0; first < length; first += ROWS) {
+        const int64_t rows = std::min(ROWS, length - first);
+        const int64_t count = keys_of(first + rows, start, tile);
+        const int64_t groups = (count + 15) / 16, padded = round_up(count, S::lanes);
+        const bool last = start + tile >= (a.causal ? first + rows : length);
+        scores(rows, count, from(q, first), k_panels, a.scale, s);
+        if (a.drop) Random::fill(key, first, rows, groups, draws, start / 16);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t valid = keys_of(first + i + 1, start, tile);
+          const T before = start > 0 ? tops[first + i] : -infinity;
+          T top = before;
+          T sum = softmax(s + i * keys, valid, padded, draws + i * groups * 16, top);
+          T fade = 1;  // of what earlier tiles have summed
+          if (start > 0) {
+            if (top > before) fade = std::exp(before - top);
+            sum += fade * sums[first + i];
+          }
+          tops[first + i] = top, sums[first + i] = sum;
+          normaliser[i] = last ? keep_scale / sum : T(1);
+          if (start > 0) scale_row(out.data + (first + i) * out.ld, fade * normaliser[i]);
+          const int64_t at = (t + first + i) * a.heads + h;
+          if (last) split_lse(top, std::log(double(sum)), a.lse[at], a.left_out[at]);
+        }
+        combine(rows, count, s, keys, 1, from(v, start), from(out, first), normaliser, 1,
+                start > 0);
       }
-      combine(rows, count, s, keys, 1, v, {out.data + first * out.ld, out.ld}, normaliser, 1,
-              false);
     }
     write(a.out, t, h, length, out_copy);
+  }
+
+  FASTREC_INLINE void scale_row(T* row, T factor) const {
+    if (factor == 1) return;
+    for (int64_t d = 0; d < width; d += S::lanes) S::store(row + d, S::load(row + d) * factor);
   }
 
   FASTREC_INLINE void backward(int64_t b, int64_t h) const {
     const int64_t t = a.offsets[b], length = a.offsets[b + 1] - t;
     auto q = read(a.query, t, h, length, q_copy), k = read(a.key_, t, h, length, k_copy);
     auto v = read(a.value, t, h, length, v_copy), g = read(a.grad_out, t, h, length, g_copy);
+    if (length > KEYS) dot_rows(length, read(a.out, t, h, length, out_copy), g, deltas);
     auto dq = target(a.grad_query, t, h, out_copy), dk = target(a.grad_key, t, h, dk_copy);
     auto dv = target(a.grad_value, t, h, dv_copy);
-    pack_transposed<S>(length, a.width, k.data, k.ld, k_panels, width * NR);
-    pack_transposed<S>(length, a.width, v.data, v.ld, v_panels, width * NR);
     const PhiloxKey key = key_of(b, h);
-    for (int64_t first = 0; first < length; first += ROWS) {
-      const int64_t rows = std::min(ROWS, length - first), count = keys_of(first, rows, length);
-      const int64_t groups = (count + 15) / 16, padded = round_up(count, S::lanes);
-      Matrix<const T> q_rows{q.data + first * q.ld, q.ld}, g_rows{g.data + first * g.ld, g.ld};
-      scores(rows, count, q_rows, k_panels, a.scale, s);
-      scores(rows, count, g_rows, v_panels, keep_scale, dp);
-      if (a.drop) Random::fill(key, first, rows, groups, draws);
-      for (int64_t i = 0; i < rows; ++i) {
-        T *p = s + i * keys, *grad = dp + i * keys;
-        const int64_t valid = a.causal ? first + i + 1 : length;
-        const int64_t at = (t + first + i) * a.heads + h;
-        const T delta =
-            probabilities(p, grad, valid, draws + i * groups * 16, a.lse[at], a.left_out[at]);
-        score_gradients(p, grad, valid, padded, delta);
+    for (int64_t start = 0; start < length; start += KEYS) {
+      const int64_t tile = std::min(KEYS, length - start), begin = a.causal ? start : 0;
+      pack_transposed<S>(tile, a.width, k.data + start * k.ld, k.ld, k_panels, width * NR);
+      pack_transposed<S>(tile, a.width, v.data + start * v.ld, v.ld, v_panels, width * NR);
+      for (int64_t first = begin; first < length; first += ROWS) {
+        const int64_t rows = std::min(ROWS, length - first);
+        const int64_t count = keys_of(first + rows, start, tile);
+        const int64_t groups = (count + 15) / 16, padded = round_up(count, S::lanes);
+        scores(rows, count, from(q, first), k_panels, a.scale, s);
+        scores(rows, count, from(g, first), v_panels, keep_scale, dp);
+        if (a.drop) Random::fill(key, first, rows, groups, draws, start / 16);
+        for (int64_t i = 0; i < rows; ++i) {
+          T *p = s + i * keys, *grad = dp + i * keys;
+          const int64_t valid = keys_of(first + i + 1, start, tile);
+          const int64_t at = (t + first + i) * a.heads + h;
+          const T delta =
+              probabilities(p, grad, valid, draws + i * groups * 16, a.lse[at], a.left_out[at]);
+          score_gradients(p, grad, valid, padded, length > KEYS ? deltas[first + i] : delta);
+        }
+        // Keys that no earlier block of queries has seen have nothing to add to.
+        const int64_t seen = first == begin ? 0 : keys_of(first, start, tile);
+        add_transposed(seen, rows, count, s, from(g, first), from(dv, start), keep_scale);
+        add_transposed(seen, rows, count, dp, from(q, first), from(dk, start), a.scale);
+        combine(rows, count, dp, keys, 1, from(k, start), from(dq, first), &a.scale, 0, start > 0);
       }
-      // Causal: the keys of this block were not seen by earlier ones.
-      const int64_t seen = first == 0 ? 0 : keys_of(first - ROWS, ROWS, length);
-      add_transposed(seen, rows, count, s, g_rows, dv, keep_scale);
-      add_transposed(seen, rows, count, dp, q_rows, dk, a.scale);
-      combine(rows, count, dp, keys, 1, k, {dq.data + first * dq.ld, dq.ld}, &a.scale, 0, false);
     }
     write(a.grad_query, t, h, length, out_copy);
     write(a.grad_key, t, h, length, dk_copy);
     write(a.grad_value, t, h, length, dv_copy);
+  }
+
+  // out[i] = x[i] . y[i]
+  FASTREC_INLINE void dot_rows(int64_t rows, Matrix<const T> x, Matrix<const T> y, T* out) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      V sum{};
+      for (int64_t d = 0; d < width; d += S::lanes)
+        sum += S::load(x.data + i * x.ld + d) * S::load(y.data + i * y.ld + d);
+      out[i] = reduce<S>(sum, [](auto x, auto y) { return x + y; });
+    }
   }
 
   // out[j] += factor * sum_i x[i, j] y[i]; rows of out from `seen` on are written, not added to.
@@ -321,8 +373,7 @@ struct Attention {
                                      Matrix<const T> y, Matrix<T> out, const T& factor) const {
     if (seen > 0) combine(seen, rows, x, 1, keys, y, out, &factor, 0, true);
     if (count > seen)
-      combine(count - seen, rows, x + seen, 1, keys, y, {out.data + seen * out.ld, out.ld},
-              &factor, 0, false);
+      combine(count - seen, rows, x + seen, 1, keys, y, from(out, seen), &factor, 0, false);
   }
 };
 

@@ -150,20 +150,21 @@ struct Philox {
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(draws), Wide) >= Wide{} + drop;
   }
 
-  // The draws of columns 0 .. 16 * groups - 1 of the rows `first` .. `first + rows - 1`, row after
-  // row: out[16 * groups * i + column]. For features of events, rows are consecutive positions of one
-  // sequence. Up to `slack` bytes behind the last draw are written too.
+  // The draws of the 16 * groups columns from 16 * group on, of the rows `first` .. `first + rows -
+  // 1`, row after row: out[16 * groups * i + column - 16 * group]. For features of events, rows are
+  // consecutive positions of one sequence. Up to `slack` bytes behind the last draw are written too.
   static FASTREC_INLINE void fill(const PhiloxKey& key, int64_t first, int64_t rows, int64_t groups,
-                                  uint8_t* out) {
+                                  uint8_t* out, int64_t group = 0) {
     typedef int32_t I __attribute__((vector_size(BYTES)));
     const uint32_t width = uint32_t(groups), carry = (1u << 16) - width;
+    const uint32_t end = uint32_t(group) + width;
     alignas(64) uint64_t start[lanes];
-    uint32_t word = uint32_t(first) << 16;
+    uint32_t word = uint32_t(first) << 16 | uint32_t(group);
     for (int call = 0; call < lanes; ++call) {
 #pragma GCC unroll 8
       for (int i = 0; i < lanes; ++i)
         if (Vector::order[i] == call) start[i] = word;
-      if ((++word & 0xffffu) >= width) word += carry;
+      if ((++word & 0xffffu) >= end) word += carry;
     }
     V c0 = *reinterpret_cast<const V*>(start);
     // `lanes` calls on: some rows, some groups, and at most one carry from the groups to the rows.
@@ -175,7 +176,7 @@ struct Philox {
       for (int i = 0; i < N; ++i) {
         words[i] = c0;
         c0 += step;
-        c0 += (V)((I)(c0 & 0xffffu) >= (I)broadcast(width)) & broadcast(carry);
+        c0 += (V)((I)(c0 & 0xffffu) >= (I)broadcast(end)) & broadcast(carry);
       }
       calls<N>(key, words, out);
       out += N * 16 * lanes;

@@ -42,8 +42,7 @@ torch.library.define(
     f"fastrec::{OP}_fwd",
     f"(Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor out, Tensor lse)",
 )
-# grad [T, 3, H, D]: of query, key and value. out is read by the Triton kernel alone, which takes
-# delta from it in sequences of more than one tile.
+# grad [T, 3, H, D]: of query, key and value. Sequences of more than one tile take delta from out.
 torch.library.define(
     f"fastrec::{OP}_bwd",
     f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor lse,"
@@ -84,8 +83,7 @@ class _JaggedAttention(torch.autograd.Function):
         fwd = kernels_of(OP, backend, query.device).jagged_attention_fwd
         mask, settings = Mask(*arguments), (max_seq_len, causal, scale)
         out, lse = fwd(query, key, value, offsets, *settings, *mask)
-        kept = out if backend == "triton" else None
-        ctx.save_for_backward(query, key, value, kept, lse, offsets, *mask.tensors)
+        ctx.save_for_backward(query, key, value, out, lse, offsets, *mask.tensors)
         ctx.settings, ctx.numbers, ctx.backend = settings, mask.numbers, backend
         return out
 
