@@ -2,10 +2,13 @@
 """Entries of jagged_attention: dropout on the probabilities, against padded attention of PyTorch.
 
 Legend: B sequences, T events, N padded length, H heads, D head width; an element is a probability.
-Cases: "yelp" has the lengths of the Yelp recipe (3 to N, mean about 9), "full" has B times N.
+Cases: "yelp" has the lengths of the Yelp recipe (3 to N, mean about 9), "full" has B times N;
+"plain" and "causal" have B times N without dropout, for which PyTorch has a kernel that stores no
+probabilities.
 The peers pad inside the measured function and take the events back, as a jagged model would.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,6 +20,7 @@ from fastrec.ops.jagged_attention import jagged_attention, jagged_attention_ref,
 from fastrec.random import Rng
 
 P = 0.5
+PLAIN = ("plain", "causal")
 
 
 def _entry(b: int, n: int, case: str, h: int = 2, d: int = 32, **options) -> Entry:
@@ -28,10 +32,17 @@ ENTRIES = (
     _entry(768, 30, "yelp", dtype="bfloat16", rounds=5),
     _entry(256, 50, "full"),
     _entry(256, 200, "full", rounds=3),
+    *(
+        _entry(b, n, case, h, d, rounds=rounds, only=("fastrec", "sdpa"))
+        for b, n, rounds in ((8, 1000, 7), (1, 10000, 2))
+        for h, d in ((2, 32), (1, 64))
+        for case in PLAIN
+    ),
 )
 SMOKE = (
     _entry(5, 9, "yelp", d=8, rounds=2),
     _entry(3, 20, "full", d=8, rounds=2, only=("fastrec", "sdpa")),
+    _entry(3, 20, "causal", d=8, rounds=2, only=("fastrec", "sdpa")),
 )
 QUICK = (_entry(768, 30, "yelp"),)
 ELEMENT = "probability"
@@ -42,7 +53,7 @@ GRADIENT_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}
 
 def lengths_of(entry: Entry) -> Tensor:
     b, n = entry.sizes["B"], entry.sizes["N"]
-    if entry.case == "full":
+    if entry.case != "yelp":
         return torch.full((b,), n)
     generator = torch.Generator().manual_seed(0)
     return (3 + torch.empty(b).exponential_(1 / 6.3, generator=generator)).long().clamp_max(n)
@@ -52,7 +63,8 @@ def work(entry: Entry) -> dict[str, int]:
     """Two products of the probabilities forward, five more backward (S again); q, k, v, out and in
     the backward pass q, k, v, dO, dq, dk, dv are read or written once."""
     lengths, (_, _, h, d) = lengths_of(entry), entry.sizes.values()
-    elements = int(lengths.square().sum()) * h
+    seen = lengths * (lengths + 1) // 2 if entry.case == "causal" else lengths.square()
+    elements = int(seen.sum()) * h
     item = getattr(torch, entry.dtype).itemsize
     return {
         "elements": elements,
@@ -64,7 +76,14 @@ def work(entry: Entry) -> dict[str, int]:
     }
 
 
-def _sdpa(packed: Tensor, offsets: Tensor, slots: Tensor, longest: int, p: float = P) -> Tensor:
+def _sdpa(
+    packed: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    longest: int,
+    p: float = P,
+    causal: bool = False,
+) -> Tensor:
     events, _, heads, width = packed.shape
     padded = packed.new_zeros((len(offsets) - 1) * longest, 3, heads, width)
     padded = padded.index_copy(0, slots, packed).unflatten(0, (-1, longest))
@@ -73,7 +92,7 @@ def _sdpa(packed: Tensor, offsets: Tensor, slots: Tensor, longest: int, p: float
     if events < padded.shape[0] * longest:
         valid = torch.arange(longest, device=packed.device) < offsets.diff()[:, None]
         mask = valid[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, mask, p)
+    out = F.scaled_dot_product_attention(q, k, v, mask, p, causal)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
 
 
@@ -94,6 +113,12 @@ def _fastrec(function: Callable, p: float = P, **options) -> Callable:
 
 def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
     """Name -> out(packed, offsets, slots of the events in the padded batch, N)."""
+    if entry.case in PLAIN:
+        options = dict(p=0.0, causal=entry.case == "causal")
+        return {
+            "fastrec": _fastrec(jagged_attention, **options),
+            "sdpa": functools.partial(_sdpa, **options),
+        }
     return {
         "fastrec": _fastrec(jagged_attention),
         "sdpa": _sdpa,
@@ -118,6 +143,9 @@ def errors(
     of the same function without dropout."""
     packed, *rest = inputs
     double = (packed.detach().double().requires_grad_(), *rest)
+    if entry.case in PLAIN:  # the probabilities of 10,000 events take gigabytes
+        exact = functools.partial(_sdpa, p=0.0, causal=entry.case == "causal")
+        return errors_against(both(exact, double), results)
     own = {name: r for name, r in results.items() if name in ("fastrec", "reference")}
     found = errors_against(both(_fastrec(jagged_attention_ref), double), own)
     exact = both(_fastrec(jagged_attention_ref, 0.0), double)

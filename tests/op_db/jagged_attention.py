@@ -51,6 +51,7 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         "tile_edges": [31, 33] if interpret_small else [31, 32, 33, 47, 48, 49, 63, 64, 65],
         "one_long": [67] if interpret_small else [2, 200, 5],
         "huge_and_tiny": [70, 1] if interpret_small else [1, 521, 1, 128, 129],
+        "key_tiles_long": [33, 7] if interpret_small else [479, 480, 481, 9, 963],
     }.items():
         yield Sample(name, problem(name, lengths))
         if "edges" in name or "long" in name:
@@ -142,7 +143,7 @@ OP = Op(
     per_row=("query", "key", "value", "offsets", "keys"),
     representative=("plain", "dropout_causal"),
     complete=("dropout_causal",),
-    many_tasks=("huge_and_tiny", "tile_edges_dropout_causal", "packed"),
+    many_tasks=("huge_and_tiny", "tile_edges_dropout_causal", "key_tiles_long", "packed"),
     types=TYPES[:4],
     refuses={("triton", "float64"): "float64"},
     # The reference reads the lengths on the host.
