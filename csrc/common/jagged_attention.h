@@ -215,10 +215,12 @@ struct Attention {
     return reduce<S>(total, [](auto x, auto y) { return x + y; });
   }
 
-  // s -> P = exp(s - lse) with the sign bit where dropped, dp -> dP with 0 there. Returns
-  // delta = sum_j P dP. The rounding of lse can be far above that of s - lse: so both its parts.
-  FASTREC_INLINE T probabilities(T* row, T* grad, int64_t valid, const uint8_t* draw, T lse,
-                                 T left_out) const {
+  // s -> P = exp(s - lse) with the sign bit where dropped, dp -> dP with 0 there; returns sum_j P dP.
+  // With KNOWN delta: s -> P with 0 where dropped, dp -> dS. The rounding of lse can be far above
+  // that of s - lse: so both its parts. 0 beyond the valid keys.
+  template <bool KNOWN>
+  FASTREC_INLINE T probabilities(T* row, T* grad, int64_t valid, int64_t count,
+                                 const uint8_t* draw, T lse, T left_out, T delta) const {
     int64_t vectors = end_row(row, valid, -infinity);
     V total_weighted{};
     by_vectors(vectors, [&](int64_t j, auto n) __attribute__((always_inline)) {
@@ -231,35 +233,37 @@ struct Attention {
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
         V g = S::load(grad_at + i * S::lanes);
+        I keep = ~I{};
         if (a.drop) {
-          I keep = Random::template keep<S>(draw + (j + i) * S::lanes, a.drop);
+          keep = Random::template keep<S>(draw + (j + i) * S::lanes, a.drop);
           g = select(keep, g);
-          total_weighted += p[i] * g;
-          p[i] = (V)((I)p[i] | (~keep & (I)-V{}));
+        }
+        if constexpr (KNOWN) {
+          g = p[i] * (g - delta);
+          if (a.drop) p[i] = select(keep, p[i]);
         } else {
           total_weighted += p[i] * g;
+          if (a.drop) p[i] = (V)((I)p[i] | (~keep & (I)-V{}));
         }
         S::store(grad_at + i * S::lanes, g);
         S::store(at + i * S::lanes, p[i]);
       }
     });
+    for (int64_t j = vectors * S::lanes; j < count; j += S::lanes) {
+      S::store(row + j, V{});
+      S::store(grad + j, V{});
+    }
     return reduce<S>(total_weighted, [](auto x, auto y) { return x + y; });
   }
 
-  // (P with signs, dP) -> (P with 0 where dropped, dS); 0 beyond the valid keys. By bits, so that a
-  // NaN stays one.
-  static FASTREC_INLINE void score_gradients(T* row, T* grad, int64_t valid, int64_t count,
-                                             T delta) {
+  // (P with signs, dP) -> (P with 0 where dropped, dS). A NaN is not below 0 and stays one. (Two
+  // comparisons joined by `|` are taken apart lane by lane by gcc for AVX-512.)
+  static FASTREC_INLINE void score_gradients(T* row, T* grad, int64_t valid, T delta) {
     const I sign = (I)-V{};
-    int64_t j = 0;
-    for (; j < valid; j += S::lanes) {
+    for (int64_t j = 0; j < valid; j += S::lanes) {
       V p = S::load(row + j), g = S::load(grad + j);
-      S::store(row + j, select((((I)p & sign) == I{}) | (p != p), p));
+      S::store(row + j, p < V{} ? V{} : p);
       S::store(grad + j, (V)((I)p & ~sign) * (g - delta));
-    }
-    for (; j < count; j += S::lanes) {
-      S::store(row + j, V{});
-      S::store(grad + j, V{});
     }
   }
 
@@ -342,9 +346,15 @@ struct Attention {
           T *p = s + i * keys, *grad = dp + i * keys;
           const int64_t valid = keys_of(first + i + 1, start, tile);
           const int64_t at = (t + first + i) * a.heads + h;
-          const T delta =
-              probabilities(p, grad, valid, draws + i * groups * 16, a.lse[at], a.left_out[at]);
-          score_gradients(p, grad, valid, padded, length > KEYS ? deltas[first + i] : delta);
+          const uint8_t* draw = draws + i * groups * 16;
+          if (length > KEYS) {
+            probabilities<true>(p, grad, valid, padded, draw, a.lse[at], a.left_out[at],
+                                deltas[first + i]);
+          } else {
+            T delta = probabilities<false>(p, grad, valid, padded, draw, a.lse[at],
+                                           a.left_out[at], 0);
+            score_gradients(p, grad, valid, delta);
+          }
         }
         // Keys that no earlier block of queries has seen have nothing to add to.
         const int64_t seen = first == begin ? 0 : keys_of(first, start, tile);
