@@ -302,8 +302,8 @@ def test_an_output_that_is_there_is_replaced_where_it_is_said(made, copy):
 
 
 def test_a_table_that_cannot_be_finished_is_not_there(made, copy, monkeypatch):
-    def fails(frame, path):
-        Path(path).write_text("half a table")
+    def fails(frame, file):
+        file.write(b"half a table")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(polars.DataFrame, "write_csv", fails)
