@@ -71,6 +71,7 @@ lint: .venv/installed  ## ruff and mypy
 
 bench: .venv/installed  ## measure the ops against their peers; updates results and tables
 	$(BIN)/python -m benchmarks.run --output benchmarks/results/cpu.json --table
+	$(BIN)/python -m benchmarks.roofline
 
 docs: build/site-tools/installed  ## the documentation site, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 build/site-tools/bin/mkdocs build --strict --site-dir build/site

@@ -1,27 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine can do, and a plot of the measured ops below it.
+"""What the machine can do, and a plot of the ops below it: `python -m benchmarks.roofline`.
+
+Measures the ceilings and fastrec's float32 entries, all on one machine and day, writes
+benchmarks/results/roofline.json and docs/results/roofline.png. `--op` measures one op again and
+keeps the others, `--render` measures nothing.
 
 Intensity and rate of an op count the mathematical function (`work` of its module): recomputation
 makes an op look slower, not busier.
 """
 
+import argparse
 import ctypes
 import functools
+import json
 import os
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.bench import Entry, module
+from benchmarks.bench import OPS, ROOT, Entry, entries, measure, module
 from benchmarks.gpu.clock import Clock, rate
+from benchmarks.run import environment
+from fastrec.data.output import write_text
 
 SIZES = (1024, 2048)  # of square products; the best counts
 COPIED = 1 << 26  # float32: beyond every cache
 LOOPS = 20_000_000  # of the chains below: 0.05 s
 ROUNDS = 7
+LARGEST = 1 << 28  # bytes that eager stores for an entry: its error takes several times that
 CHAINS = 10  # independent sums: two units of latency 4 need 8
 # Names, not an array, and different values: gcc keeps them in registers and merges none of them.
 _SUMS = [f"s{k}" for k in range(CHAINS)]
@@ -81,23 +91,27 @@ def ceilings() -> dict:
     moved = rate(clock, lambda: target.copy_(source), 2 * source.nbytes, ROUNDS)
     return {
         "fma_gflops": fma_gflops(),
-        "fma_source": "measured",
         "gflops": max(rates) / 1e9,
         "gbytes_per_s": moved["rate"] / 1e9,
     }
 
 
+def measured(entry: Entry, rounds: int | None) -> dict:
+    """Rate of fastrec, with its error, which `measure` refuses where it is too large."""
+    row = measure(replace(entry, only=("fastrec",)), rounds)["fastrec"]
+    keep = ("output_error", "gradient_error", module(entry.op).PASSES[-1])
+    return {key: row[key] for key in keep if key in row}
+
+
 def points(results: dict) -> list[tuple[str, str, float, float]]:
-    """(op, entry, operations per byte, GFLOP/s) of fastrec in float32."""
+    """(op, entry, operations per byte, GFLOP/s) of fastrec."""
     found = []
-    for op, rows in results["ops"].items():
-        passes = module(op).PASSES[-1]
-        for entry in (*module(op).ENTRIES, *module(op).SMOKE):
-            row = rows.get(entry.key, {}).get("fastrec", {}).get(passes)
-            if row is None or entry.dtype != "float32":
-                continue
-            work = module(op).work(entry)
-            found.append((op, _label(entry), work[passes] / work["bytes"], row["gflops"]))
+    for entry in (*entries("ENTRIES"), *entries("SMOKE")):
+        row = results["ops"].get(entry.op, {}).get(entry.key)
+        if row is not None:
+            passes, work = module(entry.op).PASSES[-1], module(entry.op).work(entry)
+            rate = row[passes]["gflops"]
+            found.append((entry.op, _label(entry), work[passes] / work["bytes"], rate))
     return found
 
 
@@ -148,8 +162,7 @@ def plot(results: dict, path: Path) -> None:
     axes.plot([left, ridge, right], [left * bandwidth, peak, peak], "k-", linewidth=1)
     axes.axhline(product, color="0.5", linestyle="--", linewidth=1)
     small = {"fontsize": 9}
-    axes.text(right, 1.04 * peak, f"multiply-adds, {found['fma_source']}: {peak:.0f} GFLOP/s ",
-              ha="right", **small)  # fmt: skip
+    axes.text(right, 1.04 * peak, f"multiply-adds: {peak:.0f} GFLOP/s ", ha="right", **small)
     axes.text(left, 1.04 * product, f" torch.mm: {product:.0f} GFLOP/s", color="0.4", **small)
     axes.text(1.2 * left, 0.9 * left * bandwidth, f"copy: {bandwidth:.0f} GB/s", va="top", **small)
     axes.set(
@@ -169,3 +182,32 @@ def plot(results: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=OPS, nargs="+", default=OPS)
+    parser.add_argument("--rounds", type=int, help="instead of the rounds of each entry")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: that it runs, not times")
+    parser.add_argument("--render", action="store_true", help="measure nothing")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/roofline.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/results/roofline.png")
+    arguments = parser.parse_args(argv)
+    results: dict = {"ops": {}}
+    if arguments.output.exists():
+        results = json.loads(arguments.output.read_text())
+    if not arguments.render:
+        results |= {"environment": environment(), "ceilings": ceilings()}
+        print(results["ceilings"])
+    for entry in () if arguments.render else entries("SMOKE" if arguments.smoke else "ENTRIES"):
+        small = module(entry.op).work(entry)["materialised"] <= LARGEST
+        if entry.op in arguments.op and entry.dtype == "float32" and small:
+            row = measured(entry, arguments.rounds)
+            results["ops"].setdefault(entry.op, {})[entry.key] = row
+            print(entry.op, entry.key, f"{row[module(entry.op).PASSES[-1]]['gflops']:.1f} GFLOP/s")
+            write_text(arguments.output, json.dumps(results, indent=1) + "\n")
+    plot(results, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

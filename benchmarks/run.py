@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench import OPS, ROOT, SLOW, Entry, entries, measure, module, peak_memory
-from benchmarks.roofline import ceilings, plot
 from fastrec.data.output import write_text
 
 
@@ -219,12 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     results: dict = {"environments": {}, "ops": {}}
     if arguments.output and arguments.output.exists():
-        previous = json.loads(arguments.output.read_text())
-        results |= {key: previous[key] for key in ("environments", "ops")}
-        if arguments.render:
-            results = previous
-    if not (arguments.render or arguments.smoke):
-        results["ceilings"] = ceilings()
+        results = json.loads(arguments.output.read_text())
     for entry in () if arguments.render else entries("SMOKE" if arguments.smoke else "ENTRIES"):
         if arguments.op not in (None, entry.op) or (arguments.shape or "") not in entry.key:
             continue
@@ -242,8 +236,6 @@ def main(argv: list[str] | None = None) -> None:
         for (path, name), table in tables.items():
             if not update(arguments.table_root / path, name, table):
                 print(f"{path} has no block for {name}")
-    if arguments.table and "ceilings" in results:
-        plot(results, (arguments.table_root / SPEED).with_name("roofline.png"))
 
 
 def measured(entry: Entry, arguments: argparse.Namespace) -> dict:
