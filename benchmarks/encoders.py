@@ -170,11 +170,15 @@ def training_step(num_items: int, batch: JaggedBatch, config: ModelConfig, froze
     return step
 
 
-def request(dataset: SequenceDataset, length: int, only: str = "") -> Work:
-    """The 10 best of one history of 20 items. only: "Recommender", without what compiles."""
+def served(dataset: SequenceDataset, length: int) -> UserModel:
     encoder = Transformer(heads=1, causal=True, pre_norm=True)
     config = ModelConfig(WIDTH, length, head_transform=False, encoder=encoder)
-    model = UserModel(dataset.num_items, config)
+    return UserModel(dataset.num_items, config)
+
+
+def request(dataset: SequenceDataset, length: int, only: str = "") -> Work:
+    """The 10 best of one history of 20 items. only: "Recommender", without what compiles."""
+    model = served(dataset, length)
     recommender = Recommender(model, dataset)
     history = [dataset.item_ids()[:20].tolist()]
     plain = {"Recommender": lambda: recommender.recommend(10, histories=history)}
@@ -198,9 +202,7 @@ def request(dataset: SequenceDataset, length: int, only: str = "") -> Work:
 def everyone(dataset: SequenceDataset, length: int) -> Work:
     """The 10 best of every user: what a Recommender takes beside its two kernels, whose inputs are
     ready there."""
-    encoder = Transformer(heads=1, causal=True, pre_norm=True)
-    config = ModelConfig(WIDTH, length, head_transform=False, encoder=encoder)
-    model = UserModel(dataset.num_items, config)
+    model = served(dataset, length)
     recommender = Recommender(model, dataset)
     blocks = torch.arange(dataset.num_users).split(512)
     batches = [model.inputs(dataset, users, "all", ask=True) for users in blocks]
@@ -340,15 +342,13 @@ def main() -> None:
         make = {"dilated": dilated, "caser": caser}[options.part]
         works[f"B={BATCH} T={len(batch.values)}"] = make(batch, options.length)
     rounds = options.rounds or {"asked": 6, "request": 200, "everyone": 2}.get(options.part, 20)
-    asks = options.part in ("asked", "request", "everyone")
-    context = torch.no_grad() if asks else torch.enable_grad()
+    waits = options.part in ("request", "everyone")
+    context = torch.no_grad() if waits or options.part == "asked" else torch.enable_grad()
+    clock = time.perf_counter if waits else time.process_time
     with context:
         for title, work in works.items():
             print(title)
             chosen = {name: call for name, call in work.items() if options.only in name}
-            clock = (
-                time.perf_counter if options.part in ("request", "everyone") else time.process_time
-            )
             found = measured(chosen, rounds, clock)
             first = next(iter(found.values()))
             for name, times in found.items():

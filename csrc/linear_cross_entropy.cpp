@@ -74,11 +74,6 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& lin
 }
 
 template <class T>
-T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-template <class T>
 void update_typed(const Tensor& linear_weight, const std::optional<Tensor>& linear_bias,
                   const Tensor& input, const Tensor& target, const Tensor& lse,
                   const Tensor& grad_lse, const Tensor& grad_target_logit, const Tensor& rows,

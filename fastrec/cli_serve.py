@@ -12,7 +12,6 @@ from typing import Literal
 from fastrec.backend import device_of
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.ids import Ids
 from fastrec.data.output import (
     check_absent,
     check_table_path,
@@ -201,16 +200,15 @@ def recommend(
         other = None
         if judges_cold_start(model):
             other = OtherCatalogue(adapter or pretrained, model, dataset)
+        recommender = Recommender(model, dataset, other=other)
         ask = partial(
-            Recommender(model, dataset, other=other).recommend, k, seen=seen,
-            logit_adjustment=logit_adjustment, allowed=some, blocked=never,
+            recommender.recommend, k, seen=seen, logit_adjustment=logit_adjustment, allowed=some,
+            blocked=never,
         )  # fmt: skip
         parts: Iterable
         if given is None:
-            everyone = dataset.user_ids().tolist() if asked is None else asked
-            if asked is not None:
-                Ids(dataset.user_ids()).rows(asked, "users")  # an unknown one, before any work
-            everyone = _part_of(everyone, part)
+            recommender.check_users(asked)  # of all parts, before any work
+            everyone = _part_of(dataset.user_ids().tolist() if asked is None else asked, part)
             blocks = row_blocks(len(everyone), USERS) or [slice(0, 0)]
             parts = (ask(everyone[block]) for block in blocks)
         else:

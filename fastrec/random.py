@@ -120,6 +120,11 @@ def threshold(p: float, bits: int = 16, name: str = "probability") -> int:
     return int(2**bits * p + 0.5)
 
 
+def check_keys(keys: Tensor | np.ndarray) -> None:
+    if keys.dtype not in (torch.int64, np.int64):  # the view is in the upper half
+        raise TypeError(f"keys must be int64, got {keys.dtype}")
+
+
 def check_positions(name: str, index: Tensor | int) -> None:
     """A position of 65,536 would run into the next field of its word. No host sync on a GPU."""
     if not isinstance(index, Tensor):
@@ -192,8 +197,7 @@ def _call(
 
 def _words(seed, step, keys, row, group, site: str, layer: int, head, bits: int) -> tuple:
     """Key and counter of the contract, from tensors, arrays or numbers."""
-    if keys.dtype not in (torch.int64, np.int64):  # the view is in the upper half
-        raise TypeError(f"keys must be int64, got {keys.dtype}")
+    check_keys(keys)
     if isinstance(row, Tensor):
         row = row.to(torch.int64)  # in 32 bits a row from 32,768 on would run out of its word
     elif isinstance(row, np.ndarray):

@@ -119,6 +119,10 @@ class Recommender:
                 found.append((owners, _best(self._query(batch), scored, k, past)))
         return _table("user_id", people, "item_id", self._offered, found)
 
+    def check_users(self, user_ids: Sequence | None) -> None:
+        """Raises ValueError for users that `recommend` does not know, and for an empty list."""
+        user_rows(self._users, user_ids)
+
     def queries(
         self, user_ids: Sequence | None = None, histories: Sequence[Sequence] | None = None
     ):

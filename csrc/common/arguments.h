@@ -21,6 +21,11 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+template <class T>
+T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
 inline ScalarType promote(ScalarType a, ScalarType b) {
   bytes_of(a), bytes_of(b);
   if (a == b) return a;

@@ -43,11 +43,6 @@ FASTREC_INLINE void move_body(const MoveArgs<T>& a) {
 }
 FASTREC_DEFINE_PER_ISA(move, MoveArgs, move_body)
 
-template <class T>
-T* typed_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
 void move_rows_(Tensor table, Tensor rows, Tensor grad, std::optional<Tensor> square,
                 std::optional<Tensor> mean, double rate, double eps, double first, double second) {
   Tensor ids = torch::stable::contiguous(rows), from = torch::stable::contiguous(grad);
@@ -62,7 +57,7 @@ void move_rows_(Tensor table, Tensor rows, Tensor grad, std::optional<Tensor> sq
     MoveArgs<T> a{{T(eps), T(first), T(second)},
                   0, 0, width, mean ? width : 1,
                   at, data<T>(from), data<T>(table),
-                  typed_or_null<T>(square), typed_or_null<T>(mean), T(rate)};
+                  data_or_null<T>(square), data_or_null<T>(mean), T(rate)};
     torch::stable::parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
       MoveArgs<T> part = a;
       part.first = begin, part.last = end;

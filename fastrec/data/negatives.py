@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import unavailable_reason
-from fastrec.random import SITES, Rng, check_positions, draw_words
+from fastrec.random import SITES, Rng, check_keys, check_positions, draw_words
 
 torch.library.define(
     "fastrec::draw_negatives",
@@ -128,8 +128,7 @@ class NegativeSampler:
 
     def _drawn(self, number, rng, keys, positions, site) -> Tensor:
         """The same by the kernel, which keeps no words."""
-        if keys.dtype != torch.int64:  # the view is in the upper half
-            raise TypeError(f"keys must be int64, got {keys.dtype}")
+        check_keys(keys)
         check_positions("positions", positions)
         keys, positions = torch.broadcast_tensors(keys, positions.to(torch.int64))
         words, table = rng.key(keys.device), (self.num_items, self.threshold, self.alias)
