@@ -31,6 +31,7 @@ def measure(options) -> dict:
     from fastrec.nn.spread import spread, spread_parameters
     from fastrec.objectives.joint import total_loss
     from fastrec.random import Rng
+    from fastrec.training.processes import let_go
     from fastrec.training.rows import share_gradients, tables_of
 
     torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def measure(options) -> dict:
     recipe = "sasrec" if options.whole else "sasrec-sampled"
     before, began = memory(), now()
     torch.manual_seed(0)
-    module, loader = case(options.items, recipe, tables, options.batch)
+    module, loader = case(options.items, recipe, tables, options.batch, not options.by_popularity)
     model, objective = module.model, module.objective
     shared = []
     if world > 1:
@@ -82,6 +83,7 @@ def measure(options) -> dict:
         mean = torch.tensor(found[-1] / world, dtype=torch.float64)
         dist.all_reduce(mean)
         found = [*seen.tolist()[:-1], mean.item()]
+        let_go()
         dist.destroy_process_group()
     names = ("median", "minimum", "cpu", "least", "memory", "kept", "loss")
     return dict(zip(names, found, strict=True))
@@ -119,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--whole", action="store_true", help="the softmax over all items")
+    parser.add_argument("--by_popularity", action="store_true", help="the number of an item")
     parser.add_argument("--batch", type=int, default=256, help="users of a step, on all processes")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)

@@ -22,8 +22,9 @@ from statistics import median
 WIDTH = 64
 
 
-def case(items: int, recipe: str, tables: dict, batch: int | None = None):
-    """(module of a stage, its loader) of users who are drawn."""
+def case(items: int, recipe: str, tables: dict, batch: int | None = None, shuffled: bool = False):
+    """(module of a stage, its loader) of users who are drawn. Items are numbered by popularity, or
+    in any order."""
     import numpy as np
 
     from fastrec.data.dataset import SequenceDataset
@@ -41,6 +42,8 @@ def case(items: int, recipe: str, tables: dict, batch: int | None = None):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     drawn = items ** generator.random(offsets[-1])  # Zipf: chance 1 / rank
     values = drawn.astype(np.int32).clip(1) - 1
+    if shuffled:
+        values = generator.permutation(items).astype(np.int32)[values]
     schema = {"num_users": len(lengths), "num_items": items, "num_interactions": len(values)}
     dataset = SequenceDataset("memory", schema, values, offsets)
     sizes = {} if batch is None else {"batch_size": batch}

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -187,3 +188,28 @@ def test_the_world_of_a_launcher(monkeypatch):
             patch.setenv(name, "1")
         patch.setenv("NODE_RANK", "1")
         assert not first_process() and processes_of(CPU, 2, 2).total == 4
+
+
+_ENDS = """
+import sys, time, torch
+from fastrec.training.processes import let_go
+
+class Slow:
+    def __del__(self):
+        time.sleep(0.03)
+
+torch.distributed.init_process_group("gloo", init_method=sys.argv[1], rank=0, world_size=1)
+tensor = torch.ones(3)
+tensor.slow = Slow()
+work = torch.distributed.all_reduce(tensor, async_op=True)
+del tensor, work
+let_go()
+"""
+
+
+def test_a_process_ends_behind_the_threads_of_gloo(tmp_path):
+    """The last tensor of a collective is dropped by a thread of gloo, here slowly: without `let_go`
+    the process aborts with "terminate called without an active exception"."""
+    line = [sys.executable, "-c", _ENDS, f"file://{tmp_path}/store"]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

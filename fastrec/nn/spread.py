@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from fastrec.data.output import new_folder
 from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.common.collectives import gather, gather_rows
+from fastrec.ops.common.distinct_rows import distinct_rows
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 
 PIECES = "tables"  # where a whole table is put together
@@ -60,8 +61,8 @@ def _exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tens
 
 
 class _Pull(torch.autograd.Function):
-    """[R, columns of all tables] of distinct rows `ids`. The gradients of `tables`, blocks [n, D]
-    or [n], are sparse tensors: the mean over the processes, as DDP makes it of the others."""
+    """The rows `ids` [R], ascending and distinct, of each of `tables`, blocks [n, D] or [n]. Their
+    gradients are sparse tensors: the mean over the processes, as DDP makes it of the others."""
 
     @staticmethod
     def forward(ctx, ids, part, *tables):
@@ -70,24 +71,22 @@ class _Pull(torch.autograd.Function):
         asked = _exchange(counts, each, each, part.group).tolist()
         own = counts.tolist()
         wanted = _exchange(ids, own, asked, part.group) - part.first
-        rows = torch.cat([table[wanted].view(len(wanted), -1) for table in tables], 1)
         ctx.part, ctx.wanted, ctx.own, ctx.asked = part, wanted, own, asked
         ctx.shapes = [table.shape for table in tables]
-        return _exchange(rows, asked, own, part.group)
+        rows = (table.index_select(0, wanted) for table in tables)
+        return tuple(_exchange(each, asked, own, part.group) for each in rows)
 
     @staticmethod
-    def backward(ctx, grad):
-        rows = _exchange(grad, ctx.own, ctx.asked, ctx.part.group)
-        rows /= dist.get_world_size(ctx.part.group)
-        widths = [shape[1] if len(shape) > 1 else 1 for shape in ctx.shapes]
-        grads = [
+    def backward(ctx, *grads):
+        world = dist.get_world_size(ctx.part.group)
+        rows = (_exchange(grad, ctx.own, ctx.asked, ctx.part.group) for grad in grads)
+        return None, None, *(
             torch.sparse_coo_tensor(
-                ctx.wanted[None], values.reshape(len(rows), *shape[1:]), shape,
-                device=rows.device, check_invariants=False,
+                ctx.wanted[None], values.div_(world), shape, device=values.device,
+                check_invariants=False,
             )
-            for values, shape in zip(rows.split(widths, 1), ctx.shapes, strict=True)
-        ]  # fmt: skip
-        return None, None, *grads
+            for values, shape in zip(rows, ctx.shapes, strict=True)
+        )  # fmt: skip
 
 
 class SpreadEmbedding(nn.Module):
@@ -101,8 +100,9 @@ class SpreadEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[*, D] of int64 [*]."""
-        distinct, place = ids.unique(return_inverse=True)
-        return F.embedding(place, _Pull.apply(distinct, self.part, self.weight))
+        distinct, place = distinct_rows(ids, self.part.total)
+        (rows,) = _Pull.apply(distinct, self.part, self.weight)
+        return F.embedding(place, rows)
 
 
 class Candidates(NamedTuple):
@@ -126,11 +126,11 @@ class SpreadTable:
         """targets: int64 [N], -100 where there is none."""
         zero = targets.new_zeros(1)  # a row at least
         asked = torch.cat([targets.clamp_min(0), negatives.flatten(), zero])
-        ids, place = asked.unique(return_inverse=True)
-        found = _Pull.apply(ids, self.part, self.table.weight, self.bias)
+        ids, place = distinct_rows(asked, self.part.total)
+        table, bias = _Pull.apply(ids, self.part, self.table.weight, self.bias)
         own, drawn = place[: len(targets)], place[len(targets) : -1].view(negatives.shape)
         own = torch.where(targets < 0, targets, own)
-        return Candidates(found[:, :-1], found[:, -1], ids, own, drawn)
+        return Candidates(table, bias, ids, own, drawn)
 
     def cross_entropy(self, query: Tensor, targets: Tensor, backend=None) -> tuple[Tensor, Tensor]:
         """(mean over the predicted items of all processes, their number), the same on all. query:

@@ -61,6 +61,7 @@ from fastrec.training.processes import (
     Processes,
     check_one_gpu,
     first_process,
+    let_go_at_exit,
     processes_of,
     started_outside,
 )
@@ -196,6 +197,8 @@ def _fit(
     config = with_causal(recipe.model, current.init.causal)
     encoder = settings_of(config.encoder)
     where = processes_of(device_of(around.device), current.devices, current.num_nodes)
+    if where.total > 1:
+        let_go_at_exit()
     if current.cuda_graph:
         check_one_gpu(where, current.devices)
     if first_process():

@@ -5,8 +5,10 @@ Lightning starts those of one machine itself. On several machines, or under a la
 torchrun, each process is started from outside and learns its number from the environment.
 """
 
+import atexit
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -73,6 +75,18 @@ def processes_of(device: torch.device, devices: int | str, nodes: int) -> Proces
     return found
 
 
+def let_go() -> None:
+    """Behind the last collective of a process: a thread of gloo drops its tensors after those who
+    waited for it went on, and takes the lock of Python for that. Where Python has ended by then,
+    the process aborts (PyTorch 2.13, pytorch/pytorch#190489)."""
+    time.sleep(0.1)  # without the lock
+
+
+def let_go_at_exit() -> None:
+    atexit.unregister(let_go)
+    atexit.register(let_go)
+
+
 @contextlib.contextmanager
 def group_of_launcher(device: torch.device) -> Iterator[Any]:
     """The process group of what torchrun has started, None of one process. All but the first print
@@ -91,6 +105,7 @@ def group_of_launcher(device: torch.device) -> Iterator[Any]:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield dist.group.WORLD
     finally:
+        let_go()
         dist.destroy_process_group()
 
 

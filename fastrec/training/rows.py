@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.settings import check_choices
+from fastrec.ops.common.distinct_rows import distinct_rows, sum_rows
 from fastrec.ops.common.linear_cross_entropy_update import Pending, update_rows_
 from fastrec.ops.common.move_rows import RowState, move_rows_
 
@@ -217,29 +218,41 @@ def _taken(table: Tensor) -> tuple[Tensor, Tensor]:
     if table.grad is None:
         none = torch.arange(0, device=table.device)
         return none, table.detach()[none]
-    grad, table.grad = table.grad.coalesce(), None
+    grad, table.grad = _merged(table.grad), None
     return grad.indices()[0], grad.values()
+
+
+def _merged(grad: Tensor) -> Tensor:
+    """`grad`, coalesced: backward leaves the gradients of inputs and candidates end to end."""
+    if grad.is_coalesced():
+        return grad
+    rows, place = distinct_rows(grad._indices()[0], len(grad))
+    return _sparse(grad, rows, sum_rows(grad._values(), place, len(rows)))
+
+
+def _sparse(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(
+        rows[None], values, like.shape, device=values.device, is_coalesced=True,
+        check_invariants=False,
+    )  # fmt: skip
 
 
 def share_gradients(tables: Iterable[nn.Parameter]) -> None:
     """Give every process the mean of the sparse gradients of all: each then makes the same step.
     What is sent are the touched rows. Sums are in the order of the processes."""
-    from fastrec.ops.common.collectives import gather, gather_rows
+    from fastrec.ops.common.collectives import gather, gather_padded
 
     group = torch.distributed.group.WORLD
     assert group is not None
     world = torch.distributed.get_world_size(group)
     for table in tables:
-        rows = torch.empty(0, dtype=torch.int64, device=table.device)
-        values = table.new_empty(0, *table.shape[1:])
-        if table.grad is not None:
-            grad = table.grad.coalesce()
-            rows, values = grad.indices()[0], grad.values()
-        sizes = gather(torch.tensor([len(rows)], device=table.device), group).flatten().tolist()
-        rows, values = (gather_rows(part, sizes, group) for part in (rows, values))
-        table.grad = torch.sparse_coo_tensor(
-            rows[None], values / world, table.shape, device=table.device, check_invariants=False
-        )
+        rows, values = _taken(table)
+        sizes = gather(torch.tensor([len(rows)], device=table.device), group)
+        lists = sizes.flatten().tolist()
+        rows = gather_padded(rows, lists, group, -1).flatten()
+        values = gather_padded(values, lists, group).flatten(0, 1)
+        rows, place = distinct_rows(rows, len(table))
+        table.grad = _sparse(table, rows, sum_rows(values, place, len(rows), 1 / world))
 
 
 def clip_(parameters: Iterable[nn.Parameter], norm: float, spread: Iterable = ()) -> None:
@@ -251,7 +264,7 @@ def clip_(parameters: Iterable[nn.Parameter], norm: float, spread: Iterable = ()
     for parameter in parameters:
         if parameter.grad is not None:
             if parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()
+                parameter.grad = _merged(parameter.grad)
             grad = parameter.grad.values() if parameter.grad.is_sparse else parameter.grad
             (parts if id(parameter) in known else grads).append(grad)
     total = torch.nn.utils.get_total_norm(grads)

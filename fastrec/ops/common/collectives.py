@@ -60,17 +60,24 @@ def agree(names: Sequence[str], seen: Tensor) -> None:
         raise ValueError(f"ranks of the group differ in {names[at]}: {seen[:, at].tolist()}")
 
 
+def gather_padded(rows: Tensor, sizes: Sequence[int], group: Group, padding: float = 0) -> Tensor:
+    """[R, most of sizes, ...]: rows [n, ...] of all ranks, `sizes[r]` of rank r, then `padding`."""
+    longest = max(sizes)
+    if len(rows) < longest:
+        padded = rows.new_empty(longest, *rows.shape[1:])
+        padded[: len(rows)], padded[len(rows) :] = rows, padding
+        rows = padded
+    return gather(rows, group)
+
+
 class _GatherRows(torch.autograd.Function):
     """[sum of sizes, ...]: rows of all ranks end to end; the gradients of all ranks are added."""
 
     @staticmethod
     def forward(ctx, rows, sizes, dtype, group):
         ctx.sizes, ctx.dtype, ctx.group = sizes, rows.dtype, group
-        longest = max(sizes)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        blocks = gather(padded, group)
-        if min(sizes) == longest:
+        blocks = gather_padded(rows, sizes, group)
+        if min(sizes) == max(sizes):
             return blocks.flatten(0, 1).to(dtype)
         return torch.cat([block[:n] for block, n in zip(blocks, sizes, strict=True)]).to(dtype)
 

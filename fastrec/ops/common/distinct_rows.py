@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distinct rows of a table that some ids name, and sums of the gradients of equal ones.
+
+Legend: E ids, U distinct rows, D width, V rows of the table.
+
+The kernels mark rows in V bits, and the place of a row is the number of marks in front of it: no
+sort (docs/log/processes.md).
+"""
+
+import torch
+from torch import Tensor
+
+from fastrec.backend import unavailable_reason
+
+torch.library.define("fastrec::distinct_rows", "(Tensor ids, int total) -> (Tensor, Tensor)")
+torch.library.define(
+    "fastrec::sum_rows", "(Tensor grad, Tensor place, int count, float scale) -> Tensor"
+)
+
+_BITS = 2048  # rows of the table an id: where there are more, marks take longer than a sort
+
+
+def distinct_rows(ids: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """(rows int64 [U], ascending, the place of each id among them, like `ids`). ids: int64, any
+    shape, in [0, total) or -1 for none, whose place is -1."""
+    here = unavailable_reason("cpp", "distinct_rows", ids.device) is None
+    if here and total <= _BITS * ids.numel():
+        return torch.ops.fastrec.distinct_rows(ids, total)
+    return distinct_rows_ref(ids)
+
+
+def sum_rows(grad: Tensor, place: Tensor, count: int, scale: float = 1.0) -> Tensor:
+    """[count, D] or [count]: sums of `scale` times the rows of `grad` [E, D] or [E] at the same
+    place, added in their order. place: int64 [E], in [0, count) or -1 for none."""
+    wide = grad.dtype in (torch.float32, torch.float64)
+    if wide and unavailable_reason("cpp", "sum_rows", grad.device) is None:
+        return torch.ops.fastrec.sum_rows(grad, place, count, scale)
+    return sum_rows_ref(grad, place, count, scale)
+
+
+def distinct_rows_ref(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle: plain PyTorch, any device."""
+    rows, place = ids.unique(return_inverse=True)
+    none = int(len(rows) > 0 and rows[0] < 0)
+    return rows[none:], place - none
+
+
+def sum_rows_ref(grad, place, count, scale) -> Tensor:
+    """The oracle: plain PyTorch, any dtype and device."""
+    kept = place >= 0
+    entries = torch.sparse_coo_tensor(
+        place[kept][None], grad[kept] * scale, (count, *grad.shape[1:]), check_invariants=False
+    )  # adds in order, on a GPU too, where index_add_ does not
+    return entries.to_dense()
