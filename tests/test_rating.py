@@ -257,19 +257,16 @@ def test_a_state_adds_to_the_biases_without_its_own_rating(by, hide):
     assert not any(name.startswith("biases") for name, _ in head.named_parameters())
 
 
-def test_untrained_the_biases_are_those_of_the_judge():
-    """At test the judge knows the validation ratings too: users of whom none is held out there."""
-    dataset = rated(missing=0.0)
-    lengths = dataset.lengths
-    dataset = replace(dataset, splits=np.stack([lengths - 1, lengths - 1], 1))
-    dataset._event_columns["rating"] = rated(missing=0.0).event_column("rating")
-    model = rating_model(max_len=20)
-    side = SideData(dataset, event_columns=["rating"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_untrained_the_biases_are_those_of_the_judge(split):
+    """Who counts ratings for it in all that are known: at test those of validation too, and those
+    of users who are not trained on."""
+    dataset, model = rated(missing=0.2), rating_model(max_len=20)
+    side = SideData(dataset, users=[0, 1], event_columns=["rating"])
     objective = JointObjective({"rating": Rating(biases=5.0)}, model, side)
     torch.nn.init.zeros_(objective.parts["rating"].linear.weight)
-    everyone = torch.arange(6)
-    judge = RatingJudge(dataset, everyone, "test", everyone)
-    scores = judge.score(model, objective, slice(0, 6))
+    judge = RatingJudge(dataset, torch.arange(1, 6), split, torch.tensor([0, 1]))
+    scores = judge.score(model, objective, slice(0, 5))
     torch.testing.assert_close(scores, judge.biases, rtol=1e-5, atol=1e-5)
     assert judge.biases.std() > 0.05
 

@@ -22,6 +22,9 @@ from builders import (
 )
 from groups import Ranks, trained
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from fastrec.data.side import SideData
 from fastrec.data.steps.next_item import NextItem
@@ -70,8 +73,11 @@ def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, to
     if kind == "rows":
         use_rows(model, objective.parts.values())
     world = 1 if group is None else dist.get_world_size(group)
-    if kind == "spread" and group is not None:
+    if "spread" in kind and group is not None:
         spread(model, group)
+    if "fsdp" in kind and group is not None:
+        for layer in model.encoder.layers:
+            fully_shard(layer, mesh=DeviceMesh.from_group(group, "cpu"))
     rank = 0 if group is None else dist.get_rank(group)
     loader = loader_of(model, {"main": [NextItem()]}, side, rank=rank, world_size=world)
     value = total_loss(objective(model, loader.batch_at(2), Rng(0, 2)), world)
@@ -85,6 +91,9 @@ def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, to
     }
     for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if isinstance(grad, DTensor):
+            grads[name] = grad.full_tensor()
+            continue
         grads[name] = grad.to_dense() if grad.is_sparse else grad
         if group is not None and name not in ours:
             dist.all_reduce(grads[name])
@@ -119,6 +128,18 @@ def test_touched_rows_are_shared(two, loss):
         for name, grad in expected.items():
             torch.testing.assert_close(grads[name], grad, rtol=2e-5, atol=1e-6, msg=name)
             assert torch.equal(grads[name], made[0][1][name]), "the same bits on all"
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp spread"])
+def test_an_encoder_that_fsdp_shards(two, kind):
+    """Its weights are pieces, and gathered where they are used; tables are whole, or spread too."""
+    value, expected = step_of(None, "softmax", False, kind)
+    made = two.run(step_of, "softmax", False, kind)
+    for other, grads in made:
+        assert other == pytest.approx(value, rel=1e-5)
+        for name, grad in expected.items():
+            if name.startswith("encoder") or kind == "fsdp":
+                torch.testing.assert_close(grads[name], grad, rtol=2e-5, atol=1e-6, msg=name)
 
 
 def clipped(group) -> list[torch.Tensor]:

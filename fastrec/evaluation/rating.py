@@ -24,6 +24,9 @@ class RatingJudge:
     users: int64 [U] of the split. split: "valid" or "test". trained: int64, the users who are
     trained on, whose training ratings the baselines know too.
 
+    What a model counts of ratings (`RatingBiases`) is counted here as for the baselines, in all
+    that are known before the events of the split: at "test" also those of "valid".
+
     Predictions are clipped to the range of the known ratings, here and never in training. Held-out
     events without a rating are not asked about. Raises ValueError where none has one.
     """
@@ -39,7 +42,7 @@ class RatingJudge:
         self.ratings = asked.events["rating"][rated].double()  # [P]
         if len(self.ratings) == 0:
             raise ValueError(f"no held-out event of split {split!r} has a rating")
-        known = _known(dataset, users, split, trained)
+        self.known = known = _known(dataset, users, split, trained)
         self.range = known[2].min().item(), known[2].max().item()
         owner = asked.sample_ids[asked.segment_ids()]
         self.constant, self.biases = _baselines(dataset, known, owner[rated], asked.values[rated])
@@ -58,8 +61,9 @@ class RatingJudge:
         if head is None:
             raise ValueError("the judge rating needs the objective rating")
         batch = self._asked(model, rows).to(model.device)
+        biases = head.biases and head.biases.counted(*self.known[1:]).to(model.device)
         with torch.no_grad():
-            found = head.predict(model.encode(batch)).double().cpu()
+            found = head.predict(model.encode(batch), biases=biases).double().cpu()
         return found[batch.events["asked"].cpu()]
 
     def _asked(self, model, rows: slice) -> JaggedBatch:

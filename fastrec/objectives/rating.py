@@ -88,6 +88,13 @@ class RatingBiases(nn.Module):
         self.register_buffer("totals", totals.float())
         self.register_buffer("counts", counts.float())
 
+    def counted(self, items: Tensor, ratings: Tensor) -> "RatingBiases":
+        """The same of other ratings [N] of `items` int64 [N]."""
+        mean = ratings.mean()
+        totals = ratings.new_zeros(len(self.totals)).index_add_(0, items, ratings - mean)
+        counts = items.bincount(minlength=len(self.counts))
+        return RatingBiases(self.shrinkage, mean.item(), totals, counts)
+
     def forward(self, batch: JaggedBatch, target: Tensor | None = None) -> Tensor:
         """float32 [T]; 0 as the bias of the item for special tokens. target: [T], NaN for none,
         training ratings that the biases of their items are made without."""
@@ -139,11 +146,14 @@ class RatingPrediction(nn.Module):
         own."""
         return [] if self.biases is None else [f"biases.{n}" for n in self.biases.state_dict()]
 
-    def predict(self, view: Encoded, target: Tensor | None = None) -> Tensor:
+    def predict(
+        self, view: Encoded, target: Tensor | None = None, biases: RatingBiases | None = None
+    ) -> Tensor:
         """[T] in the dtype of the weights: the rating of each event, in the unit of the data. What
-        special tokens get means nothing. target: of training, see `RatingBiases`."""
-        found = self._of_states(view)
-        return found if self.biases is None else found + self.biases(view.batch, target)
+        special tokens get means nothing. target: of training, see `RatingBiases`. biases: in the
+        place of those that were counted in training."""
+        found, line = self._of_states(view), biases or self.biases
+        return found if line is None else found + line(view.batch, target)
 
     def _of_states(self, view: Encoded) -> Tensor:
         """[T]."""
