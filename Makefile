@@ -35,12 +35,13 @@ demo: .venv/installed  ## generate data, pre-train, fine-tune, evaluate, plot (a
 
 test: .venv/installed  ## the suite; the Triton kernels in the interpreter; cpp with narrower vectors
 	$(BIN)/python -m pytest $(WORKERS) -m "not exhaustive"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton -m "not exhaustive"
 	FASTREC_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
 	FASTREC_CPU_CAPABILITY=default $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
 
 test-all: test  ## the same and what is slow and says little, before a release
 	$(BIN)/python -m pytest $(WORKERS) -m exhaustive
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton -m exhaustive
 
 smoke: .venv/installed  ## the suite without the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"

@@ -57,10 +57,11 @@ needs_compiler = pytest.mark.skipif(missing_tools() is not None, reason=missing_
 
 
 def case(*values, plain: bool):
-    """A case of the smoke run, of `make test` (compute capability 9.0) or of `make test-all`: 828
-    compilations of 0.6 s each, of which those for other GPUs seldom tell more."""
+    """A case of the smoke run, of `make test` or of `make test-all`: 828 compilations of 0.6 s
+    each, of which those for other GPUs than 9.0, of width 256 and of mixed types seldom tell
+    more."""
     marks = [] if plain else [pytest.mark.slow]
-    if not plain and {80, 100} & {value for value in values if isinstance(value, int)}:
+    if not plain and {80, 100, 256, "bf16-fp32"} & {*values}:
         marks.append(pytest.mark.exhaustive)
     return pytest.param(*values, marks=marks)
 

@@ -49,6 +49,7 @@ def sum_rows_ref(grad, place, count, scale) -> Tensor:
     """The oracle: plain PyTorch, any dtype and device."""
     kept = place >= 0
     entries = torch.sparse_coo_tensor(
-        place[kept][None], grad[kept] * scale, (count, *grad.shape[1:]), check_invariants=False
-    )  # adds in order, on a GPU too, where index_add_ does not
+        place[kept][None], grad[kept] * scale, (count, *grad.shape[1:]), device=grad.device,
+        check_invariants=False,
+    )  # fmt: skip  # adds in order, on a GPU too, where index_add_ does not
     return entries.to_dense()
