@@ -96,7 +96,7 @@ class Oracle:
         x = self.drop(x + encoder.positions.weight[: self.length], "embedding")
         for i, layer in enumerate(encoder.layers):
             x = getattr(self, self.settings.layer)(layer, x, i)
-        return x if self.settings.layer == "ligr" else self.norm(x, encoder.final_norm)
+        return self.norm(x, encoder.final_norm) if self.settings.normed_at_the_end else x
 
 
 def expected(model: UserModel, batch, rng: Rng | None) -> Tensor:
@@ -120,9 +120,12 @@ def spread(model: UserModel) -> UserModel:
         {},
         {"scale": True, "ffn_width": 5, "heads": 4, "patch": 3, "norm_eps": 1e-8},
         {"patch": 3, "patch_form": "parallel"},
+        {"final_norm": True},
     ],
 )
 def test_a_layer_is_what_plain_pytorch_makes_of_a_sequence(layer, causal, rng, more):
+    if layer == "sasrec" and "final_norm" in more:
+        pytest.skip("it always has one")
     scale = more.get("scale", False)
     settings = {"layers": 2, "heads": 2, **{n: v for n, v in more.items() if n != "scale"}}
     config = {"items": {"scale": scale}, "encoder": {"transformer": {
@@ -144,6 +147,22 @@ def test_a_layer_is_what_plain_pytorch_makes_of_a_sequence(layer, causal, rng, m
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=name)
         assert theirs.abs().max() > 0, name
+
+
+def test_a_norm_behind_the_last_layer():
+    """Where it is, and the number of weights that the settings know."""
+    for settings, expected in (
+        (Transformer(), False),
+        (Transformer(pre_norm=True), True),
+        (Transformer(pre_norm=True, layer="sasrec"), True),
+        (Transformer(pre_norm=True, layer="ligr"), False),
+        (Transformer(pre_norm=True, layer="ligr", final_norm=True), True),
+    ):
+        encoder = settings.build(8, 10, 0.0)
+        assert isinstance(encoder.final_norm, nn.LayerNorm if expected else nn.Identity)
+        assert sum(p.numel() for p in encoder.parameters()) == settings.parameters(8, 10)
+    with pytest.raises(ValueError, match="final_norm is of the layer ligr"):
+        Transformer(pre_norm=True, final_norm=True)
 
 
 @pytest.mark.parametrize("layer", ["standard", "sasrec", "ligr"])

@@ -49,6 +49,8 @@ class Transformer:
             gives, the input itself too.
         layer: "standard", or of those that are always pre-norm "sasrec", the original's (ReLU, the
             normalised input in the residuals), or "ligr", that of eSASRec (gates, SwiGLU).
+        final_norm: of ligr, a LayerNorm behind the last layer, which other pre-norm layers always
+            have and its authors have not.
     """
 
     layers: int = 2
@@ -60,6 +62,7 @@ class Transformer:
     patch: int = 0
     patch_form: PatchForm = "serial"
     layer: Literal["standard", "sasrec", "ligr"] = "standard"
+    final_norm: bool = False
 
     reads_positions = True
 
@@ -67,6 +70,8 @@ class Transformer:
         check_choices(self)
         if self.layer != "standard" and not self.pre_norm:
             raise ValueError(f"pre_norm must be true for the layer {self.layer}")
+        if self.final_norm and self.layer != "ligr":
+            raise ValueError("final_norm is of the layer ligr: the others have a LayerNorm there")
         for name in ("layers", "heads", "ffn_width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +81,11 @@ class Transformer:
             raise ValueError(f"layers must be at most {MOST_LAYERS}, got {self.layers}")
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps must be positive and finite, got {self.norm_eps}")
+
+    @property
+    def normed_at_the_end(self) -> bool:
+        """Whether a LayerNorm stands behind the last layer."""
+        return self.pre_norm and (self.layer != "ligr" or self.final_norm)
 
     def inner(self, width: int) -> int:
         """F, the inner width of the feed-forward network."""
@@ -91,8 +101,8 @@ class Transformer:
         }[self.layer]
         if self.patch:
             layer += 2 * (2 * width * self.patch + self.patch + width)
-        norm = 0 if self.layer == "ligr" else 2 * width  # of the embedding, or the final one
-        return self.layers * layer + max_positions * width + norm
+        norms = 2 * width * (self.normed_at_the_end + (not self.pre_norm))  # that of the embedding
+        return self.layers * layer + max_positions * width + norms
 
     def build(self, width: int, max_positions: int, dropout: float) -> "TransformerEncoder":
         return TransformerEncoder(self, width, max_positions, dropout)
@@ -167,8 +177,7 @@ class TransformerEncoder(nn.Module):
     """Position embedding and `layers` transformer layers, jagged in and out.
 
     Defaults are UPRec's encoder (section 3.2): post-norm, bidirectional, erf GELU, FFN width 4 D,
-    dropout on embeddings, attention probabilities and both sublayer outputs. Pre-norm has one
-    LayerNorm more, at the end, but for LiGR.
+    dropout on embeddings, attention probabilities and both sublayer outputs.
 
     Args:
         settings: of the layers.
@@ -186,7 +195,7 @@ class TransformerEncoder(nn.Module):
         self.max_positions = max_positions
         self.positions = nn.Embedding(max_positions, width)
         self.embedding_norm = nn.Identity() if pre_norm else nn.LayerNorm(width, norm_eps)
-        last = pre_norm and settings.layer != "ligr"
+        last = settings.normed_at_the_end
         self.final_norm = nn.LayerNorm(width, norm_eps) if last else nn.Identity()
         self.layers = nn.ModuleList(
             LAYERS[settings.layer](settings, width) for _ in range(settings.layers)
