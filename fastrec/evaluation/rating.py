@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import FILL, JaggedBatch
-from fastrec.objectives.rating import RatingPrediction
+from fastrec.objectives.rating import RatingBiases, RatingPrediction
 
 SHRINKAGE = 5.0  # ratings without a deviation that every item and user has beside its own
 
@@ -42,10 +42,13 @@ class RatingJudge:
         self.ratings = asked.events["rating"][rated].double()  # [P]
         if len(self.ratings) == 0:
             raise ValueError(f"no held-out event of split {split!r} has a rating")
-        self.known = known = _known(dataset, users, split, trained)
+        known = _known(dataset, users, split, trained)
         self.range = known[2].min().item(), known[2].max().item()
+        self.deviations = _deviations(*known[1:], dataset.num_items)
         owner = asked.sample_ids[asked.segment_ids()]
-        self.constant, self.biases = _baselines(dataset, known, owner[rated], asked.values[rated])
+        self.constant, self.biases = _baselines(
+            known, self.deviations, dataset.num_users, owner[rated], asked.values[rated]
+        )
 
     def __len__(self) -> int:
         return len(self.users)
@@ -61,7 +64,9 @@ class RatingJudge:
         if head is None:
             raise ValueError("the judge rating needs the objective rating")
         batch = self._asked(model, rows).to(model.device)
-        biases = head.biases and head.biases.counted(*self.known[1:]).to(model.device)
+        biases = None
+        if head.biases is not None:
+            biases = RatingBiases(head.biases.shrinkage, *self.deviations).to(model.device)
         with torch.no_grad():
             found = head.predict(model.encode(batch), biases=biases).double().cpu()
         return found[batch.events["asked"].cpu()]
@@ -112,20 +117,31 @@ def _known(dataset, users: Tensor, split: str, trained: Tensor) -> tuple[Tensor,
     return owner[rated], batch.values[rated], batch.events["rating"][rated].double()
 
 
+def _deviations(items: Tensor, ratings: Tensor, number: int) -> tuple[float, Tensor, Tensor]:
+    """(mean of the ratings; by item [number], sums of the deviations from it, and how many)."""
+    mean = ratings.mean()
+    return mean.item(), *_sums(items, ratings - mean, number)
+
+
+def _sums(index: Tensor, values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """[number] both: sums of the values, and how many."""
+    total = values.new_zeros(number).index_add_(0, index, values)
+    return total, index.bincount(minlength=number)
+
+
 def _baselines(
-    dataset, known: tuple[Tensor, Tensor, Tensor], users: Tensor, items: Tensor
+    known: tuple[Tensor, Tensor, Tensor],
+    deviations: tuple[float, Tensor, Tensor],
+    num_users: int,
+    users: Tensor,
+    items: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """float64 [P] both: the mean of the known ratings, and mean + bias of the item + bias of the
     user. The bias of an item is the sum of its deviations from the mean over their number +
     `SHRINKAGE`; that of a user is made in the same way of what the biases of items leave."""
     owner, values, ratings = known
-    mean = ratings.mean()
-    by_item = _shrunken(values, ratings - mean, dataset.num_items)
-    by_user = _shrunken(owner, ratings - mean - by_item[values], dataset.num_users)
-    return mean.expand(len(users)), mean + by_item[items] + by_user[users]
-
-
-def _shrunken(index: Tensor, deviations: Tensor, number: int) -> Tensor:
-    """float64 [number]."""
-    total = deviations.new_zeros(number).index_add_(0, index, deviations)
-    return total / (index.bincount(minlength=number) + SHRINKAGE)
+    mean, totals, counts = deviations
+    by_item = totals / (counts + SHRINKAGE)
+    left, rated = _sums(owner, ratings - mean - by_item[values], num_users)
+    by_user = left / (rated + SHRINKAGE)
+    return ratings.new_full((len(users),), mean), mean + by_item[items] + by_user[users]

@@ -88,13 +88,6 @@ class RatingBiases(nn.Module):
         self.register_buffer("totals", totals.float())
         self.register_buffer("counts", counts.float())
 
-    def counted(self, items: Tensor, ratings: Tensor) -> "RatingBiases":
-        """The same of other ratings [N] of `items` int64 [N]."""
-        mean = ratings.mean()
-        totals = ratings.new_zeros(len(self.totals)).index_add_(0, items, ratings - mean)
-        counts = items.bincount(minlength=len(self.counts))
-        return RatingBiases(self.shrinkage, mean.item(), totals, counts)
-
     def forward(self, batch: JaggedBatch, target: Tensor | None = None) -> Tensor:
         """float32 [T]; 0 as the bias of the item for special tokens. target: [T], NaN for none,
         training ratings that the biases of their items are made without."""
