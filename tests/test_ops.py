@@ -27,7 +27,7 @@ from op_db.case import TYPES, as_views, excess, gradients, outputs_of, run, upst
 from fastrec.backend import BACKENDS
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-FLOAT32, FLOAT64, MIXED = TYPES[0], TYPES[1], TYPES[4]
+FLOAT32, FLOAT64, BFLOAT16, _, MIXED = TYPES
 
 pytestmark = pytest.mark.op_case
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.op_case
 def _marks(op, backend, device, types, name):
     """A kernel knows bfloat16 and float32; how the other types are read is seen with some samples.
     The interpreter takes seconds for a call."""
-    known = types in (FLOAT32, FLOAT64, TYPES[2]) or name in op.representative
+    known = types in (FLOAT32, FLOAT64, BFLOAT16) or name in op.representative
     return [] if known or (backend, device) != ("triton", "cpu") else [pytest.mark.exhaustive]
 
 
