@@ -17,6 +17,10 @@ user's last item among all items, those of the user's history included, after th
     bert4rec    2 layers, 2 heads, a fifth of the items masked
     sasrec      2 layers, 1 head
     gru4rec     1 layer of 128; not in RecTools
+    cl4srec     SASRec and two augmented views contrasted, as the recipe; RecBole-DA alone
+    duorec      the same with a second dropout and a sequence with the same target
+
+RecBole-DA is a copy of RecBole with these two: `recbole`, its folder in PYTHONPATH, NumPy 1.23.
 
 `source`: a line a user, `user item item ...`, oldest first; the last two items are held out.
 """
@@ -33,6 +37,8 @@ from statistics import median
 from typing import NamedTuple
 
 WIDTH, MASKED, HIDDEN = 64, 0.2, 128
+MODELS = ("bert4rec", "sasrec", "gru4rec", "cl4srec", "duorec")
+CONTRASTED = {"cl4srec": "CL4SRec", "duorec": "DuoRec"}
 
 
 class Task(NamedTuple):
@@ -90,12 +96,16 @@ def fastrec(task: Task, folder: Path) -> Trained:
     from fastrec.objectives.item import Item
     from fastrec.objectives.joint import JointObjective, total_loss
     from fastrec.random import Rng
+    from fastrec.training.config import Recipe
 
     encoder, view = {
         "bert4rec": (Transformer(heads=2), Mask(share=MASKED)),
-        "sasrec": (Transformer(heads=1, causal=True, pre_norm=True), NextItem()),
         "gru4rec": (Gru(hidden=HIDDEN), NextItem()),
-    }[task.model]
+    }.get(task.model, (Transformer(heads=1, causal=True, pre_norm=True), NextItem()))
+    parts, made = {"item": Item()}, {"main": [view]}
+    if task.model in CONTRASTED:
+        stage = Recipe.load(task.model).stage("pretraining")
+        parts, made = stage.parts, stage.views
     prepare(task.source, folder / "data", format="s3rec")
     dataset = SequenceDataset.load(folder / "data")
     config = ModelConfig(
@@ -104,8 +114,8 @@ def fastrec(task: Task, folder: Path) -> Trained:
     )  # fmt: skip
     torch.manual_seed(0)
     model, side = UserModel(dataset.num_items, config, dataset.num_users), SideData(dataset)
-    joint = JointObjective({"item": Item()}, model, side)
-    views = Views({"main": [view]}, model.frame, side, task.length)
+    joint = JointObjective(parts, model, side)
+    views = Views(made, model.frame, side, task.length)
     loader = SequenceLoader(views, batch_size=task.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     clock = Clock()
@@ -187,9 +197,10 @@ def recbole(task: Task, folder: Path) -> Trained:
     import torch
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
-    from recbole.model import sequential_recommender
+    from recbole.utils import get_model
 
-    name = {"bert4rec": "BERT4Rec", "sasrec": "SASRec", "gru4rec": "GRU4Rec"}[task.model]
+    own = {"bert4rec": "BERT4Rec", "sasrec": "SASRec", "gru4rec": "GRU4Rec"}
+    name = (own | CONTRASTED)[task.model]
     if task.model == "gru4rec":
         sizes = dict(embedding_size=WIDTH, hidden_size=HIDDEN, num_layers=1)
         sizes |= dict(dropout_prob=task.dropout)
@@ -197,6 +208,10 @@ def recbole(task: Task, folder: Path) -> Trained:
         sizes = dict(n_layers=2, n_heads=1 + (task.model == "bert4rec"), hidden_size=WIDTH)
         sizes |= dict(inner_size=4 * WIDTH, mask_ratio=MASKED)
         sizes |= dict(hidden_dropout_prob=task.dropout, attn_dropout_prob=task.dropout)
+    if task.model in CONTRASTED:
+        sizes |= dict(contrast="us_x", sim="dot", tau=1.0, lmd=0.1, lmd_sem=0.1, neg_sampling=None)
+        sizes |= dict(training_neg_sample_num=0, hidden_act="gelu", layer_norm_eps=1e-12)
+        sizes |= dict(initializer_range=0.02)
     (folder / "file").mkdir()
     with open(folder / "file" / "file.inter", "w") as file:
         file.write("user_id:token\titem_id:token\ttimestamp:float\n")
@@ -211,13 +226,14 @@ def recbole(task: Task, folder: Path) -> Trained:
     )  # fmt: skip
     config = Config(model=name, dataset="file", config_dict=options)
     train, _, test = data_preparation(config, create_dataset(config))
-    model = getattr(sequential_recommender, name)(config, train.dataset).train()
+    model = get_model(name)(config, train.dataset).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     clock = Clock()
     epochs = itertools.chain.from_iterable(itertools.repeat(train))
     for batch in itertools.islice(epochs, task.steps):
         optimizer.zero_grad(set_to_none=True)
-        model.calculate_loss(batch).backward()
+        loss = model.calculate_loss(batch)  # RecBole-DA: and what it logs
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
         optimizer.step()
         clock.tick()
 
@@ -243,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("package", choices=packages)
     parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--model", choices=("bert4rec", "sasrec", "gru4rec"), default="bert4rec")
+    parser.add_argument("--model", choices=MODELS, default="bert4rec")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--length", type=int, default=30)

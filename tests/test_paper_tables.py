@@ -15,7 +15,7 @@ from fastrec.data.settings import from_values
 from fastrec.training.config import Recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.papers import adaptssr, clue, survey, survey_ratings
+from benchmarks.papers import adaptssr, clue, contrastive, differences, survey, survey_ratings
 from benchmarks.papers.cells import commands, run_table
 from benchmarks.papers.movielens import (
     GENRES,
@@ -27,13 +27,15 @@ from benchmarks.papers.movielens import (
     split,
 )
 
-TABLES = {part.__name__.split(".")[-1]: part for part in (survey, survey_ratings, adaptssr, clue)}
+PARTS = (survey, survey_ratings, adaptssr, clue, contrastive)
+TABLES = {part.__name__.split(".")[-1]: part for part in PARTS}
 CELLS = [(name, cell) for name, part in TABLES.items() for cell in part.cells()]
 # A cell of each way through a table.
 SOME = {
     ("survey", "bert4rec.none"), ("survey", "bert4rec.model.nip.meta"),
     ("survey", "caser.embedding.mip.meta"), ("survey_ratings", "dacf.model"),
-    ("adaptssr", "adaptssr.age"), ("clue", "figure4.0.4"),
+    ("adaptssr", "adaptssr.age"), ("clue", "figure4.0.4"), ("contrastive", "beauty.sasrec"),
+    ("contrastive", "beauty.ccl.time"), ("contrastive", "beauty.adaptssr.steps"),
 }  # fmt: skip
 
 
@@ -60,6 +62,10 @@ def sources(tmp_path_factory) -> dict[str, Path]:
         number = 480 if name == "items" else 60
         lines = "".join(f"{i + 1} {first + i}\n" for i in range(number))
         (one / f"sas_to_original_{name}.txt").write_text(lines)
+    for name in ("Beauty", "LastFM", "Yelp"):
+        lists = (f"{user} {' '.join(str(item) for who, item in events if who == user)}\n"
+                 for user in range(1, 61))  # fmt: skip
+        (folder / f"{name}.txt").write_text("".join(lists))
     lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float\n"]
     for place, (user, item) in enumerate(events):
         lines.append(f"{user}\t{item}\t{generator.integers(1, 6)}\t{9 * place}\n")
@@ -67,7 +73,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     lines = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"]
     lines += [f"{i + 1}\tFilm\t{year}\t{' '.join(each)}\n" for i, year, each in movies]
     (hundred / "ml-100k.item").write_text("".join(lines))
-    return {"ml-1m": one, "ml-100k": hundred}
+    return {"ml-1m": one, "ml-100k": hundred, "all": folder}
 
 
 def test_domains_have_the_same_users_and_no_common_item(sources):
@@ -107,11 +113,13 @@ def test_every_cell_is_recipes_that_can_be_run(name, tmp_path):
 
 
 def run(sources, output: Path, table: str, *flags: str) -> None:
-    source = sources["ml-100k" if table == "survey_ratings" else "ml-1m"]
+    names = {"survey_ratings": "ml-100k", "contrastive": "all"}
+    source = sources[names.get(table, "ml-1m")]
     part = TABLES[table]
     prepare = {
         "survey": lambda raw, out: survey.prepare_domains(raw, out, ml_1m),
         "survey_ratings": lambda raw, out: survey_ratings.prepare_domains(raw, out, ml_100k),
+        "contrastive": contrastive.prepare,
     }.get(table, clue.prepare_users)
     run_table("", part.cells(), prepare, [f"--source={source}", f"--output={output}", *flags])
 
@@ -162,3 +170,64 @@ def test_the_commands_are_printed_or_an_unknown_cell_is_named(sources, tmp_path,
     assert capsys.readouterr().out.split() == [f"table3.{view}" for view in views]
     with pytest.raises(SystemExit):
         run(sources, tmp_path, "clue", "--cells", "none")
+
+
+def test_equal_time_is_equal_time():
+    """What the trainings of a cell cost adds up to SASRec's steps, but for rounding to the number
+    of validations; in `steps` the next items have as many as SASRec's."""
+    for name, data in contrastive.DATA.items():
+        made = contrastive.cells()
+        for method in (*contrastive.JOINT, *contrastive.BEFORE):
+            each = contrastive.BEFORE.get(method, ())
+            names = [*(training for training, _, _ in each), "sasrec" if each else method]
+            costs = [contrastive.COSTS[key][list(contrastive.DATA).index(name)] for key in names]
+            steps = {
+                kind: [asked_steps(run) for run in made[f"{name}.{method}.{kind}"].runs]
+                for kind in ("time", "steps")
+            }
+            spent = sum(cost * count for cost, count in zip(costs, steps["time"], strict=True))
+            assert abs(spent - data.steps) <= contrastive.TRIES * sum(costs) / 2
+            assert steps["steps"][-1] == data.steps
+            before = data.steps / 2 if each else 0
+            assert abs(sum(steps["steps"][:-1]) - before) <= contrastive.TRIES
+
+
+def asked_steps(run) -> int:
+    key = f"--{run.stage}.steps="
+    return next(int(flag.removeprefix(key)) for flag in run.flags if flag.startswith(key))
+
+
+def test_differences_are_those_of_the_same_users(tmp_path):
+    """Against a loop; two seeds of one cell, of which the base has both, and a third alone."""
+    generator, gain = np.random.default_rng(0), {}
+    for name in ("beauty.sasrec", "beauty.clue.time"):
+        for seed in (0, 1) if name == "beauty.sasrec" else (0, 1, 2):
+            folder = tmp_path / f"seed-{seed}"
+            for run in contrastive.cells()[name].runs:
+                (folder / run.name).mkdir(parents=True)
+                (folder / run.name / "summary.json").write_text('{"cpu_seconds": 90.0}')
+            ranks = generator.integers(1, 21, 50)
+            order = generator.permutation(50)
+            table = pl.DataFrame({"user_id": order, "rank": ranks[order]})
+            table.write_parquet(folder / f"{name}.parquet")
+            (folder / f"{name}.json").write_text("{}")
+            gain[name, seed] = [100 / np.log2(rank + 1) * (rank <= 10) for rank in ranks]
+    own, base = (
+        np.array([gain[name, seed] for seed in (0, 1)])
+        for name in ("beauty.clue.time", "beauty.sasrec")
+    )
+    apart = (own - base).mean(0)
+    lines = differences.table(tmp_path, "beauty", [0, 1, 2]).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| beauty.sasrec | 0 1 |")
+    cell = [text.strip() for text in lines[3].split("|")[1:-1]]
+    assert cell[:2] == ["beauty.clue.time", "0 1"] and cell[6] == "3.0"
+    assert cell[3] == f"{own.mean():.2f} ± {own.mean(1).std(ddof=1):.2f}"
+    assert cell[5] == f"{apart.mean():+.2f} ± {apart.std(ddof=1) / np.sqrt(50):.2f}"
+
+
+def test_differences_of_trials(sources, outputs):
+    for cell in ("beauty.sasrec", "beauty.ccl.time"):
+        run(sources, outputs["contrastive"], "contrastive", f"--cells={cell}", "--short=2")
+    lines = differences.table(outputs["contrastive"], "beauty", [0]).splitlines()
+    assert lines[2].startswith("| beauty.sasrec | 0 |") and " ± " not in lines[2]
+    assert any(line.startswith("| beauty.ccl.time | 0 |") and " ± " in line for line in lines)

@@ -277,7 +277,7 @@ def _fit(
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
     parameters = trained_share(trained, objective)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
     try:
@@ -290,6 +290,7 @@ def _fit(
     summary = {
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
         f"valid {current.monitored}": keep.best,
         "best_step": keep.step,
         "valid": keep.metrics,
