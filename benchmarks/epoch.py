@@ -12,7 +12,9 @@ imported. The same model everywhere, D = 64, softmax over all items, Adam. What 
 library's choice: fastrec and RecTools see every user once, RecBole one sequence for every prefix,
 of which SASRec and GRU4Rec predict the last item alone. Prints the median time of a step (batch,
 forward, backward, optimiser) without the first. With `--evaluate`, also HR@10 and NDCG@10 of every
-user's last item among all items, those of the user's history included, after these steps.
+user's last item among all items after these steps, those of the user's history included, or not
+with `--seen exclude` (not RecBole). `--negatives N` is a softmax over N sampled items and the
+target (RecTools alone).
 
     bert4rec    2 layers, 2 heads, a fifth of the items masked
     sasrec      2 layers, 1 head
@@ -48,6 +50,8 @@ class Task(NamedTuple):
     batch: int
     length: int
     dropout: float
+    negatives: int
+    seen: str
 
 
 def read(source: Path) -> Iterator[tuple[str, list[str]]]:
@@ -128,7 +132,7 @@ def fastrec(task: Task, folder: Path) -> Trained:
 
     def ranks() -> Iterable[float]:
         users = torch.arange(dataset.num_users)
-        found = NextItemJudge(dataset, users, "test", Protocol(candidates="full"))
+        found = NextItemJudge(dataset, users, "test", Protocol(candidates="full", seen=task.seen))
         return found.ranks(model.eval()).tolist()
 
     return Trained(clock, len(loader), ranks)
@@ -176,6 +180,8 @@ def rectools(task: Task, folder: Path) -> Trained:
         dropout_rate=task.dropout, loss="softmax", item_net_block_types=(IdEmbeddingsItemNet,),
         get_trainer_func=trainer,
     )  # fmt: skip
+    if task.negatives:
+        options |= dict(loss="sampled_softmax", n_negatives=task.negatives)
     if task.model == "bert4rec":
         model = BERT4RecModel(n_heads=2, mask_prob=MASKED, **options).fit(train)
     elif task.model == "sasrec":
@@ -185,7 +191,9 @@ def rectools(task: Task, folder: Path) -> Trained:
 
     def ranks() -> Iterable[float]:
         last = {user: items[-1] for user, items in read(task.source)}
-        lists = model.recommend(list(last), dataset(held_out=1), k=10, filter_viewed=False)
+        lists = model.recommend(
+            list(last), dataset(held_out=1), k=10, filter_viewed=task.seen == "exclude"
+        )
         hits = lists[lists[Columns.Item] == lists[Columns.User].map(last)]
         found = dict(zip(hits[Columns.User], hits[Columns.Rank], strict=True))
         return [found.get(user, math.inf) for user in last]
@@ -264,11 +272,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--length", type=int, default=30)
     parser.add_argument("--dropout", type=float, default=0.5)
+    parser.add_argument("--negatives", type=int, default=0)
+    parser.add_argument("--seen", choices=("none", "exclude"), default="none")
     parser.add_argument("--evaluate", action="store_true")
     options = parser.parse_args()
+    if options.negatives and options.package != "rectools":
+        parser.error("--negatives is for rectools alone")
+    if options.seen == "exclude" and options.package == "recbole":
+        parser.error("--seen exclude is not for recbole")
     task = Task(
         options.source.resolve(), options.model, options.steps, options.batch, options.length,
-        options.dropout,
+        options.dropout, options.negatives, options.seen,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # RecBole writes logs where it stands
