@@ -97,7 +97,7 @@ def test_pools_that_an_objective_has_trained(data, tmp_path):
             encoded = model.encode(model.inputs(data, torch.arange(60), "all"))
             expected = pool(model, encoded)
         found = polars.read_parquet(run / "users.parquet")["vector"].to_numpy()
-        torch.testing.assert_close(torch.from_numpy(found), expected)
+        torch.testing.assert_close(torch.tensor(found), expected)
         fresh = Pool(how, model.config.width)
         assert fresh.state_dict().keys() == pool.state_dict().keys()
         assert user_vectors(model, data, pool=pool)["vector"].to_numpy().tolist() == found.tolist()

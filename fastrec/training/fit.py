@@ -4,23 +4,17 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
 
 from fastrec.backend import device_of, unavailable_reason
 from fastrec.data.loader import SequenceLoader
@@ -32,13 +26,7 @@ from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import PARTS, report, trained_share
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
-from fastrec.training.callbacks import (
-    CheckpointFile,
-    EndAtOnce,
-    Interrupted,
-    KeepBest,
-    SaveToResume,
-)
+from fastrec.training.callbacks import Interrupted, KeepBest
 from fastrec.training.checkpoint import (
     LAST,
     MODEL,
@@ -54,7 +42,7 @@ from fastrec.training.checkpoint import (
     tidy_run,
 )
 from fastrec.training.config import STAGES, Recipe
-from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed, flat
+from fastrec.training.logs import flat
 from fastrec.training.model_folder import hashes, load_heads, load_pool, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.processes import (
@@ -63,7 +51,6 @@ from fastrec.training.processes import (
     first_process,
     let_go_at_exit,
     processes_of,
-    started_outside,
 )
 from fastrec.training.rows import Tables, check_tables, use_rows
 from fastrec.training.stage import STAGE_KEYS, Stage
@@ -78,15 +65,7 @@ from fastrec.training.start import (
     with_dropout,
     with_model,
 )
-
-
-class Around(NamedTuple):
-    """What the weights of a run do not depend on."""
-
-    device: str = "auto"
-    progress: bool = True
-    callbacks: Sequence[Callback] = ()
-    loggers: Sequence[Logger] = ()
+from fastrec.training.trainer import Around, trainer_of
 
 
 def fit(
@@ -181,18 +160,7 @@ def _fit(
     initial = given.model if isinstance(given, TextModel) else given
     if recipe.texts is not None:
         dataset = text_data(dataset, recipe.texts, initial, output / MODEL if resume else None)
-    if initial is not None:
-        try:
-            recipe = with_model(recipe, initial, current, stage)
-        except ValueError as error:
-            raise ValueError(f"{stage} cannot start from that model: {error}") from error
-    elif current.init.freeze or current.init.patch or current.init.ids:
-        raise ValueError(
-            f"{stage}: init freezes or patches a model, or gives it ids, and there is none to start"
-            " from (--init)"
-        )
-    else:
-        recipe = dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
+    recipe = _with_start(recipe, stage, current, initial)
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
     config = with_causal(recipe.model, current.init.causal)
     encoder = settings_of(config.encoder)
@@ -221,19 +189,7 @@ def _fit(
     data.side.filler = filler_of(dataset, recipe, current)
     data.side.similar = similar_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
-    if current.tables != Tables() and current.cuda_graph:
-        raise ValueError("cuda_graph needs tables.update: dense, and no tables.shard")
-    check_tables(current.tables, trained, objective.parts.values())
-    if current.tables.update == "rows":
-        use_rows(trained, objective.parts.values())
-        if trained.item_head.pending is not None and (
-            where.total > 1 or current.gradient_clip or current.precision != "32-true"
-        ):
-            raise ValueError(
-                "tables.update: rows with a loss over all items needs one process, gradient_clip 0,"
-                " whose norm would be that of a gradient that is never stored, and precision"
-                " 32-true"
-            )
+    _use_tables(current, trained, objective, where)
     if initial_folder is not None:
         heads = [name for name in current.init.take if name not in PARTS]
         taken += load_heads(objective, initial_folder, only=heads)
@@ -273,20 +229,14 @@ def _fit(
         if initial is not None and not resume:
             _report(output, trained, objective, taken, around.progress)
     begun = {**run, "init": start}
-    trainer = _trainer(output, begun, current, keep, str(data), around, where)
+    trainer = trainer_of(output, begun, current, keep, str(data), around, where)
     for logger in trainer.loggers:
         logger.log_hyperparams(flat(described))
     parameters = trained_share(trained, objective)
     began, worked = time.perf_counter(), time.process_time()
     if initial is not None and not resume:
         trainer.validate(module, verbose=False)
-    try:
-        trainer.fit(module, ckpt_path=output / LAST if resume else None, weights_only=True)
-    except SIGTERMException as stop:  # a SystemExit with status 0
-        print(f"fastrec: SIGTERM ended the run in {output}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from stop
-    except Interrupted as stop:  # Lightning would end the process for a KeyboardInterrupt
-        raise KeyboardInterrupt(str(stop)) from None
+    _train(trainer, module, output, resume)
     summary = {
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - began, 1),
@@ -308,6 +258,51 @@ def _fit(
     return best if recipe.texts is None else TextModel(best, dataset)
 
 
+def _with_start(recipe: Recipe, stage: str, current: Stage, initial: UserModel | None) -> Recipe:
+    """The recipe with the settings of the model that the stage starts from."""
+    if initial is not None:
+        try:
+            return with_model(recipe, initial, current, stage)
+        except ValueError as error:
+            raise ValueError(f"{stage} cannot start from that model: {error}") from error
+    if current.init.freeze or current.init.patch or current.init.ids:
+        raise ValueError(
+            f"{stage}: init freezes or patches a model, or gives it ids, and there is none to start"
+            " from (--init)"
+        )
+    return dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
+
+
+def _use_tables(
+    current: Stage, trained: UserModel, objective: JointObjective, where: Processes
+) -> None:
+    """Update the item table as `tables` of the stage says, or raise ValueError."""
+    if current.tables != Tables() and current.cuda_graph:
+        raise ValueError("cuda_graph needs tables.update: dense, and no tables.shard")
+    check_tables(current.tables, trained, objective.parts.values())
+    if current.tables.update != "rows":
+        return
+    use_rows(trained, objective.parts.values())
+    if trained.item_head.pending is not None and (
+        where.total > 1 or current.gradient_clip or current.precision != "32-true"
+    ):
+        raise ValueError(
+            "tables.update: rows with a loss over all items needs one process, gradient_clip 0,"
+            " whose norm would be that of a gradient that is never stored, and precision 32-true"
+        )
+
+
+def _train(trainer, module: StageModule, output: Path, resume: bool) -> None:
+    """All steps of the run, in a process that a signal ends as one that it has stopped."""
+    try:
+        trainer.fit(module, ckpt_path=output / LAST if resume else None, weights_only=True)
+    except SIGTERMException as stop:  # a SystemExit with status 0
+        print(f"fastrec: SIGTERM ended the run in {output}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    except Interrupted as stop:  # Lightning would end the process for a KeyboardInterrupt
+        raise KeyboardInterrupt(str(stop)) from None
+
+
 def _report(output: Path, model: UserModel, objective, taken: list[str], say: bool) -> None:
     """Write transfer.json, and say how much of a model is taken and how much is trained."""
     made = report(taken, model, objective.parts)
@@ -320,69 +315,3 @@ def _report(output: Path, model: UserModel, objective, taken: list[str], say: bo
             f" {len(made['taken'])} of {tensors} tensors, see {output / TRANSFER}",
             flush=True,
         )
-
-
-def _trainer(
-    output: Path,
-    run: dict,
-    stage: Stage,
-    keep: KeepBest,
-    who: str,
-    around: Around,
-    where: Processes,
-) -> lightning.Trainer:
-    callbacks: list[Callback] = [
-        *around.callbacks,
-        keep,
-        Speed(),
-        SaveToResume(output / LAST, run, stage.checkpoint_every, stage.patience),
-        EndAtOnce(output),
-    ]
-    if stage.patience:
-        callbacks.append(
-            EarlyStopping(
-                "valid",
-                mode="max",
-                patience=stage.patience,
-                check_on_train_epoch_end=False,  # but after validation, before SaveToResume
-            )
-        )
-    console = Console()
-    bar = around.progress and (console.is_terminal or console.is_jupyter)
-    if around.progress:
-        callbacks.append(RichProgressBar() if bar else Lines(keep, who))
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    noises = (
-        ".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*",
-        ".*your dataloader is not resumable.*",  # it is: the batch of a step is a function of it
-        ".*torch.distributed is disabled, unavailable or uninitialized.*",  # shards of one process
-    )  # fmt: skip
-    for noise in noises:
-        warnings.filterwarnings("ignore", noise)
-    plugins: list = [CheckpointFile()]
-    if where.total > 1 and started_outside():
-        plugins.append(TorchElasticEnvironment())  # also where another launcher says the same
-    return lightning.Trainer(
-        max_steps=stage.steps,
-        max_epochs=stage.steps // stage.pass_steps,
-        accelerator=where.device.type,
-        devices=where.each if where.device.index is None else [where.device.index],
-        num_nodes=where.nodes,
-        # Which parameters the objectives read is theirs to know: the item head of a stage without
-        # item prediction has no gradient, and DDP would wait for it.
-        strategy="ddp_find_unused_parameters_true" if where.total > 1 else "auto",
-        precision=stage.precision,
-        callbacks=callbacks,
-        plugins=plugins,
-        logger=[
-            *around.loggers,
-            Csv(output, TRAINING),
-            Csv(output, VALIDATION),
-            TensorBoardLogger(output, name="tensorboard", version=""),
-        ],
-        num_sanity_val_steps=0,
-        enable_progress_bar=bar,
-        enable_model_summary=False,
-        log_every_n_steps=min(10, stage.pass_steps),
-        use_distributed_sampler=False,
-    )
