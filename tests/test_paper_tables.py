@@ -35,6 +35,7 @@ SOME = {
     ("survey", "bert4rec.none"), ("survey", "bert4rec.model.nip.meta"),
     ("survey", "caser.embedding.mip.meta"), ("survey_ratings", "dacf.model"),
     ("adaptssr", "adaptssr.age"), ("clue", "figure4.0.4"), ("contrastive", "beauty.sasrec"),
+    ("contrastive", "beauty.duorec-cosine.time"),
     ("contrastive", "beauty.ccl.time"), ("contrastive", "beauty.adaptssr.steps"),
 }  # fmt: skip
 
@@ -179,7 +180,8 @@ def test_equal_time_is_equal_time():
         made = contrastive.cells()
         for method in (*contrastive.JOINT, *contrastive.BEFORE):
             each = contrastive.BEFORE.get(method, ())
-            names = [*(training for training, _, _ in each), "sasrec" if each else method]
+            last = "sasrec" if each else contrastive.JOINT[method][0]
+            names = [*(training for training, _, _ in each), last]
             costs = [contrastive.COSTS[key][list(contrastive.DATA).index(name)] for key in names]
             steps = {
                 kind: [asked_steps(run) for run in made[f"{name}.{method}.{kind}"].runs]

@@ -49,7 +49,12 @@ COSTS = {
     "masked": (0.64, 0.69, 0.70, 0.80),
     "ranking": (0.89, 1.80, 0.70, 1.95),
 }
-JOINT = ("cl4srec", "duorec", "coserec")
+# Recipe and flags: the presets of the papers, and two of them with cosines in place of products.
+COSINE = "--pretraining.objectives.contrast.similarity=cosine"
+JOINT = {
+    "cl4srec": ("cl4srec",), "duorec": ("duorec",), "coserec": ("coserec",),
+    "cl4srec-cosine": ("cl4srec", COSINE), "duorec-cosine": ("duorec", COSINE),
+}  # fmt: skip
 # Method -> its trainings before that of next items: (name, stage, recipe).
 BEFORE = {
     "ccl": (("filler", "pretraining", "bert4rec"), ("ccl", "pretraining", "ccl")),
@@ -91,9 +96,9 @@ def curriculum(steps: int) -> str:
     return f"--pretraining.views={{main: null, a: {view}, b: {view}}}"
 
 
-def joint(cell: str, name: str, recipe: str, kind: str) -> tuple[Run, ...]:
+def joint(cell: str, name: str, kind: str, recipe: str, *extra: str) -> tuple[Run, ...]:
     steps = steps_of(name, recipe, 1.0, kind)
-    own = flags(name, "pretraining", steps, recipe)
+    own = (*flags(name, "pretraining", steps, recipe), *extra)
     return (Run(cell, "pretrain", "pretraining", own),)
 
 
@@ -124,11 +129,11 @@ def two_stages(cell: str, name: str, method: str, kind: str) -> tuple[Run, ...]:
 def cells() -> dict[str, Cell]:
     made = {}
     for name in DATA:
-        found = {f"{name}.sasrec": joint(f"{name}.sasrec", name, "sasrec", "steps")}
+        found = {f"{name}.sasrec": joint(f"{name}.sasrec", name, "steps", "sasrec")}
         for kind in ("time", "steps"):
             for method in JOINT:
                 cell = f"{name}.{method}.{kind}"
-                found[cell] = joint(cell, name, method, kind)
+                found[cell] = joint(cell, name, kind, *JOINT[method])
             for method in BEFORE:
                 cell = f"{name}.{method}.{kind}"
                 found[cell] = two_stages(cell, name, method, kind)
