@@ -36,7 +36,8 @@ def main() -> None:
             sys.exit(f"fastrec: error: {missing}")
         if missing.name.startswith("fastrec"):
             raise
-        sys.exit(f"fastrec: error: {missing.name} is missing: pip install 'fastrec[train]'")
+        package = missing.name.split(".")[0]
+        sys.exit(f"fastrec: error: {package} is missing: pip install 'fastrec[train]'")
 
 
 if __name__ == "__main__":

@@ -209,8 +209,10 @@ def recommend(
         if given is None:
             recommender.check_users(asked)  # of all parts, before any work
             everyone = _part_of(dataset.user_ids().tolist() if asked is None else asked, part)
-            blocks = row_blocks(len(everyone), USERS) or [slice(0, 0)]
+            blocks = row_blocks(len(everyone), USERS)
             parts = (ask(everyone[block]) for block in blocks)
+            if not blocks:  # a part without users is a table without rows
+                parts = [ask(dataset.user_ids()[:1].tolist()).clear()]
         else:
             everyone, parts = given, [ask(histories=given)]
         counts: list[tuple[int, int]] = []

@@ -137,8 +137,12 @@ def test_users_in_parts_are_all_users(runs, tmp_path, monkeypatch, capsys, endin
     two = f"--users={tmp_path / 'two.txt'}"
     some = [recommended(f"two-{number}", f"--part={number}/3", two) for number in (2, 3)]
     assert [part["user_id"].unique().to_list() for part in some] == [["u7"], ["u3"]]
-    with pytest.raises(SystemExit, match="the list of users is empty"):
-        recommended("two-1", "--part=1/3", two)
+    none = recommended("two-1", "--part=1/3", two)  # more parts than users: one has no rows
+    assert none.schema == some[0].schema or (ending == "csv" and none.columns == some[0].columns)
+    assert none.height == 0
+    (tmp_path / "nobody.txt").write_text("")
+    with pytest.raises(SystemExit, match="the list of users is empty|nobody.txt"):
+        recommended("nobody", f"--users={tmp_path / 'nobody.txt'}")
     (tmp_path / "unknown.txt").write_text("u7\n" * 40 + "nobody\n")
     with pytest.raises(SystemExit, match="1 of 41 users are not in the data set, the first is 'no"):
         recommended("unknown", f"--users={tmp_path / 'unknown.txt'}")
@@ -474,7 +478,11 @@ def test_a_sweep_of_a_switch_and_of_a_step():
         with_value(Recipe(), switch, 1)
     with pytest.raises(ValueError, match="expected another float, got True"):
         with_value(Recipe(), "model.dropout", True)
+    for key, value in (("pretraining.dropout", "a"), ("pretraining.monitor", 5)):
+        with pytest.raises(ValueError, match=rf"{key.split('.')[1]} is {value!r}, expected a"):
+            with_value(Recipe(pretraining=Stage()), key, value)
     chosen = Recipe(pretraining=from_values(Stage, recipes.load("uprec")["pretraining"]))
+    assert with_value(chosen, "pretraining.dropout", 0).pretraining.dropout == 0.0
     swept = with_value(chosen, "pretraining.views.main.1.mask.share", 1)
     assert [step.part for step in swept.pretraining.views["main"]] == [Friend(), Mask(share=1.0)]
     assert chosen.pretraining.views["main"][1].part == Mask(share=0.2), "it is left as it was"

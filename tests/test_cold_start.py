@@ -26,12 +26,19 @@ from fastrec.data.loader import SequenceLoader
 from fastrec.data.prepare import prepare
 from fastrec.data.prepare.side_tables import read_cold_items
 from fastrec.data.side import SideData
+from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.insert import Insert
+from fastrec.data.steps.one_of import OneOf
+from fastrec.data.steps.same_target import SameTarget
+from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import Views
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.nn.pool import Interests
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.align import Align
 from fastrec.objectives.cold_start import ColdItemPrediction, ColdStart
+from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
@@ -290,10 +297,13 @@ def test_stages_that_cannot_be_are_refused():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(ValueError, match="step friend has no place in a stage with judge"):
-        from fastrec.data.steps.friend import Friend
-
-        cold_stage(views={"main": [Friend()]})
+    for step in (Friend(), Substitute(), Insert(), SameTarget(), OneOf([Crop(), Insert()])):
+        with pytest.raises(ValueError, match=r"the step \w+ has no place in a stage with judge"):
+            cold_stage(views={"main": [step]})
+    contrast = Contrast(["main", "b"], false_negatives=["profile"])
+    two = Objectives(cold_start=ColdStart(), contrast=contrast)
+    with pytest.raises(ValueError, match="profile has no place in a stage with judge: cold_start"):
+        cold_stage(objectives=two, views={"main": [], "b": []})
     two = Objectives(cold_start=ColdStart(), align=Align(["main", "b"]))
     assert cold_stage(objectives=two, views={"main": [], "b": []}).monitored == "MRR@10"
     with pytest.raises(ValueError, match="cold_start needs a stage with judge: cold_start"):

@@ -37,6 +37,13 @@ def test_numbers_are_standardised_by_the_training_users():
     assert encoded.outputs == 1 and encoded.unit == 10 / 100
 
 
+@pytest.mark.parametrize("missing", [0, 3])
+def test_fifty_integers_are_classes_whether_some_are_missing_or_not(missing):
+    values = [*range(50), *[None] * missing]
+    assert encode(Attribute("age"), values, range(50)).outputs == 50
+    assert encode(Attribute("age"), [*range(51), *[None] * missing], range(50)).outputs == 1
+
+
 def test_logarithm_and_integers():
     encoded = encode(Attribute("plays", log=True), [0, 9, 99], [0, 1, 2])
     z = np.log1p([0, 9, 99])

@@ -20,6 +20,15 @@ def dataset(tmp_path_factory):
     return generate(path, num_users=8_000, num_items=2_000, seed=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_communities", -1), ("num_communities", 0), ("mean_friends", -1.0),
+                        ("zipf", float("nan"))],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_named(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        generate(tmp_path / "d", num_users=50, num_items=50, **{name: value})
+
+
 def digest(path):
     names = ("values.npy", "offsets.npy", "schema.json")
     return [hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names]

@@ -34,6 +34,16 @@ def test_candidates_share_ties():
     assert rank_candidates(query, table, bias, torch.tensor([[0, 1, 2, 3]])).tolist() == [2.5]
 
 
+@pytest.mark.parametrize("number", [2, 3, 10, 31, 91, 100])
+@pytest.mark.parametrize("width", [5, 64, 100])
+def test_equal_candidates_tie_whatever_their_number(number, width):
+    """A batched product summed the last of them in another order, to other bits."""
+    table = torch.randn(1, width).expand(200, width).contiguous()
+    candidates = torch.randint(200, (300, number))
+    ranks = rank_candidates(torch.randn(300, width), table, torch.zeros(200), candidates)
+    assert ranks.tolist() == [(number + 1) / 2] * 300
+
+
 @pytest.mark.parametrize("seen", ["none", "exclude"])
 def test_full_ranks_equal_a_stable_sort(seen):
     dataset = dataset_of([[5, 1, 1, 9], [20, 3, 20], [7, 7, 7], [0, 52, 30, 5], [2, 51, 52]], 53)

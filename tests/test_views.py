@@ -186,3 +186,23 @@ def test_the_parts_of_a_view():
 def test_steps_of_one_kind_in_a_view_are_refused(steps):
     with pytest.raises(ValueError, match=r"view 'main' has (Mask|Crop) twice: both would draw"):
         made_of({"main": steps})
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [Crop(), Crop()],
+        [Crop(), OneOf([Crop(), Mask()])],
+        [OneOf([Crop(), Mask()]), Crop()],
+        [OneOf([Mask(), OneOf([Crop(), Reorder()])])],
+        [OneOf([Crop(), Mask()]), OneOf([Reorder(), NextItem()], independent=True)],
+    ],
+)
+def test_what_would_draw_the_same_numbers_twice_is_refused(steps):
+    """Also inside of choices: the choice of a nested one followed from that of the outer one."""
+    with pytest.raises(ValueError, match="twice: both would draw the same numbers"):
+        made_of({"main": steps})
+
+
+def test_of_a_choice_a_sequence_takes_one_step():
+    made_of({"main": [OneOf([Crop(keep=0.5), Crop(keep=0.8), Mask(share=0.2)])]})

@@ -157,7 +157,7 @@ def _kind(attribute: Attribute, column, file) -> str:
         return "discrete"
     if column.dtype.is_float() or attribute.log:
         return "numeric"
-    return "numeric" if numeric and column.n_unique() > FEW else "discrete"
+    return "numeric" if numeric and column.drop_nulls().n_unique() > FEW else "discrete"
 
 
 def _numbers(column, attribute: Attribute, file) -> np.ndarray:

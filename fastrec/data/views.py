@@ -59,11 +59,10 @@ class Views:
                 raise ValueError(
                     f"view {name!r} takes {source!r} again, which does not stand before it"
                 )
-            kinds = [type(getattr(step, "part", step)) for step in steps]
-            twice = [kind for kind in kinds if kinds.count(kind) > 1]
-            if twice and twice[0].__module__.startswith("fastrec."):
+            twice = _twice(steps)
+            if twice is not None:
                 raise ValueError(
-                    f"view {name!r} has {twice[0].__name__} twice: both would draw the same numbers"
+                    f"view {name!r} has {twice.__name__} twice: both would draw the same numbers"
                 )
 
     def __call__(self, batch: JaggedBatch, rng: Rng, shard: Shard) -> dict[str, JaggedBatch]:
@@ -90,6 +89,22 @@ class Views:
 
 def extra(steps: list) -> int:
     return max((getattr(step, "extra", 0) for step in steps), default=0)
+
+
+def _twice(steps: list, before: frozenset[type] = frozenset()) -> type | None:
+    """A kind of step that may change a sequence after another one of its kind, in `before` or in
+    front of it; one's own kinds draw as they like. Of a choice a sequence takes one step."""
+    for step in steps:
+        part = getattr(step, "part", step)
+        kind, choices = type(part), getattr(part, "steps", [])
+        if kind in before and kind.__module__.startswith("fastrec."):
+            return kind
+        before |= {kind}
+        for choice in choices:
+            if (inner := _twice([choice], before)) is not None:
+                return inner
+        before |= {type(each) for each in parts_of(choices)}
+    return None
 
 
 def parts_of(steps: list) -> Iterator:

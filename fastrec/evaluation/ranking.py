@@ -25,8 +25,9 @@ def rank_candidates(query: Tensor, table: Tensor, bias: Tensor, candidates: Tens
 
 
 def candidate_scores(query: Tensor, table: Tensor, bias: Tensor, candidates: Tensor) -> Tensor:
-    """[N, C]: the scores of `candidates`, int64 [N, C]."""
-    return torch.einsum("nd,ncd->nc", query, table[candidates]) + bias[candidates]
+    """[N, C]: the scores of `candidates`, int64 [N, C]. Each is summed alike, so that equal items
+    have equal scores: a batched product may sum the last candidates in another order."""
+    return (table[candidates] * query.unsqueeze(1)).sum(2) + bias[candidates]
 
 
 def others_above(ranks: Tensor, scores: Tensor, offsets: Tensor) -> Tensor:

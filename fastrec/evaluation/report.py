@@ -142,7 +142,7 @@ def plot_plane(
     known = column.is_not_null().to_numpy()
     if not known.all():
         axes.scatter(x[~known], y[~known], color="0.8", label="unknown", **style)
-    if column.dtype.is_numeric() and column.n_unique() > _CLASSES:
+    if column.dtype.is_numeric() and column.drop_nulls().n_unique() > _CLASSES:
         values = column.drop_nulls().to_numpy().astype(np.float64)
         shown = axes.scatter(x[known], y[known], c=values, cmap="viridis", label="known", **style)
         figure.colorbar(shown, label=name)

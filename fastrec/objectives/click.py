@@ -56,8 +56,6 @@ class Click:
             raise ValueError("click.by has no effect: click.negatives is 0")
 
     def build(self, model, side: SideData) -> "ClickPrediction":
-        if model.sparse_tables:
-            raise ValueError("the objective click needs tables.update: all")
         if model.num_users:
             model.check_users(side.dataset)
             side.user_columns["user"] = torch.arange(model.num_users, device="cpu")

@@ -25,10 +25,15 @@ import torch
 
 from fastrec.data.dataset_files import COLD, features_file
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
+from fastrec.data.steps.friend import Friend
 from fastrec.nn.model_config import ModelConfig, described
+from fastrec.nn.model_files import WEIGHTS
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.item_attributes import ItemAttributes
+from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Recipe
 from fastrec.training.model_folder import read_trained_on
+from fastrec.training.stage import Stage
 
 # Of the stage: neither the data nor the weights of the steps done so far depend on these, nor on
 # the number of steps where the learning rate does not.
@@ -66,11 +71,44 @@ def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     data |= {name: dataset.column_hash(name) for name in read}
     digests = dataset.schema.get("digests", {})
     files = [features_file(name) for name in recipe.model.items.features]
+    files += _tables(recipe, recipe.stage(stage))
     data |= {file: digests.get(file, "")[:16] for file in files}
+    data |= _others(recipe, recipe.stage(stage))
     if recipe.stage(stage).judge == "cold_start":
         data |= {"rows": digests.get(COLD), "cold_items": plain(recipe.cold_items)}
     values = {"recipe": plain(recipe), "stage": {**data, **plain(recipe.stage(stage))}}
     return json.loads(json.dumps(values))
+
+
+def _tables(recipe: Recipe, stage: Stage) -> list[str]:
+    """The tables of users, items and friends that a stage reads beside the events."""
+    objectives, steps = list(stage.parts.values()), stage.steps_of_views
+    friends = [part for part in steps if isinstance(part, Friend)]
+    profiles = [part for part in objectives if "profile" in getattr(part, "false_negatives", [])]
+    profiles += [part for part in friends if part.same_profile]
+    users = any(isinstance(part, UserAttributes) for part in objectives)
+    items = any(isinstance(part, ItemAttributes) for part in objectives)
+    read = {
+        "users.parquet": users or stage.judge == "attributes" or bool(profiles),
+        "items.parquet": items or bool(recipe.model.items.attributes) or recipe.texts is not None,
+        "relations.parquet": bool(friends) or stage.judge == "friends",
+    }
+    return [file for file, is_read in read.items() if is_read]
+
+
+def _others(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """What is in the files that settings name: other weights may come to the same path."""
+    similar = None if stage.similar is None else stage.similar.model
+    files = {"filler": stage.filler, "similar": similar}
+    found = {
+        f"{name} weights": _digest(path, path.stat().st_size)[:16]
+        for name, folder in files.items()
+        if folder is not None and (path := Path(folder) / WEIGHTS).is_file()
+    }
+    file = recipe.evaluation.negatives_file
+    if file is not None and Path(file).is_file():
+        found["negatives"] = _digest(Path(file), Path(file).stat().st_size)[:16]
+    return found
 
 
 def identity(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:

@@ -67,6 +67,8 @@ def evaluate_stage(
         return _rating(dataset, recipe, stage, model, folder, split, group)
     if stage.judge == "click":
         return _click(dataset, recipe, stage, model, folder, split, group)
+    if split != "test":
+        raise ValueError(f"--split {split} has no effect: this stage judges {stage.judge}")
     if stage.judge == "attributes":
         return _attributes(dataset, recipe, model, folder, group)
     return _friends(dataset, recipe, stage, model, folder, group)

@@ -12,6 +12,7 @@ from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.parts import Step
+from fastrec.data.steps.same_target import SameTarget
 from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import parts_of
 from fastrec.nn.encoders.sublayers import PatchForm
@@ -23,6 +24,11 @@ from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.rows import Tables
+
+# Steps that ask who a user is, or what other users have.
+_OF_USERS = {
+    Friend: "friend", Substitute: "substitute", Insert: "insert", SameTarget: "same_target",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -235,8 +241,13 @@ class Stage:
         for name, part in self.parts.items():
             if isinstance(part, (Item, Friends, UserAttributes)):
                 raise ValueError(f"the objective {name} cannot be trained beside {cold[0]}")
-        if any(isinstance(part, Friend) for part in self.steps_of_views):
-            raise ValueError("the step friend has no place in a stage with judge: cold_start")
+        for kind, name in _OF_USERS.items():
+            if any(isinstance(part, kind) for part in self.steps_of_views):
+                raise ValueError(f"the step {name} has no place in a stage with judge: cold_start")
+        if any("profile" in getattr(part, "false_negatives", []) for part in self.parts.values()):
+            raise ValueError(
+                "contrast.false_negatives: profile has no place in a stage with judge: cold_start"
+            )
 
     def _check_labels(self) -> None:
         """Clicks that are labelled are predicted."""

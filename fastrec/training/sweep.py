@@ -5,9 +5,11 @@ import dataclasses
 import json
 from pathlib import Path
 from statistics import mean, stdev
+from typing import get_type_hints
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.output import locked, write_text
+from fastrec.data.settings import from_values
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_sweep, print_table
 from fastrec.nn.model_files import read_json
@@ -43,7 +45,9 @@ def with_value(recipe, key: str, value):
         raise ValueError(f"{name!r} has no key {rest!r}")
     else:
         new = float(value) if isinstance(old, float) and type(value) is int else value
-        if old is not None and type(new) is not type(old):
+        if old is None and dataclasses.is_dataclass(recipe):
+            new = from_values(get_type_hints(type(recipe))[name], value, key)
+        elif old is not None and type(new) is not type(old):
             raise ValueError(
                 f"{key} is {old!r}, expected another {type(old).__name__}, got {value!r}"
             )
