@@ -98,7 +98,7 @@ def in_batch_cross_entropy_fwd(
     query, candidate, bias, positive, query_group, candidate_group, exclude_values,
     exclude_offsets, with_direction,
 ):  # fmt: skip
-    config = options_of(query, float32_products())["fwd"]
+    config = options_of(query, float32_products(query.device))["fwd"]
     query, candidate, positive = query.contiguous(), candidate.contiguous(), positive.contiguous()
     bias = None if bias is None else bias.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
@@ -133,7 +133,7 @@ def in_batch_cross_entropy_bwd(
     query, candidate, bias, positive, query_group, candidate_group, exclude_values,
     exclude_offsets, loss, lse, grad_loss,
 ):  # fmt: skip
-    config = options_of(query, float32_products())["bwd"]
+    config = options_of(query, float32_products(query.device))["bwd"]
     query, candidate, positive = query.contiguous(), candidate.contiguous(), positive.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
     # -g (1 - p of the positive); its own vector, because p - 1 would cancel.

@@ -313,7 +313,7 @@ def _launch(kernel, query, offsets, max_seq_len):
     if query.dtype == torch.float64:
         raise RuntimeError("jagged_attention has no float64 triton kernel, query is float64")
     options = _config(
-        kernel, query.shape[2], query.dtype, max_seq_len, float32_products(),
+        kernel, query.shape[2], query.dtype, max_seq_len, float32_products(query.device),
         capability_of(query.device),
     )  # fmt: skip
     # Sequences on x: the other axes end at 65,535.

@@ -113,7 +113,7 @@ def _options(input: torch.Tensor, linear_weight: torch.Tensor) -> dict[str, dict
                 f"linear_cross_entropy has no float64 triton kernel, {name} is float64"
             )
     return _config(
-        input.shape[1], input.dtype, linear_weight.dtype, float32_products(),
+        input.shape[1], input.dtype, linear_weight.dtype, float32_products(input.device),
         capability_of(input.device),
     )  # fmt: skip
 

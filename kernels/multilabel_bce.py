@@ -215,7 +215,7 @@ def _options(input: torch.Tensor) -> dict:
             f" {input.shape[1]} columns: backend='reference' stores the logits"
         )
     return _config(
-        input.shape[1], input.dtype, float32_products(), capability_of(input.device)
+        input.shape[1], input.dtype, float32_products(input.device), capability_of(input.device)
     )  # fmt: skip
 
 

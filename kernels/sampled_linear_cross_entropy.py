@@ -58,7 +58,8 @@ def _check(input, linear_weight):
 
 def _shared_config(input, backward):
     capability = capability_of(input.device)
-    return shared_config(input.shape[1], input.dtype, backward, float32_products(), capability)
+    products = float32_products(input.device)
+    return shared_config(input.shape[1], input.dtype, backward, products, capability)
 
 
 def _shared_operands(linear_weight, linear_bias, log_q, negatives):

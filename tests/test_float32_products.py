@@ -30,6 +30,9 @@ OPS = (
 )
 
 
+CPU = torch.device("cpu")  # stands for sm_90
+
+
 @pytest.fixture
 def ieee():
     before = torch.backends.cuda.matmul.fp32_precision
@@ -60,12 +63,23 @@ def test_every_product_keeps_fifteen_bits():
 
 
 def test_who_asks_gets_ieee(ieee):
-    assert tiles.float32_products() == "ieee"
+    assert tiles.float32_products(CPU) == "ieee"
     assert launchers._options(torch.ones(1, 64), torch.ones(1, 64))["fwd"]["PRECISION"] == "ieee"
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100, 103, 120])
+@pytest.mark.parametrize("version", [(3, 6), (3, 8), (3, 9), (4, 0)])
+def test_products_that_are_added_to_the_same_are_not_split_by_old_tritons_on_blackwell(
+    capability, version, monkeypatch
+):
+    monkeypatch.setattr(tiles, "capability_of", lambda device: capability)
+    monkeypatch.setattr(tiles, "TRITON", version)
+    wrong = capability >= 100 and version < (3, 9)
+    assert tiles.float32_products(CPU) == ("ieee" if wrong else "bf16x3")
+
+
 def test_without_a_wish_products_are_split():
-    assert tiles.float32_products() == "bf16x3"
+    assert tiles.float32_products(CPU) == "bf16x3"
     single, half = torch.ones(1, 64), torch.ones(1, 64, dtype=torch.bfloat16)
     assert launchers._options(single, single)["bwd"]["PRECISION"] == "bf16x3"
     assert launchers._options(half, single)["bwd"]["PRECISION"] != "bf16x3"

@@ -86,3 +86,27 @@ def test_a_table_in_columns_beyond_32_bits(tmp_path):
         )
     ]
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("loss", ["bce", "gbce"])
+def test_gradients_of_many_easy_shared_negatives_are_not_lost_in_float16(loss):
+    """8,192 negatives of probability 3e-4: divided by their number each was 0 in float16."""
+    x, w = 0.1 * torch.randn(4, 16), torch.rand(301, 16)
+    w[0] = 0.0  # of the targets, whose gradient would hide that of the negatives
+    bias, target = torch.full((301,), -8.0), torch.zeros(4, dtype=torch.int64)
+    negatives = torch.randint(1, 301, (8192,))
+
+    def gradient(dtype, backend):
+        given = x.to(torch.float16).to(dtype).requires_grad_()
+        found = sampled_linear_cross_entropy(
+            given, w.to(torch.float16).to(dtype), target, negatives,
+            linear_bias=bias.to(dtype), loss=loss, num_items=10_000, reduction="sum",
+            backend=backend,
+        )  # fmt: skip
+        found.backward()
+        return given.grad.double()
+
+    exact = gradient(torch.float64, "reference")
+    assert (exact > 1e-5).all()
+    found = gradient(torch.float16, "triton")
+    assert ((found - exact).abs() <= 0.01 * exact).all()

@@ -46,13 +46,14 @@ def _shared_fwd_kernel(
             total, acc, top = total * fade + tl.sum(p, 1), acc * fade[:, None], peak
         else:
             softplus, p = binary(s)
-            total += tl.sum(softplus, 1)
-            p = p / (k + 1.0)
+            total += tl.sum(softplus, 1)  # p is divided behind the sum: in float16 it would be 0
         if WITH_INPUT:
             w_tile = load_rows(w, place, real, d, 1, own, d, BLOCK_D)
             w_tile = round_to(w_tile, x.dtype.element_ty)
             acc = dot(round_to(p, x.dtype.element_ty), w_tile, acc, PRECISION)
     loss, c, lse, left_out, scale = finish(s_y, top, total, k, beta, SOFTMAX)
+    if not SOFTMAX:
+        scale = scale / (k + 1.0)
     scored = live & (y >= 0)
     c = tl.where(scored, c, 0.0)
     if own == 0:

@@ -9,6 +9,7 @@ import triton.language as tl
 from fastrec.backend import interpreting
 
 LOG2E = tl.constexpr(1.4426950408889634)
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SLACK = tl.constexpr(5.5)  # the running shift of a row follows its maximum in steps above e^5.5
 MOST = tl.constexpr(2.0**64)  # of a sum relative to the first tile: e^44 above its maximum
 # The interpreter (Triton 3.6 to 3.9) truncates to bfloat16 and multiplies the bits of bfloat16.
@@ -235,10 +236,15 @@ def sum_ranges(parts: torch.Tensor) -> torch.Tensor:
     return parts.sum(0) if len(parts) > 1 else parts[0]
 
 
-def float32_products() -> str:
+def float32_products(device: torch.device) -> str:
     """How float32 is multiplied, by `torch.backends.cuda.matmul.fp32_precision`: "ieee" where that
-    was asked for, else by tensor cores with errors up to 2^-15 of a product (tf32: 2^-10)."""
-    return "ieee" if torch.backends.cuda.matmul.fp32_precision == "ieee" else "bf16x3"
+    was asked for, else by tensor cores with errors up to 2^-15 of a product (tf32: 2^-10).
+
+    On Blackwell "ieee" before Triton 3.9: earlier ones overlap products that are added to the same
+    numbers, and the result is wrong (triton#10821, mended by triton#10988)."""
+    if torch.backends.cuda.matmul.fp32_precision == "ieee":
+        return "ieee"
+    return "ieee" if capability_of(device) >= 100 and TRITON < (3, 9) else "bf16x3"
 
 
 def allow_tf32(*configs: dict) -> None:

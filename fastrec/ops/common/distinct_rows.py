@@ -48,8 +48,9 @@ def distinct_rows_ref(ids: Tensor) -> tuple[Tensor, Tensor]:
 def sum_rows_ref(grad, place, count, scale) -> Tensor:
     """The oracle: plain PyTorch, any dtype and device."""
     kept = place >= 0
-    entries = torch.sparse_coo_tensor(
-        place[kept][None], grad[kept] * scale, (count, *grad.shape[1:]), device=grad.device,
-        check_invariants=False,
-    )  # fmt: skip  # adds in order, on a GPU too, where index_add_ does not
-    return entries.to_dense()
+    place, grad = place[kept], grad[kept] * scale
+    shape = (count, *grad.shape[1:])
+    if grad.is_cuda:  # this one sorts, and adds in order; what the other one does there is atomic
+        return grad.new_zeros(shape).index_put_((place,), grad, accumulate=True)
+    entries = torch.sparse_coo_tensor(place[None], grad, shape, check_invariants=False)
+    return entries.to_dense()  # adds in order
