@@ -22,7 +22,8 @@ target (RecTools alone).
     cl4srec     SASRec and two augmented views contrasted, as the recipe; RecBole-DA alone
     duorec      the same with a second dropout and a sequence with the same target
 
-RecBole-DA is a copy of RecBole with these two: `recbole`, its folder in PYTHONPATH, NumPy 1.23.
+RecBole-DA is a copy of RecBole 0.2.1 with these two: `recbole`, its folder in PYTHONPATH, NumPy
+1.23, without `--evaluate`.
 
 `source`: a line a user, `user item item ...`, oldest first; the last two items are held out.
 """
@@ -39,8 +40,11 @@ from statistics import median
 from typing import NamedTuple
 
 WIDTH, MASKED, HIDDEN = 64, 0.2, 128
-MODELS = ("bert4rec", "sasrec", "gru4rec", "cl4srec", "duorec")
-CONTRASTED = {"cl4srec": "CL4SRec", "duorec": "DuoRec"}
+MODELS = {  # and their names in RecBole
+    "bert4rec": "BERT4Rec", "sasrec": "SASRec", "gru4rec": "GRU4Rec", "cl4srec": "CL4SRec",
+    "duorec": "DuoRec",
+}  # fmt: skip
+CONTRASTED = ("cl4srec", "duorec")
 
 
 class Task(NamedTuple):
@@ -207,8 +211,7 @@ def recbole(task: Task, folder: Path) -> Trained:
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model
 
-    own = {"bert4rec": "BERT4Rec", "sasrec": "SASRec", "gru4rec": "GRU4Rec"}
-    name = (own | CONTRASTED)[task.model]
+    name = MODELS[task.model]
     if task.model == "gru4rec":
         sizes = dict(embedding_size=WIDTH, hidden_size=HIDDEN, num_layers=1)
         sizes |= dict(dropout_prob=task.dropout)
@@ -280,6 +283,8 @@ def main() -> None:
         parser.error("--negatives is for rectools alone")
     if options.seen == "exclude" and options.package == "recbole":
         parser.error("--seen exclude is not for recbole")
+    if options.evaluate and options.package == "recbole" and options.model in CONTRASTED:
+        parser.error("--evaluate is not for RecBole-DA")
     task = Task(
         options.source.resolve(), options.model, options.steps, options.batch, options.length,
         options.dropout, options.negatives, options.seen,

@@ -99,3 +99,13 @@ def test_another_model_behind_the_same_path_is_another_run(folders, tmp_path, na
         UserModel(dataset.num_items, ModelConfig(width=8, max_len=8)).save_pretrained(folder)
         runs.append(identity(dataset, recipe, "pretraining"))
     assert runs[0] == runs[2] != runs[1]
+
+
+def test_other_negatives_in_the_same_file_are_another_run(folders, tmp_path):
+    dataset, file, runs = SequenceDataset.load(folders / "None"), tmp_path / "negatives.txt", []
+    evaluation = {"candidates": "sampled", "negatives_file": str(file)}
+    recipe = from_values(Recipe, recipes.load("sasrec") | {"evaluation": evaluation})
+    for text in ("u0 i1 i2", "u0 i1 i3", "u0 i1 i2"):
+        file.write_text(text)
+        runs.append(identity(dataset, recipe, "pretraining"))
+    assert runs[0] == runs[2] != runs[1]

@@ -191,7 +191,6 @@ def test_steps_of_one_kind_in_a_view_are_refused(steps):
 @pytest.mark.parametrize(
     "steps",
     [
-        [Crop(), Crop()],
         [Crop(), OneOf([Crop(), Mask()])],
         [OneOf([Crop(), Mask()]), Crop()],
         [OneOf([Mask(), OneOf([Crop(), Reorder()])])],

@@ -5,7 +5,7 @@
 
 HR@10 and NDCG@10 x 100 as mean and standard deviation of the seeds that have both cells; the
 difference of the same users and seeds, averaged over seeds, and its standard error over users; and
-the minutes of a core that one seed took to train.
+the minutes of a core that one seed took to train; of a run that was resumed, since then.
 """
 
 import argparse

@@ -142,12 +142,13 @@ def plot_plane(
     known = column.is_not_null().to_numpy()
     if not known.all():
         axes.scatter(x[~known], y[~known], color="0.8", label="unknown", **style)
-    if column.dtype.is_numeric() and column.drop_nulls().n_unique() > _CLASSES:
-        values = column.drop_nulls().to_numpy().astype(np.float64)
+    values = column.drop_nulls()
+    if column.dtype.is_numeric() and values.n_unique() > _CLASSES:
+        values = values.to_numpy().astype(np.float64)
         shown = axes.scatter(x[known], y[known], c=values, cmap="viridis", label="known", **style)
         figure.colorbar(shown, label=name)
     else:
-        counts = column.drop_nulls().alias("value").value_counts(name="number")
+        counts = values.alias("value").value_counts(name="number")
         counts = counts.sort(["number", "value"], descending=[True, False])["value"]
         texts, top = column.cast(str).to_numpy(), counts.head(_CLASSES - 1).cast(str).to_list()
         rest = known & ~np.isin(texts, top)

@@ -23,14 +23,11 @@ from typing import Any
 
 import torch
 
-from fastrec.data.dataset_files import COLD, features_file
+from fastrec.data.dataset_files import COLD, digest, features_file
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
-from fastrec.data.steps.friend import Friend
 from fastrec.nn.model_config import ModelConfig, described
-from fastrec.nn.model_files import WEIGHTS
+from fastrec.nn.model_files import DIGESTS, WEIGHTS
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.item_attributes import ItemAttributes
-from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Recipe
 from fastrec.training.model_folder import read_trained_on
 from fastrec.training.stage import Stage
@@ -67,48 +64,36 @@ def plain(value: Any) -> Any:
 def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     """recipe.json and stage.json as they are read back."""
     data = {"stage": stage, "items": dataset.items_hash, "events": dataset.events_hash}
-    read = recipe.stage(stage).event_columns(recipe.model.event_columns)
+    current, items = recipe.stage(stage), recipe.model.items
+    read = current.event_columns(recipe.model.event_columns)
     data |= {name: dataset.column_hash(name) for name in read}
     digests = dataset.schema.get("digests", {})
-    files = [features_file(name) for name in recipe.model.items.features]
-    files += _tables(recipe, recipe.stage(stage))
-    data |= {file: digests.get(file, "")[:16] for file in files}
-    data |= _others(recipe, recipe.stage(stage))
-    if recipe.stage(stage).judge == "cold_start":
+    files = {features_file(name) for name in items.features} | current.side_files
+    if items.attributes or recipe.texts is not None:
+        files.add("items.parquet")
+    data |= {file: digests.get(file, "")[:16] for file in sorted(files)}
+    data |= _named(recipe, current)
+    if current.judge == "cold_start":
         data |= {"rows": digests.get(COLD), "cold_items": plain(recipe.cold_items)}
-    values = {"recipe": plain(recipe), "stage": {**data, **plain(recipe.stage(stage))}}
+    values = {"recipe": plain(recipe), "stage": {**data, **plain(current)}}
     return json.loads(json.dumps(values))
 
 
-def _tables(recipe: Recipe, stage: Stage) -> list[str]:
-    """The tables of users, items and friends that a stage reads beside the events."""
-    objectives, steps = list(stage.parts.values()), stage.steps_of_views
-    friends = [part for part in steps if isinstance(part, Friend)]
-    profiles = [part for part in objectives if "profile" in getattr(part, "false_negatives", [])]
-    profiles += [part for part in friends if part.same_profile]
-    users = any(isinstance(part, UserAttributes) for part in objectives)
-    items = any(isinstance(part, ItemAttributes) for part in objectives)
-    read = {
-        "users.parquet": users or stage.judge == "attributes" or bool(profiles),
-        "items.parquet": items or bool(recipe.model.items.attributes) or recipe.texts is not None,
-        "relations.parquet": bool(friends) or stage.judge == "friends",
-    }
-    return [file for file, is_read in read.items() if is_read]
-
-
-def _others(recipe: Recipe, stage: Stage) -> dict[str, str]:
-    """What is in the files that settings name: other weights may come to the same path."""
+def _named(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """Digests of what settings name by a path, to which something else may come. Those of its files
+    stand for a model."""
     similar = None if stage.similar is None else stage.similar.model
-    files = {"filler": stage.filler, "similar": similar}
-    found = {
-        f"{name} weights": _digest(path, path.stat().st_size)[:16]
-        for name, folder in files.items()
-        if folder is not None and (path := Path(folder) / WEIGHTS).is_file()
+    models = {"filler": stage.filler, "similar": similar}
+    named = {
+        f"{name} model": Path(folder) / file
+        for name, folder in models.items()
+        if folder is not None
+        for file in (WEIGHTS, DIGESTS)  # without the second: of an earlier fastrec
+        if (Path(folder) / file).is_file()
     }
-    file = recipe.evaluation.negatives_file
-    if file is not None and Path(file).is_file():
-        found["negatives"] = _digest(Path(file), Path(file).stat().st_size)[:16]
-    return found
+    if recipe.evaluation.negatives_file is not None:
+        named["negatives"] = Path(recipe.evaluation.negatives_file)
+    return {name: digest(file)[:16] for name, file in named.items() if file.is_file()}
 
 
 def identity(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:

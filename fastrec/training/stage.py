@@ -21,6 +21,7 @@ from fastrec.objectives.click import Click
 from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
+from fastrec.objectives.item_attributes import ItemAttributes
 from fastrec.objectives.parts import Objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.rows import Tables
@@ -244,7 +245,7 @@ class Stage:
         for kind, name in _OF_USERS.items():
             if any(isinstance(part, kind) for part in self.steps_of_views):
                 raise ValueError(f"the step {name} has no place in a stage with judge: cold_start")
-        if any("profile" in getattr(part, "false_negatives", []) for part in self.parts.values()):
+        if self._compares_profiles:
             raise ValueError(
                 "contrast.false_negatives: profile has no place in a stage with judge: cold_start"
             )
@@ -286,6 +287,26 @@ class Stage:
         """Columns of events that its steps read, beside those of the model."""
         read = [name for step in self.steps_of_views for name in getattr(step, "event_columns", ())]
         return [*model, *dict.fromkeys(name for name in read if name not in model)]
+
+    @property
+    def side_files(self) -> set[str]:
+        """Files of a data set that it reads beside the events and what its model reads."""
+        objectives = self.parts.values()
+        friends = [part for part in self.steps_of_views if isinstance(part, Friend)]
+        described = any(isinstance(part, UserAttributes) for part in objectives)
+        described |= self._compares_profiles or any(part.same_profile for part in friends)
+        read = {
+            "users.parquet": described or self.judge == "attributes",
+            "items.parquet": any(isinstance(part, ItemAttributes) for part in objectives),
+            "relations.parquet": bool(friends) or self.judge == "friends",
+        }
+        return {file for file, is_read in read.items() if is_read}
+
+    @property
+    def _compares_profiles(self) -> bool:
+        return any(
+            "profile" in getattr(part, "false_negatives", []) for part in self.parts.values()
+        )
 
     @property
     def pass_steps(self) -> int:

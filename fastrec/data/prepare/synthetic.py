@@ -62,14 +62,13 @@ def generate(
     """
     import polars as pl
 
-    for name, value, least in (("num_users", num_users, 2), ("num_items", num_items, 10)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if num_communities is not None and num_communities < 1:
-        raise ValueError(f"num_communities must be at least 1, got {num_communities}")
-    for name, number in (("mean_friends", mean_friends), ("zipf", zipf)):
-        if not number >= 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+    least = {"num_users": (num_users, 2), "num_items": (num_items, 10), "zipf": (zipf, 0),
+             "mean_friends": (mean_friends, 0)}  # fmt: skip
+    if num_communities is not None:
+        least["num_communities"] = (num_communities, 1)
+    for name, (value, bound) in least.items():
+        if not value >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
     if not (0 <= walk <= 1 and 0 <= new_session <= 1):
         raise ValueError(f"walk and new_session are probabilities, got {walk} and {new_session}")
     if max_length < _MIN_LENGTH:
