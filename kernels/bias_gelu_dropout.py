@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.dropout import row_mask
-from fastrec.kernels.common.rows import dense, row_ranges, rows_of
+from fastrec.kernels.common.rows import dense, in_vectors, row_ranges, rows_of
 from fastrec.kernels.common.tiles import round_to
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
@@ -31,8 +31,9 @@ def _load_biased(input, bias, row, col, keep, d, stride_input):
 def _fwd_kernel(
     input, bias, keys, positions, rng, output,
     n, d, stride_input, scale, drop, layer,
-    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    d, stride_input = d * VEC, stride_input * VEC
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
     col = tile * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -54,8 +55,9 @@ def _fwd_kernel(
 def _bwd_kernel(
     grad_output, input, bias, keys, positions, rng, grad_input, partials,
     n, d, per_program, stride_output, stride_input, scale, drop, layer,
-    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    d, stride_output, stride_input = d * VEC, stride_output * VEC, stride_input * VEC
     program = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     col = tile * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -99,11 +101,11 @@ def bias_gelu_dropout_fwd(input, bias, keys, positions, rng, drop, site, layer):
     if n == 0 or d == 0:
         return output
     input, config = rows_of(input), _config(d)
+    vector, sizes = in_vectors(d, input.stride(0))
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(d, config["BLOCK_D"]))](
             input, *dense(bias, keys, positions, rng), output,
-            n, d, input.stride(0), 256 / (256 - drop), drop, layer,
-            SITE=site, **config,
+            n, *sizes, 256 / (256 - drop), drop, layer, SITE=site, VEC=vector, **config,
         )  # fmt: skip
     return output
 
@@ -116,11 +118,12 @@ def bias_gelu_dropout_bwd(grad_output, input, bias, keys, positions, rng, drop, 
     partials = input.new_zeros(programs, d, dtype=torch.float32)
     if n > 0 and d > 0:
         grad_output, input = rows_of(grad_output), rows_of(input)
+        vector, sizes = in_vectors(d, grad_output.stride(0), input.stride(0))
         with torch.cuda.device_of(input):
             _bwd_kernel[(programs, triton.cdiv(d, config["BLOCK_D"]))](
                 grad_output, input, *dense(bias, keys, positions, rng), grad_input, partials,
-                n, d, per_program, grad_output.stride(0), input.stride(0),
-                256 / (256 - drop), drop, layer, SITE=site, **config,
+                n, sizes[0], per_program, *sizes[1:], 256 / (256 - drop), drop, layer,
+                SITE=site, VEC=vector, **config,
             )  # fmt: skip
     grad_bias = input.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
     return grad_input, grad_bias

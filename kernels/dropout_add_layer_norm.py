@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.dropout import row_mask
-from fastrec.kernels.common.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.common.rows import WIDEST, dense, in_vectors, row_ranges, rows_of
 from fastrec.kernels.common.tiles import round_to
 
 
@@ -17,8 +17,9 @@ from fastrec.kernels.common.tiles import round_to
 def _fwd_kernel(
     input, residual, weight, bias, keys, positions, rng, output, sum_out, mean_out, rstd_out,
     n, d, stride_input, stride_residual, eps, scale, drop, layer,
-    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    d, stride_input, stride_residual = d * VEC, stride_input * VEC, stride_residual * VEC
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
     live, real = row < n, col < d
@@ -57,8 +58,10 @@ def _bwd_kernel(
     grad_output, grad_sum, sum, mean, rstd, weight, keys, positions, rng,
     grad_input, grad_residual, partials,
     n, d, per_program, stride_output, stride_gsum, stride_sum, scale, drop, layer,
-    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    d, stride_output = d * VEC, stride_output * VEC
+    stride_gsum, stride_sum = stride_gsum * VEC, stride_sum * VEC
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
     real = col < d
@@ -128,12 +131,12 @@ def dropout_add_layer_norm_fwd(
     if n == 0 or d == 0:
         return output, sum, mean.fill_(0), rstd.fill_(0)
     input, residual, config = rows_of(input), rows_of(residual), _config(d)
+    vector, sizes = in_vectors(d, input.stride(0), 0 if residual is None else residual.stride(0))
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]),)](
             input, residual, *dense(weight, bias, keys, positions, rng),
             output, sum if sum.shape[0] else None, mean, rstd,
-            n, d, input.stride(0), 0 if residual is None else residual.stride(0), eps,
-            256 / (256 - drop), drop, layer, SITE=site, **config,
+            n, *sizes, eps, 256 / (256 - drop), drop, layer, SITE=site, VEC=vector, **config,
         )  # fmt: skip
     return output, sum, mean, rstd
 
@@ -153,12 +156,13 @@ def dropout_add_layer_norm_bwd(
     if n > 0 and d > 0:
         grad_output, grad_sum, sum = rows_of(grad_output), rows_of(grad_sum), rows_of(sum)
         strides = (0 if t is None else t.stride(0) for t in (grad_output, grad_sum, sum))
+        vector, (columns, *strides) = in_vectors(d, *strides)
         with torch.cuda.device_of(sum):
             _bwd_kernel[(programs,)](
                 grad_output, grad_sum, sum, *dense(mean, rstd, weight, keys, positions, rng),
                 None if both else grad_input, grad_residual, partials,
-                n, d, per_program, *strides, 256 / (256 - drop), drop, layer,
-                SITE=site, **config,
+                n, columns, per_program, *strides, 256 / (256 - drop), drop, layer,
+                SITE=site, VEC=vector, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (

@@ -16,6 +16,7 @@ from fastrec.kernels.common.in_batch_cross_entropy_sweeps import (
     _fwd_kernel,
 )
 from fastrec.kernels.common.in_batch_pairs import by_column, lists_of
+from fastrec.kernels.common.rows import cut_columns, pad_columns
 from fastrec.kernels.common.tiles import (
     capability_of,
     float32_products,
@@ -98,6 +99,8 @@ def in_batch_cross_entropy_fwd(
     query, candidate, bias, positive, query_group, candidate_group, exclude_values,
     exclude_offsets, with_direction,
 ):  # fmt: skip
+    width = query.shape[1]
+    query, candidate = pad_columns(query, candidate)
     config = options_of(query, float32_products(query.device))["fwd"]
     query, candidate, positive = query.contiguous(), candidate.contiguous(), positive.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -106,7 +109,7 @@ def in_batch_cross_entropy_fwd(
     loss, lse = torch.empty(n, **vector), torch.empty(2, n, **vector)
     direction = torch.empty(n if with_direction else 0, d, **vector)
     if n == 0:
-        return loss, lse, direction
+        return loss, lse, cut_columns(direction, width)
     blocks = triton.cdiv(n, config["BLOCK_B"])
     ranges, per_range = ranges_of(query.device, blocks, triton.cdiv(v, config["BLOCK_C"]))
     places = ranges * blocks * config["BLOCK_B"]
@@ -126,13 +129,15 @@ def in_batch_cross_entropy_fwd(
             **{key: config[key] for key in ("BLOCK_B", "BLOCK_D", "CHUNKS")},
             WITH_MEAN=with_direction,
         )  # fmt: skip
-    return loss, lse, direction
+    return loss, lse, cut_columns(direction, width)
 
 
 def in_batch_cross_entropy_bwd(
     query, candidate, bias, positive, query_group, candidate_group, exclude_values,
     exclude_offsets, loss, lse, grad_loss,
 ):  # fmt: skip
+    width = query.shape[1]
+    query, candidate = pad_columns(query, candidate)
     config = options_of(query, float32_products(query.device))["bwd"]
     query, candidate, positive = query.contiguous(), candidate.contiguous(), positive.contiguous()
     (n, d), v = query.shape, candidate.shape[0]
@@ -162,4 +167,4 @@ def in_batch_cross_entropy_bwd(
             grad_candidate, grad_bias, n, v, d, per_range,
             COLUMNS=0 if query_group is None else query_group.shape[1], **config,
         )  # fmt: skip
-    return sum_ranges(grad_candidate), sum_ranges(grad_bias)
+    return cut_columns(sum_ranges(grad_candidate), width), sum_ranges(grad_bias)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.philox import draws, philox_key
-from fastrec.kernels.common.rows import dense
+from fastrec.kernels.common.rows import dense, in_vectors
 from fastrec.kernels.common.tiles import (
     LOG2E,
     capability_of,
@@ -114,9 +114,12 @@ def _fwd_kernel(
     events, heads, d, scale, keep_scale, drop, layer,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     SITE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VEC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
+    d, stride_qt, stride_qh = d * VEC, stride_qt * VEC, stride_qh * VEC
+    stride_kt, stride_kh = stride_kt * VEC, stride_kh * VEC
+    stride_vt, stride_vh = stride_vt * VEC, stride_vh * VEC
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     if b == tl.num_programs(0) - 1:
@@ -166,9 +169,13 @@ def _bwd_kernel(
     events, heads, d, scale, keep_scale, drop, layer,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     SITE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
+    d, stride_gt, stride_gh = d * VEC, stride_gt * VEC, stride_gh * VEC
+    stride_qt, stride_qh = stride_qt * VEC, stride_qh * VEC
+    stride_kt, stride_kh = stride_kt * VEC, stride_kh * VEC
+    stride_vt, stride_vh = stride_vt * VEC, stride_vh * VEC
     first = tl.program_id(1) * BLOCK
     t = tl.load(offsets + b)
     if b == tl.num_programs(0) - 1:
@@ -308,6 +315,11 @@ def _features_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of events and heads."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
 def _launch(kernel, query, offsets, max_seq_len):
     """(grid, options) of a kernel."""
     if query.dtype == torch.float64:
@@ -332,12 +344,12 @@ def jagged_attention_fwd(
     lse = query.new_empty(2, events, heads, dtype=torch.float32)
     if events == 0:
         return out, lse
-    strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
+    vector, sizes = in_vectors(width, *_strides(query, key, value))
     with torch.cuda.device_of(query):
         _fwd_kernel[grid](
             query, key, value, *dense(offsets, keys, rng), out, lse,
-            events, heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
-            SITE=site, CAUSAL=causal, **options,
+            events, heads, sizes[0], scale, 256 / (256 - drop), drop, layer, *sizes[1:],
+            SITE=site, CAUSAL=causal, VEC=vector, **options,
         )  # fmt: skip
     return out, lse
 
@@ -352,11 +364,12 @@ def jagged_attention_bwd(
     grad = query.new_empty(events, 3, heads, width)
     if events == 0:
         return grad
-    strides = [stride for x in (grad_out, query, key, value) for stride in x.stride()[:2]]
+    vector, sizes = in_vectors(width, *_strides(grad_out, query, key, value))
     with torch.cuda.device_of(query):
         _bwd_kernel[grid](
             grad_out, query, key, value, out, lse, *dense(offsets, keys, rng), grad,
-            events, heads, width, scale, 256 / (256 - drop), drop, layer, *strides,
-            SITE=site, CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], **options,
+            events, heads, sizes[0], scale, 256 / (256 - drop), drop, layer, *sizes[1:],
+            SITE=site, CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], VEC=vector,
+            **options,
         )  # fmt: skip
     return grad

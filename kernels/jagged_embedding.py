@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.dropout import row_mask
-from fastrec.kernels.common.rows import WIDEST, dense, row_ranges, rows_of
+from fastrec.kernels.common.rows import WIDEST, dense, in_vectors, row_ranges, rows_of
 from fastrec.kernels.common.runs import BLOCK_T, add_runs, carry_kernel
 from fastrec.kernels.common.tiles import round_to
 
@@ -39,8 +39,9 @@ def _fwd_kernel(
     values, weight, position_weight, norm_weight, norm_bias, keys, positions, rng,
     output, mean_out, rstd_out,
     t, d, stride_weight, stride_position, eps, scale, drop, layer,
-    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    d, stride_weight, stride_position = d * VEC, stride_weight * VEC, stride_position * VEC
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
     live, real = row < t, col < d
@@ -70,8 +71,10 @@ def _bwd_kernel(
     grad_output, values, weight, position_weight, norm_weight, mean, rstd, keys, positions, rng,
     grad_z, partials,
     t, d, per_program, stride_output, stride_weight, stride_position, scale, drop, layer,
-    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SITE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
+    d, stride_output = d * VEC, stride_output * VEC
+    stride_weight, stride_position = stride_weight * VEC, stride_position * VEC
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
     real = col < d
@@ -108,9 +111,10 @@ def _bwd_kernel(
 @triton.jit(do_not_specialize=["t"])
 def _scatter_kernel(
     grad, order, index, out, head, tail, t, d, stride_grad,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Sums of the events of equal `index`, which is sorted; `order` their rows of grad."""
+    d, stride_grad = d * VEC, stride_grad * VEC
     program = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = program * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -157,12 +161,12 @@ def jagged_embedding_fwd(
     weight = rows_of(weight)
     position_weight = rows_of(position_weight)
     vectors = dense(norm_weight, norm_bias, keys, positions, rng)
+    vector, sizes = in_vectors(d, *_strides(weight, position_weight))
     with torch.cuda.device_of(weight):
         _fwd_kernel[(triton.cdiv(t, config["BLOCK_N"]),)](
             *dense(values), weight, position_weight, *vectors,
             output, mean, rstd,
-            t, d, *_strides(weight, position_weight), eps, 256 / (256 - drop), drop, layer,
-            SITE=site, **config,
+            t, *sizes, eps, 256 / (256 - drop), drop, layer, SITE=site, VEC=vector, **config,
         )  # fmt: skip
     return output, mean, rstd
 
@@ -181,11 +185,13 @@ def jagged_embedding_bwd(
         grad_output, weight = rows_of(grad_output), rows_of(weight)
         position_weight = rows_of(position_weight)
         vectors = dense(norm_weight, mean, rstd, keys, positions, rng)
+        strides = grad_output.stride(0), *_strides(weight, position_weight)
+        vector, (columns, *strides) = in_vectors(d, *strides)
         with torch.cuda.device_of(weight):
             _bwd_kernel[(programs,)](
                 grad_output, *dense(values), weight, position_weight, *vectors, grad_z, partials,
-                t, d, per_program, grad_output.stride(0), *_strides(weight, position_weight),
-                256 / (256 - drop), drop, layer, SITE=site, **config,
+                t, columns, per_program, *strides, 256 / (256 - drop), drop, layer,
+                SITE=site, VEC=vector, **config,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (
@@ -204,10 +210,11 @@ def jagged_embedding_scatter(grad, index, rows, dtype):
     block_d = min(max(triton.next_power_of_2(d), 16), 64)
     grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(d, block_d))
     head, tail = torch.empty(2, grid[0], d, dtype=torch.float32, device=grad.device)
+    vector, sizes = in_vectors(d, grad.stride(0))
     with torch.cuda.device_of(grad):
         _scatter_kernel[grid](
-            grad, order, index, out, head, tail, t, d, grad.stride(0),
-            BLOCK_T=BLOCK_T, BLOCK_D=block_d,
+            grad, order, index, out, head, tail, t, *sizes,
+            BLOCK_T=BLOCK_T, BLOCK_D=block_d, VEC=vector,
         )  # fmt: skip
         carry_kernel[grid](
             index, out, head, tail, t, d, -1, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d

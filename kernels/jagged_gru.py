@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.rows import dense, rows_of
+from fastrec.kernels.common.rows import dense, in_vectors, rows_of
 from fastrec.kernels.common.tiles import LOG2E, allow_tf32, dot, load_rows
 
 
@@ -76,8 +76,9 @@ def _bias_of(bias, gate, first, width, BLOCK_B: tl.constexpr, BLOCK_D: tl.conste
 @triton.jit(do_not_specialize=["sequences"])
 def _fwd_kernel(
     projected, offsets, order, weight, bias, states, gates, sequences, width,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    width = width * VEC
     start, length = _sequences(offsets, order, sequences, BLOCK_B)
     for t in range(tl.max(length, 0)):
         event, live = start + t, t < length
@@ -112,8 +113,10 @@ def _fwd_kernel(
 @triton.jit(do_not_specialize=["sequences"])
 def _bwd_kernel(
     grad_states, states, gates, offsets, order, weight, grads, previous, carry, sequences, width,
-    stride, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    stride, VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    width, stride = width * VEC, stride * VEC
     start, length = _sequences(offsets, order, sequences, BLOCK_B)
     longest = tl.max(length, 0)
     for step in range(longest):
@@ -161,9 +164,10 @@ def _launch(kernel, tensors, offsets, rest, width, *strides):
     if sequences == 0:
         return
     order = offsets.diff().argsort(descending=True, stable=True)
+    vector, sizes = in_vectors(width, *strides)
     with torch.cuda.device_of(offsets):
         kernel[(triton.cdiv(sequences, config["BLOCK_B"]),)](
-            *tensors, offsets, order, *rest, sequences, width, *strides, **config
+            *tensors, offsets, order, *rest, sequences, *sizes, VEC=vector, **config
         )
 
 

@@ -18,6 +18,7 @@ from fastrec.kernels.common.linear_cross_entropy_sweeps import (
     _combine_kernel,
     _fwd_kernel,
 )
+from fastrec.kernels.common.rows import cut_columns, pad_columns
 from fastrec.kernels.common.tiles import (
     capability_of,
     float32_products,
@@ -125,17 +126,21 @@ def _table(input: torch.Tensor, linear_weight: torch.Tensor) -> torch.Tensor:
 
 
 def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_offset):
-    linear_weight = _table(input, linear_weight)
+    width = input.shape[1]
+    input, linear_weight = pad_columns(input, _table(input, linear_weight))
     config = _options(input, linear_weight)["fwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
     if "BLOCK_N" not in config and n > 0:
         with torch.cuda.device_of(input):
-            return wide.forward(input, linear_weight, linear_bias, target, with_offset, config)
+            lse, logit, offset = wide.forward(
+                input, linear_weight, linear_bias, target, with_offset, config
+            )
+        return lse, logit, cut_columns(offset, width)
     vector = {"dtype": torch.float32, "device": input.device}
     lse, logit = torch.empty(2, n, **vector), torch.empty(n, **vector)
     offset = torch.empty(n if with_offset else 0, d, **vector)
     if n == 0:
-        return lse, logit, offset
+        return lse, logit, cut_columns(offset, width)
     slots = max(slots_of(input.device), triton.cdiv(n, config["BLOCK_N"]))
     places = slots * config["BLOCK_N"]
     shift, sums = torch.empty(places, **vector), torch.empty(places, 2, **vector)
@@ -155,13 +160,15 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_off
             **{k: config[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D", "PRECISION")},
             WITH_MEAN=with_offset,
         )  # fmt: skip
-    return lse, logit, offset
+    return lse, logit, cut_columns(offset, width)
 
 
 def linear_cross_entropy_bwd(
     input, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit
 ):
     dtype, bias_dtype = linear_weight.dtype, (lse if linear_bias is None else linear_bias).dtype
+    width = input.shape[1]
+    input, linear_weight = pad_columns(input, linear_weight)
     table = _table(input, linear_weight)
     config = _options(input, table)["bwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
@@ -176,7 +183,10 @@ def linear_cross_entropy_bwd(
         scale = scale * math.exp(-config["HEADROOM"])
     if "BLOCK_N" not in config:
         with torch.cuda.device_of(input):
-            return wide.backward(input, linear_weight, linear_bias, target, vectors, scale, config)
+            grad_weight, grad_bias = wide.backward(
+                input, linear_weight, linear_bias, target, vectors, scale, config
+            )
+        return cut_columns(grad_weight, width), grad_bias
     tiles = triton.cdiv(v, config["BLOCK_V"])
     # Few items are too few programs: rows in ranges as well, whose sums are added in order.
     ranges, _ = ranges_of(input.device, tiles, triton.cdiv(n, config["BLOCK_N"]))
@@ -193,4 +203,5 @@ def linear_cross_entropy_bwd(
             grad_weight, grad_bias, v, d, ranges, *table.stride(),
             0 if linear_bias is None else linear_bias.stride(0), **config,
         )  # fmt: skip
-    return sum_ranges(grad_weight).to(dtype), sum_ranges(grad_bias).to(bias_dtype)
+    grad_weight = cut_columns(sum_ranges(grad_weight), width).to(dtype)
+    return grad_weight, sum_ranges(grad_bias).to(bias_dtype)

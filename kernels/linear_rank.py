@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, lists_of
 from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile, strides_of
+from fastrec.kernels.common.rows import pad_columns
 from fastrec.kernels.common.tiles import ranges_of
 
 
@@ -83,6 +84,7 @@ def _fwd_kernel(
 
 
 def linear_rank_fwd(input, linear_weight, linear_bias, target, exclude_values, exclude_offsets):
+    input, linear_weight = pad_columns(input, linear_weight)
     config = options_of("linear_rank", input, linear_weight)
     (n, d), v = input.shape, linear_weight.shape[0]
     if n == 0:

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, lists_of
 from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile, strides_of
+from fastrec.kernels.common.rows import pad_columns
 from fastrec.kernels.common.tiles import ranges_of
 
 BUDGET = 2**28  # bytes of scores: rows are taken in chunks that need no more
@@ -165,6 +166,7 @@ def _chunk(input, linear_weight, linear_bias, listed, offsets, values, indices, 
 
 
 def linear_topk_fwd(input, linear_weight, linear_bias, k, exclude_values, exclude_offsets):
+    input, linear_weight = pad_columns(input, linear_weight)
     config = options_of("linear_topk", input, linear_weight)
     n, v = input.shape[0], linear_weight.shape[0]
     values = torch.empty(n, k, dtype=torch.float32, device=input.device)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, seek
+from fastrec.kernels.common.rows import cut_columns, pad_columns
 from fastrec.kernels.common.tiles import (
     LOG2E,
     capability_of,
@@ -233,6 +234,8 @@ def _strides(input, linear_weight, linear_bias) -> tuple[int, ...]:
 def multilabel_bce_fwd(
     input, linear_weight, linear_bias, label_values, label_offsets, label_rows, with_input
 ):
+    width = input.shape[1]
+    input, linear_weight = pad_columns(input, linear_weight)
     config = _options(input)["fwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
     blocks = triton.cdiv(n, config["BLOCK_N"])
@@ -248,12 +251,14 @@ def multilabel_bce_fwd(
                 n, v, d, per_range, *_strides(input, linear_weight, linear_bias),
                 WITH_INPUT=with_input, **config,
             )  # fmt: skip
-    return sum_ranges(loss), sum_ranges(grad)
+    return sum_ranges(loss), cut_columns(sum_ranges(grad), width)
 
 
 def multilabel_bce_bwd(
     input, linear_weight, linear_bias, label_values, label_offsets, label_rows, grad_loss
 ):
+    width = input.shape[1]
+    input, linear_weight = pad_columns(input, linear_weight)
     config = _options(input)["bwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
     order, count = _plan(label_rows)
@@ -279,4 +284,5 @@ def multilabel_bce_bwd(
             grad_weight, grad_bias, v, d, per_range, *_strides(input, linear_weight, linear_bias),
             **config,
         )  # fmt: skip
-    return sum_ranges(grad_weight).to(dtype), sum_ranges(grad_bias).to(bias_dtype)
+    grad_weight = cut_columns(sum_ranges(grad_weight), width).to(dtype)
+    return grad_weight, sum_ranges(grad_bias).to(bias_dtype)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.rows import WIDEST, dense
+from fastrec.kernels.common.rows import WIDEST, cut_columns, dense, pad_columns
 from fastrec.kernels.common.runs import BLOCK_T, add_runs, carry_kernel
 from fastrec.kernels.common.sampled_linear_cross_entropy_own import _own_fwd_kernel, own_config
 from fastrec.kernels.common.sampled_linear_cross_entropy_shared import (
@@ -56,15 +56,15 @@ def _check(input, linear_weight):
         )
 
 
-def _shared_config(input, backward):
-    capability = capability_of(input.device)
-    products = float32_products(input.device)
-    return shared_config(input.shape[1], input.dtype, backward, products, capability)
+def _shared_config(x, backward):
+    capability, products = capability_of(x.device), float32_products(x.device)
+    return shared_config(x.shape[1], x.dtype, backward, products, capability)
 
 
-def _shared_operands(linear_weight, linear_bias, log_q, negatives):
-    """Rows [K, D] and offsets [K] of the shared negatives."""
-    return linear_weight.index_select(0, negatives), _offsets(linear_bias, log_q, negatives)
+def _shared_operands(input, linear_weight, linear_bias, log_q, negatives):
+    """The input [N, D'], and rows [K, D'] and offsets [K] of the shared negatives."""
+    operands = pad_columns(input, linear_weight.index_select(0, negatives))
+    return *operands, _offsets(linear_bias, log_q, negatives)
 
 
 def _offsets(linear_bias, log_q, items):
@@ -98,17 +98,20 @@ def sampled_linear_cross_entropy_fwd(
                 WITH_WEIGHT=with_weight, **own_config(d),
             )  # fmt: skip
         else:
-            rows, offset = _shared_operands(linear_weight, linear_bias, log_q, negatives)
+            x, rows, offset = _shared_operands(input, linear_weight, linear_bias, log_q, negatives)
             y = target.clamp_min(0)
             target_rows = linear_weight.index_select(0, y)
             score = (target_rows.float() * input.float()).sum(1) + _offsets(linear_bias, log_q, y)
-            config = _shared_config(input, backward=False)
+            (target_rows,), wide = pad_columns(target_rows), x.shape[1]
+            padded = loss.new_empty(len(grad_input), wide)
+            config = _shared_config(x, backward=False)
             grid = (triton.cdiv(n, config["BLOCK_N"]), config["CHUNKS"] if with_input else 1)
             _shared_fwd_kernel[grid](
-                input, rows, offset, negatives, target, target_rows, score, loss, grad_input,
-                grad_target, lse, n, k, d, beta, *input.stride(), target_rows.stride(0),
+                x, rows, offset, negatives, target, target_rows, score, loss, padded,
+                grad_target, lse, n, k, wide, beta, *x.stride(), target_rows.stride(0),
                 SOFTMAX=softmax, WITH_INPUT=with_input, **config,
             )  # fmt: skip
+            outputs = (loss, cut_columns(padded, d), grad_target, grad_negatives, lse)
     if softmax and own and with_weight:
         grad_negatives.sub_(lse[0, :, None]).sub_(lse[1, :, None]).exp_().masked_fill_(
             (target < 0)[:, None], 0
@@ -157,12 +160,13 @@ def sampled_linear_cross_entropy_bwd(
                              (target < 0)[:, None]], 1).flatten()  # fmt: skip
         offsets = coefficient[:, None]
     else:
-        rows, offset = _shared_operands(linear_weight, linear_bias, log_q, negatives)
-        config = _shared_config(input, backward=True)
+        x, rows, offset = _shared_operands(input, linear_weight, linear_bias, log_q, negatives)
+        wide = x.shape[1]
+        config = _shared_config(x, backward=True)
         blocks = triton.cdiv(k, config["BLOCK_K"])
         tiles = triton.cdiv(n, config["BLOCK_N"])
         ranges, per_range = ranges_of(input.device, blocks * config["CHUNKS"], tiles)
-        grad_rows = input.new_empty(ranges, k, d, dtype=torch.float32)
+        grad_rows = input.new_empty(ranges, k, wide, dtype=torch.float32)
         grad_offset = input.new_empty(ranges, k, dtype=torch.float32)
         scale, upstream = torch.ones((), device=input.device), grad_loss * torch.exp(-lse[1])
         if input.dtype == torch.float16 and n > 0:
@@ -173,10 +177,10 @@ def sampled_linear_cross_entropy_bwd(
             upstream = upstream / scale
         with torch.cuda.device_of(input):
             _shared_bwd_kernel[(ranges * blocks, config["CHUNKS"])](
-                input, rows, offset, negatives, target, lse[0], upstream, scale, grad_rows,
-                grad_offset, n, k, d, per_range, *input.stride(), SOFTMAX=beta < 0, **config,
+                x, rows, offset, negatives, target, lse[0], upstream, scale, grad_rows,
+                grad_offset, n, k, wide, per_range, *x.stride(), SOFTMAX=beta < 0, **config,
             )  # fmt: skip
-        grad_rows, grad_offset = sum_ranges(grad_rows), sum_ranges(grad_offset)
+        grad_rows, grad_offset = cut_columns(sum_ranges(grad_rows), d), sum_ranges(grad_offset)
         ids = torch.cat([negatives, y])
         coefficient = torch.cat([torch.ones_like(grad_offset), c_target])
         skipped = torch.cat([torch.zeros_like(negatives, dtype=torch.bool), target < 0])

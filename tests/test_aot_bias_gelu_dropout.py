@@ -23,7 +23,7 @@ def build(kernel: str, dtype: str, dropout: bool, capability: int) -> Binary:
     ids = "*i64:16" if dropout else None
     arguments = dict.fromkeys(("keys", "positions", "rng"), ids)
     arguments |= dict(input=x, bias=wide, n="i32", d=step, stride_input=step, scale="fp32")
-    arguments |= dict(drop="i32", layer="i32", SITE=4, **config)
+    arguments |= dict(drop="i32", layer="i32", SITE=4, VEC=1, **config)
     if kernel == "fwd":
         arguments |= dict(output=x)
     else:

@@ -24,7 +24,7 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
     x, wide, ids, step = f"*{dtype}:16", "*fp32:16", "*i64:16", "i32:16"
     arguments = dict.fromkeys(("keys", "positions", "rng"), ids)
     arguments |= dict(weight=wide, n="i32", d=step, scale="fp32", drop="i32", layer="i32")
-    arguments |= dict(SITE=3, **config)
+    arguments |= dict(SITE=3, VEC=1, **config)
     if kernel == "fwd":
         arguments |= dict.fromkeys(("residual", "bias", "output", "sum_out"), wide)
         arguments |= dict(input=x, mean_out=wide, rstd_out=wide, eps="fp32")

@@ -25,7 +25,7 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
         arguments |= dict(index=ids, out=table, head=wide, tail=wide)
         arguments |= dict(BLOCK_T=kernels.BLOCK_T, BLOCK_D=64)
         if kernel == "scatter":
-            arguments |= dict(grad=wide, order=ids, stride_grad=step)
+            arguments |= dict(grad=wide, order=ids, stride_grad=step, VEC=1)
         else:
             arguments |= dict(BLOCK_K=32, spare="i32")
     else:
@@ -34,7 +34,7 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
         arguments |= dict.fromkeys(("values", "keys", "positions", "rng"), ids)
         arguments |= dict.fromkeys(("weight", "position_weight"), table)
         arguments |= dict(norm_weight=wide, stride_weight=step, stride_position=step, scale="fp32")
-        arguments |= dict(drop="i32", layer="i32", SITE=2, **config)
+        arguments |= dict(drop="i32", layer="i32", SITE=2, VEC=1, **config)
         if kernel == "fwd":
             arguments |= dict(norm_bias=wide, output=table, mean_out=wide, rstd_out=wide)
             arguments |= dict(eps="fp32")

@@ -17,7 +17,7 @@ def build(kernel: str, capability: int) -> Binary:
     config = dict(kernels.CONFIG)
     options = take_options(config)
     rows, ids = "*fp32:16", "*i64:16"
-    arguments = dict(offsets=ids, order=ids, sequences="i32", width="i32:16", **config)
+    arguments = dict(offsets=ids, order=ids, sequences="i32", width="i32:16", VEC=1, **config)
     names = dict.fromkeys(("weight", "states", "gates"), rows)
     if kernel == "fwd":
         arguments |= names | dict(projected=rows, bias=rows)

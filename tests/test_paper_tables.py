@@ -121,7 +121,9 @@ def run(sources, output: Path, table: str, *flags: str) -> None:
         "survey": lambda raw, out: survey.prepare_domains(raw, out, ml_1m),
         "survey_ratings": lambda raw, out: survey_ratings.prepare_domains(raw, out, ml_100k),
         "contrastive": contrastive.prepare,
-    }.get(table, clue.prepare_users)
+        "clue": clue.prepare_cold,
+        "adaptssr": adaptssr.prepare_users,
+    }[table]
     run_table("", part.cells(), prepare, [f"--source={source}", f"--output={output}", *flags])
 
 

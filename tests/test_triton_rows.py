@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels with more blocks, programs and chunks than the small samples of op_db give them."""
 
+import importlib
+
 import pytest
 import torch
 from op_check import check
 from op_db import (
     bias_gelu_dropout,
     dropout_add_layer_norm,
+    in_batch_cross_entropy,
+    jagged_attention,
     jagged_embedding,
+    jagged_gru,
     linear_cross_entropy,
+    linear_rank,
+    linear_topk,
+    multilabel_bce,
+)
+from op_db import (
+    sampled_linear_cross_entropy as sampled,
 )
 from op_db.case import TYPES
 
@@ -43,6 +54,80 @@ def seen(function, results):
         return results[-1]
 
     return wrapper
+
+
+class Spied:
+    """A kernel whose launches leave their arguments, by name, in `launches`."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*values, **options):
+            self.launches.append(dict(zip(self.kernel.arg_names, values, strict=False)) | options)
+            self.kernel[grid](*values, **options)
+
+        return launch
+
+
+def launches_of(op, name: str, monkeypatch) -> list[dict]:
+    found: list[dict] = []
+    module = f"fastrec.kernels.{op.name}"
+    for part in ("_fwd_kernel", "_bwd_kernel", "_shared_fwd_kernel", "_shared_bwd_kernel",
+                 "_maxima_kernel", "_select_kernel", "_scatter_kernel"):  # fmt: skip
+        kernel = getattr(importlib.import_module(module), part, None)
+        if kernel is not None:
+            monkeypatch.setattr(f"{module}.{part}", Spied(kernel, found))
+    check(op, name, "triton", "cpu", TYPES[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    "op, name",
+    [
+        pytest.param(op, name, id=f"{op.name}-triton")
+        for op, name in (
+            (linear_cross_entropy.OP, "width_1"),
+            (in_batch_cross_entropy.OP, "width_130"),
+            (linear_rank.OP, "ties_width_1"),
+            (linear_topk.OP, "ties_width_1"),
+            (multilabel_bce.OP, "width_130"),
+            (sampled.OP, "width_130_shared"),
+        )
+    ],
+)
+def test_products_are_of_widths_that_are_multiples_of_16(op, name, monkeypatch):
+    """Of others a compiled kernel loads number by number."""
+    found = launches_of(op, name, monkeypatch)
+    assert found and not any(launch["d"] % 16 for launch in found)
+
+
+@pytest.mark.parametrize(
+    "op, name, width",
+    [
+        pytest.param(op, name, width, id=f"{op.name}-triton")
+        for op, name, width in (
+            (jagged_attention.OP, "width_130", 130),
+            (dropout_add_layer_norm.OP, "width_130", 130),
+            (bias_gelu_dropout.OP, "width_150", 150),
+            (jagged_embedding.OP, "width_130", 130),
+            (jagged_gru.OP, "wide", 40),
+        )
+    ],
+)
+def test_other_kernels_are_told_of_vectors(op, name, width, monkeypatch):
+    found = launches_of(op, name, monkeypatch)
+    sizes = {(launch.get("d", launch.get("width")), launch["VEC"]) for launch in found}
+    assert sizes == {(width // 8, 8) if width == 40 else (width // 2, 2)}
+
+
+def test_how_long_vectors_are():
+    from fastrec.kernels.common.rows import in_vectors
+
+    assert in_vectors(64, 192, 0) == (1, [64, 192, 0])  # Triton sees multiples of 16
+    assert in_vectors(24, 72) == (8, [3, 9])
+    assert in_vectors(100, 100, 300) == (4, [25, 25, 75])
+    assert in_vectors(64, 65) == (1, [64, 65])
 
 
 @pytest.mark.parametrize("types", TYPES[:1] + TYPES[2:], ids=str)

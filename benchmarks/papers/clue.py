@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Table III and figures 4 and 5 of CLUE (Cheng et al., 2021) in form, on ml-1m: cold-start
-recommendation of animation and documentaries from what users saw beside them.
+recommendation of action, thrillers and science fiction from what users saw beside them.
 
     python -m benchmarks.papers.clue --source ml-1m --output runs/clue --cells table3
 
@@ -9,11 +9,19 @@ rows, with and without pre-training) and figure5.DROPOUT.
 """
 
 from benchmarks.papers.cells import Cell, Run, run_table
-from benchmarks.papers.movielens import prepare_users
+from benchmarks.papers.movielens import prepare_cold
 
-SHARED = ("--data={output}/users", "--model.max_len=100")
-PRE = ("--pretraining.steps=3000", "--pretraining.batch_size=128")
-TASK = ("--cold_start.steps=1500", "--cold_start.batch_size=128", "--cold_start.validate_every=250")
+SHARED = ("--data={output}/cold", "--model.max_len=100")
+PRE = tuple(
+    f"--pretraining.{flag}" for flag in ("steps=1500", "batch_size=128", "validate_every=250")
+)
+TASK = tuple(
+    f"--cold_start.{flag}"
+    for flag in (
+        "steps=1500", "batch_size=128", "validate_every=150",
+        "learning_rate=0.002", "schedule=linear", "warmup_steps=100",
+    )
+)  # fmt: skip
 VIEWS = {
     "mask": "mask: {share: 0.3}",
     "crop": "crop: {drop: 0.3}",
@@ -52,4 +60,4 @@ def cells() -> dict[str, Cell]:
 
 
 if __name__ == "__main__":
-    run_table(__doc__ or "", cells(), prepare_users)
+    run_table(__doc__ or "", cells(), prepare_cold)

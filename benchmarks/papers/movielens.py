@@ -9,6 +9,7 @@ from fastrec.cli import main
 
 TARGET = ("Action", "Thriller", "Sci-Fi")  # genres of the target: 945 of the 3,416 items of ml-1m
 KEPT = 9  # events of a user there, the latest: "less than 10"
+LEFT_OUT = ("Animation", "Documentary")  # of the users of AdaptSSR's table
 GENRES = (
     "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
     "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War",
@@ -100,9 +101,22 @@ def prepare_domains(folder: Path, output: Path, read) -> None:
               "--overwrite=true", *order])  # fmt: skip
 
 
+def prepare_cold(folder: Path, output: Path) -> None:
+    """The data set `cold` in `output`: ml-1m's source, with the target as another catalogue."""
+    if (output / "cold" / "schema.json").is_file():
+        return
+    source, target = split(*ml_1m(folder))
+    output.mkdir(parents=True, exist_ok=True)
+    source.write_csv(output / "source.csv")
+    target.write_csv(output / "target.csv")
+    main(["prepare", f"--source={output / 'source.csv'}", f"--output={output / 'cold'}",
+          f"--cold_items={output / 'target.csv'}",
+          "--ordered=true", "--overwrite=true"])  # fmt: skip
+
+
 def prepare_users(folder: Path, output: Path) -> None:
-    """The data set `users` in `output`: ml-1m with gender, age and occupation, and as another
-    catalogue the first three items of each user with a genre of `COLD`, which are taken out."""
+    """The data set `users` in `output`: ml-1m with gender, age and occupation, and without the
+    items of `LEFT_OUT`."""
     if (output / "users" / "schema.json").is_file():
         return
     events, items = ml_1m(folder)
@@ -116,11 +130,9 @@ def prepare_users(folder: Path, output: Path) -> None:
             rows.append((own[user], gender, int(age), int(occupation)))
     schema = ["user", "gender", "age", "occupation"]
     pl.DataFrame(rows, schema=schema, orient="row").write_csv(output / "profiles.csv")
-    theirs = pl.col("genres").list.set_intersection(["Animation", "Documentary"]).list.len() > 0
+    theirs = pl.col("genres").list.set_intersection(list(LEFT_OUT)).list.len() > 0
     there = pl.col("item").is_in(items.filter(theirs)["item"].implode())
-    cold = events.filter(there).group_by("user", maintain_order=True).head(3)
-    cold.write_csv(output / "cold.csv")
     events.filter(~there).write_csv(output / "users.csv")
     main(["prepare", f"--source={output / 'users.csv'}", f"--output={output / 'users'}",
-          "--ordered=true", f"--user_attributes={output / 'profiles.csv'}",
-          f"--cold_items={output / 'cold.csv'}", "--overwrite=true"])  # fmt: skip
+          f"--user_attributes={output / 'profiles.csv'}",
+          "--ordered=true", "--overwrite=true"])  # fmt: skip
