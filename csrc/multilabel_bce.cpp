@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels of fastrec::multilabel_bce_fwd and _bwd: tensors, tasks and threads. The arithmetic is
+// CPU kernels of fastrec::multilabel_bce_fwd, _sum and _bwd: tensors, tasks and threads. The arithmetic is
 // in multilabel_bce.h, the products in gemm.h.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
@@ -16,6 +16,8 @@
 
 namespace fastrec {
 namespace {
+
+constexpr int64_t MOST_SUMS = 1 << 24;  // numbers of the gradients that tasks of forward add up
 
 // The tensors of a call, without the rows that are not scored.
 template <class T>
@@ -73,29 +75,61 @@ void set_blocks(MultilabelArgs<T>& a, int64_t count) {
   a.blocks = count ? divide_up(count, a.block) : 0;
 }
 
+// Sums of the gradients of the labels that the tasks of forward left, in order.
 template <class T>
-std::tuple<Tensor, Tensor> forward_typed(const Tensor& input, const Tensor& linear_weight,
-                                         const std::optional<Tensor>& linear_bias,
-                                         const Tensor& label_values, const Tensor& label_offsets,
-                                         const Tensor& label_rows, bool with_input) {
+void add_tasks(const MultilabelArgs<T>& a, T* grad_weight, T* grad_bias) {
+  const int64_t size = (a.labels + MOST_MR) * a.ld;
+  torch::stable::parallel_for(0, a.labels, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* total = grad_weight + i * a.width;
+      for (int64_t t = 0; t < a.tasks; ++t) {
+        const T* part = a.sum_weight + t * size + i * a.ld;
+        for (int64_t d = 0; d < a.width; ++d) total[d] += part[d];
+      }
+      double bias = 0;
+      for (int64_t t = 0; a.sum_bias && t < a.tasks; ++t) bias += a.sum_bias[t * a.labels + i];
+      if (a.sum_bias) grad_bias[i] = static_cast<T>(bias);
+    }
+  });
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_typed(
+    const Tensor& input, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias,
+    const Tensor& label_values, const Tensor& label_offsets, const Tensor& label_rows,
+    bool with_input, bool with_weight) {
   Multilabel<T> q(input, linear_weight, linear_bias, label_values, label_offsets, label_rows);
   MultilabelArgs<T>& a = q.args;
   const int64_t rows = input.size(0), kept = with_input ? rows : 0;
-  Tensor loss = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
-  Tensor grad_input = torch::stable::new_zeros(input, {kept, a.width}, compute_dtype<T>());
+  const ScalarType dtype = compute_dtype<T>();
+  Tensor loss = torch::stable::new_zeros(input, {rows}, dtype);
+  Tensor grad_input = torch::stable::new_zeros(input, {kept, a.width}, dtype);
+  const int64_t labels = with_weight ? a.labels : 0, biases = linear_bias ? labels : 0;
+  Tensor grad_weight = torch::stable::new_zeros(input, {labels, a.width}, dtype);
+  Tensor grad_bias = torch::stable::new_zeros(input, {biases}, dtype);
   const bool all = a.rows == rows;  // then the kernel writes where the result is
   Buffer<double> losses(a.rows);
   Buffer<T> grad(with_input && !all ? a.rows * a.width : 0);
   a.loss = losses;
   if (with_input) a.grad_x = all ? data<T>(grad_input) : static_cast<T*>(grad);
   set_blocks(a, a.rows);
-  run(a, a.blocks, multilabel_forward<T>);
+  // A task has sums of its own: few tasks where there are many labels.
+  const int64_t size = (a.labels + MOST_MR) * a.ld;
+  const int64_t most = with_weight ? std::clamp<int64_t>(MOST_SUMS / size, 1, 32) : a.blocks;
+  a.per_task = a.blocks ? divide_up(a.blocks, most) : 1;
+  a.tasks = divide_up(a.blocks, a.per_task);
+  std::vector<T> sums(with_weight ? a.tasks * size : 0);
+  std::vector<double> bias_sums(a.tasks * biases);
+  if (with_weight) a.sum_weight = sums.data();
+  if (biases) a.sum_bias = bias_sums.data();
+  run(a, a.tasks, multilabel_forward<T>);
+  if (with_weight) add_tasks(a, data<T>(grad_weight), data<T>(grad_bias));
   for (int64_t i = 0; i < a.rows; ++i) {
     data<T>(loss)[q.row[i]] = static_cast<T>(a.loss[i]);
     if (with_input && !all)
       std::copy_n(a.grad_x + i * a.width, a.width, data<T>(grad_input) + q.row[i] * a.width);
   }
-  return {loss, grad_input};
+  return {loss, grad_input, grad_weight, grad_bias};
 }
 
 template <class T>
@@ -144,14 +178,24 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& lin
   return {grad_weight, grad_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> multilabel_bce_sum(
+    Tensor input, Tensor linear_weight, std::optional<Tensor> linear_bias, Tensor label_values,
+    Tensor label_offsets, Tensor label_rows, bool with_input) {
+  auto* typed = input.scalar_type() == ScalarType::Double ? forward_typed<double>
+                                                          : forward_typed<float>;
+  return typed(input, linear_weight, linear_bias, label_values, label_offsets, label_rows,
+               with_input, true);
+}
+
 std::tuple<Tensor, Tensor> multilabel_bce_fwd(Tensor input, Tensor linear_weight,
                                               std::optional<Tensor> linear_bias,
                                               Tensor label_values, Tensor label_offsets,
                                               Tensor label_rows, bool with_input) {
   auto* typed = input.scalar_type() == ScalarType::Double ? forward_typed<double>
                                                           : forward_typed<float>;
-  return typed(input, linear_weight, linear_bias, label_values, label_offsets, label_rows,
-               with_input);
+  auto [loss, grad_input, grad_weight, grad_bias] = typed(
+      input, linear_weight, linear_bias, label_values, label_offsets, label_rows, with_input, false);
+  return {loss, grad_input};
 }
 
 std::tuple<Tensor, Tensor> multilabel_bce_bwd(Tensor input, Tensor linear_weight,
@@ -169,5 +213,6 @@ std::tuple<Tensor, Tensor> multilabel_bce_bwd(Tensor input, Tensor linear_weight
 
 STABLE_TORCH_LIBRARY_IMPL(fastrec, CPU, m) {
   m.impl("multilabel_bce_fwd", TORCH_BOX(&fastrec::multilabel_bce_fwd));
+  m.impl("multilabel_bce_sum", TORCH_BOX(&fastrec::multilabel_bce_sum));
   m.impl("multilabel_bce_bwd", TORCH_BOX(&fastrec::multilabel_bce_bwd));
 }

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import backends
+from backends import backends, params
 
 from fastrec import multilabel_bce
+from fastrec.ops.multilabel_bce import NOT_SCORED
 
 each_backend = backends("multilabel_bce", "reference", "cpp", "triton")
 every_backend = backends("multilabel_bce", "reference", "cpp")
@@ -65,6 +66,41 @@ def test_is_the_function_of_pytorch_on_dense_labels(backend, reduction):
         expected = expected.sum(1)
     loss = multilabel_bce(x, w, hot.nonzero()[:, 1], offsets, reduction=reduction, backend=backend)
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("backend", params("multilabel_bce", "cpp"))
+@pytest.mark.parametrize("labels", [70, 20_000, 40_000])
+def test_a_sum_is_swept_once_and_is_what_two_sweeps_are(labels, backend, monkeypatch):
+    """The sweep adds up the gradient of the table in parts, each of several blocks of rows, fewer
+    parts where the table is large; a table of 2.2 million numbers is swept twice."""
+    g = torch.Generator().manual_seed(0)
+    rows = 3_400 if labels == 70 else 1_200
+    x, w = torch.randn(rows, 56, generator=g), 0.2 * torch.randn(labels, 56, generator=g)
+    values = torch.randint(labels, (300,), generator=g).unique()
+    values = values[: len(values) // 5 * 5]
+    offsets = torch.arange(0, len(values) + 1, 5)
+    lists = torch.randint(-1, len(offsets) - 1, (rows,), generator=g)
+    lists[lists < 0] = NOT_SCORED
+    given = (x, w, torch.randn(labels, generator=g))
+    called, op = [], torch.ops.fastrec.multilabel_bce_sum
+    spied = lambda *a: called.append(1) or op(*a)  # noqa: E731
+    monkeypatch.setattr(torch.ops.fastrec, "multilabel_bce_sum", spied)
+
+    def gradients(reduction, threads):
+        leaves = [tensor.clone().requires_grad_() for tensor in given]
+        torch.set_num_threads(threads)
+        loss = multilabel_bce(
+            *leaves[:2], values, offsets, linear_bias=leaves[2], label_rows=lists,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
+        loss.sum().mul(0.5).backward()
+        return loss.detach().sum(), *(leaf.grad for leaf in leaves)
+
+    swept = gradients("sum", 1)
+    assert len(called) == (labels < 40_000)
+    for once, twice in zip(swept, gradients("none", 1), strict=True):
+        torch.testing.assert_close(once, twice, rtol=1e-5, atol=2e-5)
+    assert all(map(torch.equal, swept, gradients("sum", 2)))
 
 
 @every_backend

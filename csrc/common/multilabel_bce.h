@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two sweeps of multilabel_bce, free of torch types except the dtype of a row.
 //
-// Forward: a task owns a block of rows and streams labels. Backward: a task owns a block of labels
-// and streams a range of rows. Lanes of a vector are always the stationary side. The sign of the
-// score of a row and one of its labels is turned before the sigmoid and after it: nothing cancels.
+// Forward: a task owns blocks of rows and streams labels; where the gradient of the labels is that
+// of a sum of the losses, it is added up on the way. Backward: a task owns a block of labels and
+// streams a range of rows. Lanes of a vector are always the stationary side. The sign of the score
+// of a row and one of its labels is turned before the sigmoid and after it: nothing cancels.
 //
 // Legend: N scored rows, A labels, D width, ld = padded<T>(D).
 #pragma once
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "convert.h"
@@ -43,6 +45,8 @@ struct Log1pConstants<double> {
       -0.0001322075217130075608, 0.00001052313548127169989};
 };
 
+constexpr int64_t MOST_MR = 12;  // of any register tile, whose last one may go beyond the labels
+
 template <class T>
 struct MultilabelArgs {
   int64_t rows, labels, width, ld;
@@ -57,6 +61,10 @@ struct MultilabelArgs {
   // Forward.
   double* loss;  // [N]
   T* grad_x;     // [N, D] or null
+  int64_t per_task, tasks;  // blocks of a task, and tasks
+  // Gradients of the sum of the losses over the rows of a task, zeros before, or null:
+  T* sum_weight;     // [tasks, A + MOST_MR, ld]
+  double* sum_bias;  // [tasks, A]
   // Backward.
   int64_t range, ranges;  // rows per task
   const T* grad_loss;     // [N]
@@ -160,9 +168,11 @@ FASTREC_INLINE void multilabel_forward_tasks(const MultilabelArgs<T>& a) {
   T column_sum[BLOCK], bias[TILE];
   double sum[BLOCK];
   int64_t at[BLOCK], task;
-  while ((task = a.next->fetch_add(1)) < a.blocks) {
-    const int64_t first = task * a.block, rows = std::min(a.block, a.rows - first);
-    G::pack_transposed(rows, a.width, a.x + first * a.ld, a.ld, packed);
+
+  const auto one_block = [&](int64_t block) __attribute__((always_inline)) {
+    const int64_t first = block * a.block, rows = std::min(a.block, a.rows - first);
+    const T* x = a.x + first * a.ld;
+    G::pack_transposed(rows, a.width, x, a.ld, packed);
     std::fill_n(static_cast<T*>(acc), BLOCK * a.ld, T(0));
     std::fill_n(sum, BLOCK, 0.0);
     std::copy_n(a.list_begin + first, rows, at);
@@ -188,15 +198,28 @@ FASTREC_INLINE void multilabel_forward_tasks(const MultilabelArgs<T>& a) {
         turn(hits, n, G::NR, static_cast<T*>(s));
         sigmoids<true, S>(count, s + n, column_sum + n,
                           [](int64_t, V p) __attribute__((always_inline)) { return p; });
-        if (a.grad_x) turn(hits, n, G::NR, static_cast<T*>(s));
+        if (a.grad_x || a.sum_weight) turn(hits, n, G::NR, static_cast<T*>(s));
       }
       for (int64_t r = 0; r < rows; ++r) sum[r] += column_sum[r];
       if (a.grad_x) G::accumulate(rows, count, a.width, s, tile, a.ld, acc, a.ld);
+      if (a.sum_weight) {
+        T* to = a.sum_weight + (task * (a.labels + MOST_MR) + v) * a.ld;
+        G::template accumulate<BLOCK, 1>(count, rows, a.width, s, x, a.ld, to, a.ld);
+      }
+      for (int64_t i = 0; a.sum_bias && i < count; ++i) {
+        const T* p = s + i * BLOCK;
+        a.sum_bias[task * a.labels + v + i] += std::accumulate(p, p + rows, 0.0);
+      }
     }
     for (int64_t r = 0; r < rows; ++r) {
       a.loss[first + r] = sum[r];
       if (a.grad_x) std::copy_n(acc + r * a.ld, a.width, a.grad_x + (first + r) * a.width);
     }
+  };
+
+  while ((task = a.next->fetch_add(1)) < a.tasks) {
+    const int64_t stop = std::min((task + 1) * a.per_task, a.blocks);
+    for (int64_t block = task * a.per_task; block < stop; ++block) one_block(block);
   }
 }
 

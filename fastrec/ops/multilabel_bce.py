@@ -10,6 +10,8 @@ parts of the loss are one function, exact at either end:
     loss_n = sum_a softplus(z_na),   d loss_n / d s_na = sigmoid(z_na), negative where a is a label
 
 Forward computes the loss and its gradient of x in one sweep, backward the scores again for W and b.
+On a CPU the gradients of a sum or mean come out of one sweep: what the sum is multiplied by later
+multiplies them all.
 """
 
 import torch
@@ -25,15 +27,16 @@ from fastrec.ops.common.arguments import (
     check_range,
     check_table,
     has_values,
+    ordered_sum,
     require,
     without_autocast,
 )
-from fastrec.ops.common.item_losses import reduce_loss
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.ops.common.second_order import twice_differentiable
 
 OP = "multilabel_bce"
 NOT_SCORED = -100
+MOST_SUMMED = 2**21  # numbers of a table whose gradient forward adds up, in some parts at a time
 _INPUTS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor label_values,"
     " Tensor label_offsets, Tensor label_rows"
@@ -43,6 +46,13 @@ _INPUTS = (
 # ([0, D] if not asked for) have the accumulating dtype.
 torch.library.define(
     f"fastrec::{OP}_fwd", f"({_INPUTS}, bool with_input) -> (Tensor loss, Tensor grad_input)"
+)
+# On cpp alone: the same, and the gradients of the sum of the losses by the table [A, D] and by its
+# bias [A] ([0] if None), in the accumulating dtype.
+torch.library.define(
+    f"fastrec::{OP}_sum",
+    f"({_INPUTS}, bool with_input)"
+    " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
 )
 # grad_weight [A, D] and grad_bias [A] ([0] if None) have the dtypes of the table and its bias.
 torch.library.define(
@@ -55,6 +65,15 @@ def _(input, linear_weight, linear_bias, label_values, label_offsets, label_rows
     rows, width = input.shape
     loss = input.new_empty(rows, dtype=accumulate_dtype(input))
     return loss, loss.new_empty(rows if with_input else 0, width)
+
+
+@torch.library.register_fake(f"fastrec::{OP}_sum")
+def _(input, linear_weight, linear_bias, label_values, label_offsets, label_rows, with_input):
+    rows, width = input.shape
+    loss = input.new_empty(rows, dtype=accumulate_dtype(input))
+    bias = loss.new_empty(0 if linear_bias is None else linear_bias.shape[0])
+    grad_input = loss.new_empty(rows if with_input else 0, width)
+    return loss, grad_input, loss.new_empty(linear_weight.shape), bias
 
 
 @torch.library.register_fake(f"fastrec::{OP}_bwd")
@@ -84,41 +103,52 @@ def _losses_ref(input, linear_weight, linear_bias, label_values, label_offsets, 
 
 
 def _again(ctx, *saved):
-    input, linear_weight, linear_bias, *lists, _ = saved
+    input, linear_weight, linear_bias, *lists = saved[:6]
     inputs = input, linear_weight, linear_bias
-    return inputs, (_losses_ref(*inputs, *lists),)
+    losses = _losses_ref(*inputs, *lists)
+    return inputs, (ordered_sum(losses) if ctx.summed else losses,)
 
 
 class _MultilabelBce(torch.autograd.Function):
-    """loss [N] of the rows; `learns`: whether gradients will be asked for."""
+    """loss [N] of the rows, their sum if `summed`; `learns`: whether gradients may be asked for."""
 
     @staticmethod
     def forward(
-        ctx, x, linear_weight, linear_bias, label_values, label_offsets, label_rows, learns, backend
-    ):
-        fwd = kernels_of(OP, backend, x.device).multilabel_bce_fwd
+        ctx, x, linear_weight, linear_bias, label_values, label_offsets, label_rows,
+        summed, learns, backend,
+    ):  # fmt: skip
+        kernels = kernels_of(OP, backend, x.device)
         inputs = x, linear_weight, linear_bias, label_values, label_offsets, label_rows
-        loss, grad_input = fwd(*inputs, learns and ctx.needs_input_grad[0])
-        ctx.save_for_backward(*inputs, grad_input)
-        ctx.backend = backend
-        return loss
+        needs_input, *needs_table = ctx.needs_input_grad[:3]
+        small = linear_weight.numel() <= MOST_SUMMED and backend == "cpp"
+        ctx.swept = summed and learns and any(needs_table) and small
+        run = kernels.multilabel_bce_sum if ctx.swept else kernels.multilabel_bce_fwd
+        loss, *grads = run(*inputs, learns and needs_input)
+        ctx.save_for_backward(*inputs, *grads)
+        ctx.summed, ctx.backend = summed, backend
+        return ordered_sum(loss) if summed else loss
 
     @staticmethod
     @twice_differentiable(_again)
     def backward(ctx, grad_loss):
-        *inputs, per_row = ctx.saved_tensors
-        bwd = kernels_of(OP, ctx.backend, per_row.device).multilabel_bce_bwd
+        inputs, (per_row, *of_table) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            grad_input = (per_row * grad_loss[:, None]).to(inputs[0].dtype)
-        if needs_weight or needs_bias:
-            grad_weight, grad_bias = bwd(*inputs, grad_loss.contiguous())
+            upstream = grad_loss if ctx.summed else grad_loss[:, None]
+            grad_input = (per_row * upstream).to(inputs[0].dtype)
+        if ctx.swept:
+            grad_weight, grad_bias = (grad * grad_loss for grad in of_table)
+            grad_weight = grad_weight.to(inputs[1].dtype)
+            grad_bias = grad_bias if inputs[2] is None else grad_bias.to(inputs[2].dtype)
+        elif needs_weight or needs_bias:
+            bwd = kernels_of(OP, ctx.backend, per_row.device).multilabel_bce_bwd
+            grad_weight, grad_bias = bwd(*inputs, grad_loss.expand(len(inputs[0])).contiguous())
         return (
             grad_input,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -140,12 +170,12 @@ def multilabel_bce_ref(
         input, linear_weight, linear_bias, label_values, label_offsets,
         torch.where(kept, label_rows, -1),
     )  # fmt: skip
-    return _reduced(losses, kept, linear_weight.shape[0], reduction)
+    loss = losses if reduction == "none" else ordered_sum(losses)
+    return _divided(loss, kept, linear_weight.shape[0], reduction)
 
 
-def _reduced(losses: Tensor, kept: Tensor, labels: int, reduction: str) -> Tensor:
-    loss = reduce_loss(losses, kept.to(losses.dtype), reduction)
-    return loss / labels if reduction == "mean" else loss
+def _divided(loss: Tensor, kept: Tensor, labels: int, reduction: str) -> Tensor:
+    return loss / kept.sum().clamp_min(1) / labels if reduction == "mean" else loss
 
 
 def _check_lists(values: Tensor, offsets: Tensor, labels: int) -> None:
@@ -233,12 +263,14 @@ def multilabel_bce(
     inputs = input, linear_weight, linear_bias, *lists, torch.where(kept, label_rows, -1)
     if backend == "reference":
         with without_autocast(device):
-            losses = _losses_ref(*inputs)
+            loss = _losses_ref(*inputs)
+        loss = loss if reduction == "none" else ordered_sum(loss)
     else:
+        summed, learns = reduction != "none", torch.is_grad_enabled()
         try:
-            losses = _MultilabelBce.apply(*inputs, torch.is_grad_enabled(), backend)
+            loss = _MultilabelBce.apply(*inputs, summed, learns, backend)
         except RuntimeError:
             if trusted:
                 _check_lists(*lists, labels)  # names what is wrong
             raise
-    return _reduced(losses, kept, labels, reduction)
+    return _divided(loss, kept, labels, reduction)

@@ -110,7 +110,7 @@ def _private(device: str, op: str) -> Iterator[tuple]:
         w = torch.randn(7, 6, generator=g, device=device).to(dtype)
         bias = torch.randn(7, generator=g, device=device).to(dtype) if biased else None
         inputs = (x, w, bias, *lists, rows)
-        if op.endswith("_fwd"):
+        if not op.endswith("_bwd"):
             yield *inputs, True
             yield *inputs, False
         else:
@@ -133,7 +133,7 @@ OP = Op(
     multilabel_bce_ref,
     _samples,
     differentiable=("input", "linear_weight", "linear_bias"),
-    private=("multilabel_bce_fwd", "multilabel_bce_bwd"),
+    private=("multilabel_bce_fwd", "multilabel_bce_sum", "multilabel_bce_bwd"),
     private_samples=_private,
     representative=(*_FULL, "half_labels"),
     complete=_FULL,
