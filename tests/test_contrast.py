@@ -138,7 +138,8 @@ def test_a_user_without_items_under_cosine_has_finite_gradients():
     ],
 )
 def test_users_with_the_same_target_or_profile_are_no_negatives(names, first, causal, tokens):
-    """Three of six users end with item 5, three with 7, one of which has no item before it."""
+    """Three of six users end with item 5, three with 7, one of which has no item before it: where
+    the next item is predicted that user is left out."""
     histories = [[1, 2, 5], [3, 5], [4, 6, 7], [9, 5], [7], [8, 7]]
     profiles = [2, 0, 2, -1, 0, -1]
     side = Known(dataset_of(histories, 20), profiles=np.array(profiles), split="all")
@@ -155,12 +156,13 @@ def test_users_with_the_same_target_or_profile_are_no_negatives(names, first, ca
     lasts = [row[-1] if row else -1 for row in said]
     columns = {"target": lasts, "profile": profiles}
     ids = torch.tensor([list(range(6)), *(columns[name] for name in names)]).T
-    expected, number = nt_xent(a, b, ids, part.settings)
+    real = torch.tensor([len(history) > causal for history in histories])
+    expected, number = nt_xent(a, b, ids, part.settings, real)
     torch.testing.assert_close(term.loss, expected)
-    assert term.number == number == 12
+    assert term.number == number == (10 if causal else 12)
     if not isinstance(first[0], Mask):
         assert lasts.count(5) == 3 and lasts.count(7) == (2 if causal else 3)
-    without, _ = nt_xent(a, b, ids[:, :1], part.settings)
+    without, _ = nt_xent(a, b, ids[:, :1], part.settings, real)
     assert not torch.isclose(term.loss, without, rtol=1e-3)
 
 

@@ -48,7 +48,8 @@ class JaggedBatch:
     pairs: who belongs to whom among the sequences.
     scored: int64 [N], the events that have a target, ascending; `with_scored` finds them on the
         host, so that nothing waits for a device to know N.
-    real: bool [B], the sequences that are not padding; None: all.
+    real: bool [B], the sequences that count: neither padding nor left without an event by a step;
+        None: all.
     """
 
     values: Tensor

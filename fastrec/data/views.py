@@ -4,6 +4,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
+from fastrec.data.attributes import missing_value
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import Shard, SideData
 from fastrec.random import Rng
@@ -79,12 +82,25 @@ class Views:
             for step in steps:
                 view = step(view, rng, self.side)
             made[name] = view
-        return {name: self.frame(view).with_scored() for name, view in made.items()}
+        return {n: self.frame(_without_empty(v)).with_scored() for n, v in made.items()}
 
     @property
     def length(self) -> int:
         """Items of a user that the views need."""
         return self.max_len + max((extra(steps) for steps in self.views.values()), default=0)
+
+
+def _without_empty(view: JaggedBatch) -> JaggedBatch:
+    """Of sequences that the steps have left without an event nothing is learnt: their vectors, all
+    the same, are nobody's neighbours, and their users' values are not known."""
+    there = view.lengths > 0
+    if there.all():
+        return view
+    users = {
+        name: torch.where(there.view(-1, *[1] * (column.dim() - 1)), column, missing_value(column))
+        for name, column in view.users.items()
+    }
+    return replace(view, users=users, real=there if view.real is None else view.real & there)
 
 
 def extra(steps: list) -> int:

@@ -54,6 +54,12 @@ class Encoded:
     items: Tensor | None = None
 
 
+def real_in(*views: Encoded) -> Tensor | None:
+    """bool [B], the users that count in every view; None: all."""
+    known = [view.batch.real for view in views if view.batch.real is not None]
+    return torch.stack(known).all(0) if known else None
+
+
 def is_item(batch: JaggedBatch, num_items: int) -> Tensor:
     """bool [T]: the events that are items; [MASK], row V, stands for one."""
     return batch.values <= num_items

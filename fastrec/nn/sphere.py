@@ -18,6 +18,12 @@ def alignment(a: Tensor, b: Tensor, real: Tensor | None = None) -> Tensor:
     return _mean((a - b).square().sum(1), real)
 
 
+def left_out(who: Tensor) -> Tensor:
+    """float32 like `who`, bool: a bias of candidates that leaves those out. Not -inf: their own
+    losses, which are multiplied by 0, would be infinite."""
+    return torch.where(who, -1e9, 0.0)
+
+
 def uniformity(z: Tensor, real: Tensor | None = None, backend: str | None = None) -> Tensor:
     """A scalar: log E exp(-2 |z_i - z_j|^2) over all pairs of different users, from 0, all vectors
     are one, down to about -4, spread over the sphere. Below 2 users it means nothing.
@@ -26,14 +32,10 @@ def uniformity(z: Tensor, real: Tensor | None = None, backend: str | None = None
     """
     # |z_i - z_j|^2 = 2 - 2 z_i.z_j. With user i itself as the positive, whose score is 4, the
     # cross-entropy of the scores 4 z_i.z_j is log(1 + sum over j != i of exp(4 z_i.z_j - 4)).
-    bias = positive = None
-    if real is not None:
-        bias = torch.where(real, 0.0, -torch.inf).to(z.dtype)
-        positive = torch.arange(len(z), device=z.device).masked_fill(~real, 0)
+    bias = None if real is None else left_out(~real)
     rows = in_batch_cross_entropy(
-        z, z, temperature=0.25, candidate_bias=bias, positive=positive, reduction="none",
-        backend=backend,
-    )  # fmt: skip
+        z, z, temperature=0.25, candidate_bias=bias, reduction="none", backend=backend
+    )
     mean = _mean(rows.expm1(), real)
     mean = mean / (max(len(z) - 1, 1) if real is None else (real.sum() - 1).clamp_min(1))
     return mean.clamp_min(torch.finfo(z.dtype).tiny).log()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastrec.data.side import SideData
 from fastrec.nn.batch_norm import BatchNorm
-from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.nn.pool import Encoded, Pool, Pooling, real_in
 from fastrec.nn.sphere import alignment, spread, uniformity
 from fastrec.random import Rng
 
@@ -102,7 +102,7 @@ class ViewAlignment(nn.Module):
         a, b = self.pool(model, first), self.pool(model, second)
         if len(a) != len(b):
             raise ValueError(f"views of the same users have {len(a)} and {len(b)} sequences")
-        return self.losses(a, b, first.batch.real)
+        return self.losses(a, b, real_in(first, second))
 
     def losses(self, a: Tensor, b: Tensor, real: Tensor | None = None) -> dict[str, tuple]:
         """From user vectors [B, D] of both views. Beside the loss, of z / |z| of the users of this

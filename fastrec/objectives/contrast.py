@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
-from fastrec.nn.pool import Encoded, Pool, Pooling, last_event
+from fastrec.nn.pool import Encoded, Pool, Pooling, last_event, real_in
+from fastrec.nn.sphere import left_out
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
 from fastrec.random import Rng
 
@@ -91,7 +92,7 @@ class ViewContrast(nn.Module):
             ids.append(last_target(batch))
         if "profile" in self.settings.false_negatives:
             ids.append(batch.users["profile"])
-        loss, count = self.loss(a, b, torch.stack(ids, dim=1), batch.real)
+        loss, count = self.loss(a, b, torch.stack(ids, dim=1), real_in(first, second))
         return {"contrast": (loss, count)}
 
     def loss(
@@ -101,7 +102,7 @@ class ViewContrast(nn.Module):
 
         ids: int64 [B] or [B, G], of the users: those with an id in common, in the same column, are
             no negatives of each other; a negative id is none.
-        real: bool [B], who is not padding.
+        real: bool [B], who counts.
         """
         how = self.settings
         twice = how.anchors == "both" or how.candidates == "both"
@@ -133,20 +134,25 @@ def partner_loss(
     """(mean, number) of the cross-entropies of queries [N, D] whose partner is the candidate of the
     same number, among the candidates [M, D] of all processes.
 
-    real: bool, the first N of the queries, the first M of the candidates: who is not padding.
+    real: bool, the first N of the queries, the first M of the candidates: who counts.
     settings: of `in_batch_cross_entropy`.
     """
     several = torch.distributed.is_initialized()
     group = torch.distributed.group.WORLD if several else None
-    if real is None:
-        return in_batch_cross_entropy(query, candidate, group=group, **settings), len(query)
-    bias, real = torch.where(real[: len(candidate)], 0.0, -torch.inf), real[: len(query)]
-    # The partner of padding is out: it looks for somebody who is not.
-    positive = torch.arange(len(query), device=query.device).masked_fill(~real, 0)
+    if real is None and not several:
+        return in_batch_cross_entropy(query, candidate, **settings), len(query)
+    if real is None:  # in another process somebody may be left out
+        most = max(len(query), len(candidate))
+        real = torch.ones(most, dtype=torch.bool, device=query.device)
     rows = in_batch_cross_entropy(
-        query, candidate, candidate_bias=bias, positive=positive, group=group, reduction="none",
+        query,
+        candidate,
+        candidate_bias=left_out(~real[: len(candidate)]),
+        group=group,
+        reduction="none",
         **settings,
-    )  # fmt: skip
+    )
+    real = real[: len(query)]
     count = real.sum()
     return (rows * real).sum() / count.clamp_min(1), count
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
-from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.nn.pool import Encoded, Pool, Pooling, real_in
 from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.in_batch_hardest import in_batch_hardest
 from fastrec.random import Rng
@@ -82,8 +82,8 @@ class ViewRanking(nn.Module):
         if len(set(sizes)) > 1:
             raise ValueError(f"views of the same users have {sizes} sequences")
         a, b, a_again, b_again = (self.pool(model, view) for view in views)
-        ids, real = views[0].batch.sample_ids, views[0].batch.real
-        return {"rank": self.loss(a, b, a_again, b_again, ids, real)}
+        ids = views[0].batch.sample_ids
+        return {"rank": self.loss(a, b, a_again, b_again, ids, real_in(*views))}
 
     def loss(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
-from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.nn.pool import Encoded, Pool, Pooling, real_in
 from fastrec.objectives.bpr import pairwise
 from fastrec.objectives.contrast import partner_loss
 from fastrec.random import Rng
@@ -76,7 +76,7 @@ class SegmentPrediction(nn.Module):
         a, c = self.linear(self.pool(model, context)), self.pool(model, run)
         if len(a) != len(c):
             raise ValueError(f"views of the same users have {len(a)} and {len(c)} sequences")
-        return {"segments": self.loss(a, c, context.batch.sample_ids, context.batch.real)}
+        return {"segments": self.loss(a, c, context.batch.sample_ids, real_in(context, run))}
 
     def loss(
         self, query: Tensor, run: Tensor, ids: Tensor, real: Tensor | None = None
@@ -90,9 +90,10 @@ class SegmentPrediction(nn.Module):
         )
 
     def _next(self, query, run, ids, real) -> tuple[Tensor, Tensor]:
-        index = torch.arange(len(query), device=query.device)
         there = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-        after = torch.where(index + 1 < there.sum(), index + 1, 0)  # padding comes last
+        order = (~there).sort(stable=True).indices  # those that count come first
+        place = there.cumsum(0)  # of the next one among them
+        after = order[torch.where(place < there.sum(), place, 0)]
         pair = there & (ids[after] != ids)
         own = (query * run).sum(1).float()
         other = (query * run.index_select(0, after)).sum(1).float()

@@ -88,7 +88,11 @@ def padded(
         scored=None
         if batch.scored is None
         else _to(batch.scored, capacity.rows, capacity.events - 1),
-        real=torch.arange(sequences, device="cpu") < len(batch),
+        real=_to(
+            torch.ones(len(batch), dtype=torch.bool) if batch.real is None else batch.real,
+            sequences,
+            0,
+        ),
     )
 
 
