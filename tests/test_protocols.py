@@ -74,6 +74,11 @@ def lines_of(dataset, count: int = 4) -> list[str]:
     ]
 
 
+def twice(line: str) -> str:
+    user, first, _, *rest = line.split()
+    return " ".join([user, first, first, *rest])
+
+
 def test_listed_negatives_are_those_of_the_file(dataset, tmp_path):
     lines, file = lines_of(dataset), tmp_path / "sample.txt"
     file.write_text("\n".join(reversed(lines)) + "\n")
@@ -94,12 +99,24 @@ def test_listed_negatives_are_those_of_the_file(dataset, tmp_path):
         (lambda lines: [lines[0], lines[1] + " 1"], "row 2: 5 items, the first line has 4"),
         (lambda lines: [lines[0] + "x"], "row 1: item '.*x' is not in"),
         (lambda lines: ["nobody" + lines[0]], "row 1: user 'nobody.*' is not in"),
+        (lambda lines: [lines[0], twice(lines[1]), *lines[2:]], "row 2: item '.*' stands twice"),
     ],
 )
 def test_a_wrong_list_is_an_error_that_names_its_row(dataset, tmp_path, change, error):
     file = tmp_path / "sample.txt"
     file.write_text("\n".join(change(lines_of(dataset))) + "\n")
     with pytest.raises(DataError, match=error):
+        listed_negatives(dataset, torch.arange(dataset.num_users), file)
+
+
+@pytest.mark.parametrize("place", [0, -2, -1], ids=["seen", "valid", "test"])
+def test_an_event_of_a_user_is_no_listed_negative(dataset, tmp_path, place):
+    """The target beside itself shared its rank: HR@1 was 0 for every model."""
+    file, lines, start, end = tmp_path / "sample.txt", lines_of(dataset), *dataset.offsets[5:7]
+    item = str(dataset.item_ids()[dataset.values[start:end][place]])
+    lines[5] = " ".join([*lines[5].split()[:-1], item])
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=f"row 6: item '{item}' is an event of the user"):
         listed_negatives(dataset, torch.arange(dataset.num_users), file)
 
 

@@ -30,6 +30,13 @@ def held_out_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
     return batch.values[kept], owner[kept]
 
 
+def events_of(dataset, users: Tensor) -> Tensor:
+    """int64, ascending: place of a user in `users` x V + item, of all their events, once each."""
+    offsets = dataset.offsets
+    batch = dataset.between(users, offsets[users.numpy()], offsets[users.numpy() + 1])
+    return (batch.segment_ids() * dataset.num_items + batch.values).unique()
+
+
 class SampledNegatives:
     """Negatives of users, unseen and all different, drawn in proportion to the interactions of an
     item, or "uniform".
@@ -55,9 +62,9 @@ class SampledNegatives:
         lengths = torch.from_numpy(offsets[places + 1] - offsets[places])
         long = users[lengths > self.alive - self.count]
         for rows in row_blocks(len(long)):
-            unseen = self.alive - (self._seen(long[rows]) // self.dataset.num_items).bincount(
-                minlength=rows.stop - rows.start
-            )
+            unseen = self.alive - (
+                events_of(self.dataset, long[rows]) // self.dataset.num_items
+            ).bincount(minlength=rows.stop - rows.start)
             if (unseen < self.count).any():
                 bad = int((unseen < self.count).nonzero()[0])
                 raise ValueError(
@@ -68,7 +75,7 @@ class SampledNegatives:
     def __call__(self, users: Tensor) -> Tensor:
         """int64 [U, count] of `users`, who pass `check`."""
         out = torch.empty(len(users), self.count, dtype=torch.int64, device="cpu")
-        seen, rows = self._seen(users), torch.arange(len(users), device="cpu")
+        seen, rows = events_of(self.dataset, users), torch.arange(len(users), device="cpu")
         drawn = torch.empty(len(users), 0, dtype=torch.int64, device="cpu")
         for turn in range(_ROUNDS):
             number = min(self.count + self.count // 2 + 8, MOST_DRAWN)
@@ -88,17 +95,11 @@ class SampledNegatives:
             out[row] = self._rest(int(users[row]), taken)
         return out
 
-    def _seen(self, users: Tensor) -> Tensor:
-        """int64, ascending: place of a user x V + item, of all their events, once each."""
-        offsets = self.dataset.offsets
-        batch = self.dataset.between(users, offsets[users.numpy()], offsets[users.numpy() + 1])
-        return (batch.segment_ids() * self.dataset.num_items + batch.values).unique()
-
     def _rest(self, user: int, taken: Tensor) -> Tensor:
         """int64 [count]: `taken`, and behind them others in the order of exponential keys."""
         left = self.popularity > 0
         left[taken] = False
-        left[self._seen(torch.tensor([user], device="cpu"))] = False
+        left[events_of(self.dataset, torch.tensor([user], device="cpu"))] = False
         left = left.nonzero().squeeze(1)
         generator = np.random.Generator(np.random.Philox(key=(self.seed, user)))
         keys = torch.from_numpy(generator.standard_exponential(len(left)))
@@ -135,11 +136,13 @@ def listed_negatives(dataset, users: Tensor, file: Path | str) -> Tensor:
     original ids: the `*_sample.txt` of S3-Rec.
 
     Raises DataError that names file and row: a user twice, a line of another length, an item or a
-    user that is not known or not there.
+    user that is not known or not there, an item that stands twice in a line or that is an event of
+    its user, which a negative is not.
     """
     lines = read_fields(file)
     items, people = Ids(dataset.item_ids()), Ids(dataset.user_ids())
     found: dict[int, list[int]] = {}
+    row_of: dict[int, int] = {}
     for row, (user, *listed) in enumerate(lines, 1):
         if len(listed) != len(lines[0]) - 1 or not listed:
             raise DataError(
@@ -151,11 +154,21 @@ def listed_negatives(dataset, users: Tensor, file: Path | str) -> Tensor:
             raise DataError(file, f"{what} is not in {dataset.path}", row=row)
         if owner in found:
             raise DataError(file, f"user {user!r} is listed twice", row=row)
-        found[owner] = rows
+        found[owner], row_of[owner] = rows, row
     missing = [user for user in users.tolist() if user not in found]
     if missing:
         raise DataError(
             file, f"{len(missing)} of {len(users)} users have no line, the first is"
             f" {str(people.ids[missing[0]])!r}",
         )  # fmt: skip
-    return torch.tensor([found[user] for user in users.tolist()], device="cpu")
+    listed = torch.tensor([found[user] for user in users.tolist()], device="cpu")
+    for rows in row_blocks(len(users)):
+        part, owners = listed[rows], users[rows]
+        places = torch.arange(len(part), device="cpu")[:, None] * dataset.num_items + part
+        seen = _among(places, events_of(dataset, owners))
+        for wrong, what in ((~_first(part), "stands twice"), (seen, "is an event of the user")):
+            if wrong.any():
+                user, place = (int(at) for at in wrong.nonzero()[0])
+                item, row = items.ids[int(part[user, place])], row_of[int(owners[user])]
+                raise DataError(file, f"item {str(item)!r} {what}: it is no negative", row=row)
+    return listed
