@@ -100,14 +100,15 @@ def embed(
         else:
             vectors = Recommender(model, dataset).queries(read_ids(users))
             said = f"queries of {model.item_table.shape[1]} numbers"
-        write_table(vectors, output, overwrite)
         if plot is not None:
             if column is not None:
                 column = vectors.select("user_id").join(
                     column, on="user_id", how="left", maintain_order="left"
                 )[color_by]
+            plot.parent.mkdir(parents=True, exist_ok=True)
             points, shares = principal_components(vectors["vector"].to_numpy())
             plot_plane(points, shares, plot, color_by, column)
+        write_table(vectors, output, overwrite)
     print(f"{output}: {len(vectors):,} {said}")
     if plot is not None:
         print(f"plot: {plot}")
@@ -303,9 +304,9 @@ def index(
     Args:
         data: folder written by `fastrec prepare`.
         pretrained: folder of a model (`RUN/model`).
-        output: .faiss file. Beside it a .parquet file of the same name with the column item_id: its
-            row i is the item with label i. An index is asked for vectors of `fastrec embed --what
-            queries` with a 1 behind them.
+        output: .faiss file. Beside it, OUTPUT.parquet has the column item_id: its row i is the item
+            with label i. An index is asked for vectors of `fastrec embed --what queries` with a 1
+            behind them.
         factory: how to search, in the words of faiss.index_factory: Flat, HNSW32, "IVF1024,Flat".
         search: parameters of the search, in the words of faiss.ParameterSpace: nprobe=16.
         k: items a user of whom the share that is found is said.
@@ -319,7 +320,7 @@ def index(
         raise ValueError(f"{output}: an index is written to a .faiss file")
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}")
-    labels = output.with_suffix(".parquet")
+    labels = output.with_name(output.name + ".parquet")
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         model = load_model(pretrained, dataset, new_items_like=new_items_like).to(device_of(device))
@@ -358,10 +359,11 @@ def adapter(pretrained: Path, base: Path, output: Path, overwrite: bool = False)
 
 
 def read_ids(path: Path | None) -> list[str] | None:
-    """The ids of a text file, one a line, without empty lines; None for no file."""
+    """The ids of a text file, one a line as it stands, blanks included, without empty lines; None
+    for no file."""
     if path is None:
         return None
-    return [line.strip() for line in read_lines(path) if line.strip()]
+    return [line.removesuffix("\r") for line in read_lines(path) if line.strip()]
 
 
 def read_histories(path: Path | None) -> Sequence[Sequence[int | str]] | None:

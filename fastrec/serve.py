@@ -44,6 +44,9 @@ class Scored(NamedTuple):
     rows: Tensor | None
 
 
+MOST_SAID = 1000  # different warnings that are remembered
+
+
 class Recommender:
     """Answers requests. What all of them need is read once: the ids and their rows, the popularity
     of items, the item vectors of unit length. Of a model that has been trained further make another
@@ -76,6 +79,7 @@ class Recommender:
         self._items = Ids(dataset.item_ids())
         self._offered = self._items if other is None else other.ids
         self._adjusted: tuple[float, Tensor] | None = None
+        self._said: dict = {}  # of warnings, whose texts clients write
 
     def recommend(
         self,
@@ -243,7 +247,7 @@ class Recommender:
         if unknown:
             said.append(
                 f"{len(unknown)} of {total} items of the histories are not known, the first is"
-                f" {unknown[0]!r}"
+                f" {repr(unknown[0])[:80]}"
             )
         if len(known) < len(histories):
             said.append(
@@ -251,7 +255,10 @@ class Recommender:
                 " a causal model has nothing to go on and gives them no rows"
             )
         if said:
-            warnings.warn("; ".join(said), stacklevel=4)
+            if len(self._said) > MOST_SAID:
+                self._said.clear()
+            text = "; ".join(said)
+            warnings.warn_explicit(text, UserWarning, __file__, 0, __name__, self._said)
         return known
 
     def _scored(self, tau: float, allowed, blocked) -> Scored:
@@ -337,5 +344,5 @@ def _joined(parts: list[np.ndarray], dtype) -> np.ndarray:
 
 
 def _check_k(k: int) -> None:
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k must be a whole number, at least 1, got {k!r}")

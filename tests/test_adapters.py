@@ -112,6 +112,19 @@ def test_a_model_with_an_adapter_is_the_one_that_was_trained(runs, name):
     assert user_vectors(base, data, pool="last").equals(before)
 
 
+def test_a_loaded_adapter_does_not_change_with_its_file(runs, tmp_path):
+    """`cp` and `rsync --inplace` write into the file that is there."""
+    data = SequenceDataset.load(runs / "data")
+    shutil.copytree(of(runs, "next")[1], tmp_path / "adapter")
+    made = load_model(runs / "base" / "model", data, adapter=tmp_path / "adapter")
+    before = Recommender(made, data).recommend(3)
+    file = tmp_path / "adapter" / "adapter.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(bytes(file.stat().st_size // 2))
+    assert Recommender(made, data).recommend(3).equals(before)
+
+
 def test_tasks_are_switched_on_the_command_line(runs, tmp_path, capsys):
     for name in TASKS.values():
         folder, adapter = of(runs, name)

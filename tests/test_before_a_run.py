@@ -8,7 +8,8 @@ import pytest
 import torch
 from builders import model_of, recipe, synthetic
 
-from fastrec import Recipe, SequenceDataset, UserModel, fit, user_vectors
+import fastrec
+from fastrec import Recipe, SequenceDataset, UserModel, fit, load_model, user_vectors
 from fastrec.cli import main
 from fastrec.data.steps.mask import Mask
 from fastrec.nn.pool import Interests, Pool
@@ -17,6 +18,7 @@ from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.item import Item
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.model_folder import trained_pool
+from fastrec.training.stage import Init
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +111,31 @@ def test_pools_that_an_objective_has_trained(data, tmp_path):
               f"--output={run / 'x.parquet'}"])  # fmt: skip
     with pytest.raises(ValueError, match="pool interests of user_attributes: "):
         trained_pool(run / "model", "interests", 8)
+
+
+def test_a_model_knows_whether_its_scores_of_items_are_trained(data, tmp_path):
+    """By its own stage or one before it, whatever stages its recipe has beside them."""
+    profile = dict(views={"main": []}, judge="attributes", steps=1, progress=False,
+                   objectives={"user_attributes": UserAttributes(pool="max")})  # fmt: skip
+    first = fit(data, recipe=recipe(), output=tmp_path / "a", **profile)
+    again = fit(data, first, recipe=recipe(), output=tmp_path / "b", **profile,
+                initial_folder=str(tmp_path / "a" / "model"))  # fmt: skip
+    for model in (first, again, load_model(tmp_path / "b" / "model", data)):
+        with pytest.raises(ValueError, match="trained for attributes .* scores no next items"):
+            fastrec.recommend(model, data, 3)
+    items = fit(data, again, recipe=recipe(), steps=1, output=tmp_path / "c", progress=False)
+    later = fit(data, items, recipe=recipe(), output=tmp_path / "d", **profile)
+    for model in (items, later):
+        assert len(fastrec.recommend(model, data, 3)) == 180
+
+
+@pytest.mark.parametrize(
+    ("init", "what"),
+    [
+        (Init(pool="contrast"), "init.pool: contrast"),
+        (Init(take=["items", "encoder", "contrast"]), "init.take: .'contrast'."),
+    ],
+)
+def test_what_stands_beside_a_model_needs_its_folder(data, init, what):
+    with pytest.raises(ValueError, match=f"{what} is read beside the model: initial_folder"):
+        fit(data, model_of(num_items=30), recipe=recipe(), init=init, steps=1, progress=False)

@@ -11,7 +11,7 @@ from builders import synthetic
 
 from fastrec import Recommender, UserModel, item_vectors, recipes
 from fastrec.cli import main
-from fastrec.cli_serve import read_histories
+from fastrec.cli_serve import read_histories, read_ids
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.settings import from_values
 from fastrec.training.config import Recipe
@@ -54,7 +54,7 @@ def test_recommend_for_histories_with_allowed_and_blocked_items(folder, tmp_path
     histories = [[3, "5", 3], [], ["x", 7]]
     (tmp_path / "h.jsonl").write_text("".join(json.dumps(each) + "\n" for each in histories))
     (tmp_path / "some.txt").write_text("".join(f"{item}\n" for item in range(20)))
-    (tmp_path / "never.txt").write_text("2\n\n 30\n")
+    (tmp_path / "never.txt").write_text("2\n\n30\n")
     files = dict(histories=tmp_path / "h.jsonl", allowed=tmp_path / "some.txt",
                  blocked=tmp_path / "never.txt")  # fmt: skip
     with pytest.warns(UserWarning, match="1 of 5 items .* 'x'; 1 of 3 histories have no known"):
@@ -72,6 +72,23 @@ def test_recommend_for_histories_with_allowed_and_blocked_items(folder, tmp_path
     with pytest.warns(UserWarning, match=r"1 of 5 items of the histories are not known.*'x'$"):
         _, said = call("recommend", "m.csv", "uprec-mip", histories=files["histories"], seen="none")
     assert said == "30 rows, the 10 best items of 3 of 3 histories, items of the history included"
+
+
+def test_an_id_is_a_line_as_it_stands(tmp_path):
+    file = tmp_path / "ids.txt"
+    file.write_bytes(b" a\n\na \r\n\xc2\xa0b\n \n")
+    assert read_ids(file) == [" a", "a ", "\u00a0b"]
+
+
+def test_a_plot_that_cannot_be_drawn_leaves_nothing(folder, tmp_path, call):
+    (tmp_path / "one.txt").write_text("3\n")
+    flags = dict(users=tmp_path / "one.txt", plot=tmp_path / "new" / "u.png")
+    with pytest.raises(SystemExit, match="a plane needs 2 vectors"):
+        call("embed", "u.parquet", **flags)
+    assert not (tmp_path / "u.parquet").exists()
+    (tmp_path / "one.txt").write_text("3\n4\n")
+    call("embed", "u.parquet", **flags)
+    assert flags["plot"].is_file()
 
 
 def test_similar_writes_the_nearest_items(folder, tmp_path, call):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.dataset_files import digest
 from fastrec.data.errors import DataError
 from fastrec.data.prepare.writer import write_dataset
 
@@ -197,20 +198,46 @@ def test_damaged_tables(folder):
     users = folder / "users.parquet"
     data = users.read_bytes()
     users.write_bytes(data[:-9])
-    with pytest.raises(DataError, match=r"users.parquet: cannot be read as Parquet"):
+    with pytest.raises(DataError, match=r"users.parquet: is not the file that was written"):
         dataset.user_ids()
     users.unlink()
     with pytest.raises(DataError, match=r"users.parquet: file is missing"):
         dataset.user_attributes()
+
+
+def test_tables_of_another_kind(folder):
+    """As if they had been written with schema.json."""
+    dataset, users = SequenceDataset.load(folder), folder / "users.parquet"
+
+    def written(file):
+        dataset.schema["digests"][file.name] = digest(file)
+
+    users.write_bytes(users.read_bytes()[:-9])
+    written(users)
+    with pytest.raises(DataError, match=r"users.parquet: cannot be read as Parquet"):
+        dataset.user_ids()
     shutil.copy(folder / "items.parquet", users)
+    written(users)
     with pytest.raises(DataError, match="column 'user_id': column is missing"):
         dataset.user_ids()
     pl.DataFrame({"user": [0], "user_id": ["u0"]}).write_parquet(users)
+    written(users)
     with pytest.raises(DataError, match="says 6 rows, the file has 1"):
         dataset.user_ids()
     pl.DataFrame({"user": [0], "friend": [6]}).write_parquet(folder / "relations.parquet")
+    written(folder / "relations.parquet")
     with pytest.raises(DataError, match=r"relations.parquet: user out of \[0, 6\)"):
         dataset.relations()
+
+
+def test_ids_of_another_day_do_not_name_the_users_of_this_one(folder, tmp_path):
+    """Loaded, then replaced by a data set of as many users: the arrays are those of before."""
+    dataset = SequenceDataset.load(folder)
+    frame = pl.read_parquet(folder / "users.parquet")
+    frame.with_columns(pl.col("user_id").reverse()).write_parquet(tmp_path / "new")
+    (tmp_path / "new").replace(folder / "users.parquet")
+    with pytest.raises(DataError, match=r"users.parquet: is not the file that was written"):
+        dataset.user_ids()
 
 
 def test_without_relations(tmp_path):

@@ -10,7 +10,7 @@ from fastrec import ModelConfig, UserModel, export_query
 from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.encoders.dilated import Dilated
 from fastrec.nn.encoders.gru import Gru
-from fastrec.nn.item_parts import Rating
+from fastrec.nn.item_parts import Rating, TimeGap
 from fastrec.nn.items import Items
 
 MODELS = {
@@ -19,6 +19,7 @@ MODELS = {
     "ur": lambda: model_of(tokens=["ur"], causal=True),
     "users, own table": lambda: model_of(num_users=3, user_width=4, head_table="own", causal=True),
     "rating": lambda: model_of(items=Items(rating=Rating(low=1, high=5, width=4)), causal=True),
+    "time gap": lambda: model_of(items=Items(time_gap=TimeGap(width=4)), causal=True),
     "gru": lambda: UserModel(20, ModelConfig(width=8, max_len=10, encoder=Gru())),
     "caser": lambda: UserModel(20, ModelConfig(width=8, max_len=10, encoder=Caser())),
     "dilated": lambda: UserModel(20, ModelConfig(width=8, max_len=10, encoder=Dilated())),

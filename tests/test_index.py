@@ -100,7 +100,7 @@ def test_command(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "40 items, HNSW8" in said and "recall@10 of 20 users" in said
     assert float(said.rsplit(": ", 1)[1]) > 0.9
-    ids = polars.read_parquet(tmp_path / "items.parquet")["item_id"].to_list()
+    ids = polars.read_parquet(tmp_path / "items.faiss.parquet")["item_id"].to_list()
     assert ids == fastrec.SequenceDataset.load(tmp_path / "data").item_ids().tolist()
     assert faiss.read_index(str(tmp_path / "items.faiss")).ntotal == 40
     with pytest.raises(SystemExit, match=r"items\.faiss is there already"):

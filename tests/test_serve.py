@@ -139,6 +139,20 @@ def test_histories_of_known_and_unknown_items(name, seen, dataset):
         check(alone, [0], [expected[kept.index(place)]])
 
 
+def test_what_clients_ask_for_is_not_remembered_for_ever(dataset, monkeypatch):
+    monkeypatch.setattr("fastrec.serve.MOST_SAID", 5)
+    recommender = fastrec.Recommender(made("causal", dataset), dataset)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for place in range(20):
+            for _ in range(2):
+                recommender.recommend(1, histories=[["item 3", "x" * 1000 + str(place % 10)]])
+                recommender.recommend(1, histories=[["item 3", f"{place} gone"]])
+    assert len(recommender._said) <= 7
+    assert 21 <= len(caught) < 40, "each text once, and again where it was forgotten"
+    assert max(len(str(warning.message)) for warning in caught) < 200
+
+
 @pytest.mark.parametrize("name", ["causal", "mask"])
 def test_nothing_known_and_nothing_asked(name, dataset):
     recommender = fastrec.Recommender(made(name, dataset), dataset)

@@ -33,6 +33,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset_files import (
     COLD,
     check_contents,
+    check_digest,
     check_digests,
     check_sizes,
     read_array,
@@ -316,8 +317,11 @@ class SequenceDataset:
         if not file.exists():
             raise DataError(file, "file is missing")
         # The bytes: a name in brackets would be a pattern.
+        content = file.read_bytes()
+        # Ids of another day would name the users and items of the arrays that are mapped.
+        check_digest(file, hashlib.sha256(content).hexdigest(), self.schema)
         with reading(file, "cannot be read as Parquet"):
-            frame = pl.read_parquet(BytesIO(file.read_bytes()))
+            frame = pl.read_parquet(BytesIO(content))
         if rows is not None and frame.height != rows:
             raise DataError(file, f"schema.json says {rows} rows, the file has {frame.height}")
         return frame

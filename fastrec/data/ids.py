@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Original ids and the rows that they have in a table of users or items."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -21,10 +21,12 @@ class Ids:
         return len(self._row)
 
     def find(self, asked: Sequence) -> list[int]:
-        """The row of each id, -1 for one that is not known. Raises TypeError for a text, whose
-        letters would be ids."""
+        """The row of each id, -1 for one that is not known. Raises TypeError for what is no list,
+        and for a text, whose letters would be ids."""
         if isinstance(asked, str | bytes):
             raise TypeError(f"expected a list of ids, got the text {asked!r}")
+        if not isinstance(asked, Iterable):
+            raise TypeError(f"expected a list of ids, got {asked!r}")
         row = self._row
         return [row.get(str(each), -1) for each in asked]
 
@@ -33,6 +35,7 @@ class Ids:
 
         Raises ValueError for ids that are not known: how many, and the first.
         """
+        asked = list(asked) if not isinstance(asked, str | bytes) else asked
         rows = self.find(asked)
         unknown = [each for each, row in zip(asked, rows, strict=True) if row < 0]
         if unknown:

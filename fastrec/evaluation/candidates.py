@@ -161,14 +161,17 @@ def listed_negatives(dataset, users: Tensor, file: Path | str) -> Tensor:
             file, f"{len(missing)} of {len(users)} users have no line, the first is"
             f" {str(people.ids[missing[0]])!r}",
         )  # fmt: skip
-    listed = torch.tensor([found[user] for user in users.tolist()], device="cpu")
-    for rows in row_blocks(len(users)):
-        part, owners = listed[rows], users[rows]
+    negatives = torch.tensor([found[user] for user in users.tolist()], device="cpu")
+    for block in row_blocks(len(users)):
+        part, owners = negatives[block], users[block]
         places = torch.arange(len(part), device="cpu")[:, None] * dataset.num_items + part
         seen = _among(places, events_of(dataset, owners))
         for wrong, what in ((~_first(part), "stands twice"), (seen, "is an event of the user")):
             if wrong.any():
-                user, place = (int(at) for at in wrong.nonzero()[0])
-                item, row = items.ids[int(part[user, place])], row_of[int(owners[user])]
-                raise DataError(file, f"item {str(item)!r} {what}: it is no negative", row=row)
-    return listed
+                at, place = (int(each) for each in wrong.nonzero()[0])
+                raise DataError(
+                    file,
+                    f"item {str(items.ids[int(part[at, place])])!r} {what}: it is no negative",
+                    row=row_of[int(owners[at])],
+                )  # fmt: skip
+    return negatives

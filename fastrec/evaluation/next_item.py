@@ -9,7 +9,7 @@ Legend: U users, N users of a block, P pairs of a user and a target.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -118,6 +118,13 @@ class Protocol:
         """Raise ValueError for a key that none of the judges of a recipe reads."""
         if judges and self.friend_negatives is not None and "friends" not in judges:
             raise ValueError("evaluation.friend_negatives has no effect: no stage judges friends")
+        if judges and not judges & RANKING:
+            for key in fields(self):
+                default = key.default if key.default_factory is MISSING else key.default_factory()
+                if key.name not in ELSEWHERE and getattr(self, key.name) != default:
+                    raise ValueError(f"evaluation.{key.name} has no effect: no stage ranks items")
+        if judges and self.logit_adjustment and "next_item" not in judges:
+            raise ValueError("evaluation.logit_adjustment has no effect: no stage ranks all items")
         if judges and self.seed and self.candidates == "full" and "friends" not in judges:
             raise ValueError("evaluation.seed has no effect: candidates is full")
 
@@ -129,6 +136,11 @@ def seen_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
     rows = batch.segment_ids()
     order = (rows * dataset.num_items + batch.values).argsort()
     return batch.values[order], batch.offsets
+
+
+RANKING = {"next_item", "texts", "click"}  # the judges that read what ranks items
+ELSEWHERE = ("friend_negatives", "seed")  # what others read
+MOST_ADJUSTED = 1e9  # from a score: float32 keeps no digit of what it was
 
 
 def adjustment(dataset, tau: float) -> Tensor:
@@ -144,7 +156,10 @@ def adjustment(dataset, tau: float) -> Tensor:
     if tau == 0:
         return torch.zeros(dataset.num_items, device="cpu")
     counts = dataset.item_counts("train").double().clamp_min(1)
-    return (tau * (counts / counts.sum()).log()).float()
+    taken = tau * (counts / counts.sum()).log()
+    if taken.abs().max() > MOST_ADJUSTED:
+        raise ValueError(f"logit_adjustment is {tau}: scores would be lost in it")
+    return taken.float()
 
 
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
@@ -156,13 +171,11 @@ def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
 def check_scores(model) -> None:
     """Raise ValueError for a model that `fit` has trained for something else alone: what scores its
     items is as random as it began."""
-    recipe, last = model.recipe or {}, model.trained_on.get("stage")
-    stages = [recipe.get(name) or {} for name in ("pretraining", last)]
-    ranked = any((stage.get("objectives") or {}).get("item") for stage in stages)
-    judge = stages[-1].get("judge")
-    if judge in ("rating", "vectors", "cold_start", "click") and not ranked:
+    if not model.trained_on.get("scores_items", True):
+        stage = model.trained_on.get("stage")
+        judge = ((model.recipe or {}).get(stage) or {}).get("judge")
         raise ValueError(
-            f"the model was trained for {judge} (stage {last}) without the objective item: it"
+            f"the model was trained for {judge} (stage {stage}) without the objective item: it"
             " scores no next items"
         )
 

@@ -103,9 +103,10 @@ class TimeGap:
 
     def level(self, seconds: Tensor) -> Tensor:
         """int64 [T] from seconds [T]: 0 to levels - 1, and `levels` for NaN."""
-        # log2 may round up to the next whole number: y is m 2^e with m in [0.5, 1).
-        exponent = torch.frexp(1 + seconds.double().nan_to_num(0)).exponent.long() - 1
-        return exponent.clamp(0, self.levels - 1).masked_fill(seconds.isnan(), self.levels)
+        # log2 may round up to the next whole number, and ONNX has no frexp.
+        ends = 2.0 ** torch.arange(1, self.levels, dtype=torch.float64, device=seconds.device)
+        level = torch.bucketize(1 + seconds.double().nan_to_num(0), ends, right=True)
+        return level.masked_fill(seconds.isnan(), self.levels)
 
 
 @dataclass(frozen=True)

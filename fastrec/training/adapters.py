@@ -144,7 +144,8 @@ def with_adapter(model: UserModel, folder: Path | str) -> UserModel:
             " weights of the encoder or of the items"
         )
     made = _patched(model, told)
-    given = kept | {name: part.to(model.device) for name, part in own.items()}
+    # Copies: what was read is mapped from the file, which may be written over.
+    given = kept | {name: part.to(model.device, copy=True) for name, part in own.items()}
     check_like(folder / ADAPTER_WEIGHTS, given, made.state_dict())
     made.load_state_dict(given, assign=True)
     made.texts, made.tokenizer = model.texts, model.tokenizer

@@ -57,6 +57,7 @@ from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import (
     filler_of,
+    scores_items,
     seen_by_run,
     similar_of,
     started_model,
@@ -75,7 +76,7 @@ def fit(
     recipe: Recipe | None = None,
     stage: str = "pretraining",
     output: Path | str | None = None,
-    initial_folder: Path | None = None,
+    initial_folder: Path | str | None = None,
     resume: bool = False,
     device: str = "auto",
     progress: bool = True,
@@ -134,6 +135,7 @@ def fit(
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, Recipe.load({recipe!r}) for one")
     whole, output = recipe or Recipe(), Path(output)
+    initial_folder = None if initial_folder is None else Path(initial_folder)
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
     if stage not in whole.stages and "objectives" not in settings:
@@ -190,8 +192,11 @@ def _fit(
     data.side.similar = similar_of(dataset, recipe, current)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     _use_tables(current, trained, objective, where)
+    heads = [name for name in current.init.take if name not in PARTS]
+    if given is not None and initial_folder is None and (heads or current.init.pool is not None):
+        what = f"init.pool: {current.init.pool}" if current.init.pool else f"init.take: {heads}"
+        raise ValueError(f"{what} is read beside the model: initial_folder must name its folder")
     if initial_folder is not None:
-        heads = [name for name in current.init.take if name not in PARTS]
         taken += load_heads(objective, initial_folder, only=heads)
         if current.init.pool is not None:
             taken += load_pool(objective, initial_folder, current.init.pool)
@@ -213,6 +218,7 @@ def _fit(
     if trained.num_users:
         trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
+    trained_on["scores_items"] = scores_items(current, initial, kept)
     seen = seen_by_run(dataset, data.people, recipe, current, initial, initial_folder, kept)
     items, described = hashes(dataset.item_ids()), plain(recipe)
 

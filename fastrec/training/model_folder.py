@@ -42,7 +42,7 @@ from fastrec.training.config import Users
 from fastrec.training.stage_data import held_out_users
 
 MOST_CATEGORIES = 16  # of an item that are looked at
-KEYS = {"items": str, "users": str, "stage": str, "run": str, "steps": int}
+KEYS = {"items": str, "users": str, "stage": str, "run": str, "steps": int, "scores_items": bool}
 
 
 def save_model(

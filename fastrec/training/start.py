@@ -23,8 +23,9 @@ from fastrec.nn.similar import SimilarItems
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.item import Item, ItemPrediction
 from fastrec.training.config import Recipe, check_stage
-from fastrec.training.model_folder import load_model, seen_users
+from fastrec.training.model_folder import load_model, read_trained_on, seen_users
 from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import select_users
 
@@ -58,6 +59,22 @@ def started_model(
         taken = [] if initial is None else take(model, initial, init.take, same)
     freeze(model, init.freeze, init.second_norm)
     return model, taken
+
+
+def scores_items(stage: Stage, initial: UserModel | None, kept: Path | None) -> bool:
+    """Whether what scores the items of a model is trained: by the stage, or by what it starts from.
+    `kept`: see `seen_by_run`."""
+    if stage.judge in ("next_item", "texts") or any(map(_of_items, stage.parts.values())):
+        return True
+    if kept is not None and kept.exists():
+        return read_trained_on(kept).get("scores_items", True)
+    if initial is None or "items" not in stage.init.take:
+        return False
+    return initial.trained_on.get("scores_items", True)
+
+
+def _of_items(part) -> bool:
+    return isinstance(part, Item | ItemPrediction)
 
 
 def text_data(

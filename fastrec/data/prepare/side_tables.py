@@ -142,8 +142,9 @@ def _read_id_json(file, key: str):
         pairs = json.loads(data, object_pairs_hook=lambda pairs: pairs)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            file, f"is not JSON: {error}", row=getattr(error, "lineno", None)
-        ) from error
+            file, f"is not one value of JSON: {error} (an object a line is a .jsonl file)",
+            row=getattr(error, "lineno", None),
+        ) from error  # fmt: skip
     if not data.lstrip().startswith(b"{"):
         raise DataError(file, 'expected an object {"id": [attributes]}')
     table = dict(pairs)
