@@ -302,7 +302,7 @@ def test_recommend_for_the_bot(tmp_path):
 
 def test_the_list_of_users_may_have_a_byte_order_mark(tmp_path):
     file = tmp_path / "users.txt"
-    file.write_bytes(b"\xef\xbb\xbfu1\r\n u2 \n")
+    file.write_bytes(b"\xef\xbb\xbfu1\r\nu2\n")
     assert read_ids(file) == ["u1", "u2"]
     file.write_bytes(b"u1\nu\xe9\n")
     with pytest.raises(ValueError, match=r"users.txt: row 2: byte 0xe9 is not utf-8"):

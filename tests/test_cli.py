@@ -177,7 +177,7 @@ def test_recommend_with_logit_adjustment_turns_from_popular_items(runs, tmp_path
 
 def test_users_are_one_a_line_and_their_table_is_read_once(runs, tmp_path, monkeypatch):
     assert read_ids(None) is None
-    (tmp_path / "users.txt").write_text("Ann Lee\r\n\n u7 \n")
+    (tmp_path / "users.txt").write_text("Ann Lee\r\n\nu7\n")
     assert read_ids(tmp_path / "users.txt") == ["Ann Lee", "u7"]
     reads = []
     monkeypatch.setattr(serve, "row_blocks", lambda count: row_blocks(count, 20))

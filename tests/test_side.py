@@ -3,6 +3,7 @@
 
 import re
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ from builders import dataset_of, lists_of
 
 from fastrec.data.attributes import Attribute
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.dataset_files import digest
 from fastrec.data.errors import DataError
 from fastrec.data.prepare.writer import write_dataset
 from fastrec.data.side import SideData
@@ -121,8 +123,15 @@ def test_profiles(dataset):
     assert SideData(dataset, attributes=[Attribute("age")]).profile_ids is None, "none is discrete"
 
 
+def put(frame: pl.DataFrame, file: Path, dataset) -> None:
+    """As if it had been written with the data set."""
+    frame.write_parquet(file)
+    dataset.schema["digests"][file.name] = digest(file)
+
+
 def test_profiles_of_users_without_attributes(folder, dataset):
-    pl.DataFrame({"user": range(5), "user_id": range(5)}).write_parquet(folder / "users.parquet")
+    users = pl.DataFrame({"user": range(5), "user_id": range(5)})
+    put(users, folder / "users.parquet", dataset)
     assert SideData(dataset).profile_ids is None
     with pytest.raises(DataError, match="leave out the objective user_attributes") as caught:
         _ = SideData(dataset).attributes
@@ -140,9 +149,8 @@ def test_friends_are_those_with_both_ends_labelled(dataset):
 
 
 def test_errors_name_the_file(folder, dataset):
-    pl.DataFrame({"user": range(5), "user_id": range(5), "one": [7] * 5}).write_parquet(
-        folder / "users.parquet"
-    )
+    frame = pl.DataFrame({"user": range(5), "user_id": range(5), "one": [7] * 5})
+    put(frame, folder / "users.parquet", dataset)
     users = re.escape(str(folder / "users.parquet"))
     for settings in ([], [Attribute("one")], [Attribute("two")]):
         with pytest.raises(DataError, match=rf"^{users}: column '(one|two)'"):
@@ -158,7 +166,7 @@ def test_errors_name_the_file(folder, dataset):
         _ = SideData(dataset).attributes
     with pytest.raises(ValueError, match="no two of the 2 trained users are friends"):
         _ = SideData(dataset, labelled=[0, 4]).graph
-    pl.DataFrame({"user": [0], "friend": [9]}).write_parquet(folder / "relations.parquet")
+    put(pl.DataFrame({"user": [0], "friend": [9]}), folder / "relations.parquet", dataset)
     with pytest.raises(DataError, match=r"relations.parquet: user out of \[0, 5\)"):
         _ = SideData(dataset).graph
     (folder / "relations.parquet").unlink()

@@ -4,9 +4,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
-from fastrec.data.attributes import missing_value
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import Shard, SideData
 from fastrec.random import Rng
@@ -91,16 +88,12 @@ class Views:
 
 
 def _without_empty(view: JaggedBatch) -> JaggedBatch:
-    """Of sequences that the steps have left without an event nothing is learnt: their vectors, all
-    the same, are nobody's neighbours, and their users' values are not known."""
+    """Of sequences that the steps have left without an event nothing is learnt: their vectors are
+    all the same."""
     there = view.lengths > 0
     if there.all():
         return view
-    users = {
-        name: torch.where(there.view(-1, *[1] * (column.dim() - 1)), column, missing_value(column))
-        for name, column in view.users.items()
-    }
-    return replace(view, users=users, real=there if view.real is None else view.real & there)
+    return replace(view, real=there if view.real is None else view.real & there)
 
 
 def extra(steps: list) -> int:

@@ -65,6 +65,8 @@ class ColdItemPrediction(nn.Module):
         """{"cold_start": (loss, number of rows)}; padding is no row."""
         item = view.batch.users[COLUMN]
         known = item >= 0
+        if view.batch.real is not None:
+            known = known & view.batch.real
         loss = linear_cross_entropy(
             self.pool(model, view),
             self.linear.weight,

@@ -101,11 +101,13 @@ class UserAttributePrediction(nn.Module):
     def forward(self, model, rng: Rng, view: Encoded) -> dict[str, tuple[Tensor, Tensor]]:
         """(weighted mean loss, number of users with a value) of each attribute; eq. 12 is the sum.
         A user without a value has no part in that attribute."""
-        return self.losses(self.pool(model, view), view.batch.users)
+        return self.losses(self.pool(model, view), view.batch.users, view.batch.real)
 
-    def losses(self, users: Tensor, columns: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def losses(
+        self, users: Tensor, columns: dict[str, Tensor], real: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """From user vectors [S, D] and the attributes of the same users, as `EncodedAttribute`
-        holds them. A loss over no user is 0 with a live graph."""
+        holds them; real: bool [S], who counts. A loss over no user is 0 with a live graph."""
         missing = [name for name in self.names if name not in columns]
         if missing:
             raise ValueError(f"the batch has no column {missing[0]!r}, it has {sorted(columns)}")
@@ -115,10 +117,12 @@ class UserAttributePrediction(nn.Module):
             if target.is_floating_point():
                 known = ~target.isnan()
                 value = output.squeeze(1).float()
-                loss = F.huber_loss(value, target.nan_to_num(), reduction="none") * known
+                loss = F.huber_loss(value, target.nan_to_num(), reduction="none")
             else:
                 known = target >= 0
                 loss = F.cross_entropy(output.float(), target, ignore_index=-1, reduction="none")
+            known = known if real is None else known & real
+            loss = loss * known
             count = known.sum()
             mean = loss.sum() / count.clamp_min(1)
             losses[name] = self.weights.get(name, 1.0) * mean, count

@@ -73,6 +73,9 @@ def padded(
     events = len(batch.values)
     full, rest = divmod(capacity.events - events, length)
     sequences = capacity.sequences + spare
+    real = batch.real
+    if real is None:
+        real = torch.ones(len(batch), dtype=torch.bool, device="cpu")
     added = batch.offsets.new_zeros(sequences - len(batch))
     added[len(added) - full :] = length  # empty ones first: none begins where the events end
     added[len(added) - full - 1] = rest
@@ -88,11 +91,7 @@ def padded(
         scored=None
         if batch.scored is None
         else _to(batch.scored, capacity.rows, capacity.events - 1),
-        real=_to(
-            torch.ones(len(batch), dtype=torch.bool) if batch.real is None else batch.real,
-            sequences,
-            0,
-        ),
+        real=_to(real, sequences, 0),
     )
 
 

@@ -52,5 +52,7 @@ def sum_rows_ref(grad, place, count, scale) -> Tensor:
     shape = (count, *grad.shape[1:])
     if grad.is_cuda:  # this one sorts, and adds in order; what the other one does there is atomic
         return grad.new_zeros(shape).index_put_((place,), grad, accumulate=True)
-    entries = torch.sparse_coo_tensor(place[None], grad, shape, check_invariants=False)
+    entries = torch.sparse_coo_tensor(
+        place[None], grad, shape, device=grad.device, check_invariants=False
+    )
     return entries.to_dense()  # adds in order
