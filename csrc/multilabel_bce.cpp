@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU kernels of fastrec::multilabel_bce_fwd, _sum and _bwd: tensors, tasks and threads. The arithmetic is
-// in multilabel_bce.h, the products in gemm.h.
+// CPU kernels of fastrec::multilabel_bce_fwd, _sum and _bwd: tensors, tasks and threads. The
+// arithmetic is in multilabel_bce.h, the products in gemm.h.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
 
 #include "multilabel_bce.h"
@@ -78,12 +78,11 @@ void set_blocks(MultilabelArgs<T>& a, int64_t count) {
 // Sums of the gradients of the labels that the tasks of forward left, in order.
 template <class T>
 void add_tasks(const MultilabelArgs<T>& a, T* grad_weight, T* grad_bias) {
-  const int64_t size = (a.labels + MOST_MR) * a.ld;
   torch::stable::parallel_for(0, a.labels, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* total = grad_weight + i * a.width;
       for (int64_t t = 0; t < a.tasks; ++t) {
-        const T* part = a.sum_weight + t * size + i * a.ld;
+        const T* part = a.sum_weight + t * a.sum_size + i * a.ld;
         for (int64_t d = 0; d < a.width; ++d) total[d] += part[d];
       }
       double bias = 0;
@@ -114,11 +113,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_typed(
   if (with_input) a.grad_x = all ? data<T>(grad_input) : static_cast<T*>(grad);
   set_blocks(a, a.rows);
   // A task has sums of its own: few tasks where there are many labels.
-  const int64_t size = (a.labels + MOST_MR) * a.ld;
-  const int64_t most = with_weight ? std::clamp<int64_t>(MOST_SUMS / size, 1, 32) : a.blocks;
+  a.sum_size = (a.labels + AFTER) * a.ld;
+  const int64_t most = with_weight ? std::clamp<int64_t>(MOST_SUMS / a.sum_size, 1, 32) : a.blocks;
   a.per_task = a.blocks ? divide_up(a.blocks, most) : 1;
   a.tasks = divide_up(a.blocks, a.per_task);
-  std::vector<T> sums(with_weight ? a.tasks * size : 0);
+  std::vector<T> sums(with_weight ? a.tasks * a.sum_size : 0);
   std::vector<double> bias_sums(a.tasks * biases);
   if (with_weight) a.sum_weight = sums.data();
   if (biases) a.sum_bias = bias_sums.data();

@@ -45,8 +45,6 @@ struct Log1pConstants<double> {
       -0.0001322075217130075608, 0.00001052313548127169989};
 };
 
-constexpr int64_t MOST_MR = 12;  // of any register tile, whose last one may go beyond the labels
-
 template <class T>
 struct MultilabelArgs {
   int64_t rows, labels, width, ld;
@@ -63,8 +61,9 @@ struct MultilabelArgs {
   T* grad_x;     // [N, D] or null
   int64_t per_task, tasks;  // blocks of a task, and tasks
   // Gradients of the sum of the losses over the rows of a task, zeros before, or null:
-  T* sum_weight;     // [tasks, A + MOST_MR, ld]
+  T* sum_weight;     // [tasks, sum_size]: [A, ld] and the rest of a register tile
   double* sum_bias;  // [tasks, A]
+  int64_t sum_size;
   // Backward.
   int64_t range, ranges;  // rows per task
   const T* grad_loss;     // [N]
@@ -203,7 +202,7 @@ FASTREC_INLINE void multilabel_forward_tasks(const MultilabelArgs<T>& a) {
       for (int64_t r = 0; r < rows; ++r) sum[r] += column_sum[r];
       if (a.grad_x) G::accumulate(rows, count, a.width, s, tile, a.ld, acc, a.ld);
       if (a.sum_weight) {
-        T* to = a.sum_weight + (task * (a.labels + MOST_MR) + v) * a.ld;
+        T* to = a.sum_weight + task * a.sum_size + v * a.ld;
         G::template accumulate<BLOCK, 1>(count, rows, a.width, s, x, a.ld, to, a.ld);
       }
       for (int64_t i = 0; a.sum_bias && i < count; ++i) {
