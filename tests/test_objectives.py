@@ -81,8 +81,10 @@ def test_attributes_that_nobody_has_give_zero_with_a_live_graph():
         head.losses(users, {"age": missing["age"]})
 
 
-def test_relations_equal_dense_pytorch():
-    """Eq. 13-14 on six users, with differences, loops and a mask."""
+@pytest.mark.parametrize("emptied", [(), (1,), (0, 5)])
+def test_relations_equal_dense_pytorch(emptied):
+    """Eq. 13-14 on six users, with differences, loops and a mask. Those whose sequence a step has
+    emptied ask for nobody, are asked for by nobody and are nobody's negatives."""
     users = np.array([5, 3, 0, 1, 4, 2])
     profile = np.array([0, 1, 2, 2, 3, 4])
     sequences, pairs = FriendSampler(GRAPH, hops=1, profile=profile).pairs_at(users, Rng(0, 0))
@@ -91,7 +93,8 @@ def test_relations_equal_dense_pytorch():
         head.weight.copy_(torch.tensor([0.5, -0.2, 1.5]))
         head.bias.fill_(0.7)
     vectors = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    loss = head.loss(vectors, pairs)
+    there = torch.from_numpy(~np.isin(sequences, emptied)) if emptied else None
+    loss, count = head.loss(vectors, pairs, there)
     grads = torch.autograd.grad(loss, [vectors, head.weight, head.bias])
 
     rows, friends = GRAPH.draw_friends(users, Rng(0, 0))
@@ -99,16 +102,20 @@ def test_relations_equal_dense_pytorch():
     near = {0: {0, 1}, 1: {0, 1, 2}, 2: {1, 2}, 3: {3, 4}, 4: {3, 4}}
     terms = []
     for user, friend in zip(users[rows], friends, strict=True):
+        if {user, friend} & set(emptied):
+            continue
         logits = []
         for other in [friend, *friends[friends != friend]]:
             if other != friend and (other in near[user] or profile[other] == profile[user]):
+                continue
+            if other in emptied:
                 continue
             difference = vectors[place[user]] - vectors[place[other]]
             logits.append(-((head.weight * difference**2).sum() + head.bias))
         terms.append(torch.stack(logits).logsumexp(0) - logits[0])
     expected = torch.stack(terms).mean()
     wanted = torch.autograd.grad(expected, [vectors, head.weight, head.bias])
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12) and count == len(terms)
     for grad, reference in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-12)
     assert grads[2] == 0
@@ -124,7 +131,7 @@ def test_no_friends_give_zero_with_a_live_graph():
     lonely = FriendSampler(SocialGraph.from_pairs(np.empty((0, 2)), 6))
     _, pairs = lonely.pairs_at(np.arange(6), Rng(0, 0))
     head, vectors = SocialRelationDetection(3), torch.randn(6, 3, requires_grad=True)
-    loss = head.loss(vectors, pairs)
+    loss, _ = head.loss(vectors, pairs)
     loss.backward()
     assert loss == 0 and not vectors.grad.any() and not head.weight.grad.any()
 
@@ -155,7 +162,7 @@ def test_the_joint_loss_is_the_weighted_sum_from_one_encoder_pass(monkeypatch):
     known = ~AGE.values[users].isnan()
     attributes = F.huber_loss(age.squeeze(1)[known], AGE.values[users][known])
     attributes = attributes + F.cross_entropy(city, CITY.values[users], ignore_index=-1)
-    friends = heads["friends"].loss(pooled, batch.pairs)
+    friends, _ = heads["friends"].loss(pooled, batch.pairs)
     torch.testing.assert_close(total_loss(terms), item + 0.3 * attributes + 0.5 * friends)
     assert [(t.name, t.weight) for t in terms] == [
         ("item", 1.0),

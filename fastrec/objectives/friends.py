@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastrec.data.pairs import Pairs
 from fastrec.data.side import SideData
 from fastrec.nn.pool import Encoded, Pool, Pooling
+from fastrec.nn.sphere import left_out
 from fastrec.ops.in_batch_cross_entropy import in_batch_cross_entropy
 from fastrec.random import Rng
 
@@ -65,42 +66,64 @@ class SocialRelationDetection(nn.Module):
         pairs = view.batch.pairs
         if pairs is None:
             raise ValueError("the view of the objective friends has no pairs: it needs friend")
-        loss = self.loss(self.pool(model, view), pairs)
         return {
-            "friends": (loss, len(pairs.positive)),
+            "friends": self.loss(self.pool(model, view), pairs, view.batch.real),
             "negatives": (torch.tensor(pairs.negatives, device="cpu"), None),
         }
 
-    def loss(self, users: Tensor, pairs: Pairs) -> Tensor:
-        """A scalar from user vectors [S, D]; 0 with a live graph when no user has a friend.
+    def loss(
+        self, users: Tensor, pairs: Pairs, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | int]:
+        """(loss, B) from user vectors [S, D]; 0 with a live graph when no user has a friend.
+
+        real: bool [S], who counts, as a query, as a friend that is asked for and as a negative.
 
         With several processes the candidates of all of them take part: the loss is the mean over
         the queries of this process, and candidates collect gradients from all processes.
         """
-        bias = None
-        if pairs.real is not None:
-            bias = torch.where(pairs.real[1], 0.0, -torch.inf)
         group, profile, counts = None, pairs.candidate_profile, pairs.candidates_per_rank
         if len(counts) > 1:
             group = torch.distributed.group.WORLD
             before = sum(counts[: torch.distributed.get_rank()])
             if profile is not None:
                 profile = profile[before : before + len(pairs.candidate_rows)]
+        counted = self._counted(users, pairs, real, group)
         loss = in_batch_cross_entropy(
             users[pairs.query_rows],
             users[pairs.candidate_rows],
             similarity="weighted_l2",
             weight=self.weight,
-            candidate_bias=bias,
+            candidate_bias=None if counted is None else left_out(~counted[1]),
             positive=pairs.positive,
             query_group=pairs.query_profile,
             candidate_group=profile,
             exclude=pairs.exclude,
             group=group,
             candidates_per_rank=None if group is None else counts,
-            reduction="mean" if pairs.real is None else "none",
+            reduction="mean" if counted is None else "none",
             backend=self.backend,
         )
+        count: Tensor | int = len(pairs.positive)
+        if counted is not None:
+            count = counted[0].sum()
+            loss = (loss * counted[0]).sum() / count.clamp_min(1)
+        return loss + 0.0 * self.bias, count
+
+    def _counted(
+        self, users: Tensor, pairs: Pairs, real: Tensor | None, group
+    ) -> tuple[Tensor, Tensor] | None:
+        """(bool [B], bool [C]), the queries and candidates of this process that count; None: all
+        of them. A query counts where its friend does, whichever process has that one."""
+        if real is None and pairs.real is None and group is None:
+            return None
+        if real is None:  # in another process somebody may be left out
+            real = torch.ones(len(users), dtype=torch.bool, device=users.device)
+        queries, candidates = real[pairs.query_rows], real[pairs.candidate_rows]
         if pairs.real is not None:
-            loss = (loss * pairs.real[0]).sum() / pairs.real[0].sum().clamp_min(1)
-        return loss + 0.0 * self.bias
+            queries, candidates = queries & pairs.real[0], candidates & pairs.real[1]
+        friends = candidates
+        if group is not None:
+            from fastrec.ops.common.collectives import gather_rows
+
+            friends = gather_rows(candidates, pairs.candidates_per_rank, group)
+        return queries & friends[pairs.positive], candidates
