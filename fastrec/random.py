@@ -68,6 +68,7 @@ SITES = {
     "substitute": 45,
     "insert": 46,
     "segment": 47,
+    "prefix": 48,
     "mask_rating": 60,
     "mask_rating_forced": 61,
 }

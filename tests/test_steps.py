@@ -29,6 +29,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.parts import Step
 from fastrec.data.steps.permute import Permute
+from fastrec.data.steps.prefix import Prefix
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.steps.share import Schedule, number_of
 from fastrec.data.steps.substitute import Substitute
@@ -233,6 +234,12 @@ def window(step: Window, items, key, rng):
     return list(run), [items[place] for place in run], None
 
 
+def prefix(step: Prefix, items, key, rng):
+    drawn = one(rng, key & 0xFFFFFFFF, "prefix")
+    kept = min(len(items), 1 + drawn * len(items) // 65536)
+    return list(range(kept)), items[:kept], None
+
+
 def reorder(step: Reorder, items, key, rng):
     run = run_of(step.share, items, key, rng, "reorder", step.round)
     run = range(0) if len(items) < step.least else run
@@ -294,6 +301,7 @@ ORACLES = {
     Cut: cut,
     Permute: permute,
     Crop: crop,
+    Prefix: prefix,
     Reorder: reorder,
     Fill: fill,
     Drop: drop,
@@ -327,6 +335,7 @@ STEPS = {
     "crop nothing": Crop(1.0),
     "crop drop": Crop(drop=0.3),
     "crop drop nearly all": Crop(drop=0.999),
+    "prefix": Prefix(),
     "reorder": Reorder(),
     "reorder all": Reorder(1.0),
     "reorder up": Reorder(0.6, round="up"),
@@ -512,8 +521,9 @@ def assert_same_events(one: JaggedBatch, other: JaggedBatch) -> None:
 def test_views_seeds_and_steps_differ(step):
     batch = random_batch(200)
     made = step(batch, RNG, SIDE)
+    view = step(batch.as_view(1), RNG, SIDE)
+    assert (lists_of(view) == lists_of(made)) == isinstance(step, Prefix), "view"
     others = {
-        "view": step(batch.as_view(1), RNG, SIDE),
         "seed": step(batch, Rng(4, 5), SIDE),
         "high word of the seed": step(batch, Rng(3 + (1 << 32), 5), SIDE),
         "step": step(batch, Rng(3, 6), SIDE),
@@ -709,6 +719,15 @@ def test_crops_start_anywhere():
     runs = made.values.view(count, 6)
     assert torch.equal(runs, runs[:, :1] + torch.arange(6)), "consecutive"
     assert chi_square(np.bincount(runs[:, 0], minlength=5), np.full(5, count / 5)) < 18.5
+
+
+def test_every_prefix_is_as_likely_and_the_views_of_a_step_have_the_same_one():
+    count = 6_000
+    batch = copies(list(range(5)), count)
+    made = Prefix()(batch, RNG, SIDE)
+    assert chi_square(np.bincount(made.lengths)[1:], np.full(5, count / 5)) < 18.5
+    assert torch.equal(made.values, made.positions()), "the oldest events"
+    assert torch.equal(Prefix()(batch.as_view(2), RNG, SIDE).lengths, made.lengths)
 
 
 @pytest.mark.parametrize("step", [Window(share=0.6), Window(count=6)])

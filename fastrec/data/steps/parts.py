@@ -21,6 +21,7 @@ from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.permute import Permute
+from fastrec.data.steps.prefix import Prefix
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.steps.same_target import SameTarget
 from fastrec.data.steps.segment import Segment
@@ -44,6 +45,7 @@ class Step:
         permute: items in a random order with their positions; each predicts the one behind it.
         baskets: two baskets of items, the second one the next or somebody else's.
         crop: a run of items is kept.
+        prefix: the first events are kept, up to a drawn one.
         reorder: a run of items is shuffled.
         segment: a run of items is masked, or all others are.
         substitute: some items become similar ones.
@@ -68,6 +70,7 @@ class Step:
     permute: Permute | None = None
     baskets: Baskets | None = None
     crop: Crop | None = None
+    prefix: Prefix | None = None
     reorder: Reorder | None = None
     window: Window | None = None
     fill: Fill | None = None
