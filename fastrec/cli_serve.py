@@ -22,7 +22,7 @@ from fastrec.data.output import (
 from fastrec.data.prepare.text import read_lines
 from fastrec.evaluation.blocks import row_blocks
 from fastrec.evaluation.report import plot_plane
-from fastrec.index import index_recall, item_index, write_index
+from fastrec.index import index_recall, item_index, labels_of, write_index
 from fastrec.nn.pool import Pool, Pooling
 from fastrec.serve import Recommender
 from fastrec.serve_cold import OtherCatalogue, judges_cold_start
@@ -320,7 +320,7 @@ def index(
         raise ValueError(f"{output}: an index is written to a .faiss file")
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}")
-    labels = output.with_name(output.name + ".parquet")
+    labels = labels_of(output)
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         model = load_model(pretrained, dataset, new_items_like=new_items_like).to(device_of(device))
@@ -329,8 +329,7 @@ def index(
         recommender, users = Recommender(model, dataset), dataset.user_ids()
         some = users[:: max(1, len(users) // queries)][:queries].tolist()
         recall = index_recall(made, recommender, recommender.queries(some), k)
-        write_table(item_vectors(model, dataset).select("item_id"), labels, overwrite)
-        write_index(made, output)
+        write_index(made, output, item_vectors(model, dataset).select("item_id"))
     print(
         f"{output}: {made.ntotal:,} items, {factory}; {labels}: their ids by label;"
         f" recall@{recall.k} of {recall.queries:,} users, against the exact answer:"

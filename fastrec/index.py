@@ -78,10 +78,23 @@ def index_recall(index, recommender, queries, k: int = 10) -> Recall:
     return Recall(sum(both) / max(1, exact.size), k, len(exact))
 
 
-def write_index(index, path: Path | str) -> None:
-    """`faiss.write_index`; the file is complete or not there."""
-    with new_file(Path(path)) as work:
+def write_index(index, path: Path | str, labels) -> None:
+    """`faiss.write_index`, and `labels`, a frame with a row per label, as PATH.parquet.
+
+    Both are complete or not there, and a process that is killed leaves no index beside the labels
+    of another.
+    """
+    path = Path(path)
+    with new_file(path) as work:
         _faiss().write_index(index, str(work))
+        with new_file(labels_of(path)) as named:
+            labels.write_parquet(named, compression="zstd")
+            path.resolve().unlink(missing_ok=True)  # until both are in place there is none
+
+
+def labels_of(path: Path) -> Path:
+    """The file of the labels of an index."""
+    return path.with_name(path.name + ".parquet")
 
 
 def _faiss():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The index of FAISS has the scores of the model, and its recall is counted right."""
 
+import os
 import sys
 
 import numpy as np
@@ -33,7 +34,7 @@ def asked(tmp_path):
 def test_a_flat_index_gives_what_recommend_does(asked, tmp_path):
     recommender, queries = asked
     index = fastrec.item_index(recommender.model, recommender.dataset)
-    write_index(index, tmp_path / "items.faiss")
+    write_index(index, tmp_path / "items.faiss", polars.DataFrame({"item_id": [0]}))
     index = faiss.read_index(str(tmp_path / "items.faiss"))
     scores, rows = index.search(fastrec.index_queries(queries), 10)
     best = recommender.recommend(10, seen="none")
@@ -105,3 +106,28 @@ def test_command(tmp_path, capsys):
     assert faiss.read_index(str(tmp_path / "items.faiss")).ntotal == 40
     with pytest.raises(SystemExit, match=r"items\.faiss is there already"):
         main(flags)
+
+
+def test_killed_between_its_files_it_leaves_no_index_beside_the_labels_of_another(
+    tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    flags = command_of(tmp_path, "--overwrite=true")
+    main(flags)
+    index, put = tmp_path / "items.faiss", []
+
+    def replace(source, target):
+        put.append(target)
+        if len(put) == 2:
+            raise Killed
+        os.rename(source, target)
+
+    monkeypatch.setattr("fastrec.data.output.os.replace", replace)
+    with pytest.raises(Killed):
+        main(flags)
+    assert put[1] == index and not index.exists()
+    monkeypatch.undo()
+    main(flags)
+    assert faiss.read_index(str(index)).ntotal == 40
