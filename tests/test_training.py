@@ -365,6 +365,10 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
             r"steps \(30\) must be a multiple of validate_every \(8\)",
         ),
         (
+            lambda: Stage(monitor="steps", patience=3),
+            "patience has no effect: with monitor: steps nothing stops early",
+        ),
+        (
             lambda: Stage(views=PAIR, objectives=Objectives(item=Item(views=["c"]))),
             r"the objective item reads the view 'c'; views are \['a', 'b'\]",
         ),

@@ -201,6 +201,8 @@ class Stage:
                 raise ValueError(f"validate_users has no effect on the judge {self.judge}")
         if self.judge == "rating" and self.monitor in ("RMSE", "MAE"):
             raise ValueError(f"monitor {self.monitor}: the largest would be kept; score is 1 - MSE")
+        if self.monitor == "steps" and self.patience not in (0, Stage.patience):
+            raise ValueError("patience has no effect: with monitor: steps nothing stops early")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not all(0 <= beta < 1 for beta in self.betas):
