@@ -34,11 +34,11 @@ def test_the_program_is_the_model(name, tmp_path):
     torch.export.save(export_query(model), tmp_path / "query.pt2")
     program = torch.export.load(tmp_path / "query.pt2").module()
     generator = torch.Generator().manual_seed(3)
-    for count in (1, 2, 5, 70):  # of the last one, more events than the shortened layer needs
+    for count in (0, 1, 2, 5, 70):  # of the last one, more events than the shortened layer needs
         lengths = torch.randint(1, 15, (count,), generator=generator).tolist()
         histories = [torch.randint(20, (n,), generator=generator).tolist() for n in lengths]
         batch = model.inputs_of(histories, ask=True)
         with torch.no_grad():
             queries, expected = program(batch.values, batch.offsets), model.ask(batch)
         torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-5)
-        assert len(expected.unique(dim=0)) > count // 2
+        assert len(expected.unique(dim=0)) >= (count + 1) // 2

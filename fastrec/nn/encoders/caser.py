@@ -179,7 +179,8 @@ class CaserEncoder(nn.Module):
         x = jagged_embedding(embedded.values, embedded.table, sparse=embedded.sparse)
         before = self.window - 1
         window = torch.arange(x.shape[0], device=x.device) + before * batch.segment_ids()
-        rows = x.new_zeros(x.shape[0] + before * batch.keys.shape[0] + self.window, x.shape[1])
+        # Two windows more than events: torch.export keeps no program for zero or one.
+        rows = x.new_zeros(x.shape[0] + before * batch.keys.shape[0] + self.window + 1, x.shape[1])
         rows = rows.index_copy(0, window + before, x)
         features = torch.cat([self.largest(rows), self.columns(rows)], 1)
         dropout = EventDropout(batch, self.dropout, rng)
