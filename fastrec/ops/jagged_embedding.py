@@ -22,6 +22,7 @@ from fastrec.ops.common.arguments import (
     check_tensor,
     check_width,
 )
+from fastrec.ops.common.distinct_rows import distinct_rows
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import applied, kernels_of, register_cuda
 from fastrec.ops.common.second_order import twice_differentiable
@@ -121,7 +122,7 @@ class _JaggedEmbedding(torch.autograd.Function):
         if needed[0] and values is None:
             grad_weight = grad_z.to(weight.dtype)
         elif needed[0] and ctx.sparse:
-            rows, index = torch.unique(values, return_inverse=True)
+            rows, index = distinct_rows(values.long(), weight.shape[0])
             sums = scatter(grad_z, index, rows.shape[0], weight.dtype)
             grad_weight = torch.sparse_coo_tensor(
                 rows[None],
