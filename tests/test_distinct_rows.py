@@ -7,6 +7,7 @@ import pytest
 import torch
 from backends import needs
 
+import fastrec
 from fastrec.ops.common import distinct_rows as module
 from fastrec.ops.common.distinct_rows import (
     distinct_rows,
@@ -120,3 +121,20 @@ def test_without_the_kernels_the_results_are_the_same():
         sums = sum_rows(grad, place.flatten(), len(rows), 0.5)
     assert torch.equal(rows, there[0]) and torch.equal(place, there[1])
     assert torch.equal(sums, sum_rows(grad, place.flatten(), len(rows), 0.5))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("events", "total"), [(0, 5), (40, 7), (300, 5000)])
+def test_the_sparse_gradient_of_jagged_embedding_is_the_dense_one(backend, dtype, events, total):
+    ids = drawn(events, total).to(dtype)
+    grad = torch.randn(events, 6, generator=torch.Generator().manual_seed(1))
+    found = []
+    for sparse in (True, False):
+        table = torch.ones(total, 6, requires_grad=True)
+        fastrec.jagged_embedding(ids, table, sparse=sparse, backend=backend).backward(grad)
+        found.append(table.grad)
+    sparse, dense = found
+    torch.testing.assert_close(sparse.to_dense(), dense)
+    if backend == "cpp":  # each row once, in order
+        assert torch.equal(sparse._indices()[0], ids.unique().long())
