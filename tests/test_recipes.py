@@ -34,7 +34,7 @@ from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.items import item_features
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.objectives.joint import JointObjective, of_all_ranks, total_loss
 from fastrec.random import Rng
 from fastrec.training.config import Recipe, Users
 from fastrec.training.fit import fit
@@ -298,16 +298,18 @@ def test_every_stage_of_every_recipe_resumes_to_the_same_bits(
 
 
 def first_steps(group, path: Path, rank: int, world_size: int) -> dict:
-    """By (recipe, stage): the losses of two steps, and the gradients of their sum, of one rank."""
+    """By (recipe, stage): the losses of two steps and of their terms, and the gradients of the sum
+    of both, of one rank."""
     dataset, found = SequenceDataset.load(path), {}
     for name, stage in STAGES:
         model, objective, loader = started(dataset, name, stage, rank, world_size)
         values = []
         for step in range(2):
             terms = objective(model, loader.batch_at(step), Rng(0, step))
-            loss = total_loss(terms, world_size)
+            terms = of_all_ranks(terms, world_size)
+            loss = total_loss(terms)
             loss.backward()
-            values.append(loss.detach())
+            values += [loss.detach(), *(t.loss.detach() for t in terms if t.number is not None)]
         parameters = [*model.named_parameters(), *objective.named_parameters()]
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters}
         found[name, stage] = torch.stack(values), grads
@@ -334,6 +336,21 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(shares, name, stag
     for key, grad in grads.items():
         mean = (both[0][1][key] + both[1][1][key]) / 2
         assert (mean - grad).norm() <= 1e-4 * grad.norm() + 1e-7, key
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_a_step_without_users_has_the_loss_0_and_gradients(data, name, stage):
+    """What a process has of a last step of fewer users than processes."""
+    model, objective, loader = started(SequenceDataset.load(data), name, stage)
+    if name == "clue" and stage == "pretraining":  # its statistics are of the users of all ranks
+        with pytest.raises(ValueError, match="needs at least 2 users a step, got 0"):
+            objective(model, loader.few(0), Rng(0, 0))
+        return
+    loss = total_loss(objective(model, loader.few(0), Rng(0, 0)))
+    loss.backward()
+    assert loss == 0
+    for parameter in (*model.parameters(), *objective.parameters()):
+        assert parameter.grad is None or not parameter.grad.any()
 
 
 def written(folder: Path, name: str, text: str) -> str:

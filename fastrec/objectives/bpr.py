@@ -38,7 +38,7 @@ def bpr(
     """
     known = target != NO_TARGET
     items = torch.cat([torch.where(known, target, 0)[:, None], negatives], 1)
-    rows = select_rows(item_table, items.flatten()).view(*items.shape, -1)
+    rows = select_rows(item_table, items.flatten()).view(*items.shape, item_table.shape[1])
     # float32 sums, also where autocast has made the products.
     scores = (query[:, None] * rows).sum(2).float() + item_bias[items]
     real = known[:, None] & (negatives != items[:, :1])

@@ -125,14 +125,26 @@ def _check(name: str, losses) -> None:
 def total_loss(terms: list[Term], world_size: int = 1) -> Tensor:
     """The weighted sum. With several processes, scaled so that the average over ranks (DDP's) is
     the weighted sum of the means over the things of all ranks."""
-    terms = [term for term in terms if term.number is not None]
+    terms = [term for term in of_all_ranks(terms, world_size) if term.number is not None]
+    return torch.stack([term.weight * term.loss for term in terms]).sum()
+
+
+def of_all_ranks(terms: list[Term], world_size: int) -> list[Term]:
+    """Terms whose average over the ranks is the mean over the things of all ranks: each loss times
+    the share of them that this rank has, times the number of ranks. A value to look at stays."""
     if world_size == 1:
-        return torch.stack([term.weight * term.loss for term in terms]).sum()
+        return terms
     device = terms[0].loss.device
     counts = torch.stack(
-        [torch.as_tensor(t.number, dtype=torch.float64, device=device) for t in terms]
+        [
+            torch.as_tensor(0 if t.number is None else t.number, dtype=torch.float64, device=device)
+            for t in terms
+        ]
     )
     totals = counts.clone()
     torch.distributed.all_reduce(totals)
-    scale = (counts * world_size / totals.clamp_min(1)).to(terms[0].loss.dtype)
-    return sum(t.weight * t.loss * share for t, share in zip(terms, scale, strict=True))  # type: ignore[return-value]
+    shares = (counts * world_size / totals.clamp_min(1)).to(terms[0].loss.dtype)
+    return [
+        term if term.number is None else term._replace(loss=term.loss * share)
+        for term, share in zip(terms, shares, strict=True)
+    ]

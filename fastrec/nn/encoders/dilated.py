@@ -96,7 +96,7 @@ class _Taps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         seen, seen_by = ctx.saved_tensors
-        grads = grad.reshape(seen.numel(), -1)
+        grads = grad.reshape(seen.numel(), grad.shape[1] // seen.shape[1])
         return _rows_or_zero(grads, seen_by).sum(1), None, None
 
 
