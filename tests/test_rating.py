@@ -504,11 +504,11 @@ def test_data_that_cannot_be_judged_is_named():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """150 users, ratings by a taste of the item alone."""
+    """150 users, ratings by a taste of the item alone, and 50 who have too few to hold any out."""
     folder, generator = tmp_path_factory.mktemp("rated"), np.random.default_rng(0)
     lines = ["user_id,item_id,rating,timestamp"]
-    for user in range(150):
-        for time, item in enumerate(generator.permutation(30)[:12]):
+    for user in range(200):
+        for time, item in enumerate(generator.permutation(30)[: 12 if user < 150 else 3]):
             rating = 1 + (item % 5 + generator.integers(2)) * 4 / 5
             lines.append(f"{user},{item},{rating:.2f},{time}")
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
@@ -531,6 +531,12 @@ def test_from_a_file_to_errors(data, tmp_path, name, capsys):
     main(["evaluate", f"--data={data}", f"--pretrained={folder}", f"--output={file}"])
     found = json.loads(file.read_text())
     assert (found["users"], found["ratings"]) == (150, 450)
+    # On validation it counts the ratings that the run counted, those of short users too.
+    valid = tmp_path / "valid.json"
+    main(["evaluate", f"--data={data}", f"--pretrained={folder}", f"--output={valid}",
+          "--split=valid"])  # fmt: skip
+    known = json.loads((tmp_path / "run" / "summary.json").read_text())["valid"]
+    assert json.loads(valid.read_text())["metrics"]["model"] == pytest.approx(known, rel=1e-6)
     metrics = found["metrics"]
     assert metrics["model"]["RMSE"] < metrics["constant"]["RMSE"]
     again = UserModel.from_pretrained(folder)
@@ -540,8 +546,9 @@ def test_from_a_file_to_errors(data, tmp_path, name, capsys):
         main(["recommend", f"--data={data}", f"--pretrained={folder}",
               f"--output={tmp_path / 'best.csv'}"])  # fmt: skip
     assert "trained for rating" in str(error.value) + capsys.readouterr().err
-    with pytest.raises(ValueError, match="trained for rating"):
-        fastrec.evaluate(again, SequenceDataset.load(data))
+    for ask in (fastrec.evaluate, fastrec.item_vectors):
+        with pytest.raises(ValueError, match="trained for rating"):
+            ask(again, SequenceDataset.load(data))
 
 
 def test_the_default_device_changes_nothing():

@@ -31,7 +31,13 @@ from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Recipe
 from fastrec.training.model_folder import load_heads, saved_scales
 from fastrec.training.stage import Stage
-from fastrec.training.stage_data import cold_side, held_out_users, select_users, side_data
+from fastrec.training.stage_data import (
+    cold_side,
+    held_out_users,
+    select_users,
+    side_data,
+    trained_users,
+)
 
 
 def evaluate_stage(
@@ -190,7 +196,10 @@ def _vectors(
 def _rating(
     dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
 ) -> dict:
-    chosen, trained = (select_users(dataset, recipe.users, part) for part in (split, "train"))
+    chosen, trained = (
+        select_users(dataset, recipe.users, split),
+        trained_users(dataset, recipe.users),
+    )
     judge = RatingJudge(dataset, chosen, split, trained)
     objective, _ = _trained(stage.parts, model, side_data(dataset, recipe), folder)
     rows = {
@@ -210,7 +219,10 @@ def _rating(
 def _click(
     dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
 ) -> dict:
-    chosen, trained = (select_users(dataset, recipe.users, part) for part in (split, "train"))
+    chosen, trained = (
+        select_users(dataset, recipe.users, split),
+        trained_users(dataset, recipe.users),
+    )
     judge = ClickJudge(dataset, chosen, split, recipe.evaluation, stage.least_click, trained)
     objective, _ = _trained(stage.parts, model, side_data(dataset, recipe), folder)
     given = judge.least is not None

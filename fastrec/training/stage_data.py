@@ -66,6 +66,14 @@ def select_users(dataset, users: Users, split: str | None = None) -> Tensor:
     return chosen[torch.isin(chosen, torch.as_tensor(dataset.users(split), device="cpu"))]
 
 
+def trained_users(dataset, users: Users) -> Tensor:
+    """int64: the selected users with training events, together with those whose sequences are too
+    short to hold anything out, ascending."""
+    short = np.setdiff1d(dataset.users("train"), _evaluated(dataset).numpy())
+    whole = [select_users(dataset, users, "train"), torch.as_tensor(short, device="cpu")]
+    return torch.cat(whole).sort().values
+
+
 def held_out_users(dataset, users: Users) -> Tensor:
     """int64: the users in "valid" or "test" that `select_users` leaves out, ascending. They test
     the judges "attributes" and "friends"."""
@@ -103,12 +111,11 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
     """Users, side data and judge of a stage.
 
     The judges of the next item, of texts, of ratings and of clicks are asked about all selected
-    users with a validation target, or `validate_users` of them, that of vectors about some. Trained
-    are the selected users with training events, together with those whose sequences are too short
-    to hold anything out. The
-    judges of attributes and friends are asked about a random tenth of the selected users, who are
-    not trained on. Where users are held out to test these, the attributes and friends of that tenth
-    are hidden from every stage: a model that remembered them would be chosen for it.
+    users with a validation target, or `validate_users` of them, that of vectors about some, and all
+    `trained_users` are trained on. The judges of attributes and friends are asked about a random
+    tenth of the selected users, who are not trained on. Where users are held out to test these, the
+    attributes and friends of that tenth are hidden from every stage: a model that remembered them
+    would be chosen for it.
 
     Cold start trains and judges rows of all users, whatever the recipe says of `users`.
     """
@@ -120,18 +127,14 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         if dataset.splits is not None:
             what = "a validation target and an event before it"
         raise ValueError(f"no user has {what}: there is nothing to validate on")
-    users = labelled = select_users(dataset, recipe.users, "train")
-    judged = _validation_users(users, recipe.users, max(1, len(users) // 10))
-    everyone = stage.judge in ("next_item", "vectors", "rating", "texts", "click")
-    if not everyone or recipe.users.fraction < 1.0:
-        labelled = users[~torch.isin(users, judged)]
-    if everyone:
-        short = torch.as_tensor(
-            np.setdiff1d(dataset.users("train"), _evaluated(dataset).numpy()), device="cpu"
-        )
-        users, labelled = (torch.cat([part, short]).sort().values for part in (users, labelled))
+    chosen = select_users(dataset, recipe.users, "train")
+    judged = _validation_users(chosen, recipe.users, max(1, len(chosen) // 10))
+    if stage.judge in ("next_item", "vectors", "rating", "texts", "click"):
+        users = labelled = trained_users(dataset, recipe.users)
+        if recipe.users.fraction < 1.0:
+            labelled = users[~torch.isin(users, judged)]
     else:
-        users = labelled
+        users = labelled = chosen[~torch.isin(chosen, judged)]
     if stage.validate_users is not None:
         selected = _validation_users(selected, recipe.users, stage.validate_users)
     side = side_data(dataset, recipe, labelled)
