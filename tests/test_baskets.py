@@ -73,9 +73,12 @@ def oracle(side: SideData, key: int, follow: float):
     if len(mine) == 1:
         return mine[0], [0] * len(mine[0]), [0] * len(mine[0]), -1
     pick = one(key, 0, "basket") * (len(mine) - 1) >> 16
+    room = side.shard.max_len
     follows = one(key, 2, "basket") < round(follow * 65536)
     second = mine[pick + 1] if follows else theirs[one(key, 1, "basket") * len(theirs) >> 16]
     first = mine[pick]
+    while len(first) + 1 + len(second) > room:
+        first, second = (first[:-1], second) if len(first) > len(second) else (first, second[:-1])
     return (
         [*first, num_items + 2, *second],
         [0] * (len(first) + 1) + [1] * len(second),
@@ -85,10 +88,10 @@ def oracle(side: SideData, key: int, follow: float):
 
 
 @pytest.mark.parametrize("follow", [0.5, 0.0, 1.0])
-@pytest.mark.parametrize("view", [0, 2])
-def test_baskets_against_one_user_at_a_time(dataset, follow, view):
-    side = side_of(dataset)
-    batch = side.gather(torch.arange(40), 20).as_view(view)
+@pytest.mark.parametrize(("view", "room"), [(0, 20), (2, 20), (0, 4), (1, 3)])
+def test_baskets_against_one_user_at_a_time(dataset, follow, view, room):
+    side = side_of(dataset, room)
+    batch = side.gather(torch.arange(40), room).as_view(view)
     before = batch.values.clone()
     made = Baskets(follow)(batch, RNG, side)
     assert torch.equal(batch.values, before) and list(batch.events) == ["time_gap"]
@@ -96,18 +99,26 @@ def test_baskets_against_one_user_at_a_time(dataset, follow, view):
         name: [part.tolist() for part in column.split(made.lengths.tolist())]
         for name, column in (("values", made.values), *made.events.items())
     }
+    assert made.max_seq_len <= room and (room == 20 or made.max_seq_len == room)
     kinds = set()
     for row, key in enumerate(batch.keys.tolist()):
         values, segment, position, follows = oracle(side, key, follow)
         assert pieces["values"][row] == values
         assert pieces["segment"][row] == segment and pieces["position"][row] == position
         assert made.users["follows"][row] == follows
+        assert follows < 0 or set(segment) == {0, 1}, "a basket was cut off"
         kinds.add(follows)
     assert kinds == {0.5: {-1, 0, 1}, 0.0: {-1, 0}, 1.0: {-1, 1}}[follow]
     alone = Baskets(follow)(batch.select(torch.tensor([7])), RNG, side)
     assert alone.values.tolist() == pieces["values"][7]
-    empty = Baskets()(side.gather([], 20), RNG, side)
+    empty = Baskets()(side.gather([], room), RNG, side)
     assert len(empty) == 0 and len(empty.values) == 0
+
+
+def test_two_baskets_and_what_parts_them_need_three_places(dataset):
+    side = side_of(dataset, 2)
+    with pytest.raises(ValueError, match="baskets needs model.max_len of at least 3, got 2"):
+        Baskets()(side.gather([1], 2), RNG, side)
 
 
 def test_without_times_there_are_no_baskets(tmp_path):

@@ -23,7 +23,8 @@ class Baskets:
 
     Columns: `segment` of events, 0 in the first basket and 1 in the second; `position`, 0 and 2 in
     them and 1 of [SEP], so that a basket has no order; `follows` of users, 1 or 0, -1 for a user
-    with one basket, who has no second one.
+    with one basket, who has no second one. Where both are longer than what the model reads, the
+    longer one is cut first.
 
     Attributes:
         follow: chance that the second basket is the next one.
@@ -39,8 +40,11 @@ class Baskets:
             raise ValueError(f"baskets.follow must be in [0, 1], got {self.follow}")
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
+        room = side.shard.max_len
+        if room is not None and room < 3:
+            raise ValueError(f"the step baskets needs model.max_len of at least 3, got {room}")
         drawn = _drawn_users(batch.keys, batch.sample_ids, rng, side)
-        others = side.gather(drawn, side.shard.max_len)
+        others = side.gather(drawn, room)
         zero = torch.zeros_like(batch.keys)
         starts, count, first = _baskets(batch)
         pick = draws(rng, batch.keys, 0, zero, site="basket") * (count - 1).clamp_min(1) >> 16
@@ -59,6 +63,8 @@ class Baskets:
         size = torch.where(follows, next_end - next_begin, their_end - their_begin)
         length = (end - begin).masked_fill(count == 0, 0)
         size = size.masked_fill(~two, 0)
+        if room is not None:
+            length, size = _fitting(length, size, room - two.long())
         whole = length + size + two.long()
         offsets = offsets_of(whole)
         index = spans(begin, whole, offsets)
@@ -80,6 +86,13 @@ class Baskets:
             users={**batch.users, "follows": follows.long().masked_fill(~two, -1)},
             pairs=batch.pairs,
         )
+
+
+def _fitting(first: Tensor, second: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """The lengths of both baskets where the longer one is cut to what the other leaves of the room,
+    as BERT cuts two sentences; int64 [B]."""
+    first = first.minimum(torch.maximum(room - second, (room + 1) // 2))
+    return first, second.minimum(room - first)
 
 
 def _drawn_users(keys: Tensor, users: Tensor, rng: Rng, side: SideData) -> Tensor:
