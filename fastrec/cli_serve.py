@@ -95,11 +95,12 @@ def embed(
             vectors = user_vectors(model, dataset, read_ids(users), how)
             said = f"user vectors of {width} numbers, {pool} of the states"
         elif what == "items":
-            vectors = item_vectors(model, dataset)
-            said = f"item vectors of {model.item_table.shape[1]} numbers, with biases"
+            vectors = item_vectors(model, dataset, _other(model, dataset, adapter or pretrained))
+            said = f"item vectors of {vectors['vector'].dtype.shape[0]} numbers, with biases"
         else:
-            vectors = Recommender(model, dataset).queries(read_ids(users))
-            said = f"queries of {model.item_table.shape[1]} numbers"
+            other = _other(model, dataset, adapter or pretrained)
+            vectors = Recommender(model, dataset, other=other).queries(read_ids(users))
+            said = f"queries of {vectors['query'].dtype.shape[0]} numbers"
         if plot is not None:
             if column is not None:
                 column = vectors.select("user_id").join(
@@ -112,6 +113,11 @@ def embed(
     print(f"{output}: {len(vectors):,} {said}")
     if plot is not None:
         print(f"plot: {plot}")
+
+
+def _other(model, dataset, folder: Path) -> OtherCatalogue | None:
+    """The catalogue that a model was trained for, last; None for its own items."""
+    return OtherCatalogue(folder, model, dataset) if judges_cold_start(model) else None
 
 
 def _check_plot(plot: Path | None, color_by: str | None, what: str, overwrite: bool) -> None:
@@ -198,9 +204,7 @@ def recommend(
             pretrained, dataset, same_users=histories is None, new_items_like=new_items_like,
             adapter=adapter,
         ).to(device_of(device))  # fmt: skip
-        other = None
-        if judges_cold_start(model):
-            other = OtherCatalogue(adapter or pretrained, model, dataset)
+        other = _other(model, dataset, adapter or pretrained)
         recommender = Recommender(model, dataset, other=other)
         ask = partial(
             recommender.recommend, k, seen=seen, logit_adjustment=logit_adjustment, allowed=some,
@@ -325,11 +329,12 @@ def index(
         dataset = SequenceDataset.load(data)
         model = load_model(pretrained, dataset, new_items_like=new_items_like).to(device_of(device))
         check_absent(labels, overwrite)
-        made = item_index(model, dataset, factory, search)
-        recommender, users = Recommender(model, dataset), dataset.user_ids()
+        other = _other(model, dataset, pretrained)
+        made = item_index(model, dataset, factory, search, other)
+        recommender, users = Recommender(model, dataset, other=other), dataset.user_ids()
         some = users[:: max(1, len(users) // queries)][:queries].tolist()
         recall = index_recall(made, recommender, recommender.queries(some), k)
-        write_index(made, output, item_vectors(model, dataset).select("item_id"))
+        write_index(made, output, item_vectors(model, dataset, other).select("item_id"))
     print(
         f"{output}: {made.ntotal:,} items, {factory}; {labels}: their ids by label;"
         f" recall@{recall.k} of {recall.queries:,} users, against the exact answer:"

@@ -24,10 +24,11 @@ class Recall(NamedTuple):
     queries: int
 
 
-def item_index(model, dataset, factory: str = "Flat", search: str = ""):
+def item_index(model, dataset, factory: str = "Flat", search: str = "", other=None):
     """The faiss.Index whose inner products with `index_queries` are the scores of a model: the bias
-    of an item is one more number of its vector. Its labels are rows of `dataset.item_ids()`. It
-    needs the package faiss (`pip install 'fastrec[faiss]'`).
+    of an item is one more number of its vector. Its labels are rows of `item_vectors`, which for a
+    model's own items are those of `dataset.item_ids()`. It needs the package faiss
+    (`pip install 'fastrec[faiss]'`).
 
     Args:
         factory: how to search, in the words of `faiss.index_factory`: "Flat" compares all items,
@@ -35,12 +36,13 @@ def item_index(model, dataset, factory: str = "Flat", search: str = ""):
             miss some items; an index that is trained is trained on all vectors.
         search: parameters of the search, in the words of `faiss.ParameterSpace`: "nprobe=16",
             "efSearch=128".
+        other: `fastrec.OtherCatalogue`: its items, for the queries of a `Recommender` with it.
 
     Raises ModuleNotFoundError without faiss, and ValueError for a data set with other items and, in
     the words of FAISS, for a factory or parameters that it does not know.
     """
     faiss = _faiss()
-    items = item_vectors(model, dataset)
+    items = item_vectors(model, dataset, other)
     vectors = np.column_stack([items["vector"].to_numpy(), items["bias"].to_numpy()])
     try:
         index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -61,18 +63,17 @@ def index_queries(queries) -> np.ndarray:
 
 
 def index_recall(index, recommender, queries, k: int = 10) -> Recall:
-    """What an index of `item_index` finds of the exact answer of the model of a `Recommender`, seen
-    items included. queries: a frame of `Recommender.queries`.
+    """What an index of `item_index` finds of the exact answer of a `Recommender`, seen items
+    included. queries: a frame of `Recommender.queries`.
 
     Raises ValueError for a wrong k.
     """
-    items = recommender.model.item_table.detach()
+    items, bias = recommender.scoring
     if not 1 <= k <= len(items):
         raise ValueError(f"k must be from 1 to {len(items)}, the items, got {k}")
     asked = index_queries(queries)
     _, found = index.search(asked, k)
     query = torch.from_numpy(asked[:, :-1]).to(items)
-    bias = recommender.model.item_head.bias.detach()
     exact = linear_topk(query, items, k, linear_bias=bias).indices.cpu().numpy()
     both = [len(np.intersect1d(one, other)) for one, other in zip(found, exact, strict=True)]
     return Recall(sum(both) / max(1, exact.size), k, len(exact))

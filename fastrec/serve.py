@@ -186,6 +186,12 @@ class Recommender:
         with torch.no_grad():
             return self.model.item_table.detach()
 
+    @property
+    def scoring(self) -> tuple[Tensor, Tensor]:
+        """(vectors [V, D], biases [V]): what scores the items that are recommended."""
+        bias = self.model.item_head.bias if self._other is None else self._other.bias
+        return self._table, bias.detach()
+
     @cached_property
     def _users(self) -> Ids:
         return Ids(self.dataset.user_ids())
@@ -262,9 +268,7 @@ class Recommender:
         return known
 
     def _scored(self, tau: float, allowed, blocked) -> Scored:
-        table, bias = self._table, self.model.item_head.bias
-        if self._other is not None:
-            bias = self._other.bias
+        table, bias = self.scoring
         if tau != 0:
             kept = self._adjusted  # read once: another thread may replace it
             if kept is None or kept[0] != tau:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrec.data.ids import Ids
 from fastrec.evaluation.blocks import row_blocks
+from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.pool import Pool, Pooling
 
 
@@ -37,23 +38,28 @@ def user_vectors(model, dataset, user_ids=None, pool: Pooling | Pool = "max"):
     return polars.DataFrame({"user_id": users.take(indices), "vector": torch.cat(vectors).numpy()})
 
 
-def item_vectors(model, dataset):
+def item_vectors(model, dataset, other=None):
     """What scores items: the score of an item for the query q of a user or a history
-    (`Recommender.queries`) is q . vector + bias.
+    (`Recommender.queries`) is q . vector + bias. other: `fastrec.OtherCatalogue`: its items.
 
     Returns a polars frame with a row per item, in their order: item_id, vector (array of D float32,
     of a head's own table D + user_width), bias (float32).
 
-    Raises ValueError for a data set with other items, and for vectors that are not finite.
+    Raises ValueError for a data set with other items, for a model that was trained for something
+    else than items alone, and for vectors that are not finite.
     """
     import polars
 
     model.check_items(dataset)
-    table = finite(model.item_table.detach().float().cpu(), "item vectors")
-    bias = finite(model.item_head.bias.detach().float().cpu(), "biases")
-    return polars.DataFrame(
-        {"item_id": dataset.item_ids(), "vector": table.numpy(), "bias": bias.numpy()}
-    )
+    if other is None:
+        check_scores(model)
+        ids, table, bias = dataset.item_ids(), model.item_table, model.item_head.bias
+    else:
+        table, bias = other.table, other.bias
+        ids = other.ids.take(np.arange(len(table)))
+    table = finite(table.detach().float().cpu(), "item vectors")
+    bias = finite(bias.detach().float().cpu(), "biases")
+    return polars.DataFrame({"item_id": ids, "vector": table.numpy(), "bias": bias.numpy()})
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

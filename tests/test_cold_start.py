@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -419,6 +420,15 @@ def test_recommends_items_of_the_other_catalogue(data, rows, trained, tmp_path, 
     history = dataset.item_ids()[dataset.values[: dataset.offsets[1]]].tolist()
     again = recommend(model, dataset, 3, histories=[history], other=other)
     assert again["item_id"].to_list() == kept["item_id"].to_list()[:3]
+    made = {}
+    for what in ("items", "queries"):
+        main(["embed", f"--data={data}", f"--pretrained={trained}", f"--what={what}",
+              f"--output={tmp_path / what}.parquet"])  # fmt: skip
+        made[what] = pl.read_parquet(tmp_path / f"{what}.parquet")
+    vectors, items = (made["items"][name].to_numpy() for name in ("vector", "bias"))
+    assert made["items"]["item_id"].to_list() == rows.ids.tolist()
+    found = made["queries"]["query"].to_numpy() @ vectors.T + items
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
     asked = Recommender(model, dataset, other=other)
     for ask, message in (
         (lambda: asked.similar(k=1), "similar is of the model's own items"),
@@ -433,6 +443,16 @@ def test_recommends_items_of_the_other_catalogue(data, rows, trained, tmp_path, 
             ask()
     with pytest.raises(ValueError, match="was trained for cold_start .* scores no next items"):
         recommend(model, dataset, 3)
+
+
+def test_an_index_is_of_the_items_that_are_recommended(data, rows, trained, tmp_path, capsys):
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed: the index of items")
+    main(["index", f"--data={data}", f"--pretrained={trained}", "--k=3",
+          f"--output={tmp_path / 'cold.faiss'}"])  # fmt: skip
+    assert faiss.read_index(str(tmp_path / "cold.faiss")).ntotal == rows.num_cold_items
+    labels = pl.read_parquet(tmp_path / "cold.faiss.parquet")["item_id"]
+    assert labels.to_list() == rows.ids.tolist()
+    assert "exact answer: 1.0000" in capsys.readouterr().out
 
 
 def test_the_page_recommends_from_the_other_catalogue(data, rows, trained, tmp_path, monkeypatch):
