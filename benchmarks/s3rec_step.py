@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", help="folder of `fastrec prepare` with --item_attributes")
     parser.add_argument("--steps", type=int, default=9, help="of fastrec; a third of them padded")
+    parser.add_argument("--batch_size", type=int, default=256, help="users")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -144,7 +145,7 @@ def main() -> None:
     ours = torch.optim.Adam([*model.parameters(), *objective.parameters()])
     theirs = torch.optim.Adam(plain.parameters())
     views = Views(stage.views, model.frame, found.side, length)
-    loader = SequenceLoader(views, batch_size=stage.batch_size, users=found.users)
+    loader = SequenceLoader(views, batch_size=arguments.batch_size, users=found.users)
     seconds: dict[str, list[float]] = {"fastrec": [], "padded": []}
     for step in range(arguments.steps):
         start = time.process_time()
@@ -157,9 +158,8 @@ def main() -> None:
             seconds["padded"].append(timed(theirs, lambda: plain(*inputs)))  # noqa: B023
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     events = sum(len(view.values) for view in batch.values())
-    print(
-        f"B={stage.batch_size} L={length} V={dataset.num_items} A={hot.shape[1]}, {events} events"
-    )
+    sizes = f"B={arguments.batch_size} L={length} V={dataset.num_items} A={hot.shape[1]}"
+    print(f"{sizes}, {events} events")
     for name, value in medians.items():
         print(f"{name}: {1e3 * value:,.0f} ms, {value / medians['fastrec']:.1f}x")
 
