@@ -45,8 +45,8 @@ def item_vectors(model, dataset, other=None):
     Returns a polars frame with a row per item, in their order: item_id, vector (array of D float32,
     of a head's own table D + user_width), bias (float32).
 
-    Raises ValueError for a data set with other items, for a model that was trained for something
-    else than items alone, and for vectors that are not finite.
+    Raises ValueError for a data set with other items, for a model whose scores of items were never
+    trained, and for vectors that are not finite.
     """
     import polars
 

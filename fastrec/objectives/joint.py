@@ -135,11 +135,9 @@ def of_all_ranks(terms: list[Term], world_size: int) -> list[Term]:
     if world_size == 1:
         return terms
     device = terms[0].loss.device
+    numbers = [0 if term.number is None else term.number for term in terms]
     counts = torch.stack(
-        [
-            torch.as_tensor(0 if t.number is None else t.number, dtype=torch.float64, device=device)
-            for t in terms
-        ]
+        [torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers]
     )
     totals = counts.clone()
     torch.distributed.all_reduce(totals)

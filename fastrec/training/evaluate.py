@@ -196,10 +196,8 @@ def _vectors(
 def _rating(
     dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
 ) -> dict:
-    chosen, trained = (
-        select_users(dataset, recipe.users, split),
-        trained_users(dataset, recipe.users),
-    )
+    chosen = select_users(dataset, recipe.users, split)
+    trained = trained_users(dataset, recipe.users)
     judge = RatingJudge(dataset, chosen, split, trained)
     objective, _ = _trained(stage.parts, model, side_data(dataset, recipe), folder)
     rows = {
@@ -219,10 +217,8 @@ def _rating(
 def _click(
     dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
 ) -> dict:
-    chosen, trained = (
-        select_users(dataset, recipe.users, split),
-        trained_users(dataset, recipe.users),
-    )
+    chosen = select_users(dataset, recipe.users, split)
+    trained = trained_users(dataset, recipe.users)
     judge = ClickJudge(dataset, chosen, split, recipe.evaluation, stage.least_click, trained)
     objective, _ = _trained(stage.parts, model, side_data(dataset, recipe), folder)
     given = judge.least is not None

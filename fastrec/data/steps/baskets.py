@@ -23,8 +23,8 @@ class Baskets:
 
     Columns: `segment` of events, 0 in the first basket and 1 in the second; `position`, 0 and 2 in
     them and 1 of [SEP], so that a basket has no order; `follows` of users, 1 or 0, -1 for a user
-    with one basket, who has no second one. Where both are longer than what the model reads, the
-    longer one is cut first.
+    with one basket, who has no second one. Where both together are longer than what the
+    model reads, the longer one is cut first.
 
     Attributes:
         follow: chance that the second basket is the next one.
