@@ -57,6 +57,11 @@ def test_a_stage_is_adamw_with_clipping_and_a_schedule(data, tmp_path, schedule,
     trained = trained_weights(tmp_path / "run")
     for name, value in model.state_dict().items():
         # The fused optimiser rounds otherwise; states in bfloat16 magnify that.
-        # Adam takes lr times a ratio: of a gradient near 0 the last bits are seen.
-        close = dict(rtol=1e-4, atol=1e-5) if precision == "32-true" else dict(rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(trained[f"model.{name}"], value, **close)
+        # Adam takes lr times a ratio: of a gradient near 0 the last bits are seen. In bfloat16 that
+        # is a hundredth of a step of 0.01 for a few weights (0.00017 on an AMD EPYC, Zen 3).
+        close = dict(rtol=1e-4, atol=1e-5) if precision == "32-true" else dict(rtol=1e-3, atol=5e-4)
+        found = trained[f"model.{name}"]
+        # The bias of the keys changes no attention: its gradient is rounding alone.
+        if name.endswith("query_key_value.bias"):
+            found, value = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (found, value))
+        torch.testing.assert_close(found, value, **close)
