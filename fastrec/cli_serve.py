@@ -85,6 +85,7 @@ def embed(
         )  # fmt: skip
         model = model.to(device_of(device))
         width = model.config.width
+        other = None if what == "users" else _other(model, dataset, adapter or pretrained)
         if what == "users":
             pool = pool or ("ur" if "ur" in model.config.tokens else "max")
             how: Pooling | Pool
@@ -95,10 +96,9 @@ def embed(
             vectors = user_vectors(model, dataset, read_ids(users), how)
             said = f"user vectors of {width} numbers, {pool} of the states"
         elif what == "items":
-            vectors = item_vectors(model, dataset, _other(model, dataset, adapter or pretrained))
+            vectors = item_vectors(model, dataset, other)
             said = f"item vectors of {vectors['vector'].dtype.shape[0]} numbers, with biases"
         else:
-            other = _other(model, dataset, adapter or pretrained)
             vectors = Recommender(model, dataset, other=other).queries(read_ids(users))
             said = f"queries of {vectors['query'].dtype.shape[0]} numbers"
         if plot is not None:
