@@ -24,6 +24,7 @@ from fastrec.data.views import Views
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
@@ -178,6 +179,19 @@ def run(data: Path, output: Path, chosen: Recipe | None = None, **kwargs) -> Use
     """Train a stage of a recipe on the data set in `data`."""
     dataset = SequenceDataset.load(data)
     return fit(dataset, recipe=chosen or recipe(), output=output, progress=False, **kwargs)
+
+
+def cold_stage(**settings) -> Stage:
+    """A stage that trains for items of another catalogue."""
+    return Stage(
+        **{
+            "views": {"main": []},
+            "objectives": Objectives(cold_start=ColdStart(pool="max")),
+            "judge": "cold_start",
+            "steps": 6, "batch_size": 100, "validate_every": 3, "checkpoint_every": 2,
+            **settings,
+        }
+    )  # fmt: skip
 
 
 def synthetic(folder: Path, **changes) -> Path:
