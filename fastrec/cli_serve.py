@@ -325,10 +325,9 @@ def index(
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}")
     labels = labels_of(output)
-    with locked_file(output, overwrite):
+    with locked_file(output, overwrite), locked_file(labels, overwrite):
         dataset = SequenceDataset.load(data)
         model = load_model(pretrained, dataset, new_items_like=new_items_like).to(device_of(device))
-        check_absent(labels, overwrite)
         other = _other(model, dataset, pretrained)
         made = item_index(model, dataset, factory, search, other)
         recommender, users = Recommender(model, dataset, other=other), dataset.user_ids()

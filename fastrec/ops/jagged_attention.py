@@ -37,7 +37,7 @@ OP = "jagged_attention"
 # Of the mask positions are None: they are the places in the sequence. lse [2, T, H] (rounded, and
 # what rounding left out) is float32, or float64 for float64 inputs. Events behind the last offset
 # belong to no sequence: 0 in out and grad.
-_COMMON = f"Tensor offsets, int max_seq_len, bool causal, float scale, {SCHEMA}"
+_COMMON = f"Tensor offsets, SymInt max_seq_len, bool causal, float scale, {SCHEMA}"
 torch.library.define(
     f"fastrec::{OP}_fwd",
     f"(Tensor query, Tensor key, Tensor value, {_COMMON}) -> (Tensor out, Tensor lse)",

@@ -183,7 +183,7 @@ def _check_lists(values: Tensor, offsets: Tensor, labels: int) -> None:
     if not has_values(offsets):
         rise = (offsets[1:] >= offsets[:-1]).all()  # a difference may run over 2^63
         rise = rise & (offsets[0] == 0) & (offsets[-1] == len(values))
-        require(rise, f"label_offsets must rise from 0 to E = {len(values)}")
+        require(rise, "label_offsets must rise from 0 to E, the number of label_values")
     starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
     starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)
     rises = (values.diff() > 0) | starts[1 : len(values)]

@@ -140,7 +140,9 @@ def check_range(name: str, index: Tensor, size: int, ignored: int | None = None)
     if ignored is not None:
         wrong = wrong & (index != ignored)
     if not readable:
-        torch._assert_async(~wrong.any(), f"{name} outside [0, {size})")
+        # A size in the text of an assertion would make the compiled graph one of that size alone.
+        bounds = "its range" if torch.compiler.is_compiling() else f"[0, {size})"
+        torch._assert_async(~wrong.any(), f"{name} outside {bounds}")
     elif wrong.any():
         at = wrong.nonzero()[0].tolist()
         value = int(index[tuple(at)])

@@ -185,7 +185,7 @@ def check_exclude(exclude: Lists, queries: int, candidates: int) -> None:
     if not has_values(offsets):
         rise = (offsets[1:] >= offsets[:-1]).all()  # a difference may run over 2^63
         rise = rise & (offsets[0] == 0) & (offsets[-1] == len(values))
-        require(rise, f"exclude offsets must rise from 0 to E = {len(values)}")
+        require(rise, "exclude offsets must rise from 0 to E, the number of exclude values")
     if queries == 1:  # no other list begins anywhere
         require((values.diff() >= 0).all(), "exclude values must be sorted within each query")
         return
