@@ -170,6 +170,9 @@ def behaviour(group):
     seen["used_twice"] = grads(loss_of() + loss_of(temperature=0.5))
     seen["query_only"] = grads(loss_of(candidate=case["candidate"].detach()), leaves[0])
     seen["candidate_only"] = grads(loss_of(query=case["query"].detach()), leaves[1])
+    for symmetric in (False, True):
+        first = grads(loss_of(symmetric=symmetric), *leaves[:2], create_graph=True)
+        seen["penalty", symmetric] = grads(sum(grad.square().sum() for grad in first))
     counts = [part_of(cut[1], 9, r) for r in range(world)]
     counts = [part.stop - part.start for part in counts]
     known = loss_of(symmetric=False, candidates_per_rank=counts)
@@ -232,7 +235,7 @@ def one_process(names, **change):
     case = {k: v for k, v in problem().items() if not k.startswith("exclude")}
     case["exclude"] = tuple(problem()[f"exclude_{part}"] for part in ("values", "offsets"))
     leaves = {name: case[name].requires_grad_() for name in names}
-    loss = in_batch_cross_entropy(**case, **{"reduction": "sum"} | change)
+    loss = in_batch_cross_entropy(**case | {"reduction": "sum"} | change)
     return loss.detach(), leaves, loss
 
 
@@ -254,6 +257,17 @@ def test_two_losses_of_the_same_candidates(seen):
     second = torch.autograd.grad(loss, list(leaves.values()))
     for got, a, b in zip(summed(seen, "used_twice"), first, second, strict=True):
         torch.testing.assert_close(got, a + b)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_second_derivatives_are_those_of_one_process(seen, symmetric):
+    _, leaves, loss = one_process(NAMES, symmetric=symmetric)
+    sides = [leaves["query"], leaves["candidate"]]
+    first = torch.autograd.grad(loss, sides, create_graph=True)
+    penalty = sum(grad.square().sum() for grad in first)
+    expected = torch.autograd.grad(penalty, list(leaves.values()))
+    for got, whole in zip(summed(seen, ("penalty", symmetric)), expected, strict=True):
+        torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["query", "candidate"])

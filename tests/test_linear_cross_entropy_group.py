@@ -195,6 +195,7 @@ def behaviour(group):
     unequal["grad"] = dict(input=x if rank else x.detach())
     for name, change in unequal.items():
         error(name, **change)
+    seen["error", "recorded"] = message_of(lambda: grads(call(**case), x, create_graph=True))
     error("outside", target=case["target"] + 10 * world - 4)
     error("nothing", linear_weight=w[:0], linear_bias=b[:0])
     error("replicate", linear_weight=distribute_tensor(w.detach(), mesh, [Replicate()]))
@@ -340,6 +341,7 @@ def test_one_rank_is_the_plain_op(seen):
 
 
 ERRORS = {
+    "recorded": "RuntimeError: linear_cross_entropy with a group has no second derivative",
     "width": r"ValueError: ranks of the group differ in the width: \[4, 3",
     "rows": r"ValueError: ranks of the group differ in the number of rows: \[6, 5",
     "targets": "ValueError: ranks of the group differ in the targets",

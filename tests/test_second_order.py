@@ -2,11 +2,14 @@
 """Recorded gradients (create_graph) and torch.func; the generated test of second derivatives is in
 test_ops.py."""
 
+import functools
+
 import pytest
 import torch
 from backends import needs
 from op_db import OPS
 from op_db.case import TYPES, outputs_of, upstream_of
+from torch.utils.checkpoint import checkpoint
 
 from fastrec import bias_gelu_dropout, jagged_attention, linear_cross_entropy
 
@@ -88,6 +91,35 @@ def test_recording_does_not_change_the_gradient(op, types):
     for plain, recorded in zip(*found, strict=True):
         plain, recorded = plain.to_dense(), recorded.to_dense()
         assert torch.equal(plain, recorded.detach())
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.differentiable], ids=lambda op: op.name)
+def test_inside_of_a_checkpoint(op):
+    """Without reentry, saved tensors are given once: to the gradient, and to what records it."""
+    samples = {sample.name: sample for sample in op.samples("cpu", TYPES[0], True)}
+    kwargs = samples[op.complete[0]].kwargs | {"backend": "cpp"}
+    names = [name for name in op.differentiable if kwargs.get(name) is not None]
+    leaves = {name: kwargs[name].detach().requires_grad_() for name in names}
+    found = []
+    for inside in (False, True):
+        for record in (False, True):
+            call = functools.partial(op.function, **kwargs | leaves)
+            value = checkpoint(call, use_reentrant=False) if inside else call()
+            roots = [each for each in _tensors(value) if each.requires_grad]
+            ups = [upstream_of(root).to(root.dtype) for root in roots]
+            found.append(
+                torch.autograd.grad(roots, list(leaves.values()), ups, create_graph=record)
+            )
+    for others in found[1:]:
+        assert all(map(torch.equal, map(_dense, found[0]), map(_dense, others)))
+
+
+def _tensors(value) -> tuple:
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+
+
+def _dense(grad) -> torch.Tensor:
+    return grad.detach().to_dense()
 
 
 def test_torch_func_is_for_the_reference():

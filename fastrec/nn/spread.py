@@ -22,6 +22,7 @@ from fastrec.data.output import new_folder
 from fastrec.ops.common.arguments import accumulate_dtype
 from fastrec.ops.common.collectives import gather, gather_rows
 from fastrec.ops.common.distinct_rows import distinct_rows
+from fastrec.ops.common.second_order import once_differentiable
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy
 
 PIECES = "tables"  # where a whole table is put together
@@ -77,6 +78,7 @@ class _Pull(torch.autograd.Function):
         return tuple(_exchange(each, asked, own, part.group) for each in rows)
 
     @staticmethod
+    @once_differentiable("an item table that is spread over processes")
     def backward(ctx, *grads):
         world = dist.get_world_size(ctx.part.group)
         rows = (_exchange(grad, ctx.own, ctx.asked, ctx.part.group) for grad in grads)

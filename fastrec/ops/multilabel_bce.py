@@ -131,7 +131,8 @@ class _MultilabelBce(torch.autograd.Function):
     @staticmethod
     @twice_differentiable(_again)
     def backward(ctx, grad_loss):
-        inputs, (per_row, *of_table) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors
+        inputs, per_row, of_table = saved[:6], saved[6], saved[7:]
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if needs_input:

@@ -83,15 +83,27 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        sizes = ctx.sizes
+        return _SumRows.apply(grad, ctx.sizes, ctx.dtype, ctx.group), None, None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """The transpose of `_GatherRows`: the sum over the ranks of the rows of this one."""
+
+    @staticmethod
+    def forward(ctx, grad, sizes, dtype, group):
+        ctx.sizes, ctx.dtype, ctx.group = sizes, grad.dtype, group
         longest = max(sizes)
         padded = grad.new_zeros(len(sizes), longest, *grad.shape[1:])
         for block, part in zip(padded, grad.split(sizes), strict=True):
             block[: len(part)] = part
         own = grad.new_empty(longest, *grad.shape[1:])
         if own.numel():
-            _reduce_scatter(own.flatten(), padded.flatten(), group=ctx.group)
-        return own[: sizes[dist.get_rank(ctx.group)]].to(ctx.dtype), None, None, None
+            _reduce_scatter(own.flatten(), padded.flatten(), group=group)
+        return own[: sizes[dist.get_rank(group)]].to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _GatherRows.apply(grad, ctx.sizes, ctx.dtype, ctx.group), None, None, None
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int], group: Group, dtype=None) -> Tensor:
@@ -110,7 +122,7 @@ class _SummedOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return sum_over(grad.clone(), ctx.group), None
+        return _SummedOver.apply(grad, ctx.group), None
 
 
 def summed_over(tensor: Tensor, group: Group) -> Tensor:

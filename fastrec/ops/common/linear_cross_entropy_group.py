@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
 from fastrec.ops.common.arguments import accumulate_dtype, check_range, split_sum
@@ -37,6 +36,7 @@ from fastrec.ops.common.linear_cross_entropy_autograd import (
     loss_of,
 )
 from fastrec.ops.common.native import kernels_of
+from fastrec.ops.common.second_order import once_differentiable
 
 
 class Part(NamedTuple):
@@ -206,7 +206,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return whole[0], loss_of(whole, logit), class_sum, row_weight, class_total
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_cross_entropy with a group")
     def backward(ctx, grad_lse, grad_nll, grad_class_sum, _weight, _total):
         (
             x, linear_weight, linear_bias, target, local, mine, rows, class_weight, lse, share,

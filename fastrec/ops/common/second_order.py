@@ -25,7 +25,7 @@ def twice_differentiable(reference: Reference):
     def decorate(backward):
         @functools.wraps(backward)
         def record(ctx, *grads):
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if not _recorded():
                 return backward(ctx, *grads)
             tensors = (*grads, *ctx.saved_tensors)
             return _Recorded.apply(backward, reference, ctx, len(grads), *tensors)
@@ -35,13 +35,48 @@ def twice_differentiable(reference: Reference):
     return decorate
 
 
+def once_differentiable(what: str):
+    """Decorates a `backward` that has no reference: where gradients are recorded it raises
+    RuntimeError. PyTorch's decorator of this name leaves the second derivative out without a word
+    where the upstream gradient is a constant, as that of a loss is."""
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        def refuse(ctx, *grads):
+            if _recorded():
+                raise RuntimeError(
+                    f"{what} has no second derivative: its gradient cannot be recorded"
+                    " (create_graph)"
+                )
+            return backward(ctx, *grads)
+
+        return refuse
+
+    return decorate
+
+
+def _recorded() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _Unpacked:
+    """The context of a `backward` whose saved tensors were unpacked before: checkpoints without
+    reentry give each of them once."""
+
+    def __init__(self, ctx, saved_tensors):
+        self._ctx, self.saved_tensors = ctx, saved_tensors
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
+
+
 class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backward, reference, outer, count, *tensors):
         ctx.save_for_backward(*tensors)
         ctx.reference, ctx.outer, ctx.count = reference, outer, count
         ctx.set_materialize_grads(False)
-        return backward(outer, *tensors[:count])
+        return backward(_Unpacked(outer, tensors[count:]), *tensors[:count])
 
     @staticmethod
     def backward(ctx, *upstream):
