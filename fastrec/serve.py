@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.ids import Ids
-from fastrec.evaluation.blocks import row_blocks
+from fastrec.evaluation.blocks import finite, row_blocks
 from fastrec.evaluation.next_item import adjustment, check_scores, seen_items
 from fastrec.ops.linear_topk import TopK, linear_topk
 from fastrec.serve_cold import OtherCatalogue
-from fastrec.vectors import finite, user_rows
+from fastrec.vectors import user_rows
 
 Lists = tuple[Tensor, Tensor]  # values and offsets
 

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trained model knows as vectors: of users, and of items."""
 
-import math
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastrec.data.ids import Ids
-from fastrec.evaluation.blocks import row_blocks
+from fastrec.evaluation.blocks import finite, row_blocks
 from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.pool import Pool, Pooling
 
@@ -88,10 +85,3 @@ def user_rows(users: Ids, asked) -> np.ndarray:
     if len(asked) == 0:
         raise ValueError("the list of users is empty")
     return users.rows(asked, "users")
-
-
-def finite(numbers: Tensor, what: str) -> Tensor:
-    """Raises ValueError where finite weights have led beyond what a number can be."""
-    if numbers.numel() and not all(math.isfinite(end.item()) for end in numbers.aminmax()):
-        raise ValueError(f"{what} of the model are not finite: has its training diverged?")
-    return numbers

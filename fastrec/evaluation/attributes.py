@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.attributes import EncodedAttribute
+from fastrec.evaluation.blocks import finite
 from fastrec.objectives.user_attributes import UserAttributePrediction
 
 
@@ -50,6 +51,7 @@ class AttributesJudge:
             batch = model.inputs(self.dataset, self.users[rows], self.split)
             encoded = model.encode(batch.to(model.device))
             outputs = head.predict(head.pool(model, encoded))
+            outputs = {name: finite(each, "predictions") for name, each in outputs.items()}
         columns = [
             outputs[a.name].argmax(1) if a.labels else outputs[a.name].squeeze(1)
             for a in self.attributes

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a judge block by block, shared by the processes of a group.
+"""The rows of a judge block by block, shared by the processes of a group, and whether what is found
+for them is finite.
 
 A block has the same rows whatever the number of processes, so that scores keep their bits.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -61,3 +63,10 @@ def scores_of(count: int, score: Callable[[slice], Tensor], group=None) -> Tenso
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     blocks = own_blocks(count, rank, world_size)
     return gathered([score(each.rows) for each in blocks if each.counts], group)
+
+
+def finite(numbers: Tensor, what: str) -> Tensor:
+    """Raises ValueError where finite weights have led beyond what a number can be."""
+    if numbers.numel() and not all(math.isfinite(end.item()) for end in numbers.aminmax()):
+        raise ValueError(f"{what} of the model are not finite: has its training diverged?")
+    return numbers

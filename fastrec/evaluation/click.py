@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrec.data.batch import offsets_of
+from fastrec.evaluation.blocks import finite
 from fastrec.evaluation.candidates import held_out_items
 from fastrec.evaluation.metrics import auc
 from fastrec.evaluation.next_item import Protocol, negatives_of
@@ -106,7 +107,7 @@ class ClickJudge:
             users = model.output(encoded, model.asked(batch))
             owner = (self.owner[pairs] - rows.start).to(users.device)
             items = contents(model, self.items[pairs].to(users.device))
-            return head.score(users[owner], items).double().cpu()
+            return finite(head.score(users[owner], items), "predictions").double().cpu()
 
     def model_input(self, model, rows: slice):
         """The batch that is asked for the next item of `users[rows]`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.cold_items import ColdRows
+from fastrec.evaluation.blocks import finite
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.objectives.cold_start import ColdItemPrediction
 from fastrec.ops.linear_rank import linear_rank
@@ -42,7 +43,7 @@ class ColdStartJudge:
             raise ValueError("the judge cold_start needs the objective cold_start")
         with torch.no_grad():
             batch = model.inputs(self.rows, self.chosen[rows], "all")
-            query = head.pool(model, model.encode(batch.to(model.device)))
+            query = finite(head.pool(model, model.encode(batch.to(model.device))), "user vectors")
             weight = head.linear.weight
             item = self.rows.items[self.chosen[rows]].to(weight.device)
             # Scores in full precision also in bf16-mixed validation: coarse ones would tie.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.graph import SocialGraph
+from fastrec.evaluation.blocks import finite
 from fastrec.objectives.friends import SocialRelationDetection
 
 _CHUNK = 1024
@@ -67,7 +68,7 @@ class FriendsJudge:
             batch = model.inputs(self.dataset, self.users[rows], self.split)
             encoded = model.encode(batch.to(model.device))
             vectors = model.pool(encoded, "max") if head is None else head.pool(model, encoded)
-            return vectors.float().cpu()
+            return finite(vectors, "user vectors").float().cpu()
 
     @property
     def metric_names(self) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrec.data.batch import offsets_of
 from fastrec.data.settings import check_choices, from_values
-from fastrec.evaluation.blocks import row_blocks, scores_of
+from fastrec.evaluation.blocks import finite, row_blocks, scores_of
 from fastrec.evaluation.candidates import (
     SampledNegatives,
     held_out_items,
@@ -165,7 +165,7 @@ def adjustment(dataset, tau: float) -> Tensor:
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
     """[N, D] item-head queries for the item that follows the input of each user in `split`."""
     batch = model.inputs(dataset, users, split, ask=True).to(model.device)
-    return model.ask(batch)
+    return finite(model.ask(batch), "states")  # a score that is no number would count as none
 
 
 def check_scores(model) -> None:
@@ -245,8 +245,7 @@ class NextItemJudge:
         if model.spread_table is not None:
             return self._rank_spread(model, rows)
         if self._table is None:
-            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-                self._table = model.item_table
+            self._table = _item_table(model)
         return self.rank_rows(model, rows, self._table)
 
     @property
@@ -271,7 +270,7 @@ class NextItemJudge:
             query, bias = self._asked(model, rows)
             # Scores in full precision also in bf16-mixed validation: coarse ones would tie.
             with torch.autocast(query.device.type, enabled=False):
-                table = model.item_table if table is None else table
+                table = _item_table(model) if table is None else table
                 return self._rank(query, table, bias, rows).cpu()
 
     @torch.no_grad()
@@ -303,8 +302,7 @@ class NextItemJudge:
     def lists(self, model, k: int, group=None) -> Tensor:
         """int64 [U, k]: the k best items of every user, -1 where there are fewer. Items of the
         input are among them where the protocol keeps them."""
-        with torch.no_grad():
-            table = model.item_table
+        table = _item_table(model)
 
         def best(rows: slice) -> Tensor:
             with torch.no_grad():
@@ -349,8 +347,7 @@ class NextItemJudge:
 
     def ranks(self, model, group=None) -> Tensor:
         """float64 [P]: ranks of the targets of all users, on the CPU."""
-        with torch.no_grad():
-            table = model.item_table
+        table = _item_table(model)
         return scores_of(len(self), lambda rows: self.rank_rows(model, rows, table), group)
 
     def popularity_ranks(self, group=None) -> Tensor:
@@ -397,6 +394,12 @@ class NextItemJudge:
         zeros = self._seen(self.users[owner], device)
         ranks = linear_rank(query, table, targets, linear_bias=bias, exclude=zeros).double()
         return seen_above(ranks, query, table, bias, targets, *zeros)
+
+
+def _item_table(model) -> Tensor:
+    """[V, D]: what scores the items, in full precision."""
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        return finite(model.item_table, "item vectors")
 
 
 def negatives_of(dataset, users: Tensor, protocol: Protocol) -> Tensor:

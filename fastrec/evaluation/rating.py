@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import FILL, JaggedBatch
+from fastrec.evaluation.blocks import finite
 from fastrec.objectives.rating import RatingBiases, RatingPrediction
 
 SHRINKAGE = 5.0  # ratings without a deviation that every item and user has beside its own
@@ -68,8 +69,8 @@ class RatingJudge:
         if head.biases is not None:
             biases = RatingBiases(head.biases.shrinkage, *self.deviations).to(model.device)
         with torch.no_grad():
-            found = head.predict(model.encode(batch), biases=biases).double().cpu()
-        return found[batch.events["asked"].cpu()]
+            found = finite(head.predict(model.encode(batch), biases=biases), "predictions")
+        return found.double().cpu()[batch.events["asked"].cpu()]
 
     def _asked(self, model, rows: slice) -> JaggedBatch:
         """The input of the model, with a column `asked`, bool [T]."""

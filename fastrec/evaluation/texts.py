@@ -18,18 +18,13 @@ class TextJudge:
         self.texts = texts
         self.ranking = NextItemJudge(texts.dataset, users, split, protocol)
         self.metric_names = self.ranking.metric_names
-        self._table: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ranking)
 
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64, the ranks of the targets of some users, on the CPU."""
-        asked = TextModel(model, self.texts)
-        if self._table is None:
-            self._table = asked.item_table
-        return self.ranking.rank_rows(asked, rows, self._table)
+        return self.ranking.score(TextModel(model, self.texts), objective, rows)
 
     def metrics(self, scores: Tensor, objective=None) -> dict[str, float]:
-        self._table = None
         return self.ranking.metrics(scores)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastrec.evaluation.blocks import finite
 from fastrec.nn.pool import Pool
 from fastrec.nn.sphere import alignment, spread, uniformity
 from fastrec.ops.linear_rank import linear_rank
@@ -49,7 +50,7 @@ class VectorsJudge:
         with torch.no_grad():
             batch = model.inputs(self.dataset, self.users[rows], self.split)
             batch = batch.as_views(2).to(model.device)
-            vectors = pool(model, model.encode(batch, Rng(0, 0)))
+            vectors = finite(pool(model, model.encode(batch, Rng(0, 0))), "user vectors")
         return torch.cat(vectors.float().cpu().chunk(2), dim=1)
 
     def metrics(self, scores: Tensor, objective=None) -> dict[str, float]:

@@ -387,6 +387,9 @@ class UserModel(nn.Module):
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path / CONFIG}: {error}") from error
         state = read_tensors(file)
+        floats = {value.dtype for value in state.values() if value.is_floating_point()}
+        if len(floats) == 1:
+            model = model.to(floats.pop())
         check_like(file, state, model.state_dict())
         model.load_state_dict(state)
         model.trained_on = _told(path / TRAINED_ON) or {}

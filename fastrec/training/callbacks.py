@@ -34,12 +34,16 @@ class KeepBest(Callback):
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         checkpoint["kept"] = self.best > float("-inf")
 
+    def on_validation_start(self, trainer, module) -> None:
+        loss = float(trainer.callback_metrics.get("train_loss", 0.0))
+        if not math.isfinite(loss):
+            raise _diverged(trainer, f"loss is {loss}")
+        _check_finite(trainer, module)
+
     def on_validation_end(self, trainer, module) -> None:
         value = float(trainer.callback_metrics["valid"])
-        loss = float(trainer.callback_metrics.get("train_loss", 0.0))
-        if not (math.isfinite(value) and math.isfinite(loss)):
-            raise _diverged(trainer, f"loss is {loss}, {module.stage.monitored} {value}")
-        _check_finite(trainer, module)
+        if not math.isfinite(value):
+            raise _diverged(trainer, f"{module.stage.monitored} is {value}")
         if value > self.best:
             self.best, self.step = value, trainer.global_step
             found = {k: float(v) for k, v in trainer.callback_metrics.items() if "valid/" in k}
@@ -152,6 +156,8 @@ def _check_finite(trainer, module) -> None:
     bad = [n for n, value in state if value.is_floating_point() and not value.isfinite().all()]
     if not trainer.strategy.reduce_boolean_decision(not bad, all=True):
         name = bad[0] if bad else "another process"
+        if trainer.global_step == 0:
+            raise ValueError(f"weights to start from are not finite, those of {name} for one")
         raise _diverged(trainer, f"weights are not finite, those of {name} for one")
 
 
