@@ -85,13 +85,26 @@ def test_wrong_arguments(backend, change, error, message):
 
 
 @backends("in_batch_hardest", "cpp")
-def test_a_query_with_nan_has_no_candidate(backend):
+def test_nan_is_never_the_largest(backend):
     query = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
     candidate = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
     values, indices = in_batch_hardest(query, candidate, backend=backend)
     assert values.tolist() == [2.0, -math.inf] and indices.tolist() == [1, -1]
     candidate[0, 1] = float("nan")
-    assert in_batch_hardest(query, candidate, backend=backend).indices.tolist() == [-1, -1]
+    assert in_batch_hardest(query, candidate, backend=backend).indices.tolist() == [1, -1]
+
+
+@backends("in_batch_hardest", "cpp")
+@pytest.mark.parametrize("similarity", ["dot", "weighted_l2"])
+def test_infinite_candidates_leave_the_others_as_they_are(backend, similarity):
+    torch.manual_seed(0)
+    query, candidate = torch.randn(6, 8), torch.randn(9, 8)
+    query[:, 0] = -query[:, 0].abs() - 0.1  # the similarity of what is infinite is -inf
+    alone = in_batch_hardest(query, candidate[1:], similarity=similarity, backend=backend)
+    candidate[0, 0] = math.inf
+    beside = in_batch_hardest(query, candidate, similarity=similarity, backend=backend)
+    assert beside.indices.tolist() == (alone.indices + 1).tolist()
+    torch.testing.assert_close(beside.values, alone.values)
 
 
 @every_backend

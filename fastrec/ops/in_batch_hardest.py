@@ -141,7 +141,7 @@ def in_batch_hardest(
     The hardest negative of AdaptSSR: group ids by user leave out a user's own views. Semantics of
     `torch.max(dim)`: of equal similarities the lowest index wins, and the gradient goes to the
     selected pairs only. A query without an allowed candidate has value -inf, index -1 and no
-    gradient; on cpp and Triton nor has one with a NaN, nor any query beside a candidate with a NaN.
+    gradient; on cpp and Triton nor has one with a NaN, and a candidate with a NaN is not selected.
 
     Args:
         query: [B, D], float64, float32, bfloat16 or float16.

@@ -194,6 +194,11 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         why="the oracle itself takes differences of numbers of size 1e4" if oracle else "",
     )
 
+    # One candidate that is far away costs the others no precision.
+    case = l2("far", c=c)
+    case["candidate"][c // 2, 0] = 1e4
+    yield Sample("far", case)
+
     # A mean of 100 times the spread: nothing is left without centring.
     if torch.finfo(types.input).bits > 16:
         for similarity in ("dot", "weighted_l2"):

@@ -78,6 +78,12 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         case = case | {name: case[name] + 100 for name in ("query", "candidate")}
         yield Sample("offset", case)
 
+    # One candidate that is far away costs the others no precision.
+    case = l2("far")
+    case["candidate"] = case["candidate"].clone()
+    case["candidate"][c // 2, 0] = 1e4
+    yield Sample("far", case)
+
 
 def _private(device: str, op: str) -> Iterator[tuple]:
     """Arguments of the private ops; autograd sits above them, so nothing requires a gradient."""

@@ -37,7 +37,7 @@ def operands(
     c alone adds a constant to a row of q.c. The shift needs no gradient for the same reason.
     `temperature` stays on vectors [D]: the bits of a sum over [B, D] depend on the threads.
     """
-    shift = candidate.detach().mean(0) if len(candidate) else 0.0
+    shift = _centre(candidate)
     c = candidate - shift
     if similarity != "weighted_l2" and isinstance(temperature, float) and temperature == 1.0:
         return query, c, None
@@ -45,6 +45,16 @@ def operands(
     if similarity != "weighted_l2":
         return query * scale, c, None
     return (query - shift) * (2 * scale), c, -(c.square() * scale).sum(1)
+
+
+def _centre(candidate: Tensor) -> Tensor | float:
+    """[D]: about the median of 31 candidates, evenly spread. A mean would follow one that is far
+    away, or infinite, to where the differences of all others are lost."""
+    rows = len(candidate)
+    if rows == 0:
+        return 0.0
+    places = torch.arange(31, device=candidate.device) * rows // 31
+    return candidate.detach().index_select(0, places).sort(0).values[14]  # NaN comes last
 
 
 def transposed_lists(exclude: Lists, candidates: int) -> Lists:
@@ -68,7 +78,7 @@ def similarity_ref(query, candidate, similarity, weight):
     q, c = query.to(dtype), candidate.to(dtype)
     if similarity == "cosine":
         q, c = F.normalize(q, dim=1), F.normalize(c, dim=1)
-    shift = c.detach().mean(0) if len(c) else 0
+    shift = _centre(c)
     c = (c - shift).to(low).to(dtype)
     if similarity != "weighted_l2":
         return q.to(low).to(dtype) @ c.T
