@@ -13,8 +13,8 @@
 Process CPU time on one thread, of a request and of everyone wall time, all in turn in one process:
 minimum, median and 99th percentile in ms, and the ratio of minimum and median to the first one's.
 That the results are equal is in tests/test_asked.py, tests/test_dilated.py, tests/test_caser.py,
-tests/test_rank.py and tests/test_rating_runs.py. `data` is a folder of `fastrec prepare`, with ratings
-for `rating`.
+tests/test_rank.py and tests/test_rating_runs.py. `data` is a folder of `fastrec prepare`, with
+ratings for `rating`.
 
 Legend: B sequences, T events, L most events, D width.
 """

@@ -160,6 +160,8 @@ class Rng:
                         f"{name} as a tensor must be one int64 or int32, got {word.dtype}"
                         f" {list(word.shape)}"
                     )
+            elif isinstance(word, (float, str)):
+                raise TypeError(f"{name} must be a whole number or a tensor, got {word!r:.60}")
             elif not torch.compiler.is_compiling() and not -(2**63) <= word < 2**63:
                 raise ValueError(f"{name} must be in [-2^63, 2^63), got {word}")
 

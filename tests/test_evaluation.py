@@ -10,7 +10,7 @@ from builders import dataset_of, model_of
 
 from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge, Protocol, evaluate
 from fastrec.evaluation.ranking import rank_candidates
 
 
@@ -94,6 +94,20 @@ def test_logit_adjustment_takes_popularity_from_the_scores(candidates):
 def test_nan_target_ranks_last():
     query, table = torch.tensor([[float("nan")]]), torch.ones(4, 1)
     assert rank_candidates(query, table, torch.zeros(4), torch.tensor([[2, 1]])).tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("item_head.norm.weight", "states of the model"), ("item_embedding.weight", "item vectors")],
+)
+def test_a_model_that_is_not_finite_has_no_metrics(name, message):
+    model = model_of(num_items=5, width=4, max_len=5, causal=True)
+    with torch.no_grad():
+        # Of the table: a row that no input reads.
+        model.get_parameter(name)[-1 if name.startswith("item_head") else 4] = float("nan")
+    dataset = dataset_of([[0, 1, 2, 3], [1, 2, 3, 0]], 5)
+    with pytest.raises(ValueError, match=f"{message}.* are not finite"):
+        evaluate(model, dataset, Protocol(), "valid")
 
 
 def test_popularity_negatives_are_unseen_distinct_and_popular():

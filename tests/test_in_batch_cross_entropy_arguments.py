@@ -70,3 +70,11 @@ def test_dtypes(backend, input, table, output):
         got = run(on(backend), Sample("dtypes", case | {"reduction": reduction}), NAMES)
         assert got["output"].dtype == output
         assert [got[name].dtype for name in NAMES] == [input, input, table, table, table]
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_learnt_stays_positive(number):
+    query, candidate = torch.randn(3, 4), torch.randn(5, 4)
+    temperature = torch.tensor(number, requires_grad=True)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        in_batch_cross_entropy(query, candidate, temperature=temperature)

@@ -129,5 +129,7 @@ def test_killed_between_its_files_it_leaves_no_index_beside_the_labels_of_anothe
         main(flags)
     assert put[1] == index and not index.exists()
     monkeypatch.undo()
+    (tmp_path / ".new.items.faiss.parquet").touch()  # that a killed process was writing
     main(flags)
+    assert not list(tmp_path.glob(".new.*"))
     assert faiss.read_index(str(index)).ntotal == 40

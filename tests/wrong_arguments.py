@@ -20,12 +20,17 @@ DTYPES = (
 ERRORS = (ValueError, TypeError, IndexError, RuntimeError)
 LARGEST = 2**63 - 1
 # Every argument that is no tensor, with values that it cannot have.
+NO_NUMBER = ("a", torch.tensor(0.5))  # a tensor would get no gradient
 OPTIONS = {
-    **dict.fromkeys(("dropout_p", "label_smoothing", "gbce_t"), (math.nan, -0.1, 1.5, math.inf)),
-    "fixed_temperature": (math.nan, 0.0, -1.0, math.inf),
-    "k": (0, -1, 2**40),
-    "max_seq_len": (-1, 0),
-    "layer": (-1, 256, 2**40),
+    **dict.fromkeys(
+        ("dropout_p", "label_smoothing", "gbce_t"), (math.nan, -0.1, 1.5, math.inf, *NO_NUMBER)
+    ),
+    **dict.fromkeys(("scale", "eps", "z_loss"), NO_NUMBER),
+    "fixed_temperature": (math.nan, 0.0, -1.0, math.inf, "a"),
+    "ignore_index": (0.5, *NO_NUMBER),
+    "k": (0, -1, 2**40, 2.0, *NO_NUMBER),
+    "max_seq_len": (-1, 0, 4.0, *NO_NUMBER),
+    "layer": (-1, 256, 2**40, 0.5, *NO_NUMBER),
     **dict.fromkeys(("site", "similarity", "loss", "reduction"), ("wrong", "")),
     "rng": (7, (1, 2)),
 }

@@ -4,22 +4,31 @@ one part of several, and how they are read from YAML."""
 
 import dataclasses
 import math
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+_NUMBERS: dict[Any, type] = {int: Integral, float: Real}
+
 
 def check_choices(config) -> None:
-    """Raise ValueError for a field annotated Literal[...] (or None), or a list of such words, that
-    holds something else."""
+    """Raise ValueError for a field that is annotated Literal[...], int or float, or None beside
+    one of them, or a list of one of them, and holds something else."""
     for name, hint in get_type_hints(type(config)).items():
-        parts = [hint] if get_origin(hint) is Literal else list(get_args(hint))
-        allowed = [value for part in parts for value in get_args(part)]
-        if any(get_origin(part) is not Literal and part is not type(None) for part in parts):
-            continue
-        given = getattr(config, name)
-        for value in given if get_origin(hint) is list else [given]:
-            if parts and value not in allowed and not (value is None and type(None) in parts):
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        given, origin = getattr(config, name), get_origin(hint)
+        parts = get_args(hint) if origin in (list, Union, UnionType) else (hint,)
+        kinds = [part for part in parts if part is not type(None)]
+        for value in given if origin is list else [given]:
+            if value is None and len(kinds) < len(parts):
+                continue
+            if all(get_origin(kind) is Literal for kind in kinds):
+                allowed = [word for kind in kinds for word in get_args(kind)]
+                if value not in allowed:
+                    raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+            elif len(kinds) == 1 and kinds[0] in _NUMBERS:
+                right = isinstance(value, _NUMBERS[kinds[0]]) and not isinstance(value, bool)
+                if not right:
+                    raise ValueError(f"{name} must be {_words(kinds[0])}, got {value!r:.60}")
 
 
 def part_of(section) -> Any:

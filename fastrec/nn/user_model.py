@@ -5,6 +5,7 @@ D width."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +207,7 @@ class UserModel(nn.Module):
         """The input of histories given as lists of item indices, oldest first, of unknown users.
         Their events have no ratings and no times.
 
-        Raises IndexError for an index out of [0, V).
+        Raises TypeError for what is no whole number, IndexError for an index out of [0, V).
         """
         batch = histories_of(histories, self.num_items)
         if self.event_columns:
@@ -406,9 +407,12 @@ class UserModel(nn.Module):
 
 
 def histories_of(histories: Sequence[Sequence[int]], num_items: int) -> JaggedBatch:
-    """A batch of lists of item indices. Raises IndexError for one out of [0, num_items)."""
+    """A batch of lists of item indices. Raises TypeError for what is no whole number, IndexError
+    for one out of [0, num_items)."""
     for history in histories:
         for item in history:
+            if not isinstance(item, Integral):
+                raise TypeError(f"item {item!r:.60} of a history is no index")
             if not 0 <= item < num_items:
                 raise IndexError(f"item {item} of a history is out of [0, {num_items})")
     return from_sequences(histories)

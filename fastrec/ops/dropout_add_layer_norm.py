@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype, beside, check_tensor, check_width
+from fastrec.ops.common.arguments import (
+    accumulate_dtype,
+    beside,
+    check_number,
+    check_tensor,
+    check_width,
+)
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import applied, kernels_of, register_cuda
 from fastrec.ops.common.second_order import leaf, twice_differentiable
@@ -202,6 +208,7 @@ def dropout_add_layer_norm(
         RuntimeError: `backend` cannot run.
     """
     _check(input, residual, weight, bias)
+    check_number("eps", eps)
     rows, device = input.shape[0], input.device
     mask = mask_of_rows(rng, dropout_p, keys, positions, rows, device, site=site, layer=layer)
     backend = resolve(backend, OP, device)

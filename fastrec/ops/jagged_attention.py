@@ -22,6 +22,7 @@ from fastrec.ops.common.arguments import (
     accumulate_dtype,
     autocast_dtype,
     check_index,
+    check_number,
     check_offsets,
     check_tensor,
     is_nested,
@@ -244,6 +245,7 @@ def _check(query, key, value, offsets, max_seq_len):
     if not 1 <= query.shape[2] <= 256:
         raise ValueError(f"the head width D of query must be in [1, 256], got {query.shape[2]}")
     offsets = check_index("offsets", offsets, ("B + 1",), query.device)
+    check_number("max_seq_len", max_seq_len, whole=True)
     check_offsets("offsets", offsets, query.shape[0], "T", max_seq_len)
     return offsets
 
@@ -310,6 +312,8 @@ def jagged_attention(
             "with dropout at most 65536 events a sequence and 256 heads, got"
             f" max_seq_len {max_seq_len}, {query.shape[1]} heads"
         )
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    check_number("scale", scale)
     backend = resolve(backend, OP, device)
     if backend == "reference":
         return jagged_attention_ref(
@@ -325,7 +329,6 @@ def jagged_attention(
             keys=mask.keys,
             layer=layer,
         )
-    scale = query.shape[2] ** -0.5 if scale is None else scale
     return applied(
         _JaggedAttention, query, key, value, offsets, max_seq_len, causal, scale, backend, *mask
     )

@@ -18,6 +18,7 @@ from fastrec.ops.common.arguments import (
     accumulate_dtype,
     beside,
     check_index,
+    check_number,
     check_range,
     check_tensor,
     check_width,
@@ -233,7 +234,7 @@ def jagged_embedding(
         dropout_p: probability, quantised to 1/256; needs `rng`, `keys` and `positions`.
         rng, site, layer: the key of the mask, see `fastrec.random`.
         keys: [T], the key of the sequence that each event belongs to.
-        sparse: the gradient of `weight` is a coalesced sparse tensor of the rows that occur, as
+        sparse: the gradient of `weight` is a sparse tensor of the rows that occur, each once, as
             that of `torch.nn.functional.embedding`: for tables much larger than a batch. On a GPU
             backward waits for the number of these rows.
         backend: None (native to the device), "reference", "cpp" or "triton".
@@ -249,6 +250,7 @@ def jagged_embedding(
         RuntimeError: `backend` cannot run.
     """
     values, positions = _check(values, weight, position_weight, positions, norm_weight, norm_bias)
+    check_number("eps", eps)
     events, device = _events(values, weight), weight.device
     mask = mask_of_rows(rng, dropout_p, keys, positions, events, device, site=site, layer=layer)
     if mask.positions is None:

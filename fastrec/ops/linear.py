@@ -11,6 +11,8 @@ the processor busy, whoever made it. On a GPU, and for 16-bit types, the library
 is the right one: there is no Triton kernel.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,5 +114,5 @@ def linear(
         )
     if input.dim() == 2:
         return applied(_Linear, input, weight, bias)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     return applied(_Linear, rows, weight, bias).view(*input.shape[:-1], weight.shape[0])

@@ -15,6 +15,7 @@ from fastrec.backend import resolve
 from fastrec.ops.common.arguments import (
     accumulate_dtype,
     autocast_dtype,
+    check_number,
     check_range,
     without_autocast,
 )
@@ -127,6 +128,9 @@ def linear_cross_entropy(
         RuntimeError: `backend` cannot run.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
+    check_number("ignore_index", ignore_index, whole=True)
+    check_number("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
     sharded = group is not None or hasattr(linear_weight, "device_mesh")
     if sharded:
         from fastrec.ops.common.linear_cross_entropy_group import local_tensors, sharded_rows

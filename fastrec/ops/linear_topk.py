@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import resolve
-from fastrec.ops.common.arguments import accumulate_dtype, without_autocast
+from fastrec.ops.common.arguments import accumulate_dtype, check_number, without_autocast
 from fastrec.ops.common.in_batch_pairs import Lists
 from fastrec.ops.common.linear_scores import allowed_items_ref, check_scores, scores_ref
 from fastrec.ops.common.native import kernels_of, register_cuda
@@ -91,6 +91,7 @@ def linear_topk(
         RuntimeError: `backend` cannot run.
     """
     exclude = check_scores(input, linear_weight, linear_bias, exclude)
+    check_number("k", k, whole=True)
     if not 1 <= k <= linear_weight.shape[0]:
         raise ValueError(f"k must be from 1 to {linear_weight.shape[0]}, the items, got {k}")
     backend = resolve(backend, OP, input.device)

@@ -24,6 +24,7 @@ from fastrec.ops.common.arguments import (
     accumulate_dtype,
     autocast_dtype,
     check_index,
+    check_number,
     check_range,
     check_tensor,
 )
@@ -217,6 +218,7 @@ def _check_sampled(linear_weight, log_q, loss, gbce_t, num_items):
         check_tensor("log_q", log_q, linear_weight.shape[:1], device=linear_weight.device)
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+    check_number("gbce_t", gbce_t)
     if not 0.0 <= gbce_t <= 1.0:
         raise ValueError(f"gbce_t must be in [0, 1], got {gbce_t}")
 
@@ -284,7 +286,7 @@ def sampled_linear_cross_entropy(
         rows: positions in the T rows to score: [N] (repeats allowed), or a bool mask [T] or [...].
         num_items: V of beta, where `linear_weight` is a part of the table; its rows if None.
         sparse_grad: the gradients of `linear_weight` and `linear_bias` are sparse tensors of the
-            items that occur (coalesced, except on the reference backend), for
+            items that occur, each once (but for the reference backend), for
             `torch.optim.SparseAdam`; on a GPU the host waits for their number.
         backend: None (native to the device), "reference", "cpp" or "triton".
 
@@ -299,6 +301,7 @@ def sampled_linear_cross_entropy(
         RuntimeError: `backend` cannot run.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
+    check_number("ignore_index", ignore_index, whole=True)
     input, target, rows, shape = scored_rows(input, target, rows)
     low = autocast_dtype(input.device)
     if low is not None and input.dtype == torch.float32:

@@ -342,6 +342,6 @@ def _report(output: Path, model: UserModel, objective, taken: list[str], say: bo
         tensors = len(made["taken"]) + len(made["new"])
         print(
             f"trained: {some:,} of {whole:,} parameters ({some / whole:.1%}); taken over:"
-            f" {len(made['taken'])} of {tensors} tensors, see {output / TRANSFER}",
+            f" {len(made['taken'])} of {tensors} tensors, see {TRANSFER} of the run",
             flush=True,
         )

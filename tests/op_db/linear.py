@@ -31,6 +31,11 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         yield problem(f"input_width_{width}", k=width)
         yield problem(f"output_width_{width}", n=width)
     yield problem("one_number", t=1, k=1, n=1)
+    yield problem("no_column", k=0)
+    case = problem("three_dimensions", t=6, k=7).kwargs
+    yield Sample("three_dimensions", case | {"input": case["input"].view(2, 3, 7)})
+    case = problem("three_dimensions_no_column", t=6, k=0).kwargs
+    yield Sample("three_dimensions_no_column", case | {"input": case["input"].view(2, 3, 0)})
     yield problem("many_rows", t=3100, k=33, n=20)  # more than one range of partial sums
 
 

@@ -199,7 +199,8 @@ class CaserEncoder(nn.Module):
         )
         bias = torch.cat([filters.bias for filters in heights])
         top = _Largest.apply(linear(rows, weight), self.window, len(bias) // self.window)
-        return F.relu(top + bias)  # the bias and the ReLU change no maximum's place
+        # The bias and the ReLU change no maximum's place; sums of 16-bit products are float32.
+        return F.relu(top + bias).to(rows.dtype)
 
     def columns(self, rows: Tensor) -> Tensor:
         """[S, F D]: o_v of each window of rows [R, D], filter by filter."""

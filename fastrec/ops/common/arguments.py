@@ -91,6 +91,14 @@ def check_tensor(
     raise ValueError(f"{name} must be [{expected}], got {list(sizes)}")
 
 
+def check_number(name: str, number, whole: bool = False) -> None:
+    """TypeError for what is no number, or with `whole` no whole one. A tensor is none: it would get
+    no gradient."""
+    if isinstance(number, (Tensor, str)) or number is None or (whole and isinstance(number, float)):
+        kind = "a whole number" if whole else "a number"
+        raise TypeError(f"{name} must be {kind}, got {type(number).__name__} {number!r:.60}")
+
+
 def is_nested(tensor: Tensor | None) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_nested
 

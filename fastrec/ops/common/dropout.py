@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrec.ops.common.arguments import check_index
+from fastrec.ops.common.arguments import check_index, check_number
 from fastrec.random import SITES, Rng, check_positions, threshold
 
 SCHEMA = "Tensor? keys, Tensor? positions, Tensor? rng, int drop, int site, int layer"
@@ -63,6 +63,7 @@ def mask_of_sequences(
     TypeError for a wrong argument."""
     if site not in SITES:
         raise ValueError(f"site must be one of {list(SITES)}, got {site!r}")
+    check_number("dropout_p", p)
     drop = threshold(p, 8, "dropout_p")
     if drop == 256:
         raise ValueError(f"dropout_p {p} leaves nothing to keep")
@@ -73,6 +74,7 @@ def mask_of_sequences(
     if not isinstance(rng, Rng):
         raise TypeError(f"rng must be a fastrec.random.Rng, got {type(rng).__name__}")
     keys = check_index("keys", keys, (count,), device)
+    check_number("layer", layer, whole=True)
     if not 0 <= layer < 256:
         raise ValueError(f"layer must be in [0, 256), got {layer}")
     return Mask(keys, None, rng.key(device), drop, SITES[site], layer)

@@ -14,6 +14,7 @@ from fastrec.ops.common.arguments import (
     accumulate_dtype,
     autocast_dtype,
     check_index,
+    check_number,
     check_offsets,
     check_range,
     check_tensor,
@@ -147,8 +148,12 @@ def check_loss(query, candidate, temperature, candidate_bias, positive, reductio
     if isinstance(temperature, Tensor):
         on_host = temperature.device.type == "cpu"  # a number, also beside a GPU
         check_tensor("temperature", temperature, (), device=None if on_host else query.device)
-    elif not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if has_values(temperature):  # a look at it on a GPU would cost as much as a small loss
+            require(temperature > 0, "temperature must be positive")
+    else:
+        check_number("temperature", temperature)
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if candidate_bias is not None:
         check_tensor("candidate_bias", candidate_bias, (candidates,), device=query.device)
     if reduction not in ("none", "mean", "sum"):
