@@ -96,7 +96,8 @@ def fastrec(task: Task, folder: Path) -> Trained:
     from fastrec.data.steps.mask import Mask
     from fastrec.data.steps.next_item import NextItem
     from fastrec.data.views import Views
-    from fastrec.evaluation.next_item import NextItemJudge, Protocol
+    from fastrec.evaluation.next_item import NextItemJudge
+    from fastrec.evaluation.protocol import Protocol
     from fastrec.nn.encoders.gru import Gru
     from fastrec.nn.encoders.transformer import Transformer
     from fastrec.nn.model_config import ModelConfig

@@ -28,7 +28,7 @@ from fastrec.data.errors import input_errors
 from fastrec.data.output import check_absent, check_table_path, locked_file, write_text
 from fastrec.data.settings import from_values
 from fastrec.demo import demo
-from fastrec.evaluation.next_item import protocol_of
+from fastrec.evaluation.protocol import protocol_of
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import RECIPE, read_json
 from fastrec.nn.text_model import TextModel

@@ -15,7 +15,7 @@ from fastrec.data.settings import from_values
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
-from fastrec.evaluation.next_item import Protocol
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.model_config import ModelConfig
 from fastrec.objectives.contrast import Contrast

@@ -21,7 +21,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.permute import Permute
 from fastrec.evaluation.click import ClickJudge
 from fastrec.evaluation.metrics import auc
-from fastrec.evaluation.next_item import Protocol
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.item_parts import Rating as Levels
 from fastrec.nn.items import Items
 from fastrec.objectives.click import Click, contents

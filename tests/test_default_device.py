@@ -28,7 +28,8 @@ from fastrec.data.steps.share import Schedule
 from fastrec.data.steps.substitute import Substitute
 from fastrec.data.steps.window import Window
 from fastrec.data.views import Again
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.filler import Filler
 from fastrec.nn.model_config import ModelConfig

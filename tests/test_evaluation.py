@@ -10,7 +10,8 @@ from builders import dataset_of, model_of
 
 from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.next_item import NextItemJudge, Protocol, evaluate
+from fastrec.evaluation.next_item import NextItemJudge, evaluate
+from fastrec.evaluation.protocol import Protocol
 from fastrec.evaluation.ranking import rank_candidates
 
 

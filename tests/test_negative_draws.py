@@ -14,7 +14,8 @@ from fastrec.data.negatives import NegativeSampler
 from fastrec.evaluation import friends
 from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 
 
 def head_and_tail(users: int = 2000, tail: int = 100) -> list[list[int]]:

@@ -12,7 +12,7 @@ import fastrec
 from fastrec.cli import main
 from fastrec.data.errors import DataError
 from fastrec.data.item_categories import Categories
-from fastrec.evaluation.next_item import Protocol
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.item_parts import ItemAttribute
 from fastrec.nn.items import Items

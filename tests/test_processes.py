@@ -19,7 +19,8 @@ from groups import Ranks, launched, trained
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.blocks import own_blocks, row_blocks
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.user_model import UserModel
 from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.processes import first_process, processes_of, started_outside

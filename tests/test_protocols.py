@@ -14,7 +14,8 @@ from fastrec.cli import main
 from fastrec.data.errors import DataError
 from fastrec.evaluation.candidates import listed_negatives, sampled_negatives
 from fastrec.evaluation.metrics import list_metrics, ranking_metrics
-from fastrec.evaluation.next_item import NextItemJudge, Protocol, evaluate
+from fastrec.evaluation.next_item import NextItemJudge, evaluate
+from fastrec.evaluation.protocol import Protocol
 
 SEQUENCES = [[5, 1, 1, 9], [20, 3, 20], [7, 7, 7], [0, 22, 21, 5], [2, 21, 22], [4, 9, 4, 6]]
 NO_BIAS = torch.zeros(23)

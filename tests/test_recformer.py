@@ -23,7 +23,8 @@ from fastrec.data.loader import SequenceLoader
 from fastrec.data.side import SideData
 from fastrec.data.steps.item_texts import ItemTexts
 from fastrec.data.views import Views
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective

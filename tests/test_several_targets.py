@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
-from fastrec.evaluation.next_item import NextItemJudge, Protocol, evaluate
+from fastrec.evaluation.next_item import NextItemJudge, evaluate
+from fastrec.evaluation.protocol import Protocol
 
 V = 23
 SEQUENCES = [[5, 1, 1, 9, 4, 2, 8, 1], [20, 3, 20], [7, 6, 7, 6], [0, 22, 21, 5]]

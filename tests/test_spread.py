@@ -28,7 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from fastrec.data.side import SideData
 from fastrec.data.steps.next_item import NextItem
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.spread import part_of, spread, spread_parameters, whole_state
 from fastrec.nn.user_model import UserModel

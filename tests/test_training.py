@@ -39,7 +39,7 @@ from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.views import Again
 from fastrec.evaluation.attributes import AttributesJudge
-from fastrec.evaluation.next_item import Protocol
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel

@@ -32,7 +32,8 @@ from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.model_config import ModelConfig, parameters
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded

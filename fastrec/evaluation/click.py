@@ -12,7 +12,8 @@ from fastrec.data.batch import offsets_of
 from fastrec.evaluation.blocks import finite
 from fastrec.evaluation.candidates import held_out_items
 from fastrec.evaluation.metrics import auc
-from fastrec.evaluation.next_item import Protocol, negatives_of
+from fastrec.evaluation.next_item import negatives_of
+from fastrec.evaluation.protocol import Protocol
 from fastrec.objectives.click import ClickPrediction, contents
 
 SHRINKAGE = 5.0  # events at the mean rate that every item has beside its own

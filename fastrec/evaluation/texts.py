@@ -4,7 +4,8 @@
 from torch import Tensor
 
 from fastrec.data.item_texts import TextData
-from fastrec.evaluation.next_item import NextItemJudge, Protocol
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.text_model import TextModel
 
 

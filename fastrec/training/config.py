@@ -14,7 +14,7 @@ from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.mask_rating import MaskRating
 from fastrec.data.views import Again, parts_of
-from fastrec.evaluation.next_item import Protocol
+from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.model_config import ModelConfig

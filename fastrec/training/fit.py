@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -272,6 +273,7 @@ def _on_its_own() -> Iterator[None]:
     """Numbers of the stage, whatever the caller is inside of; and the caller draws on as before."""
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with contextlib.ExitStack() as inside:
+        inside.enter_context(warnings.catch_warnings())
         inside.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         inside.enter_context(torch.inference_mode(False))
         for kind in kinds:
