@@ -274,7 +274,9 @@ def _on_its_own() -> Iterator[None]:
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with contextlib.ExitStack() as inside:
         inside.enter_context(warnings.catch_warnings())
-        inside.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        # A GPU that nothing has used yet is not begun for its random state.
+        used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        inside.enter_context(torch.random.fork_rng(used))
         inside.enter_context(torch.inference_mode(False))
         for kind in kinds:
             inside.enter_context(torch.autocast(kind, enabled=False))
