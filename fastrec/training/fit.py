@@ -8,8 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,12 +50,14 @@ from fastrec.training.processes import (
     check_one_gpu,
     first_process,
     let_go_at_exit,
+    on_its_own,
     processes_of,
 )
 from fastrec.training.rows import Tables, check_tables, use_rows
 from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import (
+    check_dtype,
     filler_of,
     scores_items,
     seen_by_run,
@@ -145,7 +146,7 @@ def fit(
     if unknown := [key for key in settings if key not in STAGE_KEYS]:
         raise TypeError(f"{unknown[0]!r} is no key of a stage; those are {STAGE_KEYS}")
     chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **settings)
-    with locked(output) if first_process() else contextlib.nullcontext(), _on_its_own():
+    with locked(output) if first_process() else contextlib.nullcontext(), on_its_own():
         return _fit(dataset, model, whole, stage, chosen, output, initial_folder, resume, around)
 
 
@@ -162,7 +163,7 @@ def _fit(
 ) -> UserModel | TextModel:
     initial = given.model if isinstance(given, TextModel) else given
     if initial is not None:
-        _check_dtype(initial, "the model to start from")
+        check_dtype(initial, "the model to start from")
     if recipe.texts is not None:
         dataset = text_data(dataset, recipe.texts, initial, output / MODEL if resume else None)
     recipe = _with_start(recipe, stage, current, initial)
@@ -188,7 +189,7 @@ def _fit(
 
     torch.manual_seed(recipe.seed)
     trained, taken = started_model(dataset, config, initial, current.init)
-    _check_dtype(trained, "a new model")
+    check_dtype(trained, "a new model")
     if recipe.texts is not None:
         trained.texts, trained.tokenizer = recipe.texts, dataset.tokenizer
     data = stage_data(dataset, recipe, current)
@@ -266,30 +267,6 @@ def _fit(
     trainer.strategy.barrier()
     best = UserModel.from_pretrained(output / MODEL, encoder)
     return best if recipe.texts is None else TextModel(best, dataset)
-
-
-@contextlib.contextmanager
-def _on_its_own() -> Iterator[None]:
-    """Numbers of the stage, whatever the caller is inside of; and the caller draws on as before."""
-    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    with contextlib.ExitStack() as inside:
-        inside.enter_context(warnings.catch_warnings())
-        # A GPU that nothing has used yet is not begun for its random state.
-        used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        inside.enter_context(torch.random.fork_rng(used))
-        inside.enter_context(torch.inference_mode(False))
-        for kind in kinds:
-            inside.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _check_dtype(model: UserModel, what: str) -> None:
-    dtype = model.item_embedding.weight.dtype
-    if dtype != torch.float32:
-        raise ValueError(
-            f"{what} has numbers of {dtype}, and a stage trains float32 (its precision:"
-            " bf16-mixed multiplies lower ones): model.float(), or torch.set_default_dtype"
-        )
 
 
 def _with_start(recipe: Recipe, stage: str, current: Stage, initial: UserModel | None) -> Recipe:

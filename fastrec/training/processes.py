@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: how many there are, which one this is, and who starts them.
+"""The processes of a run: how many there are, which one this is, who starts them, and what of the
+caller's a run leaves alone.
 
 Lightning starts those of one machine itself. On several machines, or under a launcher such as
 torchrun, each process is started from outside and learns its number from the environment.
@@ -9,6 +10,7 @@ import atexit
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -116,3 +118,18 @@ def check_one_gpu(where: Processes, devices: int | str) -> None:
         raise ValueError(
             f"cuda_graph needs one process on one GPU: devices is {devices}, {gpus} GPUs are here"
         )
+
+
+@contextlib.contextmanager
+def on_its_own() -> Iterator[None]:
+    """Numbers of the stage, whatever the caller is inside of; and the caller draws on as before."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(warnings.catch_warnings())
+        # A GPU that nothing has used yet is not begun for its random state.
+        used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        inside.enter_context(torch.random.fork_rng(used))
+        inside.enter_context(torch.inference_mode(False))
+        for kind in kinds:
+            inside.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -221,3 +221,13 @@ def with_model(
 def with_dropout(config: ModelConfig, stage: Stage) -> ModelConfig:
     """The settings of a model in a stage."""
     return config if stage.dropout is None else dataclasses.replace(config, dropout=stage.dropout)
+
+
+def check_dtype(model: UserModel, what: str) -> None:
+    """Raise ValueError for numbers that a stage does not train."""
+    dtype = model.item_embedding.weight.dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"{what} has numbers of {dtype}, and a stage trains float32 (its precision:"
+            " bf16-mixed multiplies lower ones): model.float(), or torch.set_default_dtype"
+        )
