@@ -22,7 +22,8 @@ from fastrec.backend import device_of
 from fastrec.bench import bench
 from fastrec.cli_help import print_config, show_help
 from fastrec.cli_prepare import generate, prepare
-from fastrec.cli_serve import adapter, embed, index, recommend, similar
+from fastrec.cli_serve import recommend, similar
+from fastrec.cli_vectors import adapter, embed, index
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import input_errors
 from fastrec.data.output import check_absent, check_table_path, locked_file, write_text

@@ -65,7 +65,9 @@ class OtherCatalogue:
         return self._items[places + torch.arange(len(places), device="cpu")], offsets
 
 
-def judges_cold_start(model) -> bool:
-    """Whether `fit` has trained a model, last, for items of another catalogue."""
+def other_catalogue(model, dataset, folder: Path) -> OtherCatalogue | None:
+    """The catalogue that `fit` has trained a model for, last; None for the model's own items."""
     stage = (model.recipe or {}).get(model.trained_on.get("stage")) or {}
-    return stage.get("judge") == "cold_start"
+    if stage.get("judge") != "cold_start":
+        return None
+    return OtherCatalogue(folder, model, dataset)
