@@ -16,7 +16,8 @@ from fastrec.nn.pool import Pool, Pooling
 from fastrec.serve import Recommender
 from fastrec.serve_cold import other_catalogue
 from fastrec.training.adapters import save_adapter
-from fastrec.training.model_folder import load_model, trained_pool
+from fastrec.training.heads_file import trained_pool
+from fastrec.training.model_folder import load_model
 from fastrec.vectors import item_vectors, principal_components, user_vectors
 
 

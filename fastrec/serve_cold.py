@@ -19,7 +19,7 @@ from fastrec.nn.model_files import HEADS
 from fastrec.nn.pool import Pooling
 from fastrec.objectives.cold_start import COLUMN, ColdItemPrediction, ColdStart
 from fastrec.objectives.joint import JointObjective
-from fastrec.training.model_folder import load_heads, saved_scales
+from fastrec.training.heads_file import load_heads, saved_scales
 
 
 class OtherCatalogue:

@@ -12,7 +12,7 @@ from fastrec.nn.pool import Pool, Pooling
 
 def user_vectors(model, dataset, user_ids=None, pool: Pooling | Pool = "max"):
     """User vectors: pooled states of the last `max_len` items of the history ("max": UPRec, eq. 8).
-    pool: one with parameters is a module, of `training.model_folder.trained_pool`.
+    pool: one with parameters is a module, of `training.heads_file.trained_pool`.
 
     Returns a polars frame: user_id, vector (array of D float32).
 

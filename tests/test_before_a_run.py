@@ -17,7 +17,7 @@ from fastrec.objectives.align import Align
 from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.item import Item
 from fastrec.objectives.user_attributes import UserAttributes
-from fastrec.training.model_folder import trained_pool
+from fastrec.training.heads_file import trained_pool
 from fastrec.training.stage import Init
 
 

@@ -23,7 +23,8 @@ from fastrec.evaluation.blocks import row_blocks
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.user_model import UserModel
 from fastrec.training.config import Recipe, Users
-from fastrec.training.model_folder import hashes, read_seen, saved_scales
+from fastrec.training.heads_file import saved_scales
+from fastrec.training.model_folder import hashes, read_seen
 from fastrec.training.stage_data import held_out_users, select_users
 
 FLAGS = [

@@ -31,7 +31,7 @@ from fastrec.objectives.parts import Objectives
 from fastrec.training.config import Recipe
 from fastrec.training.evaluate import evaluate_stage
 from fastrec.training.fit import fit
-from fastrec.training.model_folder import load_heads
+from fastrec.training.heads_file import load_heads
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
-from fastrec.training.model_folder import saved_scales
+from fastrec.training.heads_file import saved_scales
 
 SEX = EncodedAttribute("sex", torch.tensor([1, -1, 0, 0, -1, 1]), ("f", "m"))  # a binary column
 WEIGHTS = {"sex": 2.5, "age": 0.25}

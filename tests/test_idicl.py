@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fastrec.cli import main
 from fastrec.nn.pool import Interests
 from fastrec.training.config import Recipe
-from fastrec.training.model_folder import saved_scales
+from fastrec.training.heads_file import saved_scales
 
 SMALL = ["--config=idicl", "--model.width=16", "--model.max_len=12"]
 

@@ -31,7 +31,7 @@ from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
-from fastrec.training.model_folder import load_pool, save_heads
+from fastrec.training.heads_file import load_pool, save_heads
 
 WIDTH = 8
 VIEWS = ["a", "b", "c", "d"]

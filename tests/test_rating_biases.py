@@ -18,7 +18,7 @@ from fastrec.nn.model_files import write_digests
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.rating import Rating
 from fastrec.random import Rng
-from fastrec.training.model_folder import load_heads, save_heads
+from fastrec.training.heads_file import load_heads, save_heads
 
 
 def plain_deviations(dataset, users, split: str = "train") -> tuple[float, list[list[float]]]:

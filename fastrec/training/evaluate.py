@@ -29,7 +29,7 @@ from fastrec.objectives.friends import Friends
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Recipe
-from fastrec.training.model_folder import load_heads, saved_scales
+from fastrec.training.heads_file import load_heads, saved_scales
 from fastrec.training.stage import Stage
 from fastrec.training.stage_data import (
     cold_side,

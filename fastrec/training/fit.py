@@ -42,8 +42,9 @@ from fastrec.training.checkpoint import (
     tidy_run,
 )
 from fastrec.training.config import STAGES, Recipe
+from fastrec.training.heads_file import load_heads, load_pool
 from fastrec.training.logs import flat
-from fastrec.training.model_folder import hashes, load_heads, load_pool, save_model
+from fastrec.training.model_folder import hashes, save_model
 from fastrec.training.module import StageModule
 from fastrec.training.processes import (
     Processes,
