@@ -73,6 +73,23 @@ SITES = {
     "mask_rating_forced": 61,
 }
 
+FIRST_OWN_SITE = 128
+
+
+def site_number(site: str | int) -> int:
+    """The number of a site: of `SITES`, or one from 128 to 255, which parts that are not fastrec's
+    take for themselves. Raises ValueError for another."""
+    if isinstance(site, int):
+        if FIRST_OWN_SITE <= site < 256:
+            return site
+    elif site in SITES:
+        return SITES[site]
+    raise ValueError(
+        f"site must be one of {list(SITES)}, or a number from {FIRST_OWN_SITE} to 255 of one's own,"
+        f" got {site!r}"
+    )
+
+
 ROUNDS = 7
 _MASK32 = 0xFFFFFFFF
 
@@ -187,7 +204,7 @@ def _call(
     row: Tensor | int,
     group: Tensor | int,
     *,
-    site: str,
+    site: str | int,
     layer: int = 0,
     head: Tensor | int = 0,
     bits: int = 16,
@@ -198,14 +215,14 @@ def _call(
     return torch.stack(philox(key, counter), dim=-1)
 
 
-def _words(seed, step, keys, row, group, site: str, layer: int, head, bits: int) -> tuple:
+def _words(seed, step, keys, row, group, site: str | int, layer: int, head, bits: int) -> tuple:
     """Key and counter of the contract, from tensors, arrays or numbers."""
     check_keys(keys)
     if isinstance(row, Tensor):
         row = row.to(torch.int64)  # in 32 bits a row from 32,768 on would run out of its word
     elif isinstance(row, np.ndarray):
         row = row.astype(np.int64, copy=False)
-    key = ((seed & _MASK32) ^ (SITES[site] << 24) ^ (bits << 16), (seed >> 32) & _MASK32)
+    key = ((seed & _MASK32) ^ (site_number(site) << 24) ^ (bits << 16), (seed >> 32) & _MASK32)
     counter = (
         (row << 16) | group,
         ((keys >> 32 & 0xFFFF) << 16) | (layer << 8) | head,
@@ -221,7 +238,7 @@ def draws(
     row: Tensor | int,
     col: Tensor,
     *,
-    site: str,
+    site: str | int,
     layer: int = 0,
     head: int = 0,
     bits: int = 16,
@@ -253,7 +270,7 @@ def draws(
     return word >> shift & ((1 << bits) - 1)
 
 
-def wide_draws(rng: Rng, keys: Tensor, col: Tensor, *, site: str) -> Tensor:
+def wide_draws(rng: Rng, keys: Tensor, col: Tensor, *, site: str | int) -> Tensor:
     """Unsigned 32-bit draws, int64: the 16 bits of row 0 above those of row 1. Sorting by them
     shuffles, and `draw * n >> 32` is a number below n, each to within 2^-32."""
     rows = torch.arange(2, device=keys.device).view(2, *[1] * max(keys.dim(), col.dim()))
@@ -268,7 +285,7 @@ def keep_mask(
     row: Tensor,
     columns: int,
     *,
-    site: str,
+    site: str | int,
     layer: int = 0,
     head: Tensor | int = 0,
 ) -> tuple[Tensor, float]:
@@ -299,7 +316,7 @@ def _readable(value: Tensor | int) -> bool:
     return has_values(value) and not wrapped(value)
 
 
-def sort_keys(rng: Rng, keys: Tensor, *, site: str) -> Tensor:
+def sort_keys(rng: Rng, keys: Tensor, *, site: str | int) -> Tensor:
     """One 62-bit number per key (int64, not negative): sorting by it shuffles the samples.
 
     It is made of the first two words of the call for row 0 (bits 16, layer and head 0), each
@@ -309,7 +326,7 @@ def sort_keys(rng: Rng, keys: Tensor, *, site: str) -> Tensor:
     return (words[..., 0] >> 1) << 31 | (words[..., 1] >> 1)
 
 
-def draw_words(rng: Rng, keys: Tensor, row: Tensor, groups: int, *, site: str) -> Tensor:
+def draw_words(rng: Rng, keys: Tensor, row: Tensor, groups: int, *, site: str | int) -> Tensor:
     """The 32-bit words of groups 0, 1, ... (bits 16; layer and head 0): int64 [..., 4 groups].
 
     `keys` and `row` broadcast to the leading shape. Word i holds the 16-bit draws of columns

@@ -276,12 +276,14 @@ def one_of(step: OneOf, items, key, rng):
         first = one(rng, key & 0xFFFFFFFF, "one_of") * len(fit) // 65536
         chosen = fit[(first + (key >> 32)) % len(fit)]
     places, now, targets = ORACLES[type(chosen)](chosen, items, key, rng)
-    return places, now, targets if predicts(step) else None
+    if not predicts(chosen) and predicts(step):
+        targets = [-100] * len(now)
+    return places, now, targets
 
 
 def predicts(step) -> bool:
     if isinstance(step, OneOf):
-        return all(map(predicts, step.steps))
+        return any(map(predicts, step.steps))
     return isinstance(step, Mask | MaskLast | NextItem | Cut | Permute)
 
 

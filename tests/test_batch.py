@@ -144,12 +144,16 @@ def test_cat():
     one, other = batch_of([[1, 2], []], [5, 6]), batch_of([[], [3]], [7, 8]).as_view(2)
     none, third = batch_of([]), batch_of([[4, 5, 6]], [9])
     other.events["rating"] = torch.ones(1)
+    third.events["position"] = torch.tensor([2, 0, 1])
     other.users["city"] = torch.ones(2)
     made = JaggedBatch.cat([one, other, none, third])
     assert lists_of(made) == [[1, 2], [], [], [3], [4, 5, 6]] and made.max_seq_len == 3
     assert made.offsets.dtype == torch.int64
     assert made.keys.tolist() == [5, 6, 2 << 32 | 7, 2 << 32 | 8, 9]
-    assert list(made.events) == ["place", "target"] and list(made.users) == ["label"]
+    assert {*made.events} == {"place", "target", "rating", "position"}
+    assert list(made.users) == ["label"]
+    assert str(made.events["rating"].tolist()) == "[nan, nan, 1.0, nan, nan, nan]"
+    assert made.events["position"].tolist() == [0, 1, 0, 2, 0, 1], "their own places where not told"
     assert made.events["place"].tolist() == [0, 1, 0, 0, 1, 2]
     assert made.events["target"].shape == (6, 2)
     assert made.users["label"].tolist() == [0, 1.5, 0, 1.5, 0]

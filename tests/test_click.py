@@ -19,6 +19,7 @@ from fastrec.data.steps.cut import Cut
 from fastrec.data.steps.mask import MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.permute import Permute
+from fastrec.data.steps.substitute import Substitute
 from fastrec.evaluation.click import ClickJudge
 from fastrec.evaluation.metrics import auc
 from fastrec.evaluation.protocol import Protocol
@@ -71,6 +72,17 @@ def test_a_label_is_that_of_the_item_that_is_predicted():
     for target, label in zip(moved.events["target"], moved.events["click"], strict=True):
         assert int(target) in (9, -100) or known[int(target)] == int(label)
     assert "click" not in rated(ITEMS, RATINGS).events, "a step leaves its input"
+
+
+def test_of_another_item_nothing_is_known():
+    side = SideData(data_of())
+    side.similar_items = torch.arange(V).roll(1)
+    batch = Labelled(4)(rated(ITEMS, RATINGS), Rng(0, 0), side)
+    made = Substitute(0.5)(batch, Rng(0, 0), side)
+    changed = made.values != batch.values
+    assert changed.any() and not changed.all()
+    assert (made.events["click"][changed] == -1).all()
+    assert torch.equal(made.events["click"][~changed], batch.events["click"][~changed])
 
 
 def system(given: bool, negatives: int, **config):

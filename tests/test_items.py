@@ -22,6 +22,7 @@ from fastrec.data.graph import SocialGraph
 from fastrec.data.item_categories import item_categories
 from fastrec.data.side import Shard, SideData
 from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.cut import Cut
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
@@ -189,6 +190,7 @@ def side_of(batch) -> SideData:
 
 @pytest.mark.parametrize("step", [Mask(share=0.5), Mask(0.5, replace=0.4, random=0.3), MaskLast(2)])
 def test_a_masked_item_shows_no_rating_and_keeps_its_gap(step):
+    """But for items that nothing follows, as the one that is asked for: who asks knows no time."""
     batch = batch_with_columns()
     before = {name: column.clone() for name, column in batch.events.items()}
     made = step(batch, Rng(1, 2), side_of(batch))
@@ -196,8 +198,21 @@ def test_a_masked_item_shows_no_rating_and_keeps_its_gap(step):
     assert 4 <= chosen.sum() < len(batch.values)
     assert torch.equal(made.events["rating"].isnan(), chosen)
     assert torch.equal(made.events["rating"][~chosen], before["rating"][~chosen])
-    assert torch.equal(made.events["time_gap"], before["time_gap"])
+    hidden = chosen if isinstance(step, MaskLast) else torch.zeros_like(chosen)
+    assert torch.equal(made.events["time_gap"].isnan(), hidden)
+    assert torch.equal(made.events["time_gap"][~hidden], before["time_gap"][~hidden])
     assert all(torch.equal(batch.events[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("step", [MaskLast(), Cut(1)])
+def test_the_last_item_is_masked_as_it_is_asked_for(dataset, step):
+    model = model_with(dataset)
+    batch = dataset.gather([1, 2, 3], "all", 9, COLUMNS)
+    asked = model.frame(batch.runs(torch.zeros(3).long(), batch.lengths - 1), ask=True)
+    made = model.frame(step(batch, Rng(0, 0), side_of(batch)))
+    assert torch.equal(made.values, asked.values)
+    for name in COLUMNS:
+        torch.testing.assert_close(made.events[name], asked.events[name], equal_nan=True)
 
 
 @pytest.mark.parametrize("step", [Crop(0.6), Reorder(0.6), NextItem(), OneOf([Crop(), Mask()])])

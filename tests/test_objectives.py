@@ -2,7 +2,7 @@
 """Objectives by hand and against dense PyTorch; the joint loss of one encoder pass."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -22,17 +22,23 @@ from builders import (
 )
 from torch import nn
 
+from fastrec.data.batch import from_sequences
 from fastrec.data.graph import FriendSampler, SocialGraph
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.mask import Mask
 from fastrec.data.views import Again
+from fastrec.nn.item_parts import Segment
+from fastrec.nn.items import Items
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends, SocialRelationDetection
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, Term, total_loss
+from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributePrediction, UserAttributes
 from fastrec.random import Rng
+from fastrec.training.fit import fit
 
 TOKENS = ["cls", "sep"]
 
@@ -356,3 +362,36 @@ def test_errors_name_the_problem():
     with pytest.raises(ValueError, match="all counts are 0"):
         side.item_counts = torch.zeros(20)
         Item(sampled=Sampled(by="popularity")).build(model, side)
+
+
+def test_a_view_is_encoded_as_it_is_alone():
+    """Whatever columns other views have."""
+    items = Items(segment=Segment(width=16))
+    model = model_of(dropout=0.0, items=items)
+    nn.init.normal_(model.item_input.levels["segment"].weight)
+    batch = from_sequences([[1, 2, 3], [4, 5]])
+    told = replace(
+        batch,
+        events={
+            "segment": torch.tensor([0, 0, 1, 0, 1]),
+            "position": torch.tensor([0, 1, 1, 0, 3]),
+        },
+    )
+    both = model.encode_views({"told": told, "plain": batch})
+    for name, view in (("told", told), ("plain", batch)):
+        torch.testing.assert_close(both[name].states, model.encode(view).states)
+
+
+@pytest.mark.parametrize("part", [Contrast, Align, Segments])
+def test_two_views_are_two(part):
+    with pytest.raises(ValueError, match=r"compares two views, got \['a', 'a'\]"):
+        part(["a", "a"])
+
+
+@pytest.mark.parametrize("part", [Contrast(["a", "b"], pool="max"), Align(["a", "b"], pool="max")])
+def test_views_that_are_the_same_are_refused(part, tmp_path):
+    stage = dict(views={"a": [], "b": []}, objectives={"part": part}, judge="vectors")
+    model = model_of(dropout=0.0)
+    with pytest.raises(ValueError, match="part has no effect: without dropout and steps its views"):
+        fit(six_users(), model, steps=2, output=tmp_path / "run", **stage)
+    assert not (tmp_path / "run").exists()

@@ -133,7 +133,16 @@ def test_sites_are_part_of_the_contract():
         "ffn_output": 5,
     }
     assert len(set(SITES.values())) == len(SITES)
-    assert max(SITES.values()) < 256
+    assert max(SITES.values()) < 128
+
+
+def test_parts_of_ones_own_have_sites_that_are_numbers():
+    keys, col = torch.arange(5), torch.arange(5)
+    one, other = (draws(Rng(1, 2), keys, 0, col, site=site) for site in (128, 255))
+    assert not torch.equal(one, other)
+    for wrong in (127, 256, "mine"):
+        with pytest.raises(ValueError, match="site must be one of .* or a number from 128 to 255"):
+            draws(Rng(1, 2), keys, 0, col, site=wrong)
 
 
 @pytest.mark.parametrize("bits", [8, 16])

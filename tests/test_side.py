@@ -123,6 +123,11 @@ def test_profiles(dataset):
     assert SideData(dataset, attributes=[Attribute("age")]).profile_ids is None, "none is discrete"
 
 
+def test_profiles_of_users_without_a_label_are_hidden(dataset):
+    ids = SideData(dataset, users=[0, 1, 2, 3], labelled=torch.tensor([0, 1])).profile_ids
+    assert (ids >= 0).tolist() == [True, True, False, False, False]
+
+
 def put(frame: pl.DataFrame, file: Path, dataset) -> None:
     """As if it had been written with the data set."""
     frame.write_parquet(file)

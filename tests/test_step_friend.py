@@ -100,6 +100,17 @@ def test_the_ranks_hold_the_sequences_of_one_process(users):
     assert positives == len(whole.pairs.positive)
 
 
+def test_what_a_step_before_has_made_stays():
+    batch, rng, side = six_of(0)
+    batch.events["click"] = torch.arange(len(batch.values)) % 2
+    batch.events["position"] = torch.arange(len(batch.values)) + 7
+    made, events = Friend()(batch, rng, side), len(batch.values)
+    for name in ("click", "position"):
+        assert torch.equal(made.events[name][:events], batch.events[name])
+    assert (made.events["click"][events:] == -1).all(), "of friends nothing is known"
+    assert torch.equal(made.events["position"][events:], made.positions()[events:])
+
+
 def test_one_of_keeps_who_belongs_to_whom():
     users, view = Friend()(*six_of(0)), OneOf([Crop(), Mask()])
     made = view(users, RNG, social())

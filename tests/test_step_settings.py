@@ -50,6 +50,7 @@ def test_a_share_of_a_number_is_that_of_its_decimals(rounding):
     [
         (lambda: Mask(1.5), r"mask.share must be in \[0, 1\], got 1.5"),
         (lambda: Mask(replace=0.9, random=0.2), r"mask.replace \+ mask.random .* got 0.9 \+ 0.2"),
+        (lambda: Mask(replace=0.0), "are both 0: the input shows its targets"),
         (lambda: Mask(replace=-0.1), r"mask.replace must be in \[0, 1\], got -0.1"),
         (lambda: MaskLast(0), "mask_last.number must be at least 1, got 0"),
         (lambda: NextItem("first"), r"positions must be one of \['all', 'last'\], got 'first'"),

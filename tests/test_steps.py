@@ -276,6 +276,8 @@ def test_targets_of_steps_that_follow_each_other():
     twice = MaskLast(2)(MaskLast()(batch, RNG, SIDE), RNG, SIDE)
     assert lists_of(twice) == [[1, 2, 3, MASK, MASK, MASK]]
     assert twice.events["target"].tolist() == [-100, -100, -100, 4, 5, 6], "a [MASK] is no item"
+    pair = Mask(0.0)(MaskLast()(from_sequences([[1, 2], [], [3]]), RNG, SIDE), RNG, SIDE)
+    assert lists_of(pair) == [[1, MASK], [], [MASK]], "a sequence that has a target needs no other"
     ahead = MaskLast()(NextItem()(batch, RNG, SIDE), RNG, SIDE)
     assert lists_of(ahead) == [[1, 2, 3, 4, MASK]]
     assert ahead.events["target"].tolist() == [2, 3, 4, 5, 5], "a masked event predicts itself"

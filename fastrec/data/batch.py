@@ -116,13 +116,16 @@ class JaggedBatch:
             scored=None,
         )
 
-    def with_items(self, values: Tensor, changed: Tensor) -> "JaggedBatch":
+    def with_items(self, values: Tensor, changed: Tensor, asked: bool = False) -> "JaggedBatch":
         """The batch with `values` [T], which stand for others in the events that are `changed`,
-        bool [T]. A rating says something of its item: those are hidden. The time since the event
-        before does not: gaps stay."""
-        events = dict(self.events)
-        if "rating" in events:
-            events["rating"] = events["rating"].masked_fill(changed, FILL["rating"])
+        bool [T]. A rating says something of its item, and so does a click: those are hidden. The
+        time since the event before does not: gaps stay. `asked`: the items are what is predicted,
+        and whether they are clicks stays."""
+        hidden = ["rating"] if asked else ["rating", "click"]
+        events = {
+            name: column.masked_fill(changed, FILL[name]) if name in hidden else column
+            for name, column in self.events.items()
+        }
         return replace(self, values=values, events=events)
 
     def where(self, kept: Tensor) -> "JaggedBatch":
@@ -167,8 +170,9 @@ class JaggedBatch:
 
     @staticmethod
     def cat(batches: "Sequence[JaggedBatch]") -> "JaggedBatch":
-        """Batches end to end, with the event and user columns that all of them have. `pairs`,
-        `scored` and `real` speak of one batch and are left out."""
+        """Batches end to end: the event columns of any of them, with `FILL` where another has them
+        not (in `position` the place of the event), and the user columns that all of them have.
+        `pairs`, `scored` and `real` speak of one batch and are left out."""
         if len(batches) == 1:
             return batches[0]
         ends, events = [batches[0].offsets[:1]], 0
@@ -176,18 +180,25 @@ class JaggedBatch:
             ends.append(batch.offsets[1:] + events)
             events += batch.values.shape[0]
 
-        def columns(kind: str) -> dict[str, Tensor]:
-            first, *rest = (getattr(batch, kind) for batch in batches)
-            shared = [name for name in first if all(name in other for other in rest)]
-            return {name: torch.cat([getattr(b, kind)[name] for b in batches]) for name in shared}
+        def column(batch: JaggedBatch, name: str, like: Tensor) -> Tensor:
+            if name in batch.events:
+                return batch.events[name]
+            if name == "position":
+                return batch.positions()
+            return like.new_full((batch.values.shape[0], *like.shape[1:]), FILL.get(name, 0))
 
+        made = {name: each for batch in batches for name, each in batch.events.items()}
+        first, *rest = (batch.users for batch in batches)
+        shared = [name for name in first if all(name in other for other in rest)]
         return JaggedBatch(
             values=torch.cat([batch.values for batch in batches]),
             offsets=torch.cat(ends),
             keys=torch.cat([batch.keys for batch in batches]),
             max_seq_len=max(batch.max_seq_len for batch in batches),
-            events=columns("events"),
-            users=columns("users"),
+            events={
+                n: torch.cat([column(b, n, like) for b in batches]) for n, like in made.items()
+            },
+            users={name: torch.cat([batch.users[name] for batch in batches]) for name in shared},
         )
 
     def to(self, device) -> "JaggedBatch":

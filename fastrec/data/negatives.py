@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrec.backend import unavailable_reason
-from fastrec.random import SITES, Rng, check_keys, check_positions, draw_words
+from fastrec.random import Rng, check_keys, check_positions, draw_words, site_number
 
 torch.library.define(
     "fastrec::draw_negatives",
@@ -107,7 +107,12 @@ class NegativeSampler:
         return self._draw(number, rng, zero, zero, "negatives_shared")
 
     def own(
-        self, number: int, rng: Rng, keys: Tensor, positions: Tensor, site: str = "negatives_own"
+        self,
+        number: int,
+        rng: Rng,
+        keys: Tensor,
+        positions: Tensor,
+        site: str | int = "negatives_own",
     ) -> Tensor:
         """int64 [N, K]: negatives of each row, the event at `positions` [N] of the sequence
         with the key `keys` [N]. Positions must be below 65,536. Two objectives that draw at the
@@ -133,7 +138,7 @@ class NegativeSampler:
         keys, positions = torch.broadcast_tensors(keys, positions.to(torch.int64))
         words, table = rng.key(keys.device), (self.num_items, self.threshold, self.alias)
         flat = keys.flatten(), positions.flatten()
-        out = torch.ops.fastrec.draw_negatives(words, *flat, number, SITES[site], *table)
+        out = torch.ops.fastrec.draw_negatives(words, *flat, number, site_number(site), *table)
         return out.view(*keys.shape, number)
 
 

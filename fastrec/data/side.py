@@ -130,12 +130,12 @@ class SideData:
 
     @cached_property
     def profile_ids(self) -> np.ndarray | None:
-        """int64 [U]: equal for users with the same discrete attributes, -1 where one is missing;
-        None where no attribute is discrete, or there is none."""
+        """int64 [U]: equal for `labelled` users with the same discrete attributes, -1 where one is
+        missing; None where no attribute is discrete, or there is none."""
         if not self._settings and len(self.dataset.user_attributes().columns) <= 2:
             return None
         try:
-            return profile_ids(self.encoded)
+            return profile_ids(self.attributes)
         except DataError as error:
             if self._settings:
                 raise

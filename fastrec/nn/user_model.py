@@ -349,16 +349,11 @@ def histories_of(histories: Sequence[Sequence[int]], num_items: int) -> JaggedBa
 
 
 def _read(views: list[JaggedBatch]) -> list[JaggedBatch]:
-    """Views with the columns that an encoder reads: targets may differ in shape, and where one has
-    positions of its own all must have some."""
-    given = any("position" in view.events for view in views)
-    made = []
-    for view in views:
-        events = {
-            name: column for name, column in view.events.items() if name not in ("target", "click")
-        }
-        made.append(replace(view, events=events | {"position": view.places()} if given else events))
-    return made
+    """Views with the columns that an encoder reads: targets may differ in shape."""
+    return [
+        replace(view, events={n: c for n, c in view.events.items() if n not in ("target", "click")})
+        for view in views
+    ]
 
 
 def _started(module: nn.Module) -> None:

@@ -41,7 +41,7 @@ class Align:
     predictor: bool = True
 
     def __post_init__(self):
-        if len(self.views) != 2:
+        if len(self.views) != 2 or len(set(self.views)) != 2:
             raise ValueError(f"align compares two views, got {self.views}")
         for name in ("width", "bottleneck"):
             value = getattr(self, name)

@@ -48,7 +48,7 @@ class Contrast:
 
     def __post_init__(self):
         check_choices(self)
-        if len(self.views) != 2:
+        if len(self.views) != 2 or len(set(self.views)) != 2:
             raise ValueError(f"contrast compares two views, got {self.views}")
         if not self.temperature > 0:
             raise ValueError(f"contrast.temperature must be above 0, got {self.temperature}")

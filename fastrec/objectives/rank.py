@@ -126,6 +126,8 @@ class ViewRanking(nn.Module):
         """Largest similarity and its position, [2B], of the anchors among the vectors [4B, D] of
         other users, of all processes; -inf and -1 where there are none."""
         query_group, candidate_group = ids.repeat(2), ids.repeat(4)
+        if real is None and torch.distributed.is_initialized():
+            real = torch.ones_like(ids, dtype=torch.bool)  # elsewhere somebody may be left out
         if real is not None:
             # A second id leaves padding out: everyone asks as 0, and who is real is 1.
             query_group = torch.stack([query_group, torch.zeros_like(query_group)], 1)

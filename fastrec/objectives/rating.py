@@ -67,7 +67,8 @@ class RatingBiases(nn.Module):
     """mean + bias of the item + bias of the user, the line that the judge `rating` prints, of a
     batch. The bias of an item is sum / (number + shrinkage) of the deviations of its training
     ratings from their mean; that of a user is made in the same way of what this leaves of the
-    ratings that are visible in its sequence. No rating is a part of its own prediction.
+    ratings that are visible in its sequence. No rating is a part of its own prediction, but for the
+    part that another rating of the same item by the same user has in it.
 
     Nothing here is trained. What a model predicts is saved with it: `mean` and, by item, `totals`
     and `counts` of the deviations.

@@ -30,8 +30,8 @@ class Segments:
         weight: in the joint loss.
         pool: the vector of a sequence.
         negatives: "batch": the softmax over the runs of all users of a step, the bound of the
-            paper; "next": one, the run of the next user, as in the authors' program, whose one
-            negative is a slice of all users' items.
+            paper; "next": one, the run of the next user of the process, as in the authors' program,
+            whose one negative is a slice of all users' items.
         squash: of "next", sigmoid(s) in the place of a score s, as in the authors' program.
     """
 
@@ -43,7 +43,7 @@ class Segments:
 
     def __post_init__(self):
         check_choices(self)
-        if len(self.views) != 2:
+        if len(self.views) != 2 or len(set(self.views)) != 2:
             raise ValueError(f"segments compares two views, got {self.views}")
         if self.squash and self.negatives != "next":
             raise ValueError("segments.squash has no effect on the softmax of negatives: batch")

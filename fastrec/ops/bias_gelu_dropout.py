@@ -101,7 +101,7 @@ def bias_gelu_dropout(
     rng: Rng | None = None,
     keys: Tensor | None = None,
     positions: Tensor | None = None,
-    site: str = "ffn_inner",
+    site: str | int = "ffn_inner",
     layer: int = 0,
     backend: str | None = None,
 ) -> Tensor:

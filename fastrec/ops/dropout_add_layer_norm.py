@@ -177,7 +177,7 @@ def dropout_add_layer_norm(
     rng: Rng | None = None,
     keys: Tensor | None = None,
     positions: Tensor | None = None,
-    site: str = "attention_output",
+    site: str | int = "attention_output",
     layer: int = 0,
     backend: str | None = None,
 ) -> DropoutAddLayerNorm:

@@ -212,7 +212,7 @@ def jagged_embedding(
     dropout_p: float = 0.0,
     rng: Rng | None = None,
     keys: Tensor | None = None,
-    site: str = "embedding",
+    site: str | int = "embedding",
     layer: int = 0,
     sparse: bool = False,
     backend: str | None = None,

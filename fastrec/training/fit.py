@@ -59,6 +59,7 @@ from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.stage_data import stage_data
 from fastrec.training.start import (
     check_dtype,
+    check_views,
     filler_of,
     scores_items,
     seen_by_run,
@@ -196,6 +197,7 @@ def _fit(
     data = stage_data(dataset, recipe, current)
     data.side.filler = filler_of(dataset, recipe, current)
     data.side.similar = similar_of(dataset, recipe, current)
+    check_views(current, trained.config.dropout)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
     _use_tables(current, trained, objective, where)
     heads = [name for name in current.init.take if name not in PARTS]

@@ -23,6 +23,8 @@ from fastrec.nn.similar import SimilarItems
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
+from fastrec.objectives.align import Align
+from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, ItemPrediction
 from fastrec.training.config import Recipe, check_stage
 from fastrec.training.model_folder import load_model, read_trained_on, seen_users
@@ -231,3 +233,14 @@ def check_dtype(model: UserModel, what: str) -> None:
             f"{what} has numbers of {dtype}, and a stage trains float32 (its precision:"
             " bf16-mixed multiplies lower ones): model.float(), or torch.set_default_dtype"
         )
+
+
+def check_views(stage: Stage, dropout: float) -> None:
+    """Raise ValueError for views that are compared and are the same."""
+    for name, part in stage.parts.items():
+        if not isinstance(part, Contrast | Align) or dropout:
+            continue
+        if not any(stage.views[view] for view in part.views):
+            raise ValueError(
+                f"{name} has no effect: without dropout and steps its views are the same"
+            )

@@ -7,6 +7,7 @@ import torch
 
 from fastrec.data.batch import NO_TARGET, JaggedBatch, offsets_of, spans
 from fastrec.data.side import SideData
+from fastrec.data.steps.mask import without_gaps
 from fastrec.random import Rng
 
 
@@ -43,5 +44,5 @@ class Cut:
         targets = target.new_full((len(index), self.last), NO_TARGET)
         targets[place] = target.masked_fill(beyond | (target >= side.num_items), NO_TARGET)
         first = torch.zeros_like(out.values, dtype=torch.bool).index_fill_(0, place, True)
-        out = out.with_items(out.values.masked_fill(first, side.mask_id), first)
-        return replace(out, events={**out.events, "target": targets})
+        out = out.with_items(out.values.masked_fill(first, side.mask_id), first, asked=True)
+        return without_gaps(replace(out, events={**out.events, "target": targets}), first)

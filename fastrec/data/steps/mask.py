@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrec.data.batch import NO_TARGET, JaggedBatch
+from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
 from fastrec.data.settings import check_choices
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
@@ -24,7 +24,8 @@ class Mask:
     al., 2019; UPRec, section 3.3.1).
 
     Whether an event is chosen depends on (seed, step, key, position) only. At least one item of a
-    sequence is chosen, unless `leave` forbids it. Every chosen position is predicted.
+    sequence is chosen, unless `leave` forbids it, or by chance where a step before this one has
+    made a target there (S3-Rec: `mask_last`). Every chosen position is predicted.
 
     Attributes:
         share: chance of each item, rounded to 2^-16; a number, or one that moves with the step.
@@ -63,6 +64,8 @@ class Mask:
                 f"mask.count must be at least 1, and stands for share and exact, got {self.count},"
                 f" {self.share} and {self.exact}"
             )
+        if self.replace + self.random == 0:
+            raise ValueError("mask.replace and mask.random are both 0: the input shows its targets")
         if self.replace + self.random > 1 + 1e-9:
             raise ValueError(
                 f"mask.replace + mask.random must be at most 1, got {self.replace} + {self.random}"
@@ -77,7 +80,9 @@ class Mask:
             chosen = chosen_items(batch, rng, side, share, *how)
         else:
             real = batch.values < side.num_items
-            chosen = drawn_events(batch, rng, real, share, "mask_item", "mask_forced")
+            chosen = drawn_events(
+                batch, rng, real, share, "mask_item", "mask_forced", batch.events.get("target")
+            )
         masked = batch.values.masked_fill(chosen, side.mask_id)
         if self.replace < 1:
             masked = torch.where(chosen, self._replaced(batch, rng, side), masked)
@@ -116,7 +121,17 @@ class MaskLast:
         behind = rank[batch.offsets[1:]][batch.segment_ids()] - rank[:-1]  # items from here on
         last = real & (behind <= self.number)
         masked = batch.values.masked_fill(last, side.mask_id)
-        return with_targets(batch, masked, last)
+        return without_gaps(with_targets(batch, masked, last), last)
+
+
+def without_gaps(batch: JaggedBatch, asked: Tensor) -> JaggedBatch:
+    """The batch where the events that are `asked`, bool [T], have no time gap: who is asked for
+    what comes next is not told when."""
+    gaps = batch.events.get("time_gap")
+    if gaps is None:
+        return batch
+    hidden = gaps.masked_fill(asked, FILL["time_gap"])
+    return replace(batch, events={**batch.events, "time_gap": hidden})
 
 
 def with_targets(batch: JaggedBatch, values: Tensor, chosen: Tensor) -> JaggedBatch:
@@ -126,19 +141,27 @@ def with_targets(batch: JaggedBatch, values: Tensor, chosen: Tensor) -> JaggedBa
     target = batch.values.masked_fill(~chosen, NO_TARGET)
     if before is not None:
         target = torch.where(chosen, batch.values, before)
-    made = batch.with_items(values, chosen)
+    made = batch.with_items(values, chosen, asked=True)
     return replace(made, events={**made.events, "target": target})
 
 
 def drawn_events(
-    batch: JaggedBatch, rng: Rng, real: Tensor, share: float, site: str, forced: str
+    batch: JaggedBatch,
+    rng: Rng,
+    real: Tensor,
+    share: float,
+    site: str,
+    forced: str,
+    target: Tensor | None = None,
 ) -> Tensor:
     """bool [T]: each of the `real` events, bool [T], with chance `share`, rounded to 2^-16; of a
-    sequence where none is drawn one, any with the same chance. Two sites of draws."""
+    sequence where none is drawn, and none has a `target`, one, any with the same chance. Two sites
+    of draws."""
     segment, position = batch.segment_ids(), batch.positions()
     drawn = draws(rng, batch.keys[segment], 0, position, site=site)
     chosen = (drawn < threshold(share)) & real
-    empty = running(chosen)[batch.offsets].diff() == 0
+    served = chosen if target is None else chosen | (target != NO_TARGET)
+    empty = running(served)[batch.offsets].diff() == 0
     rank = running(real)  # real events before each event, over the whole batch
     first = rank[batch.offsets]
     count = first.diff()

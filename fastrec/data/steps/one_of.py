@@ -18,8 +18,8 @@ class OneOf:
     number of steps take different ones, as CL4SRec does (Xie et al., 2022, section 3.2).
 
     A step with an attribute `least` is for sequences of at least so many events: a shorter one
-    takes one of the others, as in CoSeRec (Liu et al., 2021), or of all if there is none. Event
-    columns that only some of the steps make are left out.
+    takes one of the others, as in CoSeRec (Liu et al., 2021), or of all if there is none. What
+    only some of the steps make, such as targets, the other sequences lack.
 
     Attributes:
         steps: to choose from.

@@ -16,7 +16,8 @@ class Prefix:
     prefix of a user is a sequence, as in the pre-training of S3-Rec's program (Zhou et al., 2020).
 
     k is a function of (seed, step, sample id), not of the view: the views of a step have the same
-    prefix of a user.
+    prefix of a user. (Where a sequence is longer than the model reads, views that keep another
+    number of its events begin elsewhere.)
     """
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:

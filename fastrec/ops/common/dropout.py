@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrec.ops.common.arguments import check_index, check_number
-from fastrec.random import SITES, Rng, check_positions, threshold
+from fastrec.random import SITES, Rng, check_positions, site_number, threshold
 
 SCHEMA = "Tensor? keys, Tensor? positions, Tensor? rng, int drop, int site, int layer"
 
@@ -40,7 +40,8 @@ class Mask(NamedTuple):
         if not self.drop:
             return {}
         assert self.rng is not None
-        site = next(name for name, number in SITES.items() if number == self.site)
+        names = {number: name for name, number in SITES.items()}
+        site = names.get(self.site, self.site)
         options = dict(dropout_p=self.drop / 256, rng=Rng(*self.rng), site=site, layer=self.layer)
         return options | dict(keys=self.keys, positions=self.positions)
 
@@ -56,13 +57,12 @@ def mask_of_sequences(
     count: int,
     device: torch.device,
     *,
-    site: str,
+    site: str | int,
     layer: int,
 ) -> Mask:
     """The mask of `count` sequences of tensors on `device`; none where p rounds to 0. ValueError or
     TypeError for a wrong argument."""
-    if site not in SITES:
-        raise ValueError(f"site must be one of {list(SITES)}, got {site!r}")
+    number = site_number(site)
     check_number("dropout_p", p)
     drop = threshold(p, 8, "dropout_p")
     if drop == 256:
@@ -77,7 +77,7 @@ def mask_of_sequences(
     check_number("layer", layer, whole=True)
     if not 0 <= layer < 256:
         raise ValueError(f"layer must be in [0, 256), got {layer}")
-    return Mask(keys, None, rng.key(device), drop, SITES[site], layer)
+    return Mask(keys, None, rng.key(device), drop, number, layer)
 
 
 def mask_of_rows(
@@ -88,7 +88,7 @@ def mask_of_rows(
     rows: int,
     device: torch.device,
     *,
-    site: str,
+    site: str | int,
     layer: int,
 ) -> Mask:
     """The same for rows [rows, D], each with the key of its sequence and its position there."""
