@@ -291,7 +291,7 @@ def _recipe_settings(arguments: list[str]) -> tuple[dict, list[str]]:
         if not equals and value.startswith("--"):
             raise ValueError(f"--{key} has no value")
         if key == "config":
-            settings = recipes.merged(settings, recipes.load(value))
+            settings = recipes.merged(settings, recipes.load(value, over=settings))
             continue
         part = recipes.read_yaml(value, key)
         for name in reversed(key.split(".")):

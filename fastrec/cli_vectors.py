@@ -172,7 +172,7 @@ def index(
         made = item_index(model, dataset, factory, search, other)
         recommender, users = Recommender(model, dataset, other=other), dataset.user_ids()
         some = users[:: max(1, len(users) // queries)][:queries].tolist()
-        recall = index_recall(made, recommender, recommender.queries(some), k)
+        recall = index_recall(made, recommender, recommender.queries(some), min(k, made.ntotal))
         write_index(made, output, item_vectors(model, dataset, other).select("item_id"))
     print(
         f"{output}: {made.ntotal:,} items, {factory}; {labels}: their ids by label;"

@@ -247,6 +247,15 @@ def test_text_links_and_a_header_that_may_be_one(tmp_path):
     assert prepared(tmp_path, log, "named", **flags).schema["filters"]["removed"] == {}
 
 
+def test_the_only_line_may_be_a_link(tmp_path):
+    log = write(tmp_path / "log.csv", "user_id,item_id,t\n1,a,1\n2,b,2\n")
+    links = write(tmp_path / "links.tsv", "1\t2\n")
+    flags = dict(timestamp_column="t", relations=links)
+    assert prepared(tmp_path, log, **flags).relations().tolist() == [[0, 1]]
+    write(links, "user\tfriend\n")
+    assert "holds a header and no rows" in refused(tmp_path, log, **flags)
+
+
 def test_quoted_nothing_is_missing(tmp_path, log):
     people = write(tmp_path / "people.csv", 'user_id,age,land\n007,"",""\n010,7,SE\n')
     dataset = prepared(tmp_path, log, timestamp_column="t", user_attributes=people)

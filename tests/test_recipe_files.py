@@ -27,6 +27,28 @@ def written(folder: Path, name: str, text: str) -> str:
     return str(folder / name)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", r"the key 'seed' \(line 2\) stands twice"),
+        ("pretraining: {steps: 4}\nseed: 1\npretraining: {seed: 2}\n", "'pretraining' .line 3"),
+        ("pretraining:\n  steps: 4\n  batch_size: 2\n  steps: 5\n", "'steps' .line 4"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.load(written(tmp_path, "twice.yaml", text))
+
+
+def test_a_later_config_takes_a_part_of_an_earlier_one_out(tmp_path, capsys):
+    later = "pretraining: {objectives: {contrast: null}, views: {a: null, b: null}}\n"
+    file = written(tmp_path, "later.yaml", later)
+    main(["pretrain", "--config", "cl4srec", "--config", file, "--print_config"])
+    assert "contrast" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="takes a part of a base out, and there is none"):
+        main(["pretrain", "--config", file, "--config", "cl4srec", "--print_config"])
+
+
 def test_a_base_is_merged_key_by_key(tmp_path):
     base = written(
         tmp_path, "base.yaml",

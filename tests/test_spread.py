@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fastrec.data.prepare import prepare
 from fastrec.data.side import SideData
 from fastrec.data.steps.next_item import NextItem
 from fastrec.evaluation.next_item import NextItemJudge
@@ -284,6 +286,32 @@ def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
     two.run(killed, data, tmp_path / "fewer", pair, 7)
     run(data, tmp_path / "fewer", chosen, resume=True)
     close_models(tmp_path / "one", tmp_path / "fewer")
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["few", "nobody"])
+def test_steps_count_also_where_a_process_has_no_row_that_is_touched(two, tmp_path, shared):
+    """Few steps, or none, read an item of the second process's block."""
+    generator, rows = np.random.default_rng(0), []
+    for user in range(30):
+        low, high = (20, 40) if shared and user < 2 else (0, 20)
+        rows += [(user, int(item), t) for t, item in enumerate(generator.integers(low, high, 8))]
+    rows += [(100 + item, item, 0) for item in range(40)]  # users of one event, trained on nothing
+    frame = polars.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    prepare(frame, tmp_path / "data", on_duplicate="keep")
+    by_popularity = Item(sampled=Sampled(negatives=1, by="popularity", alpha=2.0))
+    chosen = spread_recipe(
+        "rows", monitor="steps", batch_size=4, steps=20, validate_every=20, checkpoint_every=5,
+        objectives={"item": by_popularity},
+    )  # fmt: skip
+    pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
+    run(tmp_path / "data", tmp_path / "one", chosen)
+    two.run(trained, tmp_path / "data", tmp_path / "two", pair)
+    one, both = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("one", "two"))
+    for name in ("item_input.ids.weight", "item_head.bias"):
+        assert (one[name] - both[name]).abs().max() < 3e-4, name  # a step is 1e-3
+    two.run(killed, tmp_path / "data", tmp_path / "cut", pair, 12)
+    two.run(trained, tmp_path / "data", tmp_path / "cut", pair, {"resume": True})
+    assert_same_models(tmp_path / "two", tmp_path / "cut")
 
 
 def tuned(group, data: Path, output: Path, chosen: Recipe, start: Path) -> dict:

@@ -105,6 +105,16 @@ def test_a_run_is_resumed_with_the_settings_that_it_was_started_with(data, tmp_p
     assert trained_weights(folder)["step"] == 40
 
 
+@pytest.mark.parametrize(("first", "then", "end"), [(2, 5, 12), (6, 3, 8)])
+def test_a_resumed_run_has_the_patience_that_it_is_given(data, tmp_path, first, then, end):
+    """Nothing improves: the best step is the first validation, step 2."""
+    still = dict(learning_rate=0.0, validate_every=2, checkpoint_every=2)
+    begun = recipe(**still, steps=20 if first < then else 6, patience=first)
+    run(data, tmp_path / "run", begun)
+    run(data, tmp_path / "run", recipe(**still, steps=20, patience=then), resume=True)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == end
+
+
 def test_a_run_is_not_resumed_on_other_events(data, tmp_path):
     """As many users, items and events, and the same item ids: two events change places."""
     other = tmp_path / "data"

@@ -126,13 +126,16 @@ class SpreadTable:
 
     def rows(self, targets: Tensor, negatives: Tensor) -> Candidates:
         """targets: int64 [N], -100 where there is none."""
-        zero = targets.new_zeros(1)  # a row at least
-        asked = torch.cat([targets.clamp_min(0), negatives.flatten(), zero])
-        ids, place = distinct_rows(asked, self.part.total)
+        # Only rows that are read are asked for: a step moves those.
+        drawn = negatives.flatten()
+        known = torch.where(targets < 0, drawn[0], targets) if len(drawn) else targets
+        ids, place = distinct_rows(torch.cat([known, drawn]), self.part.total)
         table, bias = _Pull.apply(ids, self.part, self.table.weight, self.bias)
-        own, drawn = place[: len(targets)], place[len(targets) : -1].view(negatives.shape)
+        if len(ids) == 0:  # nothing is predicted here: a row at least, of nobody
+            table, bias, ids = F.pad(table, (0, 0, 0, 1)), F.pad(bias, (0, 1)), F.pad(ids, (0, 1))
+        own, others = place[: len(targets)], place[len(targets) :]
         own = torch.where(targets < 0, targets, own)
-        return Candidates(table, bias, ids, own, drawn)
+        return Candidates(table, bias, ids, own, others.view(negatives.shape))
 
     def cross_entropy(self, query: Tensor, targets: Tensor, backend=None) -> tuple[Tensor, Tensor]:
         """(mean over the predicted items of all processes, their number), the same on all. query:

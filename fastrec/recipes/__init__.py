@@ -36,9 +36,10 @@ def summary(name: str) -> str:
     return " ".join(text).split(". ")[0].rstrip(".")
 
 
-def load(name_or_file: str, *below: Path) -> dict:
+def load(name_or_file: str, *below: Path, over: dict | None = None) -> dict:
     """The settings of a recipe. `base:` names another one, whose settings hold where this one has
-    none: groups of keys are merged, lists and values replace, and null takes a part out.
+    none: groups of keys are merged, lists and values replace, and null takes a part out, also of
+    the settings `over` which these will be merged.
 
     Raises ValueError that names the file: not YAML, no mapping, or its own base.
     """
@@ -59,7 +60,7 @@ def load(name_or_file: str, *below: Path) -> dict:
         beside = file.parent / str(name)
         base = load(str(beside) if beside.is_file() else str(name), *below, file)
     if file.suffix != ".json":  # recipe.json of a run states every key
-        _check_nothing(file, base, values)
+        _check_nothing(file, merged(over or {}, base), values)
     return merged(base, values)
 
 
@@ -83,10 +84,13 @@ def check_yaml(text: str, what: str) -> None:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         size = 0 if node is None else _size(node, {})
+        twice = None if node is None else _twice(node, set())
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{what} is not YAML: {error}") from error
     if size > MOST_VALUES:
         raise ValueError(f"{what} holds more than {MOST_VALUES} values")
+    if twice is not None:
+        raise ValueError(f"{what}: the key {twice} stands twice: the first one would be lost")
 
 
 def _size(node, known: dict[int, float]) -> float:
@@ -97,6 +101,24 @@ def _size(node, known: dict[int, float]) -> float:
         parts = [part for each in inside for part in (each if type(each) is tuple else (each,))]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
+
+
+def _twice(node, known: set[int]) -> str | None:
+    """A key that stands twice in one mapping inside of a node of YAML, and its line."""
+    if id(node) in known or not isinstance(node.value, list):
+        return None
+    known.add(id(node))
+    seen: set = set()
+    for each in node.value:
+        key, *rest = each if type(each) is tuple else (each,)
+        if rest and isinstance(key.value, str):
+            if key.value in seen:
+                return f"{key.value!r} (line {key.start_mark.line + 1})"
+            seen.add(key.value)
+        for part in (key, *rest):
+            if found := _twice(part, known):
+                return found
+    return None
 
 
 def _check_nothing(file: Path, base: dict, values: dict) -> None:

@@ -168,8 +168,10 @@ class RowAdamW(torch.optim.AdamW):
         for table in group["params"]:
             if table.grad is not None:
                 rows, grad = _taken(table)  # AdamW passes it by
+                # Steps are those of all processes, also of one whose rows nobody has touched.
+                state = self._started(table, group)
                 if len(rows):
-                    move_rows_(table, rows, grad, self._started(table, group), **_constants(group))
+                    move_rows_(table, rows, grad, state, **_constants(group))
         super().step()
         return loss
 

@@ -126,7 +126,8 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         what = "3 events or more"
         if dataset.splits is not None:
             what = "a validation target and an event before it"
-        raise ValueError(f"no user has {what}: there is nothing to validate on")
+        of = "" if recipe.users.fraction >= 1 else f" of users.fraction {recipe.users.fraction}"
+        raise ValueError(f"no user{of} has {what}: there is nothing to validate on")
     chosen = select_users(dataset, recipe.users, "train")
     judged = _validation_users(chosen, recipe.users, max(1, len(chosen) // 10))
     if stage.judge in ("next_item", "vectors", "rating", "texts", "click"):

@@ -29,6 +29,13 @@ class Around(NamedTuple):
     loggers: Sequence[Logger] = ()
 
 
+class Patience(EarlyStopping):
+    """Lightning's, whose patience is that of this run: a resumed one may have another."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
 def trainer_of(
     output: Path,
     run: dict,
@@ -47,7 +54,7 @@ def trainer_of(
     ]
     if stage.patience:
         callbacks.append(
-            EarlyStopping(
+            Patience(
                 "valid",
                 mode="max",
                 patience=stage.patience,
@@ -63,6 +70,7 @@ def trainer_of(
         ".*does not have many workers.*", ".*exists and is not empty.*", ".*LeafSpec.*",
         ".*your dataloader is not resumable.*",  # it is: the batch of a step is a function of it
         ".*torch.distributed is disabled, unavailable or uninitialized.*",  # shards of one process
+        ".*Please add the following callbacks.*",  # patience 0 of a run that had some
     )  # fmt: skip
     for noise in noises:
         warnings.filterwarnings("ignore", noise)

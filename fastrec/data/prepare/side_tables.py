@@ -4,11 +4,12 @@
 The ids in them are compared with those of the interactions as they are written (`key_column`).
 """
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
 
-from fastrec.data.errors import DataError, reading
+from fastrec.data.errors import DataError, EmptyFile, reading
 from fastrec.data.prepare.columns import (
     attribute_column,
     check_unique,
@@ -185,6 +186,21 @@ def read_cold_items(file, like=None, na_values: str = "ask"):
     return _read_pairs(file, "item_id", like, None, na_values)
 
 
+def _links(file: Path):
+    """`read_frame` of a file whose only line may be a link, in the place of a header."""
+    import polars as pl
+
+    try:
+        return read_frame(file)
+    except EmptyFile as empty:
+        if is_delimited(file):
+            with contextlib.suppress(DataError):
+                found = read_frame(file, names=["column 1", "column 2"])
+                if looks_like_a_row(pl.Series(found[0].row(0))):
+                    return found
+        raise empty
+
+
 def _read_pairs(file, second: str, like, like_second, na_values: str):
     import polars as pl
 
@@ -193,7 +209,7 @@ def _read_pairs(file, second: str, like, like_second, na_values: str):
         if file.name.removesuffix(".gz").endswith(".net"):
             frame, first = recbole_columns(file)
         else:
-            frame, first = read_frame(file)
+            frame, first = _links(file)
             names = pl.Series(frame.columns[:2])
             if is_delimited(file) and looks_like_a_row(names):
                 places = [f"column {place}" for place in range(1, frame.width + 1)]

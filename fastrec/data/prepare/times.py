@@ -13,7 +13,7 @@ from fastrec.data.prepare.epochs import UNITS, WORDS, Known, epoch_column, is_nu
 _ISO = (
     r"^(?<date>[0-9]{4}-[0-9]{2}-[0-9]{2})"
     r"(?:[T ](?<time>[0-9]{2}:[0-9]{2}(?::[0-9]{2})?)(?<fraction>\.[0-9]{1,9})?"
-    r"(?<zone>Z|[+-][0-9]{2}:?[0-9]{2})?)?$"
+    r"(?<zone>Z|[+-](?:0[0-9]|1[0-8]):?[0-5][0-9])?)?$"
 )
 _YEARS = ("%Y", "%y", "%G", "%g", "%F", "%D", "%x", "%c", "%v", "%s", "%+")
 _DIGITS = {word: digits for digits, word in WORDS.items()}
