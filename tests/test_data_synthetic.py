@@ -140,6 +140,7 @@ def test_tiny(tmp_path, users, items):
 
 def test_arguments(tmp_path):
     for options, match in (
+        ({"seed": -3}, "seed must be at least 0, got -3"),
         ({"num_users": 1}, "num_users must be at least 2"),
         ({"num_items": 5}, "num_items must be at least 10"),
         ({"walk": 1.5}, "probabilities"),

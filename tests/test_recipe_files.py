@@ -256,6 +256,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     ("flag", "message"),
     [
         ("--pretraining.steps=x", "pretraining.steps is 'x', expected a whole number"),
+        ("--seed=9223372036854775808", "9223372036854775808, expected a whole number of 64 bits"),
         ("--pretraining.stepps=3", "pretraining.stepps is no key; pretraining has views, obj"),
         ("--pretraining.views.main=[msk: {}]", "pretraining.views.main.0.msk is no key"),
         ("--pretraining.objectives.itm.loss=bce", "pretraining.objectives.itm is no key"),

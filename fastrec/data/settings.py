@@ -74,7 +74,10 @@ def from_values(hint: Any, value: Any, path: str = "") -> Any:
             return number
     elif type(value) is hint and (hint is not int or -(2**63) <= value < 2**63):
         return value
-    raise ValueError(f"{path} is {_short(value)}, expected {_words(hint)}")
+    words = _words(hint)
+    if hint is int and type(value) is int:
+        words += " of 64 bits"
+    raise ValueError(f"{path} is {_short(value)}, expected {words}")
 
 
 def _short(value: Any) -> str:

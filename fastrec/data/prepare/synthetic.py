@@ -63,7 +63,7 @@ def generate(
     import polars as pl
 
     least = {"num_users": (num_users, 2), "num_items": (num_items, 10), "zipf": (zipf, 0),
-             "mean_friends": (mean_friends, 0)}  # fmt: skip
+             "mean_friends": (mean_friends, 0), "seed": (seed, 0)}  # fmt: skip
     if num_communities is not None:
         least["num_communities"] = (num_communities, 1)
     for name, (value, bound) in least.items():
