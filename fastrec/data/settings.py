@@ -31,6 +31,12 @@ def check_choices(config) -> None:
                     raise ValueError(f"{name} must be {_words(kinds[0])}, got {value!r:.60}")
 
 
+def check_pair(name: str, views: list[str]) -> None:
+    """Raise ValueError unless an objective names two views."""
+    if len(views) != 2 or views[0] == views[1]:
+        raise ValueError(f"{name} compares two views, got {views}")
+
+
 def part_of(section) -> Any:
     """The one field of a section that is set, like `crop` of a step. Raises ValueError for none or
     several."""

@@ -80,7 +80,7 @@ def check_format(folder: Path, version) -> None:
     if version == 2 and not (folder / DIGESTS).exists():
         warnings.warn(
             f"{folder} was saved by an earlier fastrec: without {DIGESTS}, damage may stay unseen",
-            stacklevel=6,  # the caller of from_pretrained
+            stacklevel=6,  # who calls load_model
         )
     elif version != FORMAT:
         raise ValueError(f"unknown format version {version!r}, expected {FORMAT}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastrec.data.settings import check_pair
 from fastrec.data.side import SideData
 from fastrec.nn.batch_norm import BatchNorm
 from fastrec.nn.pool import Encoded, Pool, Pooling, real_in
@@ -41,8 +42,7 @@ class Align:
     predictor: bool = True
 
     def __post_init__(self):
-        if len(self.views) != 2 or len(set(self.views)) != 2:
-            raise ValueError(f"align compares two views, got {self.views}")
+        check_pair("align", self.views)
         for name in ("width", "bottleneck"):
             value = getattr(self, name)
             if value is not None and value < 1:

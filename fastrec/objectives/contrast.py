@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_choices, check_pair
 from fastrec.data.side import SideData
 from fastrec.nn.pool import Encoded, Pool, Pooling, last_event, real_in
 from fastrec.nn.sphere import left_out
@@ -48,8 +48,7 @@ class Contrast:
 
     def __post_init__(self):
         check_choices(self)
-        if len(self.views) != 2 or len(set(self.views)) != 2:
-            raise ValueError(f"contrast compares two views, got {self.views}")
+        check_pair("contrast", self.views)
         if not self.temperature > 0:
             raise ValueError(f"contrast.temperature must be above 0, got {self.temperature}")
 
