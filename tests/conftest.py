@@ -9,6 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+# One thread, in the processes that tests start too: with a worker per core those of two processes
+# wait for each other (benchmarks/epoch.py of test_benchmarks: 81 s of CPU, 8 with one thread).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from fastrec.backend import unavailable_reason
