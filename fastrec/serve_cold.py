@@ -45,8 +45,7 @@ class OtherCatalogue:
         side = SideData(rows, "all", event_columns=model.event_columns)
         objective = JointObjective({known[0]: ColdStart(pool=pool)}, model, side)
         load_heads(objective, folder)
-        head = objective.find(ColdItemPrediction)
-        assert isinstance(head, ColdItemPrediction)
+        head = objective.require(ColdItemPrediction, "cold_start", "cold_start")
         self._head = head.to(model.device).requires_grad_(False)
         self.ids, self.table, self.bias = Ids(rows.ids), head.linear.weight, head.linear.bias
         order = np.lexsort((rows.items.numpy(), rows.owners.numpy()))

@@ -17,7 +17,7 @@ from fastrec.nn.batch_norm import BatchNorm
 from fastrec.nn.pool import Encoded
 from fastrec.nn.sphere import alignment, spread, uniformity
 from fastrec.objectives.align import Align, ViewAlignment
-from fastrec.objectives.joint import JointObjective, Term, total_loss
+from fastrec.objectives.joint import JointObjective, Term, of_all_ranks, total_loss
 from fastrec.objectives.parts import Objectives
 from fastrec.random import Rng
 
@@ -233,7 +233,7 @@ def group_losses(group, **settings):
         if group is None:
             mine, real = torch.tensor([0, 2, 1]), None
     loss, count = part.losses(a[mine], b[mine], real)["align"]
-    total = total_loss([Term("align", 0.5, loss, count)], world)
+    total = total_loss(of_all_ranks([Term("align", 0.5, loss, count)], world))
     total.backward()
     found = [total.detach(), a.grad, b.grad, *(p.grad for p in part.parameters())]
     if group is not None:

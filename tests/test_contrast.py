@@ -16,7 +16,7 @@ from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.nn.pool import Encoded
 from fastrec.objectives.contrast import Contrast, ViewContrast, last_target
-from fastrec.objectives.joint import JointObjective, Term, total_loss
+from fastrec.objectives.joint import JointObjective, Term, of_all_ranks, total_loss
 from fastrec.random import Rng
 
 WIDTH = 8
@@ -229,7 +229,7 @@ def group_losses(group, ids=IDS, **settings):
     a, b = vectors(len(IDS))
     mine = torch.arange(rank, len(IDS), world)  # three users and two
     loss, count = part_of(**settings).loss(a[mine], b[mine], torch.tensor(ids)[mine])
-    total = total_loss([Term("contrast", 0.5, loss, count)], world)
+    total = total_loss(of_all_ranks([Term("contrast", 0.5, loss, count)], world))
     total.backward()
     found = [total.detach(), a.grad, b.grad]
     if group is not None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from fastrec.data.graph import FriendSampler, SocialGraph
 from fastrec.objectives.friends import SocialRelationDetection
-from fastrec.objectives.joint import Term, total_loss
+from fastrec.objectives.joint import Term, of_all_ranks, total_loss
 from fastrec.random import Rng
 
 USERS, WIDTH = 12, 5
@@ -33,7 +33,7 @@ def losses(group, profiles=True, emptied=()):
     if there.all():  # nobody of this rank is emptied
         there = None
     loss, count = head.loss(vectors[torch.from_numpy(sequences)], pairs, there)
-    total = total_loss([Term("friends", 1.0, loss, count)], world)
+    total = total_loss(of_all_ranks([Term("friends", 1.0, loss, count)], world))
     total.backward()
     found = [total.detach(), vectors.grad, head.weight.grad]
     if group is not None:

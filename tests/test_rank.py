@@ -25,7 +25,7 @@ from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item
-from fastrec.objectives.joint import JointObjective, Term, total_loss
+from fastrec.objectives.joint import JointObjective, Term, of_all_ranks, total_loss
 from fastrec.objectives.rank import Rank, ViewRanking
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
@@ -281,7 +281,7 @@ def group_losses(group, emptied=False, **settings):
     real = torch.arange(len(IDS)) != 4
     real = real[mine] if emptied and not real[mine].all() else None
     loss, count = part_of(**settings).loss(*own, torch.tensor(IDS)[mine], real)
-    total = total_loss([Term("rank", 0.5, loss, count)], world)
+    total = total_loss(of_all_ranks([Term("rank", 0.5, loss, count)], world))
     total.backward()
     found = [total.detach(), *(each.grad for each in given)]
     if group is not None:

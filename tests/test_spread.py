@@ -36,7 +36,7 @@ from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.spread import part_of, spread, spread_parameters, whole_state
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
-from fastrec.objectives.joint import JointObjective, total_loss
+from fastrec.objectives.joint import JointObjective, of_all_ranks, total_loss
 from fastrec.random import Rng
 from fastrec.training.checkpoint import write_checkpoint
 from fastrec.training.config import Recipe
@@ -83,7 +83,7 @@ def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, to
             fully_shard(layer, mesh=DeviceMesh.from_group(group, "cpu"))
     rank = 0 if group is None else dist.get_rank(group)
     loader = loader_of(model, {"main": [NextItem()]}, side, rank=rank, world_size=world)
-    value = total_loss(objective(model, loader.batch_at(2), Rng(0, 2)), world)
+    value = total_loss(of_all_ranks(objective(model, loader.batch_at(2), Rng(0, 2)), world))
     value.backward()
     if kind == "rows" and group is not None:
         share_gradients(tables_of(model))

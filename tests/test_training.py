@@ -413,7 +413,7 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
         ),
         (lambda: ModelConfig(width=0), "model.width must be at least 1, got 0"),
         (lambda: ModelConfig(dropout=1.0), r"model.dropout must be in \[0, 1\), got 1.0"),
-        (lambda: ModelConfig(tokens=["mask"]), "model.tokens must be some of cls, sep and ur"),
+        (lambda: ModelConfig(tokens=["ur", "ur"]), "model.tokens must be some of cls, sep and ur"),
         (lambda: Transformer(layers=0), "layers must be at least 1, got 0"),
     ],
 )

@@ -163,7 +163,7 @@ def test_configurations_that_cannot_be():
         (dict(width=0), r"model\.width must be at least 1, got 0"),
         (dict(max_len=0), r"model\.max_len must be at least 1, got 0"),
         (dict(dropout=1.0), r"model\.dropout must be in \[0, 1\), got 1\.0"),
-        (dict(tokens=["mask"]), r"model\.tokens must be some of cls, sep and ur, got \['mask'\]"),
+        (dict(tokens=["mask"]), r"tokens must be one of \['cls', 'sep', 'ur'\], got 'mask'"),
         (dict(tokens=["cls", "cls"]), r"model\.tokens must be some of"),
         (dict(tokens=["cls"], encoder=Transformer(causal=True)), r"\[CLS\] stands first"),
         (dict(tokens=["sep"], encoder=Transformer(causal=True)), r"\[SEP\] stands last"),

@@ -89,6 +89,19 @@ def write_text(output: Path, text: str) -> None:
         work.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def replaced_folder(output: Path) -> Iterator[Path]:
+    """The empty folder in which the folder `output` is built beside it. When that is done it is
+    `output`, on disk; otherwise it goes."""
+    work = new_folder(output)
+    try:
+        yield work
+        put(work, output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def new_folder(output: Path) -> Path:
     """The empty folder beside `output` in which it is built, for `put`."""
     work = _beside(output, "new")

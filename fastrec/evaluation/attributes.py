@@ -44,9 +44,7 @@ class AttributesJudge:
 
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64 [N, A]: predicted standardised values and class indices, on the CPU."""
-        head = objective.find(UserAttributePrediction)
-        if head is None:
-            raise ValueError("the judge attributes needs the objective user_attributes")
+        head = objective.require(UserAttributePrediction, "attributes", "user_attributes")
         with torch.no_grad():
             batch = model.inputs(self.dataset, self.users[rows], self.split)
             encoded = model.encode(batch.to(model.device))

@@ -98,9 +98,7 @@ class ClickJudge:
 
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64: log-odds of the pairs of `users[rows]`, on the CPU."""
-        head = objective.find(ClickPrediction)
-        if head is None:
-            raise ValueError("the judge click needs the objective click")
+        head = objective.require(ClickPrediction, "click", "click")
         pairs = slice(int(self.offsets[rows.start]), int(self.offsets[rows.stop]))
         with torch.no_grad():
             batch = self.model_input(model, rows)

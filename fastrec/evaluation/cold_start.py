@@ -38,9 +38,7 @@ class ColdStartJudge:
 
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64 [N]: ranks, from 1, on the CPU."""
-        head = objective.find(ColdItemPrediction)
-        if head is None:
-            raise ValueError("the judge cold_start needs the objective cold_start")
+        head = objective.require(ColdItemPrediction, "cold_start", "cold_start")
         with torch.no_grad():
             batch = model.inputs(self.rows, self.chosen[rows], "all")
             query = finite(head.pool(model, model.encode(batch.to(model.device))), "user vectors")

@@ -61,9 +61,7 @@ class RatingJudge:
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64: the predicted ratings of the held-out events of `users[rows]`, user by user in
         the order of the events, on the CPU."""
-        head = objective.find(RatingPrediction)
-        if head is None:
-            raise ValueError("the judge rating needs the objective rating")
+        head = objective.require(RatingPrediction, "rating", "rating")
         batch = self._asked(model, rows).to(model.device)
         biases = None
         if head.biases is not None:

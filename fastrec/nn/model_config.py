@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from fastrec.data.settings import from_values
+from fastrec.data.settings import check_choices, from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.items import Items
-
-_HEAD = {"head_table": ("tied", "own", "features"), "head_similarity": ("dot", "cosine")}
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,7 @@ class ModelConfig:
     user_width: int = 0
 
     def __post_init__(self):
-        for name, known in _HEAD.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"model.{name} must be one of {known}, got {getattr(self, name)!r}"
-                )
+        check_choices(self)
         if not 0 < self.head_temperature < math.inf:
             raise ValueError(
                 f"model.head_temperature must be positive and finite, got {self.head_temperature}"

@@ -2,7 +2,7 @@
 """The weighted sum of objectives that a stage trains (UPRec eq. 15), from one encoder pass."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
 from fastrec.random import Rng
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Term(NamedTuple):
@@ -60,9 +62,15 @@ class JointObjective(nn.Module):
                     f"the weight of {name} is {float(self.weights[name])}, expected above 0"
                 )
 
-    def find(self, kind: type) -> nn.Module | None:
+    def find(self, kind: type[M]) -> M | None:
         """The first objective of a class, for a judge that reads its parameters."""
         return next((part for part in self.parts.values() if isinstance(part, kind)), None)
+
+    def require(self, kind: type[M], judge: str, name: str) -> M:
+        """`find`. Raises ValueError where there is none: the judge needs the objective `name`."""
+        if (found := self.find(kind)) is None:
+            raise ValueError(f"the judge {judge} needs the objective {name}")
+        return found
 
     def check_users(self, number: int) -> None:
         """Raise ValueError where the smallest step of an epoch, of `number` users, has fewer than
@@ -122,11 +130,9 @@ def _check(name: str, losses) -> None:
         )
 
 
-def total_loss(terms: list[Term], world_size: int = 1) -> Tensor:
-    """The weighted sum. With several processes, scaled so that the average over ranks (DDP's) is
-    the weighted sum of the means over the things of all ranks."""
-    terms = [term for term in of_all_ranks(terms, world_size) if term.number is not None]
-    return torch.stack([term.weight * term.loss for term in terms]).sum()
+def total_loss(terms: list[Term]) -> Tensor:
+    """The weighted sum; of `of_all_ranks` where several processes average their gradients."""
+    return torch.stack([term.weight * term.loss for term in terms if term.number is not None]).sum()
 
 
 def of_all_ranks(terms: list[Term], world_size: int) -> list[Term]:

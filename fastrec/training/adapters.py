@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.data.output import locked, new_folder, put, write_text
+from fastrec.data.output import locked, replaced_folder, write_text
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import check_patch
@@ -95,23 +95,17 @@ def save_adapter(
         shared_digest(kept),
         {name: list(part.shape) for name, part in tensors.items()},
     )
-    with locked(folder):
-        work = new_folder(folder)
-        try:
-            write_tensors(work / ADAPTER_WEIGHTS, tensors)
-            write_text(work / ADAPTER, json.dumps(dataclasses.asdict(told), indent=2) + "\n")
-            for name in (HEADS, TRAINED_ON, RECIPE):
-                if checked(pretrained, name).is_file():
-                    shutil.copyfile(pretrained / name, work / name)
-            seen = [checked(each, USERS) for each in (pretrained, base)]
-            if all(file.is_file() for file in seen):
-                here, there = (np.load(file, allow_pickle=False) for file in seen)
-                np.save(work / USERS, np.setdiff1d(here, there))
-            write_digests(work)
-            put(work, folder)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
+    with locked(folder), replaced_folder(folder) as work:
+        write_tensors(work / ADAPTER_WEIGHTS, tensors)
+        write_text(work / ADAPTER, json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        for name in (HEADS, TRAINED_ON, RECIPE):
+            if checked(pretrained, name).is_file():
+                shutil.copyfile(pretrained / name, work / name)
+        seen = [checked(each, USERS) for each in (pretrained, base)]
+        if all(file.is_file() for file in seen):
+            here, there = (np.load(file, allow_pickle=False) for file in seen)
+            np.save(work / USERS, np.setdiff1d(here, there))
+        write_digests(work)
     whole = sum(part.numel() for part in [*model.parameters(), *trained.values()])
     return told.tensors | {name: list(part.shape) for name, part in trained.items()}, whole
 

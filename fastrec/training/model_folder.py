@@ -4,7 +4,6 @@ its table means, the users that it has seen, and the recipe."""
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.item_categories import item_categories
 from fastrec.data.item_texts import TextData
 from fastrec.data.item_vectors import item_vectors
-from fastrec.data.output import new_folder, put, write_text
+from fastrec.data.output import replaced_folder, write_text
 from fastrec.nn.model_files import (
     ITEMS,
     RECIPE,
@@ -55,8 +54,7 @@ def save_model(
     trained_on: see `KEYS`. recipe: as `--config` reads it. items: `hashes` of their original
     ids. seen: of `seen_users`. state: the weights, where the model has them in part.
     """
-    work = new_folder(folder)
-    try:
+    with replaced_folder(folder) as work:
         model.save_pretrained(work, state)
         save_heads(objective, work)
         write_text(work / TRAINED_ON, json.dumps(trained_on, indent=2) + "\n")
@@ -65,10 +63,6 @@ def save_model(
         if seen is not None:
             np.save(work / USERS, seen)
         write_digests(work)
-        put(work, folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def read_trained_on(folder: Path) -> dict:

@@ -69,12 +69,7 @@ class Init:
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
-        for name, values in (("users", ("same", "other")), ("patch_form", ("serial", "parallel"))):
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"init.{name} must be {values[0]!r} or {values[1]!r}, got"
-                    f" {getattr(self, name)!r}"
-                )
+        check_choices(self)
         objectives = [field.name for field in dataclasses.fields(Objectives)]
         if self.pool is not None and self.pool not in objectives:
             raise ValueError(f"init.pool is {self.pool!r}, expected one of {objectives}")

@@ -57,8 +57,6 @@ class BagEncoder(nn.Module):
             receives an `rng`.
     """
 
-    causal = False
-
     def __init__(self, settings: Bag, width: int, dropout: float):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))

@@ -163,8 +163,6 @@ class CaserEncoder(nn.Module):
         dropout: probability on [o_h; o_v], applied only where `forward` receives an `rng`.
     """
 
-    causal = True
-
     def __init__(self, settings: Caser, width: int, dropout: float):
         super().__init__()
         self.window, self.dropout = settings.window, dropout

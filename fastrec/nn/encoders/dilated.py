@@ -182,7 +182,7 @@ class DilatedEncoder(nn.Module):
 
     def __init__(self, settings: Dilated, width: int, dropout: float):
         super().__init__()
-        self.causal, self.dropout = settings.causal, dropout
+        self.dropout = dropout
         self.blocks = nn.ModuleList(
             DilatedBlock(settings, width, dilation) for dilation in settings.dilations
         )

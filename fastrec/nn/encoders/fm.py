@@ -66,8 +66,6 @@ class FmEncoder(nn.Module):
             `rng`.
     """
 
-    causal = False
-
     def __init__(self, settings: Fm, width: int, dropout: float):
         super().__init__()
         self.first = nn.Linear(width, width, bias=False)

@@ -80,8 +80,6 @@ class GruEncoder(nn.Module):
             receives an `rng`.
     """
 
-    causal = True
-
     def __init__(self, settings: Gru, width: int, dropout: float):
         super().__init__()
         hidden = settings.hidden or width
