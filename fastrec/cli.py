@@ -177,7 +177,7 @@ def _evaluate(
     made = read_trained_on(heads).get("stage")
     task = task or (made if made in recipe.stages else _default_task(recipe))
     stage = recipe.stage(task)
-    asked = stage.judge in ("next_item", "texts")  # other judges read no user vectors
+    asked = stage.judge_kind.next_item  # other judges read no user vectors
     held_out = _held_out(recipe, stage)
     trained = load_model(pretrained, dataset, held_out, same_users=asked, adapter=adapter)
     config = trained.config  # a stage may have another dropout, and patches
@@ -225,7 +225,7 @@ def _say_other_protocol(model: UserModel | TextModel, recipe: Recipe) -> None:
 
 def _held_out(recipe: Recipe, stage: Stage) -> Users | None:
     """The users that a stage is tested on, where these are not trained on."""
-    return recipe.users if stage.judge in ("attributes", "friends") else None
+    return recipe.users if stage.judge_kind.held_out else None
 
 
 _CHOICES = re.compile(

@@ -11,7 +11,10 @@ from builders import dataset_of, lists_of, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastrec.data.dataset import SequenceDataset
+from fastrec.data.prepare import prepare
 from fastrec.data.splits import boundaries
+from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.config import Users
 from fastrec.training.stage_data import held_out_users, select_users, stage_data
 
@@ -113,6 +116,23 @@ def test_who_is_trained_and_who_is_judged():
     none = with_splits(sequences, [[3, 3], [3, 3], [3, 3], [1, 1], [2, 2]])
     with pytest.raises(ValueError, match="no user has a validation target and an event before it"):
         stage_data(none, recipe(), recipe().stage("pretraining"))
+
+
+def test_profiles_are_learnt_from_users_of_one_event_too(tmp_path):
+    """Nothing is held out of a sequence where users are."""
+    lengths = [6] * 20 + [1, 2] * 5
+    rows = "".join(f"{u},{(u + k) % 9},{k}\n" for u, n in enumerate(lengths) for k in range(n))
+    (tmp_path / "log.csv").write_text(f"user_id,item_id,timestamp\n{rows}")
+    profiles = "".join(f"{u},{'fm'[u % 2]}\n" for u in range(30))
+    (tmp_path / "users.csv").write_text(f"user_id,gender\n{profiles}")
+    source, users = tmp_path / "log.csv", tmp_path / "users.csv"
+    prepare(source, tmp_path / "data", user_attributes=users, time_unit="s", format="table")
+    dataset = SequenceDataset.load(tmp_path / "data")
+    chosen = recipe(objectives={"p": UserAttributes()}, judge="attributes", monitor=None)
+    data = stage_data(dataset, chosen, chosen.stage("pretraining"))
+    assert len(data.judge) == 2 and len(data.users) == 28
+    short = [user for user, length in enumerate(dataset.lengths) if length < 3]
+    assert len(short) == 10 and set(short) < set(data.users.tolist())
 
 
 def test_the_training_split_counts_training_events_alone():

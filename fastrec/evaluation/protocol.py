@@ -10,9 +10,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from fastrec.data.settings import check_choices, from_values
+from fastrec.evaluation.judges import JUDGES
 
-RANKING = {"next_item", "texts", "click"}  # the judges that read what ranks items
-ELSEWHERE = ("friend_negatives", "seed")  # what others read
+ELSEWHERE = ("friend_negatives", "seed")  # what judges read that rank no items
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Protocol:
         """Raise ValueError for a key that none of the judges of a recipe reads."""
         if judges and self.friend_negatives is not None and "friends" not in judges:
             raise ValueError("evaluation.friend_negatives has no effect: no stage judges friends")
-        if judges and not judges & RANKING:
+        if judges and not any(JUDGES[name].ranks_items for name in judges):
             for key in fields(self):
                 default = key.default if key.default_factory is MISSING else key.default_factory()
                 if key.name not in ELSEWHERE and getattr(self, key.name) != default:

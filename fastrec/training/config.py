@@ -96,7 +96,7 @@ class Recipe:
                 "attributes has no effect: no stage predicts them or compares users by them"
             )
         self.evaluation.check_used(judges)
-        drawn = self.users.fraction < 1 or judges & {"attributes", "friends"}
+        drawn = self.users.fraction < 1 or any(s.judge_kind.held_out for s in stages.values())
         if stages and self.users.seed and not drawn:
             raise ValueError("users.seed has no effect: users.fraction is 1")
         if stages and self.cold_items != ColdItems() and "cold_start" not in judges:

@@ -59,25 +59,22 @@ def evaluate_stage(
         item_id (the target) and rank, a row for each target.
     group: a process group: its processes share the users, and all of them return the metrics.
     """
-    if stage.judge in ("next_item", "texts"):
+    kind = stage.judge_kind
+    if kind.next_item:
         return _next_item(dataset, recipe, model, split, ranks, group)
     if isinstance(model, TextModel):
         raise ValueError(f"{folder} reads the texts of items: {stage.judge} is not asked of it")
-    if stage.judge == "cold_start":
+    if kind.rows:
         return _cold_start(dataset, recipe, stage, model, folder, split, ranks, group)
     if ranks is not None:
         raise ValueError(f"--ranks has no effect: this stage judges {stage.judge}")
-    if stage.judge == "vectors":
-        return _vectors(dataset, recipe, stage, model, folder, split, group)
-    if stage.judge == "rating":
-        return _rating(dataset, recipe, stage, model, folder, split, group)
-    if stage.judge == "click":
-        return _click(dataset, recipe, stage, model, folder, split, group)
-    if split != "test":
+    if kind.held_out and split != "test":
         raise ValueError(f"--split {split} has no effect: this stage judges {stage.judge}")
-    if stage.judge == "attributes":
-        return _attributes(dataset, recipe, model, folder, group)
-    return _friends(dataset, recipe, stage, model, folder, group)
+    printed = {
+        "vectors": _vectors, "rating": _rating, "click": _click, "attributes": _attributes,
+        "friends": _friends,
+    }  # fmt: skip
+    return printed[stage.judge](dataset, recipe, stage, model, folder, split, group)
 
 
 def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None, group) -> dict:
@@ -237,7 +234,9 @@ def _click(
     return {"split": split, **size, "metrics": rows}
 
 
-def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path, group) -> dict:
+def _attributes(
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
+) -> dict:
     users, side = held_out_users(dataset, recipe.users), side_data(dataset, recipe)
     scales = saved_scales(folder).get("user_attributes")
     if not scales:
@@ -256,7 +255,9 @@ def _attributes(dataset, recipe: Recipe, model: UserModel, folder: Path, group) 
     return {"users": len(users), "metrics": rows}
 
 
-def _friends(dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, group) -> dict:
+def _friends(
+    dataset, recipe: Recipe, stage: Stage, model: UserModel, folder: Path, split: str, group
+) -> dict:
     users, evaluation = held_out_users(dataset, recipe.users), recipe.evaluation
     others = evaluation.other_friends
     judge = FriendsJudge(dataset, users, "all", others, evaluation.seed)

@@ -10,6 +10,7 @@ import torch
 
 from fastrec.data.loader import SequenceLoader
 from fastrec.evaluation.blocks import Block, gathered, own_blocks
+from fastrec.evaluation.judges import Judge
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, of_all_ranks, total_loss
 from fastrec.random import Rng
@@ -21,12 +22,10 @@ from fastrec.training.stage import Stage
 class StageModule(lightning.LightningModule):
     """Trains `model` and the heads of `objective` for one stage.
 
-    judge: has `len()`, `score(model, objective, rows)`, a tensor for a slice of its rows,
-        `metrics(scores, objective)`, a dict of numbers from the scores of all rows, and their
-        `metric_names`.
+    judge: asked in every validation.
     folder: of the run, for what a checkpoint has beside its file.
 
-    Raises ValueError if what the stage monitors is none of these, nor "steps".
+    Raises ValueError if what the stage monitors is no metric of the judge, nor "steps".
 
     Batch, views and dropout of a step depend on (seed of the loader, global step) only, so a
     resumed run repeats the interrupted one bit for bit without saving any generator state.
@@ -38,7 +37,7 @@ class StageModule(lightning.LightningModule):
         objective: JointObjective,
         stage: Stage,
         loader: SequenceLoader,
-        judge,
+        judge: Judge,
         folder: Path = Path(),
     ):
         super().__init__()

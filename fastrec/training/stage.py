@@ -15,6 +15,7 @@ from fastrec.data.steps.parts import Step
 from fastrec.data.steps.same_target import SameTarget
 from fastrec.data.steps.substitute import Substitute
 from fastrec.data.views import parts_of
+from fastrec.evaluation.judges import JUDGES, JudgeKind, JudgeName
 from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.transfer import PARTS
 from fastrec.objectives.click import Click
@@ -152,9 +153,7 @@ class Stage:
 
     views: dict[str, list[Step]] = field(default_factory=dict)
     objectives: Objectives = field(default_factory=Objectives)
-    judge: Literal[
-        "next_item", "attributes", "friends", "vectors", "cold_start", "rating", "texts", "click"
-    ] = "next_item"
+    judge: JudgeName = "next_item"
     init: Init = field(default_factory=Init)
     tables: Tables = field(default_factory=Tables)
     filler: str | None = None
@@ -192,10 +191,11 @@ class Stage:
         if self.validate_users is not None:
             if self.validate_users < 1:
                 raise ValueError(f"validate_users must be at least 1, got {self.validate_users}")
-            if self.judge in ("attributes", "friends", "cold_start"):
+            if self.judge_kind.held_out or self.judge_kind.rows:
                 raise ValueError(f"validate_users has no effect on the judge {self.judge}")
-        if self.judge == "rating" and self.monitor in ("RMSE", "MAE"):
-            raise ValueError(f"monitor {self.monitor}: the largest would be kept; score is 1 - MSE")
+        if self.monitor in self.judge_kind.errors:
+            best = self.judge_kind.monitor
+            raise ValueError(f"monitor {self.monitor}: the largest would be kept; use {best}")
         if self.monitor == "steps" and self.patience not in (0, Stage.patience):
             raise ValueError("patience has no effect: with monitor: steps nothing stops early")
         if self.dropout is not None and not 0 <= self.dropout < 1:
@@ -293,11 +293,12 @@ class Stage:
         described = any(isinstance(part, UserAttributes) for part in objectives)
         described |= self._compares_profiles or any(part.same_profile for part in friends)
         read = {
-            "users.parquet": described or self.judge == "attributes",
+            "users.parquet": described,
             "items.parquet": any(isinstance(part, ItemAttributes) for part in objectives),
-            "relations.parquet": bool(friends) or self.judge == "friends",
+            "relations.parquet": bool(friends),
         }
-        return {file for file, is_read in read.items() if is_read}
+        file = self.judge_kind.side_file
+        return {name for name, is_read in read.items() if is_read or name == file}
 
     @property
     def _compares_profiles(self) -> bool:
@@ -311,12 +312,12 @@ class Stage:
         return min(self.validate_every, self.steps)
 
     @property
+    def judge_kind(self) -> JudgeKind:
+        return JUDGES[self.judge]
+
+    @property
     def monitored(self) -> str:
-        defaults = {
-            "next_item": "NDCG@10", "friends": "accuracy", "cold_start": "MRR@10", "vectors": "MRR",
-            "texts": "NDCG@10", "click": "AUC",
-        }  # fmt: skip
-        return self.monitor or defaults.get(self.judge, "score")
+        return self.monitor or self.judge_kind.monitor
 
 
 # The names of its keys.

@@ -13,6 +13,7 @@ from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.click import ClickJudge
 from fastrec.evaluation.cold_start import ColdStartJudge
 from fastrec.evaluation.friends import FriendsJudge
+from fastrec.evaluation.judges import Judge
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.rating import RatingJudge
 from fastrec.evaluation.texts import TextJudge
@@ -24,20 +25,11 @@ from fastrec.training.stage import Stage
 @dataclass(frozen=True)
 class StageData:
     """users: int64, that are trained, ascending; of cold start rows, see `ColdRows`. side: what
-    steps and objectives may know of them. judge: of the validation, see `StageModule`."""
+    steps and objectives may know of them. judge: of the validation."""
 
     users: Tensor
     side: SideData
-    judge: (
-        NextItemJudge
-        | AttributesJudge
-        | FriendsJudge
-        | VectorsJudge
-        | ColdStartJudge
-        | RatingJudge
-        | TextJudge
-        | ClickJudge
-    )
+    judge: Judge
 
     @property
     def people(self) -> Tensor:
@@ -129,43 +121,41 @@ def stage_data(dataset, recipe: Recipe, stage: Stage) -> StageData:
         of = "" if recipe.users.fraction >= 1 else f" of users.fraction {recipe.users.fraction}"
         raise ValueError(f"no user{of} has {what}: there is nothing to validate on")
     chosen = select_users(dataset, recipe.users, "train")
-    judged = _validation_users(chosen, recipe.users, max(1, len(chosen) // 10))
-    if stage.judge in ("next_item", "vectors", "rating", "texts", "click"):
-        users = labelled = trained_users(dataset, recipe.users)
-        if recipe.users.fraction < 1.0:
-            labelled = users[~torch.isin(users, judged)]
-    else:
-        users = labelled = chosen[~torch.isin(chosen, judged)]
+    tenth = _validation_users(chosen, recipe.users, max(1, len(chosen) // 10))
+    users = labelled = trained_users(dataset, recipe.users)
+    if stage.judge_kind.held_out or recipe.users.fraction < 1.0:
+        labelled = users[~torch.isin(users, tenth)]
+    if stage.judge_kind.held_out:
+        users = labelled
     if stage.validate_users is not None:
         selected = _validation_users(selected, recipe.users, stage.validate_users)
     side = side_data(dataset, recipe, labelled)
     side.event_columns = stage.event_columns(recipe.model.event_columns)
-    judge: (
-        NextItemJudge
-        | AttributesJudge
-        | FriendsJudge
-        | VectorsJudge
-        | RatingJudge
-        | TextJudge
-        | ClickJudge
-    )
-    if stage.judge == "next_item":
-        judge = NextItemJudge(dataset, selected, "valid", recipe.evaluation)
-    elif stage.judge == "vectors":
-        judge = VectorsJudge(dataset, selected, "valid")
-    elif stage.judge == "rating":
-        judge = RatingJudge(dataset, selected, "valid", users)
-    elif stage.judge == "click":
-        how, least = recipe.evaluation, stage.least_click
-        judge = ClickJudge(dataset, selected, "valid", how, least, users)
-    elif stage.judge == "texts":
-        judge = TextJudge(dataset, selected, "valid", recipe.evaluation)
-    elif stage.judge == "attributes":
-        judge = AttributesJudge(dataset, judged, "train", side.encoded, users)
-    else:
-        how = recipe.evaluation
-        judge = FriendsJudge(dataset, judged, "train", how.other_friends, how.seed)
-    return StageData(users, side, judge)
+    asked = tenth if stage.judge_kind.held_out else selected
+    return StageData(users, side, _judge(dataset, recipe, stage, asked, users, side))
+
+
+def _judge(
+    dataset, recipe: Recipe, stage: Stage, asked: Tensor, trained: Tensor, side: SideData
+) -> Judge:
+    """The judge of a stage, but for cold start. asked, trained: int64, users."""
+    how = recipe.evaluation
+    match stage.judge:
+        case "next_item":
+            return NextItemJudge(dataset, asked, "valid", how)
+        case "texts":
+            return TextJudge(dataset, asked, "valid", how)
+        case "vectors":
+            return VectorsJudge(dataset, asked, "valid")
+        case "rating":
+            return RatingJudge(dataset, asked, "valid", trained)
+        case "click":
+            return ClickJudge(dataset, asked, "valid", how, stage.least_click, trained)
+        case "attributes":
+            return AttributesJudge(dataset, asked, "train", side.encoded, trained)
+        case "friends":
+            return FriendsJudge(dataset, asked, "train", how.other_friends, how.seed)
+    raise AssertionError(f"{stage.judge} is no judge of users")
 
 
 def cold_side(rows: ColdRows, recipe: Recipe) -> SideData:
