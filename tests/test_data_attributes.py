@@ -94,6 +94,7 @@ def test_equal_profiles_have_equal_ids():
     [
         (Attribute("b"), [1, 2], r"column 'b': column is missing; the attributes are \['a'\]"),
         (Attribute("a"), [1.0, 1.0], "is constant for all training users"),
+        (Attribute("a"), [0.1] * 50, "is constant for all training users"),  # std() is 2.8e-17
         (Attribute("a"), [None, None, 1.0], "is missing for all training users"),
         (Attribute("a"), [1.0, float("inf")], "row 2: inf is not finite"),
         (Attribute("a", log=True), [0, -3], r"row 2: log\(1 \+ -3\) is not finite"),

@@ -126,6 +126,10 @@ def test_a_stage_that_fills_says_what_it_lacks(folder, tmp_path):
         main(["pretrain", *flags])
     with pytest.raises(SystemExit, match="nowhere holds no fastrec model"):
         main(["pretrain", *flags, "--pretraining.filler=nowhere"])
+    main(["pretrain", "--config=clue", f"--data={folder / 'data'}", *SMALL,
+          f"--output={tmp_path / 'vectors'}", *short("pretraining", 2)])  # fmt: skip
+    with pytest.raises(SystemExit, match="vectors.* cannot be asked about items: .*scores no next"):
+        main(["pretrain", *flags, f"--pretraining.filler={tmp_path / 'vectors' / 'model'}"])
     main(["pretrain", "--config=sasrec", f"--data={folder / 'data'}", *SMALL,
           f"--output={tmp_path / 'causal'}", *short("pretraining", 2)])  # fmt: skip
     with pytest.raises(

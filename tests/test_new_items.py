@@ -131,7 +131,33 @@ def test_a_trained_model_goes_on_with_the_items_of_tomorrow(tmp_path):
     assert set(best["item_id"]) <= set(after)
     (folder / "items.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"items\.npy is missing"):
-        for_items_of(model, folder, tomorrow)
+        fastrec.load_model(folder, tomorrow)
+
+
+def test_a_model_that_python_has_saved_finds_its_items(tmp_path):
+    """`save_pretrained` keeps what `fit` has told of the model, and what is made of one goes on
+    knowing it."""
+    today = prepared(log(60, 0, 30), tmp_path / "today")
+    renamed = log(60, 0, 30).with_columns(polars.col("item_id").replace({"i0": "j0"}))
+    others = log(60, 0, 30).with_columns(polars.col("item_id").str.replace("i", "k"))
+    stage = dict(steps=2, validate_every=2, warmup_steps=1, users={"fraction": 0.5})
+    recipe = fastrec.Recipe.load("sasrec", model={"width": 8, "max_len": 6}, **stage)
+    model = fastrec.fit(today, recipe=recipe, output=tmp_path / "run", progress=False)
+    model.save_pretrained(tmp_path / "saved")
+    kept = tmp_path / "run" / "model"
+    for name in ("trained_on.json", "recipe.json", "items.npy", "users.npy"):
+        assert (tmp_path / "saved" / name).read_bytes() == (kept / name).read_bytes(), name
+    dataset = prepared(renamed, tmp_path / "renamed")
+    with pytest.warns(UserWarning, match="1 of the 30 items"):
+        first, second = (fastrec.load_model(each, dataset) for each in (kept, tmp_path / "saved"))
+    assert torch.equal(first.item_table, second.item_table)
+    assert not torch.equal(first.item_table, model.item_table)
+    first.save_pretrained(tmp_path / "grown")
+    again = fastrec.load_model(tmp_path / "grown", dataset)
+    assert torch.equal(again.item_table, first.item_table)
+    assert np.array_equal(again.seen_users, model.seen_users) and len(model.seen_users) == 30
+    with pytest.raises(ValueError, match="it knows none of"):
+        fastrec.load_model(tmp_path / "saved", prepared(others, tmp_path / "others"))
 
 
 def test_a_catalogue_goes_on(tmp_path, capsys):

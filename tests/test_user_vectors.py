@@ -244,6 +244,11 @@ def test_a_data_set_of_other_users_is_refused():
     with pytest.raises(ValueError, match=message):
         started_model(dataset, model.config, model, Init())
     assert len(model.inputs(dataset, [0], "test")) == 1  # states need no vector of a user
+    model = with_vectors(users=6, **CAUSAL)
+    model.inputs(dataset, [0], "test", ask=True)
+    dataset.__dict__["users_hash"], model.trained_on["users"] = "these", "six others"
+    with pytest.raises(ValueError, match="the model has vectors of other users, or in another"):
+        model.inputs(dataset, [0], "test", ask=True)
 
 
 def test_vectors_are_taken_over_for_the_same_users():

@@ -4,7 +4,9 @@
 config.json         settings of the model
 model.safetensors   its weights
 tokenizer.json      of one that reads the texts of items
-heads.safetensors, trained_on.json, items.npy, users.npy, recipe.json   of one that `fit` trained
+trained_on.json, recipe.json, items.npy, users.npy   of one that `fit` trained: hashes of the ids of
+                    its items, and of the users that it has seen
+heads.safetensors   parameters of its objectives, in the folder that `fit` writes
 digests.json        a digest of each, written last
 
 Those of an adapter, which has no weights of its own, are in `training.adapters`.
@@ -16,6 +18,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from fastrec.data.dataset_files import digest
@@ -31,14 +34,51 @@ NAMES = (CONFIG, WEIGHTS, HEADS, TRAINED_ON, ITEMS, USERS, RECIPE, TOKENIZER)
 DIGESTS = "digests.json"
 
 
-def write_model(folder: Path, config: dict, weights: Mapping[str, Tensor]) -> None:
-    """Write a model into `folder`. What belongs to an earlier one there goes."""
+def write_model(
+    folder: Path,
+    config: dict,
+    weights: Mapping[str, Tensor],
+    told: Mapping[str, dict | str | np.ndarray | None],
+) -> None:
+    """Write a model into `folder`. What belongs to an earlier one there goes. told: JSON objects,
+    texts and hashes by the name of their file; None: it has none."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in NAMES[2:]:
         (folder / name).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS, weights)
-    write_text(folder / CONFIG, json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+    write_json(folder / CONFIG, {"format": FORMAT, **config})
+    for name, what in told.items():
+        if isinstance(what, np.ndarray):
+            write_hashes(folder / name, what)
+        elif isinstance(what, str):
+            write_text(folder / name, what)
+        elif what is not None:
+            write_json(folder / name, what)
     write_digests(folder)
+
+
+def write_json(file: Path, values: dict) -> None:
+    write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def write_hashes(file: Path, hashes: np.ndarray) -> None:
+    with new_file(file) as work:
+        np.save(work, hashes)
+
+
+def read_hashes(folder: Path, name: str) -> np.ndarray | None:
+    """uint64 [N] in a file of a model, see `checked`; None where it is not there. Raises ValueError
+    that names the file."""
+    file = checked(folder, name)
+    if not file.is_file():
+        return None
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is no list of hashes: {error}") from error
+    if found.dtype != np.dtype("<u8") or found.ndim != 1:
+        raise ValueError(f"{file} is no list of hashes: {found.dtype} {list(found.shape)}")
+    return found
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata=None) -> None:
@@ -54,7 +94,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata=None) -> N
 def write_digests(folder: Path) -> None:
     names = [*NAMES, ADAPTER, ADAPTER_WEIGHTS]
     digests = {name: digest(folder / name) for name in names if (folder / name).is_file()}
-    write_text(folder / DIGESTS, json.dumps(digests, indent=2) + "\n")
+    write_json(folder / DIGESTS, digests)
 
 
 def checked(folder: Path, name: str) -> Path:

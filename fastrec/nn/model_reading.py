@@ -11,15 +11,18 @@ from fastrec.nn.model_config import check_sizes, config_of, parameters
 from fastrec.nn.model_files import (
     ADAPTER,
     CONFIG,
+    ITEMS,
     NAMES,
     RECIPE,
     TOKENIZER,
     TRAINED_ON,
+    USERS,
     WEIGHTS,
     check_format,
     check_like,
     checked,
     count_numbers,
+    read_hashes,
     read_json,
     read_tensors,
 )
@@ -50,6 +53,7 @@ def read_model(kind: "type[UserModel]", path: Path, encoder: Any = None) -> "Use
     model.load_state_dict(state)
     model.trained_on = _told(path / TRAINED_ON) or {}
     model.recipe = _told(path / RECIPE)
+    model.known_items, model.seen_users = read_hashes(path, ITEMS), read_hashes(path, USERS)
     if model.texts is not None:
         if not (path / TOKENIZER).is_file():
             raise FileNotFoundError(f"{path / TOKENIZER} is missing")

@@ -41,6 +41,7 @@ class TextModel:
         self.model, self.texts = model, texts
         self.num_items, self.config = texts.dataset.num_items, model.config
         self.trained_on, self.recipe = model.trained_on, model.recipe
+        self.seen_users = model.seen_users
 
     @property
     def device(self) -> torch.device:

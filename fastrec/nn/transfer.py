@@ -88,7 +88,8 @@ def with_items(
     features = unknown_features(config.items, len(rows), sizes)
     features |= {name: part for name, part in (vectors or {}).items() if name in sizes}
     made = UserModel(len(rows), config, model.num_users, features).to(rows.device)
-    made.recipe = model.recipe
+    made.recipe, made.seen_users = model.recipe, model.seen_users
+    made.trained_on = {name: said for name, said in model.trained_on.items() if name != "items"}
     nearest = None if like is None else _shares(like, rows)
     before, state = model.state_dict(), made.state_dict()
     for name, tensor in state.items():

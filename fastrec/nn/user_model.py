@@ -9,19 +9,19 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import SPECIAL_TOKENS, JaggedBatch, framed, from_sequences
 from fastrec.data.item_texts import Texts
-from fastrec.data.output import write_text
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.heads import ItemHead
 from fastrec.nn.init import init_bert
 from fastrec.nn.items import ItemFeatures, ItemInput
 from fastrec.nn.model_config import ModelConfig, described
-from fastrec.nn.model_files import TOKENIZER, write_digests, write_model
+from fastrec.nn.model_files import ITEMS, RECIPE, TOKENIZER, TRAINED_ON, USERS, write_model
 from fastrec.nn.model_reading import read_model
 from fastrec.nn.plain import embedding_table, first_rows
 from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
@@ -60,9 +60,12 @@ class UserModel(nn.Module):
                 f" {num_users}"
             )
         self.num_items, self.config = num_items, config
-        # Of a model that `fit` has trained: what it was trained on and by, as its folder says.
+        # Of a model that `fit` has trained: what it was trained on and by, and hashes of the ids of
+        # its items and of the users that it has seen.
         self.trained_on: dict[str, Any] = {}
         self.recipe: dict[str, Any] | None = None
+        self.known_items: np.ndarray | None = None
+        self.seen_users: np.ndarray | None = None
         # Of one whose items are tokens of texts, see `data.item_texts`: how these are made, and
         # JSON of `tokenizers`.
         self.texts: Texts | None = None
@@ -163,10 +166,18 @@ class UserModel(nn.Module):
 
     def check_users(self, dataset) -> None:
         """Raise ValueError for a data set that cannot be that of this model's user vectors."""
-        if self.num_users and dataset.num_users != self.num_users:
+        if not self.num_users:
+            return
+        if dataset.num_users != self.num_users:
             raise ValueError(
                 f"the model has vectors of {self.num_users} users, {dataset.path} has"
                 f" {dataset.num_users}: they are of other users"
+            )
+        known = self.trained_on.get("users")
+        if known is not None and known != dataset.users_hash:
+            raise ValueError(
+                "the model has vectors of other users, or in another order, than"
+                f" {dataset.path} has"
             )
 
     @property
@@ -307,9 +318,9 @@ class UserModel(nn.Module):
         return self.item_head.with_users(states, users)
 
     def save_pretrained(self, path: Path | str, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write `model.safetensors`, `config.json`, `digests.json` and, of a model that has one,
-        `tokenizer.json` into the folder `path`. state: the weights, of a model whose own are
-        spread over processes."""
+        """Write the model into the folder `path`, with what it knows of its training, but not the
+        parameters of its objectives: see `nn.model_files`. state: the weights, of a model whose
+        own are spread over processes."""
         config: dict[str, Any] = {"num_items": self.num_items, **described(self.config)}
         if self.num_users:
             config["num_users"] = self.num_users
@@ -319,10 +330,14 @@ class UserModel(nn.Module):
             config["item_vectors"] = sizes
         if self.texts is not None:
             config["texts"] = asdict(self.texts)
-        write_model(Path(path), config, self.state_dict() if state is None else state)
-        if self.tokenizer is not None:
-            write_text(Path(path) / TOKENIZER, self.tokenizer)
-            write_digests(Path(path))
+        told = {
+            TOKENIZER: self.tokenizer,
+            TRAINED_ON: self.trained_on or None,
+            RECIPE: self.recipe,
+            ITEMS: self.known_items,
+            USERS: self.seen_users,
+        }
+        write_model(Path(path), config, self.state_dict() if state is None else state, told)
 
     @classmethod
     def from_pretrained(cls, path: Path | str, encoder: Any = None) -> "UserModel":

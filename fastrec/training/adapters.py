@@ -36,9 +36,11 @@ from fastrec.nn.model_files import (
     USERS,
     check_like,
     checked,
+    read_hashes,
     read_json,
     read_tensors,
     write_digests,
+    write_hashes,
     write_tensors,
 )
 from fastrec.nn.user_model import UserModel
@@ -101,10 +103,9 @@ def save_adapter(
         for name in (HEADS, TRAINED_ON, RECIPE):
             if checked(pretrained, name).is_file():
                 shutil.copyfile(pretrained / name, work / name)
-        seen = [checked(each, USERS) for each in (pretrained, base)]
-        if all(file.is_file() for file in seen):
-            here, there = (np.load(file, allow_pickle=False) for file in seen)
-            np.save(work / USERS, np.setdiff1d(here, there))
+        here, there = (read_hashes(each, USERS) for each in (pretrained, base))
+        if here is not None and there is not None:
+            write_hashes(work / USERS, np.setdiff1d(here, there))
         write_digests(work)
     whole = sum(part.numel() for part in [*model.parameters(), *trained.values()])
     return told.tensors | {name: list(part.shape) for name, part in trained.items()}, whole
@@ -147,6 +148,9 @@ def with_adapter(model: UserModel, folder: Path | str) -> UserModel:
     trained_on, recipe = (checked(folder, name) for name in (TRAINED_ON, RECIPE))
     made.trained_on = (read_json(trained_on) if trained_on.is_file() else {}) | items
     made.recipe = read_json(recipe) if recipe.is_file() else None
+    more, made.known_items = read_hashes(folder, USERS), model.known_items
+    if more is not None and model.seen_users is not None:
+        made.seen_users = np.union1d(model.seen_users, more)
     return made
 
 

@@ -227,14 +227,14 @@ def _fit(
         trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
     trained_on["scores_items"] = scores_items(current, initial, kept)
-    seen = seen_by_run(dataset, data.people, recipe, current, initial, initial_folder, kept)
-    items, described = hashes(dataset.item_ids()), plain(recipe)
+    trained.seen_users = seen_by_run(dataset, data.people, recipe, current, initial, kept)
+    trained.known_items, trained.recipe = hashes(dataset.item_ids()), plain(recipe)
 
     def save(steps: int) -> None:
+        trained.trained_on = {**trained_on, "steps": steps}
         with whole_state(trained, output) as state:
             if first_process():
-                said = {**trained_on, "steps": steps}
-                save_model(output / MODEL, trained, objective, said, described, items, seen, state)
+                save_model(output / MODEL, trained, objective, state)
 
     keep = KeepBest(save)
     output.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def _fit(
     begun = {**run, "init": start}
     trainer = trainer_of(output, begun, current, keep, str(data), around, where)
     for logger in trainer.loggers:
-        logger.log_hyperparams(flat(described))
+        logger.log_hyperparams(flat(trained.recipe))
     parameters = trained_share(trained, objective)
     began, worked = time.perf_counter(), time.process_time()
     if initial is not None and not resume:

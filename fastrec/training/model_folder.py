@@ -3,9 +3,8 @@
 its table means, the users that it has seen, and the recipe."""
 
 import hashlib
-import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.item_categories import item_categories
 from fastrec.data.item_texts import TextData
 from fastrec.data.item_vectors import item_vectors
-from fastrec.data.output import replaced_folder, write_text
+from fastrec.data.output import replaced_folder
 from fastrec.nn.model_files import (
     ITEMS,
-    RECIPE,
     TRAINED_ON,
     USERS,
     checked,
+    read_hashes,
     read_json,
     write_digests,
 )
@@ -43,30 +42,18 @@ def save_model(
     folder: Path,
     model: UserModel,
     objective: JointObjective,
-    trained_on: dict,
-    recipe: dict,
-    items: np.ndarray,
-    seen: np.ndarray | None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model with all that belongs to it; one that is in `folder` is replaced in one step.
-
-    trained_on: see `KEYS`. recipe: as `--config` reads it. items: `hashes` of their original
-    ids. seen: of `seen_users`. state: the weights, where the model has them in part.
-    """
+    """Write a model with the parameters of its objectives; one that is in `folder` is replaced in
+    one step. state: the weights, where the model has them in part."""
     with replaced_folder(folder) as work:
         model.save_pretrained(work, state)
         save_heads(objective, work)
-        write_text(work / TRAINED_ON, json.dumps(trained_on, indent=2) + "\n")
-        write_text(work / RECIPE, json.dumps(recipe, indent=2) + "\n")
-        np.save(work / ITEMS, items)
-        if seen is not None:
-            np.save(work / USERS, seen)
         write_digests(work)
 
 
 def read_trained_on(folder: Path) -> dict:
-    """What `save_model` wrote beside a model; empty for one that was saved otherwise."""
+    """What `fit` has told of a model, see `KEYS`; empty for one that it has not trained."""
     file = checked(folder, TRAINED_ON)
     values = read_json(file) if file.is_file() else {}
     for key, kind in KEYS.items():
@@ -75,17 +62,14 @@ def read_trained_on(folder: Path) -> dict:
     return values
 
 
-def seen_users(dataset, users: Tensor, earlier: Iterable[Path | None]) -> np.ndarray | None:
-    """Whom a model has seen that is trained on `users`, after models in the folders `earlier`:
+def seen_users(dataset, users: Tensor, earlier: list[np.ndarray | None]) -> np.ndarray | None:
+    """Whom a model has seen that is trained on `users`, after models that have seen `earlier`:
     uint64, ascending, a hash of each original id, so that a user is the same in every data set.
     None where an earlier model does not say it."""
-    parts = [hashes(dataset.user_ids()[users.numpy()])]
-    for folder in earlier:
-        known = None if folder is None else read_seen(folder)
-        if known is None:
-            return None
-        parts.append(known)
-    return np.unique(np.concatenate(parts))
+    known = [part for part in earlier if part is not None]
+    if len(known) < len(earlier):
+        return None
+    return np.unique(np.concatenate([hashes(dataset.user_ids()[users.numpy()]), *known]))
 
 
 def hashes(ids: np.ndarray) -> np.ndarray:
@@ -96,20 +80,7 @@ def hashes(ids: np.ndarray) -> np.ndarray:
 
 def read_seen(folder: Path) -> np.ndarray | None:
     """Whom the model in `folder` has seen; None if it does not say it."""
-    return _read_hashes(folder, USERS)
-
-
-def _read_hashes(folder: Path, name: str) -> np.ndarray | None:
-    file = checked(folder, name)
-    if not file.is_file():
-        return None
-    try:
-        found = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is no list of hashes: {error}") from error
-    if found.dtype != np.dtype("<u8") or found.ndim != 1:
-        raise ValueError(f"{file} is no list of hashes: {found.dtype} {list(found.shape)}")
-    return found
+    return read_hashes(folder, USERS)
 
 
 def for_items_of(
@@ -125,7 +96,7 @@ def for_items_of(
     """
     if model.has_items_of(dataset):
         return model
-    known, asked = _read_hashes(folder, ITEMS), hashes(dataset.item_ids())
+    known, asked = model.known_items, hashes(dataset.item_ids())
     if known is None:
         raise ValueError(
             f"{folder} was trained on other items, or in another order, than {dataset.path} has"
@@ -175,7 +146,7 @@ def for_items_of(
             stacklevel=2,
         )
     grown = with_items(model, torch.from_numpy(rows), found, like)
-    grown.trained_on = model.trained_on | {"items": dataset.items_hash}
+    grown.trained_on["items"], grown.known_items = dataset.items_hash, asked
     return grown
 
 

@@ -14,6 +14,7 @@ import torch
 from fastrec.data.item_categories import Categories
 from fastrec.data.item_texts import TextData, Texts
 from fastrec.data.similar_items import most_similar
+from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
 from fastrec.nn.items import ItemFeatures, item_features
@@ -27,7 +28,7 @@ from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, ItemPrediction
 from fastrec.training.config import Recipe, check_stage
-from fastrec.training.model_folder import load_model, read_trained_on, seen_users
+from fastrec.training.model_folder import load_model, read_seen, read_trained_on, seen_users
 from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import select_users
 
@@ -66,7 +67,7 @@ def started_model(
 def scores_items(stage: Stage, initial: UserModel | None, kept: Path | None) -> bool:
     """Whether what scores the items of a model is trained: by the stage, or by what it starts from.
     `kept`: see `seen_by_run`."""
-    if stage.judge in ("next_item", "texts") or any(map(_of_items, stage.parts.values())):
+    if stage.judge_kind.next_item or any(map(_of_items, stage.parts.values())):
         return True
     if kept is not None and kept.exists():
         return read_trained_on(kept).get("scores_items", True)
@@ -98,19 +99,19 @@ def seen_by_run(
     recipe: Recipe,
     stage: Stage,
     initial: UserModel | None,
-    initial_folder: Path | None,
     kept: Path | None,
 ) -> np.ndarray | None:
     """Whom a model that is trained on `users` has seen, see `seen_users`. `kept`: of a resumed run,
     the best model so far; it knows what `initial` had seen, which a resumed run may not say."""
     selected = select_users(dataset, recipe.users)
     everyone = torch.cat([users, selected]).unique()
-    earlier: list[Path | None] = []
+    earlier: list[np.ndarray | None] = []
     if kept is not None and kept.exists():
-        earlier.append(kept)
+        earlier.append(read_seen(kept))
     elif initial is not None and stage.init.users == "same":
-        earlier.append(initial_folder)
-    earlier += [Path(asked) for asked in (stage.filler, _similar(stage)) if asked is not None]
+        earlier.append(initial.seen_users)
+    asked = [each for each in (stage.filler, _similar(stage)) if each is not None]
+    earlier += [read_seen(Path(each)) for each in asked]
     return seen_users(dataset, everyone, earlier)
 
 
@@ -127,6 +128,12 @@ def filler_of(dataset, recipe: Recipe, stage: Stage) -> Filler | None:
     model = load_model(stage.filler, dataset, recipe.users, same_users=False)
     if isinstance(model, TextModel):
         raise ValueError(f"{stage.filler} reads the texts of items: it predicts no items")
+    _check_lent(stage.filler, model)
+    there = stage.event_columns(recipe.model.event_columns)
+    if missing := [name for name in model.event_columns if name not in there]:
+        raise ValueError(
+            f"filler {stage.filler} reads {missing[0]}, which no part of this stage does"
+        )
     return Filler(model)
 
 
@@ -138,7 +145,15 @@ def similar_of(dataset, recipe: Recipe, stage: Stage) -> Callable[..., torch.Ten
     model = load_model(stage.similar.model, dataset, recipe.users, same_users=False)
     if isinstance(model, TextModel):
         raise ValueError(f"{stage.similar.model} reads the texts of items: they have no vectors")
+    _check_lent(stage.similar.model, model)
     return SimilarItems(model, stage.similar.users)
+
+
+def _check_lent(folder: str, model: UserModel) -> None:
+    try:
+        check_scores(model)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be asked about items: {error}") from error
 
 
 def _similar(stage: Stage) -> str | None:
