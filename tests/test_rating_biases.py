@@ -16,7 +16,7 @@ from fastrec.data.steps.mask_rating import TARGET, MaskRating
 from fastrec.evaluation.rating import RatingJudge
 from fastrec.nn.model_files import write_digests
 from fastrec.objectives.joint import JointObjective
-from fastrec.objectives.rating import Rating
+from fastrec.objectives.rating import Rating, RatingBiases, RatingPrediction
 from fastrec.random import Rng
 from fastrec.training.heads_file import load_heads, save_heads
 
@@ -137,6 +137,13 @@ def test_a_model_keeps_its_biases_and_another_catalogue_has_its_own(tmp_path):
     batch = model.frame(batch_of(dataset))
     found = (part.parts["rating"].predict(model.encode(batch)) for part in (saved, again))
     assert torch.equal(*found)
+    fewer = RatingBiases(5.0, 3.0, torch.zeros(V - 1), torch.zeros(V - 1))
+    head = RatingPrediction(model.config.width, biases=fewer)
+    own = JointObjective({"rating": Rating(biases=5.0)}, model, side)
+    own.parts["rating"] = head
+    load_heads(own, tmp_path)
+    assert torch.equal(head.linear.weight, saved.parts["rating"].linear.weight)
+    assert len(head.biases.totals) == V - 1 and not head.biases.totals.any()
     for settings in (Rating(), Rating(biases=4.0)):
         with pytest.raises(ValueError, match="it was trained to predict .*'biases': 5.0"):
             load_heads(JointObjective({"rating": settings}, model, side), tmp_path)

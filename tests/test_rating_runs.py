@@ -29,6 +29,7 @@ from fastrec.objectives.parts import Objectives
 from fastrec.objectives.rating import Rating
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
+from fastrec.training.heads_file import load_heads, save_heads
 from fastrec.training.stage import Stage
 from fastrec.training.sweep import sweep
 
@@ -115,6 +116,23 @@ def data(tmp_path_factory):
 
 SMALL = ["--model.width=16", "--pretraining.steps=120", "--pretraining.validate_every=40",
          "--pretraining.learning_rate=0.01", "--pretraining.batch_size=64"]  # fmt: skip
+
+
+def test_vectors_of_items_belong_to_their_items(tmp_path):
+    """DACF has one for each item beside the model: of others, or in another order, they would be
+    somebody else's."""
+    dataset, model = rated(), rating_model()
+    other = replace(dataset)
+    other.__dict__["items_hash"] = "the same in another order"
+    one, two = (
+        JointObjective({"rating": Rating(by="item")}, model, SideData(each))
+        for each in (dataset, other)
+    )
+    save_heads(one, tmp_path)
+    assert load_heads(one, tmp_path) == ["rating.items.weight"]
+    for only in (None, ["rating"]):
+        with pytest.raises(ValueError, match="it was trained to predict .* another order"):
+            load_heads(two, tmp_path, only)
 
 
 @pytest.mark.parametrize("name", ["bert4rec-rating", "dacf"])

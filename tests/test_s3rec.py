@@ -13,6 +13,8 @@ from builders import Known, dataset_of, jagged, lists_of, loader_of, model_of, s
 from fastrec.data.batch import from_sequences
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.item_categories import CategoryLists, category_lists
+from fastrec.data.prepare import prepare
+from fastrec.data.side import SideData
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.segment import Segment
 from fastrec.nn.encoders.parts import settings_of
@@ -20,10 +22,12 @@ from fastrec.nn.pool import Encoded
 from fastrec.objectives.bpr import bpr
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.item_attributes import ItemAttributePrediction, ItemAttributes
+from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.segments import SegmentPrediction, Segments
 from fastrec.random import Rng, draws
 from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
+from fastrec.training.heads_file import load_heads, save_heads
 
 V = 50
 RNG = Rng(3, 5)
@@ -286,6 +290,34 @@ def test_views_without_what_attributes_read():
     batch.events["target"] = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="one target an event"):
         part(model, RNG, Encoded(batch, torch.zeros(2, 8)))
+
+
+def test_vectors_of_other_attributes_are_not_taken_over(tmp_path):
+    model, side = model_of(num_items=4), SideData(six_users())
+
+    def joint(labels):
+        lists = LISTS._replace(digests={"genre": labels})
+        part = ItemAttributePrediction(ItemAttributes(), lists, 8)
+        return JointObjective({"a": part}, model, side)
+
+    save_heads(joint("one"), tmp_path)
+    assert load_heads(joint("one"), tmp_path, only=["a"])
+    for only in (None, ["a"]):
+        with pytest.raises(ValueError, match="trained to predict .*'one'.*here .*'two'"):
+            load_heads(joint("two"), tmp_path, only=only)
+
+
+def test_a_digest_is_of_the_categories_in_their_order(tmp_path):
+    digests = []
+    for number, genres in enumerate((["a", "b"], ["b", "a"], ["a", "c"])):
+        (tmp_path / f"{number}.csv").write_text("user_id,item_id\n1,x\n1,y\n")
+        rows = "".join(f"{i},{g}\n" for i, g in zip("xy", genres, strict=True))
+        (tmp_path / "items.csv").write_text(f"item_id,genre\n{rows}")
+        source, data = tmp_path / f"{number}.csv", tmp_path / f"data{number}"
+        prepare(source, data, item_attributes=tmp_path / "items.csv", ordered=True)
+        dataset = SequenceDataset.load(data)
+        digests.append(category_lists(dataset, ["genre"]).digests["genre"])
+    assert digests[0] == digests[1] != digests[2]
 
 
 # Bidirectional, then causal

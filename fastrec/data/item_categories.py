@@ -4,6 +4,7 @@
 Legend: V items, K categories of an item at most, C categories of a column, E categories in lists.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,10 +17,11 @@ from fastrec.data.errors import DataError
 
 class Categories(NamedTuple):
     """table: int32 [V, K], the categories of each item in [0, C), -1 where it has fewer than K.
-    classes: C."""
+    classes: C. digest: of what the numbers stand for, the categories in their order."""
 
     table: Tensor
     classes: int
+    digest: str = ""
 
     @classmethod
     def unknown(cls, num_items: int, most: int, classes: int) -> "Categories":
@@ -72,17 +74,20 @@ def item_categories(dataset, most: Mapping[str, int]) -> dict[str, Categories]:
             for each in ("item", "place", "class")
         )
         table[item, place] = index.to(torch.int32)
-        found[name] = Categories(table, int(index.max()) + 1)
+        labels = rows["category"].unique().sort().cast(pl.String)
+        digest = hashlib.sha256("\0".join(labels).encode()).hexdigest()[:16]
+        found[name] = Categories(table, int(index.max()) + 1, digest)
     return found
 
 
 class CategoryLists(NamedTuple):
     """values: int64 [E], the categories in [0, classes) of item v, rising, are those from
-    offsets[v] to offsets[v + 1]; offsets: int64 [V + 1]."""
+    offsets[v] to offsets[v + 1]; offsets: int64 [V + 1]. digests: by column, see `Categories`."""
 
     values: Tensor
     offsets: Tensor
     classes: int
+    digests: Mapping[str, str] = {}
 
 
 def category_lists(dataset, columns: Sequence[str]) -> CategoryLists:
@@ -95,11 +100,12 @@ def category_lists(dataset, columns: Sequence[str]) -> CategoryLists:
         most[name] = 1
         if name in frame.columns and isinstance(frame[name].dtype, pl.List):
             most[name] = max(1, frame[name].list.len().max() or 1)
-    tables, classes = [], 0
-    for found in item_categories(dataset, most).values():
+    tables, classes, digests = [], 0, {}
+    for name, found in item_categories(dataset, most).items():
+        digests[name] = found.digest
         tables.append(torch.where(found.table >= 0, found.table.long() + classes, -1))
         classes += found.classes
     whole = torch.cat(tables, 1)
     table = whole.masked_fill(whole < 0, classes).sort(1).values  # those that are none come last
     known = table < classes
-    return CategoryLists(table[known], offsets_of(known.sum(1)), classes)
+    return CategoryLists(table[known], offsets_of(known.sum(1)), classes, digests)

@@ -80,6 +80,8 @@ class ItemAttributePrediction(nn.Module):
         for name in ("masked", "unmasked"):
             if getattr(settings, name):
                 self.maps[name] = init_bert(nn.Linear(width, width))
+        # What the rows of E stand for, where it is saved.
+        self.scales = [{"name": name, "categories": each} for name, each in lists.digests.items()]
         # Of the data set, not of the model: not saved.
         self.register_buffer("values", lists.values, persistent=False)
         self.register_buffer("offsets", lists.offsets, persistent=False)

@@ -55,12 +55,14 @@ class Rating:
                 "the objective rating needs a model that reads ratings: set model.items.rating, or"
                 " the encoder bag"
             )
-        items = model.num_items if self.by == "item" else None
+        biases, mean, width = None, 0.0, model.config.width
         if self.biases is not None:
             biases = RatingBiases(self.biases, side.mean_rating, *side.rating_deviations)
-            return RatingPrediction(model.config.width, 0.0, items, biases)
-        mean = side.mean_rating if self.by == "state" else 0.0
-        return RatingPrediction(model.config.width, mean, items)
+        elif self.by == "state":
+            mean = side.mean_rating
+        if self.by == "state":
+            return RatingPrediction(width, mean, biases=biases)
+        return RatingPrediction(width, mean, model.num_items, biases, side.dataset.items_hash)
 
 
 class RatingBiases(nn.Module):
@@ -116,6 +118,7 @@ class RatingPrediction(nn.Module):
         mean: rating that the linear layer starts at.
         num_items: V: a vector for each item in place of the linear layer.
         biases: what the states are added to.
+        items_hash: of the original ids, which says whose the vectors are where they are saved.
     """
 
     def __init__(
@@ -124,12 +127,15 @@ class RatingPrediction(nn.Module):
         mean: float = 0.0,
         num_items: int | None = None,
         biases: RatingBiases | None = None,
+        items_hash: str = "",
     ):
         super().__init__()
         self.biases = biases
         self.linear = init_bert(nn.Linear(width, 1)) if num_items is None else None
         self.items = None if num_items is None else init_bert(nn.Embedding(num_items, width))
-        scale: dict[str, str | float] = {"by": "state" if num_items is None else "item"}
+        scale: dict[str, str | float] = {"by": "state"}
+        if num_items is not None:
+            scale = {"by": "item", "items": items_hash}
         self.scales = [scale if biases is None else scale | {"biases": biases.shrinkage}]
         if self.linear is not None:
             nn.init.constant_(self.linear.bias, mean)

@@ -26,7 +26,7 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
     only: take over these objectives, where both sides have them, but for what is counted in the
         data of a stage, their `of_data`; otherwise the file must hold every parameter of
         `objective`, with the same `scales`: the same attributes with the same classes,
-        standardisation and pool.
+        standardisation and pool. What was counted of other items than there are stays.
 
     Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
     """
@@ -36,13 +36,15 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
             return []
         raise FileNotFoundError(f"{file} is missing: the model was not trained for this task")
     state = read_tensors(file)
-    names = list(own)
-    if only is not None:
-        counted = {
-            f"{name}.{tensor}"
-            for name, part in objective.parts.items()
-            for tensor in getattr(part, "of_data", ())
-        }
+    counted = {
+        f"{name}.{tensor}"
+        for name, part in objective.parts.items()
+        for tensor in getattr(part, "of_data", ())
+    }
+    if only is None:
+        others = {n for n in counted if n in state and state[n].shape != own[n].shape}
+        names = [name for name in own if name not in others]
+    else:
         names = [n for n in own if n.split(".")[0] in only and n in state and n not in counted]
     for name in names:
         if name not in state:
