@@ -133,15 +133,5 @@ def bias_gelu_dropout(
     mask = mask_of_rows(rng, dropout_p, keys, positions, rows, device, site=site, layer=layer)
     backend = resolve(backend, OP, device)
     if backend == "reference":
-        dropout_p = dropout_p if mask.drop else 0.0  # p rounds to 0: rng may be missing
-        return bias_gelu_dropout_ref(
-            input,
-            bias,
-            dropout_p=dropout_p,
-            rng=rng,
-            keys=mask.keys,
-            positions=mask.positions,
-            site=site,
-            layer=layer,
-        )
+        return bias_gelu_dropout_ref(input, bias, **mask.options)
     return _BiasGeluDropout.apply(input, bias, backend, *mask)

@@ -213,20 +213,7 @@ def dropout_add_layer_norm(
     mask = mask_of_rows(rng, dropout_p, keys, positions, rows, device, site=site, layer=layer)
     backend = resolve(backend, OP, device)
     if backend == "reference":
-        dropout_p = dropout_p if mask.drop else 0.0  # p rounds to 0: rng may be missing
-        return dropout_add_layer_norm_ref(
-            input,
-            residual,
-            weight,
-            bias,
-            eps=eps,
-            dropout_p=dropout_p,
-            rng=rng,
-            keys=mask.keys,
-            positions=mask.positions,
-            site=site,
-            layer=layer,
-        )
+        return dropout_add_layer_norm_ref(input, residual, weight, bias, eps=eps, **mask.options)
     output, sum = applied(_DropoutAddLayerNorm, input, residual, weight, bias, eps, backend, *mask)
     plain = residual is None and mask.drop == 0
     return DropoutAddLayerNorm(output, input if plain else sum)

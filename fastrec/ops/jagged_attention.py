@@ -14,6 +14,8 @@ tokens (average length 10, maximum 32) it computes 3.4 times fewer probabilities
 maximum.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,14 +69,18 @@ def _(grad_out, query, *args):
 register_cuda(OP, "fwd", "bwd")
 
 
+def _options(mask: Mask) -> dict[str, Any]:
+    """As arguments of the reference: its positions are the places in a sequence, its site that of
+    attention."""
+    return {k: v for k, v in mask.options.items() if k not in ("site", "positions")}
+
+
 def _again(ctx, query, key, value, kept, lse, offsets, *tensors):
     max_seq_len, causal, scale = ctx.settings
-    options = Mask(*tensors, *ctx.numbers).options
-    for name in ("site", "positions"):  # the places in a sequence, at the site of attention
-        options.pop(name, None)
     output = jagged_attention_ref(
-        query, key, value, offsets, max_seq_len=max_seq_len, causal=causal, scale=scale, **options
-    )
+        query, key, value, offsets, max_seq_len=max_seq_len, causal=causal, scale=scale,
+        **_options(Mask(*tensors, *ctx.numbers)),
+    )  # fmt: skip
     return (query, key, value), (output,)
 
 
@@ -317,18 +323,9 @@ def jagged_attention(
     backend = resolve(backend, OP, device)
     if backend == "reference":
         return jagged_attention_ref(
-            query,
-            key,
-            value,
-            offsets,
-            max_seq_len=max_seq_len,
-            causal=causal,
-            scale=scale,
-            dropout_p=dropout_p if mask.drop else 0.0,
-            rng=rng,
-            keys=mask.keys,
-            layer=layer,
-        )
+            query, key, value, offsets, max_seq_len=max_seq_len, causal=causal, scale=scale,
+            **_options(mask),
+        )  # fmt: skip
     return applied(
         _JaggedAttention, query, key, value, offsets, max_seq_len, causal, scale, backend, *mask
     )

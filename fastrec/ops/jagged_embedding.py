@@ -258,19 +258,8 @@ def jagged_embedding(
     backend = resolve(backend, OP, device)
     if backend == "reference":
         return jagged_embedding_ref(
-            values,
-            weight,
-            position_weight,
-            positions,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            eps=eps,
-            dropout_p=dropout_p if mask.drop else 0.0,  # p rounds to 0: rng may be missing
-            rng=rng,
-            keys=mask.keys,
-            site=site,
-            layer=layer,
-            sparse=sparse,
-        )
+            values, weight, position_weight, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+            sparse=sparse, **{"positions": positions} | mask.options,
+        )  # fmt: skip
     inputs = weight, position_weight, norm_weight, norm_bias, values
     return applied(_JaggedEmbedding, *inputs, eps, sparse, backend, *mask)

@@ -36,7 +36,7 @@ class Mask(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """As arguments of a reference."""
+        """As arguments of a reference; none where p rounds to 0, and rng may be missing."""
         if not self.drop:
             return {}
         assert self.rng is not None
