@@ -25,6 +25,7 @@ from fastrec.ops.common.arguments import (
     check_index,
     check_offsets,
     check_range,
+    check_reduction,
     check_table,
     has_values,
     ordered_sum,
@@ -239,8 +240,7 @@ def multilabel_bce(
         RuntimeError: `backend` cannot run.
     """
     check_table(input, linear_weight, linear_bias)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    check_reduction(reduction)
     device, rows, labels = input.device, input.shape[0], linear_weight.shape[0]
     label_values = check_index("label_values", label_values, ("E",), device)
     shape = ("L + 1",) if label_rows is not None else (rows + 1,)

@@ -99,6 +99,11 @@ def check_number(name: str, number, whole: bool = False) -> None:
         raise TypeError(f"{name} must be {kind}, got {type(number).__name__} {number!r:.60}")
 
 
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
 def is_nested(tensor: Tensor | None) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_nested
 

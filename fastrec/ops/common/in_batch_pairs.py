@@ -17,6 +17,7 @@ from fastrec.ops.common.arguments import (
     check_number,
     check_offsets,
     check_range,
+    check_reduction,
     check_tensor,
     check_width,
     has_values,
@@ -156,8 +157,7 @@ def check_loss(query, candidate, temperature, candidate_bias, positive, reductio
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if candidate_bias is not None:
         check_tensor("candidate_bias", candidate_bias, (candidates,), device=query.device)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    check_reduction(reduction)
     if positive is None:
         if candidates < rows:
             raise ValueError(

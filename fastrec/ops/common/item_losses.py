@@ -13,6 +13,7 @@ from fastrec.ops.common.arguments import (
     FLOATS,
     INDEX,
     check_index,
+    check_reduction,
     check_table,
     check_tensor,
     ordered_sum,
@@ -87,7 +88,6 @@ def check_arguments(
     check_table(input, linear_weight, linear_bias, sharded)
     if weight is not None:
         check_tensor("weight", weight, linear_weight.shape[:1], FLOATS, input.device)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    check_reduction(reduction)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
