@@ -23,13 +23,13 @@ from fastrec.ops.common.arguments import (
     accumulate_dtype,
     autocast_dtype,
     check_index,
+    check_lists,
     check_offsets,
     check_range,
     check_reduction,
     check_table,
     has_values,
     ordered_sum,
-    require,
     without_autocast,
 )
 from fastrec.ops.common.native import kernels_of, register_cuda
@@ -182,14 +182,8 @@ def _divided(loss: Tensor, kept: Tensor, labels: int, reduction: str) -> Tensor:
 
 def _check_lists(values: Tensor, offsets: Tensor, labels: int) -> None:
     check_range("label_values", values, labels)
-    if not has_values(offsets):
-        rise = (offsets[1:] >= offsets[:-1]).all()  # a difference may run over 2^63
-        rise = rise & (offsets[0] == 0) & (offsets[-1] == len(values))
-        require(rise, "label_offsets must rise from 0 to E, the number of label_values")
-    starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
-    starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)
-    rises = (values.diff() > 0) | starts[1 : len(values)]
-    require(rises.all(), "label_values must rise within each list, each label once")
+    rule = "must rise within each list, each label once"
+    check_lists("label_values", values, "label_offsets", offsets, rule, distinct=True)
 
 
 def multilabel_bce(

@@ -191,6 +191,26 @@ def check_offsets(
         )
 
 
+def check_lists(
+    name: str, values: Tensor, offsets_name: str, offsets: Tensor, rule: str, distinct: bool = False
+) -> None:
+    """Raise ValueError, "{name} {rule}", unless the values of each list rise, `distinct` ones
+    strictly. Beside `check_range` and `check_offsets`: offsets that this one does not look at are
+    asserted here."""
+    if not has_values(offsets):
+        rise = (offsets[1:] >= offsets[:-1]).all()  # a difference may run over 2^63
+        rise = rise & (offsets[0] == 0) & (offsets[-1] == len(values))
+        require(rise, f"{offsets_name} must rise from 0 to E, the number of {name}")
+    steps = values.diff()
+    rises = steps > 0 if distinct else steps >= 0
+    if len(offsets) > 2:  # else no other list begins anywhere
+        starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
+        # A wrong offset was refused above (on a GPU: is about to be).
+        starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)
+        rises = rises | starts[1 : len(values)]
+    require(rises.all(), f"{name} {rule}")
+
+
 def _extremes(index: Tensor) -> tuple[int, int]:
     """The smallest and the largest value."""
     if index.numel() <= 64:  # of a request for one user: 2 us, not 8

@@ -14,6 +14,7 @@ from fastrec.ops.common.arguments import (
     accumulate_dtype,
     autocast_dtype,
     check_index,
+    check_lists,
     check_number,
     check_offsets,
     check_range,
@@ -197,15 +198,5 @@ def check_exclude(exclude: Lists, queries: int, candidates: int) -> None:
         raise ValueError(f"exclude offsets must be [{queries + 1}], got [{len(offsets)}]")
     check_range("exclude values", values, candidates)
     check_offsets("exclude offsets", offsets, len(values), "E")
-    if not has_values(offsets):
-        rise = (offsets[1:] >= offsets[:-1]).all()  # a difference may run over 2^63
-        rise = rise & (offsets[0] == 0) & (offsets[-1] == len(values))
-        require(rise, "exclude offsets must rise from 0 to E, the number of exclude values")
-    if queries == 1:  # no other list begins anywhere
-        require((values.diff() >= 0).all(), "exclude values must be sorted within each query")
-        return
-    starts = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
-    # A wrong offset was refused above (on a GPU: is about to be).
-    starts = starts.index_fill(0, offsets.clamp(0, len(values)), True)
-    rises = (values.diff() >= 0) | starts[1 : len(values)]
-    require(rises.all(), "exclude values must be sorted within each query")
+    rule = "must be sorted within each query"
+    check_lists("exclude values", values, "exclude offsets", offsets, rule)
