@@ -14,7 +14,7 @@ from torch import Tensor
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import (
     accumulate_dtype,
-    autocast_dtype,
+    autocast_input,
     check_number,
     check_range,
     without_autocast,
@@ -140,9 +140,7 @@ def linear_cross_entropy(
             input, linear_weight, group, linear_bias, weight
         )
     input, target, rows, shape = scored_rows(input, target, rows)
-    low = autocast_dtype(input.device)
-    if low is not None and input.dtype == torch.float32:
-        input = input.to(low)
+    input = autocast_input(input)
     check_arguments(input, linear_weight, linear_bias, weight, reduction, label_smoothing, sharded)
     if rows is not None and rows.dtype == torch.bool:
         target, rows = torch.where(rows, target, ignore_index), None

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import (
     accumulate_dtype,
-    autocast_dtype,
+    autocast_input,
     check_index,
     check_lists,
     check_offsets,
@@ -246,9 +246,7 @@ def multilabel_bce(
     else:
         label_rows = check_index("label_rows", label_rows, (rows,), device)
         check_range("label_rows", label_rows, len(label_offsets) - 1, NOT_SCORED)
-    low = autocast_dtype(device)
-    if low is not None and input.dtype == torch.float32:
-        input = input.to(low)
+    input = autocast_input(input)
     backend = resolve(backend, OP, device)
     kept = label_rows != NOT_SCORED
     # That kernel checks the values itself, many times as fast: they may be those of all items.

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastrec.backend import resolve
 from fastrec.ops.common.arguments import (
     accumulate_dtype,
-    autocast_dtype,
+    autocast_input,
     check_index,
     check_number,
     check_range,
@@ -303,9 +303,7 @@ def sampled_linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     check_number("ignore_index", ignore_index, whole=True)
     input, target, rows, shape = scored_rows(input, target, rows)
-    low = autocast_dtype(input.device)
-    if low is not None and input.dtype == torch.float32:
-        input = input.to(low)
+    input = autocast_input(input)
     check_arguments(input, linear_weight, linear_bias, weight, reduction, 0.0)
     _check_sampled(linear_weight, log_q, loss, gbce_t, num_items)
     negatives = _flat_negatives(negatives, shape, input.device)

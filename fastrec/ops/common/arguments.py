@@ -36,6 +36,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def autocast_input(input: Tensor) -> Tensor:
+    """`input` as autocast hands it to a product: float32 is rounded."""
+    low = autocast_dtype(input.device)
+    return input if low is None or input.dtype != torch.float32 else input.to(low)
+
+
 def without_autocast(device: torch.device):
     kind = device.type
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
