@@ -11,6 +11,7 @@ from typing import TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastrec.ops.common.distinct_rows import sparse_rows
 from fastrec.ops.linear import linear
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,8 +43,7 @@ class _FirstRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.coalesce()
-        options = {"device": grad.device, "is_coalesced": True, "check_invariants": False}
-        return torch.sparse_coo_tensor(grad.indices(), grad.values(), ctx.shape, **options), None
+        return sparse_rows(grad.indices()[0], grad.values(), ctx.shape), None
 
 
 def first_rows(table: Tensor, rows: int, sparse: bool) -> Tensor:

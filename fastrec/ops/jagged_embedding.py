@@ -23,7 +23,7 @@ from fastrec.ops.common.arguments import (
     check_tensor,
     check_width,
 )
-from fastrec.ops.common.distinct_rows import distinct_rows
+from fastrec.ops.common.distinct_rows import distinct_rows, sparse_rows
 from fastrec.ops.common.dropout import SCHEMA, Mask, mask_of_rows
 from fastrec.ops.common.native import applied, kernels_of, register_cuda
 from fastrec.ops.common.second_order import twice_differentiable
@@ -125,14 +125,7 @@ class _JaggedEmbedding(torch.autograd.Function):
         elif needed[0] and ctx.sparse:
             rows, index = distinct_rows(values.long(), weight.shape[0])
             sums = scatter(grad_z, index, rows.shape[0], weight.dtype)
-            grad_weight = torch.sparse_coo_tensor(
-                rows[None],
-                sums,
-                weight.shape,
-                is_coalesced=True,
-                check_invariants=False,
-                device=grad_z.device,
-            )
+            grad_weight = sparse_rows(rows, sums, weight.shape)
         elif needed[0]:
             grad_weight = scatter(grad_z, values, weight.shape[0], weight.dtype)
         if needed[1]:

@@ -28,6 +28,7 @@ from fastrec.ops.common.arguments import (
     check_range,
     check_tensor,
 )
+from fastrec.ops.common.distinct_rows import sparse_rows
 from fastrec.ops.common.item_losses import (
     check_arguments,
     reduce_loss,
@@ -133,14 +134,11 @@ class _SampledLoss(torch.autograd.Function):
             )  # fmt: skip
             if ctx.sparse:
                 grad_weight, grad_bias = (
-                    torch.sparse_coo_tensor(
-                        index[None], grad, (linear_weight.shape[0], *grad.shape[1:]),
-                        is_coalesced=True, check_invariants=False, device=grad.device
-                    )
+                    sparse_rows(index, grad, (linear_weight.shape[0], *grad.shape[1:]))
                     if needed
                     else None
                     for grad, needed in ((grad_weight, needs_weight), (grad_bias, needs_bias))
-                )  # fmt: skip
+                )
         return (
             grad_input,
             grad_weight if needs_weight else None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.settings import check_choices
-from fastrec.ops.common.distinct_rows import distinct_rows, sum_rows
+from fastrec.ops.common.distinct_rows import distinct_rows, sparse_rows, sum_rows
 from fastrec.ops.common.linear_cross_entropy_update import Pending, update_rows_
 from fastrec.ops.common.move_rows import RowState, move_rows_
 
@@ -229,14 +229,7 @@ def _merged(grad: Tensor) -> Tensor:
     if grad.is_coalesced():
         return grad
     rows, place = distinct_rows(grad._indices()[0], len(grad))
-    return _sparse(grad, rows, sum_rows(grad._values(), place, len(rows)))
-
-
-def _sparse(like: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(
-        rows[None], values, like.shape, device=values.device, is_coalesced=True,
-        check_invariants=False,
-    )  # fmt: skip
+    return sparse_rows(rows, sum_rows(grad._values(), place, len(rows)), grad.shape)
 
 
 def share_gradients(tables: Iterable[nn.Parameter]) -> None:
@@ -254,7 +247,7 @@ def share_gradients(tables: Iterable[nn.Parameter]) -> None:
         rows = gather_padded(rows, lists, group, -1).flatten()
         values = gather_padded(values, lists, group).flatten(0, 1)
         rows, place = distinct_rows(rows, len(table))
-        table.grad = _sparse(table, rows, sum_rows(values, place, len(rows), 1 / world))
+        table.grad = sparse_rows(rows, sum_rows(values, place, len(rows), 1 / world), table.shape)
 
 
 def clip_(parameters: Iterable[nn.Parameter], norm: float, spread: Iterable = ()) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distinct rows of a table that some ids name, and sums of the gradients of equal ones.
+"""The distinct rows of a table that some ids name, sums of the gradients of equal ones, and the
+sparse gradient that these are.
 
 Legend: E ids, U distinct rows, D width, V rows of the table.
 
@@ -36,6 +37,14 @@ def sum_rows(grad: Tensor, place: Tensor, count: int, scale: float = 1.0) -> Ten
     if wide and unavailable_reason("cpp", "sum_rows", grad.device) is None:
         return torch.ops.fastrec.sum_rows(grad, place, count, scale)
     return sum_rows_ref(grad, place, count, scale)
+
+
+def sparse_rows(rows: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The sparse tensor of `shape` whose `rows`, int64 [U], distinct and ascending, are `values`
+    [U, D] or [U]: coalesced, which nothing checks, because that would wait for a GPU."""
+    return torch.sparse_coo_tensor(
+        rows[None], values, shape, device=values.device, is_coalesced=True, check_invariants=False
+    )
 
 
 def distinct_rows_ref(ids: Tensor) -> tuple[Tensor, Tensor]:
