@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.arguments import FLOATS, accumulate_dtype
 from fastrec.ops.common.collectives import Group, agree, gather, gather_rows, process_group
 from fastrec.ops.common.in_batch_pairs import (
     Lists,
@@ -24,8 +24,6 @@ from fastrec.ops.common.in_batch_pairs import (
     check_positive,
     transposed_lists,
 )
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _exchange(own: dict[str, int], facts: dict[str, int], like: Tensor, group: Group):
@@ -68,7 +66,7 @@ def losses_of_group(
         learns = torch.is_grad_enabled()
         facts = {
             "the width": query.shape[1],
-            "the dtype of query": DTYPES.index(query.dtype),
+            "the dtype of query": FLOATS.index(query.dtype),
             "having a candidate_bias": candidate_bias is not None,
             "the columns of query_group": columns,
             "having exclude": exclude is not None,
