@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, lists_of
-from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile, strides_of
-from fastrec.kernels.common.rows import pad_columns
+from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile
+from fastrec.kernels.common.rows import pad_columns, strides_of
 from fastrec.kernels.common.tiles import ranges_of
 
 BUDGET = 2**28  # bytes of scores: rows are taken in chunks that need no more

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, seek
-from fastrec.kernels.common.rows import cut_columns, pad_columns
+from fastrec.kernels.common.rows import cut_columns, pad_columns, strides_of
 from fastrec.kernels.common.tiles import (
     LOG2E,
     capability_of,
@@ -226,11 +226,6 @@ def _plan(label_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out.sort(stable=True).indices, (~out).sum()
 
 
-def _strides(input, linear_weight, linear_bias) -> tuple[int, ...]:
-    bias = 0 if linear_bias is None else linear_bias.stride(0)
-    return (*input.stride(), *linear_weight.stride(), bias)
-
-
 def multilabel_bce_fwd(
     input, linear_weight, linear_bias, label_values, label_offsets, label_rows, with_input
 ):
@@ -248,7 +243,7 @@ def multilabel_bce_fwd(
             _fwd_kernel[(ranges * blocks,)](
                 input, linear_weight, linear_bias, order, count, label_rows,
                 label_values.contiguous(), label_offsets.contiguous(), loss, grad,
-                n, v, d, per_range, *_strides(input, linear_weight, linear_bias),
+                n, v, d, per_range, *strides_of(input, linear_weight, linear_bias),
                 WITH_INPUT=with_input, **config,
             )  # fmt: skip
     return sum_ranges(loss), cut_columns(sum_ranges(grad), width)
@@ -281,7 +276,7 @@ def multilabel_bce_bwd(
         _bwd_kernel[(ranges * tiles,)](
             input, linear_weight, linear_bias, order, count, label_rows,
             label_values.contiguous(), label_offsets.contiguous(), grad_loss.contiguous(), scale,
-            grad_weight, grad_bias, v, d, per_range, *_strides(input, linear_weight, linear_bias),
+            grad_weight, grad_bias, v, d, per_range, *strides_of(input, linear_weight, linear_bias),
             **config,
         )  # fmt: skip
     grad_weight = cut_columns(sum_ranges(grad_weight), width).to(dtype)

@@ -92,8 +92,3 @@ def options_of(op: str, input: torch.Tensor, linear_weight: torch.Tensor) -> dic
     config = config_of(input.shape[1], linear_weight.dtype, capability_of(input.device))
     allow_tf32(config)
     return config
-
-
-def strides_of(input, linear_weight, linear_bias) -> tuple[int, ...]:
-    bias = 0 if linear_bias is None else linear_bias.stride(0)
-    return (*input.stride(), *linear_weight.stride(), bias)

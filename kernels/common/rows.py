@@ -48,6 +48,12 @@ def cut_columns(matrix, width: int):
     return matrix if matrix.shape[1] == width else matrix[:, :width].contiguous()
 
 
+def strides_of(input, linear_weight, linear_bias) -> tuple[int, ...]:
+    """Those of rows, of the table that scores them and of its bias, 0 without one."""
+    bias = 0 if linear_bias is None else linear_bias.stride(0)
+    return (*input.stride(), *linear_weight.stride(), bias)
+
+
 def dense(*tensors):
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
