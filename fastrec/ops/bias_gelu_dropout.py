@@ -46,7 +46,7 @@ def _(grad_output, input, bias, *mask):
 register_cuda(OP, "fwd", "bwd")
 
 
-def _again(ctx, input, bias, *tensors):
+def _recompute(ctx, input, bias, *tensors):
     options = Mask(*tensors, *ctx.numbers).options
     return (input, bias), (bias_gelu_dropout_ref(input, bias, **options),)
 
@@ -61,7 +61,7 @@ class _BiasGeluDropout(torch.autograd.Function):
         return fwd(input, bias, *mask)
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_output):
         input, bias, *tensors = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, input.device).bias_gelu_dropout_bwd

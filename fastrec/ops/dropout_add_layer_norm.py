@@ -73,7 +73,7 @@ def _(grad_output, grad_sum, sum, mean, rstd, weight, bias, input_dtype, *argume
 register_cuda(OP, "fwd", "bwd")
 
 
-def _again(ctx, sum, mean, rstd, weight, bias, *tensors):
+def _recompute(ctx, sum, mean, rstd, weight, bias, *tensors):
     # The derivative depends on the sum alone: nothing is added to it, in both ways.
     mask = Mask(*tensors, *ctx.numbers)
     input, residual = leaf(sum.shape, sum, ctx.input_dtype), None
@@ -102,7 +102,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return output, sum
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_output, grad_sum):
         sum, mean, rstd, weight, bias, *tensors = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, sum.device).dropout_add_layer_norm_bwd

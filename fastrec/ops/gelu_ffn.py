@@ -52,7 +52,7 @@ def _(grad_output, input, weight_in, bias_in, weight_out, input_needed, weights_
     return grad_input, like(inner, width), like(1, inner), like(out, inner), like(1, out)
 
 
-def _again(ctx, input, weight_in, bias_in, weight_out):
+def _recompute(ctx, input, weight_in, bias_in, weight_out):
     inputs = input, weight_in, bias_in, weight_out, leaf(weight_out.shape[0], weight_out)
     return inputs, (gelu_ffn_ref(*inputs),)
 
@@ -64,7 +64,7 @@ class _GeluFfn(torch.autograd.Function):
         return torch.ops.fastrec.gelu_ffn_fwd(input, weight_in, bias_in, weight_out, bias_out)
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_output):
         needed = ctx.needs_input_grad
         grad_input, w_in, b_in, w_out, b_out = torch.ops.fastrec.gelu_ffn_bwd(

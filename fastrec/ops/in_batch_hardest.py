@@ -62,7 +62,7 @@ def _(grad, index, candidates):
 register_cuda(OP, "fwd", "bwd")
 
 
-def _again(ctx, index):
+def _recompute(ctx, index):
     candidate = leaf(ctx.shape, index, ctx.dtype)
     return (candidate,), (candidate.index_select(0, index.clamp_min(0)),)
 
@@ -77,7 +77,7 @@ class _Select(torch.autograd.Function):
         return candidate.index_select(0, index.clamp_min(0))
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, grad.device).in_batch_hardest_bwd

@@ -75,7 +75,7 @@ def _options(mask: Mask) -> dict[str, Any]:
     return {k: v for k, v in mask.options.items() if k not in ("site", "positions")}
 
 
-def _again(ctx, query, key, value, kept, lse, offsets, *tensors):
+def _recompute(ctx, query, key, value, kept, lse, offsets, *tensors):
     max_seq_len, causal, scale = ctx.settings
     output = jagged_attention_ref(
         query, key, value, offsets, max_seq_len=max_seq_len, causal=causal, scale=scale,
@@ -95,7 +95,7 @@ class _JaggedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_out):
         bwd = kernels_of(OP, ctx.backend, grad_out.device).jagged_attention_bwd
         *tensors, keys, positions, rng = ctx.saved_tensors

@@ -82,7 +82,7 @@ def _(grad, index, rows, dtype):
 register_cuda(OP, "fwd", "bwd", "scatter")
 
 
-def _again(
+def _recompute(
     ctx, values, weight, position_weight, norm_weight, norm_bias, mean, rstd, keys, positions, rng
 ):  # fmt: skip
     mask = Mask(keys, positions, rng, *ctx.numbers)
@@ -107,7 +107,7 @@ class _JaggedEmbedding(torch.autograd.Function):
         return output
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_output):
         *saved, keys, positions, rng = ctx.saved_tensors
         values, weight, position_weight, norm_weight, *_ = saved

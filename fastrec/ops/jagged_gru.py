@@ -67,7 +67,7 @@ def _(grad_states, states, gates, offsets, weight_hh):
 register_cuda(OP, "fwd", "bwd")
 
 
-def _again(ctx, input, weight_ih, weight_hh, bias_ih, bias_hh, offsets, states, gates):
+def _recompute(ctx, input, weight_ih, weight_hh, bias_ih, bias_hh, offsets, states, gates):
     parameters = weight_ih, weight_hh, bias_ih, bias_hh
     return (input, *parameters), (jagged_gru_ref(input, offsets, *parameters),)
 
@@ -92,7 +92,7 @@ class _JaggedGru(torch.autograd.Function):
         return states
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_states):
         input, weight_ih, weight_hh, _, _, offsets, states, gates = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, input.device).jagged_gru_bwd

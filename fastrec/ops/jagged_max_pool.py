@@ -52,7 +52,7 @@ def _(grad_output, index, offsets, events):
 register_cuda(OP, "fwd", "bwd")
 
 
-def _again(ctx, index, offsets):
+def _recompute(ctx, index, offsets):
     width = index.shape[1]
     values = leaf((ctx.events, width), index, ctx.dtype)
     # Row T stands for nothing to choose from.
@@ -70,7 +70,7 @@ class _JaggedMaxPool(torch.autograd.Function):
         return output
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_output):
         index, offsets = ctx.saved_tensors
         bwd = kernels_of(OP, ctx.backend, grad_output.device).jagged_max_pool_bwd

@@ -49,7 +49,7 @@ def _(grad_output, input, weight, input_needed, weight_needed, bias_needed):
     )
 
 
-def _again(ctx, input, weight):
+def _recompute(ctx, input, weight):
     bias = leaf(weight.shape[0], weight) if ctx.needs_input_grad[2] else None
     return (input, weight, bias), (F.linear(input, weight, bias),)
 
@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
         return torch.ops.fastrec.linear_fwd(input, weight, bias)
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_output):
         needed = ctx.needs_input_grad
         grads = torch.ops.fastrec.linear_bwd(grad_output, *ctx.saved_tensors, *needed)

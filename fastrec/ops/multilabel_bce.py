@@ -103,7 +103,7 @@ def _losses_ref(input, linear_weight, linear_bias, label_values, label_offsets, 
     return losses.masked_fill(label_rows < 0, 0)
 
 
-def _again(ctx, *saved):
+def _recompute(ctx, *saved):
     input, linear_weight, linear_bias, *lists = saved[:6]
     inputs = input, linear_weight, linear_bias
     losses = _losses_ref(*inputs, *lists)
@@ -130,7 +130,7 @@ class _MultilabelBce(torch.autograd.Function):
         return ordered_sum(loss) if summed else loss
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_loss):
         saved = ctx.saved_tensors
         inputs, per_row, of_table = saved[:6], saved[6], saved[7:]

@@ -93,7 +93,7 @@ def _(
 register_cuda(OP, "fwd", "bwd")
 
 
-def _again(ctx, x, linear_weight, linear_bias, log_q, target, negatives, *results):
+def _recompute(ctx, x, linear_weight, linear_bias, log_q, target, negatives, *results):
     losses = _losses_ref(
         x, linear_weight, target.clamp_min(0), negatives, linear_bias, log_q, ctx.beta
     )
@@ -118,7 +118,7 @@ class _SampledLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_loss):
         x, linear_weight, linear_bias, log_q, target, negatives, *grads = ctx.saved_tensors
         per_row, grad_target, grad_negatives, lse = grads

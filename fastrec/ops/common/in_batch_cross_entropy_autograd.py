@@ -59,7 +59,7 @@ def _(query, candidate, bias, positive, qg, cg, values, offsets, loss, lse, grad
 register_cuda(OP, "fwd", "bwd")
 
 
-def _again(
+def _recompute(
     ctx, query, candidate, bias, positive, query_group, candidate_group, values, offsets, *results
 ):  # fmt: skip
     logits = query @ candidate.T
@@ -88,7 +88,7 @@ class InBatchCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_loss):
         query, candidate, *pairs, loss, lse, direction = ctx.saved_tensors
         grad_query = grad_candidate = grad_bias = None

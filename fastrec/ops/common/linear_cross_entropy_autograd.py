@@ -139,7 +139,7 @@ def _losses_ref(x, linear_weight, linear_bias, target) -> tuple[Tensor, Tensor, 
     return logits, logits.logsumexp(1).masked_fill(out, 0), nll.masked_fill(out, 0)
 
 
-def _again(ctx, x, linear_weight, linear_bias, target, class_weight, lse, offset, class_mean):
+def _recompute(ctx, x, linear_weight, linear_bias, target, class_weight, lse, offset, class_mean):
     inputs = x, linear_weight, linear_bias
     logits, lse, nll = _losses_ref(*inputs, target)
     if class_weight is None:
@@ -147,7 +147,7 @@ def _again(ctx, x, linear_weight, linear_bias, target, class_weight, lse, offset
     return inputs, (lse, nll, (logits @ class_weight).masked_fill(target < 0, 0))
 
 
-def _plain_again(ctx, x, linear_weight, linear_bias, target, weight, *grads):
+def _recompute_plain(ctx, x, linear_weight, linear_bias, target, weight, *grads):
     inputs = x, linear_weight, linear_bias
     kept = target != ctx.ignore_index
     *_, nll = _losses_ref(*inputs, torch.where(kept, target, -1))
@@ -179,7 +179,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return lse[0], loss_of(lse, target_logit), class_sum
 
     @staticmethod
-    @twice_differentiable(_again)
+    @twice_differentiable(_recompute)
     def backward(ctx, grad_lse, grad_nll, grad_class_sum):
         x, linear_weight, linear_bias, target, class_weight, *rest = ctx.saved_tensors
         lse, mean_offset, class_mean = rest
@@ -237,7 +237,7 @@ class PlainLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @twice_differentiable(_plain_again)
+    @twice_differentiable(_recompute_plain)
     def backward(ctx, grad_loss):
         grads = zip(ctx.saved_tensors[5:], ctx.needs_input_grad, strict=False)
         return *(grad * grad_loss if needed else None for grad, needed in grads), *[None] * 4
