@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.ops.common.arguments import INDEX, has_values
+from fastrec.tensors import INDEX, has_values
 
 # Sites 1-5 are dropout sites of an encoder, 6 and 7 are of items' vectors; 16 and up belong to the
 # data path. Numbers are part of the contract: a new site gets a new number, an old one is never

@@ -28,12 +28,12 @@ from fastrec.ops.common.arguments import (
     check_range,
     check_reduction,
     check_table,
-    has_values,
     ordered_sum,
     without_autocast,
 )
 from fastrec.ops.common.native import kernels_of, register_cuda
 from fastrec.ops.common.second_order import twice_differentiable
+from fastrec.tensors import has_values
 
 OP = "multilabel_bce"
 NOT_SCORED = -100

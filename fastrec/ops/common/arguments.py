@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrec.tensors import INDEX, has_values
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SINGLE = FLOATS[1:]
 DOUBLE = FLOATS[:1]
-INDEX = (torch.int64, torch.int32)
 BOOL = (torch.bool,)
 
 
@@ -235,13 +236,6 @@ def require(condition: Tensor, message: str) -> None:
         torch._assert_async(condition, message)
     elif not condition:
         raise ValueError(message)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether the host can read the values of a tensor."""
-    if not tensor.is_cpu or torch.compiler.is_compiling():
-        return False
-    return type(tensor) is Tensor or not hasattr(tensor, "fake_mode")
 
 
 def _behind(tensor: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from fastrec.ops.common.arguments import (
     check_reduction,
     check_tensor,
     check_width,
-    has_values,
     require,
 )
+from fastrec.tensors import has_values
 
 SIMILARITIES = ("dot", "cosine", "weighted_l2")
 Lists = tuple[Tensor, Tensor]

@@ -11,13 +11,13 @@ from torch import Tensor
 from fastrec.ops.common.arguments import (
     BOOL,
     FLOATS,
-    INDEX,
     check_index,
     check_reduction,
     check_table,
     check_tensor,
     ordered_sum,
 )
+from fastrec.tensors import INDEX
 
 
 def reduce_loss(loss: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
