@@ -31,7 +31,7 @@ from fastrec.tensors import INDEX, has_values
 
 # Sites 1-5 are dropout sites of an encoder, 6 and 7 are of items' vectors; 16 and up belong to the
 # data path. Numbers are part of the contract: a new site gets a new number, an old one is never
-# reused.
+# reused. In their order, to see which are taken.
 SITES = {
     "attention": 1,
     "embedding": 2,
@@ -51,26 +51,26 @@ SITES = {
     "reorder": 24,
     "reorder_key": 25,
     "one_of": 26,
-    "basket": 50,
-    "basket_user": 51,
-    "permute": 52,
     "negatives_shared": 28,
     "negatives_own": 29,
     "evaluation_negatives": 30,
-    "negatives_click": 70,
     "fill": 40,
     "fill_item": 41,
-    "drop": 55,
-    "drop_kept": 56,
-    "item_texts": 65,
     "window": 42,
     "same_target": 44,
     "substitute": 45,
     "insert": 46,
     "segment": 47,
     "prefix": 48,
+    "basket": 50,
+    "basket_user": 51,
+    "permute": 52,
+    "drop": 55,
+    "drop_kept": 56,
     "mask_rating": 60,
     "mask_rating_forced": 61,
+    "item_texts": 65,
+    "negatives_click": 70,
 }
 
 FIRST_OWN_SITE = 128
