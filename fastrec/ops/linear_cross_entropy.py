@@ -63,6 +63,58 @@ def linear_cross_entropy_ref(
     return reduce_loss(loss, row_weight, reduction)
 
 
+def _stored(x, linear_weight, linear_bias, target, weight, ignore_index, reduction) -> Tensor:
+    """The sum or mean of the losses of rows x [N, D], by the kernel for few items, which stores the
+    logits."""
+    class_weight = None if weight is None else weight.detach().to(x.dtype).contiguous()
+    mean = reduction == "mean"
+    try:
+        return PlainLoss.apply(
+            x, linear_weight, linear_bias, target, class_weight, ignore_index, mean
+        )
+    except RuntimeError:
+        # Names the row that is wrong.
+        check_range("target", target, linear_weight.shape[0], ignore_index)
+        raise
+
+
+def _row_losses(
+    input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, rows, z_loss,
+    group, backend,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss_i, a_i) of the scored rows, [N] each; with a `group` of the whole table."""
+    kept = target != ignore_index
+    y = torch.where(kept, target, -1)
+    items, accumulate = linear_weight.shape[0], accumulate_dtype(input)
+    class_weight = None if weight is None else weight.detach().to(accumulate)
+    smoothed = None
+    if label_smoothing:
+        smoothed = class_weight
+        if smoothed is None:
+            smoothed = input.new_ones(items, dtype=accumulate)
+    if group is not None:
+        from fastrec.ops.common.linear_cross_entropy_group import sharded_rows
+
+        lse, nll, smoothing, row_weight = sharded_rows(
+            input, linear_weight, linear_bias, y, rows, class_weight, smoothed, backend, group
+        )
+    else:
+        lse, nll, class_sum = LinearCrossEntropy.apply(
+            select_rows(input, rows), linear_weight, linear_bias, y, smoothed, backend, None
+        )
+        row_weight = kept.to(accumulate)
+        if class_weight is not None:
+            row_weight = row_weight * class_weight[y.clamp_min(0)]
+        if smoothed is not None:
+            smoothing = (smoothed.sum() * lse - class_sum) / items
+    losses = (1 - label_smoothing) * row_weight * nll
+    if label_smoothing:
+        losses = losses + label_smoothing * (kept * smoothing)
+    if z_loss:
+        losses = losses + z_loss * row_weight * lse.square()
+    return losses, row_weight
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -133,7 +185,7 @@ def linear_cross_entropy(
     check_number("z_loss", z_loss)
     sharded = group is not None or hasattr(linear_weight, "device_mesh")
     if sharded:
-        from fastrec.ops.common.linear_cross_entropy_group import local_tensors, sharded_rows
+        from fastrec.ops.common.linear_cross_entropy_group import local_tensors
 
         # Before the other checks: it says what may be a DTensor.
         linear_weight, group, linear_bias, weight = local_tensors(
@@ -175,41 +227,10 @@ def linear_cross_entropy(
         return loss.view(shape) if reduction == "none" else loss
     if stored:
         x = select_rows(input, rows)
-        class_weight = None if weight is None else weight.detach().to(input.dtype).contiguous()
-        mean = reduction == "mean"
-        try:
-            return PlainLoss.apply(
-                x, linear_weight, linear_bias, target, class_weight, ignore_index, mean
-            )
-        except RuntimeError:
-            check_range("target", target, items, ignore_index)  # names the row that is wrong
-            raise
-    kept = target != ignore_index
-    y = torch.where(kept, target, -1)
-    accumulate = accumulate_dtype(input)
-    class_weight = None if weight is None else weight.detach().to(accumulate)
-    smoothed = None
-    if label_smoothing:
-        smoothed = class_weight
-        if smoothed is None:
-            smoothed = input.new_ones(items, dtype=accumulate)
-    if sharded:
-        lse, nll, smoothing, row_weight = sharded_rows(
-            input, linear_weight, linear_bias, y, rows, class_weight, smoothed, backend, group
-        )
-    else:
-        lse, nll, class_sum = LinearCrossEntropy.apply(
-            select_rows(input, rows), linear_weight, linear_bias, y, smoothed, backend, None
-        )
-        row_weight = kept.to(accumulate)
-        if class_weight is not None:
-            row_weight = row_weight * class_weight[y.clamp_min(0)]
-        if smoothed is not None:
-            smoothing = (smoothed.sum() * lse - class_sum) / items
-    loss = (1 - label_smoothing) * row_weight * nll
-    if label_smoothing:
-        loss = loss + label_smoothing * (kept * smoothing)
-    if z_loss:
-        loss = loss + z_loss * row_weight * lse.square()
-    loss = reduce_loss(loss, row_weight, reduction)
+        return _stored(x, linear_weight, linear_bias, target, weight, ignore_index, reduction)
+    losses, row_weight = _row_losses(
+        input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, rows,
+        z_loss, group, backend,
+    )  # fmt: skip
+    loss = reduce_loss(losses, row_weight, reduction)
     return loss.view(shape) if reduction == "none" else loss
