@@ -17,7 +17,7 @@ from fastrec.data.output import (
     write_parts,
     write_table,
 )
-from fastrec.data.prepare.text import read_lines
+from fastrec.data.text_files import read_lines
 from fastrec.evaluation.blocks import row_blocks
 from fastrec.serve import Recommender
 from fastrec.serve_cold import other_catalogue

@@ -9,14 +9,15 @@ import polars as pl
 import pytest
 from files import write
 
+from fastrec.data import text_files
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
-from fastrec.data.prepare import k_core, prepare, store, text
+from fastrec.data.prepare import k_core, prepare, store
 
 
 def small(monkeypatch, size):
     """Blocks of so many bytes, chunks and buckets of a few events."""
-    monkeypatch.setattr(text, "BLOCK", 16 * size)
+    monkeypatch.setattr(text_files, "BLOCK", 16 * size)
     monkeypatch.setattr(store, "CHUNK", size)
     monkeypatch.setattr(store, "BUCKET", size)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastrec.data.errors import DataError
 from fastrec.data.ids import Ids
 from fastrec.data.negatives import MOST_DRAWN, NegativeSampler
-from fastrec.data.prepare.text import read_fields
+from fastrec.data.text_files import read_fields
 from fastrec.evaluation.blocks import row_blocks
 from fastrec.random import Rng
 

@@ -7,11 +7,11 @@ import numpy as np
 
 from fastrec.data.errors import DataError
 from fastrec.data.prepare.columns import check_unique, first_row, id_column, integers
+from fastrec.data.prepare.delimited import read_delimited
 from fastrec.data.prepare.events import events_of
 from fastrec.data.prepare.raw import RawData
 from fastrec.data.prepare.rows import Rows
 from fastrec.data.prepare.side_tables import read_attributes
-from fastrec.data.prepare.text import read_delimited
 
 
 def read_movielens_1m(source, *, on_duplicate: str = "error") -> RawData:

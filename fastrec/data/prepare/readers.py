@@ -31,7 +31,7 @@ from fastrec.data.prepare.raw import RawData
 from fastrec.data.prepare.rows import Rows
 from fastrec.data.prepare.side_tables import read_attributes, read_relations
 from fastrec.data.prepare.sources import is_frame, name_of, read_source
-from fastrec.data.prepare.text import read_fields
+from fastrec.data.text_files import read_fields
 
 
 def read_s3rec(file, item_attributes=None) -> RawData:

@@ -18,8 +18,9 @@ from fastrec.data.prepare.columns import (
     key_column,
     looks_like_a_row,
 )
+from fastrec.data.prepare.delimited import read_delimited
 from fastrec.data.prepare.tables import is_delimited, read_frame, recbole_columns
-from fastrec.data.prepare.text import read_bytes, read_delimited
+from fastrec.data.text_files import read_bytes
 
 _DAT_COLUMNS = {
     "users.dat": ["user_id", "gender", "age", "occupation", "zip_code"],

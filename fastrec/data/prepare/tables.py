@@ -2,21 +2,17 @@
 """Tables of any origin: delimited text, Parquet, JSON and RecBole's files."""
 
 import ast
+import gzip
 import json
+import zlib
 from io import BytesIO
 from pathlib import Path
 
+from fastrec.data import text_files
 from fastrec.data.errors import DataError, EmptyFile, reading
-from fastrec.data.prepare import text
 from fastrec.data.prepare.columns import first_row
-from fastrec.data.prepare.text import (
-    check_file,
-    delimited_blocks,
-    gunzip,
-    read_bytes,
-    read_delimited,
-    read_lines,
-)
+from fastrec.data.prepare.delimited import delimited_blocks, read_delimited
+from fastrec.data.text_files import check_file, read_bytes, read_lines
 
 _SEPARATORS = {
     ".csv": ",",
@@ -67,9 +63,10 @@ def frame_blocks(
 
     By suffix: .parquet; .jsonl, .ndjson and .json (an object or a Python dictionary a line, .json
     also one array); .csv, .tsv and RecBole's files; each also .gz. Other suffixes are delimited
-    text if `separator` (`text.read_delimited`) says how. Delimited columns come as text; quotes are
-    honoured between commas and semicolons. names: the columns of a delimited file without a header.
-    encoding: of text; UTF-8. size: of a block, bytes of text and a 16th of it in rows of Parquet.
+    text if `separator` (`delimited.read_delimited`) says how. Delimited columns come as text;
+    quotes are honoured between commas and semicolons. names: the columns of a delimited file
+    without a header. encoding: of text; UTF-8. size: of a block, bytes of text and a 16th of it in
+    rows of Parquet.
     """
     suffix = _suffix(file)
     if not is_delimited(file):
@@ -101,7 +98,7 @@ def frame_blocks(
 
 def rows_of(size: int | None) -> int:
     """How many rows of a typed table are a block where `size` bytes of text are one."""
-    return max((size or text.BLOCK) // 16, 1)
+    return max((size or text_files.BLOCK) // 16, 1)
 
 
 def _parquet_blocks(file, rows: int):
@@ -112,13 +109,21 @@ def _parquet_blocks(file, rows: int):
     with reading(file, "truncated or corrupt Parquet"):
         packed = file.suffix.lower() == ".gz"
         table = pl.scan_parquet(
-            BytesIO(gunzip(file, file.read_bytes())) if packed else file, glob=False
+            BytesIO(_gunzip(file, file.read_bytes())) if packed else file, glob=False
         )
         count = table.select(pl.len()).collect().item()
         for start in range(0, count, rows):
             yield table.slice(start, rows).collect(engine="streaming"), start + 1
     if count == 0:
         raise EmptyFile(file, "holds no rows")
+
+
+def _gunzip(file, data: bytes) -> bytes:
+    """The unpacked contents of a .gz file."""
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise DataError(file, f"truncated or corrupt gzip: {error}") from error
 
 
 def _read_json(file, encoding: str, array: bool):
