@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From source files to the canonical dataset: read, filter, map ids, sort, write."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastrec.data.errors import reading
+from fastrec.data.event_columns import PLACE
+from fastrec.data.output import scratch_folder
+from fastrec.data.prepare import readers
+from fastrec.data.prepare.catalogue import Catalogue
+from fastrec.data.prepare.filters import Filters, Kept, add, kept_events
+from fastrec.data.prepare.item_features import item_features as read_item_features
+from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
+from fastrec.data.prepare.load import Loaded, load_events
+from fastrec.data.prepare.preview import preview
+from fastrec.data.prepare.raw import RawData
+from fastrec.data.prepare.report import TIE_RULE, PrepareReport, peak_memory
+from fastrec.data.prepare.sources import is_frame, polars_frame
+from fastrec.data.prepare.split import divided, source_name, split_of
+from fastrec.data.prepare.writer import Interactions, claim, write_dataset
+
+ORDER_RULE = "order of the source, never sorted"
+BY_FILE = ", training before validation before test"
+
+
+class Beside(NamedTuple):
+    """What belongs to users and items: files, frames or None.
+
+    user, item: attributes, and how a file of them is read. na_values: as `prepare` takes it.
+    """
+
+    user: tuple[Any, dict]
+    item: tuple[Any, dict]
+    item_features: Any
+    relations: Any
+    cold_items: Any
+    na_values: str
+
+
+def prepare(
+    source,
+    output,
+    *,
+    format: str = "table",
+    k_core: int = 0,
+    min_rating: float | None = None,
+    max_users: int | None = None,
+    user_attributes=None,
+    item_attributes=None,
+    item_features=None,
+    relations=None,
+    cold_items=None,
+    user_key: str | None = None,
+    item_key: str | None = None,
+    items_of: Path | str | None = None,
+    na_values: str = "ask",
+    split: str = "leave_one_out",
+    valid=None,
+    test=None,
+    valid_source=None,
+    test_source=None,
+    overwrite: bool = False,
+    **options,
+) -> PrepareReport:
+    """Read `source`, filter it and write the canonical dataset directory `output`.
+
+    source: a path, a data frame (polars, pandas, Arrow), or a `RawData`. format: a key of
+    `readers.FORMATS`; `options` go to that reader: for a table see `readers.read_table` and
+    `events.events_of`.
+    min_rating: events rated below are removed. max_users: the first users in order of their id are
+    kept. k_core: then every user and item with fewer than k events goes, again and again.
+    user_attributes, item_attributes: a file (see `side_tables.read_attributes`; for s3rec items the
+    attribute JSON) or a data frame with user_id (item_id) and attributes, one row per id. Ids
+    without events are left out and counted; ids without a row have nulls; a file without any id of
+    the source is an error. user_key, item_key: the column of such a file that holds the ids.
+    item_features: a file or frame with vectors of items, see `item_features`; items without one
+    have zeros and are counted.
+    relations: a file or frame whose first two columns are user and friend; links with an end that
+    has no events are left out and counted.
+    cold_items: a file or frame whose first two columns are user and item of another catalogue, what
+    cold-start recommendation predicts from the events here; rows of users without events, and those
+    that are there twice, are left out and counted.
+    items_of: a data set whose items come first, in their order and with their attributes, also
+    those without events here: models that were trained on it go on, and new items come behind.
+    na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
+    split: which events are held out, "leave_one_out", or with valid and test "last" (how many
+    events of a user), "ratio" (which share of them) or "time" (the times, dates or whole numbers as
+    the source counts, from which on events are validation and test), or "files" with valid_source
+    and test_source, which are read as `source` is, whose events are those of training.
+
+    Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
+    from 1 without gaps just lose 1. Events are sorted stably by (timestamp, row), unless the source
+    is in order already; schema.json states which. The output appears complete or not at all.
+
+    Raises DataError for bad input and where a filter leaves nothing, FileExistsError if `output`
+    is not empty and may not be replaced, or is being written by another process.
+    """
+    if k_core < 0 or (max_users is not None and max_users < 1):
+        raise ValueError(f"k_core must not be negative, max_users positive: {k_core}, {max_users}")
+    if na_values not in ("ask", "missing", "text"):
+        raise ValueError(f"na_values must be 'ask', 'missing' or 'text', got {na_values!r}")
+    is_raw = isinstance(source, RawData)
+    if is_raw and options:
+        raise ValueError(f"{', '.join(options)} have no effect on events that have been read")
+    if not is_raw and "na_values" in readers.OPTIONS.get(format, ()):
+        options["na_values"] = na_values
+    elif (
+        na_values != "ask" and user_attributes is item_attributes is relations is cold_items is None
+    ):
+        raise ValueError(f"--na_values has no effect on --format {format} without side files")
+    chosen = split_of(split, valid, test, valid_source, test_source)
+    frames = {"user_attributes": user_attributes, "item_attributes": item_attributes}
+    frames |= {"relations": relations, "cold_items": cold_items}
+    user_attributes, item_attributes, relations, cold_items = (
+        polars_frame(frame, name) if is_frame(frame) else frame for name, frame in frames.items()
+    )
+    sides = {
+        "user": (user_attributes, {"column": user_key}),
+        "item": (item_attributes, {"column": item_key}),
+    }
+    for name, (file, settings) in sides.items():
+        vectors = item_features if name == "item" else None
+        if settings["column"] is not None and not any(
+            isinstance(each, (str, Path)) for each in (file, vectors)
+        ):
+            raise ValueError(f"{name}_key has no effect: {name}_attributes is no file")
+        settings["na_values"] = na_values
+    output, start = Path(output), time.perf_counter()
+    with claim(output, overwrite), scratch_folder(output) as folder, reading(source_name(source)):
+        sources = []
+        for each in [source, *chosen.files]:
+            if format == "table" and not isinstance(each, RawData):
+                readers.check_options(each, format, options)
+            elif not isinstance(each, RawData):
+                each = readers.read(each, format, **options)
+            sources.append(each)
+        found = load_events(sources, options, folder, options.get("on_duplicate", "error"))
+        for name, (_, settings) in sides.items():
+            settings["known_as"] = options.get(name) or found.raw.inferred.get(f"{name}_column")
+        filters = Filters(k_core, min_rating, max_users)
+        beside = Beside(
+            sides["user"], sides["item"], item_features, relations, cold_items, na_values
+        )
+        earlier = None if items_of is None else Path(items_of)
+        report = _prepare(found, output, filters, beside, earlier, chosen, overwrite)
+    return replace(report, seconds=time.perf_counter() - start, peak_memory=peak_memory())
+
+
+def _prepare(
+    found: Loaded,
+    output: Path,
+    filters: Filters,
+    beside: Beside,
+    items_of: Path | None,
+    split,
+    overwrite: bool,
+) -> PrepareReport:
+    raw, removed = found.raw, dict(found.raw.removed)
+    user_ids, item_ids = found.user_ids, found.item_ids
+    sizes = {"users": len(user_ids), "items": len(item_ids)}
+    before = sizes | {"interactions": found.events.height + sum(removed.values())}
+    used_users, used_items, events = kept_events(
+        raw.source, found.events, len(user_ids), len(item_ids), filters, removed
+    )
+
+    user_file, options = beside.user
+    sources = [(raw.source, raw.users), ("user_attributes", user_file)]
+    users, lost = attribute_table(user_ids[used_users], sources, "user_id", user_ids, **options)
+    add(removed, "attribute rows of users without interactions", lost)
+    item_file, options = beside.item
+    sources = [(raw.source, raw.items), ("item_attributes", item_file)]
+    listed, catalogue = item_ids[used_items], None
+    if items_of is not None:
+        catalogue = Catalogue(items_of, listed)
+        events.item = np.where(events.item < 0, -1, catalogue.numbers(events.item.clip(0)))
+        listed = catalogue.ids
+        item_ids = item_ids.cast(listed.dtype)
+    items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
+    add(removed, "attribute rows of items without interactions", lost)
+    vectors: dict = {}
+    if beside.item_features is not None:
+        how = {"column": options["column"], "known_as": options["known_as"]}
+        vectors, lost = read_item_features(beside.item_features, listed, item_ids, **how)
+        add(removed, "feature rows of items without interactions", lost)
+    if catalogue is not None:
+        items, vectors = catalogue.joined(items), catalogue.features(vectors)
+    name, links = "relations", beside.relations
+    if links is None:
+        name, links = raw.source, raw.relations
+    links, lost = relation_table(name, links, users["user_id"], user_ids, beside.na_values)
+    add(removed, "relations with an end without interactions", lost)
+    cold, cold_items = None, beside.cold_items
+    if cold_items is not None:
+        cold_items, lost, twice = cold_table(
+            cold_items, users["user_id"], user_ids, beside.na_values
+        )
+        add(removed, "cold-start rows of users without interactions", lost)
+        add(removed, "cold-start rows that are there twice", twice)
+        many = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
+        cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*many)
+    when = raw.time if "timestamp" in found.events.dtypes else PLACE
+    splits, said = divided(split, raw, events)
+    schema = write_dataset(
+        output,
+        interactions=_interactions(found, events),
+        users=users,
+        items=items,
+        relations=links,
+        cold_items=cold_items,
+        tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + (BY_FILE if found.parts else ""),
+        time=when,
+        source=raw.source,
+        inferred=raw.inferred,
+        filters=filters._asdict() | {"items_of": items_of and str(items_of), "removed": removed},
+        splits=splits,
+        split=said,
+        features=vectors,
+        overwrite=overwrite,
+    )
+    lengths = events.lengths
+    return PrepareReport(
+        output=output,
+        source=raw.source,
+        before=before,
+        after={name: schema[f"num_{name}"] for name in before},
+        removed=removed,
+        lengths={
+            "min": float(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "max": float(lengths.max()),
+        },
+        num_short_users=schema["num_short_users"],
+        tie_rule=schema["tie_rule"],
+        time=when,
+        inferred=raw.inferred,
+        preview=preview(raw.interactions, when),
+        catalogue=None if catalogue is None else str(catalogue),
+        split=said,
+        attributes={"users": users.columns[1:], "items": items.columns[1:]},
+        relations=0 if links is None else links.height,
+        item_features=schema.get("item_features", {}),
+        cold=cold,
+    )
+
+
+def _interactions(found: Loaded, events: Kept) -> Interactions:
+    import polars as pl
+
+    names = [name for name in ("timestamp", "rating", "event_type") if name in found.events.dtypes]
+    schema: dict = {"user": pl.Int64, "item": pl.Int64, "timestamp": pl.Int64}
+    if "rating" in names:
+        schema["rating"] = pl.Float32
+    if found.kinds is not None:
+        schema["event_type"] = found.kinds.dtype
+
+    def blocks():
+        first, before = np.cumsum(events.lengths) - events.lengths, 0
+        for chunk in events.chunks(*names):
+            height = len(chunk["user"])
+            if height == 0:
+                continue
+            place = np.arange(before, before + height)
+            before += height
+            if "timestamp" not in names:
+                chunk["timestamp"] = place - first[chunk["user"]]
+            if found.kinds is not None:
+                kind = pl.Series(chunk["event_type"])
+                chunk["event_type"] = found.kinds.gather(kind.set(kind < 0, None))
+            yield pl.DataFrame({name: chunk[name] for name in schema}, schema=schema)
+
+    return Interactions(schema, events.height, blocks)
