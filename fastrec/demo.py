@@ -7,7 +7,6 @@ from pathlib import Path
 from fastrec.bench import bench
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.output import locked, remove_folder
-from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.parts import Step
 from fastrec.evaluation.metrics import ranking_metrics
@@ -59,6 +58,7 @@ def demo(output: Path = Path("demo"), users: int = 10000, items: int = 5000, see
 
 
 def _demo(output: Path, users: int, items: int, seed: int) -> None:
+    from fastrec.data.prepare.synthetic import generate  # polars: other commands begin without it
     from fastrec.training.fit import fit  # Lightning, 3 s: `fastrec --help` does without it
 
     start = time.perf_counter()

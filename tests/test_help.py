@@ -69,8 +69,8 @@ def test_import_fastrec_imports_nothing_heavy_beyond_torch():
     assert not any(name.startswith(("fastrec.data", "fastrec.nn")) for name in beyond)
 
 
-@pytest.mark.parametrize("module", ["fastrec.serve", "fastrec.evaluation.next_item"])
-def test_serving_and_evaluation_do_without_what_prepares(module):
+@pytest.mark.parametrize("module", ["fastrec.cli", "fastrec.serve", "fastrec.evaluation.next_item"])
+def test_only_preparing_loads_what_prepares(module):
     found = modules_of(f"import {module}")
     assert module in found
     assert not any(name.startswith("fastrec.data.prepare") for name in found)

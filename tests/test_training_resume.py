@@ -284,7 +284,7 @@ def test_a_demo_replaces_a_demo_and_nothing_else(tmp_path, monkeypatch):
     def dies(*arguments, **options):
         raise Killed
 
-    monkeypatch.setattr("fastrec.demo.generate", dies)
+    monkeypatch.setattr("fastrec.data.prepare.synthetic.generate", dies)
     for _ in range(2):
         with pytest.raises(Killed):
             demo(tmp_path / "demo")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
@@ -18,12 +19,10 @@ class Catalogue:
 
     Args:
         folder: of a data set.
-        used: polars.Series, the distinct items of the events.
+        used: the distinct items of the events.
     """
 
-    def __init__(self, folder: Path, used):
-        import polars as pl
-
+    def __init__(self, folder: Path, used: pl.Series):
         self.dataset = SequenceDataset.load(folder)
         self.table = self.dataset.item_attributes().drop("item")
         self.folder = folder
@@ -40,8 +39,6 @@ class Catalogue:
 
     def numbers(self, item: np.ndarray) -> np.ndarray:
         """int64 [E]: places in `ids` of items that are places in `used`."""
-        import polars as pl
-
         places = pl.DataFrame({"id": self.ids, "place": np.arange(len(self.ids))})
         found = self._used.alias("id").to_frame().join(places, "id", maintain_order="left")
         return found["place"].to_numpy()[item]
@@ -67,11 +64,9 @@ class Catalogue:
             made[name] = Vectors(numbers, known)
         return made
 
-    def joined(self, items):
+    def joined(self, items: pl.DataFrame) -> pl.DataFrame:
         """The table of the items with what the earlier data set says of those that `items`, the
         table of this source, says nothing of. DataError for a column that has another type here."""
-        import polars as pl
-
         before = self.table.rename(
             {name: f"{name} " for name in self.table.columns if name != "item_id"}
         )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of values that come block by block, in the order of their first occurrence."""
 
-from typing import Any
-
 import numpy as np
+import polars as pl
 
 _WIDE = 1 << 26  # the widest range of integers whose numbers stand in a table
 
@@ -19,17 +18,15 @@ class Codes:
         self.text = False
         self._low = 0
         self._table: np.ndarray | None = np.empty(0, dtype=np.int32)
-        self._ids: list = []  # polars.Series, end to end in the order of their numbers
-        self._known: Any = None  # polars.DataFrame id, code, once there is no table
+        self._ids: list[pl.Series] = []  # end to end in the order of their numbers
+        self._known: pl.DataFrame | None = None  # id, code, once there is no table
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def add(self, series) -> np.ndarray:
+    def add(self, series: pl.Series) -> np.ndarray:
         """int32: the number of each value; there are no nulls."""
-        import polars as pl
-
         if len(series) == 0:
             return np.empty(0, dtype=np.int32)
         if series.dtype == pl.String and not self.text:
@@ -37,27 +34,24 @@ class Codes:
             self._ids = [part.cast(pl.String) for part in self._ids]
         series = series.cast(pl.String) if self.text else series
         if self._table is not None:
-            low, high = series.min(), series.max()
+            values = series.to_numpy()
+            low, high = int(values.min()), int(values.max())
             if self._count:
                 low, high = min(low, self._low), max(high, self._low + len(self._table) - 1)
             if high - low < _WIDE:
-                return self._looked_up(self._table, series.to_numpy(), low, high)
+                return self._looked_up(self._table, values, low, high)
             self._table = None
         return self._joined(series)
 
-    def sorted(self):
+    def sorted(self) -> tuple[pl.Series, np.ndarray]:
         """(the ids in ascending order, int32 [N]: the place there of each number)."""
-        import polars as pl
-
         ids = pl.concat(self._ids)
         order = ids.arg_sort().to_numpy()
         rank = np.empty(len(ids), dtype=np.int32)
         rank[order] = np.arange(len(ids), dtype=np.int32)
         return ids[order], rank
 
-    def _looked_up(self, table: np.ndarray, values: np.ndarray, low: int, high: int):
-        import polars as pl
-
+    def _looked_up(self, table: np.ndarray, values: np.ndarray, low: int, high: int) -> np.ndarray:
         if self._count == 0 or low < self._low or high >= self._low + len(table):
             grown = np.full(high - low + 1, -1, dtype=np.int32)
             if self._count:
@@ -71,9 +65,7 @@ class Codes:
             codes = table[values - self._low]
         return codes
 
-    def _joined(self, series) -> np.ndarray:
-        import polars as pl
-
+    def _joined(self, series: pl.Series) -> np.ndarray:
         if self._known is None or self._known.height < self._count:
             ids = pl.concat(self._ids) if self._ids else series.clear()
             self._known = pl.DataFrame({"id": ids, "code": np.arange(len(ids), dtype=np.int32)})
@@ -89,7 +81,7 @@ class Codes:
             codes = asked.join(self._known, "id", "left", maintain_order="left")["code"]
         return codes.to_numpy()
 
-    def _learn(self, fresh) -> None:
+    def _learn(self, fresh: pl.Series) -> None:
         self._ids.append(fresh.alias("id"))
         self._count += len(fresh)
         if self._count > np.iinfo(np.int32).max:
@@ -101,12 +93,10 @@ class Kinds:
 
     def __init__(self) -> None:
         self._codes = Codes()
-        self._values: list = []  # polars.DataFrames, of each number, end to end
+        self._values: list[pl.DataFrame] = []  # of each number, end to end
 
-    def add(self, series) -> np.ndarray:
+    def add(self, series: pl.Series) -> np.ndarray:
         """int32: the number of each value."""
-        import polars as pl
-
         there = series.is_not_null().to_numpy()
         known = series.drop_nulls()
         text = known.bin.encode("hex") if known.dtype == pl.Binary else known.cast(pl.String)
@@ -118,8 +108,6 @@ class Kinds:
         made[there] = codes
         return made
 
-    def values(self):
-        """polars.Series: the value of each number."""
-        import polars as pl
-
+    def values(self) -> pl.Series:
+        """The value of each number."""
         return pl.concat(self._values, how="vertical_relaxed")["event_type"]

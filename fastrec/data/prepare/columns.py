@@ -5,6 +5,7 @@ An integer has one spelling here: "007", "+7" and "-0" are text.
 """
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError, reading
 
@@ -23,7 +24,7 @@ def first_row(flags, first: int) -> int | None:
     return int(where[0]) + first if where.size else None
 
 
-def refuse(file, series, first: int, bad, what: str, hint: str = "") -> None:
+def refuse(file, series: pl.Series, first: int, bad: pl.Series, what: str, hint: str = "") -> None:
     """Raise for the first row of a column whose flag is set: it was expected to be `what`."""
     row = first_row(bad.to_numpy(), first)
     if row is not None:
@@ -33,10 +34,8 @@ def refuse(file, series, first: int, bad, what: str, hint: str = "") -> None:
         )  # fmt: skip
 
 
-def check_present(file, series, first: int) -> None:
+def check_present(file, series: pl.Series, first: int) -> None:
     """Raise for the first null or empty value of a column."""
-    import polars as pl
-
     missing = series.is_null()
     if series.dtype == pl.String:
         missing |= (series == "").fill_null(True)
@@ -45,7 +44,7 @@ def check_present(file, series, first: int) -> None:
         raise DataError(file, "value is missing", column=series.name, row=row)
 
 
-def check_unique(file, ids, first: int, column: str | None = None) -> None:
+def check_unique(file, ids: pl.Series, first: int, column: str | None = None) -> None:
     """Raise for the first id of a series that occurred before."""
     row = first_row(~ids.is_first_distinct(), first)
     if row is not None:
@@ -54,10 +53,8 @@ def check_unique(file, ids, first: int, column: str | None = None) -> None:
         )
 
 
-def integers(series):
+def integers(series: pl.Series) -> pl.Series:
     """Text as Int64, null where it is no integer of 64 bits in its one spelling."""
-    import polars as pl
-
     parsed = series.cast(pl.Int64, strict=False)
     if not parsed.has_nulls():
         # As long as its one spelling: a fraction of the time of the expression.
@@ -68,15 +65,13 @@ def integers(series):
     return parsed.set(~series.str.contains(_INTEGER).fill_null(False), None)
 
 
-def looks_like_a_row(names) -> bool:
+def looks_like_a_row(names: pl.Series) -> bool:
     """Whether the names of columns hold a number: a first line that is no header."""
     return bool(names.str.contains(_DIGITS).any())
 
 
-def int64(file, series, first: int):
+def int64(file, series: pl.Series, first: int) -> pl.Series:
     """Integers as Int64; raises for one that does not fit."""
-    import polars as pl
-
     result = series.cast(pl.Int64, strict=False)
     row = first_row((result.is_null() & series.is_not_null()).to_numpy(), first)
     if row is not None:
@@ -86,15 +81,15 @@ def int64(file, series, first: int):
     return result
 
 
-def id_column(file, series, first: int, kind: str = "auto", na_values: str = "ask"):
+def id_column(
+    file, series: pl.Series, first: int, kind: str = "auto", na_values: str = "ask"
+) -> pl.Series:
     """An id column as Int64 or String; `first` is the row number of its start.
 
     Ids are opaque: an integer may be negative. kind: "int" demands integers, "str" keeps text,
     "auto" takes integers if every value is one. na_values: "text" takes words such as NA for ids;
     they are refused otherwise.
     """
-    import polars as pl
-
     check_present(file, series, first)
     if kind not in ("auto", "int", "str"):
         raise ValueError(f"ids must be 'auto', 'int' or 'str', got {kind!r}")
@@ -112,7 +107,7 @@ def id_column(file, series, first: int, kind: str = "auto", na_values: str = "as
     )
 
 
-def _text_ids(file, series, first: int, kind: str, na_values: str):
+def _text_ids(file, series: pl.Series, first: int, kind: str, na_values: str) -> pl.Series:
     if kind != "str":
         parsed = integers(series)
         row = first_row(parsed.is_null().to_numpy(), first)
@@ -132,14 +127,14 @@ def _text_ids(file, series, first: int, kind: str, na_values: str):
     return series
 
 
-def key_column(file, series, first: int, like=None, na_values: str = "ask"):
+def key_column(
+    file, series: pl.Series, first: int, like: pl.Series | None = None, na_values: str = "ask"
+) -> pl.Series:
     """The ids of a side file in the type of those that they are compared with.
 
     like: ids of the interactions, Int64 or String; None takes integers where all are. Text is never
     retyped: only what is written as an integer is compared with integers.
     """
-    import polars as pl
-
     if like is None:
         return id_column(file, series, first, "auto", na_values)
     if like.dtype == pl.Int64:
@@ -154,10 +149,8 @@ def key_column(file, series, first: int, like=None, na_values: str = "ask"):
     return id_column(file, series, first, "str", na_values)
 
 
-def float_column(file, series, first: int):
+def float_column(file, series: pl.Series, first: int) -> pl.Series:
     """A column as Float32; raises for null, text that is no number, NaN and infinity."""
-    import polars as pl
-
     check_present(file, series, first)
     if series.dtype != pl.String and not series.dtype.is_numeric():
         raise DataError(file, f"expected numbers, got {series.dtype}", column=series.name)
@@ -171,14 +164,14 @@ def float_column(file, series, first: int):
     return values
 
 
-def attribute_column(file, series, first: int, na_values: str = "ask", retype: bool = True):
+def attribute_column(
+    file, series: pl.Series, first: int, na_values: str = "ask", retype: bool = True
+) -> pl.Series:
     """Text that holds nothing but integers (numbers) and nulls as Int64 (Float64); else as it is.
 
     na_values: words such as NA are refused ("ask"), become null ("missing") or stay ("text").
     Leading zeros keep a column text: a zip code is no number.
     """
-    import polars as pl
-
     if series.dtype != pl.String:
         return series
     series = series.set((series == "").fill_null(False), None)

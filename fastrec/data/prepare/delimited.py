@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delimited text as data frames of text, every problem reported with file, column and row."""
 
+from collections.abc import Iterator
+
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError, EmptyFile, reading
 from fastrec.data.text_files import split_lines, text_blocks
@@ -11,10 +14,10 @@ WHITESPACE = "whitespace"  # the separator that is any run of blanks and tabs
 _UNIT = "\x1f"  # stands for separators of more than one character
 
 
-def read_delimited(file, separator: str, names: list[str] | None = None, encoding: str = "utf-8"):
-    """All of `delimited_blocks` as one polars.DataFrame."""
-    import polars as pl
-
+def read_delimited(
+    file, separator: str, names: list[str] | None = None, encoding: str = "utf-8"
+) -> pl.DataFrame:
+    """All of `delimited_blocks`."""
     frames = [frame for frame, _ in delimited_blocks(file, separator, names, encoding)]
     return pl.concat(frames, rechunk=True)
 
@@ -25,17 +28,15 @@ def delimited_blocks(
     names: list[str] | None = None,
     encoding: str = "utf-8",
     size: int | None = None,
-):
-    """(polars.DataFrame, number of its first row) of each block of a delimited file, every column
-    as text, quotes honoured in csv.
+) -> Iterator[tuple[pl.DataFrame, int]]:
+    """(frame, number of its first row) of each block of a delimited file, every column as text,
+    quotes honoured in csv.
 
     separator: one character or several ("::"), or "whitespace", any run of blanks and tabs. names:
     the columns of a file without a header (all must be there); None reads the header. Empty fields
     are null. size: as in `text_blocks`. Raises DataError for a row that is empty or has another
     number of fields, for two columns of one name, and for a file without rows.
     """
-    import polars as pl
-
     if {'"', "\n", "\r", ""} & {separator, *separator}:
         raise ValueError(f"--separator cannot be {separator!r}")
     quotes = separator in (",", ";")

@@ -8,6 +8,8 @@ do not overlap. A fraction is kept in a finer unit, which is said.
 from dataclasses import dataclass, field
 from decimal import Decimal
 
+import polars as pl
+
 from fastrec.data.errors import DataError
 from fastrec.data.event_columns import (
     MICROSECONDS,
@@ -60,7 +62,7 @@ class Known:
             column=column, row=row,
         )  # fmt: skip
 
-    def see(self, file, values, first: int) -> None:
+    def see(self, file, values: pl.Series, first: int) -> None:
         """Count whole numbers (Int64 without nulls) of a block."""
         self.times += len(values)
         low, high = values.min(), values.max()
@@ -77,22 +79,23 @@ class Known:
                 self.outside[unit] = file, values.name, first_row(~inside, first)
 
 
-def is_number(series) -> bool:
+def is_number(series: pl.Series) -> bool:
     """Whether a column holds times as numbers: typed so, or text that begins with one."""
     if series.dtype.is_numeric():
         return True
     return bool(series.str.contains(r"^[+-]?[0-9]*\.?[0-9]*([eE][+-]?[0-9]+)?$")[0])
 
 
-def epoch_column(file, series, first: int, unit: str | None = None, known: Known | None = None):
+def epoch_column(
+    file, series: pl.Series, first: int, unit: str | None = None, known: Known | None = None
+) -> tuple[pl.Series, str, str | None]:
     """(Int64, what it counts, the unit if it was inferred) of a column of numbers.
 
     series: integers, floats, decimals or text of numbers, without nulls. unit: a key of UNITS.
     known: of a column of which this is a block.
     """
-    import polars as pl
-
     known = known or Known()
+    values: pl.Series | None
     fractions = None
     if series.dtype.is_integer():
         values = int64(file, series, first)
@@ -124,13 +127,11 @@ def epoch_column(file, series, first: int, unit: str | None = None, known: Known
     return values, WORDS[digits], inferred
 
 
-def _decimals(file, series, first: int):
+def _decimals(file, series: pl.Series, first: int) -> tuple[pl.Series, pl.Series | None]:
     """(whole parts as Int64, what is behind the points) of numbers that are no integers.
 
     The second is text, "25" for 7.25, "-25" for -7.25 and "" for 7.0; None if all are whole.
     """
-    import polars as pl
-
     if series.dtype.is_float():
         # Beyond the mantissa neighbours are equal: 1.7e18 ns are 256 ns apart as a double.
         limit = 2.0 ** (53 if series.dtype == pl.Float64 else 24)
@@ -150,10 +151,8 @@ def _decimals(file, series, first: int):
     return values, (parts["sign"] + behind).set(behind == "", "")
 
 
-def _without_exponents(text):
+def _without_exponents(text: pl.Series) -> pl.Series:
     """1.5e9 as 1500000000: exact, not through a float."""
-    import polars as pl
-
     places = text.str.contains(_EXPONENT).arg_true()
     if len(places) == 0:
         return text
@@ -165,18 +164,24 @@ def _without_exponents(text):
     return text.scatter(places, pl.Series(plain, dtype=pl.String))
 
 
-def _with_fractions(file, series, first: int, values, fractions, digits: int, least: int):
+def _with_fractions(
+    file,
+    series: pl.Series,
+    first: int,
+    values: pl.Series,
+    fractions: pl.Series | None,
+    digits: int,
+    least: int,
+) -> tuple[pl.Series, int]:
     """(Int64, digits behind the second) in the unit that holds every fraction, and `least` more
     digits than `digits`."""
-    import polars as pl
-
     if fractions is None:
         fractions = pl.repeat("", len(values), dtype=pl.String, eager=True)
     negative = fractions.str.starts_with("-")
     behind = fractions.str.strip_chars_start("-")
     length = behind.str.len_chars().cast(pl.Int64)
     refuse(file, series, first, length + digits > 9, "a time to the nanosecond at most")
-    finer = max(-(-(digits + int(length.max())) // 3) * 3, digits + least)
+    finer = max(-(-(digits + int(length.to_numpy().max())) // 3) * 3, digits + least)
     factor = 10 ** (finer - digits)
     far = values.abs() >= (2**63 - 1) // factor
     what = f"a time that fits 64 bits in {WORDS[finer].split()[0]}, as others have fractions"

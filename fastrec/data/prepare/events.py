@@ -4,6 +4,7 @@
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError
 from fastrec.data.prepare.codes import Codes
@@ -67,10 +68,12 @@ class Events:
         self._first_lacking: tuple[str, Any, int] | None = None
         self._refused: DataError | None = None
 
-    def typed(self, frame, rows: Rows, header: bool = False):
-        """(polars.DataFrame user_id, item_id, and timestamp, rating, event_type where there are;
-        `rows` of these) of a block; None where nothing of it is left. header: the names are the
-        first line of a text file, for what an error suggests."""
+    def typed(
+        self, frame: pl.DataFrame, rows: Rows, header: bool = False
+    ) -> tuple[pl.DataFrame, Rows] | None:
+        """(user_id, item_id, and timestamp, rating, event_type where there are; `rows` of these) of
+        a block; None where nothing of it is left. header: the names are the first line of a text
+        file, for what an error suggests."""
         if not self._names:
             self._find(frame.columns, header)
         columns = {role: frame[name] for role, name in self._names.items()}
@@ -115,10 +118,8 @@ class Events:
         }
         self._names = names
 
-    def _of_types(self, column):
+    def _of_types(self, column: pl.Series | None) -> pl.Series | None:
         """Flags of the events of the types that are asked for; None for all."""
-        import polars as pl
-
         if self._types is None:
             return None
         if column is None:
@@ -129,10 +130,8 @@ class Events:
         self._of_other_types += int((~keep).sum())
         return keep
 
-    def _present(self, columns: dict, rows: Rows):
+    def _present(self, columns: dict[str, pl.Series], rows: Rows) -> pl.Series | None:
         """Flags of the rows that lack nothing; None if no row does."""
-        import polars as pl
-
         present = None
         for role, series in columns.items():
             missing = series.is_null()
@@ -151,9 +150,7 @@ class Events:
             present = ~missing if present is None else present & ~missing
         return present
 
-    def _table(self, columns: dict, rows: Rows):
-        import polars as pl
-
+    def _table(self, columns: dict[str, pl.Series], rows: Rows) -> pl.DataFrame:
         table, source = {}, self.source
         for role, kind in self._kinds.items():
             with rows.named():
@@ -249,14 +246,17 @@ def duplicate(rows: Rows, place: int, first: int, event: tuple, count: int) -> D
     )  # fmt: skip
 
 
-def events_of(source, frame, rows: Rows, *, header: bool = False, **options) -> RawData:
+def events_of(
+    source, frame: pl.DataFrame, rows: Rows, *, header: bool = False, **options
+) -> RawData:
     """The events of a table in memory, in its order. header, options: see `Events`.
 
     Events are checked for `ordered` and for duplicates, by their timestamps.
     """
     reader = Events(source, **options)
     made = reader.typed(frame, rows, header)
-    reader.settled()  # a single block always is, or it raises
+    reader.settled()  # a single block always is, or it raises, also where nothing of it is left
+    assert made is not None
     events, rows = made
     removed = reader.removed
     if "timestamp" in events.columns:
@@ -269,15 +269,15 @@ def events_of(source, frame, rows: Rows, *, header: bool = False, **options) -> 
     )  # fmt: skip
 
 
-def _kept(columns: dict, rows: Rows, keep):
+def _kept(
+    columns: dict[str, pl.Series], rows: Rows, keep: pl.Series | None
+) -> tuple[dict[str, pl.Series], Rows]:
     if keep is None or keep.all():
         return columns, rows
     return {role: series.filter(keep) for role, series in columns.items()}, rows.keep(keep)
 
 
-def _check_order(events, rows: Rows, reader: Events) -> None:
-    import polars as pl
-
+def _check_order(events: pl.DataFrame, rows: Rows, reader: Events) -> None:
     earlier = pl.col("timestamp") < pl.col("timestamp").shift(1).over("user_id")
     back = events.select(earlier).to_series().fill_null(False).to_numpy()
     if back.any():
@@ -285,9 +285,9 @@ def _check_order(events, rows: Rows, reader: Events) -> None:
         raise reader.falls(rows, place, events["user_id"][place], events["timestamp"][place])
 
 
-def _without_duplicates(events, rows: Rows, on_duplicate: str, removed: dict):
-    import polars as pl
-
+def _without_duplicates(
+    events: pl.DataFrame, rows: Rows, on_duplicate: str, removed: dict[str, int]
+) -> pl.DataFrame:
     if on_duplicate == "keep":
         return events
     user, item = (

@@ -4,6 +4,7 @@
 import json
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError, reading
 from fastrec.data.prepare.columns import first_row
@@ -33,8 +34,6 @@ def read_histories(
     separator, columns, encoding: of the file, see `tables.read_frame`. options: ids, na_values and
     on_missing of `events.events_of`; an empty history lacks its item.
     """
-    import polars as pl
-
     if on_duplicate not in ("error", "drop"):
         raise ValueError("--on_duplicate keep has no effect on histories: error or drop")
     frame, rows = read_source(source, separator=separator, columns=columns, encoding=encoding)
@@ -64,10 +63,8 @@ def read_histories(
     return raw
 
 
-def _lists(source, series):
+def _lists(source, series: pl.Series) -> tuple[pl.Series, str]:
     """(the histories as lists, null where one is empty; how text was split)."""
-    import polars as pl
-
     how = ""
     if isinstance(series.dtype, pl.Array):
         series = series.arr.to_list()
@@ -93,9 +90,7 @@ def _lists(source, series):
     return series.set((series.list.len() == 0).fill_null(False), None), how
 
 
-def _json_lists(source, series):
-    import polars as pl
-
+def _json_lists(source, series: pl.Series) -> pl.Series:
     decoded = []
     for row, text in enumerate(series.to_list()):
         try:
@@ -110,10 +105,10 @@ def _json_lists(source, series):
     return pl.Series(series.name, decoded, dtype=pl.List(pl.String))
 
 
-def _longest(users, items, rows: Rows, on_duplicate: str):
+def _longest(
+    users: pl.Series, items: pl.Series, rows: Rows, on_duplicate: str
+) -> tuple[np.ndarray, dict[str, int]]:
     """(flags of one row a user, how many interactions the others had, by reason)."""
-    import polars as pl
-
     table = pl.DataFrame({"user": users, "items": items}).with_row_index("row")
     table = table.with_columns(pl.col("items").list.len().fill_null(0).alias("length"))
     best = table.sort("length", "row").unique("user", keep="last")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError, reading
 from fastrec.data.prepare.columns import check_unique, float_column, key_column, refuse
@@ -29,7 +30,7 @@ class Vectors:
 
 
 def item_features(
-    source, ids, everyone, *, column: str | None, known_as: str | None
+    source, ids: pl.Series, everyone: pl.Series, *, column: str | None, known_as: str | None
 ) -> tuple[dict[str, Vectors], int]:
     """(the vectors of items by name, number of rows that were left out): those of ids that a filter
     removed, or that have no events.
@@ -42,8 +43,6 @@ def item_features(
     Raises DataError that names the column and the row: a list of another length, NaN, infinity or
     nothing inside of a list, an id twice; or a file without an id of `everyone`.
     """
-    import polars as pl
-
     file, first = "item_features", 1
     if is_frame(source):
         frame, name, stem = polars_frame(source, file), "item_id", "features"
@@ -83,17 +82,16 @@ def item_features(
     )
 
 
-def _of_lists(file, series, first: int) -> Vectors:
+def _of_lists(file, series: pl.Series, first: int) -> Vectors:
     """A column of lists, a row each."""
-    import polars as pl
-
     if isinstance(series.dtype, pl.Array):
         series = series.cast(pl.List(series.dtype.inner))
-    if not (series.dtype.inner.is_numeric() or series.dtype.inner == pl.Null):
-        raise DataError(file, f"expected lists of numbers, got {series.dtype}", column=series.name)
+    kind = series.dtype
+    if not (isinstance(kind, pl.List) and (kind.inner.is_numeric() or kind.inner == pl.Null)):
+        raise DataError(file, f"expected lists of numbers, got {kind}", column=series.name)
     known = series.is_not_null()
     lengths = series.list.len()
-    if not known.any() or (width := lengths[known.arg_max()]) == 0:
+    if not known.any() or (width := lengths.filter(known)[0]) == 0:
         raise DataError(file, "holds no vector", column=series.name)
     refuse(file, series, first, known & (lengths != width), f"a list of {width} numbers")
     numbers = series.cast(pl.List(pl.Float32))

@@ -5,13 +5,16 @@ interactions."""
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError
 from fastrec.data.prepare.columns import check_unique, key_column
 from fastrec.data.prepare.side_tables import read_attributes, read_cold_items, read_relations
 
 
-def attribute_table(ids, sources, key: str, everyone, **options):
+def attribute_table(
+    ids: pl.Series, sources, key: str, everyone: pl.Series, **options
+) -> tuple[pl.DataFrame, int]:
     """(the table of users or items, number of rows lost): one row per id, with all attributes.
 
     sources: (name, file or frame or None); a file is its own name.
@@ -37,10 +40,10 @@ def attribute_table(ids, sources, key: str, everyone, **options):
     return table, lost
 
 
-def relation_table(name, relations, user_ids, everyone, na_values: str):
+def relation_table(
+    name, relations, user_ids: pl.Series, everyone: pl.Series, na_values: str
+) -> tuple[pl.DataFrame | None, int]:
     """(user, friend) row numbers of links with both ends in `user_ids`, and how many were lost."""
-    import polars as pl
-
     if relations is None:
         return None, 0
     if isinstance(relations, (str, Path)):
@@ -59,11 +62,11 @@ def relation_table(name, relations, user_ids, everyone, na_values: str):
     return links, relations.height - links.height
 
 
-def cold_table(rows, user_ids, everyone, na_values: str):
+def cold_table(
+    rows, user_ids: pl.Series, everyone: pl.Series, na_values: str
+) -> tuple[pl.DataFrame, int, int]:
     """(user row numbers, items from 0 in the order of their ids, and these, sorted by user; rows
     lost because the user has no interactions; rows that were there before)."""
-    import polars as pl
-
     name: str | Path = "cold_items"
     if isinstance(rows, (str, Path)):
         name, rows = rows, read_cold_items(rows, everyone, na_values)
@@ -86,6 +89,6 @@ def cold_table(rows, user_ids, everyone, na_values: str):
     return unique, rows.height - found.height, found.height - unique.height
 
 
-def foreign(file, ids, everyone) -> DataError:
+def foreign(file, ids: pl.Series, everyone: pl.Series) -> DataError:
     what = f"none of its {len(ids):,} ids occurs in the interactions"
     return DataError(file, f"{what}: {ids[0]!r} here, {everyone[0]!r} there", column=ids.name)

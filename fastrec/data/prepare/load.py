@@ -7,9 +7,9 @@ A table is never in memory as a whole. Other formats are read by their readers f
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError, reading
 from fastrec.data.prepare import store as storage
@@ -43,8 +43,8 @@ class Part:
             rest = {name: options[name] for name in options.keys() - text}
             self.table = Events(name_of(source), **rest)
 
-    def blocks(self) -> Iterator[tuple]:
-        """(polars.DataFrame as `RawData.interactions`, int64 places of its rows) of each block."""
+    def blocks(self) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
+        """(events as `RawData.interactions`, int64 places of its rows) of each block."""
         if self.raw is not None:
             events = self.raw.interactions
             for start in range(0, events.height, storage.CHUNK):
@@ -74,8 +74,6 @@ class Part:
 
     def said(self) -> RawData:
         """What the source is, without its events."""
-        import polars as pl
-
         if self.raw is not None:
             return self.raw
         table = self.table
@@ -90,15 +88,15 @@ class Loaded:
     """events: a `Store` of user and item (places in `user_ids`, `item_ids`), part, and timestamp,
     rating and event_type (places in `kinds`) where there are, in the order of a data set.
 
-    raw: what the source is, its first events alone. user_ids, item_ids: polars.Series, ascending.
+    raw: what the source is, its first events alone. user_ids, item_ids: ascending.
     parts: whether there are files of validation and test.
     """
 
     raw: RawData
     events: Store
-    user_ids: Any
-    item_ids: Any
-    kinds: Any
+    user_ids: pl.Series
+    item_ids: pl.Series
+    kinds: pl.Series | None
     parts: bool
 
 
@@ -158,7 +156,7 @@ class _Reader:
         self.store: Store | None = None
         self.users, self.items, self.kinds = Codes(), Codes(), Kinds()
         self.schemas: list[dict] = []
-        self._head: list = []
+        self._head: list[pl.DataFrame] = []
 
     def read(self, part: Part, number: int, said: list[RawData]) -> None:
         start, head, settled = (
@@ -178,7 +176,7 @@ class _Reader:
                 self.store.height, self._head = start, self._head[:head]
         self.schemas.append(schema)
 
-    def _append(self, frame, rows: np.ndarray, number: int) -> None:
+    def _append(self, frame: pl.DataFrame, rows: np.ndarray, number: int) -> None:
         columns = {
             "user": self.users.add(frame["user_id"]),
             "item": self.items.add(frame["item_id"]),
@@ -196,10 +194,8 @@ class _Reader:
         if sum(each.height for each in self._head) < _HEAD:
             self._head.append(frame.head(_HEAD).clone())
 
-    def first_events(self):
-        """polars.DataFrame of some of the first events."""
-        import polars as pl
-
+    def first_events(self) -> pl.DataFrame:
+        """Some of the first events."""
         head = pl.concat(self._head, how="vertical_relaxed")
         texts = {"user_id": self.users.text, "item_id": self.items.text}
         return head.with_columns(pl.col(name).cast(pl.String) for name in texts if texts[name])
@@ -207,8 +203,6 @@ class _Reader:
 
 def _wider(schema: dict, other: dict) -> dict:
     """The types of two blocks: ids are text where one has text."""
-    import polars as pl
-
     texts = {
         name: pl.String for name in ("user_id", "item_id") if pl.String in
         (schema.get(name), other.get(name))
@@ -216,7 +210,9 @@ def _wider(schema: dict, other: dict) -> dict:
     return other | texts
 
 
-def _judge(checks: Checks, parts: list[Part], user_ids, item_ids, removed: dict) -> None:
+def _judge(
+    checks: Checks, parts: list[Part], user_ids: pl.Series, item_ids: pl.Series, removed: dict
+) -> None:
     """Raise for what `sorted_by_user` found, or count what it dropped."""
 
     def event(found: Found, number: int) -> tuple:

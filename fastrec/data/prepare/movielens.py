@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """MovieLens-1M and -100K as they are published, and what readers of several files share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError
 from fastrec.data.prepare.columns import check_unique, first_row, id_column, integers
@@ -36,7 +38,7 @@ def read_movielens_100k(source, *, on_duplicate: str = "error") -> RawData:
     return raw
 
 
-def _movielens(file, frame, on_duplicate: str) -> RawData:
+def _movielens(file, frame: pl.DataFrame, on_duplicate: str) -> RawData:
     rows = Rows([(file, 1, frame.height)])
     return events_of(
         file, frame, rows, user="user", item="item", timestamp="timestamp", rating="rating",
@@ -44,16 +46,14 @@ def _movielens(file, frame, on_duplicate: str) -> RawData:
     )  # fmt: skip
 
 
-def _read_u_user(file):
+def _read_u_user(file) -> pl.DataFrame:
     frame = read_delimited(file, "|", ["user_id", "age", "gender", "occupation", "zip_code"])
     frame = frame.with_columns(id_column(file, frame["user_id"], 1, "int"))
     check_unique(file, frame["user_id"], 1)
     return frame.with_columns(_integers_or_null(file, frame["age"]))
 
 
-def _read_u_item(file):
-    import polars as pl
-
+def _read_u_item(file) -> pl.DataFrame:
     names = ["item_id", "title", "release_date", "video_release_date", "url"]
     names += [f"genre_{number}" for number in range(19)]
     frame = read_delimited(file, "|", names, "latin-1")
@@ -70,7 +70,7 @@ def _read_u_item(file):
     )
 
 
-def _integers_or_null(file, series):
+def _integers_or_null(file, series: pl.Series) -> pl.Series:
     numbers = integers(series)
     row = first_row(numbers.is_null() & series.is_not_null(), 1)
     if row is not None:
@@ -80,7 +80,9 @@ def _integers_or_null(file, series):
     return numbers
 
 
-def attributes(key: str, like, na_values: str = "text"):
+def attributes(
+    key: str, like: pl.Series, na_values: str = "text"
+) -> Callable[[Path], pl.DataFrame]:
     """A reader of a file of attributes whose ids are compared with `like`."""
     return lambda file: read_attributes(file, key, like=like, na_values=na_values)
 
@@ -96,7 +98,7 @@ def one_file(source, name: str) -> Path:
     return found[0]
 
 
-def beside(file: Path, name: str, reader):
+def beside(file: Path, name: str, reader: Callable[[Path], pl.DataFrame]) -> pl.DataFrame | None:
     """What the reader makes of a file beside another, gzipped or not; None if it is not there."""
     found = [f for f in (file.with_name(name), file.with_name(f"{name}.gz")) if f.exists()]
     return reader(found[0]) if found else None

@@ -3,12 +3,14 @@
 
 import datetime
 
+import polars as pl
+
 from fastrec.data.prepare.epochs import WORDS
 
 _DIGITS = {words: digits for digits, words in WORDS.items()}
 
 
-def preview(frame, time: str, count: int = 3) -> list[str]:
+def preview(frame: pl.DataFrame, time: str, count: int = 3) -> list[str]:
     """A line each of the first events: user, item, time as a date, rating, type.
 
     frame: the canonical interactions in original ids. time: what a timestamp counts.

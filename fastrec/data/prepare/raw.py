@@ -2,12 +2,10 @@
 """What a reader returns."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import polars as pl
 
 from fastrec.data.event_columns import SOURCE
-
-if TYPE_CHECKING:
-    import polars as pl
 
 
 @dataclass
@@ -23,10 +21,10 @@ class RawData:
     """
 
     source: str
-    interactions: "pl.DataFrame"
-    users: "pl.DataFrame | None" = None
-    items: "pl.DataFrame | None" = None
-    relations: "pl.DataFrame | None" = None
+    interactions: pl.DataFrame
+    users: pl.DataFrame | None = None
+    items: pl.DataFrame | None = None
+    relations: pl.DataFrame | None = None
     ordered: bool = False
     time: str = SOURCE
     removed: dict[str, int] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError, reading
 from fastrec.data.prepare import tables
@@ -40,8 +41,6 @@ def read_s3rec(file, item_attributes=None) -> RawData:
     item_attributes: JSON `{"item": [attribute ids]}`; becomes the list column `attributes` of
     `items`, each attribute once, in the order of its first occurrence.
     """
-    import polars as pl
-
     lines = read_fields(file)
     lengths = np.fromiter(map(len, lines), dtype=np.int64, count=len(lines))
     row = first_row(lengths < 2, 1)
@@ -71,8 +70,6 @@ def read_s3rec(file, item_attributes=None) -> RawData:
 
 def read_pairs(file) -> RawData:
     """One `user item` pair a line, each user's oldest first (the ml-1m.txt of SASRec)."""
-    import polars as pl
-
     lines = read_fields(file)
     for row, fields in enumerate(lines, 1):
         if len(fields) != 2:

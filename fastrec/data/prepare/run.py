@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import reading
 from fastrec.data.event_columns import PLACE
@@ -250,8 +251,6 @@ def _prepare(
 
 
 def _interactions(found: Loaded, events: Kept) -> Interactions:
-    import polars as pl
-
     names = [name for name in ("timestamp", "rating", "event_type") if name in found.events.dtypes]
     schema: dict = {"user": pl.Int64, "item": pl.Int64, "timestamp": pl.Int64}
     if "rating" in names:
@@ -267,11 +266,12 @@ def _interactions(found: Loaded, events: Kept) -> Interactions:
                 continue
             place = np.arange(before, before + height)
             before += height
+            columns: dict[str, Any] = {**chunk}
             if "timestamp" not in names:
-                chunk["timestamp"] = place - first[chunk["user"]]
+                columns["timestamp"] = place - first[chunk["user"]]
             if found.kinds is not None:
                 kind = pl.Series(chunk["event_type"])
-                chunk["event_type"] = found.kinds.gather(kind.set(kind < 0, None))
-            yield pl.DataFrame({name: chunk[name] for name in schema}, schema=schema)
+                columns["event_type"] = found.kinds.gather(kind.set(kind < 0, None))
+            yield pl.DataFrame({name: columns[name] for name in schema}, schema=schema)
 
     return Interactions(schema, events.height, blocks)

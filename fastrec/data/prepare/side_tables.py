@@ -9,6 +9,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import polars as pl
+
 from fastrec.data.errors import DataError, EmptyFile, reading
 from fastrec.data.prepare.columns import (
     attribute_column,
@@ -33,12 +35,12 @@ def read_attributes(
     key: str,
     id_map=None,
     *,
-    like=None,
+    like: pl.Series | None = None,
     column: str | None = None,
     known_as: str | None = None,
     na_values: str = "ask",
-):
-    """polars.DataFrame of attributes: column `key` ("user_id" or "item_id") and one row per id.
+) -> pl.DataFrame:
+    """Attributes: column `key` ("user_id" or "item_id") and one row per id.
 
     By name or suffix: .json `{"id": [integers]}` as S3-Rec has it (a list column `attributes`, each
     entry once); RecBole .user and .item; MovieLens users.dat and movies.dat (genres as a list);
@@ -49,8 +51,6 @@ def read_attributes(
     id_map: a text file of `id original` lines: the ids of `file` are the originals, the ids of the
     result those of the first column; rows that the map does not know are left out.
     """
-    import polars as pl
-
     file = Path(file)
     plain = Path(file.name.removesuffix(".gz"))
     wanted = None if id_map is not None else like
@@ -84,10 +84,8 @@ def read_attributes(
         return frame if id_map is None else _translated(file, frame, key, id_map, like)
 
 
-def key_name(file, frame, key: str, column: str | None, known_as: str | None) -> str:
+def key_name(file, frame: pl.DataFrame, key: str, column: str | None, known_as: str | None) -> str:
     """The column that holds the ids; never a guess."""
-    import polars as pl
-
     there = ", ".join(frame.columns)
     if column is not None:
         if column not in frame.columns:
@@ -120,9 +118,9 @@ def _check_named(file, names: list[str]) -> None:
             )  # fmt: skip
 
 
-def _translated(file, frame, key: str, id_map, like):
-    import polars as pl
-
+def _translated(
+    file, frame: pl.DataFrame, key: str, id_map, like: pl.Series | None
+) -> pl.DataFrame:
     pairs = read_delimited(id_map, " ", ["id", "original"])
     originals = key_column(id_map, pairs["original"], 1, frame[key])
     check_unique(id_map, originals, 1)
@@ -136,9 +134,7 @@ def _translated(file, frame, key: str, id_map, like):
     return frame.with_columns(frame[fresh].alias(key)).drop(fresh)
 
 
-def _read_id_json(file, key: str):
-    import polars as pl
-
+def _read_id_json(file, key: str) -> pl.DataFrame:
     data = read_bytes(file)
     try:
         pairs = json.loads(data, object_pairs_hook=lambda pairs: pairs)
@@ -171,8 +167,8 @@ def _read_id_json(file, key: str):
     return pl.DataFrame([ids, pl.Series("attributes", distinct, dtype=pl.List(pl.Int64))])
 
 
-def read_relations(file, like=None, na_values: str = "ask"):
-    """polars.DataFrame (user_id, friend_id): the first two columns of a table, one link a row.
+def read_relations(file, like: pl.Series | None = None, na_values: str = "ask") -> pl.DataFrame:
+    """(user_id, friend_id): the first two columns of a table, one link a row.
 
     like: the ids of the interactions. A first line with a number is a link, not a header; one of
     text that names a user of `like` may be either, and is refused.
@@ -180,17 +176,14 @@ def read_relations(file, like=None, na_values: str = "ask"):
     return _read_pairs(file, "friend_id", like, like, na_values)
 
 
-def read_cold_items(file, like=None, na_values: str = "ask"):
-    """polars.DataFrame (user_id, item_id): the first two columns of a table, one item of another
-    catalogue a row, read as `read_relations` reads links; ids of items are integers where all
-    are."""
+def read_cold_items(file, like: pl.Series | None = None, na_values: str = "ask") -> pl.DataFrame:
+    """(user_id, item_id): the first two columns of a table, one item of another catalogue a row,
+    read as `read_relations` reads links; ids of items are integers where all are."""
     return _read_pairs(file, "item_id", like, None, na_values)
 
 
-def _links(file: Path):
+def _links(file: Path) -> tuple[pl.DataFrame, int]:
     """`read_frame` of a file whose only line may be a link, in the place of a header."""
-    import polars as pl
-
     try:
         return read_frame(file)
     except EmptyFile as empty:
@@ -202,9 +195,9 @@ def _links(file: Path):
         raise empty
 
 
-def _read_pairs(file, second: str, like, like_second, na_values: str):
-    import polars as pl
-
+def _read_pairs(
+    file, second: str, like: pl.Series | None, like_second: pl.Series | None, na_values: str
+) -> pl.DataFrame:
     file = Path(file)
     with reading(file):
         if file.name.removesuffix(".gz").endswith(".net"):

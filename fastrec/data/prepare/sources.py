@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `prepare` reads tables from: a file, a folder of part files, or a data frame."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import polars as pl
 
 from fastrec.data.errors import DataError, EmptyFile, reading
 from fastrec.data.prepare.rows import Rows
@@ -12,8 +16,6 @@ FRAME = "data frame"
 
 def is_frame(source) -> bool:
     """Whether it is a data frame of polars, or of a library with Arrow's interface: pandas too."""
-    import polars as pl
-
     return isinstance(source, pl.LazyFrame) or hasattr(source, "__arrow_c_stream__")
 
 
@@ -28,11 +30,8 @@ def read_source(
     separator: str | None = None,
     columns: list[str] | None = None,
     encoding: str | None = None,
-):
-    """(polars.DataFrame, Rows) of a file, a folder of part files or a data frame: all of
-    `read_blocks`."""
-    import polars as pl
-
+) -> tuple[pl.DataFrame, Rows]:
+    """(frame, its rows) of a file, a folder of part files or a data frame: all of `read_blocks`."""
     blocks = list(read_blocks(source, separator=separator, columns=columns, encoding=encoding))
     rows = Rows.of_blocks((file, first, frame.height) for frame, file, first in blocks)
     if len(blocks) == 1:
@@ -49,9 +48,9 @@ def read_blocks(
     columns: list[str] | None = None,
     encoding: str | None = None,
     size: int | None = None,
-):
-    """(polars.DataFrame, file, number of its first row) of each block of a file, a folder of part
-    files or a data frame.
+) -> Iterator[tuple[pl.DataFrame, Any, int]]:
+    """(frame, file, number of its first row) of each block of a file, a folder of part files or a
+    data frame.
 
     separator, columns (of a file without a header), encoding, size: see `tables.frame_blocks`.
     """
@@ -91,10 +90,8 @@ def read_blocks(
         raise DataError(source, "no part file holds a row")
 
 
-def polars_frame(frame, name: str = FRAME):
-    """polars.DataFrame of a data frame; `name` stands in errors."""
-    import polars as pl
-
+def polars_frame(frame, name: str = FRAME) -> pl.DataFrame:
+    """A data frame as one of polars; `name` stands in errors."""
     with reading(name):
         if isinstance(frame, pl.LazyFrame):
             return frame.collect()

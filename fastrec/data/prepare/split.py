@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.errors import DataError
 from fastrec.data.event_columns import PER_SECOND
@@ -188,8 +189,6 @@ def source_name(source) -> str:
 
 def _cut(name: str, text: str, raw: RawData) -> int:
     """The first time from `text` on, a whole number as the data set counts or an ISO date."""
-    import polars as pl
-
     if re.fullmatch("-?[0-9]{1,18}", text):
         return int(text)
     if raw.time not in WORDS.values():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.event_columns import SECONDS
@@ -60,8 +61,6 @@ def generate(
     The output is a function of the arguments. Users are drawn `BLOCK` at a time, and their events
     go to disk: memory grows with users and items, not with events.
     """
-    import polars as pl
-
     least = {"num_users": (num_users, 2), "num_items": (num_items, 10), "zipf": (zipf, 0),
              "mean_friends": (mean_friends, 0), "seed": (seed, 0)}  # fmt: skip
     if num_communities is not None:
@@ -200,9 +199,7 @@ class _Catalogue:
     def _find(self, shot: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.cumulative, shot, side="right") - 1
 
-    def table(self, rng):
-        import polars as pl
-
+    def table(self, rng) -> pl.DataFrame:
         num_items = len(self.item)
         category = np.empty(num_items, dtype=np.int64)
         category[self.item] = self.community % 12
@@ -271,11 +268,9 @@ def _links(rng, main: np.ndarray, mean_friends: float) -> np.ndarray:
     return np.unique(np.sort(pairs, axis=1), axis=0).astype(np.int64)
 
 
-def _cold_items(rng, main: np.ndarray, number: int):
-    """polars.DataFrame user, item, item_id: what users took of a catalogue of `number` items, each
-    of one community, the first ones of a community most often."""
-    import polars as pl
-
+def _cold_items(rng, main: np.ndarray, number: int) -> pl.DataFrame:
+    """user, item, item_id: what users took of a catalogue of `number` items, each of one community,
+    the first ones of a community most often."""
     count = (rng.random(len(main)) * 6).astype(np.int64)  # 0 to 5
     user = np.repeat(np.arange(len(main)), count)
     communities = int(main.max()) + 1

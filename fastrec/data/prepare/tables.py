@@ -5,8 +5,11 @@ import ast
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+
+import polars as pl
 
 from fastrec.data import text_files
 from fastrec.data.errors import DataError, EmptyFile, reading
@@ -43,10 +46,8 @@ def _suffix(file) -> str:
 def read_frame(
     file, *, separator: str | None = None, names: list[str] | None = None,
     encoding: str | None = None,
-):  # fmt: skip
-    """(polars.DataFrame, row number of its first record) of a table: all of `frame_blocks`."""
-    import polars as pl
-
+) -> tuple[pl.DataFrame, int]:  # fmt: skip
+    """(frame, row number of its first record) of a table: all of `frame_blocks`."""
     blocks = list(frame_blocks(file, separator=separator, names=names, encoding=encoding))
     if len(blocks) == 1:
         return blocks[0]
@@ -57,9 +58,9 @@ def read_frame(
 def frame_blocks(
     file, *, separator: str | None = None, names: list[str] | None = None,
     encoding: str | None = None, size: int | None = None,
-):  # fmt: skip
-    """(polars.DataFrame, row number of its first record) of each block of a table with named
-    columns. Delimited text and Parquet come in several, other files in one.
+) -> Iterator[tuple[pl.DataFrame, int]]:  # fmt: skip
+    """(frame, row number of its first record) of each block of a table with named columns.
+    Delimited text and Parquet come in several, other files in one.
 
     By suffix: .parquet; .jsonl, .ndjson and .json (an object or a Python dictionary a line, .json
     also one array); .csv, .tsv and RecBole's files; each also .gz. Other suffixes are delimited
@@ -101,10 +102,8 @@ def rows_of(size: int | None) -> int:
     return max((size or text_files.BLOCK) // 16, 1)
 
 
-def _parquet_blocks(file, rows: int):
+def _parquet_blocks(file, rows: int) -> Iterator[tuple[pl.DataFrame, int]]:
     """Blocks of a Parquet file with rows; the name is a name, not a pattern."""
-    import polars as pl
-
     file = check_file(file)
     with reading(file, "truncated or corrupt Parquet"):
         packed = file.suffix.lower() == ".gz"
@@ -126,9 +125,7 @@ def _gunzip(file, data: bytes) -> bytes:
         raise DataError(file, f"truncated or corrupt gzip: {error}") from error
 
 
-def _read_json(file, encoding: str, array: bool):
-    import polars as pl
-
+def _read_json(file, encoding: str, array: bool) -> pl.DataFrame:
     data = read_bytes(file, encoding).strip()
     if array and data.startswith(b"["):
         return _read_json_array(file, data)
@@ -169,9 +166,7 @@ def _json_of_literals(file, data: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-def _read_json_array(file, data: bytes):
-    import polars as pl
-
+def _read_json_array(file, data: bytes) -> pl.DataFrame:
     try:
         objects = json.loads(data)
     except (ValueError, RecursionError) as problem:
@@ -189,14 +184,12 @@ def _read_json_array(file, data: bytes):
     return frame
 
 
-def recbole_columns(file, time: str | None = None):
-    """(polars.DataFrame, first row) of a RecBole atomic file, its columns typed by the header.
+def recbole_columns(file, time: str | None = None) -> tuple[pl.DataFrame, int]:
+    """(frame, first row) of a RecBole atomic file, its columns typed by the header.
 
     token: text; float: Float64, but text for the column `time`; token_seq, float_seq: lists,
     separated by blanks. Empty is null.
     """
-    import polars as pl
-
     frame, first = read_delimited(file, "\t"), 2
     columns = []
     for header in frame.columns:
@@ -222,7 +215,7 @@ def recbole_columns(file, time: str | None = None):
     return pl.DataFrame(columns), first
 
 
-def _numbers(file, series, bad, first: int) -> None:
+def _numbers(file, series: pl.Series, bad: pl.Series, first: int) -> None:
     row = first_row(bad.to_numpy(), first)
     if row is not None:
         raise DataError(

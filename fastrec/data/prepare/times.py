@@ -5,6 +5,8 @@ A lost fraction would make ties, and ties are broken by the order of the file: w
 is refused.
 """
 
+import polars as pl
+
 from fastrec.data.errors import DataError
 from fastrec.data.event_columns import SOURCE
 from fastrec.data.prepare.columns import check_present, refuse
@@ -35,7 +37,7 @@ class Clock:
         self._said: set[tuple[str, str | None, bool]] = set()
         self._again = False
 
-    def read(self, file, series, first: int):
+    def read(self, file, series: pl.Series, first: int) -> pl.Series:
         """Int64 of a block; raises as `time_column` does."""
         before = self._known.offsets
         values, self.word, self.unit = time_column(
@@ -67,12 +69,12 @@ class Clock:
 
 def time_column(
     file,
-    series,
+    series: pl.Series,
     first: int,
     time_format: str | None = None,
     time_unit: str | None = None,
     known: Known | None = None,
-):
+) -> tuple[pl.Series, str, str | None]:
     """(Int64, what it counts, the time_unit if it was inferred) of a time column.
 
     Numbers count `time_unit` ("s", "ms", "us" or "ns") since 1970: see `epochs.epoch_column`.
@@ -80,8 +82,6 @@ def time_column(
     finer. time_format: of other text, as in strptime. Text with an offset is taken at it; without
     one, as UTC. known: of a column of which this is a block.
     """
-    import polars as pl
-
     known = known or Known()
     check_present(file, series, first)
     if time_unit is not None and time_unit not in UNITS:
@@ -112,9 +112,9 @@ def time_column(
     return *moments(file, series, first, known), None
 
 
-def _formatted(file, series, first: int, time_format: str, known: Known):
-    import polars as pl
-
+def _formatted(
+    file, series: pl.Series, first: int, time_format: str, known: Known
+) -> tuple[pl.Series, str]:
     if not any(year in time_format for year in _YEARS):
         raise ValueError(f"--time_format {time_format!r} has no year: such as %m/%d/%Y")
     moments = series.str.to_datetime(time_format, strict=False, time_unit="us")
@@ -126,9 +126,7 @@ def _formatted(file, series, first: int, time_format: str, known: Known):
     return _counted(file, series, first, micro, finer.set(micro.abs() > _NANO_LIMIT, 0), known)
 
 
-def _iso(file, series, first: int, known: Known):
-    import polars as pl
-
+def _iso(file, series: pl.Series, first: int, known: Known) -> tuple[pl.Series, str]:
     parts = series.str.extract_groups(_ISO).struct.unnest()
     aware = parts["zone"].is_not_null()
     known.offsets |= bool(aware.any())
@@ -153,20 +151,20 @@ def _iso(file, series, first: int, known: Known):
     return _counted(file, series, first, micro, fraction % 1000, known)
 
 
-def _moments(file, series, first: int, known: Known):
+def _moments(file, series: pl.Series, first: int, known: Known) -> tuple[pl.Series, str]:
     """Dates and date-times of a typed file."""
-    import polars as pl
-
     micro = series.cast(pl.Datetime("us"), strict=False).dt.timestamp("us")
     number = series.to_physical()  # far-off dates cannot be printed
     refuse(file, number, first, micro.is_null(), "a time whose microseconds fit 64 bits")
     finer = micro * 0
-    if series.dtype == pl.Datetime and series.dtype.time_unit == "ns":
+    if isinstance(series.dtype, pl.Datetime) and series.dtype.time_unit == "ns":
         finer = series.cast(pl.Int64) % 1000
     return _counted(file, series, first, micro, finer, known)
 
 
-def _counted(file, series, first: int, micro, finer, known: Known):
+def _counted(
+    file, series: pl.Series, first: int, micro: pl.Series, finer: pl.Series, known: Known
+) -> tuple[pl.Series, str]:
     """(Int64, unit): microseconds, or nanoseconds where one has a finer fraction (0 to 999)."""
     if not (known.digits or (finer != 0).any()):
         return micro, WORDS[6]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
+from polars.io.plugins import register_io_source
 
 from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest, features_file
 from fastrec.data.errors import DataError
@@ -22,25 +24,25 @@ _ROW_GROUP = 1 << 18  # rows of interactions.parquet, whatever the blocks
 
 class Interactions(NamedTuple):
     """The events of a data set, block by block. schema: polars types by column; height: events;
-    blocks: gives polars.DataFrames of them, none empty, each time it is called."""
+    blocks: gives some of them at a time, none empty, each time it is called."""
 
     schema: dict[str, Any]
     height: int
-    blocks: Callable[[], Iterable]
+    blocks: Callable[[], Iterable[pl.DataFrame]]
 
     @classmethod
-    def of(cls, frame) -> "Interactions":
+    def of(cls, frame: pl.DataFrame) -> "Interactions":
         return cls(dict(frame.schema), frame.height, lambda: frame.iter_slices(store.CHUNK))
 
 
 def write_dataset(
     output,
     *,
-    interactions,
-    users,
-    items,
-    relations=None,
-    cold_items=None,
+    interactions: pl.DataFrame | Interactions,
+    users: pl.DataFrame,
+    items: pl.DataFrame,
+    relations: pl.DataFrame | None = None,
+    cold_items: pl.DataFrame | None = None,
     tie_rule: str,
     time: str,
     source: str,
@@ -53,12 +55,12 @@ def write_dataset(
 ) -> dict:
     """Write a dataset that `SequenceDataset.load` opens; returns its schema.
 
-    interactions: polars.DataFrame, or `Interactions` that come block by block: user, item,
-    timestamp (int64), optional rating (float32) and event_type; sorted by user, and in time order
-    inside a user.
-    users, items: polars.DataFrames whose row i describes user (item) i: the original id in user_id
-    (item_id) and attributes. relations: polars.DataFrame user, friend, or None.
-    cold_items: polars.DataFrame user, item, item_id of another catalogue, or None.
+    interactions: a frame, or `Interactions` that come block by block: user, item, timestamp
+    (int64), optional rating (float32) and event_type; sorted by user, and in time order inside a
+    user.
+    users, items: row i describes user (item) i: the original id in user_id (item_id) and
+    attributes. relations: user, friend, or None.
+    cold_items: user, item, item_id of another catalogue, or None.
     time: what a timestamp is; tie_rule: the order of events with equal timestamps. inferred: the
     settings of the reader that were recognised, not given. splits: int64 [U, 2] of a split that is
     not leave-one-out, see `data.splits`; split: what it is, in words and numbers. features: vectors
@@ -84,6 +86,8 @@ def write_dataset(
         tables["relations"] = relations
     if cold_items is not None:
         tables["cold_items"] = cold_items
+    schemas = {"interactions": interactions.schema}
+    schemas |= {name: dict(table.schema) for name, table in tables.items()}
     schema = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -98,8 +102,8 @@ def write_dataset(
         "inferred": inferred or {},
         "filters": filters or {},
         "columns": {
-            name: {column: str(dtype) for column, dtype in table.schema.items()}
-            for name, table in {"interactions": interactions, **tables}.items()
+            name: {column: str(dtype) for column, dtype in types.items()}
+            for name, types in schemas.items()
         },
     }
 
@@ -137,8 +141,6 @@ def write_dataset(
 
 def _write_events(work: Path, events: Interactions, users: int, items: int) -> np.ndarray:
     """Write interactions.parquet and values.npy; int64 [U], how many events each user has."""
-    from polars.io.plugins import register_io_source
-
     lengths = np.zeros(users, dtype=np.int64)
     dtype = np.dtype(np.int32 if items <= np.iinfo(np.int32).max else np.int64)
 
@@ -192,7 +194,5 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output} is not a fastrec dataset: it will not be replaced")
 
 
-def _indexed(frame, name: str):
-    import polars as pl
-
+def _indexed(frame: pl.DataFrame, name: str) -> pl.DataFrame:
     return frame.select(pl.int_range(pl.len(), dtype=pl.Int64).alias(name), pl.exclude(name))
