@@ -10,7 +10,7 @@ from builders import GRAPH, lists_of, same, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrec.data.batch import JaggedBatch, framed, from_sequences, offsets_of, spans
+from fastrec.data.batch import JaggedBatch, framed, from_sequences, np_spans, offsets_of, spans
 from fastrec.data.graph import FriendSampler
 from fastrec.random import Rng
 
@@ -64,6 +64,7 @@ def test_spans(runs):
     assert offsets.tolist() == [sum(lengths[:b].tolist()) for b in range(len(runs) + 1)]
     expected = [place for start, number in runs for place in range(start, start + number)]
     assert spans(starts, lengths, offsets).tolist() == expected
+    assert np_spans(starts.numpy(), lengths.numpy()).tolist() == expected
 
 
 @settings(deadline=None)

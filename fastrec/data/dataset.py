@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrec.data.batch import JaggedBatch
+from fastrec.data.batch import JaggedBatch, np_spans
 from fastrec.data.dataset_files import (
     COLD,
     check_contents,
@@ -331,14 +331,6 @@ class SequenceDataset:
         if column not in frame.columns:
             raise DataError(self.path / name, "column is missing", column=column)
         return frame[column].to_numpy()
-
-
-def np_spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: starts[0], starts[0] + 1, .. (counts[0] of them), then the same from starts[1], .. As
-    `data.batch.spans`, in a fifth of its time."""
-    ends = counts.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - counts), counts)
 
 
 def hash_of(ids: np.ndarray) -> str:

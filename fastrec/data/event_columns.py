@@ -9,7 +9,7 @@ Legend: E events, T events of a batch.
 
 import numpy as np
 
-from fastrec.data.dataset_files import digest
+from fastrec.data.dataset_files import check_digest, digest
 from fastrec.data.errors import DataError, reading
 
 NAMES = ("rating", "time_gap")
@@ -77,11 +77,7 @@ def _columns(file) -> list[str]:
 def _read(dataset, file, column: str) -> np.ndarray:
     import polars as pl
 
-    if digest(file) != dataset.schema.get("digests", {}).get(file.name):
-        raise DataError(
-            file, "is not the file that was written with schema.json: damaged, or of another data"
-            " set",
-        )  # fmt: skip
+    check_digest(file, digest(file), dataset.schema)
     with reading(file, "cannot be read as Parquet"):
         series = pl.scan_parquet(file, glob=False).select(column).collect()[column]
     if len(series) != dataset.num_events:

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from fastrec.data.batch import np_spans
 from fastrec.data.pairs import Pairs
 from fastrec.random import Rng, wide_draws
 
@@ -144,7 +145,7 @@ class SocialGraph:
             # The place in `near` of each joined pair: the start of its row plus its candidate.
             # int64, because numpy converts any other index first.
             place = np.repeat((row[part] - begin) * np.int64(width), pairs[part])
-            place += owner.take(_spans(first[part], pairs[part]))
+            place += owner.take(np_spans(first[part], pairs[part]))
             near.reshape(-1)[place] = True
             near[:, again] = near[:, column[inverse[again]]]
             flat = np.flatnonzero(near)
@@ -160,8 +161,8 @@ class SocialGraph:
         ends = (degree + 2).cumsum()
         members = np.empty(ends[-1], dtype=self.values.dtype)
         members[ends - 1], members[ends - 2] = users, others
-        links = _spans(self.offsets[users], degree)
-        members[_spans(ends - 2 - degree, degree)] = self.values[links]
+        links = np_spans(self.offsets[users], degree)
+        members[np_spans(ends - 2 - degree, degree)] = self.values[links]
         return members, np.repeat(np.arange(len(users), dtype=np.int32), degree + 2)
 
     def _index(self, users: np.ndarray, friends: bool, queries: np.ndarray, wide: bool) -> tuple:
@@ -174,14 +175,14 @@ class SocialGraph:
         reached = np.zeros(self.num_users, dtype=bool)
         reached[queries] = True
         if wide:
-            reached[self.values[_spans(self.offsets[queries], self.degrees(queries))]] = True
+            reached[self.values[np_spans(self.offsets[queries], self.degrees(queries))]] = True
         starts, degree = self.offsets[users], self.degrees(users)
         ends = degree.cumsum()
         cuts = np.searchsorted(ends, np.arange(_BLOCK, ends[-1], _BLOCK), side="right")
         parts = [users << 32 | owner]
         for begin, end in pairwise((0, *cuts, len(users))):
             part = slice(begin, end)
-            members = self.values.take(_spans(starts[part], degree[part]))
+            members = self.values.take(np_spans(starts[part], degree[part]))
             kept = np.flatnonzero(reached.take(members))
             who = np.repeat(owner[part], degree[part]).take(kept)
             parts.append(members.take(kept).astype(np.int64) << 32 | who)
@@ -191,13 +192,6 @@ class SocialGraph:
         start = np.flatnonzero(np.concatenate(([True], member[1:] != member[:-1])))
         count = np.diff(start, append=len(member)).astype(np.int32)
         return member[start], start.astype(np.int32), count, keys.astype(np.int32)
-
-
-def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64: starts[0], starts[0] + 1, .. (counts[0] of them), then the same from starts[1], .."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - counts), counts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.data.dataset import np_spans
+from fastrec.data.batch import np_spans
 
 MOST = 200  # items of a user that count, the latest: at most 200 x 199 pairs a user
 _BLOCK = 1 << 22  # of S at a time
