@@ -96,7 +96,7 @@ def prepare(
     """
     from fastrec.data.prepare import prepare as prepare_dataset
 
-    given: dict[str, Any] = {
+    reader_options: dict[str, Any] = {
         "user": user_column,
         "item": item_column,
         "timestamp": timestamp_column,
@@ -136,7 +136,7 @@ def prepare(
         valid_source=valid_source,
         test_source=test_source,
         overwrite=overwrite,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in reader_options.items() if value is not None},
     )
     print(report)
 

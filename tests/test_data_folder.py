@@ -8,7 +8,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
 
@@ -17,7 +16,6 @@ from fastrec.data.attributes import Attribute, encode_attributes
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
 from fastrec.data.prepare import prepare
-from fastrec.data.prepare.k_core import k_core_mask
 from fastrec.data.prepare.readers import RawData
 from fastrec.data.prepare.writer import claim
 
@@ -243,21 +241,3 @@ def test_top_must_be_positive(top):
         Attribute("age", top=top)
     with pytest.raises(ValueError, match="'age': range must ascend"):
         Attribute("age", range=(0.0, INFINITY))
-
-
-# The k-core of a chain
-
-
-def test_the_k_core_of_a_chain_takes_linear_work(monkeypatch):
-    """Users and items in a row, each sharing one event with the next: passes over all events would
-    be as many as users. Counted are the events that passes and queue look at."""
-    users = 30_000
-    user = np.repeat(np.arange(users), 2)
-    item = np.concatenate([[u, u + 1] for u in range(users)])
-    looked = []
-    count = np.bincount
-    monkeypatch.setattr(np, "bincount", lambda x, **k: looked.append(len(x)) or count(x, **k))
-    assert not k_core_mask(user, item, 2).any()
-    assert sum(looked) < 50 * len(user)
-    core = k_core_mask(np.append(user, [users] * 2), np.append(item, [users + 5] * 2), 2)
-    assert core.tolist() == [False] * len(user) + [True, True]

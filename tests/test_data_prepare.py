@@ -15,7 +15,7 @@ from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
 from fastrec.data.graph import SocialGraph
 from fastrec.data.prepare import prepare
-from fastrec.data.prepare.k_core import k_core_mask
+from fastrec.data.prepare.k_core import core_counts
 from fastrec.data.prepare.readers import RawData
 from fastrec.data.prepare.side_tables import read_attributes
 
@@ -32,6 +32,13 @@ def raw(events, ordered=False, **more):
 def sequences(dataset):
     values, offsets = dataset.values.tolist(), dataset.offsets.tolist()
     return [values[a:b] for a, b in pairwise(offsets)]
+
+
+def k_core_mask(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
+    """bool [E]: the events of the k-core by `core_counts`, which gives how many each end has."""
+    by_user, by_item = (np.bincount(ids, minlength=1) for ids in (user, item))
+    by_user, by_item = core_counts(lambda: [(user, item)], by_user, by_item, k)
+    return (by_user[user] > 0) & (by_item[item] > 0)
 
 
 def naive_k_core(events, k):
@@ -59,6 +66,21 @@ def test_k_core_is_that_of_one_removal_at_a_time(events, k):
     user, item = np.array(events).T
     kept = [tuple(event) for event in np.array(events)[k_core_mask(user, item, k)].tolist()]
     assert kept == naive_k_core(events, k)
+
+
+def test_the_k_core_of_a_chain_takes_linear_work(monkeypatch):
+    """Users and items in a row, each sharing one event with the next: passes over all events would
+    be as many as users. Counted are the events that passes and queue look at."""
+    users = 30_000
+    user = np.repeat(np.arange(users), 2)
+    item = np.concatenate([[u, u + 1] for u in range(users)])
+    looked = []
+    count = np.bincount
+    monkeypatch.setattr(np, "bincount", lambda x, **k: looked.append(len(x)) or count(x, **k))
+    assert not k_core_mask(user, item, 2).any()
+    assert sum(looked) < 50 * len(user)
+    core = k_core_mask(np.append(user, [users] * 2), np.append(item, [users + 5] * 2), 2)
+    assert core.tolist() == [False] * len(user) + [True, True]
 
 
 def test_ids_ascend_and_events_are_sorted_stably(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset, hash_of
-from fastrec.data.dataset_files import COLD
+from fastrec.data.dataset_files import COLD_ITEMS_FILE
 from fastrec.data.errors import DataError
 from fastrec.data.settings import check_choices
 
@@ -71,15 +71,17 @@ class ColdRows:
         table = dataset.cold_items()
         if table is None:
             raise DataError(
-                dataset.path / COLD, "file is missing: prepare the data set with --cold_items FILE,"
-                " user and item of the other catalogue",
+                dataset.path / COLD_ITEMS_FILE, "file is missing: prepare the data set with"
+                " --cold_items FILE, user and item of the other catalogue",
             )  # fmt: skip
         self.dataset, self.path = dataset, dataset.path
         columns = (table[name].to_numpy() for name in ("user", "item"))
         self.owners, self.items = (torch.tensor(column, device="cpu") for column in columns)
         listed = table.unique("item").sort("item")
         if not np.array_equal(listed["item"].to_numpy(), np.arange(listed.height)):
-            raise DataError(dataset.path / COLD, "items do not count from 0", column="item")
+            raise DataError(
+                dataset.path / COLD_ITEMS_FILE, "items do not count from 0", column="item"
+            )
         self.ids = listed["item_id"].to_numpy()
         self.ids_hash = hash_of(self.ids)
 

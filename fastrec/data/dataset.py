@@ -31,7 +31,7 @@ import torch
 
 from fastrec.data.batch import JaggedBatch, np_spans
 from fastrec.data.dataset_files import (
-    COLD,
+    COLD_ITEMS_FILE,
     check_contents,
     check_digest,
     check_digests,
@@ -41,7 +41,7 @@ from fastrec.data.dataset_files import (
 )
 from fastrec.data.errors import DataError, reading
 from fastrec.data.event_columns import read_event_column
-from fastrec.data.splits import FILE, MIN_EVENTS, TARGETS, boundaries
+from fastrec.data.splits import MIN_EVENTS, SPLITS_FILE, TARGETS, boundaries
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class SequenceDataset:
         schema = read_schema(path / "schema.json")
         values = read_array(path / "values.npy", ("int32", "int64"))
         offsets = read_array(path / "offsets.npy", ("int64",))
-        splits = read_array(path / FILE, ("int64",)) if "split" in schema else None
+        splits = read_array(path / SPLITS_FILE, ("int64",)) if "split" in schema else None
         dataset = cls(path, schema, values, offsets, splits)
         check_sizes(dataset)
         if validate:
@@ -280,11 +280,13 @@ class SequenceDataset:
     def cold_items(self):
         """polars.DataFrame: user, item (from 0, of another catalogue) and item_id, its original id,
         a row for each item that a user took there; None if there are none."""
-        if not (self.path / COLD).exists():
+        if not (self.path / COLD_ITEMS_FILE).exists():
             return None
-        table = self._table(COLD)
+        table = self._table(COLD_ITEMS_FILE)
         if not table.height or not 0 <= table["user"].min() <= table["user"].max() < self.num_users:
-            raise DataError(self.path / COLD, f"user out of [0, {self.num_users})", column="user")
+            raise DataError(
+                self.path / COLD_ITEMS_FILE, f"user out of [0, {self.num_users})", column="user"
+            )
         return table
 
     def _boundaries(self, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from fastrec.data.errors import DataError, reading
-from fastrec.data.splits import FILE, check_splits
+from fastrec.data.splits import SPLITS_FILE, check_splits
 
 FORMAT = "fastrec-dataset"
 FORMAT_VERSION = 1
-COLD = "cold_items.parquet"
+COLD_ITEMS_FILE = "cold_items.parquet"
 _MANY = 2**48  # more users, items or events than any machine holds
 
 
@@ -43,8 +43,8 @@ def check_digests(folder: Path, schema: dict) -> None:
     import polars as pl
 
     digests = schema["digests"]
-    names = {"values.npy", "offsets.npy", FILE}
-    names |= {"users.parquet", "items.parquet", "relations.parquet", COLD}
+    names = {"values.npy", "offsets.npy", SPLITS_FILE}
+    names |= {"users.parquet", "items.parquet", "relations.parquet", COLD_ITEMS_FILE}
     names |= {features_file(name) for name in schema.get("item_features", {})}
     for name in sorted(names):
         file = folder / name
@@ -76,7 +76,7 @@ def check_sizes(dataset) -> None:
             )  # fmt: skip
     if dataset.splits is not None and dataset.splits.shape != (users, 2):
         raise DataError(
-            dataset.path / FILE,
+            dataset.path / SPLITS_FILE,
             f"shape must be [{users}, 2], the file has {list(dataset.splits.shape)}",
         )
 
@@ -93,7 +93,7 @@ def check_contents(dataset) -> None:
     if falls.size:
         raise DataError(file, f"offsets are not monotone: they fall after index {falls[0]}")
     if dataset.splits is not None:
-        check_splits(dataset.path / FILE, dataset.splits, dataset.lengths)
+        check_splits(dataset.path / SPLITS_FILE, dataset.splits, dataset.lengths)
     values = dataset.values
     if values.min() < 0 or values.max() >= dataset.num_items:
         where = np.flatnonzero((values < 0) | (values >= dataset.num_items))[0]

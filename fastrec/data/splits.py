@@ -20,7 +20,7 @@ from fastrec.data.errors import DataError
 SPLITS = ("all", "test", "train", "valid")
 TARGETS = ("test", "valid")
 MIN_EVENTS = 3
-FILE = "splits.npy"
+SPLITS_FILE = "splits.npy"
 
 
 def boundaries(

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastrec.data.dataset_files import COLD, digest, features_file
+from fastrec.data.dataset_files import COLD_ITEMS_FILE, digest, features_file
 from fastrec.data.output import new_file, remove_folder, tidy, write_text
 from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.model_files import DIGESTS, WEIGHTS
@@ -74,7 +74,7 @@ def _described(dataset, recipe: Recipe, stage: str) -> dict[str, dict]:
     data |= {file: digests.get(file, "")[:16] for file in sorted(files)}
     data |= _named(recipe, current)
     if current.judge == "cold_start":
-        data |= {"rows": digests.get(COLD), "cold_items": plain(recipe.cold_items)}
+        data |= {"rows": digests.get(COLD_ITEMS_FILE), "cold_items": plain(recipe.cold_items)}
     values = {"recipe": plain(recipe), "stage": {**data, **plain(current)}}
     return json.loads(json.dumps(values))
 

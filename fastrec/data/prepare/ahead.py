@@ -9,6 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 _NONE = object()
+_THREADS = 2
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
@@ -21,13 +22,13 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def mapped(function: Callable[[T], R], items: Iterable[T], threads: int = 2) -> Iterator[R]:
-    """function(item) of each item in their order, `threads` at a time and no more ahead."""
-    with ThreadPoolExecutor(threads) as pool:
+def mapped(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """function(item) of each item in their order, two at a time and no more ahead."""
+    with ThreadPoolExecutor(_THREADS) as pool:
         coming: deque = deque()
         for item in items:
             coming.append(pool.submit(function, item))
-            if len(coming) > threads:
+            if len(coming) > _THREADS:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()

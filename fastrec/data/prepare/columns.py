@@ -44,13 +44,11 @@ def check_present(file, series: pl.Series, first: int) -> None:
         raise DataError(file, "value is missing", column=series.name, row=row)
 
 
-def check_unique(file, ids: pl.Series, first: int, column: str | None = None) -> None:
+def check_unique(file, ids: pl.Series, first: int) -> None:
     """Raise for the first id of a series that occurred before."""
     row = first_row(~ids.is_first_distinct(), first)
     if row is not None:
-        raise DataError(
-            file, f"id {ids[row - first]} is listed twice", column=column or ids.name, row=row
-        )
+        raise DataError(file, f"id {ids[row - first]} is listed twice", column=ids.name, row=row)
 
 
 def integers(series: pl.Series) -> pl.Series:

@@ -111,11 +111,11 @@ def _numbers(used: np.ndarray, of: np.ndarray) -> np.ndarray:
 
 
 def _count(removed: dict, source: str, reason: str, count: int, left: int) -> None:
-    add(removed, reason, count)
+    count_removed(removed, reason, count)
     if not left:
         raise DataError(source, f"no interaction is left: {reason} were removed")
 
 
-def add(removed: dict, reason: str, count: int) -> None:
+def count_removed(removed: dict, reason: str, count: int) -> None:
     if count:
         removed[reason] = count

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k-core of the interactions. Letters: E events, U users, V items."""
+"""The k-core of the interactions: every user and every item in it has k events or more, repeated
+pairs of them too. It is unique: what is below k goes until nothing is. Letters: E events, U users,
+V items."""
 
 from collections.abc import Callable, Iterable
 from itertools import count
@@ -10,17 +12,6 @@ Events = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]  # users and item
 
 _PASSES = 20
 _FEW = 1 << 22  # events that are held in memory
-
-
-def k_core_mask(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
-    """bool [E]: the events of the k-core, where every user and every item has k events or more.
-
-    user, item: int64 [E], ids from 0. Events count, repeated (user, item) pairs too. The k-core is
-    unique: users and items below k are removed until none is left. Time O(E).
-    """
-    by_user, by_item = (np.bincount(ids, minlength=1) for ids in (user, item))
-    by_user, by_item = core_counts(lambda: [(user, item)], by_user, by_item, k)
-    return (by_user[user] > 0) & (by_item[item] > 0)
 
 
 def core_counts(
@@ -63,7 +54,8 @@ def inside_of(users, items, user: np.ndarray, item: np.ndarray) -> tuple[np.ndar
 
 
 def _peel(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
-    """The same with a queue: every user and item is taken from it once, with its events."""
+    """bool [E]: the events of the k-core, by a queue: every user and item is taken from it once,
+    with its events."""
     ends = (user, item)
     orders = [np.argsort(end, kind="stable") for end in ends]
     degrees = [np.bincount(end, minlength=1) for end in ends]

@@ -10,13 +10,13 @@ from fastrec.data.prepare.epochs import WORDS
 _DIGITS = {words: digits for digits, words in WORDS.items()}
 
 
-def preview(frame: pl.DataFrame, time: str, count: int = 3) -> list[str]:
-    """A line each of the first events: user, item, time as a date, rating, type.
+def preview(frame: pl.DataFrame, time: str) -> list[str]:
+    """A line each of the first three events: user, item, time as a date, rating, type.
 
     frame: the canonical interactions in original ids. time: what a timestamp counts.
     """
     lines = []
-    for event in frame.head(count).iter_rows(named=True):
+    for event in frame.head(3).iter_rows(named=True):
         parts = [f"user {event['user_id']!r}", f"item {event['item_id']!r}"]
         if "timestamp" in event:
             parts.append(f"time {moment(event['timestamp'], time)}")

@@ -14,7 +14,7 @@ from fastrec.data.event_columns import PLACE
 from fastrec.data.output import scratch_folder
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.catalogue import Catalogue
-from fastrec.data.prepare.filters import Filters, Kept, add, kept_events
+from fastrec.data.prepare.filters import Filters, Kept, count_removed, kept_events
 from fastrec.data.prepare.item_features import item_features as read_item_features
 from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
 from fastrec.data.prepare.load import Loaded, load_events
@@ -172,7 +172,7 @@ def _prepare(
     user_file, options = beside.user
     sources = [(raw.source, raw.users), ("user_attributes", user_file)]
     users, lost = attribute_table(user_ids[used_users], sources, "user_id", user_ids, **options)
-    add(removed, "attribute rows of users without interactions", lost)
+    count_removed(removed, "attribute rows of users without interactions", lost)
     item_file, options = beside.item
     sources = [(raw.source, raw.items), ("item_attributes", item_file)]
     listed, catalogue = item_ids[used_items], None
@@ -182,26 +182,26 @@ def _prepare(
         listed = catalogue.ids
         item_ids = item_ids.cast(listed.dtype)
     items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
-    add(removed, "attribute rows of items without interactions", lost)
+    count_removed(removed, "attribute rows of items without interactions", lost)
     vectors: dict = {}
     if beside.item_features is not None:
         how = {"column": options["column"], "known_as": options["known_as"]}
         vectors, lost = read_item_features(beside.item_features, listed, item_ids, **how)
-        add(removed, "feature rows of items without interactions", lost)
+        count_removed(removed, "feature rows of items without interactions", lost)
     if catalogue is not None:
         items, vectors = catalogue.joined(items), catalogue.features(vectors)
     name, links = "relations", beside.relations
     if links is None:
         name, links = raw.source, raw.relations
     links, lost = relation_table(name, links, users["user_id"], user_ids, beside.na_values)
-    add(removed, "relations with an end without interactions", lost)
+    count_removed(removed, "relations with an end without interactions", lost)
     cold, cold_items = None, beside.cold_items
     if cold_items is not None:
         cold_items, lost, twice = cold_table(
             cold_items, users["user_id"], user_ids, beside.na_values
         )
-        add(removed, "cold-start rows of users without interactions", lost)
-        add(removed, "cold-start rows that are there twice", twice)
+        count_removed(removed, "cold-start rows of users without interactions", lost)
+        count_removed(removed, "cold-start rows that are there twice", twice)
         many = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
         cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*many)
     when = raw.time if "timestamp" in found.events.dtypes else PLACE

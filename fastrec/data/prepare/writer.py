@@ -17,7 +17,7 @@ from fastrec.data.errors import DataError
 from fastrec.data.output import locked, new_folder, put
 from fastrec.data.prepare import store
 from fastrec.data.prepare.item_features import Vectors
-from fastrec.data.splits import FILE, boundaries, check_splits
+from fastrec.data.splits import SPLITS_FILE, boundaries, check_splits
 
 _ROW_GROUP = 1 << 18  # rows of interactions.parquet, whatever the blocks
 
@@ -128,7 +128,7 @@ def write_dataset(
         for name, part in (features or {}).items():
             np.save(work / features_file(name), part.numbers)
         if splits is not None:
-            np.save(work / FILE, splits.astype(np.int64))
+            np.save(work / SPLITS_FILE, splits.astype(np.int64))
         schema["digests"] = {file.name: digest(file) for file in sorted(work.iterdir())}
         text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
         (work / "schema.json").write_text(text, encoding="utf-8")
