@@ -4,7 +4,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,34 +13,18 @@ from fastrec.data.errors import reading
 from fastrec.data.event_columns import PLACE
 from fastrec.data.output import scratch_folder
 from fastrec.data.prepare import readers
-from fastrec.data.prepare.catalogue import Catalogue
-from fastrec.data.prepare.filters import Filters, Kept, count_removed, kept_events
-from fastrec.data.prepare.item_features import item_features as read_item_features
-from fastrec.data.prepare.join import attribute_table, cold_table, relation_table
+from fastrec.data.prepare.beside import Beside, joined
+from fastrec.data.prepare.filters import Filters, Kept, kept_events
 from fastrec.data.prepare.load import Loaded, load_events
 from fastrec.data.prepare.preview import preview
 from fastrec.data.prepare.raw import RawData
 from fastrec.data.prepare.report import TIE_RULE, PrepareReport, peak_memory
 from fastrec.data.prepare.sources import is_frame, polars_frame
-from fastrec.data.prepare.split import divided, source_name, split_of
+from fastrec.data.prepare.split import Split, divided, source_name, split_of
 from fastrec.data.prepare.writer import Interactions, claim, write_dataset
 
 ORDER_RULE = "order of the source, never sorted"
 BY_FILE = ", training before validation before test"
-
-
-class Beside(NamedTuple):
-    """What belongs to users and items: files, frames or None.
-
-    user, item: attributes, and how a file of them is read. na_values: as `prepare` takes it.
-    """
-
-    user: tuple[Any, dict]
-    item: tuple[Any, dict]
-    item_features: Any
-    relations: Any
-    cold_items: Any
-    na_values: str
 
 
 def prepare(
@@ -145,65 +129,27 @@ def prepare(
             settings["known_as"] = options.get(name) or found.raw.inferred.get(f"{name}_column")
         filters = Filters(k_core, min_rating, max_users)
         beside = Beside(
-            sides["user"], sides["item"], item_features, relations, cold_items, na_values
-        )
-        earlier = None if items_of is None else Path(items_of)
-        report = _prepare(found, output, filters, beside, earlier, chosen, overwrite)
+            sides["user"], sides["item"], item_features, relations, cold_items, na_values,
+            items_of=None if items_of is None else Path(items_of),
+        )  # fmt: skip
+        report = _prepare(found, output, filters, beside, chosen, overwrite)
     return replace(report, seconds=time.perf_counter() - start, peak_memory=peak_memory())
 
 
 def _prepare(
-    found: Loaded,
-    output: Path,
-    filters: Filters,
-    beside: Beside,
-    items_of: Path | None,
-    split,
-    overwrite: bool,
+    found: Loaded, output: Path, filters: Filters, beside: Beside, split: Split, overwrite: bool
 ) -> PrepareReport:
     raw, removed = found.raw, dict(found.raw.removed)
-    user_ids, item_ids = found.user_ids, found.item_ids
-    sizes = {"users": len(user_ids), "items": len(item_ids)}
+    sizes = {"users": len(found.user_ids), "items": len(found.item_ids)}
     before = sizes | {"interactions": found.events.height + sum(removed.values())}
     used_users, used_items, events = kept_events(
-        raw.source, found.events, len(user_ids), len(item_ids), filters, removed
+        raw.source, found.events, sizes["users"], sizes["items"], filters, removed
     )
-
-    user_file, options = beside.user
-    sources = [(raw.source, raw.users), ("user_attributes", user_file)]
-    users, lost = attribute_table(user_ids[used_users], sources, "user_id", user_ids, **options)
-    count_removed(removed, "attribute rows of users without interactions", lost)
-    item_file, options = beside.item
-    sources = [(raw.source, raw.items), ("item_attributes", item_file)]
-    listed, catalogue = item_ids[used_items], None
-    if items_of is not None:
-        catalogue = Catalogue(items_of, listed)
-        events.item = np.where(events.item < 0, -1, catalogue.numbers(events.item.clip(0)))
-        listed = catalogue.ids
-        item_ids = item_ids.cast(listed.dtype)
-    items, lost = attribute_table(listed, sources, "item_id", item_ids, **options)
-    count_removed(removed, "attribute rows of items without interactions", lost)
-    vectors: dict = {}
-    if beside.item_features is not None:
-        how = {"column": options["column"], "known_as": options["known_as"]}
-        vectors, lost = read_item_features(beside.item_features, listed, item_ids, **how)
-        count_removed(removed, "feature rows of items without interactions", lost)
+    users, items, features, relations, cold_items, catalogue = joined(
+        found, beside, used_users, used_items, removed
+    )
     if catalogue is not None:
-        items, vectors = catalogue.joined(items), catalogue.features(vectors)
-    name, links = "relations", beside.relations
-    if links is None:
-        name, links = raw.source, raw.relations
-    links, lost = relation_table(name, links, users["user_id"], user_ids, beside.na_values)
-    count_removed(removed, "relations with an end without interactions", lost)
-    cold, cold_items = None, beside.cold_items
-    if cold_items is not None:
-        cold_items, lost, twice = cold_table(
-            cold_items, users["user_id"], user_ids, beside.na_values
-        )
-        count_removed(removed, "cold-start rows of users without interactions", lost)
-        count_removed(removed, "cold-start rows that are there twice", twice)
-        many = cold_items.height, cold_items["user"].n_unique(), cold_items["item"].n_unique()
-        cold = "{:,} rows of {:,} users and {:,} items of another catalogue".format(*many)
+        events.item = np.where(events.item < 0, -1, catalogue.numbers(events.item.clip(0)))
     when = raw.time if "timestamp" in found.events.dtypes else PLACE
     splits, said = divided(split, raw, events)
     schema = write_dataset(
@@ -211,16 +157,17 @@ def _prepare(
         interactions=_interactions(found, events),
         users=users,
         items=items,
-        relations=links,
+        relations=relations,
         cold_items=cold_items,
         tie_rule=(ORDER_RULE if raw.ordered else TIE_RULE) + (BY_FILE if found.parts else ""),
         time=when,
         source=raw.source,
         inferred=raw.inferred,
-        filters=filters._asdict() | {"items_of": items_of and str(items_of), "removed": removed},
+        filters=filters._asdict()
+        | {"items_of": beside.items_of and str(beside.items_of), "removed": removed},
         splits=splits,
         split=said,
-        features=vectors,
+        features=features,
         overwrite=overwrite,
     )
     lengths = events.lengths
@@ -244,10 +191,15 @@ def _prepare(
         catalogue=None if catalogue is None else str(catalogue),
         split=said,
         attributes={"users": users.columns[1:], "items": items.columns[1:]},
-        relations=0 if links is None else links.height,
+        relations=0 if relations is None else relations.height,
         item_features=schema.get("item_features", {}),
-        cold=cold,
+        cold=None if cold_items is None else _cold_items(cold_items),
     )
+
+
+def _cold_items(table: pl.DataFrame) -> str:
+    counts = table.height, table["user"].n_unique(), table["item"].n_unique()
+    return "{:,} rows of {:,} users and {:,} items of another catalogue".format(*counts)
 
 
 def _interactions(found: Loaded, events: Kept) -> Interactions:
