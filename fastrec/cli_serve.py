@@ -10,7 +10,7 @@ from typing import Literal
 
 from fastrec.backend import device_of
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.errors import DataError
+from fastrec.data.errors import DataError, EmptyFile
 from fastrec.data.output import (
     check_table_path,
     locked_file,
@@ -77,7 +77,7 @@ def recommend(
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         asked, given = read_ids(users), read_histories(histories)
-        some, never = read_ids(allowed), read_ids(blocked)
+        some, never = read_ids(allowed), _blocked(blocked)
         model = load_model(
             pretrained, dataset, same_users=histories is None, new_items_like=new_items_like,
             adapter=adapter,
@@ -139,6 +139,7 @@ def similar(
     output: Path,
     items: Path | None = None,
     k: int = 10,
+    adapter: Path | None = None,
     new_items_like: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
@@ -151,6 +152,7 @@ def similar(
         output: .csv or .parquet file with columns item_id, rank, similar_item_id, score.
         items: text file with one original item id a line; all items without it.
         k: similar items of an item, which is none of its own.
+        adapter: folder of `fastrec adapter`: patches and heads that the model gets.
         new_items_like: column of item attributes: items that the model does not know begin as the
             mean of known ones of the same category; without it as the mean of all.
         overwrite: replace a file `output`.
@@ -160,9 +162,9 @@ def similar(
     with locked_file(output, overwrite):
         dataset = SequenceDataset.load(data)
         asked = read_ids(items)
-        model = load_model(pretrained, dataset, same_users=False, new_items_like=new_items_like).to(
-            device_of(device)
-        )
+        model = load_model(
+            pretrained, dataset, same_users=False, new_items_like=new_items_like, adapter=adapter
+        ).to(device_of(device))
         best = Recommender(model, dataset).similar(asked, k)
         write_table(best, output, overwrite)
     count = dataset.num_items if asked is None else len(asked)
@@ -175,6 +177,14 @@ def read_ids(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     return [line.removesuffix("\r") for line in read_lines(path) if line.strip()]
+
+
+def _blocked(path: Path | None) -> list[str] | None:
+    """`read_ids` of a file that may be empty: then nothing is blocked."""
+    try:
+        return read_ids(path)
+    except EmptyFile:
+        return []
 
 
 def read_histories(path: Path | None) -> Sequence[Sequence[int | str]] | None:

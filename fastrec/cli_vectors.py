@@ -139,6 +139,7 @@ def index(
     search: str = "",
     k: int = 10,
     queries: int = 1000,
+    adapter: Path | None = None,
     new_items_like: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
@@ -153,8 +154,9 @@ def index(
             behind them.
         factory: how to search, in the words of faiss.index_factory: Flat, HNSW32, "IVF1024,Flat".
         search: parameters of the search, in the words of faiss.ParameterSpace: nprobe=16.
-        k: items a user of whom the share that is found is said.
-        queries: users, spread over all, whose answers are compared.
+        k: of recall@k, the share of the k best items that the index finds.
+        queries: number of users that recall is measured on, spread over all.
+        adapter: folder of `fastrec adapter`: patches and heads that the model gets.
         new_items_like: column of item attributes: items that the model does not know begin as the
             mean of known ones of the same category; without it as the mean of all.
         overwrite: replace the files.
@@ -167,8 +169,9 @@ def index(
     labels = labels_of(output)
     with locked_file(output, overwrite), locked_file(labels, overwrite):
         dataset = SequenceDataset.load(data)
-        model = load_model(pretrained, dataset, new_items_like=new_items_like).to(device_of(device))
-        other = other_catalogue(model, dataset, pretrained)
+        model = load_model(pretrained, dataset, new_items_like=new_items_like, adapter=adapter)
+        model = model.to(device_of(device))
+        other = other_catalogue(model, dataset, adapter or pretrained)
         made = item_index(model, dataset, factory, search, other)
         recommender, users = Recommender(model, dataset, other=other), dataset.user_ids()
         some = users[:: max(1, len(users) // queries)][:queries].tolist()

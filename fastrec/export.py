@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config
+from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
 
@@ -24,14 +25,20 @@ class Query(nn.Module):
         none = torch.full_like(values, math.nan, dtype=torch.float32)
         events = dict.fromkeys(self.model.event_columns, none)
         # Keys are read by dropout alone, and a bound of the lengths is that of all inputs.
-        batch = JaggedBatch(values, offsets, offsets[1:], self.model.max_positions, events)
-        return self.model.ask(batch)
+        known = values.clamp_min(0)
+        batch = JaggedBatch(known, offsets, offsets[1:], self.model.max_positions, events)
+        # ONNX counts rows below 0 from the end, and without an event of its own a history is asked
+        # at that of another.
+        before = F.pad((values < 0).long().cumsum(0), (1, 0))
+        wrong = (before[offsets[1:]] > before[offsets[:-1]]) | (offsets[1:] == offsets[:-1])
+        return torch.where(wrong[:, None], math.nan, self.model.ask(batch))
 
 
 def export_query(model) -> torch.export.ExportedProgram:
     """The program (values [T], offsets [B + 1]) -> queries [B, D] of a model, for any T and B: what
     `model.ask(model.inputs_of(histories, ask=True))` computes of the values and offsets of that
-    batch. It is on the device of the model, whose weights it shares until it is saved or compiled.
+    batch, and NaN for a history without events, or with a value below 0. It is on the device of the
+    model, whose weights it shares until it is saved or compiled.
 
     `torch.export.save` writes it, `torch.export.load` reads it where `import fastrec` has run, and
     `torch._inductor.aoti_compile_and_package` compiles it. `Recommender` takes all of them.
@@ -41,7 +48,9 @@ def export_query(model) -> torch.export.ExportedProgram:
     Raises ValueError for a model that reads the texts of items: its input is more than values.
     """
     if getattr(model, "texts", None) is not None:
-        raise ValueError("a model that reads the texts of items is no program of items alone")
+        raise ValueError(
+            "a model that reads the texts of items has no program: its input is more than items"
+        )
     batch = model.inputs_of([[0, 0], [0], [0, 0, 0]], ask=True).to(model.device)
     any_size = {0: torch.export.Dim.DYNAMIC}
     # Otherwise the program takes no batch of one.

@@ -4,7 +4,9 @@
 Legend: B histories, T events, H heads, D width.
 """
 
+import copy
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastrec.data.output import new_file
+from fastrec.data.output import check_absent, new_file
 from fastrec.export import export_query
 from fastrec.ops.gelu_ffn import gelu_ffn_ref
 
@@ -23,6 +25,10 @@ def export_onnx(model, path: Path | str, overwrite: bool = False) -> None:
     computes of the values and offsets of that batch. It needs the packages onnx and onnxscript
     (`pip install 'fastrec[onnx]'`), and who runs it neither torch nor fastrec.
 
+    The file says what makes values of item rows, as JSON in its metadata: `num_items`; of a history
+    the last `max_items` are read; rows of special tokens `before` and `after` them. A model in 16
+    or 64 bits is written in 32.
+
     The attention of all B histories is one product of T x T with those of others left out: one
     history or a few at a time.
 
@@ -30,12 +36,15 @@ def export_onnx(model, path: Path | str, overwrite: bool = False) -> None:
     form in standard operators (`gru`).
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists")
+    check_absent(path, overwrite)
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder")
     for name in ("onnx", "onnxscript"):  # torch needs them at the end of the work
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"export_onnx needs {name}: pip install 'fastrec[onnx]'")
     forms = {**torch.export.default_decompositions(), **_standard()}
+    if model.item_embedding.weight.dtype != torch.float32:
+        model = copy.deepcopy(model).float()
     program = export_query(model).run_decompositions(forms)
     left = {str(node.target) for node in program.graph.nodes if "fastrec" in str(node.target)}
     if left:
@@ -45,6 +54,13 @@ def export_onnx(model, path: Path | str, overwrite: bool = False) -> None:
         output_names=["queries"],
     )  # fmt: skip
     assert made is not None
+    before, after = model.around(ask=True)
+    told = {
+        "num_items": model.num_items, "max_items": model.room(ask=True), "before": before,
+        "after": after,
+    }  # fmt: skip
+    made.model.metadata_props.update({name: json.dumps(value) for name, value in told.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as work:
         made.save(work, external_data=False)
 

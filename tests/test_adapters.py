@@ -129,10 +129,11 @@ def test_tasks_are_switched_on_the_command_line(runs, tmp_path, capsys):
     for name in TASKS.values():
         folder, adapter = of(runs, name)
         both = [f"--pretrained={runs / 'base' / 'model'}", f"--adapter={adapter}"]
-        for command, kind in (("recommend", "csv"), ("embed", "parquet")):
+        commands = [("recommend", "csv"), ("embed", "parquet"), ("similar", "csv")]
+        for command, kind in commands[: 2 + (name == "next")]:
             found = []
             for place, flags in enumerate(([f"--pretrained={folder}"], both)):
-                file = tmp_path / f"{name}{place}.{kind}"
+                file = tmp_path / f"{name}-{command}-{place}.{kind}"
                 main([command, f"--data={runs / 'data'}", f"--output={file}", *flags])
                 found.append(getattr(polars, f"read_{kind}")(file))
             assert found[0].equals(found[1]), (name, command)

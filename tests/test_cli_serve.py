@@ -69,6 +69,9 @@ def test_recommend_for_histories_with_allowed_and_blocked_items(folder, tmp_path
     expected = recommender.recommend(4, histories=[[3, 5, 3]], **options)
     assert found[:4].equals(expected)
     assert not {2, 3, 5} & set(found["item_id"][:4]) and max(found["item_id"]) < 20
+    (tmp_path / "never.txt").write_text("")  # today nothing is
+    with pytest.warns(UserWarning):
+        assert call("recommend", "nothing.parquet", k=4, **files)[1].endswith("allowed, 0 blocked")
     with pytest.warns(UserWarning, match=r"1 of 5 items of the histories are not known.*'x'$"):
         _, said = call("recommend", "m.csv", "uprec-mip", histories=files["histories"], seen="none")
     assert said == "30 rows, the 10 best items of 3 of 3 histories, items of the history included"

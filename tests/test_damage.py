@@ -356,8 +356,12 @@ def test_users_are_remembered_in_every_data_set(made, copy):
 
 
 def test_a_model_that_does_not_say_whom_it_has_seen(made, tmp_path):
-    """From Python, without the folder of the model that it started from."""
+    """From Python, where the model that it started from does not know it."""
     start = UserModel.from_pretrained(made / "run" / "model")
+    run(made / "data", tmp_path / "first", recipe(steps=1), model=start)
+    seen, after = (np.load(f / "model" / "users.npy") for f in (made / "run", tmp_path / "first"))
+    assert np.isin(seen, after).all()
+    start.seen_users = None
     run(made / "data", tmp_path / "run", recipe(steps=1), model=start)
     model = tmp_path / "run" / "model"
     assert not (model / "users.npy").exists()

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ONNX file of a model, run by ONNX Runtime, gives the queries of `ask`."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from test_export import MODELS
 from torch import nn
 
-from fastrec.onnx import export_onnx
+from fastrec.export import export_query
+from fastrec.onnx import export_onnx, onnx_query
 
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -41,11 +44,44 @@ def test_the_file_is_the_model(name, tmp_path):
         assert len(np.unique(expected, axis=0)) >= (count + 1) // 2
 
 
+def test_a_history_that_is_none_has_no_query(tmp_path):
+    """And what one history holds is nothing to the others."""
+    model = MODELS["post_norm, causal"]()
+    export_onnx(model, tmp_path / "query.onnx")
+    for query in (onnx_query(tmp_path / "query.onnx"), export_query(model).module()):
+        for values, offsets, none in (
+            ([5, 9, 4], [0, 2, 2, 3], [1]),
+            ([5, 9, 4], [0, 0, 2, 3], [0]),
+            ([5, -1, 4], [0, 2, 3], [0]),
+            ([-1], [0, 1], [0]),
+        ):
+            found = query(torch.tensor(values), torch.tensor(offsets))
+            wrong = found.isnan().all(1)
+            assert wrong.nonzero().flatten().tolist() == none
+            assert found[~wrong].isfinite().all()
+            there = [values[a:b] for a, b in pairwise(offsets)]
+            rest = [each for place, each in enumerate(there) if place not in none]
+            torch.testing.assert_close(
+                found[~wrong], model.ask(model.inputs_of(rest, ask=True)), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_type_is_written_in_float32(dtype, tmp_path):
+    model = MODELS["mask, tokens"]().to(dtype)
+    export_onnx(model, tmp_path / "folder" / "query.onnx")
+    assert model.item_embedding.weight.dtype == dtype
+    batch = model.inputs_of([[3, 1], []], ask=True)
+    expected = model.float().ask(batch)
+    found = onnx_query(tmp_path / "folder" / "query.onnx")(batch.values, batch.offsets)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_has_no_form_is_named_and_a_file_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="jagged_gru_fwd.*no form"):
         export_onnx(MODELS["gru"](), tmp_path / "gru.onnx")
     assert not list(tmp_path.iterdir())
     (tmp_path / "there.onnx").write_text("kept")
-    with pytest.raises(FileExistsError, match=r"there\.onnx exists"):
+    with pytest.raises(FileExistsError, match=r"there\.onnx is there already"):
         export_onnx(MODELS["caser"](), tmp_path / "there.onnx")
     assert (tmp_path / "there.onnx").read_text() == "kept"

@@ -14,6 +14,7 @@ import fastrec
 from fastrec import serve
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset
+from fastrec.data.ids import Ids
 from fastrec.data.prepare import prepare
 from fastrec.data.prepare.readers import RawData
 from fastrec.evaluation.blocks import row_blocks
@@ -112,6 +113,16 @@ def test_recommendations_are_those_of_a_full_sort(name, options, dataset, monkey
         check(
             fastrec.recommend(model, dataset, 6, asked, **named), [ids[u] for u in users], expected
         )
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, pl.Series, tuple, iter])
+def test_ids_may_be_of_any_library(kind):
+    """The text of an element of a tensor is no id."""
+    ids = Ids(np.array([5, 7, 9]))
+    assert ids.find(kind([9, 4, 5])) == [2, -1, 0]
+    assert ids.rows(kind([7, 5]), "items").tolist() == [1, 0]
+    with pytest.raises(ValueError, match="2 of 3 items are not in the data set, the first is 4"):
+        ids.rows(kind([4, 5, 6]), "items")
 
 
 @pytest.mark.parametrize("seen", ["exclude", "none"])

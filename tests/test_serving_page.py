@@ -61,7 +61,11 @@ def test_the_program_of_the_page_gives_the_same_answers(folder):
 def test_the_onnx_file_of_the_page_gives_the_same_answers(folder):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: it writes ONNX files")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: it runs ONNX files")
-    names = run("onnx", run("recommender", {}))
+    names = run("onnx input", run("onnx", run("recommender", {})))
+    batch = names["model"].inputs_of([[5, 9, 2], [7]], ask=True)
+    assert names["values"].tolist() == batch.values.tolist()
+    assert names["offsets"].tolist() == batch.offsets.tolist()
+    torch.testing.assert_close(torch.from_numpy(names["queries"]), names["model"].ask(batch))
     for histories in ([[5, 9, 2]], [[5, 9, 2], [7]]):
         asked = dict(histories=histories, k=10)
         one, other = names["recommender"].recommend(**asked), names["faster"].recommend(**asked)

@@ -28,14 +28,14 @@ class Ids:
         if not isinstance(asked, Iterable):
             raise TypeError(f"expected a list of ids, got {asked!r}")
         row = self._row
-        return [row.get(str(each), -1) for each in asked]
+        return [row.get(str(each), -1) for each in _listed(asked)]
 
     def rows(self, asked: Sequence, what: str) -> np.ndarray:
         """int64 [len(asked)]: the row of each id; `what` they are is for messages.
 
         Raises ValueError for ids that are not known: how many, and the first.
         """
-        asked = list(asked) if not isinstance(asked, str | bytes) else asked
+        asked = _listed(asked)
         rows = self.find(asked)
         unknown = [each for each, row in zip(asked, rows, strict=True) if row < 0]
         if unknown:
@@ -51,3 +51,11 @@ class Ids:
 
         kind = polars.Int64 if self.ids.dtype.kind == "i" else polars.String
         return polars.Series(self.ids[rows].tolist(), dtype=kind)
+
+
+def _listed(asked):
+    """Numbers of an array or tensor as Python has them: the text of a tensor is no id."""
+    if hasattr(asked, "tolist"):
+        return asked.tolist()
+    text = isinstance(asked, str | bytes)
+    return list(asked) if isinstance(asked, Iterable) and not text else asked

@@ -130,7 +130,7 @@ def check_format(folder: Path, version) -> None:
 
 def _digests(folder: Path) -> dict | None:
     file = folder / DIGESTS
-    return read_json(file) if file.is_file() else None
+    return read_json(file) if file.exists() else None
 
 
 def read_json(file: Path) -> dict:

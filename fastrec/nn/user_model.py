@@ -191,7 +191,7 @@ class UserModel(nn.Module):
 
         Raises ValueError if these cannot be the users of the data set.
         """
-        batch = dataset.gather(users, split, self._room(ask), self.event_columns)
+        batch = dataset.gather(users, split, self.room(ask), self.event_columns)
         self.config.items.check_events(batch.events)
         if ask and self.num_users:
             self.check_users(dataset)
@@ -214,18 +214,21 @@ class UserModel(nn.Module):
         """Sequences of items as the encoder reads them: the most recent ones, special tokens around
         them, and with `ask` what asks for the next item: a [MASK], which takes the place of an
         item; a causal model needs none, and is asked at its last item."""
-        batch = batch.last(self._room(ask))
+        batch = batch.last(self.room(ask))
+        if ask and self.config.causal and len(batch) and int(batch.lengths.min()) == 0:
+            empty = int(batch.sample_ids[batch.lengths == 0][0])
+            raise ValueError(f"sequence {empty} is empty: a causal model has nothing to go on")
+        return framed(batch, *self.around(ask))
+
+    def around(self, ask: bool) -> tuple[list[int], list[int]]:
+        """Rows of the special tokens before the items, and behind them: see `frame`."""
         before = [self.token(name) for name in self.config.tokens if name == "cls"]
         after = [self.token(name) for name in self.config.tokens if name != "cls"]
-        if ask and self.config.causal:
-            if len(batch) and int(batch.lengths.min()) == 0:
-                empty = int(batch.sample_ids[batch.lengths == 0][0])
-                raise ValueError(f"sequence {empty} is empty: a causal model has nothing to go on")
-        elif ask:
-            after = [self.token("mask"), *after]
-        return framed(batch, before, after)
+        asks = [self.token("mask")] if ask and not self.config.causal else []
+        return before, [*asks, *after]
 
-    def _room(self, ask: bool) -> int:
+    def room(self, ask: bool) -> int:
+        """Items of a sequence that are read: see `frame`."""
         return self.config.max_len - (ask and not self.config.causal)
 
     def encode(self, batch: JaggedBatch, rng: Rng | None = None) -> Encoded:
@@ -303,7 +306,7 @@ class UserModel(nn.Module):
         """int64 [B]: the events of `inputs(..., ask=True)` whose states are asked for the next
         item."""
         after = sum(name != "cls" for name in self.config.tokens)
-        return batch.offsets[1:] - 1 - after
+        return (batch.offsets[1:] - 1 - after).clamp_min(0)  # of a program: see `export.Query`
 
     def _query(self, states: Tensor) -> Tensor:
         # In the table's dtype also under autocast, where the states may be bfloat16.

@@ -165,6 +165,10 @@ def load_model(
     a `TextModel`, for any items. adapter: folder of patches and heads that it gets, see
     `with_adapter`. Raises ValueError where it does not belong to `dataset`, see `check_model`."""
     path = Path(path)
+    if isinstance(dataset, str | Path):
+        raise TypeError(
+            f"expected a SequenceDataset, got {dataset!r}: SequenceDataset.load reads it"
+        )
     model = UserModel.from_pretrained(path)
     if adapter is not None:
         model = with_adapter(model, adapter)
