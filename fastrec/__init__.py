@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastrec: fused, exact kernels and objectives for recommender user models.
 
-The ops are imported here, but for the command line; what is above them, `LATER`, when it is first
+The ops are imported here, but for the command line; what is above them, `_LATER`, when it is first
 asked for.
 """
 
@@ -34,12 +34,15 @@ if TYPE_CHECKING:
     from fastrec.data.dataset import SequenceDataset
     from fastrec.data.prepare import prepare
     from fastrec.evaluation.next_item import evaluate
+    from fastrec.evaluation.protocol import Protocol
     from fastrec.export import export_query
     from fastrec.index import index_queries, index_recall, item_index
     from fastrec.integrations.patching import patch, patched, unpatch
     from fastrec.nn.model_config import ModelConfig
+    from fastrec.nn.text_model import TextModel
     from fastrec.nn.user_model import UserModel
     from fastrec.onnx import export_onnx, onnx_query
+    from fastrec.random import Rng
     from fastrec.serve import Recommender, recommend
     from fastrec.serve_cold import OtherCatalogue
     from fastrec.training.adapters import save_adapter, with_adapter
@@ -50,12 +53,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 # Their modules import polars, Lightning and others: a program that only wants an op goes without.
-LATER = {
+_LATER = {
     "ModelConfig": "fastrec.nn.model_config",
     "OtherCatalogue": "fastrec.serve_cold",
+    "Protocol": "fastrec.evaluation.protocol",
     "Recipe": "fastrec.training.config",
     "Recommender": "fastrec.serve",
+    "Rng": "fastrec.random",
     "SequenceDataset": "fastrec.data.dataset",
+    "TextModel": "fastrec.nn.text_model",
     "UserModel": "fastrec.nn.user_model",
     "evaluate": "fastrec.evaluation.next_item",
     "export_onnx": "fastrec.onnx",
@@ -64,8 +70,8 @@ LATER = {
     "index_queries": "fastrec.index",
     "index_recall": "fastrec.index",
     "item_index": "fastrec.index",
-    "load_model": "fastrec.training.model_folder",
     "item_vectors": "fastrec.vectors",
+    "load_model": "fastrec.training.model_folder",
     "onnx_query": "fastrec.onnx",
     "patch": "fastrec.integrations.patching",
     "patched": "fastrec.integrations.patching",
@@ -79,9 +85,12 @@ LATER = {
 __all__ = [
     "ModelConfig",
     "OtherCatalogue",
+    "Protocol",
     "Recipe",
     "Recommender",
+    "Rng",
     "SequenceDataset",
+    "TextModel",
     "UserModel",
     "bias_gelu_dropout",
     "dropout_add_layer_norm",
@@ -120,15 +129,15 @@ __all__ = [
 
 
 if threads.is_command():
-    LATER |= {name: f"fastrec.ops.{name}" for name in __all__ if name not in LATER}
+    _LATER |= {name: f"fastrec.ops.{name}" for name in __all__ if name not in _LATER}
 
 
 def __getattr__(name: str):
-    if name not in LATER:
+    if name not in _LATER:
         raise AttributeError(f"module 'fastrec' has no attribute {name!r}")
-    globals()[name] = found = getattr(importlib.import_module(LATER[name]), name)
+    globals()[name] = found = getattr(importlib.import_module(_LATER[name]), name)
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *LATER})
+    return sorted(__all__)

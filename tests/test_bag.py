@@ -16,7 +16,7 @@ from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.encoders.fm import Fm
 from fastrec.nn.item_parts import Rating as Levels
 from fastrec.nn.items import ItemRows, Items
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.rating import RatingPrediction
 from fastrec.random import Rng, keep_mask
@@ -153,7 +153,7 @@ def test_dropout_of_layers_is_the_mask_of_the_contract():
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_models_are_counted_saved_and_loaded(encoder, tmp_path):
     model = model_of(encoder)
-    assert parameters(V, model.config) == sum(p.numel() for p in model.parameters())
+    assert num_parameters(V, model.config) == sum(p.numel() for p in model.parameters())
     assert not model.config.causal
     model.save_pretrained(tmp_path)
     again, batch = UserModel.from_pretrained(tmp_path), rated(model)

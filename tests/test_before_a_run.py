@@ -137,5 +137,5 @@ def test_a_model_knows_whether_its_scores_of_items_are_trained(data, tmp_path):
     ],
 )
 def test_what_stands_beside_a_model_needs_its_folder(data, init, what):
-    with pytest.raises(ValueError, match=f"{what} is read beside the model: initial_folder"):
+    with pytest.raises(ValueError, match=f"{what} needs initial_folder, the folder"):
         fit(data, model_of(num_items=30), recipe=recipe(), init=init, steps=1, progress=False)

@@ -16,7 +16,7 @@ from fastrec.data.settings import from_values
 from fastrec.data.views import Views
 from fastrec.nn.encoders.caser import Caser, CaserEncoder, _Columns, _Largest
 from fastrec.nn.items import ItemRows
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng, keep_mask
 from fastrec.training.config import Recipe
@@ -250,7 +250,7 @@ def test_the_recipe_is_the_model_and_the_loss_of_the_paper():
 def test_parameters_are_counted_before_they_are_made():
     for settings in (Caser(), Caser(window=1), Caser(window=7, horizontal=3, vertical=2)):
         model = UserModel(50, ModelConfig(width=16, encoder=settings))
-        assert parameters(50, model.config) == sum(p.numel() for p in model.parameters())
+        assert num_parameters(50, model.config) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_saved_model_reads_back(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastrec.nn.encoders.dilated import Dilated, DilatedConvolution, Places
 from fastrec.nn.items import ItemRows
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.transfer import freeze
 from fastrec.nn.user_model import UserModel
 from fastrec.random import Rng
@@ -157,7 +157,7 @@ def test_a_convolution_that_was_replaced_is_called():
 @pytest.mark.parametrize("patch", [0, 4])
 def test_number_of_parameters(patch):
     model = model_of(patch=patch)
-    assert parameters(50, model.config) == sum(p.numel() for p in model.parameters())
+    assert num_parameters(50, model.config) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

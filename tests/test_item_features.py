@@ -24,7 +24,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.item_features import FeatureMap, ItemFeature
 from fastrec.nn.items import Items
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.transfer import take, with_items
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
@@ -306,7 +306,7 @@ SETTINGS = [
 def test_models_are_counted_saved_and_loaded(tmp_path, settings):
     model = model_of(**settings)
     numbers = sum(value.numel() for value in model.state_dict().values())
-    assert parameters(V, model.config, 0, {"text": 5}) == numbers
+    assert num_parameters(V, model.config, 0, {"text": 5}) == numbers
     model.save_pretrained(tmp_path / "model")
     again, batch = UserModel.from_pretrained(tmp_path / "model"), jagged([3, 2], V)
     assert torch.equal(again.encode(batch).states, model.encode(batch).states)

@@ -22,7 +22,7 @@ from fastrec.data.prepare import prepare
 from fastrec.evaluation.next_item import next_item_queries
 from fastrec.nn.item_parts import TimeGap
 from fastrec.nn.items import Items
-from fastrec.nn.model_config import parameters
+from fastrec.nn.model_config import num_parameters
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.user_model import UserModel
 from fastrec.serve import recommend
@@ -51,7 +51,7 @@ def test_a_saved_model_needs_no_data_set(dataset, tmp_path, items):
     expected = {name: counts[name] for name in items.attributes}
     assert said.get("item_classes", {}) == expected == again.item_input.classes
     numbers = sum(part.numel() for part in load_file(tmp_path / "model.safetensors").values())
-    assert parameters(V, model.config, item_sizes=expected) == numbers
+    assert num_parameters(V, model.config, item_sizes=expected) == numbers
 
 
 def test_a_model_that_was_saved_before_there_were_parts_is_read(tmp_path):

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from fastrec.nn.encoders.gru import Gru, GruEncoder
 from fastrec.nn.items import ItemRows
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.user_model import UserModel
 from fastrec.ops.jagged_gru import jagged_gru
 from fastrec.random import Rng, keep_mask
@@ -168,7 +168,7 @@ def test_parameters_are_counted_before_they_are_made():
     for settings in (Gru(), Gru(layers=3), Gru(layers=2, hidden=24)):
         model = UserModel(50, ModelConfig(width=16, encoder=settings))
         expected = sum(p.numel() for p in model.parameters())
-        assert parameters(50, model.config) == expected
+        assert num_parameters(50, model.config) == expected
 
 
 def test_a_saved_model_reads_back(tmp_path):

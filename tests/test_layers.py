@@ -160,7 +160,7 @@ def test_a_norm_behind_the_last_layer():
     ):
         encoder = settings.build(8, 10, 0.0)
         assert isinstance(encoder.final_norm, nn.LayerNorm if expected else nn.Identity)
-        assert sum(p.numel() for p in encoder.parameters()) == settings.parameters(8, 10)
+        assert sum(p.numel() for p in encoder.parameters()) == settings.num_parameters(8, 10)
     with pytest.raises(ValueError, match="final_norm is of the layer ligr"):
         Transformer(pre_norm=True, final_norm=True)
 

@@ -289,7 +289,7 @@ def frozen():
     ("make", "objective", "match"),
     [
         (lambda: model_of(causal=True), Item(loss="bpr", sampled=Sampled(4)), "over all items"),
-        (frozen, Item(), "trains their table"),
+        (frozen, Item(), "needs an item table that is trained"),
         (
             lambda: model_of(causal=True),
             Item(sampled=Sampled(4, in_batch=True)),

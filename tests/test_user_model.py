@@ -13,7 +13,7 @@ from torch import nn
 
 from fastrec.data.batch import from_sequences
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
 from fastrec.nn.user_model import UserModel
@@ -321,8 +321,8 @@ def test_the_size_of_a_model_is_known_before_it_is_made(tokens, head_transform, 
         width=12, max_len=7, tokens=tokens, head_transform=head_transform, encoder=encoder
     )
     made = UserModel(11, config)
-    assert parameters(11, config) == sum(part.numel() for part in made.parameters())
-    assert parameters(11, replace(config, tokens=[], encoder=BagSettings())) is None
+    assert num_parameters(11, config) == sum(part.numel() for part in made.parameters())
+    assert num_parameters(11, replace(config, tokens=[], encoder=BagSettings())) is None
 
 
 def test_a_saved_model_takes_the_place_of_another_and_of_what_belongs_to_it(tmp_path):

@@ -34,7 +34,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.data.views import Again
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.protocol import Protocol
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.model_files import write_digests
 from fastrec.nn.pool import Encoded
 from fastrec.nn.transfer import freeze, take
@@ -187,7 +187,7 @@ def test_the_column_follows_users_and_friends_through_views(steps):
 @pytest.mark.parametrize("head", HEADS)
 def test_sizes_and_files(tmp_path, head):
     model = with_vectors(head, tokens=["cls"])
-    assert parameters(20, model.config, 6) == sum(part.numel() for part in model.parameters())
+    assert num_parameters(20, model.config, 6) == sum(part.numel() for part in model.parameters())
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["num_users"] == 6
     again = UserModel.from_pretrained(tmp_path)

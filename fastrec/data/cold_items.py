@@ -17,7 +17,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.dataset import SequenceDataset, hash_of
 from fastrec.data.dataset_files import COLD_ITEMS_FILE
 from fastrec.data.errors import DataError
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ColdItems:
     seed: int = 0
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         for name in ("valid", "test"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"cold_items.{name} must be in (0, 1), got {getattr(self, name)}")

@@ -227,6 +227,6 @@ def _tokenizers():
         import tokenizers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "texts of items need the package tokenizers: pip install fastrec[text]"
+            "texts of items need the package tokenizers: pip install 'fastrec[text]'"
         ) from error
     return tokenizers

@@ -5,6 +5,7 @@ Legend: V items, N rows, K negatives.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ MOST_DRAWN = 2 * 65536  # at one place
 
 @dataclass(frozen=True, eq=False)
 class NegativeSampler:
-    """Draws items with replacement, all with one distribution; make one with `uniform` or
+    """Draws items with replacement, all with one distribution; make one with `of`, `uniform` or
     `popularity`.
 
     A draw takes two 32-bit words: the first chooses one of V slots, the second the item of the slot
@@ -50,6 +51,15 @@ class NegativeSampler:
     log_q: Tensor
     threshold: Tensor | None = None
     alias: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, by: Literal["uniform", "popularity"], side, alpha: float = 1.0
+    ) -> "NegativeSampler":
+        """By the words of a recipe, of the items of a `SideData`. alpha: see `popularity`."""
+        if by == "uniform":
+            return cls.uniform(side.num_items)
+        return cls.popularity(side.item_counts, alpha)
 
     @classmethod
     def uniform(cls, num_items: int) -> "NegativeSampler":

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 
 
-def check_choices(config) -> None:
+def check_fields(config) -> None:
     """Raise ValueError for a field that is annotated Literal[...], int or float, or None beside
     one of them, or a list of one of them, and holds something else."""
     for name, hint in get_type_hints(type(config)).items():

@@ -9,7 +9,7 @@ in a file.
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
-from fastrec.data.settings import check_choices, from_values
+from fastrec.data.settings import check_fields, from_values
 from fastrec.evaluation.judges import JUDGES
 
 ELSEWHERE = ("friend_negatives", "seed")  # what judges read that rank no items
@@ -45,7 +45,7 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         for name in ("negatives", "friend_negatives"):
             value = getattr(self, name)
             if value is not None and value < 1:

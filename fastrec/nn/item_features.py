@@ -46,7 +46,7 @@ class ItemFeature:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
-    def parameters(self, size: int) -> int:
+    def num_parameters(self, size: int) -> int:
         """How many numbers the map of vectors of `size` numbers has."""
         gates = self.experts * (1 + self.noise) + self.experts
         return size * (max(1, self.experts) * self.width + gates)

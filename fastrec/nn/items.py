@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastrec.data.batch import FILL, SPECIAL_TOKENS, JaggedBatch
 from fastrec.data.item_categories import Categories, item_categories
 from fastrec.data.item_vectors import item_vectors
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.nn.item_features import FeatureMap, ItemFeature
 from fastrec.nn.item_parts import (
     CategoryMean,
@@ -89,7 +89,7 @@ class Items:
     combine: Literal["concat", "sum"] = "concat"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.combine != "concat" and not self.widths:
             raise ValueError("combine has no effect: items have neither attributes nor others")
         if not self.ids and not self.features:
@@ -137,14 +137,14 @@ class Items:
         if self.rating is not None:
             self.rating.check(columns["rating"])
 
-    def parameters(self, num_items: int, width: int, sizes: Mapping[str, int]) -> int:
+    def num_parameters(self, num_items: int, width: int, sizes: Mapping[str, int]) -> int:
         """How many numbers the input has, tables of categories and of features among them. sizes:
         by attribute how many categories there are, by feature how many numbers a vector has."""
         total = (num_items * self.ids + len(SPECIAL_TOKENS)) * width
         for name, attribute in self.attributes.items():
             total += num_items * attribute.most + sizes[name] * attribute.width
         for name, feature in self.features.items():
-            total += num_items * sizes[name] + feature.parameters(sizes[name])
+            total += num_items * sizes[name] + feature.num_parameters(sizes[name])
         for name in self.leveled:
             part = getattr(self, name)
             total += (part.levels + 1) * part.width

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from fastrec.data.settings import check_choices, from_values
+from fastrec.data.settings import check_fields, from_values
 from fastrec.nn.encoders.parts import Encoders, settings_of, wrapped
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.items import Items
@@ -53,7 +53,7 @@ class ModelConfig:
     user_width: int = 0
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if not 0 < self.head_temperature < math.inf:
             raise ValueError(
                 f"model.head_temperature must be positive and finite, got {self.head_temperature}"
@@ -113,7 +113,7 @@ class ModelConfig:
         return [*own, *(name for name in read if name not in own)]
 
 
-def parameters(
+def num_parameters(
     num_items: int,
     config: ModelConfig,
     num_users: int = 0,
@@ -123,15 +123,15 @@ def parameters(
     somebody else's encoder is not known. item_sizes: by name, categories of each attribute of
     items, and numbers of a vector of each feature."""
     width, encoder = config.width, settings_of(config.encoder)
-    if not hasattr(encoder, "parameters"):
+    if not hasattr(encoder, "num_parameters"):
         return None
     positions = config.max_len + len(config.tokens)
     whole, own = width + config.user_width, config.head_table == "own"
     scored = whole if own else width
     head = num_items + (whole * scored + 3 * scored) * config.head_transform
     head += num_items * scored * own + num_users * config.user_width
-    items = config.items.parameters(num_items, width, item_sizes or {})
-    return items + head + encoder.parameters(width, positions)
+    items = config.items.num_parameters(num_items, width, item_sizes or {})
+    return items + head + encoder.num_parameters(width, positions)
 
 
 def described(config: ModelConfig) -> dict:

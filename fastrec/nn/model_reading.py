@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastrec.data.item_texts import Texts
 from fastrec.data.settings import from_values
 from fastrec.nn.items import unknown_features
-from fastrec.nn.model_config import check_sizes, config_of, parameters
+from fastrec.nn.model_config import check_sizes, config_of, num_parameters
 from fastrec.nn.model_files import (
     ADAPTER,
     CONFIG,
@@ -82,7 +82,7 @@ def _described(kind: "type[UserModel]", path: Path, encoder: Any) -> "UserModel"
             raise ValueError(f"num_users is {num_users!r}, and users have no vectors")
         num_users = num_users or 0
         check_sizes(config, classes, vectors)
-        numbers = parameters(num_items, config, num_users, classes | vectors)
+        numbers = num_parameters(num_items, config, num_users, classes | vectors)
         if numbers is not None and numbers != count_numbers(file):
             raise ValueError(
                 f"it describes a model of {numbers} numbers, {WEIGHTS} holds {count_numbers(file)}"

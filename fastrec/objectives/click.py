@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastrec.data.batch import NO_TARGET, JaggedBatch
 from fastrec.data.negatives import NegativeSampler
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded
@@ -47,7 +47,7 @@ class Click:
     hidden: list[int] = field(default_factory=lambda: [64])
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.negatives < 0:
             raise ValueError(f"click.negatives must not be negative, got {self.negatives}")
         if not self.hidden or min(self.hidden) < 1:
@@ -61,12 +61,7 @@ class Click:
             side.user_columns["user"] = torch.arange(model.num_users, device="cpu")
         sampler = None
         if self.negatives:
-            uniform = self.by == "uniform"
-            sampler = (
-                NegativeSampler.uniform(side.num_items)
-                if uniform
-                else NegativeSampler.popularity(side.item_counts)
-            )
+            sampler = NegativeSampler.of(self.by, side)
         width = model.config.width
         return ClickPrediction(
             width + model.config.user_width, width, self.hidden, self.negatives, sampler

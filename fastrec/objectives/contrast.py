@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices, check_pair
+from fastrec.data.settings import check_fields, check_pair
 from fastrec.data.side import SideData
 from fastrec.nn.pool import Encoded, Pool, Pooling, last_event, real_in
 from fastrec.nn.sphere import left_out
@@ -47,7 +47,7 @@ class Contrast:
     false_negatives: list[Literal["target", "profile"]] = field(default_factory=list)
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         check_pair("contrast", self.views)
         if not self.temperature > 0:
             raise ValueError(f"contrast.temperature must be above 0, got {self.temperature}")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastrec.data.batch import NO_TARGET, JaggedBatch
 from fastrec.data.negatives import NegativeSampler
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
 from fastrec.nn.plain import first_rows
@@ -52,7 +52,7 @@ class Sampled:
     bpr_reg: float | None = None
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.negatives < 1:
             raise ValueError(f"sampled.negatives must be at least 1, got {self.negatives}")
         if self.alpha is not None and self.by != "popularity":
@@ -65,11 +65,7 @@ class Sampled:
             raise ValueError(f"sampled.bpr_reg must be at least 0, got {self.bpr_reg}")
 
     def sampler(self, side: SideData) -> NegativeSampler:
-        if self.by == "uniform":
-            return NegativeSampler.uniform(side.num_items)
-        return NegativeSampler.popularity(
-            side.item_counts, 1.0 if self.alpha is None else self.alpha
-        )
+        return NegativeSampler.of(self.by, side, 1.0 if self.alpha is None else self.alpha)
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class Item:
     squash: bool = False
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         how = self.sampled
         if how is None and self.loss != "softmax":
             raise ValueError(f"item.loss {self.loss} needs negatives: set item.sampled")

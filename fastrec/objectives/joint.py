@@ -54,8 +54,8 @@ class JointObjective(nn.Module):
             self.views[name] = list(getattr(objective, "views", ["main"]))
             if not isinstance(self.weights[name], (int, float)):
                 raise ValueError(
-                    f"the weight of {name} is no number: a module with a parameter of this name"
-                    " needs settings of its own"
+                    f"the weight of {name} must be a number, got"
+                    f" {type(self.weights[name]).__name__}: give the module settings with `weight`"
                 )
             if not self.weights[name] > 0:
                 raise ValueError(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.nn.pool import Encoded, Pool, Pooling, real_in
 from fastrec.ops.common.arguments import accumulate_dtype
@@ -39,7 +39,7 @@ class Rank:
     fusion: Literal["sample", "batch"] = "sample"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if len(self.views) != 4 or len(set(self.views)) != 4:
             raise ValueError(
                 "rank compares four views, two and each of them again with another dropout, got"

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastrec.data.settings import check_choices, check_pair
+from fastrec.data.settings import check_fields, check_pair
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Pool, Pooling, real_in
@@ -42,7 +42,7 @@ class Segments:
     squash: bool = False
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         check_pair("segments", self.views)
         if self.squash and self.negatives != "next":
             raise ValueError("segments.squash has no effect on the softmax of negatives: batch")

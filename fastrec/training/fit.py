@@ -203,7 +203,7 @@ def _fit(
     heads = [name for name in current.init.take if name not in PARTS]
     if given is not None and initial_folder is None and (heads or current.init.pool is not None):
         what = f"init.pool: {current.init.pool}" if current.init.pool else f"init.take: {heads}"
-        raise ValueError(f"{what} is read beside the model: initial_folder must name its folder")
+        raise ValueError(f"{what} needs initial_folder, the folder of the model with its heads")
     if initial_folder is not None:
         taken += load_heads(objective, initial_folder, only=heads)
         if current.init.pool is not None:

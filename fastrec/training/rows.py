@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.ops.common.distinct_rows import distinct_rows, sparse_rows, sum_rows
 from fastrec.ops.common.linear_cross_entropy_update import Pending, update_rows_
 from fastrec.ops.common.move_rows import RowState, move_rows_
@@ -46,7 +46,7 @@ class Tables:
     shard: bool = False
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         for name in ("optimizer", "learning_rate"):
             if getattr(self, name) is not None and self.update == "dense":
                 raise ValueError(f"tables.{name} has no effect: tables.update is dense")
@@ -62,8 +62,8 @@ def check_tables(how: Tables, model, parts: Iterable[nn.Module]) -> None:
     config, key = model.config, "update: rows" if how.update == "rows" else "shard"
     if config.head_similarity == "cosine" or config.items.features:
         raise ValueError(
-            f"tables.{key} cannot train a model that computes a vector of every item in every"
-            " step: cosines, features of items"
+            f"tables.{key} does not work with model.head_similarity: cosine or items.features:"
+            " they compute a vector of every item in every step"
         )
     for settings in _item_losses(parts):
         sampled = settings.sampled
@@ -81,7 +81,7 @@ def check_tables(how: Tables, model, parts: Iterable[nn.Module]) -> None:
                 )
             if not scoring_table(model).requires_grad:
                 raise ValueError(
-                    "tables.update: rows with a loss over all items trains their table"
+                    "tables.update: rows needs an item table that is trained: init.freeze holds it"
                 )
 
 

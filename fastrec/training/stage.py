@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.steps.click import Click as Labelled
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
@@ -70,7 +70,7 @@ class Init:
     users: Literal["same", "other"] = "same"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         objectives = [field.name for field in dataclasses.fields(Objectives)]
         if self.pool is not None and self.pool not in objectives:
             raise ValueError(f"init.pool is {self.pool!r}, expected one of {objectives}")
@@ -179,7 +179,7 @@ class Stage:
     cuda_graph: bool = False
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.devices != "auto" and not 1 <= int(self.devices) <= 1024:
             raise ValueError(f"devices must be in [1, 1024] or 'auto', got {self.devices}")
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every", "num_nodes"):

@@ -18,7 +18,7 @@ from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
 from fastrec.nn.items import ItemFeatures, item_features
-from fastrec.nn.model_config import ModelConfig, parameters
+from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.model_files import TOKENIZER, checked
 from fastrec.nn.similar import SimilarItems
 from fastrec.nn.text_model import TextModel
@@ -165,7 +165,7 @@ def _check_memory(dataset, config: ModelConfig, features: ItemFeatures) -> None:
         name: part.classes if isinstance(part, Categories) else part.shape[1]
         for name, part in features.items()
     }
-    size = 4 * (parameters(dataset.num_items, config, dataset.num_users, sizes) or 0)
+    size = 4 * (num_parameters(dataset.num_items, config, dataset.num_users, sizes) or 0)
     if size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(
             f"the weights of the model are {size / 1e9:,.1f} GB, this machine has"

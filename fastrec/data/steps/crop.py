@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
 from fastrec.random import Rng, draws
@@ -33,7 +33,7 @@ class Crop:
     least: int = 1
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.drop is None and self.keep is None:
             object.__setattr__(self, "keep", 0.6)
         if self.drop is not None and self.keep is not None:

@@ -8,7 +8,7 @@ import torch
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.graph import FriendSampler
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.random import Rng
 
@@ -28,7 +28,7 @@ class Friend:
     same_profile: bool = True
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         users, rank, world_size, view, max_len = side.shard

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.random import Rng, draws
 
@@ -31,7 +31,7 @@ class ItemTexts:
     of_texts = True
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         place, owner = batch.events["item_place"], batch.segment_ids()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
 from fastrec.random import Rng, draws, threshold, wide_draws
@@ -49,7 +49,7 @@ class Mask:
     asks = "mask"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.leave < 0:
             raise ValueError(f"mask.leave must not be negative, got {self.leave}")
         for name, default in (("round", "down"), ("leave", 0)):

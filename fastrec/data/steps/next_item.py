@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fastrec.data.batch import NO_TARGET, JaggedBatch, offsets_of, spans
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.random import Rng
 
@@ -30,7 +30,7 @@ class NextItem:
     asks = "last"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.ahead < 1:
             raise ValueError(f"next_item.ahead must be at least 1, got {self.ahead}")
 

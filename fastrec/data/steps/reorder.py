@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.data.steps.crop import segment, within
 from fastrec.data.steps.share import Rounding, Share, check_share, share_at
@@ -29,7 +29,7 @@ class Reorder:
     least: int = 1
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         check_share("reorder.share", self.share)
         if self.least < 1:
             raise ValueError(f"reorder.least must be at least 1, got {self.least}")

@@ -4,8 +4,6 @@
 Legend: B sequences, T events, D width, H width of a layer.
 """
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.nn.encoders.mlp import check_widths, dropped, layers_of, numbers_of
 from fastrec.nn.items import ItemRows
 from fastrec.nn.pool import weighted_sum
-from fastrec.random import Rng, keep_mask
+from fastrec.random import Rng
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Bag:
     def __post_init__(self):
         check_widths(self.hidden)
 
-    def parameters(self, width: int, max_positions: int) -> int:
+    def num_parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
         return width + numbers_of([width, *self.hidden, width])
 
@@ -86,28 +85,3 @@ class BagEncoder(nn.Module):
         for number, layer in enumerate(self.layers):
             users = torch.sigmoid(layer(dropped(users, batch, self.dropout, rng, number)))
         return users.index_select(0, batch.segment_ids())
-
-
-def check_widths(hidden: Sequence[int]) -> None:
-    """Raise ValueError for widths of layers below 1."""
-    if any(width < 1 for width in hidden):
-        raise ValueError(f"hidden must be widths of at least 1, got {list(hidden)}")
-
-
-def numbers_of(widths: Sequence[int]) -> int:
-    """How many numbers `layers_of` has."""
-    return sum((before + 1) * after for before, after in itertools.pairwise(widths))
-
-
-def layers_of(widths: Sequence[int]) -> nn.ModuleList:
-    """A linear layer from each width to the next."""
-    return nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
-
-
-def dropped(x: Tensor, batch: JaggedBatch, p: float, rng: Rng | None, layer: int) -> Tensor:
-    """Dropout of user vectors [B, H]: their key is that of the sequence, at row 0."""
-    if rng is None or p == 0.0:
-        return x
-    zero = torch.zeros_like(batch.keys)
-    keep, scale = keep_mask(rng, p, batch.keys, zero, x.shape[1], site="ffn_inner", layer=layer)
-    return x * keep * scale

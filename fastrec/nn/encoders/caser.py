@@ -52,7 +52,7 @@ class Caser:
         if self.window > MOST_ROWS:
             raise ValueError(f"window must be at most {MOST_ROWS}, got {self.window}")
 
-    def parameters(self, width: int, max_positions: int) -> int:
+    def num_parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
         length = self.window
         rows = length * (length + 1) // 2 * width  # of one filter of each height

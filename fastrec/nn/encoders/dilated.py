@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.nn.encoders.sublayers import (
     EventDropout,
     PatchForm,
@@ -58,7 +58,7 @@ class Dilated:
     patch_form: PatchForm = "serial"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if not 1 <= len(self.dilations) <= MOST_BLOCKS:
             raise ValueError(
                 f"dilations must be 1 to {MOST_BLOCKS} numbers, got {len(self.dilations)}"
@@ -73,7 +73,7 @@ class Dilated:
             raise ValueError(f"norm_eps must be positive and finite, got {self.norm_eps}")
         check_patch(self.patch, self.patch_form)
 
-    def parameters(self, width: int, max_positions: int) -> int:
+    def num_parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
         layer = self.kernel * width * width + 3 * width
         if self.patch:

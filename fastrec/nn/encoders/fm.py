@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices
-from fastrec.nn.encoders.bag import check_widths, dropped, layers_of, numbers_of
+from fastrec.data.settings import check_fields
+from fastrec.nn.encoders.mlp import check_widths, dropped, layers_of, numbers_of
 from fastrec.nn.items import ItemRows
 from fastrec.nn.pool import weighted_sum
 from fastrec.random import Rng
@@ -36,10 +36,10 @@ class Fm:
     causal: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         check_widths(self.hidden)
 
-    def parameters(self, width: int, max_positions: int) -> int:
+    def num_parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
         linear = width * width * (1 + (self.deep == "items"))
         return linear + 2 * width + numbers_of([width, *self.hidden, width])

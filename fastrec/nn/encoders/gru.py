@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.nn.encoders.sublayers import EventDropout
-from fastrec.nn.encoders.transformer import MOST_LAYERS
+from fastrec.nn.encoders.sublayers import MOST_LAYERS, EventDropout
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear
 from fastrec.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -41,7 +40,7 @@ class Gru:
         if self.layers > MOST_LAYERS:
             raise ValueError(f"layers must be at most {MOST_LAYERS}, got {self.layers}")
 
-    def parameters(self, width: int, max_positions: int) -> int:
+    def num_parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
         hidden = self.hidden or width
         inputs = width + (self.layers - 1) * hidden

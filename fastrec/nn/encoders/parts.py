@@ -19,9 +19,8 @@ class Encoders:
 
     Its module maps (`ItemRows`, batch, rng) to states [T, D], and with `takes_rows` can give those
     of some events alone. Its settings have `build(width, max_positions, dropout)`,
-    `parameters(width, positions)`, how many numbers that makes, and where it is so `causal` (the
-    states of an event depend on earlier events alone), `event_columns`, which it reads, and
-    `reads_positions`.
+    `num_parameters(width, positions)`, and where it is so `causal` (the states of an event depend
+    on earlier events alone), `event_columns`, which it reads, and `reads_positions`.
 
     Attributes:
         transformer: self-attention.

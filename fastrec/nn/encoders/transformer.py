@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_choices
+from fastrec.data.settings import check_fields
 from fastrec.nn.encoders.layers import LiGRLayer, SASRecLayer
 from fastrec.nn.encoders.sublayers import (
+    MOST_LAYERS,
     EventDropout,
     PatchForm,
     check_patch,
@@ -29,8 +30,6 @@ from fastrec.nn.plain import apply_linear, embedding_table, is_plain
 from fastrec.ops.gelu_ffn import gelu_ffn
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng
-
-MOST_LAYERS = 1000  # a module takes about a millisecond to make, whatever its width
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Transformer:
     reads_positions = True
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.layer != "standard" and not self.pre_norm:
             raise ValueError(f"pre_norm must be true for the layer {self.layer}")
         if self.final_norm and self.layer != "ligr":
@@ -91,7 +90,7 @@ class Transformer:
         """F, the inner width of the feed-forward network."""
         return self.ffn_width or (width if self.layer == "sasrec" else 4 * width)
 
-    def parameters(self, width: int, max_positions: int) -> int:
+    def num_parameters(self, width: int, max_positions: int) -> int:
         """How many numbers the encoder has."""
         square, inner = width * width, self.inner(width)
         layer = {
