@@ -364,7 +364,7 @@ def test_settings_that_cannot_be():
         (dict(head_table="features"), "head_table: features needs items.features"),
         (dict(items=JOINED, head_table="features"), "and combine: sum"),
         (dict(items=Items(features={"text": ItemFeature(3)}, combine="sum")), "adds vectors of"),
-        (dict(head_similarity="l2"), r"head_similarity must be one of \('dot', 'cosine'\)"),
+        (dict(head_similarity="l2"), r"head_similarity must be one of \['dot', 'cosine'\]"),
         (dict(head_temperature=0.0), "head_temperature must be positive"),
     ):
         with pytest.raises(ValueError, match=message):

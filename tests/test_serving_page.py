@@ -61,7 +61,7 @@ def test_the_program_of_the_page_gives_the_same_answers(folder):
 def test_the_onnx_file_of_the_page_gives_the_same_answers(folder):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: it writes ONNX files")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: it runs ONNX files")
-    names = run("onnx input", run("onnx", run("recommender", {})))
+    names = run("onnx_input", run("onnx", run("recommender", {})))
     batch = names["model"].inputs_of([[5, 9, 2], [7]], ask=True)
     assert names["values"].tolist() == batch.values.tolist()
     assert names["offsets"].tolist() == batch.offsets.tolist()

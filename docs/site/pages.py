@@ -15,12 +15,12 @@ API = {
     "data": ("Data", [
         "fastrec.prepare", "fastrec.SequenceDataset", "fastrec.data.batch", "fastrec.data.side",
         "fastrec.data.views", "fastrec.data.loader", "fastrec.data.graph",
-        "fastrec.data.negatives", "fastrec.data.prepare.synthetic", "fastrec.random",
+        "fastrec.data.negatives", "fastrec.data.prepare.synthetic", "fastrec.Rng", "fastrec.random",
         "fastrec/data/steps",
     ]),
     "models": ("Models", [
         "fastrec.ModelConfig", "fastrec.UserModel", "fastrec.nn.items", "fastrec.nn.item_parts",
-        "fastrec.nn.item_features", "fastrec.nn.pool", "fastrec.nn.text_model",
+        "fastrec.nn.item_features", "fastrec.nn.pool", "fastrec.TextModel",
         "fastrec.nn.layouts", "fastrec/nn/encoders",
     ]),
     "training": ("Training", [
@@ -29,7 +29,7 @@ API = {
     ]),
     "objectives": ("Objectives", ["fastrec/objectives"]),
     "answers": ("Answers", [
-        "fastrec.evaluate", "fastrec.evaluation.metrics", "fastrec.Recommender",
+        "fastrec.evaluate", "fastrec.Protocol", "fastrec.evaluation.metrics", "fastrec.Recommender",
         "fastrec.recommend", "fastrec.OtherCatalogue", "fastrec.item_vectors",
         "fastrec.user_vectors", "fastrec.item_index", "fastrec.index_queries",
         "fastrec.index_recall",
