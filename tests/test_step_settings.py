@@ -21,7 +21,7 @@ from fastrec.data.steps.reorder import Reorder
 from fastrec.data.steps.share import Schedule, number_of
 from fastrec.data.steps.substitute import Substitute
 from fastrec.data.steps.window import Window
-from fastrec.data.views import Again
+from fastrec.data.views import Again, extra
 from fastrec.random import Rng
 
 
@@ -116,5 +116,6 @@ def test_a_step_of_a_recipe_is_the_part_that_it_names():
         (Step(insert=Insert()), Insert()),
     ):
         assert same(step(batch, RNG, SIDE), part(batch, RNG, SIDE))
-        assert step.extra == isinstance(part, NextItem)
+        assert extra([step]) == isinstance(part, NextItem)
     assert isinstance(Step(again=Again("a")).part, Again)
+    assert extra([Step(one_of=[Step(next_item=NextItem()), *inner])]) == 1  # of a choice too

@@ -26,7 +26,7 @@ class Again:
 
 def taken(steps: list) -> str | None:
     """The view that steps start from; None: from the users' own sequences."""
-    first = getattr(steps[0], "part", steps[0]) if steps else None
+    first = unwrapped(steps[0]) if steps else None
     return first.view if isinstance(first, Again) else None
 
 
@@ -97,14 +97,20 @@ def _without_empty(view: JaggedBatch) -> JaggedBatch:
 
 
 def extra(steps: list) -> int:
-    return max((getattr(step, "extra", 0) for step in steps), default=0)
+    """Items more than a model reads that the steps of a view, or of its choices, ask for."""
+    return max((getattr(part, "extra", 0) for part in parts_of(steps)), default=0)
+
+
+def unwrapped(step):
+    """The step itself: one of a recipe is a field of a `Step`."""
+    return getattr(step, "part", step)
 
 
 def _twice(steps: list, before: frozenset[type] = frozenset()) -> type | None:
     """A kind of step that may change a sequence after another one of its kind, in `before` or in
     front of it; one's own kinds draw as they like. Of a choice a sequence takes one step."""
     for step in steps:
-        part = getattr(step, "part", step)
+        part = unwrapped(step)
         kind, choices = type(part), getattr(part, "steps", [])
         if kind in before and kind.__module__.startswith("fastrec."):
             return kind
@@ -119,6 +125,6 @@ def _twice(steps: list, before: frozenset[type] = frozenset()) -> type | None:
 def parts_of(steps: list) -> Iterator:
     """The steps of a view, those inside of choices included."""
     for step in steps:
-        part = getattr(step, "part", step)
+        part = unwrapped(step)
         yield part
         yield from parts_of(getattr(part, "steps", []))

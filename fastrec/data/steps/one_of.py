@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
+from fastrec.data.views import unwrapped
 from fastrec.random import Rng, draws
 
 
@@ -55,5 +56,5 @@ class OneOf:
         return replace(made, pairs=batch.pairs)
 
     def _least(self) -> Tensor:
-        parts = [getattr(step, "part", step) for step in self.steps]
-        return torch.tensor([getattr(part, "least", 0) for part in parts], device="cpu")
+        least = [getattr(unwrapped(step), "least", 0) for step in self.steps]
+        return torch.tensor(least, device="cpu")

@@ -93,9 +93,5 @@ class Step:
         part = part_of(self)
         return OneOf(part, self.any_of is part) if isinstance(part, list) else part
 
-    @property
-    def extra(self) -> int:
-        return getattr(self.part, "extra", 0)
-
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         return self.part(batch, rng, side)
