@@ -6,8 +6,10 @@ import datetime
 import json
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from files import fails, rows, write
+from pyarrow import parquet
 
 from fastrec.data.prepare import readers
 from fastrec.data.prepare.side_tables import read_attributes
@@ -85,6 +87,9 @@ def test_parquet_bad_input(tmp_path):
     bad("what", [None, 2], 1, "missing")
     bad("when", [1.0, 2.5], 2, "whole")
     bad("when", [True, False], None, "expected times")
+    times = pa.array([0, 1], pa.timestamp("us", tz="+05:30"))  # Polars cannot make or read it
+    parquet.write_table(pa.table({"who": [1, 2], "what": [3, 4], "when": times}), file)
+    fails(read, file, file=file, column="when", match=r"time zone \+05:30 has no name", **NAMES)
     good.write_parquet(file)
     data = file.read_bytes()
     for cut in (len(data) - 5, len(data) // 2, 3):

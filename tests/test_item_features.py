@@ -92,7 +92,12 @@ def bad(**columns) -> pl.DataFrame:
     "frame, column, row, message",
     [
         (bad(v=[[1.0, 2.0], [1.0], [0.0, 0.0]]), "v", 2, "expected a list of 2 numbers"),
-        (bad(v=[[1.0, 2.0], [1.0, 0.0], [0.0, np.nan]]), "v", 3, "expected finite numbers"),
+        (
+            bad(v=[[1.0, 2.0], [1.0, 0.0], [0.0, np.nan]]),
+            "v",
+            3,
+            r"got \[0.0, nan\]",
+        ),
         (bad(v=[[1.0, np.inf], [1.0, 0.0], [0.0, 0.0]]), "v", 1, "expected finite numbers"),
         (bad(v=[None, [1.0, 0.0], [0.0, None]]), "v", 3, "expected finite numbers"),
         (bad(v=[[], [], []]), "v", None, "holds no vector"),

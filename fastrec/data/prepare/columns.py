@@ -28,8 +28,10 @@ def refuse(file, series: pl.Series, first: int, bad: pl.Series, what: str, hint:
     """Raise for the first row of a column whose flag is set: it was expected to be `what`."""
     row = first_row(bad.to_numpy(), first)
     if row is not None:
+        value = series[row - first]
+        value = value.to_list() if isinstance(value, pl.Series) else value
         raise DataError(
-            file, f"expected {what}, got {series[row - first]!r}{hint}",
+            file, f"expected {what}, got {value!r:.200}{hint}",
             column=series.name, row=row,
         )  # fmt: skip
 

@@ -107,14 +107,31 @@ def _parquet_blocks(file, rows: int) -> Iterator[tuple[pl.DataFrame, int]]:
     file = check_file(file)
     with reading(file, "truncated or corrupt Parquet"):
         packed = file.suffix.lower() == ".gz"
-        table = pl.scan_parquet(
-            BytesIO(_gunzip(file, file.read_bytes())) if packed else file, glob=False
-        )
+        content = BytesIO(_gunzip(file, file.read_bytes())) if packed else file
+        _check_zones(file, content)
+        table = pl.scan_parquet(content, glob=False)
         count = table.select(pl.len()).collect().item()
         for start in range(0, count, rows):
             yield table.slice(start, rows).collect(engine="streaming"), start + 1
     if count == 0:
         raise EmptyFile(file, "holds no rows")
+
+
+def _check_zones(file: Path, content) -> None:
+    """Raise DataError for a time zone without a name, such as +05:30: Polars knows none of them."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        schema = parquet.read_schema(content)
+    except (ArrowException, OSError):  # damage, which Polars names
+        return
+    for column in schema:
+        zone = getattr(column.type, "tz", None)
+        if zone is not None and zone[:1] in "+-":
+            raise DataError(
+                file, f"the time zone {zone} has no name: write the column in UTC",
+                column=column.name,
+            )  # fmt: skip
 
 
 def _gunzip(file, data: bytes) -> bytes:
