@@ -28,7 +28,7 @@ def measure(options) -> dict:
     import torch
     import torch.distributed as dist
 
-    from fastrec.nn.spread import spread, spread_parameters
+    from fastrec.nn.sharded import shard_tables, sharded_parameters
     from fastrec.objectives.joint import total_loss
     from fastrec.random import Rng
     from fastrec.training.processes import let_go
@@ -49,10 +49,10 @@ def measure(options) -> dict:
     if world > 1:
         loader.rank, loader.world_size = dist.get_rank(), world
         if options.how == "shard":
-            spread(model, dist.group.WORLD)
+            shard_tables(model, dist.group.WORLD)
         elif not options.whole:
             shared = tables_of(model)
-    ours = {id(p) for p, _ in spread_parameters(model).values()} | set(map(id, shared))
+    ours = {id(p) for p, _ in sharded_parameters(model).values()} | set(map(id, shared))
     common = [p for p in module.parameters() if id(p) not in ours]
     optimizer = module.configure_optimizers()["optimizer"]
     times, cpu, losses = [], [], []

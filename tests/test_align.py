@@ -15,7 +15,7 @@ from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.mask import Mask
 from fastrec.nn.batch_norm import BatchNorm
 from fastrec.nn.pool import Encoded
-from fastrec.nn.sphere import alignment, spread, uniformity
+from fastrec.nn.sphere import alignment, feature_std, uniformity
 from fastrec.objectives.align import Align, ViewAlignment
 from fastrec.objectives.joint import JointObjective, Term, of_all_ranks, total_loss
 from fastrec.objectives.parts import Objectives
@@ -90,7 +90,7 @@ def test_equals_plain_pytorch(settings, padding):
     got_grads, wanted_grads = (torch.autograd.grad(each, leaves) for each in (loss, expected))
     for got, wanted in zip(got_grads, wanted_grads, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found["std"][0], spread(F.normalize(z[0], dim=1)))
+    torch.testing.assert_close(found["std"][0], feature_std(F.normalize(z[0], dim=1)))
     assert -1 - 1e-12 <= loss <= 1
 
 
@@ -123,14 +123,14 @@ def test_numbers_of_the_sphere_equal_pairs_of_users():
     torch.testing.assert_close(
         alignment(a, b), torch.stack([(a[i] - b[i]).norm() ** 2 for i in range(9)]).mean()
     )
-    torch.testing.assert_close(spread(a), a.std(0, unbiased=False).mean())
+    torch.testing.assert_close(feature_std(a), a.std(0, unbiased=False).mean())
     junk = torch.cat([a, torch.randn(3, WIDTH, dtype=torch.float64)])
     real = torch.arange(12) < 9
     torch.testing.assert_close(uniformity(junk, real), uniformity(a))
-    torch.testing.assert_close(spread(junk, real), spread(a))
+    torch.testing.assert_close(feature_std(junk, real), feature_std(a))
     torch.testing.assert_close(alignment(junk, junk.flip(1), real), alignment(a, a.flip(1)))
     one = a[:1].expand(9, -1)
-    assert abs(float(uniformity(one))) < 1e-9 and float(spread(one)) < 1e-9
+    assert abs(float(uniformity(one))) < 1e-9 and float(feature_std(one)) < 1e-9
 
 
 def test_batch_norm_is_that_of_torch():

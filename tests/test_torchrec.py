@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from groups import Ranks
 
-from fastrec.nn.spread import SpreadEmbedding
+from fastrec.nn.sharded import ShardedEmbedding
 from fastrec.training.rows import RowAdamW
 
 pytestmark = pytest.mark.skipif(
@@ -33,7 +33,7 @@ def steps_of(rank: int):
 
 
 def ours(group) -> list[torch.Tensor]:
-    module, found = SpreadEmbedding(table(), group), []
+    module, found = ShardedEmbedding(table(), group), []
     settings = dict(lr=1.0, eps=EPS)
     optimizer = RowAdamW([], [module.weight], "adagrad", RATE, settings)
     for ids, grad in steps_of(dist.get_rank(group)):
@@ -85,7 +85,7 @@ def theirs(group) -> list[torch.Tensor]:
     return [*found, shard.tensor.detach().clone()]
 
 
-def test_spread_rows_are_those_of_torchrec():
+def test_sharded_rows_are_those_of_torchrec():
     ranks = Ranks(2)
     try:
         pairs = zip(ranks.run(ours), ranks.run(theirs), strict=True)

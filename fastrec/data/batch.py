@@ -259,7 +259,7 @@ def from_sequences(sequences: Sequence[Sequence[int]], sample_ids=None) -> Jagge
     )
 
 
-def spread(
+def with_gaps(
     batch: JaggedBatch, place: Tensor, offsets: Tensor, size: int, max_seq_len: int
 ) -> JaggedBatch:
     """Longer sequences, `size` events together: event t stands at `place[t]`. What is new between
@@ -294,7 +294,7 @@ def framed(
         shift[:-1] + len(before), batch.lengths, output_size=events
     )
     size = events + len(batch) * extra
-    made = spread(batch, place, offsets, size, batch.max_seq_len + extra)
+    made = with_gaps(batch, place, offsets, size, batch.max_seq_len + extra)
     for i, token in enumerate(before):
         made.values[offsets[:-1] + i] = token
     for i, token in enumerate(after):

@@ -136,7 +136,7 @@ class NextItemJudge:
     def score(self, model, objective, rows: slice) -> Tensor:
         """`rank_rows`; the heads of the objective take no part. The item table, which may cost a
         product over all items, is kept until `metrics` ends a validation."""
-        if model.spread_table is not None:
+        if model.sharded_table is not None:
             return self._rank_spread(model, rows)
         if self._table is None:
             self._table = _item_table(model)
@@ -170,17 +170,17 @@ class NextItemJudge:
     @torch.no_grad()
     def _rank_spread(self, model, rows: slice) -> Tensor:
         """`rank_rows` of a model whose item vectors are spread over processes, which all ask."""
-        from fastrec.evaluation.spread import spread_ranks
+        from fastrec.evaluation.sharded import sharded_ranks
 
         query = next_item_queries(model, self.dataset, self.users[rows], self.split)
-        spread, device = model.spread_table, query.device
+        sharded, device = model.sharded_table, query.device
         pairs = slice(int(self.offsets[rows.start]), int(self.offsets[rows.stop]))
         owner, targets = self.owner[pairs], self.targets[pairs].to(device)
         query = query[(owner - rows.start).to(device)]
         adjustment, seen = self.adjustment.to(device), self.protocol.seen
         with torch.autocast(device.type, enabled=False):
             if self.protocol.candidates == "sampled":
-                found = spread.rows(targets, self.candidates(pairs)[:, 1:].to(device))
+                found = sharded.rows(targets, self.candidates(pairs)[:, 1:].to(device))
                 table, bias = found.table, found.bias - adjustment[found.ids]
                 among = torch.cat([found.targets[:, None], found.negatives], 1)
                 ranks = rank_candidates(query, table, bias, among)
@@ -191,7 +191,7 @@ class NextItemJudge:
                 return ranks.cpu()
             left_out = self._left_out(owner, device) if seen == "exclude" else None
             zero = self._seen(self.users[owner], device) if seen == "zero" else None
-            return spread_ranks(query, targets, spread, adjustment, left_out, zero).cpu()
+            return sharded_ranks(query, targets, sharded, adjustment, left_out, zero).cpu()
 
     def lists(self, model, k: int, group=None) -> Tensor:
         """int64 [U, k]: the k best items of every user, -1 where there are fewer. Items of the

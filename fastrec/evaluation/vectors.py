@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastrec.evaluation.blocks import finite
 from fastrec.nn.pool import Pool
-from fastrec.nn.sphere import alignment, spread, uniformity
+from fastrec.nn.sphere import alignment, feature_std, uniformity
 from fastrec.ops.linear_rank import linear_rank
 from fastrec.random import Rng
 
@@ -67,5 +67,5 @@ class VectorsJudge:
             "MRR": ranks.reciprocal().mean().item(),
             "alignment": alignment(a, b).item(),
             "uniformity": (uniformity(a) + uniformity(b)).item() / 2,
-            "std": (spread(a) + spread(b)).item() / 2,
+            "std": (feature_std(a) + feature_std(b)).item() / 2,
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vectors lie on the unit sphere: alignment and uniformity (Wang and Isola, 2020), spread.
+"""How vectors lie on the unit sphere: alignment and uniformity (Wang and Isola, 2020), std.
 
 Legend: B users, D width.
 """
@@ -41,7 +41,7 @@ def uniformity(z: Tensor, real: Tensor | None = None, backend: str | None = None
     return mean.clamp_min(torch.finfo(z.dtype).tiny).log()
 
 
-def spread(z: Tensor, real: Tensor | None = None) -> Tensor:
+def feature_std(z: Tensor, real: Tensor | None = None) -> Tensor:
     """A scalar: the standard deviation over the users of a feature of z, the mean over features:
     near D^-0.5 on a sphere that is filled, 0 where all vectors are one (Chen and He, 2021, fig. 2).
 

@@ -33,7 +33,7 @@ class TextModel:
 
     num_users = 0
     event_columns: tuple[str, ...] = ()
-    spread_table = None
+    sharded_table = None
 
     def __init__(self, model: UserModel, texts: TextData):
         model.check_pool("cls")

@@ -28,7 +28,7 @@ from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
 
 if TYPE_CHECKING:
-    from fastrec.nn.spread import SpreadTable
+    from fastrec.nn.sharded import ShardedTable
 
 
 class UserModel(nn.Module):
@@ -139,14 +139,14 @@ class UserModel(nn.Module):
         return getattr(self.item_input.ids, "sparse", False)  # it may be wrapped
 
     @property
-    def spread_table(self) -> "SpreadTable | None":
-        """What scores items where it is spread over processes, see `nn.spread`."""
+    def sharded_table(self) -> "ShardedTable | None":
+        """What scores items where it is spread over processes, see `nn.sharded`."""
         table: Any = self.item_head.table or self.item_input.ids
         if not hasattr(table, "part"):
             return None
-        from fastrec.nn.spread import SpreadTable
+        from fastrec.nn.sharded import ShardedTable
 
-        return SpreadTable(table, self.item_head.bias)
+        return ShardedTable(table, self.item_head.bias)
 
     def has_items_of(self, dataset) -> bool:
         """Whether the items of a data set can be those of this model, in its order. What is known

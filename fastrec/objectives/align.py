@@ -15,7 +15,7 @@ from fastrec.data.settings import check_pair
 from fastrec.data.side import SideData
 from fastrec.nn.batch_norm import BatchNorm
 from fastrec.nn.pool import Encoded, Pool, Pooling, real_in
-from fastrec.nn.sphere import alignment, spread, uniformity
+from fastrec.nn.sphere import alignment, feature_std, uniformity
 from fastrec.random import Rng
 
 
@@ -127,7 +127,7 @@ class ViewAlignment(nn.Module):
             seen = {
                 "alignment": alignment(z1, z2, real),
                 "uniformity": uniformity(z1, real, self.backend),
-                "std": spread(z1, real),
+                "std": feature_std(z1, real),
             }
         return {"align": (mean, count), **{name: (value, None) for name, value in seen.items()}}
 

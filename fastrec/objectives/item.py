@@ -173,11 +173,11 @@ class ItemPrediction(nn.Module):
         count: Tensor | int = len(targets)
         if any(view.batch.events["target"].dim() > 1 for view in views):
             count = (targets != NO_TARGET).sum()  # an event may have fewer than A targets
-        spread = model.spread_table
+        sharded = model.sharded_table
         if self.sampler is None or self.settings.sampled is None:
-            if spread is not None:
+            if sharded is not None:
                 query = model.item_head.query(states)
-                return {"item": spread.cross_entropy(query, targets, self.backend)}
+                return {"item": sharded.cross_entropy(query, targets, self.backend)}
             table = model.scoring(views[0])
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
@@ -188,8 +188,8 @@ class ItemPrediction(nn.Module):
             places = [places_of(view.batch) for view in views]
             keys, events = (torch.cat(part) for part in zip(*places, strict=True))
             negatives = self.sampler.own(how.negatives, rng, keys, events)
-        if spread is not None:
-            loss = self._over_rows(model, spread.rows(targets, negatives), states)
+        if sharded is not None:
+            loss = self._over_rows(model, sharded.rows(targets, negatives), states)
             return {"item": (loss, count)}
         table = model.scoring(views[0])
         if how.in_batch:
@@ -229,7 +229,7 @@ class ItemPrediction(nn.Module):
         return {"item": (loss, count)}
 
     def _over_rows(self, model, rows, states: Tensor) -> Tensor:
-        """The sampled loss over the rows of a spread table, `nn.spread.Candidates`."""
+        """The sampled loss over the rows of a sharded table, `nn.sharded.Candidates`."""
         how = self.settings.sampled
         assert how is not None and self.sampler is not None
         correct = self.settings.loss == "softmax" and how.log_q is not False

@@ -21,7 +21,7 @@ from fastrec.data.loader import SequenceLoader
 from fastrec.data.output import locked, write_text
 from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
-from fastrec.nn.spread import whole_state
+from fastrec.nn.sharded import whole_state
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import PARTS, report, trained_share
 from fastrec.nn.user_model import UserModel

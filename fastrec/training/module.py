@@ -57,13 +57,13 @@ class StageModule(lightning.LightningModule):
         how, several = self.stage.tables, self.trainer.world_size > 1
         if not several or (how.update == "dense" and not how.shard):
             return
-        if how.shard and self.model.spread_table is None:
-            from fastrec.nn.spread import spread
+        if how.shard and self.model.sharded_table is None:
+            from fastrec.nn.sharded import shard_tables
 
             world = torch.distributed.group.WORLD
             assert world is not None  # Lightning has made it
-            spread(self.model, world)
-        ours = set(map(id, self._spread()))
+            shard_tables(self.model, world)
+        ours = set(map(id, self._sharded()))
         if how.update == "rows":
             self.shared = [table for table in tables_of(self.model) if id(table) not in ours]
             for table in self.shared:  # as DDP does with the others
@@ -72,19 +72,19 @@ class StageModule(lightning.LightningModule):
         names = [name for name, p in self.named_parameters() if id(p) in ours]
         self._ddp_params_and_buffers_to_ignore = names  # its own word for it
 
-    def _spread(self) -> list[torch.nn.Parameter]:
+    def _sharded(self) -> list[torch.nn.Parameter]:
         """The parameters of which this process has a block."""
-        if self.model.spread_table is None:
+        if self.model.sharded_table is None:
             return []
-        from fastrec.nn.spread import spread_parameters
+        from fastrec.nn.sharded import sharded_parameters
 
-        return [block for block, _ in spread_parameters(self.model).values()]
+        return [block for block, _ in sharded_parameters(self.model).values()]
 
     def on_after_backward(self):
         if self.shared:
             share_gradients(self.shared)
         if self.stage.tables.update == "dense":
-            for block in self._spread():
+            for block in self._sharded():
                 if block.grad is not None and block.grad.is_sparse:  # no loss over all items
                     block.grad = block.grad.to_dense()
 
@@ -162,7 +162,7 @@ class StageModule(lightning.LightningModule):
         # Lightning's own refuses a fused optimizer in mixed precision, for the sake of a loss
         # scale that bfloat16 does not need.
         if self.stage.gradient_clip:
-            clip_(self.parameters(), self.stage.gradient_clip, self._spread())
+            clip_(self.parameters(), self.stage.gradient_clip, self._sharded())
 
     def configure_optimizers(self):
         stage, tables = self.stage, self.stage.tables

@@ -250,12 +250,12 @@ def share_gradients(tables: Iterable[nn.Parameter]) -> None:
         table.grad = sparse_rows(rows, sum_rows(values, place, len(rows), 1 / world), table.shape)
 
 
-def clip_(parameters: Iterable[nn.Parameter], norm: float, spread: Iterable = ()) -> None:
+def clip_(parameters: Iterable[nn.Parameter], norm: float, sharded: Iterable = ()) -> None:
     """Scale the gradients, some of them sparse, to a total norm of `norm` where it is larger.
-    spread: parameters of which every process has other rows."""
+    sharded: parameters of which every process has other rows."""
     grads: list[Tensor] = []
     parts: list[Tensor] = []
-    known = set(map(id, spread))
+    known = set(map(id, sharded))
     for parameter in parameters:
         if parameter.grad is not None:
             if parameter.grad.is_sparse:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fastrec.nn.spread import Part, spread_parameters
+from fastrec.nn.sharded import Part, sharded_parameters
 from fastrec.training.checkpoint import SHARDS
 
 TABLES = ("item_input.ids.weight", "item_head.table.weight", "item_head.bias")
@@ -81,15 +81,15 @@ class _Block(NamedTuple):
 def _blocks(module) -> dict[str, _Block]:
     model = module.model
     scoring = model.item_head.table or model.item_input.ids
-    found, spread = {}, spread_parameters(model)
+    found, sharded = {}, sharded_parameters(model)
     for name in TABLES:
         parameter = dict(model.named_parameters()).get(name)
         if parameter is None:
             continue
-        part = spread[name][1] if spread else None
+        part = sharded[name][1] if sharded else None
         total = part.total if part else len(parameter)
         if name == "item_head.bias":
-            total = scoring.part.total if spread else len(scoring.weight)
+            total = scoring.part.total if sharded else len(scoring.weight)
         part = part and part._replace(total=total)
         found[f"model.{name}"] = _Block(parameter, total, part)
     return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastrec.data.batch import JaggedBatch, offsets_of, spread
+from fastrec.data.batch import JaggedBatch, offsets_of, with_gaps
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import check_share
 from fastrec.data.steps.substitute import chosen_and_similar
@@ -36,7 +36,7 @@ class Insert:
         place = torch.arange(len(chosen), device="cpu") + before[1:]
         offsets = batch.offsets + before[batch.offsets]
         longest = int(offsets.diff().max()) if len(batch) else 0
-        longer = spread(batch, place, offsets, int(offsets[-1]), longest)
+        longer = with_gaps(batch, place, offsets, int(offsets[-1]), longest)
         longer.values[place[chosen] - 1] = similar[chosen]
         room = side.shard.max_len
         return longer if room is None else longer.last(room)

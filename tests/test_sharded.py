@@ -33,7 +33,7 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.transformer import Transformer
-from fastrec.nn.spread import part_of, spread, spread_parameters, whole_state
+from fastrec.nn.sharded import part_of, shard_tables, sharded_parameters, whole_state
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective, of_all_ranks, total_loss
@@ -77,7 +77,7 @@ def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, to
         use_rows(model, objective.parts.values())
     world = 1 if group is None else dist.get_world_size(group)
     if "spread" in kind and group is not None:
-        spread(model, group)
+        shard_tables(model, group)
     if "fsdp" in kind and group is not None:
         for layer in model.encoder.layers:
             fully_shard(layer, mesh=DeviceMesh.from_group(group, "cpu"))
@@ -87,7 +87,7 @@ def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, to
     value.backward()
     if kind == "rows" and group is not None:
         share_gradients(tables_of(model))
-    blocks, grads = spread_parameters(model), {}
+    blocks, grads = sharded_parameters(model), {}
     ours = {
         *blocks,
         *(n for n, p in model.named_parameters() if p.grad is not None and p.grad.is_sparse),
@@ -176,7 +176,7 @@ def ranked(group, protocol: Protocol, folder: Path) -> tuple[torch.Tensor, dict 
     rows = slice(0, 9)
     if group is None:
         return judge.score(model, None, rows), dict(model.state_dict())
-    spread(model, group)
+    shard_tables(model, group)
     assert len(model.item_input.ids.weight) < 44
     rank = dist.get_rank(group)
     rows = slice(0, 5) if rank == 0 else slice(5, 9) if rank == 1 else slice(8, 9)
@@ -213,7 +213,7 @@ def test_blocks_are_those_of_torch(three):
         assert made[-1][1] == total
 
 
-def spread_recipe(update: str, **changes) -> Recipe:
+def sharded_recipe(update: str, **changes) -> Recipe:
     sampled = Sampled(4, by="popularity") if update == "rows" else None
     stage = dict(steps=12, batch_size=64, validate_every=6, checkpoint_every=5)
     tables = {"update": update, "shard": True, **changes.pop("tables", {})}
@@ -269,7 +269,7 @@ def killed(group, data: Path, output: Path, chosen: Recipe, step: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
     update, changes = CASES[case]
-    chosen = spread_recipe(update, monitor="steps", **changes)
+    chosen = sharded_recipe(update, monitor="steps", **changes)
     pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
     run(data, tmp_path / "one", chosen)
     two.run(trained, data, tmp_path / "two", pair)
@@ -299,7 +299,7 @@ def test_steps_count_also_where_a_process_has_no_row_that_is_touched(two, tmp_pa
     frame = polars.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     prepare(frame, tmp_path / "data", on_duplicate="keep")
     by_popularity = Item(sampled=Sampled(negatives=1, by="popularity", alpha=2.0))
-    chosen = spread_recipe(
+    chosen = sharded_recipe(
         "rows", monitor="steps", batch_size=4, steps=20, validate_every=20, checkpoint_every=5,
         objectives={"item": by_popularity},
     )  # fmt: skip
@@ -319,7 +319,7 @@ def tuned(group, data: Path, output: Path, chosen: Recipe, start: Path) -> dict:
 
 
 def test_a_model_to_start_from_is_validated_and_spread(data, two, tmp_path):
-    chosen = spread_recipe("dense", steps=6, precision="bf16-mixed")
+    chosen = sharded_recipe("dense", steps=6, precision="bf16-mixed")
     start = run(data, tmp_path / "start", chosen)
     pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
     run(data, tmp_path / "one", chosen, model=start)
@@ -336,7 +336,7 @@ def trained_losses(folder: Path) -> list[float]:
 
 
 def test_a_run_that_dies_between_its_shards_and_their_checkpoint(data, tmp_path, monkeypatch):
-    chosen = spread_recipe("rows", monitor="steps")
+    chosen = sharded_recipe("rows", monitor="steps")
     run(data, tmp_path / "whole", chosen)
     written = []
 
@@ -359,7 +359,7 @@ def test_a_run_that_dies_between_its_shards_and_their_checkpoint(data, tmp_path,
 
 
 def test_damaged_shards_are_named(data, tmp_path):
-    chosen = spread_recipe("rows", steps=2, validate_every=2, monitor="steps")
+    chosen = sharded_recipe("rows", steps=2, validate_every=2, monitor="steps")
     run(data, tmp_path / "run", chosen)
     (shards,) = (tmp_path / "run").glob("last.shards-*")
     for file in shards.glob("*.distcp"):
@@ -378,7 +378,7 @@ def test_damaged_shards_are_named(data, tmp_path):
     ],
 )
 def test_what_reads_other_rows_is_refused(data, tmp_path, update, objective, match):
-    chosen = spread_recipe(update, objectives={"item": objective})
+    chosen = sharded_recipe(update, objectives={"item": objective})
     with pytest.raises(ValueError, match=match):
         run(data, tmp_path / "run", chosen)
     assert not (tmp_path / "run").exists()

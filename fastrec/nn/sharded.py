@@ -91,7 +91,7 @@ class _Pull(torch.autograd.Function):
         )  # fmt: skip
 
 
-class SpreadEmbedding(nn.Module):
+class ShardedEmbedding(nn.Module):
     """What `table`, an nn.Embedding [V, D], gives for ids, of which this process keeps a block.
     Every process of the group must call it, and backward, as often as the others."""
 
@@ -118,10 +118,10 @@ class Candidates(NamedTuple):
     negatives: Tensor
 
 
-class SpreadTable:
+class ShardedTable:
     """The vectors [V, D] and biases [V] that score items, of which this process has a block."""
 
-    def __init__(self, table: SpreadEmbedding, bias: nn.Parameter):
+    def __init__(self, table: ShardedEmbedding, bias: nn.Parameter):
         self.table, self.bias, self.part = table, bias, table.part
 
     def rows(self, targets: Tensor, negatives: Tensor) -> Candidates:
@@ -156,21 +156,21 @@ class SpreadTable:
         return loss, torch.tensor(sum(sizes), device=targets.device)
 
 
-def spread(model, group: dist.ProcessGroup) -> None:
+def shard_tables(model, group: dist.ProcessGroup) -> None:
     """Let this process keep its block of the item tables of `model`, which is the same on all, and
     has no vectors that are computed of all items in every step (cosines, features of items)."""
     head = model.item_head
-    model.item_input.ids = SpreadEmbedding(model.item_input.ids, group)
+    model.item_input.ids = ShardedEmbedding(model.item_input.ids, group)
     if head.table is not None:
-        head.table = SpreadEmbedding(head.table, group)
+        head.table = ShardedEmbedding(head.table, group)
     head.bias = _block(head.bias, (head.table or model.item_input.ids).part)
 
 
-def spread_parameters(model) -> dict[str, tuple[nn.Parameter, Part]]:
+def sharded_parameters(model) -> dict[str, tuple[nn.Parameter, Part]]:
     """The blocks by the name of their parameter; empty where nothing is spread."""
     head, found = model.item_head, {}
     for name, module in (("item_input.ids", model.item_input.ids), ("item_head.table", head.table)):
-        if isinstance(module, SpreadEmbedding):
+        if isinstance(module, ShardedEmbedding):
             found[f"{name}.weight"] = (module.weight, module.part)
             part = module.part  # the last one scores
     if found:
@@ -182,7 +182,7 @@ def spread_parameters(model) -> dict[str, tuple[nn.Parameter, Part]]:
 def whole_state(model, folder: Path) -> Iterator[dict[str, Tensor] | None]:
     """The state of a model with whole tables, on the first process; None on the others. Every
     process must ask. Tables come in pieces into files of `folder`, which are mapped to memory."""
-    blocks, state = spread_parameters(model), model.state_dict()
+    blocks, state = sharded_parameters(model), model.state_dict()
     first = all(dist.get_rank(part.group) == 0 for _, part in blocks.values())
     work = new_folder(folder / PIECES) if first and blocks else None
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import offsets_of
-from fastrec.nn.spread import SpreadTable
+from fastrec.nn.sharded import ShardedTable
 from fastrec.ops.common.collectives import gather, gather_rows, sum_over
 
 _ROWS = 1 << 14  # scored at a time
@@ -16,10 +16,10 @@ _ROWS = 1 << 14  # scored at a time
 Jagged = tuple[Tensor, Tensor]  # items, offsets [N + 1]
 
 
-def spread_ranks(
+def sharded_ranks(
     query: Tensor,
     target: Tensor,
-    spread: SpreadTable,
+    sharded: ShardedTable,
     adjustment: Tensor,
     left_out: Jagged | None = None,
     zero: Jagged | None = None,
@@ -34,15 +34,15 @@ def spread_ranks(
     A target's own score is a product of its own, the others are matrix products: where two scores
     differ by rounding alone, one process may order them otherwise.
     """
-    part, group = spread.part, spread.part.group
-    own = spread.rows(target, target[:0])
+    part, group = sharded.part, sharded.part.group
+    own = sharded.rows(target, target[:0])
     score = (query * own.table[own.targets]).sum(1) + own.bias[own.targets] - adjustment[target]
     if zero is not None:
         score = torch.where(_holds(zero, target), 0, score)
     sizes = gather(torch.tensor([len(target)], device=query.device), group).flatten().tolist()
     query, score, target = (gather_rows(x, sizes, group) for x in (query, score, target))
     left_out, zero = (None if x is None else _of_all(x, group) for x in (left_out, zero))
-    table, bias = spread.table.weight, spread.bias - adjustment[part.first : part.last]
+    table, bias = sharded.table.weight, sharded.bias - adjustment[part.first : part.last]
     above = torch.zeros_like(target)
     for start in range(0, len(bias), _ROWS):
         rows = slice(start, min(start + _ROWS, len(bias)))
