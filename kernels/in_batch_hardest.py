@@ -64,6 +64,8 @@ def _fwd_kernel(
             s, place, value, nearest = leave_out_listed(
                 s, item, listed, place, end, value, nearest, first + BLOCK_C
             )  # fmt: skip
+        # On a GPU a NaN takes the place of the largest so far, and the next number its.
+        s = tl.where(s == s, s, float("-inf"))
         peak, at = tl.max(s, 1, return_indices=True)  # the lowest of equals
         greater = peak > best
         best = tl.where(greater, peak, best)

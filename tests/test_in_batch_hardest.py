@@ -84,7 +84,7 @@ def test_wrong_arguments(backend, change, error, message):
         in_batch_hardest(**(table() | change), backend=backend)
 
 
-@backends("in_batch_hardest", "cpp")
+@backends("in_batch_hardest", "reference", "cpp", "triton")
 def test_nan_is_never_the_largest(backend):
     query = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
     candidate = torch.tensor([[1.0, 0.0], [2.0, 0.0]])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What no compiler and no interpreter shows: a form that a GPU's assembler gets wrong."""
+"""What no compiler and no interpreter shows: a form that a GPU's assembler gets wrong, and one that
+a NaN leads astray on a GPU alone."""
 
 import ast
 from pathlib import Path
@@ -58,3 +59,37 @@ def test_the_reader_finds_the_form():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(KERNELS)))
 def test_no_product_reads_a_transposed_result(file):
     assert transposed_products(file.read_text()) == []
+
+
+def maxima_of_nan(source: str) -> list[str]:
+    """Positions of a maximum among what may be NaN: on a GPU a NaN takes the place of the largest
+    so far and the next number that of the NaN; the interpreter leaves it out."""
+    found = []
+    for function in [f for f in ast.walk(ast.parse(source)) if isinstance(f, ast.FunctionDef)]:
+        assigned = [n for n in ast.walk(function) if isinstance(n, ast.Assign)]
+        assigned.sort(key=lambda n: n.lineno)
+        for call in [n for n in ast.walk(function) if isinstance(n, ast.Call)]:
+            name = ast.unparse(call.func)
+            placed = any(k.arg == "return_indices" for k in call.keywords)
+            if not placed and name not in ("tl.argmax", "tl.argmin"):
+                continue
+            x = ast.unparse(call.args[0])
+            before = [n for n in assigned if n.lineno < call.lineno]
+            last = [ast.unparse(n.value) for n in before if ast.unparse(n.targets[0]) == x][-1:]
+            if not any(text.startswith(f"tl.where({x} == {x}, {x}, ") for text in last):
+                found.append(f"{function.name}: {name}({x})")
+    return found
+
+
+def test_the_reader_finds_a_maximum_of_nan():
+    call = " peak, at = tl.max(s, 1, return_indices=True)\n"
+    clean = " s = tl.where(s == s, s, float('-inf'))\n"
+    assert maxima_of_nan("def f(s):\n" + call) == ["f: tl.max(s)"]
+    assert maxima_of_nan("def f(s):\n" + clean + call) == []
+    assert maxima_of_nan("def f(s):\n" + clean + " s = s + 1\n" + call) == ["f: tl.max(s)"]
+    assert maxima_of_nan("def f(s):\n return tl.argmax(s, 0)") == ["f: tl.argmax(s)"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(KERNELS)))
+def test_no_position_of_a_maximum_depends_on_a_nan(file):
+    assert maxima_of_nan(file.read_text()) == []

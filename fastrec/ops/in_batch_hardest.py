@@ -114,7 +114,7 @@ def in_batch_hardest_ref(
     # In `dtype`: the position must not depend on the rounding of low-precision products.
     scores = similarity_ref(q, c, similarity, weight).detach()
     allowed = allowed_ref(shape, None, query_group, candidate_group, exclude, query.device)
-    scores = scores.masked_fill(~allowed, -torch.inf)
+    scores = scores.masked_fill(~allowed | scores.isnan(), -torch.inf)
     top, index = scores.max(1)
     index = index.masked_fill(top == -torch.inf, -1)
     q, c = _normalized(similarity, q, c)
@@ -141,7 +141,7 @@ def in_batch_hardest(
     The hardest negative of AdaptSSR: group ids by user leave out a user's own views. Semantics of
     `torch.max(dim)`: of equal similarities the lowest index wins, and the gradient goes to the
     selected pairs only. A query without an allowed candidate has value -inf, index -1 and no
-    gradient; on cpp and Triton nor has one with a NaN, and a candidate with a NaN is not selected.
+    gradient; nor has one with a NaN, and a candidate with a NaN is not selected.
 
     Args:
         query: [B, D], float64, float32, bfloat16 or float16.

@@ -78,6 +78,13 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
         case = case | {name: case[name] + 100 for name in ("query", "candidate")}
         yield Sample("offset", case)
 
+    # A NaN, between others and at the end of a tile, is not selected, nor does it hide what is.
+    case = problem("nan", 3 * b, 3 * c, 16)
+    case["candidate"] = case["candidate"].clone()
+    case["candidate"][1::5, 3] = torch.nan
+    case["candidate"][-c:, 3] = torch.nan
+    yield Sample("nan", case)
+
     # One candidate that is far away costs the others no precision.
     case = l2("far")
     case["candidate"] = case["candidate"].clone()
@@ -107,7 +114,7 @@ OP = Op(
     differentiable=("query", "candidate", "weight"),
     private=("in_batch_hardest_fwd", "in_batch_hardest_bwd"),
     private_samples=_private,
-    representative=("groups_and_lists",),
+    representative=("groups_and_lists", "nan"),
     complete=("groups_and_lists",),
     many_tasks=("many", "ties"),
     types=TYPES[:4],
