@@ -16,6 +16,7 @@ from fastrec.kernels.common.in_batch_pairs import (
     lists_from,
     lists_of,
 )
+from fastrec.kernels.common.rows import pad_columns
 from fastrec.kernels.common.tiles import (
     allow_tf32,
     dot_t,
@@ -78,6 +79,7 @@ def _fwd_kernel(
 def in_batch_hardest_fwd(
     query, candidate, bias, query_group, candidate_group, exclude_values, exclude_offsets
 ):
+    query, candidate = pad_columns(query, candidate)
     config = options_of(query, "ieee")["fwd"]
     allow_tf32(config)
     del config["HEADROOM"], config["RUNNING"]
