@@ -17,7 +17,6 @@ import triton.language as tl
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, seek
 from fastrec.kernels.common.rows import cut_columns, pad_columns, strides_of
 from fastrec.kernels.common.tiles import (
-    LOG2E,
     capability_of,
     dot,
     dot_t,
@@ -25,27 +24,9 @@ from fastrec.kernels.common.tiles import (
     load_rows,
     ranges_of,
     round_to,
+    softplus_and_sigmoid,
     sum_ranges,
 )
-
-
-@triton.jit
-def _softplus_and_sigmoid(z):
-    """Both of z. log(1 + e) = e times a polynomial: a logarithm of 1 + e loses the digits of e."""
-    e = tl.exp2(-tl.abs(z) * LOG2E)
-    y = tl.fma(e, 0.0019866965937, -0.013187826566)
-    y = tl.fma(y, e, 0.041006573694)
-    y = tl.fma(y, e, -0.081880409236)
-    y = tl.fma(y, e, 0.12377995868)
-    y = tl.fma(y, e, -0.16087623009)
-    y = tl.fma(y, e, 0.19885820285)
-    y = tl.fma(y, e, -0.24986496459)
-    y = tl.fma(y, e, 0.33332497544)
-    y = tl.fma(y, e, -0.49999979491)
-    y = tl.fma(y, e, 0.99999999916)
-    loss = tl.where(z > 0, z, 0.0) + e * y
-    loss = tl.where(z == z, loss, z)
-    return loss, tl.where(z > 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -84,7 +65,7 @@ def _fwd_kernel(
         sign, place, value, nearest = leave_out_listed(
             sign, label, listed, place, end, value, nearest, first + BLOCK_V, -1.0
         )  # fmt: skip
-        loss, p = _softplus_and_sigmoid(s * sign)
+        loss, p = softplus_and_sigmoid(s * sign)
         total += tl.sum(tl.where(real[None, :], loss, 0.0), 1)
         if WITH_INPUT:  # rows of w_tile that are no label are 0
             grad = dot(round_to(p * sign, x.dtype.element_ty), w_tile, grad, PRECISION)
@@ -144,7 +125,7 @@ def _bwd_kernel(
         if tl.max((place < end).to(tl.int32), 0) > 0:
             place = seek(listed, place, end, tile * BLOCK_V)
             sign = _turned(sign, label, listed, place, end, tile * BLOCK_V + BLOCK_V)
-        _, p = _softplus_and_sigmoid(s * sign)
+        _, p = softplus_and_sigmoid(s * sign)
         p *= sign * tl.load(grad_loss + row, mask=live, other=0.0)[None, :]
         if bias is not None:
             acc_bias += tl.sum(p, 1)

@@ -73,6 +73,21 @@ def test_power_of_gbce_is_that_of_the_paper(backend):
     assert loss.item() == pytest.approx((beta + drawn) * LOG2 / (drawn + 1), rel=1e-6)
 
 
+@backends(OP, "cpp", "triton")
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+@pytest.mark.parametrize("own", [True, False])
+def test_small_losses_keep_their_digits(backend, own, loss):
+    """log(1 + e) loses the digits of e: at 1e-4 it is right to 6e-4."""
+    gaps = torch.arange(3, 12, 0.125)[:, None]  # exact in 8 bits, which split products have
+    zeros = torch.zeros(len(gaps), dtype=torch.int64)
+    got = sampled_linear_cross_entropy(
+        gaps, table(1.0, -1.0), zeros, zeros[:, None] + 1 if own else zeros[:1] + 1, loss=loss,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    gap = gaps[:, 0].double() * (2 if loss == "softmax" else 1)
+    torch.testing.assert_close(got.double(), torch.exp(-gap).log1p(), rtol=2e-6, atol=0)
+
+
 @each_backend
 @pytest.mark.parametrize("own", [True, False])
 def test_all_items_once_is_the_full_softmax(backend, own):

@@ -29,6 +29,7 @@ from fastrec.kernels.common.tiles import (
     join_means,
     join_sums,
     load_rows,
+    log1p,
     outgrown,
     product_in_chunks,
     round_to,
@@ -120,13 +121,6 @@ def _fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x >= 0, also where 1 + x rounds."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
 @triton.jit(do_not_specialize=["n", "ranges"])
 def _combine_kernel(
     x, c, bias, positive, shift_in, sum_in, mean_in, loss_out, lse_out, direction_out, n, d, ranges,
@@ -155,7 +149,7 @@ def _combine_kernel(
     others = tl.where(alone, float("-inf"), (shift - logit) + log_sum)
     above = others > 0
     small = tl.exp(-tl.abs(others))
-    extra = _log1p(small)
+    extra = log1p(small)
     tl.store(
         loss_out + row, tl.where(live, tl.where(above, others, 0.0) + extra, 0.0), mask=row < n
     )

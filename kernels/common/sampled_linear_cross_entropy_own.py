@@ -6,16 +6,7 @@ one row and gathers its negatives in tiles. Legend: N rows, V items, K negatives
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.tiles import load_rows, split_lse
-
-
-@triton.jit
-def binary(s):
-    """(softplus(s), sigmoid(s))"""
-    e = tl.exp(-tl.abs(s))
-    # log1p(e) is e where 1 + e loses the digits of a small e.
-    softplus = tl.maximum(s, 0.0) + tl.where(e < 1e-4, e * (1.0 - 0.5 * e), tl.log(1.0 + e))
-    return softplus, tl.where(s < 0, e, 1.0) / (1.0 + e)
+from fastrec.kernels.common.tiles import load_rows, log1p, softplus_and_sigmoid, split_lse
 
 
 @triton.jit
@@ -27,14 +18,12 @@ def finish(s_y, top, total, k, beta, SOFTMAX: tl.constexpr):
         peak = tl.maximum(s_y, top)
         scale = tl.exp(top - peak)
         others, own = total * scale, tl.exp(s_y - peak)
-        small = others < 1e-4
-        near = tl.where(small, others * (1.0 - 0.5 * others), tl.log(1.0 + others))
-        loss = tl.where(s_y >= top, near, tl.log(others + own) + (peak - s_y))
+        loss = tl.where(s_y >= top, log1p(others), tl.log(others + own) + (peak - s_y))
         whole = others + own
         lse, left_out = split_lse(peak, tl.log(whole), peak)
         return loss, -others / whole, lse, left_out, scale / whole
     else:
-        softplus, sigmoid = binary(-s_y)
+        softplus, sigmoid = softplus_and_sigmoid(-s_y)
         count = k + 1.0
         loss = (beta * softplus + total) / count
         return loss, -beta * sigmoid / count, s_y * 0.0, s_y * 0.0, s_y * 0.0 + 1.0
@@ -87,7 +76,7 @@ def _own_fwd_kernel(
             p = tl.exp(s - peak)
             total, acc, top = total * fade + tl.sum(p, 0), acc * fade, peak
         else:
-            softplus, sigmoid = binary(s)
+            softplus, sigmoid = softplus_and_sigmoid(s)
             total += tl.sum(softplus, 0)
             p = sigmoid / (k + 1.0)
             kept = p

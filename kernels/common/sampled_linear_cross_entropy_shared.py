@@ -8,8 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec.kernels.common.sampled_linear_cross_entropy_own import binary, finish
-from fastrec.kernels.common.tiles import dot, load_rows, product_in_chunks, round_to
+from fastrec.kernels.common.sampled_linear_cross_entropy_own import finish
+from fastrec.kernels.common.tiles import (
+    dot,
+    load_rows,
+    product_in_chunks,
+    round_to,
+    softplus_and_sigmoid,
+)
 
 
 @triton.jit(do_not_specialize=["n", "k", "beta"])
@@ -45,7 +51,7 @@ def _shared_fwd_kernel(
             p = tl.exp(s - peak[:, None])
             total, acc, top = total * fade + tl.sum(p, 1), acc * fade[:, None], peak
         else:
-            softplus, p = binary(s)
+            softplus, p = softplus_and_sigmoid(s)
             total += tl.sum(softplus, 1)  # p is divided behind the sum: in float16 it would be 0
         if WITH_INPUT:
             w_tile = load_rows(w, place, real, d, 1, own, d, BLOCK_D)
@@ -104,7 +110,7 @@ def _shared_bwd_kernel(
         if SOFTMAX:
             p = tl.exp(s - tl.load(lse + at, mask=live, other=0.0)[None, :])
         else:
-            _, p = binary(s)
+            _, p = softplus_and_sigmoid(s)
             p = p / (k + 1.0)
         p *= tl.load(grad_loss + at, mask=scored, other=0.0)[None, :]
         acc_offset += tl.sum(p, 1)

@@ -77,6 +77,32 @@ def exp_shifted(s, shift, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, also where 1 + x rounds."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def softplus_and_sigmoid(z):
+    """Both of z. log(1 + e) = e times a polynomial: a logarithm of 1 + e loses the digits of e."""
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    y = tl.fma(e, 0.0019866965937, -0.013187826566)
+    y = tl.fma(y, e, 0.041006573694)
+    y = tl.fma(y, e, -0.081880409236)
+    y = tl.fma(y, e, 0.12377995868)
+    y = tl.fma(y, e, -0.16087623009)
+    y = tl.fma(y, e, 0.19885820285)
+    y = tl.fma(y, e, -0.24986496459)
+    y = tl.fma(y, e, 0.33332497544)
+    y = tl.fma(y, e, -0.49999979491)
+    y = tl.fma(y, e, 0.99999999916)
+    loss = tl.where(z > 0, z, 0.0) + e * y
+    loss = tl.where(z == z, loss, z)
+    return loss, tl.where(z > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
 def split_lse(shift, log_sum, least):
     """lse = shift + log_sum, and what its rounding left out: at large scores that is far more than
     an eps of exp(s - lse). Both together are at least `least`."""
