@@ -89,6 +89,22 @@ def test_small_losses_keep_their_digits(backend, own, loss):
 
 
 @each_backend
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("infinite", ["log_q", "linear_bias", "linear_weight"])
+def test_item_0_does_not_reach_rows_that_are_not_scored(backend, own, loss, infinite):
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8)
+    target, negatives = torch.tensor([3, -100, 5, -100]), torch.randint(1, 20, (4, 6))
+    options = {name: torch.zeros(20) for name in ("log_q", "linear_bias")}
+    (options | {"linear_weight": w})[infinite][0] = -math.inf
+    value = sampled_linear_cross_entropy(
+        x, w, target, negatives if own else negatives[0], loss=loss, backend=backend, **options
+    )
+    (grad,) = torch.autograd.grad(value, x)
+    assert grad.isfinite().all() and not grad[1::2].any() and grad[::2].any(1).all()
+
+
+@each_backend
 @pytest.mark.parametrize("own", [True, False])
 def test_all_items_once_is_the_full_softmax(backend, own):
     """With every item as a negative, and no correction, the loss and its gradients are those of

@@ -94,9 +94,7 @@ register_cuda(OP, "fwd", "bwd")
 
 
 def _recompute(ctx, x, linear_weight, linear_bias, log_q, target, negatives, *results):
-    losses = _losses_ref(
-        x, linear_weight, target.clamp_min(0), negatives, linear_bias, log_q, ctx.beta
-    )
+    losses = _losses_ref(x, linear_weight, target, negatives, linear_bias, log_q, ctx.beta)
     return (x, linear_weight, linear_bias), (losses.masked_fill(target < 0, 0),)
 
 
@@ -180,27 +178,32 @@ def sampled_linear_cross_entropy_ref(
     elif rows is not None:
         input = input[rows]
     kept = target != ignore_index
-    y = torch.where(kept, target, 0)
+    y = torch.where(kept, target, -1)
     beta = _beta(loss, gbce_t, negatives.shape[-1], num_items or linear_weight.shape[0])
     losses = _losses_ref(input, linear_weight, y, negatives, linear_bias, log_q, beta, sparse_grad)
     row_weight = kept.to(losses.dtype)
     if weight is not None:
-        row_weight = row_weight * weight.detach().to(losses.dtype)[y]
+        row_weight = row_weight * weight.detach().to(losses.dtype)[y.clamp_min(0)]
     return reduce_loss(torch.where(kept, losses * row_weight, 0), row_weight, reduction)
 
 
 def _losses_ref(
-    input, linear_weight, y, negatives, linear_bias, log_q, beta, sparse_grad=False
+    input, linear_weight, target, negatives, linear_bias, log_q, beta, sparse_grad=False
 ) -> Tensor:
+    """Of rows whose target is -1 something finite: neither they nor item 0 need be."""
+    y, out = target.clamp_min(0), (target < 0)[:, None]
+    input = input.masked_fill(out, 0)
     drawn = negatives.expand(len(y), -1) if negatives.dim() == 1 else negatives
     candidates = torch.cat([y[:, None], drawn], 1)
     table = F.embedding(candidates, linear_weight, sparse=sparse_grad)
+    table = table.masked_fill(out[:, :, None], 0)
     scores = (table.to(input.dtype) @ input[:, :, None]).squeeze(2).to(accumulate_dtype(input))
     if linear_bias is not None:
         bias = linear_bias.gather(0, candidates.flatten(), sparse_grad=sparse_grad)
         scores = scores + bias.view(candidates.shape).to(scores.dtype)
     if log_q is not None:
         scores = scores - log_q.detach().to(scores.dtype)[candidates]
+    scores = scores.masked_fill(out, 0)
     hit = candidates == y[:, None]
     hit[:, 0] = False
     if beta < 0:  # softmax

@@ -60,7 +60,7 @@ def _own_fwd_kernel(
         s_y += tl.load(bias + y).to(tl.float32)
     if log_q is not None:
         s_y -= tl.load(log_q + y).to(tl.float32)
-    top, total = s_y * 0.0 - 1e30, s_y * 0.0
+    top, total = tl.full([], -1e30, tl.float32), tl.zeros([], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, tl.where(scored, k, 0), BLOCK_K):
         at = first + lane
@@ -91,7 +91,9 @@ def _own_fwd_kernel(
     tl.store(lse_out + i, tl.where(scored, lse, 0.0))
     tl.store(lse_out + tl.num_programs(0) + i, tl.where(scored, left_out, 0.0))
     if WITH_INPUT:
-        tl.store(grad_x + i * d + col, acc * scale + c * w_row, mask=real)
+        # A row that is not scored was compared with item 0, which need not be finite.
+        grad = tl.where(scored, acc * scale + c * w_row, 0.0)
+        tl.store(grad_x + i * d + col, grad, mask=real)
 
 
 def own_config(width: int) -> dict:
