@@ -39,6 +39,7 @@ def _sum_kernel(
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     at = program * BLOCK_T + tl.arange(0, BLOCK_T)
     live = at < t
+    live &= tl.load(index + at, mask=live, other=spare) != spare
     pair = tl.load(order + at, mask=live, other=0)
     c = tl.load(coefficient + pair, mask=live, other=0.0)
     source = x + (pair // per_row)[:, None] * stride_xn + col[None, :].to(tl.int64) * stride_xd

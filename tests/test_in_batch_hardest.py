@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the generated tests of in_batch_hardest cannot express: an exact table and error texts."""
 
-import importlib
 import math
 
 import pytest
@@ -106,21 +105,6 @@ def test_infinite_candidates_leave_the_others_as_they_are(backend, similarity):
     beside = in_batch_hardest(query, candidate, similarity=similarity, backend=backend)
     assert beside.indices.tolist() == (alone.indices + 1).tolist()
     torch.testing.assert_close(beside.values, alone.values)
-
-
-def test_widths_of_a_kernel_are_multiples_of_16(monkeypatch):
-    """Triton knows of no other ones, and loads their numbers one by one."""
-    pytest.importorskip("triton")
-    kernels = importlib.import_module("fastrec.kernels.in_batch_hardest")
-    seen = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *arguments, **_: seen.extend(arguments)
-
-    monkeypatch.setattr(kernels, "_fwd_kernel", Kernel())
-    kernels.in_batch_hardest_fwd(torch.ones(3, 50), torch.ones(4, 50), *[None] * 5)
-    assert seen[0].shape == (3, 64) and seen[1].shape == (4, 64) and seen[9:12] == [3, 4, 64]
 
 
 @every_backend

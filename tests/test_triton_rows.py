@@ -2,6 +2,7 @@
 """Kernels with more blocks, programs and chunks than the small samples of op_db give them."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from op_db import (
     bias_gelu_dropout,
     dropout_add_layer_norm,
     in_batch_cross_entropy,
+    in_batch_hardest,
     jagged_attention,
     jagged_embedding,
     jagged_gru,
@@ -23,6 +25,7 @@ from op_db import (
 )
 from op_db.case import TYPES
 
+import fastrec
 from fastrec import sampled_linear_cross_entropy
 from fastrec.backend import interpreting
 
@@ -89,6 +92,7 @@ def launches_of(op, name: str, monkeypatch) -> list[dict]:
         for op, name in (
             (linear_cross_entropy.OP, "width_1"),
             (in_batch_cross_entropy.OP, "width_130"),
+            (in_batch_hardest.OP, "width_130"),
             (linear_rank.OP, "ties_width_1"),
             (linear_topk.OP, "ties_width_1"),
             (multilabel_bce.OP, "width_130"),
@@ -152,6 +156,42 @@ def test_triton_scatter_of_a_row_with_more_events_than_a_step_of_the_carry(befor
     grad[:, 1] = torch.arange(len(index)) % 3
     total = jagged_embedding_scatter(grad, index, 6, torch.float32)
     assert torch.equal(total, torch.zeros(6, 3).index_add(0, index, grad))
+
+
+def test_triton_scatter_keeps_what_is_not_finite_in_its_row():
+    from fastrec.kernels.jagged_embedding import jagged_embedding_scatter
+
+    inf, nan = math.inf, math.nan
+    index = torch.tensor([0, 1, 1, 2, 2, 3, 4, 5] + [6] * 40 + [7] * 20 + [8])
+    grad = torch.ones(len(index), 4)
+    # Of item 1: inf + 1, inf - inf, -inf + 1, NaN + inf. Of 6 and 7: of the next program's part.
+    grad[1] = torch.tensor([inf, inf, -inf, nan])
+    grad[2, 1:] = torch.tensor([-inf, 1.0, inf])
+    grad[45, 0], grad[50, 1], grad[5, 3] = inf, nan, -inf
+    total = jagged_embedding_scatter(grad, index, 10, torch.float32)
+    expected = torch.zeros(10, 4).index_add(0, index, grad)
+    torch.testing.assert_close(total, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "function, width, ids",
+    [
+        pytest.param(fastrec.linear_cross_entropy, 8, (), id="linear_cross_entropy-triton"),
+        pytest.param(fastrec.linear_cross_entropy, 300, (), id="linear_cross_entropy-wide-triton"),
+        pytest.param(sampled_linear_cross_entropy, 8, (4, 6), id="sampled-own-triton"),
+        pytest.param(sampled_linear_cross_entropy, 8, (6,), id="sampled-shared-triton"),
+    ],
+)
+def test_a_row_that_is_not_scored_may_hold_anything(function, width, ids):
+    x, w = torch.randn(4, width), torch.randn(20, width, requires_grad=True)
+    target = torch.tensor([3, -100, 5, 19])
+    more = [torch.randint(20, ids)] if ids else []
+    grads = []
+    for value in (0.0, math.nan, math.inf):
+        x[1] = value
+        loss = function(x, w, target, *more, backend="triton")
+        grads += torch.autograd.grad(loss, w)
+    assert grads[0].isfinite().all() and all(torch.equal(grad, grads[0]) for grad in grads)
 
 
 def test_a_table_in_columns_beyond_32_bits(tmp_path):

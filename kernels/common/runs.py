@@ -4,7 +4,7 @@
 Legend: T terms, D width. A program owns BLOCK_T terms and adds those of one index with a product by
 a 0/1 matrix; rows of the result that no other program has are written at once, the first and the
 last one may go on next door and are joined by `carry_kernel`. No atomics, and the order of the
-additions depends on the indices only.
+additions depends on the indices only. What is not finite stays in its row.
 """
 
 import triton
@@ -29,7 +29,14 @@ def add_runs(x, index, out, head, tail, program, col, t, d, BLOCK_T: tl.constexp
     run = tl.cumsum(starts.to(tl.int32), 0) - 1  # rank of the row among those of this program
     runs = tl.max(run, 0) + 1
     member = (run[None, :] == lane[:, None]) & live[None, :]  # [run, term]
-    sums = tl.dot(member.to(tl.float32), x, input_precision="ieee")
+    finite = tl.max(((x != x) | (tl.abs(x) == float("inf"))).to(tl.int32)) == 0
+    if finite:
+        sums = tl.dot(member.to(tl.float32), x, input_precision="ieee")
+    else:  # 0 times the rest is NaN: it stays in its own row
+        sums = tl.zeros(x.shape, tl.float32)
+        for i in range(runs):
+            total = tl.sum(tl.where((run == i)[:, None], x, 0.0), 0)
+            sums = tl.where((lane == i)[:, None], total[None, :], sums)
 
     target = tl.sum(tl.where(member & starts[None, :], row[None, :], 0), 1)
     after = program * BLOCK_T + BLOCK_T
