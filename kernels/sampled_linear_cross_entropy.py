@@ -162,7 +162,9 @@ def sampled_linear_cross_entropy_bwd(
         offsets = coefficient[:, None]
     else:
         x, rows, offset = _shared_operands(input, linear_weight, linear_bias, log_q, negatives)
-        wide = x.shape[1]
+        # Rows that are not scored have gradients of 0, and 0 times what they hold need not be. A
+        # mask of the loads that waits for the target would keep them from being ahead of their use.
+        x, wide = x.masked_fill((target < 0)[:, None], 0), x.shape[1]
         config = _shared_config(x, backward=True)
         blocks = triton.cdiv(k, config["BLOCK_K"])
         tiles = triton.cdiv(n, config["BLOCK_N"])

@@ -168,6 +168,8 @@ def backward(input, linear_weight, linear_bias, target, vectors, scale, options)
     grad_bias = vectors.new_empty(0) if linear_bias is None else linear_bias.new_empty(v)
     if n == 0:
         return grad_weight.zero_(), grad_bias.zero_()
+    # Rows that are not scored have gradients of 0, and 0 times what they hold need not be.
+    input = input.masked_fill((target < 0)[:, None], 0)
     block_n, block_v = TILE
     blocks = triton.cdiv(n, block_n)
     for part in _chunks(n, v):
