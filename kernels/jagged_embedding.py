@@ -201,7 +201,8 @@ def jagged_embedding_bwd(
     )
 
 
-def jagged_embedding_scatter(grad, index, rows, dtype):
+def jagged_embedding_scatter(grad, index, rows, dtype, spare=-1):
+    """spare: an index whose sum is not needed and of which there may be many."""
     (t, d), out = grad.shape, grad.new_zeros(rows, grad.shape[1], dtype=dtype)
     if t == 0 or d == 0:
         return out
@@ -217,6 +218,6 @@ def jagged_embedding_scatter(grad, index, rows, dtype):
             BLOCK_T=BLOCK_T, BLOCK_D=block_d, VEC=vector,
         )  # fmt: skip
         carry_kernel[grid](
-            index, out, head, tail, t, d, -1, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
+            index, out, head, tail, t, d, spare, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
         )
     return out

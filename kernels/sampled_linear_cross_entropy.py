@@ -200,9 +200,13 @@ def sampled_linear_cross_entropy_bwd(
         grad_weight = _sums(input, coefficient, k + 1, ids, items + 1, linear_weight.dtype)
     else:
         sources = torch.cat([grad_rows, input.float() * c_target[:, None]])
-        grad_weight = jagged_embedding_scatter(sources, ids, items + 1, linear_weight.dtype)
+        grad_weight = jagged_embedding_scatter(
+            sources, ids, items + 1, linear_weight.dtype, spare=items
+        )
     grad_bias = lse.new_empty(0)
     if linear_bias is not None:
-        grad_bias = jagged_embedding_scatter(offsets, ids, items + 1, linear_bias.dtype)[:-1, 0]
-        grad_bias = grad_bias.contiguous()
+        grad_bias = jagged_embedding_scatter(
+            offsets, ids, items + 1, linear_bias.dtype, spare=items
+        )
+        grad_bias = grad_bias[:-1, 0].contiguous()
     return index, grad_weight[:-1], grad_bias

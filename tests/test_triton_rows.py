@@ -194,6 +194,16 @@ def test_a_row_that_is_not_scored_may_hold_anything(function, width, ids):
     assert grads[0].isfinite().all() and all(torch.equal(grad, grads[0]) for grad in grads)
 
 
+@pytest.mark.parametrize("form", ["own", "shared"])
+def test_triton_one_program_does_not_add_all_skipped_pairs(form, monkeypatch):
+    found: list[dict] = []
+    for module in ("jagged_embedding", "sampled_linear_cross_entropy"):
+        kernels = importlib.import_module(f"fastrec.kernels.{module}")
+        monkeypatch.setattr(kernels, "carry_kernel", Spied(kernels.carry_kernel, found))
+    check(sampled.OP, f"everything_bce_mean_{form}", "triton", "cpu", TYPES[0])
+    assert len(found) == 2 and all(launch["spare"] == 45 for launch in found)  # of 45 items
+
+
 def test_a_table_in_columns_beyond_32_bits(tmp_path):
     """The strides of a [D, V] table go to V, and offsets beyond 2^31: a sparse file."""
     v, d = 10_000_000, 256
