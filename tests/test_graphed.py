@@ -24,6 +24,7 @@ from builders import (
 from fastrec import backend
 from fastrec.data.graph import SocialGraph
 from fastrec.data.item_categories import CategoryLists
+from fastrec.data.pairs import Pairs
 from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.click import Click as Labelled
 from fastrec.data.steps.crop import Crop
@@ -48,8 +49,9 @@ from fastrec.objectives.rank import Rank
 from fastrec.objectives.rating import Rating
 from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
+from fastrec.ops.common.in_batch_pairs import transposed_lists
 from fastrec.random import Rng
-from fastrec.training.graphed import GraphedObjective, _Losses
+from fastrec.training.graphed import Capacity, GraphedObjective, _Losses, _padded_pairs
 
 MASKED = {"main": [Mask()]}
 PAIR = {"a": [Crop()], "b": [Mask()]}
@@ -219,6 +221,30 @@ def test_padded_batches_give_the_same_losses_and_gradients(name):
     whole = loader_of(model, views, side).batch_at(0)
     first, second = ([t.loss.item() for t in graphed(whole, step)] for step in (0, 1))
     assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("queries, room", [(700, 1.1), (700, 1.0), (3, 1.1), (0, 1.1)])
+def test_no_list_of_the_padding_is_long(queries, room):
+    """Neither of a query nor, in backward, of a candidate: a program walks each."""
+    candidates, listed = 2000, 8000 if queries else 0
+    owner = torch.randint(max(queries, 1), (listed,)).sort().values
+    offsets = torch.searchsorted(owner, torch.arange(queries + 1))
+    values = torch.randint(candidates, (listed,))
+    values = (owner * candidates + values).sort().values % candidates
+    pairs = Pairs(
+        torch.arange(queries), torch.arange(candidates), torch.zeros(queries, dtype=torch.int64),
+        (candidates,), None, None, (values, offsets), 0.0,
+    )  # fmt: skip
+    capacity = Capacity(0, 0, 0, int((queries + 1) * room), int(candidates * room), 8000 + 800)
+    values, offsets = _padded_pairs(pairs, capacity).exclude
+    assert len(values) == capacity.excluded and len(offsets) == capacity.queries + 1
+    spare, padding = capacity.excluded - listed, capacity.queries - queries
+    assert offsets.diff()[queries:].max() <= -(-spare // padding)
+    owner = torch.repeat_interleave(offsets.diff())
+    assert (owner * capacity.candidates + values).diff().min() >= 0  # every list rises
+    own = values[:listed].bincount(minlength=capacity.candidates)
+    _, transposed = transposed_lists((values, offsets), capacity.candidates)
+    assert (transposed.diff() - own).max() <= -(-spare // capacity.candidates)
 
 
 def test_a_batch_without_friends_is_all_padding():

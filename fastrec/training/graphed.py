@@ -98,14 +98,14 @@ def padded(
 def _padded_pairs(pairs: Pairs, capacity: Capacity) -> Pairs:
     queries, candidates = len(pairs.positive), max(len(pairs.candidate_rows), 1)
     listed, offsets = pairs.exclude
-    # The spare exclusions are shared by the padding: one long list would be walked by one program.
-    share = torch.linspace(
-        len(listed),
-        capacity.excluded,
-        capacity.queries + 1 - queries,
-        dtype=torch.float64,
-        device="cpu",
-    )
+    # The spare exclusions are shared by the padding, and name all candidates in turn: one long list
+    # of a query, and in backward of a candidate, would be walked by one program.
+    host = {"device": "cpu"}
+    padding, spare = capacity.queries - queries, capacity.excluded - len(listed)
+    share = torch.linspace(0, spare, padding + 1, dtype=torch.float64, **host).long()
+    place = torch.arange(spare, **host)
+    owner = torch.repeat_interleave(share.diff(), output_size=spare)
+    named = (owner * capacity.candidates + place % capacity.candidates).sort().values
 
     def profiles(ids: Tensor | None, size: int) -> Tensor | None:
         return None if ids is None else _to(ids, size, -1)
@@ -118,8 +118,8 @@ def _padded_pairs(pairs: Pairs, capacity: Capacity) -> Pairs:
         query_profile=profiles(pairs.query_profile, capacity.queries),
         candidate_profile=profiles(pairs.candidate_profile, capacity.candidates),
         exclude=(
-            _to(listed, capacity.excluded, 0),
-            torch.cat([offsets[:-1], share.long()]),
+            torch.cat([listed, named % capacity.candidates]),  # rising in every list
+            torch.cat([offsets[:-1], len(listed) + share]),
         ),
         negatives=0.0,  # of the batch; one number would be captured
         # Candidate 0 is the friend of all padding, so it exists.
