@@ -125,7 +125,8 @@ def test_the_plan_compiles(passed, capability):
     own |= dict.fromkeys(("vectors", "vectors_out"), vector)
     arguments = own if backward else dict.fromkeys(own)
     arguments |= dict(target=ids, order=None if backward else ids, count=ids)
-    arguments |= dict.fromkeys(("n", "v", "tiles"), "i32") | {"stride_xd": 1, "ITEMS": 128}
+    arguments |= dict.fromkeys(("n", "v", "tiles"), "i32") | {"stride_xd": 1}
+    arguments |= {"ITEMS": 128 if backward else None}
     arguments |= dict.fromkeys(("d", "stride_xn"), "i32:16") | {"BLOCK_D": 64}
     arguments |= {"BLOCK_R": plan.BLOCK_R, "BLOCK_J": plan.BLOCK_J}
     tile, options = "BLOCK_R BLOCK_D", {"num_warps": plan.WARPS}

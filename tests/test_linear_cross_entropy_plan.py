@@ -35,6 +35,22 @@ def test_a_counted_plan_is_a_sorted_one(rows, items, block_v, width, monkeypatch
     assert counted[1] == (target >= 0).sum()
 
 
+def test_plans_of_any_number_of_items_are_one_program(monkeypatch):
+    """What is compiled in does not depend on it."""
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: seen.append(constants)
+
+    monkeypatch.setattr(planned, "_plan_kernel", Kernel())
+    target, x, vectors = torch.zeros(5, dtype=torch.int64), torch.ones(5, 64), torch.ones(3, 5)
+    for items in (3, 20033):
+        planned.forward_plan(target, items)
+        planned.backward_plan(target, x, vectors, items, 128)
+    assert seen[:2] == seen[2:]
+
+
 class Counted(TorchDispatchMode):
     """Calls of what launches a kernel or more, by name."""
 

@@ -65,10 +65,12 @@ def _plan_kernel(
                 tl.store(x_out + place[:, None] * d + col[None, :], rows, mask=keep)
     else:  # the number of scored rows, and the first rows of the tiles
         tile = (tl.program_id(0) - blocks) * BLOCK_R + lane
-        key = tl.minimum(tile.to(tl.int64) * ITEMS, v).to(tl.int32)
+        key = lane * 0 + v
+        if x is not None:
+            key = tl.minimum(tile.to(tl.int64) * ITEMS, v).to(tl.int32)
         place = _places(target, key, lane * 0, n, v, BLOCK_R, BLOCK_J)
         if x is None:
-            tl.store(count + lane * 0, place, mask=lane == BLOCK_R - 1)
+            tl.store(count + lane * 0, place, mask=lane == 0)
         else:
             tl.store(offsets + tile, place, mask=tile <= tiles)
             tl.store(count + lane * 0, place, mask=tile == tiles)
@@ -87,7 +89,7 @@ def forward_plan(target: Tensor, items: int) -> tuple[Tensor, Tensor]:
     order, count = torch.empty_like(target), target.new_empty(())
     _plan_kernel[(triton.cdiv(n, BLOCK_R) + 1,)](
         target, None, None, order, None, count, None, None, None, n, items, 1, 0, 0, 0,
-        ITEMS=items, BLOCK_R=BLOCK_R, BLOCK_J=BLOCK_J, BLOCK_D=16, num_warps=WARPS,
+        ITEMS=None, BLOCK_R=BLOCK_R, BLOCK_J=BLOCK_J, BLOCK_D=16, num_warps=WARPS,
     )  # fmt: skip
     return order, count
 
