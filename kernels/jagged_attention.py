@@ -28,6 +28,7 @@ from fastrec.kernels.common.tiles import (
     float32_products,
     round_to,
     split_lse,
+    zero_rest,
 )
 
 
@@ -93,21 +94,6 @@ def _probabilities(s, lse, left_out, PRECISION: tl.constexpr):
     return tl.exp2((s - lse) * LOG2E)
 
 
-@triton.jit
-def _zero_rest(
-    out, used, events, part, parts, columns, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Zeros in the rows [used, events) of a contiguous [events, columns], BLOCK of every
-    BLOCK * parts of them: those that belong to no sequence."""
-    for start in range(used + part * BLOCK, events, parts * BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        for first in range(0, columns, BLOCK_D):
-            col = first + tl.arange(0, BLOCK_D)
-            keep = (row < events)[:, None] & (col < columns)[None, :]
-            value = tl.zeros([BLOCK, BLOCK_D], out.dtype.element_ty)
-            tl.store(out + row[:, None] * columns + col[None, :], value, mask=keep)
-
-
 @triton.jit(do_not_specialize=["events", "drop", "layer"])
 def _fwd_kernel(
     q, k, v, offsets, keys, rng, out, lse,
@@ -121,12 +107,10 @@ def _fwd_kernel(
     stride_kt, stride_kh = stride_kt * VEC, stride_kh * VEC
     stride_vt, stride_vh = stride_vt * VEC, stride_vh * VEC
     first = tl.program_id(1) * BLOCK
-    t = tl.load(offsets + b)
+    zero_rest(out, offsets, events, heads * d, BLOCK, BLOCK_D)
     if b == tl.num_programs(0) - 1:
-        _zero_rest(
-            out, t, events, tl.program_id(1), tl.num_programs(1), heads * d, BLOCK, BLOCK_D
-        )  # fmt: skip
         return
+    t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
     if first >= length:
         return
@@ -177,12 +161,10 @@ def _bwd_kernel(
     stride_kt, stride_kh = stride_kt * VEC, stride_kh * VEC
     stride_vt, stride_vh = stride_vt * VEC, stride_vh * VEC
     first = tl.program_id(1) * BLOCK
-    t = tl.load(offsets + b)
+    zero_rest(grad, offsets, events, 3 * heads * d, BLOCK, BLOCK_D)
     if b == tl.num_programs(0) - 1:
-        _zero_rest(
-            grad, t, events, tl.program_id(1), tl.num_programs(1), 3 * heads * d, BLOCK, BLOCK_D
-        )  # fmt: skip
         return
+    t = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - t).to(tl.int32)
     if first >= length:
         return
@@ -329,7 +311,7 @@ def _launch(kernel, query, offsets, max_seq_len):
         capability_of(query.device),
     )  # fmt: skip
     # Sequences on x: the other axes end at 65,535.
-    # One more than sequences, for what belongs to none.
+    # One more than sequences: there may be none, and events nevertheless.
     return (offsets.shape[0], triton.cdiv(max_seq_len, options["BLOCK"])), options
 
 

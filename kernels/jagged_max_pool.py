@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `jagged_max_pool`. A program owns some features of one sequence, forward and
-backward: no element is written twice.
+backward, and a share of the events of no sequence: no element is written twice.
 
 Legend: B sequences, T events, D width.
 """
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.rows import rows_of
+from fastrec.kernels.common.tiles import zero_rest
 
 BLOCK_T = 16  # events at a time: most sequences of a recommender are shorter
 NONE: tl.constexpr = tl.constexpr(2**31 - 1)  # above every place
@@ -54,22 +55,21 @@ def _fwd_kernel(
     tl.store(index + out, tl.where(found, top_place, -1), mask=real)
 
 
-@triton.jit(do_not_specialize=["sequences", "events"])
+@triton.jit(do_not_specialize=["events"])
 def _bwd_kernel(
-    grad_output, index, offsets, grad, sequences, events, d, stride,
+    grad_output, index, offsets, grad, events, d, stride,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
+    zero_rest(grad, offsets, events, d, BLOCK_T, BLOCK_D)
+    if b == tl.num_programs(0) - 1:
+        return
     start = tl.load(offsets + b)
-    if b < sequences:
-        length = (tl.load(offsets + b + 1) - start).to(tl.int32)
-    else:  # the events that belong to no sequence
-        length = (events - start).to(tl.int32)
+    length = (tl.load(offsets + b + 1) - start).to(tl.int32)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     real = col < d
-    found = real & (b + col * 0 < sequences)
-    top_place = tl.load(index + b * d + col, mask=found, other=-1)
-    g = tl.load(grad_output + b * stride + col, mask=found, other=0.0)
+    top_place = tl.load(index + b * d + col, mask=real, other=-1)
+    g = tl.load(grad_output + b * stride + col, mask=real, other=0.0)
     for first in range(0, length, BLOCK_T):
         place = first + tl.arange(0, BLOCK_T)
         x = tl.where(place[:, None] == top_place[None, :], g[None, :], 0.0)
@@ -110,7 +110,7 @@ def jagged_max_pool_bwd(grad_output, index, offsets, events):
     grad_output, config = rows_of(grad_output), _config(width)
     with torch.cuda.device_of(grad):
         _bwd_kernel[_grid(sequences + 1, width, config["BLOCK_D"])](
-            grad_output, index.contiguous(), offsets.contiguous(), grad, sequences, events, width,
+            grad_output, index.contiguous(), offsets.contiguous(), grad, events, width,
             grad_output.stride(0), **config,
         )  # fmt: skip
     return grad

@@ -23,7 +23,7 @@ def build(kernel: str, dtype: str, width: int, capability: int) -> Binary:
     if kernel == "fwd":
         arguments |= dict(values=values, counted="*u8:16", output=values)
     else:
-        arguments |= dict(grad_output=values, grad=values, sequences="i32", events="i32")
+        arguments |= dict(grad_output=values, grad=values, events="i32")
     return compile_for(
         capability, getattr(kernels, f"_{kernel}_kernel"), arguments, "BLOCK_T BLOCK_D", **options
     )

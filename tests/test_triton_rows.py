@@ -29,6 +29,8 @@ import fastrec
 from fastrec import sampled_linear_cross_entropy
 from fastrec.backend import interpreting
 
+triton, tl = (pytest.importorskip(name) for name in ("triton", "triton.language"))
+zero_rest = pytest.importorskip("fastrec.kernels.common.tiles").zero_rest
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 
 
@@ -202,6 +204,23 @@ def test_triton_one_program_does_not_add_all_skipped_pairs(form, monkeypatch):
         monkeypatch.setattr(kernels, "carry_kernel", Spied(kernels.carry_kernel, found))
     check(sampled.OP, f"everything_bce_mean_{form}", "triton", "cpu", TYPES[0])
     assert len(found) == 2 and all(launch["spare"] == 45 for launch in found)  # of 45 items
+
+
+@triton.jit
+def _one_program_kernel(out, offsets, events, columns, only):
+    if tl.program_id(0) * tl.num_programs(1) + tl.program_id(1) == only:
+        zero_rest(out, offsets, events, columns, 4, 16)
+
+
+def test_triton_every_program_takes_a_share_of_the_events_of_no_sequence():
+    offsets, shares = torch.tensor([0, 2, 3]), []
+    for only in range(6):
+        out = torch.ones(40, 20)
+        _one_program_kernel[(3, 2)](out, offsets, 40, 20, only)
+        assert set(out.sum(1).tolist()) == {0.0, 20.0}
+        shares.append(out[:, 0] == 0)
+    assert torch.stack(shares).sum(0).tolist() == [0] * 3 + [1] * 37
+    assert all(4 <= share.sum() <= 8 for share in shares)
 
 
 def test_a_table_in_columns_beyond_32_bits(tmp_path):

@@ -123,6 +123,22 @@ def load_rows(base, row, keep, stride_row, stride_col, first, d, BLOCK_D: tl.con
 
 
 @triton.jit
+def zero_rest(out, offsets, events, columns, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros in the rows of a contiguous [events, columns] that belong to no sequence, those behind
+    the last offset: every program of a grid of sequences + 1 and anything takes a share."""
+    used = tl.load(offsets + tl.num_programs(0) - 1)
+    part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    parts = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    for start in range(used + part * BLOCK, events, parts * BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        for first in range(0, columns, BLOCK_D):
+            col = first + tl.arange(0, BLOCK_D)
+            keep = (row < events)[:, None] & (col < columns)[None, :]
+            value = tl.zeros([BLOCK, BLOCK_D], out.dtype.element_ty)
+            tl.store(out + row[:, None] * columns + col[None, :], value, mask=keep)
+
+
+@triton.jit
 def product_in_chunks(
     x, row, live, stride_xn, stride_xd, w, item, real, stride_wv, stride_wd, d,
     TYPE: tl.constexpr, BY_ITEM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
