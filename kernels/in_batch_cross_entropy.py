@@ -22,6 +22,7 @@ from fastrec.kernels.common.tiles import (
     float32_products,
     ranges_of,
     sum_ranges,
+    that_fit,
 )
 from fastrec.ops.common.in_batch_pairs import transposed_lists
 
@@ -69,6 +70,7 @@ def config_of(width: int, dtype: torch.dtype, precision: str, capability: int = 
             block_b, warps = 16, 4  # 32 and 8 warps spill 16 bytes there
         if (block_b, block_c, warps) == (64, 64, 4) and capability >= 100:  # spill 16 bytes there
             block_b, block_c, warps = (128, 64, 8) if name == "fwd" else (64, 128, 8)
+        block_b, stages = that_fit(block_b, stages, block_d, capability)
         config[name] = {
             "BLOCK_B": block_b,
             "BLOCK_C": block_c,

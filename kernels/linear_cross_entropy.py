@@ -25,6 +25,7 @@ from fastrec.kernels.common.tiles import (
     ranges_of,
     slots_of,
     sum_ranges,
+    that_fit,
 )
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of the forward and of the backward kernel by BLOCK_D,
@@ -89,6 +90,7 @@ def _config(
     for name, (block_n, block_v, warps, stages) in zip(("fwd", "bwd"), tiles, strict=True):
         if block_n == 128 and block_d == 256 and capability >= 100:
             block_n = 64  # 128 rows spill 120 bytes there
+        block_n, stages = that_fit(block_n, stages, block_d, capability)
         if name == "bwd" and block_d <= 64 and kind in ("half", "mixed") and capability == 90:
             warps = 4  # two blocks a processor in the place of one, fewer instructions; spills else
         config[name] |= {

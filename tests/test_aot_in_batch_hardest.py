@@ -16,7 +16,7 @@ CASES = [
 
 
 def build(width: int, capability: int) -> Binary:
-    config = config_of(width, torch.float32, "ieee")["fwd"]
+    config = config_of(width, torch.float32, "ieee", capability)["fwd"]
     options = take_options(config)
     del config["HEADROOM"], config["RUNNING"]
     vector, ids = "*fp32:16", "*i64:16"

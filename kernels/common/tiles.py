@@ -250,11 +250,24 @@ def join_means(
 
 
 def capability_of(device: torch.device) -> int:
-    """10 * major + minor; without a GPU (interpreter, meta tensors) that of the target device."""
+    """10 * major + minor; without a GPU (interpreter, meta tensors) that of the target device. 12.x
+    counts as 8.9, whose matrix instructions and shared memory it has, and not those of 10.x."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return 89 if major == 12 else 10 * major + minor
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes that one program may have."""
+    return 1024 * {80: 163, 87: 163}.get(capability, 99 if capability < 90 else 227)
+
+
+def that_fit(rows: int, stages: int, block_d: int, capability: int) -> tuple[int, int]:
+    """(rows, stages) of a tile of 16 bits: fewer of 256 columns where they are too many."""
+    if block_d > 128 and shared_memory(capability) < 128 * 1024:
+        return min(rows, 64), min(stages, 2)
+    return rows, stages
 
 
 def slots_of(device: torch.device) -> int:
