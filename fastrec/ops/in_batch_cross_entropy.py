@@ -185,8 +185,9 @@ def in_batch_cross_entropy(
     Returns:
         float32 (float64 for float64 input). Gradients have the dtype of their tensor. Embeddings
         are centred in float32 before anything is rounded or multiplied, so a common offset costs
-        no precision. On a GPU float32 is multiplied as sums of two bfloat16, exact to 2^-15, up to
-        128 columns, unless `torch.backends.cuda.matmul.fp32_precision` is "ieee".
+        no precision. On a GPU float32 is multiplied as sums of two bfloat16, exact to 2^-15, on
+        Hopper up to 128 columns and on Blackwell, from Triton 3.9 on, up to 64; by FMA elsewhere,
+        and if `torch.backends.cuda.matmul.fp32_precision` is "ieee".
 
         With `group` the loss is that of the queries of this rank, "mean" over them alone. A
         candidate gets the sum of its gradients from the losses of all ranks, as does a query with

@@ -163,9 +163,9 @@ def linear_cross_entropy(
     Returns:
         float32 (float64 for float64 input): a scalar, or like `target` for "none" (0 where a mask
         is False). Gradients have the dtype of their tensor; products accumulate in
-        float32. On a GPU float32 is multiplied as sums of two bfloat16, exact to 2^-15, unless
-        `torch.backends.cuda.matmul.fp32_precision` is "ieee". Not twice differentiable with
-        `group`.
+        float32. On a GPU float32 is multiplied as sums of two bfloat16, exact to 2^-15; by FMA if
+        `torch.backends.cuda.matmul.fp32_precision` is "ieee", and on Blackwell before Triton 3.9.
+        Not twice differentiable with `group`.
 
         With `group` the loss is that of the whole table and the same on all ranks. It is counted
         once: every rank gets the whole gradient of `input` (summed over the ranks in backward) and

@@ -48,8 +48,8 @@ def score_tile(
 
 
 # (BLOCK_N, BLOCK_V, num_warps, num_stages) of a 16-bit table by BLOCK_D, the largest found that
-# spill on none of sm_80, sm_90, sm_100. BLOCK_V >= BLOCK_N: the scores of the targets of a program
-# are one tile.
+# spill on none of sm_80, sm_90, sm_100 with Triton 3.9. BLOCK_V >= BLOCK_N: the scores of the
+# targets of a program are one tile.
 # With 4 warps each has whole rows, and a reduction over the items of a tile no barrier.
 TILES = {64: (64, 128, 4, 3), 128: (64, 128, 8, 3), 256: (64, 64, 4, 2)}
 # A float32 table is multiplied in float32, without tensor cores: rounding it to the 16 bits of the

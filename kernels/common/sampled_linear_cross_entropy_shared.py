@@ -128,9 +128,9 @@ def _shared_bwd_kernel(
 def shared_config(
     width: int, dtype: torch.dtype, backward: bool, precision: str, capability: int = 90
 ) -> dict:
-    """Tiles of the products, that spill on none of sm_80, sm_90, sm_100; of wide rows in chunks of
-    64 columns. `precision`: of the products of float32, "ieee" where they are not split: below
-    sm_90, where operands are registers and every warp would split all of a tile."""
+    """Tiles of the products, that spill on none of sm_80, sm_90, sm_100 with Triton 3.9; of wide
+    rows in chunks of 64 columns. `precision`: of the products of float32, "ieee" where they are not
+    split: below sm_90, where operands are registers and every warp would split all of a tile."""
     full = dtype == torch.float32
     split = full and precision == "bf16x3" and capability >= 90
     widest = 256 if not split else 128 if capability < 100 else 64
