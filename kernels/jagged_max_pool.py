@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `jagged_max_pool`. A program owns some features of one sequence, forward and
-backward, and a share of the events of no sequence: no element is written twice.
+backward: no element is written twice.
 
 Legend: B sequences, T events, D width.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.rows import rows_of
-from fastrec.kernels.common.tiles import zero_rest
+from fastrec.kernels.common.tiles import REST, zero_rest
 
 BLOCK_T = 16  # events at a time: most sequences of a recommender are shorter
 NONE: tl.constexpr = tl.constexpr(2**31 - 1)  # above every place
@@ -61,8 +61,8 @@ def _bwd_kernel(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    zero_rest(grad, offsets, events, d, BLOCK_T, BLOCK_D)
-    if b == tl.num_programs(0) - 1:
+    if b >= tl.num_programs(0) - REST:
+        zero_rest(grad, offsets, events, d, BLOCK_T, BLOCK_D)
         return
     start = tl.load(offsets + b)
     length = (tl.load(offsets + b + 1) - start).to(tl.int32)
@@ -109,7 +109,7 @@ def jagged_max_pool_bwd(grad_output, index, offsets, events):
         return grad
     grad_output, config = rows_of(grad_output), _config(width)
     with torch.cuda.device_of(grad):
-        _bwd_kernel[_grid(sequences + 1, width, config["BLOCK_D"])](
+        _bwd_kernel[_grid(sequences + REST.value, width, config["BLOCK_D"])](
             grad_output, index.contiguous(), offsets.contiguous(), grad, events, width,
             grad_output.stride(0), **config,
         )  # fmt: skip

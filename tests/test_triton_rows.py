@@ -212,15 +212,14 @@ def _one_program_kernel(out, offsets, events, columns, only):
         zero_rest(out, offsets, events, columns, 4, 16)
 
 
-def test_triton_every_program_takes_a_share_of_the_events_of_no_sequence():
+def test_triton_programs_share_the_events_of_no_sequence():
     offsets, shares = torch.tensor([0, 2, 3]), []
-    for only in range(6):
+    for only in range(4, 16):
         out = torch.ones(40, 20)
-        _one_program_kernel[(3, 2)](out, offsets, 40, 20, only)
-        assert set(out.sum(1).tolist()) == {0.0, 20.0}
+        _one_program_kernel[(34, 2)](out, offsets, 40, 20, only)
         shares.append(out[:, 0] == 0)
     assert torch.stack(shares).sum(0).tolist() == [0] * 3 + [1] * 37
-    assert all(4 <= share.sum() <= 8 for share in shares)
+    assert all(share.sum() <= 4 for share in shares)
 
 
 def test_a_table_in_columns_beyond_32_bits(tmp_path):

@@ -100,10 +100,9 @@ def _padded_pairs(pairs: Pairs, capacity: Capacity) -> Pairs:
     listed, offsets = pairs.exclude
     # The spare exclusions are shared by the padding, and name all candidates in turn: one long list
     # of a query, and in backward of a candidate, would be walked by one program.
-    host = {"device": "cpu"}
     padding, spare = capacity.queries - queries, capacity.excluded - len(listed)
-    share = torch.linspace(0, spare, padding + 1, dtype=torch.float64, **host).long()
-    place = torch.arange(spare, **host)
+    share = torch.linspace(0, spare, padding + 1, dtype=torch.float64, device="cpu").long()
+    place = torch.arange(spare, device="cpu")
     owner = torch.repeat_interleave(share.diff(), output_size=spare)
     named = (owner * capacity.candidates + place % capacity.candidates).sort().values
 

@@ -12,6 +12,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SLACK = tl.constexpr(5.5)  # the running shift of a row follows its maximum in steps above e^5.5
 MOST = tl.constexpr(2.0**64)  # of a sum relative to the first tile: e^44 above its maximum
+REST = tl.constexpr(32)  # programs for what belongs to no sequence, mostly nothing
 # The interpreter (Triton 3.6 to 3.9) truncates to bfloat16 and multiplies the bits of bfloat16.
 INTERPRETED = tl.constexpr(interpreting())
 
@@ -125,10 +126,11 @@ def load_rows(base, row, keep, stride_row, stride_col, first, d, BLOCK_D: tl.con
 @triton.jit
 def zero_rest(out, offsets, events, columns, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Zeros in the rows of a contiguous [events, columns] that belong to no sequence, those behind
-    the last offset: every program of a grid of sequences + 1 and anything takes a share."""
-    used = tl.load(offsets + tl.num_programs(0) - 1)
-    part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    parts = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    the last offset: the last REST programs of the first axis share them."""
+    sequences = tl.num_programs(0) - REST
+    used = tl.load(offsets + sequences)
+    part = (tl.program_id(0) - sequences).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    parts = tl.num_programs(1).to(tl.int64) * REST
     for start in range(used + part * BLOCK, events, parts * BLOCK):
         row = start + tl.arange(0, BLOCK)
         for first in range(0, columns, BLOCK_D):
