@@ -285,6 +285,12 @@ def test_links_lead_somewhere():
     assert sum(map(len, known.values())) > 200
 
 
+@pytest.mark.parametrize("page", sorted(pages.ROOT.glob("docs/kernels/*.md")), ids=lambda p: p.stem)
+def test_files_that_a_page_names_exist(page):
+    paths = re.findall(r"`((?:kernels|csrc|fastrec|tests|benchmarks)/[\w/.*]+)`", page.read_text())
+    assert [path for path in paths if not any(pages.ROOT.glob(path))] == []
+
+
 def test_the_navigation_of_the_site_has_every_page_once():
     """`make docs` fails for one that it leaves out."""
     listed = re.findall(r"(?m)^ *- .*?([\w/-]+\.md)$", (pages.ROOT / "mkdocs.yml").read_text())
