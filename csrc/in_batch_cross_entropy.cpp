@@ -23,10 +23,15 @@ void combine(const InBatchForward<T>& a, int64_t i, T& loss, T& lse, T& left_out
     double scale = std::exp(double(a.top[r * q.rows + i]) - finite_shift(top));
     sum += scale * a.sum[r * q.rows + i];
   }
-  double others = double(top) + std::log(sum) - positive;  // -inf when all are left out
-  double exact = std::max(others, 0.0) + std::log1p(std::exp(-std::fabs(others)));
+  const double log_sum = std::log(sum);
+  double others = double(top) + log_sum - positive;  // -inf when all are left out
+  // lse from the larger of the positive and the others: a sum that begins with a positive of -1e30
+  // ends as the rounding of that number, and one with -inf as NaN.
+  const bool above = others > 0;
+  const double extra = std::log1p(std::exp(-std::fabs(others)));
+  const double exact = (above ? others : double(positive) - positive) + extra;  // inf - inf: NaN
   loss = static_cast<T>(exact);
-  split_lse(positive, exact, lse, left_out);
+  split_lse(above ? top : positive, above ? log_sum + extra : exact, lse, left_out);
   if (!direction) return;
   double rest = -std::expm1(-exact);  // 1 - p_positive
   std::fill_n(direction, q.width, T(0));

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from backends import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_batch_problem import NAMES, cpp, every_backend, on, problem
+from in_batch_problem import NAMES, OP, cpp, every_backend, on, problem
 from op_db.case import Sample, excess, promote, run
 from op_db.in_batch_cross_entropy import by_tensors, embeddings, ids, lists, parameters
 
@@ -181,6 +182,28 @@ def test_cosine_and_dot(backend):
     assert dot.item() == pytest.approx(math.log1p(math.exp(-6)), rel=1e-4)
     cosine = in_batch_cross_entropy(**case, similarity="cosine", temperature=0.5, backend=backend)
     assert cosine.item() == pytest.approx(math.log1p(math.exp(-2)), rel=1e-5)
+
+
+@backends(OP, "reference", "cpp", "triton")
+@pytest.mark.parametrize(
+    "bias, loss",
+    [
+        ([math.inf, 0.0, 0.0], math.nan),
+        ([-math.inf] * 3, math.nan),
+        ([math.nan, -math.inf, -math.inf], math.nan),
+        ([-math.inf, 0.0, 0.0], math.inf),
+        ([0.0, -math.inf, -math.inf], 0.0),
+    ],
+)
+def test_a_difference_of_infinities_is_nan(backend, bias, loss):
+    query, candidate = problem(1, 3).values()
+    leaves = query.requires_grad_(), candidate.requires_grad_()
+    got = in_batch_cross_entropy(
+        query, candidate, candidate_bias=torch.tensor(bias), reduction="none", backend=backend
+    )
+    assert got.item() == pytest.approx(loss, nan_ok=True)
+    for grad in torch.autograd.grad(got, leaves):
+        assert grad.isnan().all() if math.isnan(loss) else grad.isfinite().all()
 
 
 @every_backend

@@ -161,6 +161,16 @@ def test_smoothing_of_a_float16_table_with_a_large_column_sum(backend):
         assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
 
 
+@every_backend
+def test_smoothing_beside_a_bias_of_minus_inf_leaves_ignored_rows_at_zero(backend):
+    bias, target = torch.tensor([0.0, -math.inf, 0.0, 0.0, 0.0]), torch.tensor([0, -100, 2, 3])
+    loss = linear_cross_entropy(
+        **problem() | {"target": target}, linear_bias=bias, label_smoothing=0.1, reduction="none",
+        backend=backend,
+    )  # fmt: skip
+    assert loss.tolist() == [math.inf, 0.0, math.inf, math.inf]
+
+
 @cpp
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(

@@ -41,6 +41,39 @@ def test_softmax_by_hand(backend, negatives, expected, own):
 
 @each_backend
 @pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "bias, loss",
+    [
+        ([math.inf, 0.0, 0.0], math.nan),
+        ([-math.inf] * 3, math.nan),
+        ([math.nan, -math.inf, -math.inf], math.nan),
+        ([0.0, -math.inf, -math.inf], 0.0),
+    ],
+)
+def test_a_difference_of_infinities_is_nan(backend, bias, loss, own):
+    check_infinities(backend, bias, loss, own)
+
+
+# Without triton, whose kernel for own negatives makes NaN of it.
+@backends(OP, "reference", "cpp")
+@pytest.mark.parametrize("own", [True, False])
+def test_a_target_at_minus_inf_has_an_infinite_loss(backend, own):
+    check_infinities(backend, [-math.inf, 0.0, 0.0], math.inf, own)
+
+
+def check_infinities(backend, bias, loss, own):
+    x, w = torch.ones(1, 1, requires_grad=True), table(LOG3, LOG2, 0.0).requires_grad_()
+    drawn, bias = torch.tensor([[1, 2]] if own else [1, 2]), torch.tensor(bias)
+    got = sampled_linear_cross_entropy(
+        x, w, torch.tensor([0]), drawn, linear_bias=bias, backend=backend
+    )
+    assert got.item() == pytest.approx(loss, nan_ok=True)
+    for grad in torch.autograd.grad(got, (x, w)):
+        assert grad.isnan().all() if math.isnan(loss) else grad.isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("own", [True, False])
 def test_binary_losses_by_hand(backend, own):
     # sigmoid(log 3) = 3/4, sigmoid(log 2) = 2/3, sigmoid(0) = 1/2; the hit counts in K + 1 only.
     drawn = torch.tensor([1, 0, 2])

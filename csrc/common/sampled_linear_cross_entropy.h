@@ -111,10 +111,12 @@ template <class T>
 FASTREC_INLINE void finish_softmax(const Seen& seen, double target, T& loss, T& grad_target, T& lse,
                                    T& left_out, T& scale) {
   double top = seen.top, sum = seen.sum;
+  const double zero = target - target;  // inf - inf: NaN, as in a softmax over all candidates
   if (sum == 0) {
-    loss = grad_target = left_out = scale = T(0), lse = static_cast<T>(target);
+    loss = grad_target = scale = static_cast<T>(zero), left_out = T(0);
+    lse = static_cast<T>(target + zero);
   } else if (target >= top) {
-    double e = std::exp(top - target), others = sum * e;
+    double e = std::exp(top - target) + zero, others = sum * e;
     loss = static_cast<T>(std::log1p(others));
     split_lse(static_cast<T>(target), std::log1p(others), lse, left_out);
     grad_target = static_cast<T>(-others / (1 + others)), scale = static_cast<T>(e / (1 + others));

@@ -18,7 +18,8 @@ def finish(s_y, top, total, k, beta, SOFTMAX: tl.constexpr):
         peak = tl.maximum(s_y, top)
         scale = tl.exp(top - peak)
         others, own = total * scale, tl.exp(s_y - peak)
-        loss = tl.where(s_y >= top, log1p(others), tl.log(others + own) + (peak - s_y))
+        near = tl.where(s_y >= top, log1p(others), tl.log(others + own))
+        loss = near + (peak - s_y)  # inf - inf: NaN
         whole = others + own
         lse, left_out = split_lse(peak, tl.log(whole), peak)
         return loss, -others / whole, lse, left_out, scale / whole

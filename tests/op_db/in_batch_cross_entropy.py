@@ -149,6 +149,12 @@ def _samples(device: str, types: Types, interpret_small: bool) -> Iterator[Sampl
     gone[positive] = False
     case = l2("gone", c=c, candidate_bias=bias.masked_fill(gone, -math.inf), positive=positive)
     yield sample("bias_minus_inf", case)
+    # Positives far below all others, whose log-sum-exp then begins with them or is lost.
+    for name, low in (("far_below", -1e30), ("minus_inf", -math.inf)):
+        below = bias.clone()
+        below[:2] = max(low, torch.finfo(types.table).min) if low > -math.inf else low
+        case = problem(name, c=c, candidate_bias=below, fixed_temperature=math.sqrt(d))
+        yield Sample(f"positive_{name}", case | {"reduction": "none"})
     # The maximum grows from tile to tile, also where 4 programs share the candidates of a query.
     rising = 80 * torch.arange(300, device=device) / 300
     yield Sample(

@@ -102,7 +102,7 @@ def class_sums(x, linear_weight, linear_bias, target, class_weight) -> tuple[Ten
         class_sum = products(x.to(dtype), class_mean).masked_fill(target < 0, 0)
         if linear_bias is not None:
             bias = ordered_sum(class_weight * linear_bias.to(dtype))
-            class_sum = class_sum + bias * (target >= 0)
+            class_sum = class_sum + torch.where(target >= 0, bias, 0)  # -inf * 0 is NaN
     return class_mean, class_sum
 
 
