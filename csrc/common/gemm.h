@@ -35,6 +35,10 @@ class Buffer {
     data_.reset(static_cast<T*>(std::aligned_alloc(64, round_up(n * sizeof(T) + 1, 64))));
     if (!data_) throw std::bad_alloc();
   }
+  // For scores: `accumulate` multiplies whole register tiles, also lanes that no score was written
+  // to. The result is dropped, but memory that held small integers is full of denormals, and a Xeon
+  // takes a hundred cycles for each: docs/log/linear_cross_entropy.md.
+  Buffer(int64_t n, T fill) : Buffer(n) { std::fill_n(data_.get(), n, fill); }
   operator T*() const { return data_.get(); }
 
  private:

@@ -44,7 +44,7 @@ FASTREC_INLINE void in_batch_forward_tasks(const InBatchForward<T>& a) {
   using G = Gemm<S>;
   using Id = typename Pairs<T>::Id;
   const Pairs<T>& q = a.pairs;
-  Buffer<T> packed(q.width * BLOCK), tile(TILE * q.ld), s(TILE * BLOCK), acc(BLOCK * q.ld);
+  Buffer<T> packed(q.width * BLOCK), tile(TILE * q.ld), s(TILE * BLOCK, T(0)), acc(BLOCK * q.ld);
   Buffer<Id> lanes(q.columns * BLOCK);
   T top[BLOCK], before[BLOCK], column_sum[BLOCK], bias[TILE];
   double sum[BLOCK];
@@ -105,7 +105,7 @@ FASTREC_INLINE void in_batch_backward_tasks(const InBatchBackward<T>& a) {
   using V = typename S::V;
   using Id = typename Pairs<T>::Id;
   const Pairs<T>& q = a.pairs;
-  Buffer<T> packed(q.width * BLOCK), s(TILE * BLOCK), acc(BLOCK * q.ld);
+  Buffer<T> packed(q.width * BLOCK), s(TILE * BLOCK, T(0)), acc(BLOCK * q.ld);
   Buffer<Id> lanes(q.columns * BLOCK);
   T bias[BLOCK], column_sum[BLOCK];
   double sum[BLOCK];

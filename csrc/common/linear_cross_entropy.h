@@ -148,7 +148,7 @@ template <class S, class T = typename S::T>
 FASTREC_INLINE void forward_tasks(const ForwardArgs<T>& a) {
   using G = Gemm<S>;
   const Problem<T>& q = a.problem;
-  Buffer<T> packed(q.width * BLOCK), tile(TILE * q.ld), s(TILE * BLOCK), acc(BLOCK * q.ld);
+  Buffer<T> packed(q.width * BLOCK), tile(TILE * q.ld), s(TILE * BLOCK, T(0)), acc(BLOCK * q.ld);
   T top[BLOCK], before[BLOCK], column_sum[BLOCK], bias[TILE];
   double sum[BLOCK];
   int64_t task;
@@ -225,7 +225,7 @@ FASTREC_INLINE void backward_tasks(const BackwardArgs<T>& a) {
   using G = Gemm<S>;
   using V = typename S::V;
   const Problem<T>& q = a.problem;
-  Buffer<T> packed(q.width * BLOCK), s(TILE * BLOCK), acc(BLOCK * q.ld);
+  Buffer<T> packed(q.width * BLOCK), s(TILE * BLOCK, T(0)), acc(BLOCK * q.ld);
   T bias[BLOCK], column_sum[BLOCK];
   double sum[BLOCK];
   int64_t task;

@@ -161,7 +161,7 @@ template <class S, class T = typename S::T>
 FASTREC_INLINE void multilabel_forward_tasks(const MultilabelArgs<T>& a) {
   using G = Gemm<S>;
   using V = typename S::V;
-  Buffer<T> packed(a.width * BLOCK), tile(TILE * a.ld), s(TILE * BLOCK), acc(BLOCK * a.ld);
+  Buffer<T> packed(a.width * BLOCK), tile(TILE * a.ld), s(TILE * BLOCK, T(0)), acc(BLOCK * a.ld);
   std::fill_n(static_cast<T*>(tile), TILE * a.ld, T(0));
   std::vector<LabelHit> hits;
   T column_sum[BLOCK], bias[TILE];
@@ -226,7 +226,7 @@ template <class S, class T = typename S::T>
 FASTREC_INLINE void multilabel_backward_tasks(const MultilabelArgs<T>& a) {
   using G = Gemm<S>;
   using V = typename S::V;
-  Buffer<T> packed(a.width * BLOCK), s(TILE * BLOCK), acc(BLOCK * a.ld);
+  Buffer<T> packed(a.width * BLOCK), s(TILE * BLOCK, T(0)), acc(BLOCK * a.ld);
   std::vector<LabelHit> hits;
   T bias[BLOCK], column_sum[BLOCK];
   double sum[BLOCK];

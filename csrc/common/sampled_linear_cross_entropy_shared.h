@@ -47,7 +47,7 @@ FASTREC_INLINE void shared_forward_blocks(const SampledArgs<T>& a) {
   using G = Gemm<S>;
   const int64_t width = round_up(a.width, S::lanes);
   const T minus_inf = -std::numeric_limits<T>::infinity();
-  Buffer<T> packed(a.width * BLOCK), scores(TILE * BLOCK), acc(BLOCK * a.ld), row(a.ld);
+  Buffer<T> packed(a.width * BLOCK), scores(TILE * BLOCK, T(0)), acc(BLOCK * a.ld), row(a.ld);
   T *s = scores, *target_row = row;
   T top[BLOCK], before[BLOCK], column_sum[BLOCK];
   alignas(64) T score[S::lanes];
@@ -116,7 +116,7 @@ FASTREC_INLINE void shared_backward_blocks(const SampledArgs<T>& a) {
   using V = typename S::V;
   const T minus_inf = -std::numeric_limits<T>::infinity();
   const T share = T(1) / static_cast<T>(a.negatives + 1);
-  Buffer<T> packed(a.width * BLOCK), scores(TILE * BLOCK), acc(BLOCK * a.ld);
+  Buffer<T> packed(a.width * BLOCK), scores(TILE * BLOCK, T(0)), acc(BLOCK * a.ld);
   T* s = scores;
   T offset[BLOCK], column_sum[BLOCK];
   double sum[BLOCK];
