@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #define FASTREC_INLINE inline __attribute__((always_inline))
 
@@ -62,6 +63,7 @@ struct Simd {
   typedef T V __attribute__((vector_size(BYTES)));
   typedef T Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
   typedef typename C::Bits I __attribute__((vector_size(BYTES)));
+  typedef std::make_unsigned_t<typename C::Bits> U __attribute__((vector_size(BYTES)));
   static constexpr int lanes = BYTES / sizeof(T);
 
   static FASTREC_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -93,7 +95,7 @@ struct Simd {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i)
-      x[i] = small[i] ? V{} : (V)((I)y[i] + ((I)shifted[i] << C::mantissa));
+      x[i] = small[i] ? V{} : (V)((U)y[i] + ((U)shifted[i] << C::mantissa));
   }
 };
 
