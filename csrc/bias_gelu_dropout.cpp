@@ -131,7 +131,7 @@ Tensor forward_typed(const Tensor& input, const std::optional<Tensor>& bias,
   Tensor output = torch::stable::new_empty(input, {rows, width});
   GeluArgs<T> all{0, rows, width, in.rows, {}, b, dropout.value, output.data_ptr(),
                   output.scalar_type(), nullptr};
-  torch::stable::parallel_for(0, rows, CHUNK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, CHUNK, [&](int64_t begin, int64_t end) {
     GeluArgs<T> mine = all;
     mine.begin = begin, mine.end = end;
     forward<T>(mine);
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad_output, const Tenso
   Tensor grad_bias = torch::stable::new_empty(bias ? *bias : input, {bias ? width : 0});
   GeluArgs<T> all{0, rows, width, in.rows, grad.rows, b, dropout.value, grad_input.data_ptr(),
                   grad_input.scalar_type(), nullptr};
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       GeluArgs<T> mine = all;
       mine.begin = c * CHUNK, mine.end = std::min(rows, mine.begin + CHUNK);

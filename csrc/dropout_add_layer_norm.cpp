@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_typed(
   JointForward<T> all{0, rows, width, in.rows, res.rows, scale, shift, static_cast<T>(eps),
                       dropout.value, output.data_ptr(), plain ? nullptr : sum.data_ptr(), dtype,
                       static_cast<T*>(mean.data_ptr()), static_cast<T*>(rstd.data_ptr())};
-  torch::stable::parallel_for(0, rows, CHUNK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, CHUNK, [&](int64_t begin, int64_t end) {
     JointForward<T> mine = all;
     mine.begin = begin, mine.end = end;
     forward<T>(mine);
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_typed(
   JointBackward<T> all{0, rows, width, dy.rows, dz.rows, z.rows, mu, s, scale, dropout.value,
                        both ? nullptr : grad_input.data_ptr(), grad_residual.data_ptr(),
                        input_dtype, dtype, nullptr, nullptr};
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       JointBackward<T> mine = all;
       mine.begin = c * CHUNK, mine.end = std::min(rows, mine.begin + CHUNK);

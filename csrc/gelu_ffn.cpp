@@ -174,7 +174,7 @@ Tensor forward_typed(const Tensor& input, const Tensor& weight_in, const Tensor&
   Buffer<T> b_out = padded<T>(bias_out, layer.e);
   layer.args.out_panels = out_panels, layer.args.bias_out = b_out;
   layer.args.out = data<T>(out);
-  torch::stable::parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
     FfnArgs<T> mine = layer.args;
     mine.begin = begin, mine.end = end;
     ffn_forward<T>(mine);
@@ -204,7 +204,7 @@ Gradients backward_typed(const Tensor& grad_output, const Tensor& input, const T
   const int64_t at_sum = f * d_width, at_out = at_sum + f, at_last = at_out + e * f_width;
   const int64_t size = at_last + e;
   Buffer<T> partials(weights_needed ? std::max<int64_t>(1, ranges) * size : 1);
-  torch::stable::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       FfnArgs<T> mine = all;
       mine.begin = r * range, mine.end = std::min(count, mine.begin + range);

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(
   T* loss_out = static_cast<T*>(loss.data_ptr());
   T* lse_out = static_cast<T*>(lse.data_ptr());
   T* out = static_cast<T*>(direction.data_ptr());
-  torch::stable::parallel_for(0, q.rows, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, q.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t row = batch.row[i];
       combine(a, i, loss_out[row], lse_out[row], lse_out[rows + row],

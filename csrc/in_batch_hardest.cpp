@@ -55,7 +55,7 @@ Tensor backward_typed(const Tensor& grad, const Tensor& index, int64_t candidate
   Tensor out = torch::stable::new_zeros(grad, {candidates, width});
   const T* from = static_cast<const T*>(source.data_ptr());
   T* to = static_cast<T*>(out.data_ptr());
-  torch::stable::parallel_for(0, candidates, 256, [&](int64_t first, int64_t last) {
+  parallel_for(0, candidates, 256, [&](int64_t first, int64_t last) {
     for (int64_t at = begin[first], j = first; j < last; ++j) {
       for (; at < begin[j + 1]; ++at) {
         for (int64_t d = 0; d < width; ++d) to[j * width + d] += from[row[at] * width + d];

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "jagged_attention.h"
+#include "parallel.h"
 
 namespace fastrec {
 namespace {
@@ -128,7 +129,7 @@ struct Problem {
     args.next = &next, args.order = order.data(), args.tasks = tasks.data();
     args.task_count = static_cast<int64_t>(tasks.size());
     int64_t workers = std::min<int64_t>(args.task_count, torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(args); });
+    parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(args); });
   }
 
   Tensor q, k, v, bounds;

@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(Embedding<T> embedding, const T
   all.eps = static_cast<T>(eps);
   all.mean = static_cast<T*>(mean.data_ptr()), all.rstd = static_cast<T*>(rstd.data_ptr());
   all.output = output.data_ptr(), all.dtype = output.scalar_type();
-  torch::stable::parallel_for(0, events, CHUNK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, events, CHUNK, [&](int64_t begin, int64_t end) {
     EmbeddingArgs<T> mine = all;
     mine.begin = begin, mine.end = end;
     forward<T>(mine);
@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Embedding<T> embedding, const 
   Buffer<T> partials(chunks * 2 * width);
   all.mean = static_cast<T*>(mu.data_ptr()), all.rstd = static_cast<T*>(s.data_ptr());
   all.grad_output = grad.rows, all.grad_z = static_cast<T*>(grad_z.data_ptr());
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       EmbeddingArgs<T> mine = all;
       mine.begin = c * CHUNK, mine.end = std::min(events, mine.begin + CHUNK);
@@ -250,7 +250,7 @@ Tensor scatter_typed(const Tensor& grad, const Tensor& index, int64_t rows, Scal
     return i;
   };
   ScatterArgs<T> all{0, events, width, row, order.data(), source.rows, out.data_ptr(), dtype};
-  torch::stable::parallel_for(0, events, 4 * CHUNK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, events, 4 * CHUNK, [&](int64_t begin, int64_t end) {
     ScatterArgs<T> mine = all;
     mine.begin = boundary(begin), mine.end = boundary(end);
     scatter<T>(mine);

@@ -198,7 +198,7 @@ struct Tasks {
 
   template <class T, class F>
   void run(const GruArgs<T>& all, const F& kernel) const {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         GruArgs<T> mine = all;
         mine.starts = starts.data() + first[k], mine.lengths = lengths.data() + first[k];

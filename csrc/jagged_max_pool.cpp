@@ -120,12 +120,11 @@ std::tuple<Tensor, Tensor> jagged_max_pool_fwd(Tensor values, Tensor offsets,
                     counted ? static_cast<const bool*>(counted->data_ptr()) : nullptr, source.rows,
                     output.data_ptr(), output.scalar_type(),
                     static_cast<int32_t*>(index.data_ptr())};
-    torch::stable::parallel_for(0, sequences, grain(sequences, events * width),
-                                [&](int64_t begin, int64_t end) {
-                                  PoolArgs<T> mine = all;
-                                  mine.begin = begin, mine.end = end;
-                                  pool_forward<T>(mine);
-                                });
+    parallel_for(0, sequences, grain(sequences, events * width), [&](int64_t begin, int64_t end) {
+      PoolArgs<T> mine = all;
+      mine.begin = begin, mine.end = end;
+      pool_forward<T>(mine);
+    });
   };
   values.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
   return {output, index};
@@ -142,12 +141,11 @@ Tensor jagged_max_pool_bwd(Tensor grad_output, Tensor index, Tensor offsets, int
   std::memset(static_cast<char*>(grad.data_ptr()) + used * bytes, 0, (events - used) * bytes);
   PoolArgs<float> all{0, sequences, width, int64_data(bounds), nullptr, source.rows,
                       grad.data_ptr(), grad.scalar_type(), static_cast<int32_t*>(at.data_ptr())};
-  torch::stable::parallel_for(0, sequences, grain(sequences, events * width),
-                              [&](int64_t begin, int64_t end) {
-                                PoolArgs<float> mine = all;
-                                mine.begin = begin, mine.end = end;
-                                backward_sequences<Simd<float, 16>>(mine);
-                              });
+  parallel_for(0, sequences, grain(sequences, events * width), [&](int64_t begin, int64_t end) {
+    PoolArgs<float> mine = all;
+    mine.begin = begin, mine.end = end;
+    backward_sequences<Simd<float, 16>>(mine);
+  });
   return grad;
 }
 

@@ -98,7 +98,7 @@ Tensor times(const Tensor& a, const T* b, int64_t b_row, int64_t b_column, int64
   RowsArgs<T> all{0, count, depth, columns, rows.elements<T>(),
                   rows.rows.stride / int64_t(sizeof(T)), panels,
                   bias ? static_cast<const T*>(*bias_row) : nullptr, static_cast<T*>(out.data_ptr())};
-  torch::stable::parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
     RowsArgs<T> mine = all;
     mine.begin = begin, mine.end = end;
     linear_rows<T>(mine);
@@ -117,7 +117,7 @@ void sums(const Tensor& grad, const Tensor& input, Tensor& weight, Tensor& bias,
   SumsArgs<T> all{0, 0, n, k, width, g.elements<T>(),
                   g.rows.stride / int64_t(sizeof(T)), x.elements<T>(),
                   x.rows.stride / int64_t(sizeof(T)), nullptr, nullptr};
-  torch::stable::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       SumsArgs<T> mine = all;
       mine.begin = r * range, mine.end = std::min(count, mine.begin + range);

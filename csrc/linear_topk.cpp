@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& input, const Tensor& line
   Tensor indices = torch::stable::new_empty(input, {rows, k}, ScalarType::Long);
   T* value = static_cast<T*>(values.data_ptr());
   int64_t* index = static_cast<int64_t*>(indices.data_ptr());
-  torch::stable::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
+  parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
     std::vector<std::pair<T, int64_t>> all;
     auto better = [](const std::pair<T, int64_t>& x, const std::pair<T, int64_t>& y) {
       return x.first > y.first || (x.first == y.first && x.second < y.second);

@@ -78,7 +78,7 @@ void set_blocks(MultilabelArgs<T>& a, int64_t count) {
 // Sums of the gradients of the labels that the tasks of forward left, in order.
 template <class T>
 void add_tasks(const MultilabelArgs<T>& a, T* grad_weight, T* grad_bias) {
-  torch::stable::parallel_for(0, a.labels, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, a.labels, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* total = grad_weight + i * a.width;
       for (int64_t t = 0; t < a.tasks; ++t) {
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& lin
   run(a, a.blocks * a.ranges, multilabel_backward<T>);
 
   const int64_t size = a.labels * a.width;
-  torch::stable::parallel_for(0, direct ? 0 : a.labels, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, direct ? 0 : a.labels, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* total = a.grad_weight + i * a.width;
       for (int64_t r = 1; r < a.ranges; ++r) {

@@ -88,7 +88,7 @@ struct Sampled {
 template <class T>
 void each_range(const SampledArgs<T>& all, int64_t count, int64_t grain,
                 void (*kernel)(const SampledArgs<T>&)) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     SampledArgs<T> mine = all;
     mine.begin = begin, mine.end = end;
     kernel(mine);
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Sampled<T> sampled, const Tens
   all.weight_size = item_size, all.bias_size = static_cast<int64_t>(grad_bias.element_size());
   all.items = items, all.distinct = distinct;
   if (distinct == 0) zero_between(all, 0, out_rows);
-  torch::stable::parallel_for(0, distinct, 256, [&](int64_t begin, int64_t end) {
+  parallel_for(0, distinct, 256, [&](int64_t begin, int64_t end) {
     SumArgs<T> mine = all;
     mine.begin = begin, mine.end = end;
     sum_sorted<T>(mine);

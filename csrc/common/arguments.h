@@ -10,6 +10,7 @@
 
 #include "convert.h"
 #include "dropout.h"
+#include "parallel.h"
 
 namespace fastrec {
 namespace {
@@ -61,7 +62,7 @@ constexpr int64_t AFTER = 12;
 template <class T>
 void load_rows(const Rows& from, int64_t count, const int64_t* at, int64_t width, int64_t ld,
                T* out) {
-  torch::stable::parallel_for(0, count + AFTER, 256, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count + AFTER, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::fill_n(out + i * ld, ld, T(0));
       if (i < count) from.load(at ? at[i] : i, out + i * ld, width);

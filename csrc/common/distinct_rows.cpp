@@ -107,7 +107,7 @@ Tensor sum_rows(Tensor grad, Tensor place, int64_t count, double scale) {
   auto typed = [&](auto zero) {
     using T = decltype(zero);
     // Every thread looks at all places, which cost an eighth of a row of width 16.
-    torch::stable::parallel_for(0, count, 4096, [&](int64_t first, int64_t last) {
+    parallel_for(0, count, 4096, [&](int64_t first, int64_t last) {
       sum<T>(SumArgs<T>{where, data<T>(from), entries, width, first, last, T(scale), started.data(),
                         data<T>(out)});
       for (int64_t u = first; u < last; ++u)

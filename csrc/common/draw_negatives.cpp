@@ -54,12 +54,11 @@ Tensor draw_negatives(Tensor rng, Tensor keys, Tensor positions, int64_t number,
                     int64_data(ids), int64_data(places), 0, 0, number, items,
                     int64_data(limits), int64_data(others), data<int64_t>(out)};
   // Some 20 ns a draw from a table that no cache holds: a task is 16,384 of them.
-  torch::stable::parallel_for(0, rows, (16384 + number - 1) / number,
-                              [&](int64_t first, int64_t last) {
-                                DrawArgs<float> part = a;
-                                part.first = first, part.last = last;
-                                draw<float>(part);
-                              });
+  parallel_for(0, rows, (16384 + number - 1) / number, [&](int64_t first, int64_t last) {
+    DrawArgs<float> part = a;
+    part.first = first, part.last = last;
+    draw<float>(part);
+  });
   return out;
 }
 

@@ -76,7 +76,7 @@ void forward_sweep(const Problem<T>& q, bool with_mean, const Row& row) {
   Buffer<double> sum(partials);
   a.top = top, a.sum = sum, a.weighted = weighted, a.target_logit = logit;
   run(a, a.blocks * a.ranges, kernel);
-  torch::stable::parallel_for(0, q.rows, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, q.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) row(i, a);
   });
 }
@@ -136,7 +136,7 @@ void stored_chunks(const Problem<T>& q, const T* grad_row, double* loss, T* grad
   const bool learns = grad_x || grad_weight || grad_bias;
   std::vector<Phase> phases(5 * divide_up(q.rows, step));
   int64_t workers = std::min<int64_t>(a.tiles, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+  parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     Phase* phase = phases.data();
     for (int64_t first = 0; first < q.rows; first += step) {
       StoredArgs<T> mine = a;

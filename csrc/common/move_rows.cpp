@@ -58,7 +58,7 @@ void move_rows_(Tensor table, Tensor rows, Tensor grad, std::optional<Tensor> sq
                   0, 0, width, mean ? width : 1,
                   at, data<T>(from), data<T>(table),
                   data_or_null<T>(square), data_or_null<T>(mean), T(rate)};
-    torch::stable::parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
       MoveArgs<T> part = a;
       part.first = begin, part.last = end;
       move<T>(part);

@@ -25,7 +25,7 @@ void run(Args& args, int64_t tasks, void (*worker)(const Args&)) {
   std::atomic<int64_t> next{0};
   args.next = &next;
   int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(args); });
+  parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(args); });
 }
 
 // Tasks that the tasks of the next phase wait for. Many phases share one parallel region: to wake its
@@ -35,12 +35,18 @@ struct alignas(64) Phase {
 
   // `work` draws tasks from `next` until there are none. Then this worker waits for those that are
   // inside, since no other holds a task: one that comes late finds none, and one that never comes
-  // is not waited for. After a while the processor is left to whoever else wants it.
+  // is not waited for. After a while the processor is left to whoever else wants it. One whose `work`
+  // throws is not inside either: the others go on with what there is, and the call ends in its error.
   template <class Work>
   void share(const Work& work) {
     ++inside;
-    work();
-    --inside;
+    {
+      struct Leave {
+        std::atomic<int64_t>& inside;
+        ~Leave() { --inside; }
+      } leave{inside};
+      work();
+    }
     for (int turn = 0; inside.load() != 0; ++turn) {
       if (turn > 1000) std::this_thread::yield();
 #if defined(__x86_64__)
