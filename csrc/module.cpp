@@ -2,14 +2,17 @@
 // `import fastrec._C` loads this library, and loading it registers the CPU kernels of every file.
 #include <Python.h>
 
+#include <cstdlib>
+
 #include "simd.h"
 
 extern "C" PyObject* PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
                                    nullptr,               nullptr, nullptr, nullptr};
   if (fastrec::asked_vector_bytes() == 0) {
-    PyErr_SetString(PyExc_ImportError,
-                    "FASTREC_CPU_CAPABILITY must be avx512, avx2 or default");
+    // Not an ImportError, for which the reference would take over.
+    PyErr_Format(PyExc_ValueError, "FASTREC_CPU_CAPABILITY must be avx512, avx2 or default, got %s",
+                 std::getenv("FASTREC_CPU_CAPABILITY"));
     return nullptr;
   }
   PyObject* module = PyModule_Create(&definition);
