@@ -126,6 +126,7 @@ template <class T>
 Tensor forward_typed(const Tensor& input, const std::optional<Tensor>& bias,
                      const DropoutTensors& dropout) {
   int64_t rows = input.size(0), width = input.size(1);
+  dropout.check_rows(rows);
   Matrix in(input);
   Buffer<T> b = padded_bias<T>(bias, width);
   Tensor output = torch::stable::new_empty(input, {rows, width});
@@ -145,6 +146,8 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& grad_output, const Tenso
                                           const DropoutTensors& dropout) {
   int64_t rows = input.size(0), width = input.size(1), stride = round_up(width, LINE);
   int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+  dropout.check_rows(rows);
+  check_size("grad_output", grad_output, {rows, width});
   Matrix in(input), grad(grad_output);
   Buffer<T> b = padded_bias<T>(bias, width), partials(chunks * stride);
   Tensor grad_input = torch::stable::new_empty(input, {rows, width});

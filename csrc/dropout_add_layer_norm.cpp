@@ -105,6 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_typed(
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
     const DropoutTensors& dropout) {
   int64_t rows = input.size(0), width = input.size(1);
+  dropout.check_rows(rows);
+  check_size("residual", residual, {rows, width});
   Matrix in(input), res(residual);
   ScalarType dtype = residual ? promote(input.scalar_type(), residual->scalar_type())
                               : input.scalar_type();
@@ -116,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_typed(
   Vector<T> scale(weight, width, T(1)), shift(bias, width, T(0));
   JointForward<T> all{0, rows, width, in.rows, res.rows, scale, shift, static_cast<T>(eps),
                       dropout.value, output.data_ptr(), plain ? nullptr : sum.data_ptr(), dtype,
-                      static_cast<T*>(mean.data_ptr()), static_cast<T*>(rstd.data_ptr())};
+                      data<T>(mean), data<T>(rstd)};
   parallel_for(0, rows, CHUNK, [&](int64_t begin, int64_t end) {
     JointForward<T> mine = all;
     mine.begin = begin, mine.end = end;
@@ -131,6 +133,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_typed(
     const Tensor& sum, const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, ScalarType input_dtype, const DropoutTensors& dropout) {
   int64_t rows = sum.size(0), width = sum.size(1), chunks = (rows + CHUNK - 1) / CHUNK;
+  dropout.check_rows(rows);
+  check_size("grad_output", grad_output, {rows, width});
+  check_size("grad_sum", grad_sum, {rows, width});
+  bytes_of(input_dtype);
   ScalarType dtype = sum.scalar_type();
   bool both = !dropout.value.drop && input_dtype == dtype;
   Matrix dy(grad_output), dz(grad_sum), z(sum);

@@ -151,6 +151,8 @@ struct Layer {
         e(weight_out.size(0)),
         in_panels(packed<T>(data<T>(w_in), 1, d, d, f)),
         b_in(padded<T>(bias_in, f)) {
+    check_size("input", input, {input.size(0), d});
+    check_size("weight_out", weight_out, {e, f});
     args.end = input.size(0), args.d = d, args.f = f, args.e = e;
     args.x = x.elements<T>();
     args.x_row = x.rows.stride / int64_t(sizeof(T));
@@ -191,6 +193,7 @@ Gradients backward_typed(const Tensor& grad_output, const Tensor& input, const T
   Layer<T> layer(input, weight_in, bias_in, weight_out);
   Matrix g(grad_output);
   int64_t count = input.size(0), d = layer.d, f = layer.f, e = layer.e;
+  check_size("grad_output", grad_output, {count, e});
   Tensor grad_input = torch::stable::new_empty(input, {input_needed ? count : 0, d});
   Buffer<T> grad_panels = packed<T>(data<T>(layer.w_out), f, 1, e, f);
   Buffer<T> back_panels = packed<T>(data<T>(layer.w_in), d, 1, f, d);

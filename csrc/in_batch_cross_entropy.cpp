@@ -69,9 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(
   a.top = top, a.sum = sum, a.weighted = weighted, a.positive_logit = logit;
   run(a, a.blocks * a.ranges, in_batch_forward<T>);
 
-  T* loss_out = static_cast<T*>(loss.data_ptr());
-  T* lse_out = static_cast<T*>(lse.data_ptr());
-  T* out = static_cast<T*>(direction.data_ptr());
+  T* loss_out = data<T>(loss);
+  T* lse_out = data<T>(lse);
+  T* out = data<T>(direction);
   parallel_for(0, q.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t row = batch.row[i];
@@ -114,13 +114,17 @@ std::tuple<Tensor, Tensor> backward_typed(
   Tensor grad_bias = torch::stable::new_empty(candidate, {bias ? q.items : 0});
   Tensor losses = torch::stable::contiguous(loss), shifts = torch::stable::contiguous(lse);
   Tensor grads = torch::stable::contiguous(grad_loss);
+  const int64_t rows = query.size(0);
+  check_size("loss", losses, {rows}), check_size("lse", shifts, {2, rows});
+  check_size("grad_loss", grads, {rows});
+  const T *loss_in = data<T>(losses), *lse_in = data<T>(shifts), *grad_in = data<T>(grads);
   std::vector<T> shift(q.rows), grad(q.rows), grad_positive(q.rows);
   for (int64_t i = 0; i < q.rows; ++i) {
     int64_t row = batch.row[i];
-    shift[i] = finite_shift(data<T>(shifts)[row]);
-    const T upstream = data<T>(grads)[row];
-    grad[i] = upstream * std::exp(-data<T>(shifts)[query.size(0) + row]);
-    double rest = -std::expm1(-double(static_cast<const T*>(losses.data_ptr())[row]));
+    shift[i] = finite_shift(lse_in[row]);
+    const T upstream = grad_in[row];
+    grad[i] = upstream * std::exp(-lse_in[rows + row]);
+    double rest = -std::expm1(-double(loss_in[row]));
     grad_positive[i] = static_cast<T>(-rest * upstream);
   }
 
@@ -133,8 +137,8 @@ std::tuple<Tensor, Tensor> backward_typed(
   sort_listed(q, a.block, a.blocks, excluded, excluded_begin);
   a.excluded = excluded.data(), a.excluded_begin = excluded_begin.data();
   a.lse = shift.data(), a.grad = grad.data(), a.grad_positive = grad_positive.data();
-  a.grad_candidate = static_cast<T*>(grad_candidate.data_ptr());
-  a.grad_bias = bias ? static_cast<T*>(grad_bias.data_ptr()) : nullptr;
+  a.grad_candidate = data<T>(grad_candidate);
+  a.grad_bias = bias ? data<T>(grad_bias) : nullptr;
   run(a, a.blocks, in_batch_backward<T>);
   return {grad_candidate, grad_bias};
 }

@@ -26,7 +26,7 @@ Tensor forward_typed(const Tensor& query, const Tensor& candidate,
   a.best = best, a.index = index;
   run(a, a.blocks * a.ranges, in_batch_hardest<T>);
   Tensor out = torch::stable::new_empty(query, {rows}, ScalarType::Long);
-  int64_t* at = static_cast<int64_t*>(out.data_ptr());
+  int64_t* at = data<int64_t>(out);
   for (int64_t i = 0; i < rows; ++i) {
     T top = OUT<T>;
     at[i] = -1;
@@ -42,6 +42,7 @@ template <class T>
 Tensor backward_typed(const Tensor& grad, const Tensor& index, int64_t candidates) {
   Tensor source = torch::stable::contiguous(grad), ids = torch::stable::contiguous(index);
   int64_t rows = grad.size(0), width = grad.size(1);
+  check_size("index", index, {rows});
   const int64_t* item = int64_data(ids);
   std::vector<int64_t> begin(candidates + 1, 0);
   for (int64_t i = 0; i < rows; ++i) {
@@ -53,8 +54,8 @@ Tensor backward_typed(const Tensor& grad, const Tensor& index, int64_t candidate
   for (int64_t i = 0; i < rows; ++i)
     if (item[i] >= 0) row[place[item[i]]++] = i;
   Tensor out = torch::stable::new_zeros(grad, {candidates, width});
-  const T* from = static_cast<const T*>(source.data_ptr());
-  T* to = static_cast<T*>(out.data_ptr());
+  const T* from = data<T>(source);
+  T* to = data<T>(out);
   parallel_for(0, candidates, 256, [&](int64_t first, int64_t last) {
     for (int64_t at = begin[first], j = first; j < last; ++j) {
       for (; at < begin[j + 1]; ++at) {

@@ -13,18 +13,12 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "jagged_attention.h"
 #include "parallel.h"
 
 namespace fastrec {
 namespace {
-
-using torch::stable::Tensor;
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
 
 Tensor with_contiguous_features(const Tensor& x) {
   return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x);
@@ -53,28 +47,26 @@ struct Problem {
         v(with_contiguous_features(value)),
         bounds(torch::stable::contiguous(offsets)),
         args{query.size(1), query.size(2), 0,
-             static_cast<const int64_t*>(bounds.data_ptr()), nullptr,
+             data<int64_t>(bounds), nullptr,
              PhiloxKey(0, 0, Site::attention, 0), static_cast<int>(drop), causal,
              static_cast<T>(scale), heads_of(q), heads_of(k), heads_of(v),
              {}, {}, {}, {}, {}, nullptr, nullptr, nullptr, nullptr, 0, nullptr} {
     sequences = offsets.size(0) - 1;
+    const std::initializer_list<int64_t> sizes{query.size(0), query.size(1), query.size(2)};
+    check_size("key", key, sizes), check_size("value", value, sizes);
     if (drop > 0) {
       STD_TORCH_CHECK(rng && keys, "dropout needs rng and keys");
       Tensor state = torch::stable::contiguous(*rng);
-      const int64_t* words = static_cast<const int64_t*>(state.data_ptr());
+      const int64_t* words = data<int64_t>(state);
       args.key = PhiloxKey(words[0], words[1], static_cast<Site>(site), layer);
       sequence_keys = torch::stable::contiguous(*keys);
-      STD_TORCH_CHECK(sequence_keys->size(0) == sequences, "keys must have one key per sequence");
-      args.sequence_keys = static_cast<const int64_t*>(sequence_keys->data_ptr());
+      check_size("rng", state, {2}), check_size("keys", *sequence_keys, {sequences});
+      args.sequence_keys = data<int64_t>(*sequence_keys);
     }
     const int64_t* at = args.offsets;
-    STD_TORCH_CHECK(at[0] == 0, "offsets must start at 0, got ", at[0]);
-    for (int64_t b = 0; b < sequences; ++b) {
-      STD_TORCH_CHECK(at[b] <= at[b + 1] && at[b + 1] <= query.size(0),
-                      "offsets must rise from 0 to ", query.size(0), ", got ", at[b], ", ",
-                      at[b + 1]);
+    check_offsets(at, sequences, query.size(0));
+    for (int64_t b = 0; b < sequences; ++b)
       args.longest = std::max(args.longest, at[b + 1] - at[b]);
-    }
   }
 
   // Longest first, by counting: neighbours of one length take the same branches, which are a third
@@ -156,6 +148,9 @@ std::tuple<Tensor, Tensor> forward_typed(Problem<T>&& problem, const Tensor& que
 template <class T>
 Tensor backward_typed(Problem<T>&& problem, const Tensor& grad_out, const Tensor& query,
                       const std::optional<Tensor>& out, const Tensor& lse) {
+  check_size("grad_out", grad_out, {query.size(0), query.size(1), query.size(2)});
+  check_size("out", out, {query.size(0), query.size(1), query.size(2)});
+  check_size("lse", lse, {2, query.size(0), query.size(1)});
   Tensor upstream = with_contiguous_features(grad_out), saved = torch::stable::contiguous(lse);
   Tensor grad = torch::stable::new_empty(query, {query.size(0), 3, query.size(1), query.size(2)});
   std::optional<Tensor> output;

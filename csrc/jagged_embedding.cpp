@@ -158,6 +158,10 @@ struct Embedding {
         dropout(std::move(dropout_)),
         events(values ? values->size(0) : weight_.size(0)),
         width(weight_.size(1)) {
+    dropout.check_rows(events);
+    STD_TORCH_CHECK(!position_weight_ || dropout.positions, "position_weight needs positions");
+    if (position_weight_)
+      check_size("position_weight", position_weight_, {position_weight_->size(0), width});
     if (values) check_index(int64_data(values), events, weight_.size(0));
     if (position_weight_) check_index(dropout.value.positions, events, position_weight_->size(0));
     args.end = events, args.width = width;
@@ -188,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(Embedding<T> embedding, const T
   Tensor mean = torch::stable::new_empty(weight, {rows}, compute_dtype<T>());
   Tensor rstd = torch::stable::new_empty(weight, {rows}, compute_dtype<T>());
   all.eps = static_cast<T>(eps);
-  all.mean = static_cast<T*>(mean.data_ptr()), all.rstd = static_cast<T*>(rstd.data_ptr());
+  all.mean = data<T>(mean), all.rstd = data<T>(rstd);
   all.output = output.data_ptr(), all.dtype = output.scalar_type();
   parallel_for(0, events, CHUNK, [&](int64_t begin, int64_t end) {
     EmbeddingArgs<T> mine = all;
@@ -206,6 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Embedding<T> embedding, const 
   int64_t events = embedding.events, width = embedding.width;
   int64_t chunks = (events + CHUNK - 1) / CHUNK;
   EmbeddingArgs<T>& all = embedding.args;
+  check_size("grad_output", grad_output, {events, width});
+  if (norm_weight) check_size("mean", mean, {events}), check_size("rstd", rstd, {events});
   Matrix grad(grad_output);
   Tensor mu = torch::stable::contiguous(mean), s = torch::stable::contiguous(rstd);
   Tensor grad_z = torch::stable::new_empty(mean, {events, width});
@@ -214,8 +220,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Embedding<T> embedding, const 
   Tensor grad_bias =
       torch::stable::new_empty(norm_bias ? *norm_bias : mean, {norm_bias ? width : 0});
   Buffer<T> partials(chunks * 2 * width);
-  all.mean = static_cast<T*>(mu.data_ptr()), all.rstd = static_cast<T*>(s.data_ptr());
-  all.grad_output = grad.rows, all.grad_z = static_cast<T*>(grad_z.data_ptr());
+  all.mean = data<T>(mu), all.rstd = data<T>(s);
+  all.grad_output = grad.rows, all.grad_z = data<T>(grad_z);
   parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       EmbeddingArgs<T> mine = all;
@@ -238,6 +244,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Embedding<T> embedding, const 
 template <class T>
 Tensor scatter_typed(const Tensor& grad, const Tensor& index, int64_t rows, ScalarType dtype) {
   int64_t events = index.size(0), width = grad.size(1);
+  check_size("grad", grad, {events, width});
+  bytes_of(dtype);
   Matrix source(grad);
   Tensor ids = torch::stable::contiguous(index);
   const int64_t* row = int64_data(ids);

@@ -223,6 +223,7 @@ std::tuple<Tensor, Tensor> jagged_gru_fwd(Tensor projected, Tensor offsets, Tens
   Tensor x = torch::stable::contiguous(projected), w = torch::stable::contiguous(weight_hh);
   Tensor bounds = torch::stable::contiguous(offsets);
   const int64_t events = x.size(0), h = w.size(1);
+  check_size("projected", x, {events, 3 * h}), check_size("weight_hh", w, {3 * h, h});
   Tasks tasks(bounds, events);
   Tensor states = torch::stable::new_empty(x, {events, h});
   Tensor gates = torch::stable::new_empty(x, {gates_needed ? events : 0, 4 * h});
@@ -249,6 +250,8 @@ std::tuple<Tensor, Tensor> jagged_gru_bwd(Tensor grad_states, Tensor states, Ten
   Tensor old = torch::stable::contiguous(states), saved = torch::stable::contiguous(gates);
   Matrix grad(grad_states);
   const int64_t events = old.size(0), h = w.size(1);
+  check_size("grad_states", grad_states, {events, h}), check_size("states", old, {events, h});
+  check_size("gates", saved, {events, 4 * h}), check_size("weight_hh", w, {3 * h, h});
   Tasks tasks(bounds, events);
   Tensor grads = torch::stable::new_empty(old, {events, 4 * h});
   Tensor previous = torch::stable::new_empty(old, {events, h});

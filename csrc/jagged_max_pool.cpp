@@ -73,6 +73,9 @@ FASTREC_INLINE void backward_sequences(const PoolArgs<T>& a) {
     std::memset(out + first * width * item, 0, rows * width * item);
     const char* grad = a.source.data + b * a.source.stride;
     const int32_t* index = a.index + b * width;
+    int32_t last = -1;
+    for (int64_t d = 0; d < width; ++d) last = std::max(last, index[d]);
+    STD_TORCH_CHECK(last < rows, "index ", last, " is outside a sequence of ", rows, " events");
     auto place = [&](auto zero) __attribute__((always_inline)) {
       using Element = decltype(zero);
       auto* to = reinterpret_cast<Element*>(out) + first * width;
@@ -111,15 +114,16 @@ std::tuple<Tensor, Tensor> jagged_max_pool_fwd(Tensor values, Tensor offsets,
   std::optional<Tensor> counted = contiguous_or_none(mask);
   int64_t events = values.size(0), width = values.size(1), sequences = bounds.size(0) - 1;
   check(bounds, events);
+  check_size("mask", mask, {events});
   Matrix source(values);
   Tensor output = torch::stable::new_empty(values, {sequences, width});
   Tensor index = torch::stable::new_empty(values, {sequences, width}, ScalarType::Int);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     PoolArgs<T> all{0, sequences, width, int64_data(bounds),
-                    counted ? static_cast<const bool*>(counted->data_ptr()) : nullptr, source.rows,
+                    counted ? data<bool>(*counted) : nullptr, source.rows,
                     output.data_ptr(), output.scalar_type(),
-                    static_cast<int32_t*>(index.data_ptr())};
+                    data<int32_t>(index)};
     parallel_for(0, sequences, grain(sequences, events * width), [&](int64_t begin, int64_t end) {
       PoolArgs<T> mine = all;
       mine.begin = begin, mine.end = end;
@@ -134,13 +138,15 @@ Tensor jagged_max_pool_bwd(Tensor grad_output, Tensor index, Tensor offsets, int
   Tensor bounds = torch::stable::contiguous(offsets), at = torch::stable::contiguous(index);
   int64_t width = grad_output.size(1), sequences = bounds.size(0) - 1;
   check(bounds, events);
+  check_size("grad_output", grad_output, {sequences, width});
+  check_size("index", index, {sequences, width});
   Matrix source(grad_output);
   Tensor grad = torch::stable::new_empty(grad_output, {events, width});
   const int64_t used = int64_data(bounds)[sequences];  // the rest belongs to no sequence
   const int64_t bytes = width * static_cast<int64_t>(grad.element_size());
   std::memset(static_cast<char*>(grad.data_ptr()) + used * bytes, 0, (events - used) * bytes);
   PoolArgs<float> all{0, sequences, width, int64_data(bounds), nullptr, source.rows,
-                      grad.data_ptr(), grad.scalar_type(), static_cast<int32_t*>(at.data_ptr())};
+                      grad.data_ptr(), grad.scalar_type(), data<int32_t>(at)};
   parallel_for(0, sequences, grain(sequences, events * width), [&](int64_t begin, int64_t end) {
     PoolArgs<float> mine = all;
     mine.begin = begin, mine.end = end;

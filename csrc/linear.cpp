@@ -89,7 +89,7 @@ Tensor times(const Tensor& a, const T* b, int64_t b_row, int64_t b_column, int64
     Vector<T> row(bias, columns);
     for (int64_t i = 0; i < count; ++i)
       std::copy_n(static_cast<const T*>(row), columns,
-                  static_cast<T*>(out.data_ptr()) + i * columns);
+                  data<T>(out) + i * columns);
     return out;
   }
   Buffer<T> panels = packed(b, b_row, b_column, depth, columns);
@@ -97,7 +97,7 @@ Tensor times(const Tensor& a, const T* b, int64_t b_row, int64_t b_column, int64
   if (bias) bias_row.emplace(padded<T>(*bias, columns));
   RowsArgs<T> all{0, count, depth, columns, rows.elements<T>(),
                   rows.rows.stride / int64_t(sizeof(T)), panels,
-                  bias ? static_cast<const T*>(*bias_row) : nullptr, static_cast<T*>(out.data_ptr())};
+                  bias ? static_cast<const T*>(*bias_row) : nullptr, data<T>(out)};
   parallel_for(0, count, BLOCK_ROWS, [&](int64_t begin, int64_t end) {
     RowsArgs<T> mine = all;
     mine.begin = begin, mine.end = end;
@@ -129,17 +129,18 @@ void sums(const Tensor& grad, const Tensor& input, Tensor& weight, Tensor& bias,
   const T* from = partials;
   if (weight_needed)
     for (int64_t i = 0; i < n; ++i)
-      add_ranges(from + i * width, ranges, size, k, static_cast<T*>(weight.data_ptr()) + i * k);
+      add_ranges(from + i * width, ranges, size, k, data<T>(weight) + i * k);
   if (bias_needed)
-    add_ranges(from + n * width, ranges, size, n, static_cast<T*>(bias.data_ptr()));
+    add_ranges(from + n * width, ranges, size, n, data<T>(bias));
 }
 
 Tensor linear_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+  check_size("weight", weight, {weight.size(0), input.size(1)});
   Tensor w = torch::stable::contiguous(weight);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     int64_t depth = w.size(1);
-    return times<T>(input, static_cast<const T*>(w.data_ptr()), 1, depth, w.size(0), bias);
+    return times<T>(input, data<T>(w), 1, depth, w.size(0), bias);
   };
   return input.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
 }
@@ -148,6 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_output, Tensor input, 
                                               bool input_needed, bool weight_needed,
                                               bool bias_needed) {
   int64_t n = weight.size(0), k = weight.size(1);
+  check_size("input", input, {input.size(0), k});
+  check_size("grad_output", grad_output, {input.size(0), n});
   Tensor w = torch::stable::contiguous(weight);
   Tensor grad_weight = torch::stable::new_empty(weight, {weight_needed ? n : 0, k});
   Tensor grad_bias = torch::stable::new_empty(weight, {bias_needed ? n : 0});
@@ -156,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor grad_output, Tensor input, 
     if (weight_needed || bias_needed)
       sums<T>(grad_output, input, grad_weight, grad_bias, weight_needed, bias_needed);
     if (!input_needed) return torch::stable::new_empty(input, {0, k});
-    return times<T>(grad_output, static_cast<const T*>(w.data_ptr()), k, 1, k, std::nullopt);
+    return times<T>(grad_output, data<T>(w), k, 1, k, std::nullopt);
   };
   Tensor grad_input = input.scalar_type() == ScalarType::Double ? run(0.0) : run(0.0f);
   return {grad_input, grad_weight, grad_bias};

@@ -26,11 +26,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(const Tensor& input, const Tens
   Tensor lse = torch::stable::new_zeros(input, {2, rows}, compute_dtype<T>());
   Tensor target_logit = torch::stable::new_zeros(input, {rows}, compute_dtype<T>());
   Tensor mean_offset = torch::stable::new_zeros(input, {mean_rows, q.width}, compute_dtype<T>());
+  T *lse_out = data<T>(lse), *logit_out = data<T>(target_logit), *mean_out = data<T>(mean_offset);
   forward_sweep(q, with_offset, [&](int64_t i, const ForwardArgs<T>& a) {
     int64_t row = scored.row[i];
-    T* mean = with_offset ? data<T>(mean_offset) + row * q.width : nullptr;
-    combine(a, i, data<T>(lse)[row], data<T>(lse)[rows + row], mean);
-    data<T>(target_logit)[row] = a.target_logit[i];
+    combine(a, i, lse_out[row], lse_out[rows + row],
+            with_offset ? mean_out + row * q.width : nullptr);
+    logit_out[row] = a.target_logit[i];
   });
   return {lse, target_logit, mean_offset};
 }
@@ -38,16 +39,21 @@ std::tuple<Tensor, Tensor, Tensor> forward_typed(const Tensor& input, const Tens
 template <class T>
 std::vector<T> gather(const Tensor& values, const std::vector<int64_t>& rows, int64_t first = 0) {
   Tensor source = torch::stable::contiguous(values);
+  const T* from = data<T>(source) + first;
   std::vector<T> out;
   out.reserve(rows.size());
-  for (int64_t row : rows) out.push_back(data<T>(source)[first + row]);
+  for (int64_t row : rows) out.push_back(from[row]);
   return out;
 }
 
 // `backward_sweep` of tensors [T] with the rows that are not scored.
 template <class T>
-void backward_of(const Scored<T>& scored, const Tensor& lse, const Tensor& grad_lse,
-                 const Tensor& grad_target_logit, const BackwardArgs<T>& a) {
+void backward_of(const Scored<T>& scored, const Tensor& input, const Tensor& lse,
+                 const Tensor& grad_lse, const Tensor& grad_target_logit,
+                 const BackwardArgs<T>& a) {
+  check_size("lse", lse, {2, input.size(0)});
+  check_size("grad_lse", grad_lse, {input.size(0)});
+  check_size("grad_target_logit", grad_target_logit, {input.size(0)});
   std::vector<T> row_grad = gather<T>(grad_lse, scored.row);
   std::vector<T> target_grad = gather<T>(grad_target_logit, scored.row);
   std::vector<T> rest = gather<T>(lse, scored.row, grad_lse.size(0));
@@ -69,7 +75,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& lin
   a.grad_weight = grad_weight.data_ptr(), a.weight_dtype = grad_weight.scalar_type();
   a.grad_bias = linear_bias ? grad_bias.data_ptr() : nullptr;
   a.bias_dtype = grad_bias.scalar_type();
-  backward_of(scored, lse, grad_lse, grad_target_logit, a);
+  backward_of(scored, input, lse, grad_lse, grad_target_logit, a);
   return {grad_weight, grad_bias};
 }
 
@@ -79,12 +85,15 @@ void update_typed(const Tensor& linear_weight, const std::optional<Tensor>& line
                   const Tensor& grad_lse, const Tensor& grad_target_logit, const Tensor& rows,
                   const Tensor& grad_rows, RowUpdate<T> update) {
   Scored<T> scored(input, linear_weight, linear_bias, target);
+  check_size("grad_rows", grad_rows, {rows.size(0), linear_weight.size(1)});
+  STD_TORCH_CHECK(linear_weight.is_contiguous() && (!linear_bias || linear_bias->is_contiguous()),
+                  "what is updated must be contiguous");
   Tensor ids = torch::stable::contiguous(rows), more = torch::stable::contiguous(grad_rows);
   update.table = data<T>(linear_weight), update.bias = data_or_null<T>(linear_bias);
   update.rows = int64_data(ids), update.grad = data<T>(more), update.count = rows.size(0);
   BackwardArgs<T> a{};
   a.update = &update;
-  backward_of(scored, lse, grad_lse, grad_target_logit, a);
+  backward_of(scored, input, lse, grad_lse, grad_target_logit, a);
 }
 
 template <class T>
@@ -94,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_and_grad_typed(
     bool with_input, bool with_weight) {
   Scored<T> scored(input, linear_weight, linear_bias, target, ignore_index);
   const Problem<T>& q = scored.problem;
+  check_size("weight", weight, {q.items});
   Tensor loss = torch::stable::new_zeros(input, {});
   Tensor grad_input = torch::stable::new_zeros(input, {with_input ? input.size(0) : 0, q.width});
   Tensor grad_weight =
@@ -103,8 +113,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_and_grad_typed(
 
   std::vector<T> grad_row(q.rows, T(1));
   double total = 0;
+  const T* class_weight = data_or_null<T>(weight);
   for (int64_t i = 0; i < q.rows; ++i) {
-    if (weight) grad_row[i] = data<T>(*weight)[q.target[i]];
+    if (weight) grad_row[i] = class_weight[q.target[i]];
     total += grad_row[i];
   }
   if (mean && total != 0)
@@ -117,9 +128,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_and_grad_typed(
                 with_weight ? data<T>(grad_weight) : nullptr,
                 with_weight && linear_bias ? data<T>(grad_bias) : nullptr);
   double sum = 0;
+  T* input_out = data<T>(grad_input);
   for (int64_t i = 0; i < q.rows; ++i) {
     sum += losses[i] * grad_row[i];
-    if (gx) std::copy_n(gx + i * q.ld, q.width, data<T>(grad_input) + scored.row[i] * q.width);
+    if (gx) std::copy_n(gx + i * q.ld, q.width, input_out + scored.row[i] * q.width);
   }
   *data<T>(loss) = static_cast<T>(sum);
   return {loss, grad_input, grad_weight, grad_bias};

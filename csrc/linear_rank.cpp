@@ -19,6 +19,7 @@ Tensor forward_typed(const Tensor& input, const Tensor& linear_weight,
   Tensor ids = torch::stable::contiguous(target);
   const int64_t* y = int64_data(ids);
   int64_t rows = input.size(0), items = linear_weight.size(0);
+  check_size("target", target, {rows});
   for (int64_t i = 0; i < rows; ++i)
     STD_TORCH_CHECK(y[i] >= 0 && y[i] < items, "target ", y[i], " is outside [0, ", items, ")");
   std::vector<int64_t> order(rows), sorted(rows);
@@ -33,7 +34,7 @@ Tensor forward_typed(const Tensor& input, const Tensor& linear_weight,
   LinearRank<T> a{ranked.scores, sorted.data(), ahead.data(), nullptr};
   run(a, ranked.scores.blocks * ranges, linear_rank<T>);
   Tensor out = torch::stable::new_empty(input, {rows}, ScalarType::Long);
-  int64_t* rank = static_cast<int64_t*>(out.data_ptr());
+  int64_t* rank = data<int64_t>(out);
   for (int64_t i = 0; i < rows; ++i) {
     int64_t& at = rank[order[i]] = 1;
     for (int64_t r = 0; r < ranges; ++r) at += ahead[r * rows + i];

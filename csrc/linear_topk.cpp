@@ -18,6 +18,7 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& input, const Tensor& line
                                          const std::optional<Tensor>& exclude_values,
                                          const std::optional<Tensor>& exclude_offsets) {
   int64_t rows = input.size(0);
+  STD_TORCH_CHECK(k >= 0, "k must not be negative, got ", k);
   std::vector<int64_t> order(rows);
   std::iota(order.begin(), order.end(), int64_t(0));
   Ranked<T> ranked(input, linear_weight, linear_bias, exclude_values, exclude_offsets, order);
@@ -33,8 +34,8 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& input, const Tensor& line
 
   Tensor values = torch::stable::new_empty(input, {rows, k}, compute_dtype<T>());
   Tensor indices = torch::stable::new_empty(input, {rows, k}, ScalarType::Long);
-  T* value = static_cast<T*>(values.data_ptr());
-  int64_t* index = static_cast<int64_t*>(indices.data_ptr());
+  T* value = data<T>(values);
+  int64_t* index = data<int64_t>(indices);
   parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
     std::vector<std::pair<T, int64_t>> all;
     auto better = [](const std::pair<T, int64_t>& x, const std::pair<T, int64_t>& y) {

@@ -32,6 +32,9 @@ struct Multilabel {
     const int64_t labels = linear_weight.size(0), width = linear_weight.size(1);
     const int64_t lists = offsets.size(0) - 1;
     check_offsets(bound, lists, values.size(0));
+    check_size("input", input, {input.size(0), width});
+    check_size("label_rows", rows, {input.size(0)});
+    check_size("linear_bias", linear_bias, {labels});
     const int64_t* label = int64_data(values);
     for (int64_t l = 0; l < lists; ++l) {
       int64_t before = -1;
@@ -123,10 +126,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_typed(
   if (biases) a.sum_bias = bias_sums.data();
   run(a, a.tasks, multilabel_forward<T>);
   if (with_weight) add_tasks(a, data<T>(grad_weight), data<T>(grad_bias));
+  T *loss_out = data<T>(loss), *input_out = data<T>(grad_input);
   for (int64_t i = 0; i < a.rows; ++i) {
-    data<T>(loss)[q.row[i]] = static_cast<T>(a.loss[i]);
+    loss_out[q.row[i]] = static_cast<T>(a.loss[i]);
     if (with_input && !all)
-      std::copy_n(a.grad_x + i * a.width, a.width, data<T>(grad_input) + q.row[i] * a.width);
+      std::copy_n(a.grad_x + i * a.width, a.width, input_out + q.row[i] * a.width);
   }
   return {loss, grad_input, grad_weight, grad_bias};
 }
@@ -148,7 +152,7 @@ std::tuple<Tensor, Tensor> backward_typed(const Tensor& input, const Tensor& lin
   set_blocks(a, a.labels);
   // Few labels are few tasks: rows in ranges as well, whose sums are added in order.
   const int64_t most = std::max<int64_t>(1, a.rows / (8 * TILE));
-  const int64_t ranges = std::clamp<int64_t>(divide_up(32, a.blocks), 1, most);
+  const int64_t ranges = std::clamp<int64_t>(divide_up(32, std::max<int64_t>(1, a.blocks)), 1, most);
   a.range = std::max(TILE, round_up(divide_up(a.rows, ranges), TILE));
   a.ranges = std::max<int64_t>(1, divide_up(a.rows, a.range));
   const bool direct = a.ranges == 1 && grad_weight.scalar_type() == compute_dtype<T>();

@@ -56,6 +56,9 @@ struct Sampled {
         x((rows + AFTER) * ld),
         shared(own ? 0 : (K + AFTER) * ld),
         shared_offset(own ? 0 : K) {
+    check_size("linear_weight", linear_weight, {linear_weight.size(0), width});
+    check_size("target", target, {rows});
+    if (own) check_size("negatives", negatives, {rows, K});
     check_ids("target", data<int64_t>(target), rows, -1, linear_weight.size(0));
     check_ids("negative", data<int64_t>(negatives), own ? rows * K : K, 0, linear_weight.size(0));
     load_rows<T>(source.rows, rows, nullptr, width, ld, x);
@@ -164,13 +167,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Sampled<T> sampled, const Tens
   Tensor grad_target = torch::stable::contiguous(grad_target_);
   Tensor grad_negatives = torch::stable::contiguous(grad_negatives_);
   Tensor lse = torch::stable::contiguous(lse_), grad_loss = torch::stable::contiguous(grad_loss_);
+  check_size("grad_target", grad_target, {N}), check_size("grad_loss", grad_loss, {N});
+  check_size("lse", lse, {2, N});
+  if (sampled.own) check_size("grad_negatives", grad_negatives, {N, K});
+  const T *lse_in = data<T>(lse), *grad_in = data<T>(grad_loss);
   Buffer<T> shift(N), upstream(N), through_lse(N), grad_shared(sampled.own ? 0 : K * a.ld);
   Buffer<T> grad_offset(sampled.own ? 0 : K);
   for (int64_t i = 0; i < N; ++i) {
     const bool scored = a.target[i] >= 0;
-    shift[i] = scored ? data<T>(lse)[i] : std::numeric_limits<T>::infinity();
-    upstream[i] = scored ? data<T>(grad_loss)[i] : T(0);
-    through_lse[i] = upstream[i] * std::exp(-data<T>(lse)[N + i]);
+    shift[i] = scored ? lse_in[i] : std::numeric_limits<T>::infinity();
+    upstream[i] = scored ? grad_in[i] : T(0);
+    through_lse[i] = upstream[i] * std::exp(-lse_in[N + i]);
   }
   if (!sampled.own) {
     a.lse = shift, a.grad_loss = through_lse;
@@ -205,8 +212,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_typed(Sampled<T> sampled, const Tens
 
   const int64_t out_rows = sparse ? distinct : items;
   Tensor index = torch::stable::new_empty(sampled.target, {sparse ? distinct : 0});
+  int64_t* index_out = data<int64_t>(index);
   for (int64_t u = 0; sparse && u < distinct; ++u)
-    data<int64_t>(index)[u] = static_cast<int64_t>(key[start[u]] >> entry_bits);
+    index_out[u] = static_cast<int64_t>(key[start[u]] >> entry_bits);
   Tensor grad_weight = torch::stable::new_empty(linear_weight, {out_rows, a.width});
   Tensor grad_bias = torch::stable::new_empty(linear_bias ? *linear_bias : lse,
                                               {linear_bias ? out_rows : 0});

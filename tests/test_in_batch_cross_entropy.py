@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from backends import backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_batch_problem import NAMES, OP, cpp, every_backend, on, problem
+from in_batch_problem import NAMES, cpp, every_backend, on, problem
 from op_db.case import Sample, excess, promote, run
 from op_db.in_batch_cross_entropy import by_tensors, embeddings, ids, lists, parameters
 
@@ -184,7 +183,7 @@ def test_cosine_and_dot(backend):
     assert cosine.item() == pytest.approx(math.log1p(math.exp(-2)), rel=1e-5)
 
 
-@backends(OP, "reference", "cpp", "triton")
+@every_backend
 @pytest.mark.parametrize(
     "bias, loss",
     [

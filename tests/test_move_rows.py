@@ -91,6 +91,15 @@ def test_rows_and_gradients_with_strides():
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_gradients_of_another_dtype_are_moved_by_operations(how):
+    table, rows, grad, state = problem((3000, 50), how)
+    low = grad.bfloat16()
+    exact = changed(move_rows_ref_, table, rows, low.float(), state)
+    for one, other in zip(changed(move_rows_, table, rows, low, state), exact, strict=True):
+        assert other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_tables_that_the_kernel_does_not_take_are_moved_by_operations(how, monkeypatch):
     table, rows, grad, state = problem((60, 5), how)
     exact = changed(move_rows_ref_, table, rows, grad, state)

@@ -8,24 +8,13 @@
 
 #include <optional>
 
+#include "checks.h"
 #include "convert.h"
 #include "dropout.h"
 #include "parallel.h"
 
 namespace fastrec {
 namespace {
-
-using torch::stable::Tensor;
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <class T>
-T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
 
 inline ScalarType promote(ScalarType a, ScalarType b) {
   bytes_of(a), bytes_of(b);
@@ -37,6 +26,7 @@ inline ScalarType promote(ScalarType a, ScalarType b) {
 struct Matrix {
   explicit Matrix(const std::optional<Tensor>& matrix) {
     if (!matrix) return;
+    STD_TORCH_CHECK(matrix->dim() == 2, "expected a matrix, got ", matrix->dim(), " dimensions");
     const int64_t size = bytes_of(matrix->scalar_type());
     bool rows_are = matrix->stride(1) == 1 || matrix->size(1) == 1;
     tensor = rows_are ? *matrix : torch::stable::contiguous(*matrix);
@@ -76,6 +66,7 @@ class Vector {
   // n elements; `fill` where there is no vector.
   Vector(const std::optional<Tensor>& vector, int64_t n, T fill = T(0)) : filled_(vector ? 0 : n) {
     if (vector) {
+      check_size("a vector", *vector, {n});
       bytes_of(vector->scalar_type());
       tensor_ = torch::stable::contiguous(torch::stable::to(*vector, compute_dtype<T>()));
     } else {
@@ -83,7 +74,7 @@ class Vector {
     }
   }
   operator const T*() const {
-    return tensor_ ? static_cast<const T*>(tensor_->data_ptr()) : static_cast<T*>(filled_);
+    return tensor_ ? data<T>(*tensor_) : static_cast<T*>(filled_);
   }
 
  private:
@@ -96,24 +87,6 @@ inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& ten
   return torch::stable::contiguous(*tensor);
 }
 
-inline const int64_t* int64_data(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, "expected int64, got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  return static_cast<const int64_t*>(tensor.data_ptr());
-}
-
-inline const int64_t* int64_data(const std::optional<Tensor>& tensor) {
-  return tensor ? int64_data(*tensor) : nullptr;
-}
-
-// Offsets are walked as pointers. Events behind the last one belong to no sequence.
-inline void check_offsets(const int64_t* at, int64_t sequences, int64_t events) {
-  STD_TORCH_CHECK(at[0] == 0, "offsets must start at 0, got ", at[0]);
-  for (int64_t b = 0; b < sequences; ++b)
-    STD_TORCH_CHECK(at[b] <= at[b + 1] && at[b + 1] <= events, "offsets must rise from 0 to ",
-                    events, ", got ", at[b], ", ", at[b + 1]);
-}
-
 struct DropoutTensors {
   DropoutTensors(const std::optional<Tensor>& keys_, const std::optional<Tensor>& positions_,
                  const std::optional<Tensor>& rng_, int64_t drop, int64_t site, int64_t layer)
@@ -123,7 +96,15 @@ struct DropoutTensors {
         value{int64_data(keys), int64_data(positions),
               PhiloxKey(rng ? int64_data(rng)[0] : 0, rng ? int64_data(rng)[1] : 0,
                         static_cast<Site>(site), layer),
-              drop} {}
+              drop} {
+    check_size("rng", rng_, {2});
+    STD_TORCH_CHECK(!drop || (keys && positions && rng), "dropout needs rng, keys and positions");
+  }
+
+  void check_rows(int64_t rows) const {
+    check_size("keys", keys, {rows});
+    check_size("positions", positions, {rows});
+  }
 
   std::optional<Tensor> keys, positions, rng;
   Dropout value;

@@ -49,7 +49,11 @@ Tensor draw_negatives(Tensor rng, Tensor keys, Tensor positions, int64_t number,
   Tensor ids = torch::stable::contiguous(keys), places = torch::stable::contiguous(positions);
   std::optional<Tensor> limits = contiguous_or_none(threshold), others = contiguous_or_none(alias);
   const int64_t rows = keys.size(0), *words = int64_data(state);
+  check_size("rng", state, {2}), check_size("positions", places, {rows});
+  check_size("threshold", limits, {items}), check_size("alias", others, {items});
+  STD_TORCH_CHECK(number >= 0 && items >= 0, "numbers must not be negative");
   Tensor out = torch::stable::new_empty(ids, {rows, number});
+  if (number == 0) return out;
   DrawArgs<float> a{PhiloxKey(words[0], words[1], static_cast<Site>(site), 0, 16),
                     int64_data(ids), int64_data(places), 0, 0, number, items,
                     int64_data(limits), int64_data(others), data<int64_t>(out)};

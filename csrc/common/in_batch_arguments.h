@@ -26,9 +26,12 @@ class Batch {
         const std::optional<Tensor>& exclude_offsets)
       : candidate_(candidate) {
     int64_t items = candidate.size(0), width = candidate.size(1), ld = padded<T>(width);
+    check_size("query", query, {query.size(0), width});
+    check_size("bias", bias, {items}), check_size("positive", positive, {query.size(0)});
     Tensor y = positive ? torch::stable::contiguous(*positive) : candidate;
-    for (int64_t i = 0; i < query.size(0); ++i) {
-      int64_t item = positive ? int64_data(y)[i] : -1;
+    const int64_t rows = query.size(0), *chosen = positive ? int64_data(y) : nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t item = positive ? chosen[i] : -1;
       STD_TORCH_CHECK(item < items, "positive ", item, " is outside [0, ", items, ")");
       if (positive && item < 0) continue;
       row.push_back(i);
@@ -44,10 +47,17 @@ class Batch {
     pairs.positive = item_.data();
     if (bias) {
       bias_ = torch::stable::contiguous(*bias);
-      pairs.bias = static_cast<const T*>(bias_->data_ptr());
+      pairs.bias = data<T>(*bias_);
     }
-    if (query_group) load_groups(*query_group, *candidate_group);
-    if (exclude_values) load_lists(*exclude_values, *exclude_offsets);
+    if (query_group) {
+      check_size("query_group", query_group, {rows, query_group->size(1)});
+      check_size("candidate_group", candidate_group, {items, query_group->size(1)});
+      load_groups(*query_group, *candidate_group);
+    }
+    if (exclude_values) {
+      check_size("exclude_offsets", exclude_offsets, {rows + 1});
+      load_lists(*exclude_values, *exclude_offsets);
+    }
   }
 
   Pairs<T> pairs;
@@ -94,6 +104,7 @@ class Batch {
     values_ = torch::stable::contiguous(values);
     Tensor bounds = torch::stable::contiguous(offsets);
     const int64_t* bound = int64_data(bounds);
+    check_offsets(bound, bounds.size(0) - 1, values.size(0));
     for (int64_t i : row) {
       list_begin_.push_back(bound[i]);
       list_end_.push_back(bound[i + 1]);

@@ -122,7 +122,7 @@ void stored_chunks(const Problem<T>& q, const T* grad_row, double* loss, T* grad
   int64_t chunk = a.chunk = q.items * BLOCK * sizeof(T) <= 2 << 20 ? BLOCK : STORED_CHUNKS[1];
   a.tile = q.items < 32 * TILE ? TILE / 4 : TILE;  // few items: more tasks to share
   a.tiles = divide_up(q.items, a.tile);
-  a.range = divide_up(a.tiles, 16);
+  a.range = std::max<int64_t>(1, divide_up(a.tiles, 16));
   a.ranges = divide_up(a.tiles, a.range);
   int64_t chunks = divide_up(q.rows, chunk);  // of equal size, in whole register tiles
   int64_t step = chunks ? std::min(chunk, round_up(divide_up(q.rows, chunks), 12)) : 1;

@@ -26,18 +26,22 @@ class Ranked {
     scores.rows = input.size(0), scores.items = linear_weight.size(0);
     scores.width = linear_weight.size(1);
     scores.ld = padded<T>(scores.width);
+    check_size("input", input, {scores.rows, scores.width});
+    check_size("linear_bias", linear_bias, {scores.items});
     x_ = std::make_unique<Buffer<T>>((scores.rows + AFTER) * scores.ld);
     load_rows<T>(Matrix(input).rows, scores.rows, order.data(), scores.width, scores.ld, *x_);
     scores.x = *x_;
     scores.weight = weight_.rows;
     if (linear_bias) {
       bias_ = torch::stable::contiguous(torch::stable::to(*linear_bias, compute_dtype<T>()));
-      scores.bias = static_cast<const T*>(bias_->data_ptr());
+      scores.bias = data<T>(*bias_);
     }
     if (exclude_values && exclude_values->size(0) > 0) {
       values_ = torch::stable::contiguous(*exclude_values);
       Tensor offsets = torch::stable::contiguous(*exclude_offsets);
       const int64_t* bound = int64_data(offsets);
+      check_size("exclude_offsets", offsets, {scores.rows + 1});
+      check_offsets(bound, scores.rows, values_->size(0));
       for (int64_t i : order) {
         list_begin_.push_back(bound[i]);
         list_end_.push_back(bound[i + 1]);
@@ -63,7 +67,7 @@ class Ranked {
     ranges = std::max<int64_t>(1, std::min(ranges, q.items / smallest));
     // Counts and positions inside a range are 32 bits wide.
     ranges = std::max(ranges, q.items >> 30);
-    q.range = round_up(divide_up(q.items, ranges), SWEEP);
+    q.range = round_up(std::max<int64_t>(1, divide_up(q.items, ranges)), SWEEP);
     q.ranges = divide_up(q.items, q.range);
   }
 

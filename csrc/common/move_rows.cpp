@@ -51,9 +51,18 @@ void move_rows_(Tensor table, Tensor rows, Tensor grad, std::optional<Tensor> sq
   for (int64_t i = 0; i < count; ++i)
     STD_TORCH_CHECK(at[i] >= 0 && at[i] < items && (i == 0 || at[i - 1] < at[i]),
                     "rows must be ascending, different and in [0, ", items, "), got ", at[i]);
+  const int64_t width = table.dim() == 2 ? table.size(1) : 1;
+  if (table.dim() == 2)
+    check_size("grad", grad, {count, width});
+  else
+    check_size("grad", grad, {count});
+  for (const std::optional<Tensor>& part : {std::optional<Tensor>(table), square, mean})
+    STD_TORCH_CHECK(!part || part->is_contiguous(), "what is updated must be contiguous");
+  STD_TORCH_CHECK(!square || square->numel() == (mean ? items * width : items),
+                  "square must have a number for each ", mean ? "number" : "row", " of the table");
+  STD_TORCH_CHECK(!mean || mean->numel() == items * width, "mean must be like the table");
   auto typed = [&](auto zero) {
     using T = decltype(zero);
-    const int64_t width = table.dim() == 2 ? table.size(1) : 1;
     MoveArgs<T> a{{T(eps), T(first), T(second)},
                   0, 0, width, mean ? width : 1,
                   at, data<T>(from), data<T>(table),

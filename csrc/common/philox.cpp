@@ -10,12 +10,11 @@
 
 #include <vector>
 
+#include "checks.h"
 #include "simd.h"
 
 namespace fastrec {
 namespace {
-
-using torch::stable::Tensor;
 
 template <class T>
 struct DrawArgs {
@@ -39,13 +38,15 @@ FASTREC_DEFINE_PER_ISA(draw, DrawArgs, draw_samples)
 Tensor philox_draws(Tensor rng, Tensor keys, int64_t rows, int64_t groups, int64_t site,
                     int64_t layer, int64_t head) {
   Tensor state = torch::stable::contiguous(rng), all = torch::stable::contiguous(keys);
-  const int64_t* words = static_cast<const int64_t*>(state.data_ptr());
+  const int64_t* words = data<int64_t>(state);
+  check_size("rng", state, {2}), check_size("keys", all, {all.size(0)});
+  STD_TORCH_CHECK(rows >= 0 && groups >= 0, "sizes must not be negative");
   Tensor out = torch::stable::new_empty(all, {all.size(0), rows, 16 * groups},
                                         torch::headeronly::ScalarType::Byte);
   std::vector<uint8_t> buffer(rows * groups * 16 + 128);  // the largest Philox::slack
   draw<float>({PhiloxKey(words[0], words[1], static_cast<Site>(site), layer),
-               static_cast<const int64_t*>(all.data_ptr()), all.size(0), head, rows, groups,
-               buffer.data(), static_cast<uint8_t*>(out.data_ptr())});
+               data<int64_t>(all), all.size(0), head, rows, groups,
+               buffer.data(), data<uint8_t>(out)});
   return out;
 }
 

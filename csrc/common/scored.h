@@ -72,6 +72,9 @@ struct Scored {
     Tensor ids = torch::stable::contiguous(target);
     const int64_t* y = int64_data(ids);
     int64_t items = linear_weight.size(0), width = linear_weight.size(1);
+    check_size("input", input, {input.size(0), width});
+    check_size("target", target, {input.size(0)});
+    check_size("linear_bias", linear_bias, {items});
     for (int64_t i = 0; i < input.size(0); ++i) {
       if (y[i] == ignore_index) continue;
       STD_TORCH_CHECK(y[i] >= 0 && y[i] < items, "target ", y[i], " is outside [0, ", items, ")");
@@ -84,7 +87,7 @@ struct Scored {
     if (linear_bias)
       bias = torch::stable::contiguous(torch::stable::to(*linear_bias, compute_dtype<T>()));
     problem = {count, items, width, ld, *x, item.data(), weight.rows,
-               bias ? static_cast<const T*>(bias->data_ptr()) : nullptr,
+               bias ? data<T>(*bias) : nullptr,
                input.scalar_type() == ScalarType::BFloat16 && has_bf16()};
   }
 

@@ -52,23 +52,25 @@ def move_rows_(
 ) -> None:
     """Move rows of a tensor [V, D] or [V] by their gradients [U, D] or [U]. rows: int64 [U],
     ascending and distinct."""
-    if _is_native(table, *state[1:]):
+    if _is_native(table, grad, *state[1:]):
         parts = (state.square, state.mean, state.rate, eps, *betas)
         torch.ops.fastrec.move_rows_(table, rows, grad, *parts)
     else:
         move_rows_ref_(table, rows, grad, state, eps, betas)
 
 
-def _is_native(*tensors: Tensor | None) -> bool:
-    first, *_ = tensors
-    assert first is not None
-    wide = first.dtype in (torch.float32, torch.float64)
-    together = all(part is None or part.is_contiguous() for part in tensors)
-    return wide and together and unavailable_reason("cpp", "move_rows_", first.device) is None
+def _is_native(table: Tensor, grad: Tensor, *state: Tensor | None) -> bool:
+    parts = [part for part in (table, *state) if part is not None]
+    wide = table.dtype in (torch.float32, torch.float64)
+    alike = all(part.dtype == table.dtype for part in (grad, *parts))
+    together = all(part.is_contiguous() for part in parts)
+    native = unavailable_reason("cpp", "move_rows_", table.device) is None
+    return wide and alike and together and native
 
 
 def move_rows_ref_(table, rows, grad, state, eps, betas) -> None:
     """The oracle: plain PyTorch, any dtype."""
+    grad = grad.to(table.dtype)
     if state.square is None:
         table.index_add_(0, rows, grad, alpha=-state.rate)
         return
