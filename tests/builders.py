@@ -49,7 +49,9 @@ def dataset_of(sequences: list[list[int]], num_items: int) -> SequenceDataset:
         "num_items": num_items,
         "num_interactions": len(values),
     }
-    return SequenceDataset(Path("memory"), schema, values, offsets)
+    dataset = SequenceDataset(Path("memory"), schema, values, offsets)
+    dataset.__dict__["items_hash"] = "memory"  # there are no ids to hash
+    return dataset
 
 
 def jagged(lengths: list[int], num_items: int = 50, first_id: int = 0) -> JaggedBatch:

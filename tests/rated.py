@@ -24,7 +24,6 @@ def rated(lengths=LENGTHS, missing: float = 0.2, seed: int = 0) -> SequenceDatas
     if missing and len(lengths) > 2:
         ratings[dataset.offsets[2] : dataset.offsets[3]] = np.nan
     dataset._event_columns["rating"] = ratings
-    dataset.__dict__["items_hash"] = "memory"  # it has no table of items
     return dataset
 
 

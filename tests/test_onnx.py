@@ -66,7 +66,9 @@ def test_a_history_that_is_none_has_no_query(tmp_path):
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.exhaustive)]
+)
 def test_a_model_of_another_type_is_written_in_float32(dtype, tmp_path):
     model = MODELS["mask, tokens"]().to(dtype)
     export_onnx(model, tmp_path / "folder" / "query.onnx")

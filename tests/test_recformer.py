@@ -281,7 +281,7 @@ def test_a_trained_model_is_loaded_evaluated_and_asked(dataset, trained, tmp_pat
     assert said["metrics"]["model"] == pytest.approx(found)
     main(["recommend", *flags, "--output", str(tmp_path / "best.csv"), "--k", "2"])
     assert pl.read_csv(tmp_path / "best.csv").height == 120
-    with pytest.raises(ValueError, match="is no program of items alone"):
+    with pytest.raises(ValueError, match="reads the texts of items has no program"):
         fastrec.export_query(loaded.model)
     with pytest.raises(ValueError, match="new_items_like has no effect"):
         load_model(folder / "model", dataset, new_items_like="year")

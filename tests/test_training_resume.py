@@ -188,7 +188,7 @@ def started(data, folder, *flags):
     """A process that trains for ever, and has come to its first checkpoint."""
     process = subprocess.Popen(
         command("pretrain", "--data", data, "--output", folder, *FLAGS,
-                "--pretraining.steps=100000", *flags),
+                "--pretraining.steps=100000", "--pretraining.patience=0", *flags),
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
