@@ -3,6 +3,7 @@
 column and row."""
 
 import datetime
+import gzip
 import json
 
 import polars as pl
@@ -92,6 +93,9 @@ def test_parquet_bad_input(tmp_path):
     fails(read, file, file=file, column="when", match=r"time zone \+05:30 has no name", **NAMES)
     good.write_parquet(file)
     data = file.read_bytes()
+    packed = tmp_path / "t.parquet.gz"
+    packed.write_bytes(gzip.compress(data))
+    assert rows(read(packed, **options)) == rows(read(file, **options))
     for cut in (len(data) - 5, len(data) // 2, 3):
         file.write_bytes(data[:cut])
         fails(read, file, file=file, match="Parquet", **options)

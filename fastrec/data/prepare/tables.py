@@ -107,8 +107,8 @@ def _parquet_blocks(file, rows: int) -> Iterator[tuple[pl.DataFrame, int]]:
     file = check_file(file)
     with reading(file, "truncated or corrupt Parquet"):
         packed = file.suffix.lower() == ".gz"
-        content = BytesIO(_gunzip(file, file.read_bytes())) if packed else file
-        _check_zones(file, content)
+        content = _gunzip(file, file.read_bytes()) if packed else file
+        _check_zones(file, BytesIO(content) if packed else content)
         table = pl.scan_parquet(content, glob=False)
         count = table.select(pl.len()).collect().item()
         for start in range(0, count, rows):
