@@ -53,7 +53,12 @@ def environment(device: str) -> dict:
 def _code() -> str:
     """A digest of the sources whose times are measured; the results file is no part of it."""
     digest = hashlib.sha256()
-    patterns = ("kernels/**/*.py", "fastrec/random.py", "fastrec/[on]*/**/*.py")
+    patterns = (
+        "kernels/**/*.py",
+        "fastrec/random.py",
+        "fastrec/tensors.py",
+        "fastrec/[on]*/**/*.py",
+    )
     for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:10]
