@@ -29,7 +29,7 @@ def measure(options) -> dict:
     import torch.distributed as dist
 
     from fastrec.nn.sharded import shard_tables, sharded_parameters
-    from fastrec.objectives.joint import total_loss
+    from fastrec.objectives.joint import of_all_ranks, total_loss
     from fastrec.random import Rng
     from fastrec.training.processes import let_go
     from fastrec.training.rows import share_gradients, tables_of
@@ -61,7 +61,7 @@ def measure(options) -> dict:
             dist.barrier()
         start, used = time.perf_counter(), time.process_time()
         terms = objective(model, loader.batch_at(number), Rng(0, number))
-        loss = total_loss(terms, world)
+        loss = total_loss(of_all_ranks(terms, world))
         loss.backward()
         if world > 1:
             share_gradients(shared)

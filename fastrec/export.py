@@ -27,18 +27,21 @@ class Query(nn.Module):
         # Keys are read by dropout alone, and a bound of the lengths is that of all inputs.
         known = values.clamp_min(0)
         batch = JaggedBatch(known, offsets, offsets[1:], self.model.max_positions, events)
-        # ONNX counts rows below 0 from the end, and without an event of its own a history is asked
+        # ONNX counts rows below 0 from the end, and without an item of its own a history is asked
         # at that of another.
-        before = F.pad((values < 0).long().cumsum(0), (1, 0))
-        wrong = (before[offsets[1:]] > before[offsets[:-1]]) | (offsets[1:] == offsets[:-1])
+        bad = F.pad((values < 0).long().cumsum(0), (1, 0))
+        tokens = sum(map(len, self.model.around(ask=True)))
+        least = tokens + self.model.config.causal
+        wrong = (bad[offsets[1:]] > bad[offsets[:-1]]) | (offsets.diff() < least)
         return torch.where(wrong[:, None], math.nan, self.model.ask(batch))
 
 
 def export_query(model) -> torch.export.ExportedProgram:
     """The program (values [T], offsets [B + 1]) -> queries [B, D] of a model, for any T and B: what
     `model.ask(model.inputs_of(histories, ask=True))` computes of the values and offsets of that
-    batch, and NaN for a history without events, or with a value below 0. It is on the device of the
-    model, whose weights it shares until it is saved or compiled.
+    batch, and NaN for a history that cannot be asked: one with a value below 0, or without an item
+    where the model is causal. It is on the device of the model, whose weights it shares until it is
+    saved or compiled.
 
     `torch.export.save` writes it, `torch.export.load` reads it where `import fastrec` has run, and
     `torch._inductor.aoti_compile_and_package` compiles it. `Recommender` takes all of them.

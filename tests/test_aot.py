@@ -53,7 +53,7 @@ def small_cases():
 
 
 @needs_compiler
-@pytest.mark.parametrize("op, values, target", small_cases())
+@pytest.mark.parametrize("op, values, target", [*small_cases()])
 def test_every_program_fits_into_99_kb(op, values, target, monkeypatch):
     monkeypatch.setattr(aot, "GPUTarget", lambda kind, _, warp: GPUTarget(kind, target, warp))
     binary = op.build(*values, 89)

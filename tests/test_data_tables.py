@@ -91,6 +91,10 @@ def test_parquet_bad_input(tmp_path):
     times = pa.array([0, 1], pa.timestamp("us", tz="+05:30"))  # Polars cannot make or read it
     parquet.write_table(pa.table({"who": [1, 2], "what": [3, 4], "when": times}), file)
     fails(read, file, file=file, column="when", match=r"time zone \+05:30 has no name", **NAMES)
+    for zone in ("+00:00", "-03:00", "UTC", "Asia/Kolkata"):
+        times = pa.array([0, 1], pa.timestamp("us", tz=zone))
+        parquet.write_table(pa.table({"who": [1, 2], "what": [3, 4], "when": times}), file)
+        assert [row[2] for row in rows(read(file, **NAMES))] == [0, 1]
     good.write_parquet(file)
     data = file.read_bytes()
     packed = tmp_path / "t.parquet.gz"

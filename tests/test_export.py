@@ -26,6 +26,17 @@ MODELS = {
 }
 
 
+def test_a_history_of_tokens_alone_has_no_query():
+    """It was asked at the last event of another one."""
+    model = MODELS["ur"]()
+    token = model.token("ur")
+    values, offsets = torch.tensor([3, token, token, 7, token]), torch.tensor([0, 2, 3, 5])
+    found = export_query(model).module()(values, offsets)
+    assert found.isnan().all(1).tolist() == [False, True, False]
+    expected = model.ask(model.inputs_of([[3], [7]], ask=True))
+    torch.testing.assert_close(found[[0, 2]], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_program_is_the_model(name, tmp_path):
     model = MODELS[name]()

@@ -110,13 +110,18 @@ EMPTY = [
 ]
 
 
-@pytest.mark.parametrize("op, arguments, message", WRONG, ids=lambda value: str(value)[:40])
+def names(calls):
+    """The same in all workers: tensors have no name."""
+    return [f"{number}-{op}" for number, (op, *_) in enumerate(calls)]
+
+
+@pytest.mark.parametrize("op, arguments, message", WRONG, ids=names(WRONG))
 def test_what_does_not_fit_is_named(op, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.fastrec, op)(*arguments)
 
 
-@pytest.mark.parametrize("op, arguments", EMPTY, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("op, arguments", EMPTY, ids=names(EMPTY))
 def test_what_is_empty_has_a_result(op, arguments):
     getattr(torch.ops.fastrec, op)(*arguments)
 

@@ -60,9 +60,10 @@ class Rating:
             biases = RatingBiases(self.biases, side.mean_rating, *side.rating_deviations)
         elif self.by == "state":
             mean = side.mean_rating
-        if self.by == "state":
-            return RatingPrediction(width, mean, biases=biases)
-        return RatingPrediction(width, mean, model.num_items, biases, side.dataset.items_hash)
+        if self.by == "state" and biases is None:
+            return RatingPrediction(width, mean)
+        items = model.num_items if self.by == "item" else None
+        return RatingPrediction(width, mean, items, biases, side.dataset.items_hash)
 
 
 class RatingBiases(nn.Module):
@@ -118,7 +119,7 @@ class RatingPrediction(nn.Module):
         mean: rating that the linear layer starts at.
         num_items: V: a vector for each item in place of the linear layer.
         biases: what the states are added to.
-        items_hash: of the original ids, which says whose the vectors are where they are saved.
+        items_hash: of the original ids, which says whose vectors and counts are saved.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class RatingPrediction(nn.Module):
         scale: dict[str, str | float] = {"by": "state"}
         if num_items is not None:
             scale = {"by": "item", "items": items_hash}
-        self.scales = [scale if biases is None else scale | {"biases": biases.shrinkage}]
+        if biases is not None:
+            scale |= {"biases": biases.shrinkage, "counted": items_hash}
+        self.scales = [scale]
         if self.linear is not None:
             nn.init.constant_(self.linear.bias, mean)
 

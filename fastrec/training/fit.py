@@ -227,7 +227,9 @@ def _fit(
         trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
     trained_on["scores_items"] = scores_items(current, initial, kept)
-    trained.seen_users = seen_by_run(dataset, data.people, recipe, current, initial, kept)
+    trained.seen_users = seen_by_run(
+        dataset, data.people, recipe, current, initial, initial_folder, kept
+    )
     trained.known_items, trained.recipe = hashes(dataset.item_ids()), plain(recipe)
 
     def save(steps: int) -> None:

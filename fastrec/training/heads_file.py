@@ -26,7 +26,7 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
     only: take over these objectives, where both sides have them, but for what is counted in the
         data of a stage, their `of_data`; otherwise the file must hold every parameter of
         `objective`, with the same `scales`: the same attributes with the same classes,
-        standardisation and pool. What was counted of other items than there are stays.
+        standardisation and pool. What was counted of other data, by `counted` of the scales, stays.
 
     Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
     """
@@ -36,16 +36,16 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
             return []
         raise FileNotFoundError(f"{file} is missing: the model was not trained for this task")
     state = read_tensors(file)
-    counted = {
+    saved, scales = saved_scales(folder), _scales(objective)
+    kept = {
         f"{name}.{tensor}"
         for name, part in objective.parts.items()
         for tensor in getattr(part, "of_data", ())
+        if only is not None or _counted(saved.get(name)) != _counted(scales.get(name))
     }
-    if only is None:
-        others = {n for n in counted if n in state and state[n].shape != own[n].shape}
-        names = [name for name in own if name not in others]
-    else:
-        names = [n for n in own if n.split(".")[0] in only and n in state and n not in counted]
+    names = [name for name in own if name not in kept]
+    if only is not None:
+        names = [name for name in names if name.split(".")[0] in only and name in state]
     for name in names:
         if name not in state:
             raise ValueError(f"{file} holds no {name}: the model was not trained for this task")
@@ -56,16 +56,25 @@ def load_heads(objective: JointObjective, folder: Path, only: list[str] | None =
                 " is it from another set of attributes or another width?"
             )
     # Other lists may have as many outputs: one of two classes, or two numbers.
-    saved, scales = saved_scales(folder), _scales(objective)
     for objective_name in {name.split(".")[0] for name in names} & set(scales):
         pairs = zip_longest(saved.get(objective_name, []), scales[objective_name])
         for trained, here in pairs:
-            if trained != here:
+            if _meant(trained) != _meant(here):
                 raise ValueError(
                     f"{file}: it was trained to predict {trained}, here that output is {here}"
                 )
     objective.parts.load_state_dict({name: state[name] for name in names}, strict=False)
     return names
+
+
+def _counted(scales: list | None) -> str | None:
+    """A digest of the data in which an objective has counted something."""
+    return scales[0].get("counted") if scales else None
+
+
+def _meant(scale: dict | None) -> dict | None:
+    """What an output stands for, wherever it was counted."""
+    return scale and {name: what for name, what in scale.items() if name != "counted"}
 
 
 def load_pool(objective: JointObjective, folder: Path, name: str) -> list[str]:

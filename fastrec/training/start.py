@@ -99,6 +99,7 @@ def seen_by_run(
     recipe: Recipe,
     stage: Stage,
     initial: UserModel | None,
+    initial_folder: Path | None,
     kept: Path | None,
 ) -> np.ndarray | None:
     """Whom a model that is trained on `users` has seen, see `seen_users`. `kept`: of a resumed run,
@@ -109,7 +110,10 @@ def seen_by_run(
     if kept is not None and kept.exists():
         earlier.append(read_seen(kept))
     elif initial is not None and stage.init.users == "same":
-        earlier.append(initial.seen_users)
+        known = initial.seen_users
+        if known is None and initial_folder is not None:
+            known = read_seen(initial_folder)
+        earlier.append(known)
     asked = [each for each in (stage.filler, _similar(stage)) if each is not None]
     earlier += [read_seen(Path(each)) for each in asked]
     return seen_users(dataset, everyone, earlier)

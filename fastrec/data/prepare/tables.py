@@ -4,6 +4,7 @@
 import ast
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -31,6 +32,7 @@ _OTHER = {
     **dict.fromkeys((".xls", ".xlsx"), "save it as .csv"),
 }
 _PARQUET, _JSON = (".parquet", ".pq"), (".json", ".jsonl", ".ndjson")
+_HOURS = re.compile(r"[+-](0\d|1[0-4]):00")
 
 
 def is_delimited(file) -> bool:
@@ -118,7 +120,7 @@ def _parquet_blocks(file, rows: int) -> Iterator[tuple[pl.DataFrame, int]]:
 
 
 def _check_zones(file: Path, content) -> None:
-    """Raise DataError for a time zone without a name, such as +05:30: Polars knows none of them."""
+    """Raise DataError for a time zone like +05:30: Polars reads names and whole hours."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -127,7 +129,7 @@ def _check_zones(file: Path, content) -> None:
         return
     for column in schema:
         zone = getattr(column.type, "tz", None)
-        if zone is not None and zone[:1] in "+-":
+        if zone is not None and zone[:1] in "+-" and not _HOURS.fullmatch(zone):
             raise DataError(
                 file, f"the time zone {zone} has no name: write the column in UTC",
                 column=column.name,
