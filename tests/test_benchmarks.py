@@ -188,6 +188,14 @@ def test_encoders_beside_their_peers_on_a_data_set(part, tmp_path, monkeypatch, 
     assert re.search(r"\d+\.\d\d ms   1\.00, 1\.00$", lines[1]), lines
 
 
+def test_a_step_of_one_process(monkeypatch, capsys):
+    options = ["--items", "500", "--steps", "1", "--batch", "16", "--how", "copies"]
+    monkeypatch.setattr("sys.argv", ["processes.py", *options])
+    importlib.import_module("benchmarks.processes").main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["median"] > 0 and 0 < found["loss"] < 10
+
+
 def test_views_beside_a_loop_over_users(tmp_path, monkeypatch, capsys):
     data = synthetic(tmp_path, num_users=60, num_items=40)
     monkeypatch.setattr("sys.argv", ["views.py", "--data", str(data), "--smoke"])
