@@ -122,6 +122,12 @@ def sampled_linear_cross_entropy_fwd(
     return outputs
 
 
+def sum_config(width: int, capability: int) -> dict:
+    """Columns and warps of `_sum_kernel`: 8 warps spill 8 bytes on sm_100."""
+    block_d = min(max(triton.next_power_of_2(width), 16), 64)
+    return {"BLOCK_D": block_d, "num_warps": 8 if capability < 100 else 4}
+
+
 def _sums(x, coefficient, per_row, ids, rows, dtype):
     """[rows, D] sums of coefficient[pair] x[pair // per_row] by ids[pair]; the last row is spare,
     and not computed."""
@@ -130,17 +136,18 @@ def _sums(x, coefficient, per_row, ids, rows, dtype):
     if t == 0 or d == 0:
         return out
     index, order = ids.sort(stable=True)
-    block_d = min(max(triton.next_power_of_2(d), 16), 64)
-    grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(d, block_d))
+    config = sum_config(d, capability_of(x.device))
+    grid = (triton.cdiv(t, BLOCK_T), triton.cdiv(d, config["BLOCK_D"]))
     head, tail = torch.empty(2, grid[0], d, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _sum_kernel[grid](
             x, coefficient, order, index, out, head, tail, t, per_row, d, spare, *x.stride(),
-            BLOCK_T=BLOCK_T, BLOCK_D=block_d, num_warps=8,
+            BLOCK_T=BLOCK_T, **config,
         )  # fmt: skip
         carry_kernel[grid](
-            index, out, head, tail, t, d, spare, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
-        )
+            index, out, head, tail, t, d, spare, BLOCK_T=BLOCK_T, BLOCK_K=32,
+            BLOCK_D=config["BLOCK_D"],
+        )  # fmt: skip
     return out
 
 

@@ -42,7 +42,7 @@ def build(kernel: str, types: str, width: int, softmax: bool, capability: int) -
     """The kernel as the launcher specialises it: contiguous tensors, `width` a multiple of 16."""
     dtype, table = TYPES[types.removesuffix("-ieee")]
     if kernel == "sum":
-        config = {"BLOCK_T": kernels.BLOCK_T, "BLOCK_D": min(width, 64), "num_warps": 8}
+        config = {"BLOCK_T": kernels.BLOCK_T, **kernels.sum_config(width, capability)}
     elif kernel == "own_fwd":
         config = kernels.own_config(width)
     else:
