@@ -59,7 +59,9 @@ def _private(device: str, op: str) -> Iterator[tuple]:
             yield x, offsets, mask
             yield x, offsets, None
         else:
-            yield x[:3], torch.zeros(3, 18, dtype=torch.int32, device=device), offsets, 7
+            index = torch.zeros(3, 18, dtype=torch.int32, device=device)
+            index[1] = -1  # of an empty sequence, as forward gives it
+            yield x[:3], index, offsets, 7
 
 
 OP = Op(
