@@ -3,14 +3,13 @@
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Literal
 
 from fastrec import threads
 from fastrec.backend import device_of
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.output import check_absent, check_table_path, locked_file, write_text
+from fastrec.data.output import check_absent, check_table_path, locked_file, write_json
 from fastrec.evaluation.protocol import protocol_of
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import read_json
@@ -139,7 +138,7 @@ def evaluate(
             ranks = ranks if first_process() else None
             result = _evaluate(recipe, data, pretrained, task, split, ranks, adapter, device, group)
         if written is not None:
-            write_text(written, json.dumps(result, indent=2) + "\n")
+            write_json(written, result)
 
 
 def _evaluate(

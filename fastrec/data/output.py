@@ -4,6 +4,7 @@ step."""
 
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -87,6 +88,11 @@ def write_text(output: Path, text: str) -> None:
     """`Path.write_text` as `new_file` does it."""
     with new_file(output) as work:
         work.write_text(text, encoding="utf-8")
+
+
+def write_json(output: Path, values: dict) -> None:
+    """An object as text that people read, as `new_file` writes it."""
+    write_text(output, json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager

@@ -137,7 +137,7 @@ class NextItemJudge:
         """`rank_rows`; the heads of the objective take no part. The item table, which may cost a
         product over all items, is kept until `metrics` ends a validation."""
         if model.sharded_table is not None:
-            return self._rank_spread(model, rows)
+            return self._rank_sharded(model, rows)
         if self._table is None:
             self._table = _item_table(model)
         return self.rank_rows(model, rows, self._table)
@@ -168,7 +168,7 @@ class NextItemJudge:
                 return self._rank(query, table, bias, rows).cpu()
 
     @torch.no_grad()
-    def _rank_spread(self, model, rows: slice) -> Tensor:
+    def _rank_sharded(self, model, rows: slice) -> Tensor:
         """`rank_rows` of a model whose item vectors are spread over processes, which all ask."""
         from fastrec.evaluation.sharded import sharded_ranks
 

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from fastrec.data.dataset_files import digest
-from fastrec.data.output import new_file, write_text
+from fastrec.data.output import new_file, write_json, write_text
 
 FORMAT = 3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -57,19 +57,14 @@ def write_model(
     write_digests(folder)
 
 
-def write_json(file: Path, values: dict) -> None:
-    write_text(file, json.dumps(values, indent=2) + "\n")
-
-
 def write_hashes(file: Path, hashes: np.ndarray) -> None:
     with new_file(file) as work:
         np.save(work, hashes)
 
 
-def read_hashes(folder: Path, name: str) -> np.ndarray | None:
-    """uint64 [N] in a file of a model, see `checked`; None where it is not there. Raises ValueError
-    that names the file."""
-    file = checked(folder, name)
+def read_hashes(file: Path) -> np.ndarray | None:
+    """uint64 [N] in a file of a model that is `checked`; None where it is not there. Raises
+    ValueError that names the file."""
     if not file.is_file():
         return None
     try:

@@ -53,7 +53,7 @@ def read_model(kind: "type[UserModel]", path: Path, encoder: Any = None) -> "Use
     model.load_state_dict(state)
     model.trained_on = _told(path / TRAINED_ON) or {}
     model.recipe = _told(path / RECIPE)
-    model.known_items, model.seen_users = read_hashes(path, ITEMS), read_hashes(path, USERS)
+    model.known_items, model.seen_users = read_hashes(path / ITEMS), read_hashes(path / USERS)
     if model.texts is not None:
         if not (path / TOKENIZER).is_file():
             raise FileNotFoundError(f"{path / TOKENIZER} is missing")

@@ -55,15 +55,13 @@ class Rating:
                 "the objective rating needs a model that reads ratings: set model.items.rating, or"
                 " the encoder bag"
             )
-        biases, mean, width = None, 0.0, model.config.width
+        width, biases = model.config.width, None
+        if self.by == "state" and self.biases is None:
+            return RatingPrediction(width, side.mean_rating)
         if self.biases is not None:
             biases = RatingBiases(self.biases, side.mean_rating, *side.rating_deviations)
-        elif self.by == "state":
-            mean = side.mean_rating
-        if self.by == "state" and biases is None:
-            return RatingPrediction(width, mean)
         items = model.num_items if self.by == "item" else None
-        return RatingPrediction(width, mean, items, biases, side.dataset.items_hash)
+        return RatingPrediction(width, 0.0, items, biases, side.dataset.items_hash)
 
 
 class RatingBiases(nn.Module):

@@ -12,7 +12,6 @@ digests.json          a digest of each, written last
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.data.output import locked, replaced_folder, write_text
+from fastrec.data.output import locked, replaced_folder, write_json
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import check_patch
@@ -99,11 +98,11 @@ def save_adapter(
     )
     with locked(folder), replaced_folder(folder) as work:
         write_tensors(work / ADAPTER_WEIGHTS, tensors)
-        write_text(work / ADAPTER, json.dumps(dataclasses.asdict(told), indent=2) + "\n")
+        write_json(work / ADAPTER, dataclasses.asdict(told))
         for name in (HEADS, TRAINED_ON, RECIPE):
             if checked(pretrained, name).is_file():
                 shutil.copyfile(pretrained / name, work / name)
-        here, there = (read_hashes(each, USERS) for each in (pretrained, base))
+        here, there = (read_hashes(checked(each, USERS)) for each in (pretrained, base))
         if here is not None and there is not None:
             write_hashes(work / USERS, np.setdiff1d(here, there))
         write_digests(work)
@@ -148,7 +147,7 @@ def with_adapter(model: UserModel, folder: Path | str) -> UserModel:
     trained_on, recipe = (checked(folder, name) for name in (TRAINED_ON, RECIPE))
     made.trained_on = (read_json(trained_on) if trained_on.is_file() else {}) | items
     made.recipe = read_json(recipe) if recipe.is_file() else None
-    more, made.known_items = read_hashes(folder, USERS), model.known_items
+    more, made.known_items = read_hashes(checked(folder, USERS)), model.known_items
     if more is not None and model.seen_users is not None:
         made.seen_users = np.union1d(model.seen_users, more)
     return made

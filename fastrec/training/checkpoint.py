@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fastrec.data.dataset_files import COLD_ITEMS_FILE, digest, features_file
-from fastrec.data.output import new_file, remove_folder, tidy, write_text
+from fastrec.data.output import new_file, remove_folder, tidy, write_json
 from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.model_files import DIGESTS, WEIGHTS
 from fastrec.nn.user_model import UserModel
@@ -144,7 +144,7 @@ def start_run(folder: Path, dataset, recipe: Recipe, stage: str, resume: bool) -
         remove_folder(folder / MODEL)
     tidy_shards(folder / LAST)
     for name, values in _described(dataset, recipe, stage).items():
-        write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
+        write_json(folder / f"{name}.json", values)
 
 
 def tidy_shards(path: Path) -> None:

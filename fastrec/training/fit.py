@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastrec.backend import device_of, unavailable_reason
 from fastrec.data.loader import SequenceLoader
-from fastrec.data.output import locked, write_text
+from fastrec.data.output import locked, write_json
 from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.sharded import whole_state
@@ -268,7 +267,7 @@ def _fit(
         "threads": torch.get_num_threads(),
     }
     if trainer.is_global_zero:
-        write_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_json(output / SUMMARY, summary)
     trainer.strategy.barrier()
     best = UserModel.from_pretrained(output / MODEL, encoder)
     return best if recipe.texts is None else TextModel(best, dataset)
@@ -322,7 +321,7 @@ def _train(trainer, module: StageModule, output: Path, resume: bool) -> None:
 def _report(output: Path, model: UserModel, objective, taken: list[str], say: bool) -> None:
     """Write transfer.json, and say how much of a model is taken and how much is trained."""
     made = report(taken, model, objective.parts)
-    write_text(output / TRANSFER, json.dumps(made, indent=2) + "\n")
+    write_json(output / TRANSFER, made)
     if say:
         some, whole = trained_share(model, objective)
         tensors = len(made["taken"]) + len(made["new"])

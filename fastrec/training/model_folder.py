@@ -80,7 +80,7 @@ def hashes(ids: np.ndarray) -> np.ndarray:
 
 def read_seen(folder: Path) -> np.ndarray | None:
     """Whom the model in `folder` has seen; None if it does not say it."""
-    return read_hashes(folder, USERS)
+    return read_hashes(checked(folder, USERS))
 
 
 def for_items_of(

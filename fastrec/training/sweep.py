@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import get_type_hints
 
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.output import locked, write_text
+from fastrec.data.output import locked, write_json, write_text
 from fastrec.data.settings import from_values
 from fastrec.evaluation.next_item import NextItemJudge
 from fastrec.evaluation.report import plot_sweep, print_table
@@ -146,7 +146,7 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
     chosen = select_users(dataset, recipe.users, "test")
     judge = NextItemJudge(dataset, chosen, "test", recipe.evaluation)
     metrics = judge.metrics(judge.ranks(model))
-    write_text(result, json.dumps(metrics, indent=2) + "\n")
+    write_json(result, metrics)
     return metrics
 
 
