@@ -51,15 +51,15 @@ def of(runs, name):
 
 
 def test_the_page_switches_between_tasks(runs, tmp_path, monkeypatch):
-    """The block of docs/guide.md."""
-    page = Path(__file__).parent.parent / "docs" / "guide.md"
+    """The block of docs/transfer.md."""
+    page = Path(__file__).parent.parent / "docs" / "transfer.md"
     text = page.read_text().split("<!-- adapters -->")[1].split("```python")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "peterrec").symlink_to(runs / "base")
     (tmp_path / "adapters").symlink_to(runs / "adapters")
     names = {"fastrec": fastrec, "dataset": SequenceDataset.load(runs / "data")}
-    exec(compile(text, "guide.md", "exec"), names)
+    exec(compile(text, "transfer.md", "exec"), names)
     base, tasks = names["base"], names["tasks"]
     shared = {each.item_table.data_ptr() for each in (base, *tasks.values())}
     assert set(tasks) == set(TASKS.values()) and len(shared) == 1
