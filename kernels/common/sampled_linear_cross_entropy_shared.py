@@ -139,6 +139,11 @@ def shared_config(
         tile = (32, 64, 4) if backward else (64, 32, 4)
     elif split:
         tile = (32, 128, 8) if backward else (64, 32 if block_d <= 64 else 16, 4)
+    elif not full and capability >= 100:
+        # Its tensor cores multiply 64 rows of the score's first axis or more; 8 warps of 64 x 64
+        # spill where D is 64.
+        block = 32 if block_d == 256 else 64
+        tile = (block, 64, 8) if backward else (64, block, 4 if block_d <= 64 else 8)
     else:
         block = 32 if full or block_d == 256 else 64
         small = full and width > 64 and not (backward and width > 256)
