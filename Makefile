@@ -39,6 +39,8 @@ test: .venv/installed  ## the suite; the Triton kernels in the interpreter; cpp 
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton -m "not exhaustive"
 	FASTREC_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
 	FASTREC_CPU_CAPABILITY=default $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
+	FASTREC_CPU_CAPABILITY=avx512_bf16 $(BIN)/python -m pytest $(WORKERS) tests/test_ops.py \
+	  -k "linear_cross_entropy and cpp and bfloat16 and within_budget and not sampled"
 
 test-all: test  ## the same and what is slow and says little, before a release
 	$(BIN)/python -m pytest $(WORKERS) -m exhaustive

@@ -219,9 +219,12 @@ def main(argv: list[str] | None = None) -> None:
     results: dict = {"environments": {}, "ops": {}}
     if arguments.output and arguments.output.exists():
         results = json.loads(arguments.output.read_text())
-    for entry in () if arguments.render else entries("SMOKE" if arguments.smoke else "ENTRIES"):
-        if arguments.op not in (None, entry.op) or (arguments.shape or "") not in entry.key:
-            continue
+    kept, shape = entries("SMOKE" if arguments.smoke else "ENTRIES"), arguments.shape or ""
+    chosen = [e for e in kept if arguments.op in (None, e.op) and shape in e.key]
+    if not chosen:
+        known = [e.key for e in kept if arguments.op in (None, e.op)]
+        parser.error(f"no entry contains {shape!r}; there are: {', '.join(known)}")
+    for entry in () if arguments.render else chosen:
         print(entry.key, flush=True)
         results["ops"].setdefault(entry.op, {})[entry.key] = measured(entry, arguments)
         results["environments"][entry.op] = environment()

@@ -14,7 +14,7 @@ from fastrec import backend as dispatch
 from fastrec.backend import interpreting, resolve, unavailable_reason
 
 OP = "linear_cross_entropy"
-CAPABILITIES = ("avx512", "avx2", "default")
+CAPABILITIES = ("amx", "avx512_bf16", "avx512", "avx2", "default")
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 built = unavailable_reason("cpp", OP, CPU) is None
 needs_extension = pytest.mark.skipif(not built, reason="the C++ extension is not built")
@@ -123,10 +123,14 @@ def test_import_is_light():
 
 @needs_extension
 def test_cpu_capability_takes_narrower_vectors():
-    code = "import torch, fastrec._C; print(fastrec._C.vector_bytes)"
-    sizes = {name: int(python(code, FASTREC_CPU_CAPABILITY=name)) for name in ("", *CAPABILITIES)}
+    code = "import torch, fastrec._C as c; print(c.vector_bytes, c.bf16)"
+    said = {name: python(code, FASTREC_CPU_CAPABILITY=name) for name in ("", *CAPABILITIES)}
+    sizes = {name: int(text.split()[0]) for name, text in said.items()}
     assert sizes[""] == sizes["avx512"] >= sizes["avx2"] >= sizes["default"] == 16
     assert sizes["avx2"] <= 32
+    products = {name: text.split()[1:] for name, text in said.items()}
+    assert products[""] == products["amx"] and products["avx512_bf16"] in ([], ["avx512_bf16"])
+    assert products["avx512"] == products["avx2"] == products["default"] == []
     said = python(
         """
         try:
@@ -136,7 +140,10 @@ def test_cpu_capability_takes_narrower_vectors():
         """,
         FASTREC_CPU_CAPABILITY="sse",
     )
-    assert said == "FASTREC_CPU_CAPABILITY must be avx512, avx2 or default, got sse\n"
+    assert (
+        said
+        == "FASTREC_CPU_CAPABILITY must be amx, avx512_bf16, avx512, avx2 or default, got sse\n"
+    )
 
 
 MISSING = """

@@ -60,6 +60,12 @@ def test_smoke(output):
             assert rows["fastrec"]["extra_bytes"] >= 0
 
 
+def test_a_shape_that_no_entry_has_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--op", "linear_rank", "--shape", "N=5"])
+    assert "no entry contains 'N=5'; there are: N=" in capsys.readouterr().err
+
+
 def test_table_replaces_the_marked_block(output, tmp_path):
     before, after = "# Title\n\n", "\n\nafter\n"
     page = tmp_path / "docs" / "results" / "speed.md"

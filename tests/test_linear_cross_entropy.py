@@ -250,3 +250,15 @@ def test_bits_of_many_rows_do_not_depend_on_the_number_of_threads(loss):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+@cpp
+def test_products_of_pytorch_go_on_around_those_of_the_kernel(backend):
+    """On processors with AMX both set the shapes of the tile registers of a thread."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(300, 200, generator=g, dtype=torch.bfloat16)
+    expected, case = a @ a.T, problem(70, 300, 40, torch.bfloat16)
+    loss = linear_cross_entropy(**case, backend=backend)
+    for _ in range(2):
+        assert torch.equal(a @ a.T, expected)
+        assert torch.equal(linear_cross_entropy(**case, backend=backend), loss)

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products of bfloat16 values by the AVX512_BF16 instructions, two terms per 32-bit lane.
+// bfloat16 values in pairs, two in a 32-bit lane, as the instructions of AVX512_BF16 (bf16_dot.h)
+// and AMX_BF16 (bf16_tiles.h) multiply them; and the exponential of AVX-512.
 //
-// Legend: D width, MR x NR register tile. A Pair holds two values that are multiplied with the two
-// of another pair; sums are float32. Everything here needs FASTREC_BF16_BEGIN around its callers.
+// Legend: D width, NR lanes of a panel. A Pair holds two values that are multiplied with the two of
+// another pair; sums are float32.
 #pragma once
 
 #include "convert.h"
@@ -31,8 +32,8 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 // Twice the stationary rows of the float32 kernels: a streamed tile is rounded and interleaved once
 // per block, and the products take half the time.
 constexpr int64_t BLOCK = 2 * fastrec::BLOCK;
-constexpr int64_t MR = 12, NV = 2, LANES = 16, NR = NV * LANES;
-static_assert(BLOCK % MR == 0 && BLOCK % NR == 0 && TILE % MR == 0 && TILE % 2 == 0, "whole tiles");
+constexpr int64_t NV = 2, LANES = 16, NR = NV * LANES;
+static_assert(BLOCK % NR == 0 && TILE % 2 == 0, "whole tiles");
 
 FASTREC_INLINE int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
 // Row strides, in pairs: of rows that pair neighbours along D, and of rows that pair with the next
@@ -40,78 +41,14 @@ FASTREC_INLINE int64_t pairs_of(int64_t n) { return (n + 1) / 2; }
 FASTREC_INLINE int64_t row_stride(int64_t width) { return round_up(pairs_of(width), LANES) + LANES; }
 FASTREC_INLINE int64_t column_stride(int64_t width) { return round_up(width, LANES) + LANES; }
 
-// c[i][j] += sum_k a[i * a_row + k * a_step] . b[k * b_step + j * LANES ...]
-template <int N>
-FASTREC_INLINE void multiply(int64_t depth, const Pair* a, int64_t a_row, int64_t a_step,
-                             const Pair* b, int64_t b_step, __m512 (&c)[MR][N]) {
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    __m512bh bv[N];
-#pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) bv[j] = (__m512bh)_mm512_loadu_si512(b + j * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      __m512bh av = (__m512bh)_mm512_set1_epi32(a[i * a_row]);
-#pragma GCC unroll 2
-      for (int j = 0; j < N; ++j) c[i][j] = _mm512_dpbf16_ps(c[i][j], av, bv[j]);
-    }
-  }
-}
-
-// out[t, lanes of a panel] = tile[t] . panel; tile [rows, ld] pairs along D, panel [D / 2, NR], out
-// [rows, NR]. Up to MR - 1 rows beyond `rows` are computed too.
-FASTREC_INLINE void scores(int64_t rows, int64_t pairs, const Pair* tile, int64_t ld,
-                           const Pair* panel, float* out) {
-  for (int64_t i = 0; i < rows; i += MR) {
-    __m512 c[MR][NV] = {};
-    multiply<NV>(pairs, tile + i * ld, ld, 1, panel, NR, c);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) _mm512_storeu_ps(out + (i + m) * NR + j * LANES, c[m][j]);
-    }
-  }
-}
-
-template <int N>
-FASTREC_INLINE void accumulate_tile(int64_t depth, const Pair* p, const Pair* tile, int64_t ld,
-                                    float* out, int64_t out_ld) {
-  __m512 c[MR][N] = {};
-  multiply<N>(depth, p, 1, BLOCK, tile, ld, c);
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) {
-      float* at = out + m * out_ld + j * LANES;
-      _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), c[m][j]));
-    }
-  }
-}
-
-// out[s] += sum_t p(t, s) . tile[t] over `depth` pairs t of streamed rows; p [depth, BLOCK], tile
-// [depth, ld] pairs with the next row, out [rows, out_ld].
-FASTREC_INLINE void accumulate(int64_t stationary, int64_t depth, int64_t width, const Pair* p,
-                               const Pair* tile, int64_t ld, float* out, int64_t out_ld) {
-  for (int64_t n = 0; n < width; n += NR) {
-    for (int64_t s = 0; s < stationary; s += MR) {
-      float* at = out + s * out_ld + n;
-      if (width - n > LANES)
-        accumulate_tile<NV>(depth, p + s, tile + n, ld, at, out_ld);
-      else
-        accumulate_tile<1>(depth, p + s, tile + n, ld, at, out_ld);
-    }
-  }
-}
-
-// 2^t for t <= 0 (a little above is fine): relative error 1e-7, least squares on |f| <= 1/2.
-// 2^-inf = 0, NaN stays NaN (max returns its second operand).
+// 2^t for t <= 0 (a little above is fine) by 2^f, f = t - floor(t): relative error 1.6e-7, minimax
+// on [0, 1] with 2^0 = 1. 2^-inf = 0, NaN stays NaN.
 FASTREC_INLINE __m512 exp2(__m512 t) {
-  t = _mm512_max_ps(_mm512_set1_ps(-150.0f), t);
-  __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 f = _mm512_sub_ps(t, n);
-  __m512 y = _mm512_set1_ps(0.001326472709f);
-  for (float c : {0.009671512862f, 0.05550733746f, 0.2402224208f, 0.6931469776f, 1.0f})
+  __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 y = _mm512_set1_ps(0.0018671330763f);
+  for (float c : {0.00901702418923f, 0.0557999163866f, 0.240164443851f, 0.693151295185f, 1.0f})
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, n);
+  return _mm512_scalef_ps(y, t);  // by 2^floor(t)
 }
 constexpr float LOG2E = 1.44269504089f;
 

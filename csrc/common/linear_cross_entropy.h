@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "bf16_products.h"
 #include "convert.h"
 #include "gemm.h"
 #include "lse.h"
@@ -18,9 +19,6 @@
 #include "simd.h"
 
 namespace fastrec {
-namespace bf16 {
-struct Tile;
-}
 
 // N scored rows, V items, D width, ld = padded<T>(D).
 template <class T>
@@ -30,7 +28,7 @@ struct Problem {
   const int64_t* target;  // [N]
   Rows weight;            // [V, D]
   const T* bias;          // [V] or null
-  bool bf16;              // x is bfloat16 and has kernels that round the table to it
+  Bf16 bf16;              // how rows of bfloat16 are multiplied, with a table rounded to it
 
   Rows x_rows() const {
     return {reinterpret_cast<const char*>(x), ld * int64_t(sizeof(T)), compute_dtype<T>()};
@@ -83,7 +81,7 @@ struct BackwardArgs {
   void* grad_weight;           // [V, D]
   void* grad_bias;             // [V] or null
   ScalarType weight_dtype, bias_dtype;
-  const bf16::Tile* rows_in_pairs;  // x for linear_cross_entropy_bf16.h, else null
+  const void* rows_in_pairs;   // x, the `Streamed` of linear_cross_entropy_bf16.h, or null
   const RowUpdate<T>* update;       // in the place of grad_weight and grad_bias, or null
   std::atomic<int64_t>* next;
 };

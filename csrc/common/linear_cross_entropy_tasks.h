@@ -49,7 +49,7 @@ void combine(const ForwardArgs<T>& a, int64_t i, T& lse, T& rest, T* mean_offset
   if (!a.with_mean) return;
   q.weight.load(q.target[i], mean_offset, q.width);  // as the kernel multiplied it
   for (int64_t d = 0; d < q.width; ++d)
-    mean_offset[d] = q.bf16 ? -widen(BFloat16(mean_offset[d])) : -mean_offset[d];
+    mean_offset[d] = q.bf16 != Bf16::none ? -widen(BFloat16(mean_offset[d])) : -mean_offset[d];
   for (int64_t r = 0; r < a.ranges; ++r) {
     double scale = std::exp(double(a.top[r * q.rows + i]) - finite_shift(top));
     T factor = static_cast<T>(sum == 0 ? 0 : scale / sum);
@@ -67,8 +67,10 @@ void forward_sweep(const Problem<T>& q, bool with_mean, const Row& row) {
   void (*kernel)(const ForwardArgs<T>&) = forward<T>;
   int64_t block = BLOCK;
 #ifdef FASTREC_BF16
-  if constexpr (sizeof(T) == 4)
-    if (q.bf16) kernel = bf16::forward, block = bf16::BLOCK;
+  if constexpr (sizeof(T) == 4) {
+    if (q.bf16 == Bf16::dot) kernel = bf16::forward<bf16::Dot>, block = bf16::BLOCK;
+    if (q.bf16 == Bf16::tiles) kernel = bf16::forward<bf16::Tiles>, block = bf16::BLOCK;
+  }
 #endif
   plan(a, block);
   int64_t partials = a.ranges * q.rows;
@@ -100,12 +102,15 @@ void backward_sweep(const Problem<T>& q, std::vector<T> lse, const T* grad_lse,
   };
 #ifdef FASTREC_BF16
   if constexpr (sizeof(T) == 4) {
-    if (q.bf16) {
-      bf16::Tile x(q.rows, q.width);
-      bf16::load_rows(q, x);
+    auto in_pairs = [&](auto products) {
+      using P = decltype(products);
+      typename P::Streamed x(q.rows, q.width);
+      bf16::load_all<P>(q, x);
       a.rows_in_pairs = &x;
-      return sweep(bf16::BLOCK, bf16::backward);
-    }
+      sweep(bf16::BLOCK, bf16::backward<P>);
+    };
+    if (q.bf16 == Bf16::dot) return in_pairs(bf16::Dot());
+    if (q.bf16 == Bf16::tiles) return in_pairs(bf16::Tiles());
   }
 #endif
   sweep(BLOCK, backward<T>);

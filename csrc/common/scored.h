@@ -88,7 +88,7 @@ struct Scored {
       bias = torch::stable::contiguous(torch::stable::to(*linear_bias, compute_dtype<T>()));
     problem = {count, items, width, ld, *x, item.data(), weight.rows,
                bias ? data<T>(*bias) : nullptr,
-               input.scalar_type() == ScalarType::BFloat16 && has_bf16()};
+               input.scalar_type() == ScalarType::BFloat16 ? bf16_products() : Bf16::none};
   }
 
   Matrix weight;

@@ -145,23 +145,17 @@ inline int widest_vector_bytes() { return 16; }
 
 namespace fastrec {
 // What FASTREC_CPU_CAPABILITY says, as ATEN_CPU_CAPABILITY does for PyTorch: for tests and
-// comparisons. 64 if it is not set, 0 if it is none of the three names.
+// comparisons. 64 if it is not set, 0 if it is none of the names. `bf16_products` reads it too.
 inline int asked_vector_bytes() {
   const char* name = std::getenv("FASTREC_CPU_CAPABILITY");
-  if (name == nullptr || *name == 0 || std::strcmp(name, "avx512") == 0) return 64;
+  if (name == nullptr || *name == 0) return 64;
+  for (const char* wide : {"amx", "avx512_bf16", "avx512"})
+    if (std::strcmp(name, wide) == 0) return 64;
   return std::strcmp(name, "avx2") == 0 ? 32 : std::strcmp(name, "default") == 0 ? 16 : 0;
 }
 // Of the vectors that the kernels use in this process.
 inline int vector_bytes() {
   static const int bytes = std::min(widest_vector_bytes(), asked_vector_bytes());
   return bytes;
-}
-inline bool has_bf16() {
-#if defined(__x86_64__)
-  static const bool has = vector_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
-  return has;
-#else
-  return false;
-#endif
 }
 }  // namespace fastrec
