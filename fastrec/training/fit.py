@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -55,7 +56,7 @@ from fastrec.training.processes import (
 )
 from fastrec.training.rows import Tables, check_tables, use_rows
 from fastrec.training.stage import STAGE_KEYS, Stage
-from fastrec.training.stage_data import stage_data
+from fastrec.training.stage_data import StageData, stage_data
 from fastrec.training.start import (
     check_dtype,
     check_views,
@@ -169,8 +170,7 @@ def _fit(
         dataset = text_data(dataset, recipe.texts, initial, output / MODEL if resume else None)
     recipe = _with_start(recipe, stage, current, initial)
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
-    config = with_causal(recipe.model, current.init.causal)
-    encoder = settings_of(config.encoder)
+    encoder = settings_of(with_causal(recipe.model, current.init.causal).encoder)
     where = processes_of(device_of(around.device), current.devices, current.num_nodes)
     if where.total > 1:
         let_go_at_exit()
@@ -188,6 +188,83 @@ def _fit(
     if why := unavailable_reason(name, "linear_cross_entropy", where.device):
         raise ValueError(f"backend is {name!r}: {why}")
 
+    made = _made(dataset, recipe, current, given, initial_folder, where)
+    trained, objective = made.trained, made.objective
+    module = StageModule(trained, objective, current, made.loader, made.data.judge, output)
+    run = identity(dataset, recipe, stage)
+    trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
+    if trained.num_users:
+        trained_on["users"] = dataset.users_hash
+    kept = output / MODEL if resume else None
+    trained_on["scores_items"] = scores_items(current, initial, kept)
+    trained.seen_users = seen_by_run(
+        dataset, made.data.people, recipe, current, initial, initial_folder, kept
+    )
+    trained.known_items, trained.recipe = hashes(dataset.item_ids()), plain(recipe)
+
+    def save(steps: int) -> None:
+        trained.trained_on = {**trained_on, "steps": steps}
+        with whole_state(trained, output) as state:
+            if first_process():
+                save_model(output / MODEL, trained, objective, state)
+
+    keep = KeepBest(save)
+    output.mkdir(parents=True, exist_ok=True)
+    if first_process():
+        start_run(output, dataset, recipe, stage, resume)
+        if initial is not None and not resume:
+            _report(output, trained, objective, made.taken, around.progress)
+    begun = {**run, "init": start}
+    trainer = trainer_of(output, begun, current, keep, str(made.data), around, where)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(flat(trained.recipe))
+    parameters = trained_share(trained, objective)
+    began, worked = time.perf_counter(), time.process_time()
+    if initial is not None and not resume:
+        trainer.validate(module, verbose=False)
+    _train(trainer, module, output, resume)
+    summary = {
+        "steps": trainer.global_step,
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
+        f"valid {current.monitored}": keep.best,
+        "best_step": keep.step,
+        "valid": keep.metrics,
+        "users": len(made.data.people),
+        "parameters": parameters[1],
+        "trained": parameters[0],
+        "taken": made.taken,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if trainer.is_global_zero:
+        write_json(output / SUMMARY, summary)
+    trainer.strategy.barrier()
+    best = UserModel.from_pretrained(output / MODEL, encoder)
+    return best if recipe.texts is None else TextModel(best, dataset)
+
+
+class _Made(NamedTuple):
+    """What a run trains, on what, and what asks it. taken: tensors of the model it starts from."""
+
+    trained: UserModel
+    objective: JointObjective
+    loader: SequenceLoader
+    data: StageData
+    taken: list[str]
+
+
+def _made(
+    dataset,
+    recipe: Recipe,
+    current: Stage,
+    given: UserModel | TextModel | None,
+    initial_folder: Path | None,
+    where: Processes,
+) -> _Made:
+    """Raises ValueError for what cannot be trained; no step is done and nothing is written."""
+    initial = given.model if isinstance(given, TextModel) else given
+    config = with_causal(recipe.model, current.init.causal)
     torch.manual_seed(recipe.seed)
     trained, taken = started_model(dataset, config, initial, current.init)
     check_dtype(trained, "a new model")
@@ -219,58 +296,7 @@ def _fit(
     sample = loader.few(2)
     if where.device.type == "cpu":  # parts of one's own may run on a GPU alone
         objective.rehearse(trained, sample)
-    module = StageModule(trained, objective, current, loader, data.judge, output)
-    run = identity(dataset, recipe, stage)
-    trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
-    if trained.num_users:
-        trained_on["users"] = dataset.users_hash
-    kept = output / MODEL if resume else None
-    trained_on["scores_items"] = scores_items(current, initial, kept)
-    trained.seen_users = seen_by_run(
-        dataset, data.people, recipe, current, initial, initial_folder, kept
-    )
-    trained.known_items, trained.recipe = hashes(dataset.item_ids()), plain(recipe)
-
-    def save(steps: int) -> None:
-        trained.trained_on = {**trained_on, "steps": steps}
-        with whole_state(trained, output) as state:
-            if first_process():
-                save_model(output / MODEL, trained, objective, state)
-
-    keep = KeepBest(save)
-    output.mkdir(parents=True, exist_ok=True)
-    if first_process():
-        start_run(output, dataset, recipe, stage, resume)
-        if initial is not None and not resume:
-            _report(output, trained, objective, taken, around.progress)
-    begun = {**run, "init": start}
-    trainer = trainer_of(output, begun, current, keep, str(data), around, where)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(flat(trained.recipe))
-    parameters = trained_share(trained, objective)
-    began, worked = time.perf_counter(), time.process_time()
-    if initial is not None and not resume:
-        trainer.validate(module, verbose=False)
-    _train(trainer, module, output, resume)
-    summary = {
-        "steps": trainer.global_step,
-        "seconds": round(time.perf_counter() - began, 1),
-        "cpu_seconds": round(time.process_time() - worked, 1),
-        f"valid {current.monitored}": keep.best,
-        "best_step": keep.step,
-        "valid": keep.metrics,
-        "users": len(data.people),
-        "parameters": parameters[1],
-        "trained": parameters[0],
-        "taken": taken,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    if trainer.is_global_zero:
-        write_json(output / SUMMARY, summary)
-    trainer.strategy.barrier()
-    best = UserModel.from_pretrained(output / MODEL, encoder)
-    return best if recipe.texts is None else TextModel(best, dataset)
+    return _Made(trained, objective, loader, data, taken)
 
 
 def _with_start(recipe: Recipe, stage: str, current: Stage, initial: UserModel | None) -> Recipe:
