@@ -13,6 +13,7 @@ from fastrec import (
     jagged_embedding,
     linear,
 )
+from fastrec.ops.linear import SMALL
 from fastrec.random import Rng
 
 T, D, V = 5, 4, 7
@@ -85,3 +86,25 @@ def test_biases_of_gelu_ffn_are_optional(backend, left):
     torch.testing.assert_close(*grads)
     low = {k: v.bfloat16() for k, v in case.items() if k != left} | {left: None}
     assert gelu_ffn(**low).dtype == torch.bfloat16
+
+
+@backends("linear", "cpp")
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_of_small_matrices_is_float32_that_is_rounded(backend, low):
+    """PyTorch prepares a product of 16-bit types anew for every number of rows."""
+    g = torch.Generator().manual_seed(0)
+    x, w_in, w_out = (torch.randn(*s, generator=g) for s in ((9, 8), (16, 8), (5, 16)))
+    b_in, b_out = torch.randn(16, generator=g), torch.randn(5, generator=g)
+    for input in (x, x.to(low)):
+        leaf = input.clone().requires_grad_()
+        expected = linear(input.float(), w_in, b_in).to(low)
+        with torch.autocast("cpu", low):
+            assert torch.equal(linear(leaf, w_in, b_in), expected)
+            ffn = gelu_ffn(leaf, w_in, b_in, w_out, b_out)
+        assert torch.equal(ffn, gelu_ffn(input.float(), w_in, b_in, w_out, b_out).to(low))
+        ffn.sum().backward()
+        assert leaf.grad.dtype == input.dtype
+    wide = torch.randn(SMALL // 8 + 1, 8, generator=g)
+    with torch.autocast("cpu", low):
+        assert torch.equal(linear(x, wide), torch.nn.functional.linear(x, wide))
+        assert linear(x.double(), w_in.double()).dtype == torch.float64

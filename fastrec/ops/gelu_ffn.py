@@ -10,7 +10,7 @@ GELU(z), G = grad_output and dz = (G W_out) GELU'(z):
 F is usually 4 D, so z, h and their gradients are most of what a layer writes and reads. The C++
 kernels take a block of rows through both products while it lies in the caches, save the input alone
 and compute z again in backward: a seventh product of T D F where there were six. Elsewhere (GPU,
-16-bit types, autocast) the parts are called one after the other.
+16-bit types, autocast of large matrices) the parts are called one after the other.
 """
 
 import torch
@@ -22,7 +22,7 @@ from fastrec.ops.bias_gelu_dropout import bias_gelu_dropout
 from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor, check_width
 from fastrec.ops.common.native import applied
 from fastrec.ops.common.second_order import leaf, twice_differentiable
-from fastrec.ops.linear import linear
+from fastrec.ops.linear import linear, widened
 
 OP = "gelu_ffn"
 _LAYER = "Tensor input, Tensor weight_in, Tensor bias_in, Tensor weight_out"
@@ -97,12 +97,13 @@ def gelu_ffn(
         bias_in: [F]; None adds nothing, as for bias_out.
         weight_out: [E, F], E > 0.
         bias_out: [E].
-        backend: None ("cpp" for float32 and float64 on a CPU outside autocast, else `linear`,
-            `bias_gelu_dropout` and `linear`), "reference" or "cpp".
+        backend: None ("cpp" for float32 and float64 on a CPU, and under autocast where `linear` is,
+            else `linear`, `bias_gelu_dropout` and `linear`), "reference" or "cpp".
 
     Returns:
-        [T, E] in the dtype of `input`. On cpp a row of the output or of the gradient of `input` has
-        the same bits in any batch, and all gradients have for any number of threads.
+        [T, E] in the dtype of `input`, under autocast in that of autocast. On cpp a row of the
+        output or of the gradient of `input` has the same bits in any batch, and all gradients have
+        for any number of threads.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong.
@@ -122,6 +123,10 @@ def gelu_ffn(
         if bias is not None:
             check_tensor(name, bias, (size,), dtypes, device)
     tensors = (input, weight_in, bias_in, weight_out, bias_out)
+    if backend is None:
+        rounded = widened(gelu_ffn, tensors, weight_in, weight_out)
+        if rounded is not None:
+            return rounded
     wide = input.dtype in (torch.float32, torch.float64)
     wide = wide and all(t is None or t.dtype == input.dtype for t in tensors)
     if backend is None and (device.type != "cpu" or not wide or low is not None):

@@ -8,7 +8,9 @@ Legend: T rows, K input width, N output width. With G = grad_output [T, N]:
 The C++ kernels compute a row from this row alone and in one order, so its bits depend on neither
 the other rows nor their number, and a matrix of a few hundred columns keeps the widest vectors of
 the processor busy, whoever made it. On a GPU, and for 16-bit types, the library that PyTorch calls
-is the right one: there is no Triton kernel.
+is the right one: there is no Triton kernel. Under autocast on a CPU that library prepares a product
+anew for every number of rows, 2 ms each, and jagged batches seldom have the same one twice: small
+matrices are multiplied in float32 there (docs/kernels/linear.md).
 """
 
 import math
@@ -17,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrec.backend import resolve
-from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor
+from fastrec.backend import resolve, unavailable_reason
+from fastrec.ops.common.arguments import FLOATS, autocast_dtype, check_tensor, without_autocast
 from fastrec.ops.common.native import applied
 from fastrec.ops.common.second_order import leaf, twice_differentiable
 
 OP = "linear"
+SMALL = 1 << 16  # elements of a matrix that is multiplied in float32 under autocast
 
 torch.library.define(
     f"fastrec::{OP}_fwd", "(Tensor input, Tensor weight, Tensor? bias) -> Tensor output"
@@ -68,6 +71,21 @@ class _Linear(torch.autograd.Function):
         return tuple(grad if asked else None for grad, asked in zip(grads, needed, strict=True))
 
 
+def widened(function, tensors, *weights: Tensor) -> Tensor | None:
+    """function(*tensors) in float32, rounded to what autocast rounds to; None where PyTorch's
+    autocast is to do it. float64 is left as it is, as there."""
+    device = weights[0].device
+    low = autocast_dtype(device)
+    if device.type != "cpu" or low is None or unavailable_reason("cpp", OP, device):
+        return None
+    if any(weight.numel() > SMALL for weight in weights):
+        return None
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return None
+    with without_autocast(device):
+        return function(*(None if t is None else t.float() for t in tensors)).to(low)
+
+
 def linear_ref(input, weight, bias=None):
     """The oracle."""
     return F.linear(input, weight, bias)
@@ -82,12 +100,14 @@ def linear(
         input: [T, K] or [..., K]: float64, float32, bfloat16 or float16.
         weight: [N, K], same dtype, but for autocast.
         bias: [N], same dtype, but for autocast; None adds nothing.
-        backend: None ("cpp" for float32 and float64 on a CPU outside autocast, else PyTorch's own
-            product, which is "reference"), "reference" or "cpp".
+        backend: None ("cpp" for float32 and float64 on a CPU, and under autocast for matrices of up
+            to 65,536 elements, else PyTorch's own product, which is "reference"), "reference" or
+            "cpp".
 
     Returns:
-        [T, N] or [..., N] in the dtype of `input`. On cpp a row of the output or of the gradient of
-        `input` has the same bits in any batch, and all gradients have for any number of threads.
+        [T, N] or [..., N] in the dtype of `input`, under autocast in that of autocast. On cpp a row
+        of the output or of the gradient of `input` has the same bits in any batch, and all
+        gradients have for any number of threads.
 
     Raises:
         ValueError, TypeError: a shape or dtype is wrong.
@@ -101,6 +121,10 @@ def linear(
     check_tensor("weight", weight, ("N", input.shape[-1]), dtypes, device)
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], dtypes, device)
+    if backend is None:
+        rounded = widened(linear, (input, weight, bias), weight)
+        if rounded is not None:
+            return rounded
     wide = input.dtype in (torch.float32, torch.float64)
     own = device.type == "cpu" and wide and low is None
     if backend is None and not own:
