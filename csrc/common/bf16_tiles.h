@@ -176,35 +176,35 @@ struct Tiles {
   class Sums {
    public:
     explicit Sums(int64_t width)
-        : width_(width), deep_(round_up(width, STEP)), turned_(deep_ * BLOCK),
-          rows_(BLOCK * (deep_ + LANES)) {}
-    FASTREC_INLINE void clear() { std::fill_n(static_cast<float*>(turned_), deep_ * BLOCK, 0.0f); }
+        : width(width), deep(round_up(width, STEP)), turned(deep * BLOCK),
+          rows(BLOCK * (deep + LANES)) {}
+    FASTREC_INLINE void clear() { std::fill_n(static_cast<float*>(turned), deep * BLOCK, 0.0f); }
     FASTREC_INLINE void scale(const float* factor) {
-      for (int64_t d = 0; d < width_; ++d) {
-        float* at = turned_ + d * BLOCK;
+      for (int64_t d = 0; d < width; ++d) {
+        float* at = turned + d * BLOCK;
         for (int64_t s = 0; s < BLOCK; ++s) at[s] *= factor[s];
       }
     }
-    FASTREC_INLINE void add(int64_t s, int64_t d, float value) { turned_[d * BLOCK + s] += value; }
+    FASTREC_INLINE void add(int64_t s, int64_t d, float value) { turned[d * BLOCK + s] += value; }
     FASTREC_INLINE void accumulate(int64_t stationary, int64_t depth, Pair* p, const Pair* second) {
       int64_t whole = round_up(depth, LANES);
       for (int64_t k = depth; k < whole; ++k) std::fill_n(p + k * BLOCK, BLOCK, 0);
-      for (int64_t d = 0; d < deep_; d += STEP)
+      for (int64_t d = 0; d < deep; d += STEP)
         for (int64_t s = 0; s < stationary; s += STEP)
           multiply_tiles<true>(whole, second + d * Streamed::TURNED_LD, Streamed::TURNED_LD, p + s,
-                               BLOCK, turned_ + d * BLOCK + s, BLOCK);
+                               BLOCK, turned + d * BLOCK + s, BLOCK);
     }
     FASTREC_INLINE void finish() {
-      for (int64_t d = 0; d < deep_; d += LANES)
+      for (int64_t d = 0; d < deep; d += LANES)
         for (int64_t s = 0; s < BLOCK; s += LANES)
-          transpose(turned_ + d * BLOCK + s, BLOCK, rows_ + s * (deep_ + LANES) + d, deep_ + LANES);
+          transpose(turned + d * BLOCK + s, BLOCK, rows + s * (deep + LANES) + d, deep + LANES);
     }
-    const float* row(int64_t s) const { return rows_ + s * (deep_ + LANES); }
+    const float* row(int64_t s) const { return rows + s * (deep + LANES); }
 
    private:
-    int64_t width_, deep_;
-    Buffer<float> turned_;  // [D in steps, BLOCK]
-    Buffer<float> rows_;    // [BLOCK, D in steps + a vector]: after `finish`
+    int64_t width, deep;
+    Buffer<float> turned;  // [D in steps, BLOCK]
+    Buffer<float> rows;    // [BLOCK, D in steps + a vector]: after `finish`
   };
 };
 
