@@ -146,7 +146,8 @@ FASTREC_INLINE void probabilities(int64_t count, const float* s, const float* bi
   for (int j = 0; j < NV; ++j) _mm512_storeu_ps(column_sum + j * LANES, sum[j]);
 }
 
-// All scored rows in the orders that `backward` reads.
+// All scored rows in the orders that `backward` reads. It stands here to be compiled for these
+// instructions.
 template <class P>
 void load_all(const Problem<float>& q, typename P::Streamed& x) {
   x.load(q.x_rows(), 0, q.rows);

@@ -9,8 +9,8 @@ The C++ kernels compute a row from this row alone and in one order, so its bits 
 the other rows nor their number, and a matrix of a few hundred columns keeps the widest vectors of
 the processor busy, whoever made it. On a GPU, and for 16-bit types, the library that PyTorch calls
 is the right one: there is no Triton kernel. Under autocast on a CPU that library prepares a product
-anew for every number of rows, 2 ms each, and jagged batches seldom have the same one twice: small
-matrices are multiplied in float32 there (docs/kernels/linear.md).
+anew for every number of rows, and jagged batches seldom have the same one twice: small matrices are
+multiplied in float32 there (docs/kernels/linear.md).
 """
 
 import math
