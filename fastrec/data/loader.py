@@ -90,6 +90,11 @@ class SequenceLoader:
         """Users of the last, smallest batch of an epoch, over all ranks."""
         return len(self.users) - (self.batches_per_epoch - 1) * self.batch_size
 
+    @property
+    def largest(self) -> int:
+        """Users of the other batches, over all ranks."""
+        return min(self.batch_size, len(self.users))
+
     def __len__(self) -> int:
         """Batches of a pass."""
         return self.steps_per_pass

@@ -75,6 +75,7 @@ class ViewContrast(nn.Module):
     """
 
     backend: str | None = None
+    tells_apart = True
 
     def __init__(self, settings: Contrast, width: int):
         super().__init__()

@@ -54,6 +54,7 @@ class SocialRelationDetection(nn.Module):
     """
 
     backend: str | None = None
+    tells_apart = True
 
     def __init__(self, width: int, initial: float | None = None, pool: Pooling = "max"):
         super().__init__()

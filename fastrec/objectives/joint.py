@@ -72,14 +72,20 @@ class JointObjective(nn.Module):
             raise ValueError(f"the judge {judge} needs the objective {name}")
         return found
 
-    def check_users(self, number: int) -> None:
-        """Raise ValueError where the smallest step of an epoch, of `number` users, has fewer than
-        an objective needs: `least_users` of its module."""
+    def check_users(self, smallest: int, largest: int) -> None:
+        """Raise ValueError where the smallest step of an epoch has fewer users than an objective
+        needs, `least_users` of its module, or where no step has two and an objective tells the
+        users of a step apart, `tells_apart` of its module: its loss would be 0."""
         for name, part in self.parts.items():
-            if number < (least := getattr(part, "least_users", 0)):
+            if smallest < (least := getattr(part, "least_users", 0)):
                 raise ValueError(
                     f"{name} needs at least {least} users a step, and a step of an epoch has"
-                    f" {number}: choose another batch_size"
+                    f" {smallest}: choose another batch_size"
+                )
+            if largest < 2 and getattr(part, "tells_apart", False):
+                raise ValueError(
+                    f"{name} tells the users of a step apart, and a step has {largest}: choose"
+                    " another batch_size"
                 )
 
     @torch.no_grad()

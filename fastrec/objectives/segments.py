@@ -63,6 +63,7 @@ class SegmentPrediction(nn.Module):
     """
 
     backend: str | None = None
+    tells_apart = True
 
     def __init__(self, settings: Segments, width: int):
         super().__init__()

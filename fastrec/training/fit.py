@@ -292,7 +292,7 @@ def _made(
         users=data.users,
         steps_per_pass=current.pass_steps,
     )
-    objective.check_users(loader.smallest)
+    objective.check_users(loader.smallest, loader.largest)
     sample = loader.few(2)
     if where.device.type == "cpu":  # parts of one's own may run on a GPU alone
         objective.rehearse(trained, sample)

@@ -199,7 +199,10 @@ def _others(has, asks, name: str = "") -> list[str]:
     if isinstance(has, dict) and isinstance(asks, dict):
         keys = [key for key in has if key in asks]
         return [text for k in keys for text in _others(has[k], asks[k], f"{name}.{k}".lstrip("."))]
-    return [] if has == asks else [f"{name} {has!r}, not {asks!r}"]
+    if has == asks:
+        return []
+    shown = ["given" if isinstance(value, dict) else repr(value) for value in (has, asks)]
+    return [f"{name} {shown[0]}, not {shown[1]}"]
 
 
 def with_model(
