@@ -159,7 +159,7 @@ def in_batch_cross_entropy_bwd(
     ranges, per_range = ranges_of(query.device, blocks, triton.cdiv(n, config["BLOCK_B"]))
     grad_candidate = loss.new_empty(ranges, v, d)
     grad_bias = loss.new_empty(ranges, 0 if bias is None else v)
-    lists = None, None
+    lists: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
     if exclude_values is not None:
         lists = transposed_lists((exclude_values, exclude_offsets), v)
     with torch.cuda.device_of(query):
