@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"no entry contains {shape!r}; there are: {', '.join(known)}")
     for entry in () if arguments.render else chosen:
         print(entry.key, flush=True)
-        results["ops"].setdefault(entry.op, {})[entry.key] = measured(entry, arguments)
+        weighed = not arguments.smoke or entry is chosen[0]  # a process each, of seconds
+        results["ops"].setdefault(entry.op, {})[entry.key] = measured(entry, arguments, weighed)
         results["environments"][entry.op] = environment()
         if arguments.output:  # after every entry: an interrupted run keeps what it has
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +242,9 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{path} has no block for {name}")
 
 
-def measured(entry: Entry, arguments: argparse.Namespace) -> dict:
+def measured(entry: Entry, arguments: argparse.Namespace, weighed: bool) -> dict:
+    """What `measure` gives, with the sizes in bytes. weighed: the peak memory too; of a smoke run
+    that of fastrec alone."""
     compiler = "aot_eager" if arguments.smoke else "inductor"  # inductor takes 20 s per shape
     if arguments.smoke:  # a collection between two calls walks all that was imported: 0.2 s
         gc.freeze()
@@ -250,8 +253,7 @@ def measured(entry: Entry, arguments: argparse.Namespace) -> dict:
     for name, row in rows.items():
         if "failed" in row:
             continue
-        # A process each, so a smoke run starts one an op.
-        if not arguments.smoke or (name, entry) == ("fastrec", module(entry.op).SMOKE[0]):
+        if weighed and (name == "fastrec" or not arguments.smoke):
             row["extra_bytes"] = peak_memory(entry, name)
         print(f"  {name}: {1e3 * row[module(entry.op).PASSES[-1]]['median']:.4g} ms", flush=True)
     return rows

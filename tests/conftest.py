@@ -55,10 +55,10 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks():
     """ranks(world, work, *arguments): what `work(group, *arguments)` returns on each of `world`
-    processes, which the tests of a module share."""
+    processes, which all tests share."""
     from groups import Ranks
 
     pools: dict[int, Ranks] = {}

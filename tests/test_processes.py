@@ -15,7 +15,7 @@ import polars
 import pytest
 import torch
 from builders import command, recipe, run, synthetic, trained_weights
-from groups import Ranks, launched, trained
+from groups import launched, trained
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.evaluation.blocks import own_blocks, row_blocks
@@ -34,13 +34,6 @@ def data(tmp_path_factory):
     return synthetic(tmp_path_factory.mktemp("synthetic"), num_users=1300)
 
 
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
 def valid(folder: Path) -> polars.DataFrame:
     """What each validation measured."""
     (file,) = (folder / "validation").rglob("metrics.csv")
@@ -56,10 +49,10 @@ def assert_close_weights(one: Path, other: Path) -> None:
         assert error < 1e-3, (name, error)
 
 
-def test_two_nodes_train_one_model(data, two, tmp_path):
+def test_two_nodes_train_one_model(data, ranks, tmp_path):
     chosen = recipe(steps=6, validate_every=6, devices=1, num_nodes=2)
     run(data, tmp_path / "one", recipe(steps=6, validate_every=6))
-    models = two.run(trained, data, tmp_path / "two", chosen, None, 2)
+    models = ranks(2, trained, data, tmp_path / "two", chosen, None, 2)
     assert_close_weights(tmp_path / "one", tmp_path / "two")
     one, other = (valid(tmp_path / name) for name in ("one", "two"))
     assert one.columns == other.columns and np.allclose(one.to_numpy(), other.to_numpy(), atol=2e-3)
@@ -84,12 +77,12 @@ def metrics_of(group, data: Path, folder: Path, chosen) -> tuple[dict, int]:
 
 
 @pytest.mark.parametrize("judged", [{}, {"candidates": "sampled", "negatives": 20}])
-def test_the_users_of_an_evaluation_are_shared(data, two, tmp_path, judged):
+def test_the_users_of_an_evaluation_are_shared(data, ranks, tmp_path, judged):
     chosen = replace(recipe(steps=1, validate_every=1), evaluation=Protocol(**judged))
     model = run(data, tmp_path / "run", chosen)
     assert model.num_items == 150
     expected, _ = metrics_of(None, data, tmp_path / "run" / "model", chosen)
-    made = two.run(metrics_of, data, tmp_path / "run" / "model", chosen)
+    made = ranks(2, metrics_of, data, tmp_path / "run" / "model", chosen)
     assert [found for found, _ in made] == [expected, expected], "to the last bit"
     assert sum(asked for _, asked in made) == 1300 and all(asked for _, asked in made)
 

@@ -21,7 +21,7 @@ from builders import (
     synthetic,
     trained_weights,
 )
-from groups import Ranks, trained
+from groups import trained
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -51,20 +51,6 @@ LOSSES = {
     "shared": Item(sampled=Sampled(3, shared=True)),
     "gbce": Item(loss="gbce", sampled=Sampled(3)),
 }
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three():
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
 
 
 def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
@@ -109,10 +95,10 @@ def step_of(group, loss: str, own: bool, kind: str) -> tuple[float, dict[str, to
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("world", ["two", "three"])
-def test_gradients_of_spread_tables(world, loss, own, request):
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_of_spread_tables(world, loss, own, ranks):
     value, expected = step_of(None, loss, own, "spread")
-    made = request.getfixturevalue(world).run(step_of, loss, own, "spread")
+    made = ranks(world, step_of, loss, own, "spread")
     for other, _ in made:
         assert other == pytest.approx(value, rel=1e-5)
     for name, grad in expected.items():
@@ -123,9 +109,9 @@ def test_gradients_of_spread_tables(world, loss, own, request):
 
 
 @pytest.mark.parametrize("loss", ["softmax", "shared", "gbce"])
-def test_touched_rows_are_shared(two, loss):
+def test_touched_rows_are_shared(ranks, loss):
     value, expected = step_of(None, loss, False, "rows")
-    made = two.run(step_of, loss, False, "rows")
+    made = ranks(2, step_of, loss, False, "rows")
     for other, grads in made:
         assert other == pytest.approx(value, rel=1e-5)
         for name, grad in expected.items():
@@ -134,10 +120,10 @@ def test_touched_rows_are_shared(two, loss):
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp spread"])
-def test_an_encoder_that_fsdp_shards(two, kind):
+def test_an_encoder_that_fsdp_shards(ranks, kind):
     """Its weights are pieces, and gathered where they are used; tables are whole, or spread too."""
     value, expected = step_of(None, "softmax", False, kind)
-    made = two.run(step_of, "softmax", False, kind)
+    made = ranks(2, step_of, "softmax", False, kind)
     for other, grads in made:
         assert other == pytest.approx(value, rel=1e-5)
         for name, grad in expected.items():
@@ -154,8 +140,8 @@ def clipped(group) -> list[torch.Tensor]:
     return [block.grad, common.grad]
 
 
-def test_gradients_of_all_blocks_are_clipped_together(two):
-    first, second = two.run(clipped)
+def test_gradients_of_all_blocks_are_clipped_together(ranks):
+    first, second = ranks(2, clipped)
     torch.testing.assert_close(torch.stack(first), torch.tensor([[1.5, 0.0], [6.0, 0.0]]))
     torch.testing.assert_close(torch.stack(second), torch.tensor([[0.0, 2.0], [6.0, 0.0]]))
 
@@ -187,13 +173,13 @@ def ranked(group, protocol: Protocol, folder: Path) -> tuple[torch.Tensor, dict 
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
-@pytest.mark.parametrize("world", ["two", "three"])
-def test_ranks_among_spread_items(world, protocol, tmp_path, request):
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_among_spread_items(world, protocol, tmp_path, ranks):
     torch.manual_seed(0)
     expected, weights = ranked(None, protocol, tmp_path)
-    made = request.getfixturevalue(world).run(ranked, protocol, tmp_path)
+    made = ranks(world, ranked, protocol, tmp_path)
     assert torch.equal(torch.cat([made[0][0], made[1][0]]), expected)
-    if world == "three":
+    if world == 3:
         assert made[2][0].tolist() == expected[8:].tolist()
     assert [state is None for _, state in made] == [False, *[True] * (len(made) - 1)]
     for name, value in weights.items():
@@ -205,9 +191,9 @@ def parts(group) -> list[tuple]:
     return [(p.first, p.last) for p in (part_of(n, group) for n in (0, 1, 2, 5, 7))]
 
 
-def test_blocks_are_those_of_torch(three):
+def test_blocks_are_those_of_torch(ranks):
     for place, total in enumerate((0, 1, 2, 5, 7)):
-        made = [each[place] for each in three.run(parts)]
+        made = [each[place] for each in ranks(3, parts)]
         chunks = torch.arange(total).chunk(3) if total else []
         assert [b - a for a, b in made if b > a] == [len(c) for c in chunks]
         assert made[-1][1] == total
@@ -267,15 +253,15 @@ def killed(group, data: Path, output: Path, chosen: Recipe, step: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
+def test_two_processes_train_the_model_of_one(data, ranks, tmp_path, case):
     update, changes = CASES[case]
     chosen = sharded_recipe(update, monitor="steps", **changes)
     pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
     run(data, tmp_path / "one", chosen)
-    two.run(trained, data, tmp_path / "two", pair)
+    ranks(2, trained, data, tmp_path / "two", pair)
     close_models(tmp_path / "one", tmp_path / "two")
-    two.run(killed, data, tmp_path / "cut", pair, 7)
-    two.run(trained, data, tmp_path / "cut", pair, {"resume": True})
+    ranks(2, killed, data, tmp_path / "cut", pair, 7)
+    ranks(2, trained, data, tmp_path / "cut", pair, {"resume": True})
     if chosen.pretraining.tables.shard:
         assert_same_models(tmp_path / "two", tmp_path / "cut")
         (shards,) = (tmp_path / "cut").glob("last.shards-*")
@@ -283,13 +269,13 @@ def test_two_processes_train_the_model_of_one(data, two, tmp_path, case):
     else:
         assert_same_weights(tmp_path / "two", tmp_path / "cut")
     # and on with one process
-    two.run(killed, data, tmp_path / "fewer", pair, 7)
+    ranks(2, killed, data, tmp_path / "fewer", pair, 7)
     run(data, tmp_path / "fewer", chosen, resume=True)
     close_models(tmp_path / "one", tmp_path / "fewer")
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["few", "nobody"])
-def test_steps_count_also_where_a_process_has_no_row_that_is_touched(two, tmp_path, shared):
+def test_steps_count_also_where_a_process_has_no_row_that_is_touched(ranks, tmp_path, shared):
     """Few steps, or none, read an item of the second process's block."""
     generator, rows = np.random.default_rng(0), []
     for user in range(30):
@@ -305,12 +291,12 @@ def test_steps_count_also_where_a_process_has_no_row_that_is_touched(two, tmp_pa
     )  # fmt: skip
     pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
     run(tmp_path / "data", tmp_path / "one", chosen)
-    two.run(trained, tmp_path / "data", tmp_path / "two", pair)
+    ranks(2, trained, tmp_path / "data", tmp_path / "two", pair)
     one, both = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("one", "two"))
     for name in ("item_input.ids.weight", "item_head.bias"):
         assert (one[name] - both[name]).abs().max() < 3e-4, name  # a step is 1e-3
-    two.run(killed, tmp_path / "data", tmp_path / "cut", pair, 12)
-    two.run(trained, tmp_path / "data", tmp_path / "cut", pair, {"resume": True})
+    ranks(2, killed, tmp_path / "data", tmp_path / "cut", pair, 12)
+    ranks(2, trained, tmp_path / "data", tmp_path / "cut", pair, {"resume": True})
     assert_same_models(tmp_path / "two", tmp_path / "cut")
 
 
@@ -318,12 +304,12 @@ def tuned(group, data: Path, output: Path, chosen: Recipe, start: Path) -> dict:
     return trained(group, data, output, chosen, {"model": UserModel.from_pretrained(start)})
 
 
-def test_a_model_to_start_from_is_validated_and_spread(data, two, tmp_path):
+def test_a_model_to_start_from_is_validated_and_spread(data, ranks, tmp_path):
     chosen = sharded_recipe("dense", steps=6, precision="bf16-mixed")
     start = run(data, tmp_path / "start", chosen)
     pair = replace(chosen, pretraining=replace(chosen.pretraining, devices=2))
     run(data, tmp_path / "one", chosen, model=start)
-    two.run(tuned, data, tmp_path / "two", pair, tmp_path / "start" / "model")
+    ranks(2, tuned, data, tmp_path / "two", pair, tmp_path / "start" / "model")
     said = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     assert said[0]["parameters"] == said[1]["parameters"]
     first, second = (trained_losses(tmp_path / name) for name in ("one", "two"))

@@ -95,9 +95,10 @@ def masks(context: Context) -> None:
     """The masks of the kernels have the bits of those on the CPU."""
     width = 64 if context.cuda else 16
     expected = kept("cpu", "reference", width)
+    found = functools.cache(lambda: kept(context.device, "triton", width))
 
     def check(name: str) -> dict:
-        mine = kept(context.device, "triton", width)[name]
+        mine = found()[name]
         wrong = int((mine != expected[name]).sum())
         share = expected[name].float().mean().item()
         if wrong or not 0 < share < 1:
