@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fastrec.kernels.common.dropout import row_mask
 from fastrec.kernels.common.rows import dense, in_vectors, row_ranges, rows_of
-from fastrec.kernels.common.tiles import round_to
+from fastrec.kernels.common.tiles import FUSED, round_to
 
 INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -105,7 +105,7 @@ def bias_gelu_dropout_fwd(input, bias, keys, positions, rng, drop, site, layer):
     with torch.cuda.device_of(input):
         _fwd_kernel[(triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(d, config["BLOCK_D"]))](
             input, *dense(bias, keys, positions, rng), output,
-            n, *sizes, 256 / (256 - drop), drop, layer, SITE=site, VEC=vector, **config,
+            n, *sizes, 256 / (256 - drop), drop, layer, SITE=site, VEC=vector, **config, **FUSED,
         )  # fmt: skip
     return output
 
@@ -123,7 +123,7 @@ def bias_gelu_dropout_bwd(grad_output, input, bias, keys, positions, rng, drop, 
             _bwd_kernel[(programs, triton.cdiv(d, config["BLOCK_D"]))](
                 grad_output, input, *dense(bias, keys, positions, rng), grad_input, partials,
                 n, sizes[0], per_program, *sizes[1:], 256 / (256 - drop), drop, layer,
-                SITE=site, VEC=vector, **config,
+                SITE=site, VEC=vector, **config, **FUSED,
             )  # fmt: skip
     grad_bias = input.new_empty(0) if bias is None else partials.sum(0).to(bias.dtype)
     return grad_input, grad_bias

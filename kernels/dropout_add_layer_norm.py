@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastrec.kernels.common.dropout import row_mask
 from fastrec.kernels.common.rows import WIDEST, dense, in_vectors, row_ranges, rows_of
-from fastrec.kernels.common.tiles import round_to
+from fastrec.kernels.common.tiles import FUSED, round_to
 
 
 @triton.jit(do_not_specialize=["n", "drop", "layer"])
@@ -137,6 +137,7 @@ def dropout_add_layer_norm_fwd(
             input, residual, *dense(weight, bias, keys, positions, rng),
             output, sum if sum.shape[0] else None, mean, rstd,
             n, *sizes, eps, 256 / (256 - drop), drop, layer, SITE=site, VEC=vector, **config,
+            **FUSED,
         )  # fmt: skip
     return output, sum, mean, rstd
 
@@ -162,7 +163,7 @@ def dropout_add_layer_norm_bwd(
                 grad_output, grad_sum, sum, *dense(mean, rstd, weight, keys, positions, rng),
                 None if both else grad_input, grad_residual, partials,
                 n, columns, per_program, *strides, 256 / (256 - drop), drop, layer,
-                SITE=site, VEC=vector, **config,
+                SITE=site, VEC=vector, **config, **FUSED,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (

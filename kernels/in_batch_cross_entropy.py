@@ -18,6 +18,7 @@ from fastrec.kernels.common.in_batch_cross_entropy_sweeps import (
 from fastrec.kernels.common.in_batch_pairs import by_column, lists_of
 from fastrec.kernels.common.rows import cut_columns, pad_columns
 from fastrec.kernels.common.tiles import (
+    FUSED,
     capability_of,
     float32_products,
     ranges_of,
@@ -122,14 +123,14 @@ def in_batch_cross_entropy_fwd(
             query, candidate, bias, positive, by_column(query_group), by_column(candidate_group),
             *lists_of(exclude_values, exclude_offsets), shift, sums, means, n, v, d, per_range,
             COLUMNS=0 if query_group is None else query_group.shape[1],
-            WITH_MEAN=with_direction, **config,
+            WITH_MEAN=with_direction, **config, **FUSED,
         )  # fmt: skip
         block_r = _combine_rows(config["BLOCK_D"])
         _combine_kernel[(triton.cdiv(n, block_r),)](
             query, candidate, bias, positive, shift, sums, means, loss, lse, direction,
             n, d, ranges, BLOCK_R=block_r,
             **{key: config[key] for key in ("BLOCK_B", "BLOCK_D", "CHUNKS")},
-            WITH_MEAN=with_direction,
+            WITH_MEAN=with_direction, **FUSED,
         )  # fmt: skip
     return loss, lse, cut_columns(direction, width)
 
@@ -167,6 +168,6 @@ def in_batch_cross_entropy_bwd(
             query, candidate, None if bias is None else bias.contiguous(), positive,
             by_column(query_group), by_column(candidate_group), *lists, lse, *vectors, scale,
             grad_candidate, grad_bias, n, v, d, per_range,
-            COLUMNS=0 if query_group is None else query_group.shape[1], **config,
+            COLUMNS=0 if query_group is None else query_group.shape[1], **config, **FUSED,
         )  # fmt: skip
     return cut_columns(sum_ranges(grad_candidate), width), sum_ranges(grad_bias)

@@ -18,6 +18,7 @@ from fastrec.kernels.common.in_batch_pairs import (
 )
 from fastrec.kernels.common.rows import pad_columns
 from fastrec.kernels.common.tiles import (
+    FUSED,
     allow_tf32,
     dot_t,
     load_rows,
@@ -96,7 +97,7 @@ def in_batch_hardest_fwd(
             query, candidate, None if bias is None else bias.contiguous(), by_column(query_group),
             by_column(candidate_group), *lists_of(exclude_values, exclude_offsets), best, index,
             n, v, d, per_range,
-            COLUMNS=0 if query_group is None else query_group.shape[1], **config,
+            COLUMNS=0 if query_group is None else query_group.shape[1], **config, **FUSED,
         )  # fmt: skip
     chosen = best.max(0).indices  # the first of equal maxima: the range of lower indices
     return index.gather(0, chosen[None])[0].long()

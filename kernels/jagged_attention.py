@@ -21,6 +21,7 @@ import triton.language as tl
 from fastrec.kernels.common.philox import draws, philox_key
 from fastrec.kernels.common.rows import dense, in_vectors
 from fastrec.kernels.common.tiles import (
+    FUSED,
     LOG2E,
     REST,
     capability_of,
@@ -332,7 +333,7 @@ def jagged_attention_fwd(
         _fwd_kernel[grid](
             query, key, value, *dense(offsets, keys, rng), out, lse,
             events, heads, sizes[0], scale, 256 / (256 - drop), drop, layer, *sizes[1:],
-            SITE=site, CAUSAL=causal, VEC=vector, **options,
+            SITE=site, CAUSAL=causal, VEC=vector, **options, **FUSED,
         )  # fmt: skip
     return out, lse
 
@@ -353,6 +354,6 @@ def jagged_attention_bwd(
             grad_out, query, key, value, out, lse, *dense(offsets, keys, rng), grad,
             events, heads, sizes[0], scale, 256 / (256 - drop), drop, layer, *sizes[1:],
             SITE=site, CAUSAL=causal, ONE_TILE=max_seq_len <= options["BLOCK"], VEC=vector,
-            **options,
+            **options, **FUSED,
         )  # fmt: skip
     return grad

@@ -12,7 +12,7 @@ import triton.language as tl
 from fastrec.kernels.common.dropout import row_mask
 from fastrec.kernels.common.rows import WIDEST, dense, in_vectors, row_ranges, rows_of
 from fastrec.kernels.common.runs import BLOCK_T, add_runs, carry_kernel
-from fastrec.kernels.common.tiles import round_to
+from fastrec.kernels.common.tiles import FUSED, round_to
 
 
 @triton.jit
@@ -167,6 +167,7 @@ def jagged_embedding_fwd(
             *dense(values), weight, position_weight, *vectors,
             output, mean, rstd,
             t, *sizes, eps, 256 / (256 - drop), drop, layer, SITE=site, VEC=vector, **config,
+            **FUSED,
         )  # fmt: skip
     return output, mean, rstd
 
@@ -191,7 +192,7 @@ def jagged_embedding_bwd(
             _bwd_kernel[(programs,)](
                 grad_output, *dense(values), weight, position_weight, *vectors, grad_z, partials,
                 t, columns, per_program, *strides, 256 / (256 - drop), drop, layer,
-                SITE=site, VEC=vector, **config,
+                SITE=site, VEC=vector, **config, **FUSED,
             )  # fmt: skip
     grad_weight, grad_bias = partials.sum(0)
     return (
@@ -215,9 +216,10 @@ def jagged_embedding_scatter(grad, index, rows, dtype, spare=-1):
     with torch.cuda.device_of(grad):
         _scatter_kernel[grid](
             grad, order, index, out, head, tail, t, *sizes,
-            BLOCK_T=BLOCK_T, BLOCK_D=block_d, VEC=vector,
+            BLOCK_T=BLOCK_T, BLOCK_D=block_d, VEC=vector, **FUSED,
         )  # fmt: skip
         carry_kernel[grid](
-            index, out, head, tail, t, d, spare, BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d
-        )
+            index, out, head, tail, t, d, spare,
+            BLOCK_T=BLOCK_T, BLOCK_K=32, BLOCK_D=block_d, **FUSED,
+        )  # fmt: skip
     return out

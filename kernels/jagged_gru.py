@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.rows import dense, in_vectors, rows_of
-from fastrec.kernels.common.tiles import LOG2E, allow_tf32, dot, load_rows
+from fastrec.kernels.common.tiles import FUSED, LOG2E, allow_tf32, dot, load_rows
 
 
 @triton.jit
@@ -167,8 +167,8 @@ def _launch(kernel, tensors, offsets, rest, width, *strides):
     vector, sizes = in_vectors(width, *strides)
     with torch.cuda.device_of(offsets):
         kernel[(triton.cdiv(sequences, config["BLOCK_B"]),)](
-            *tensors, offsets, order, *rest, sequences, *sizes, VEC=vector, **config
-        )
+            *tensors, offsets, order, *rest, sequences, *sizes, VEC=vector, **config, **FUSED,
+        )  # fmt: skip
 
 
 def _check(tensor):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrec.kernels.common.rows import rows_of
-from fastrec.kernels.common.tiles import REST, zero_rest
+from fastrec.kernels.common.tiles import FUSED, REST, zero_rest
 
 BLOCK_T = 16  # events at a time: most sequences of a recommender are shorter
 NONE: tl.constexpr = tl.constexpr(2**31 - 1)  # above every place
@@ -97,8 +97,9 @@ def jagged_max_pool_fwd(values, offsets, mask):
     counted = None if mask is None else mask.contiguous().view(torch.uint8)
     with torch.cuda.device_of(values):
         _fwd_kernel[_grid(sequences, width, config["BLOCK_D"])](
-            values, offsets.contiguous(), counted, output, index, width, values.stride(0), **config
-        )
+            values, offsets.contiguous(), counted, output, index, width, values.stride(0),
+            **config, **FUSED,
+        )  # fmt: skip
     return output, index
 
 
@@ -111,6 +112,6 @@ def jagged_max_pool_bwd(grad_output, index, offsets, events):
     with torch.cuda.device_of(grad):
         _bwd_kernel[_grid(sequences + REST.value, width, config["BLOCK_D"])](
             grad_output, index.contiguous(), offsets.contiguous(), grad, events, width,
-            grad_output.stride(0), **config,
+            grad_output.stride(0), **config, **FUSED,
         )  # fmt: skip
     return grad

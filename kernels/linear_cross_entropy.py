@@ -20,6 +20,7 @@ from fastrec.kernels.common.linear_cross_entropy_sweeps import (
 )
 from fastrec.kernels.common.rows import cut_columns, pad_columns
 from fastrec.kernels.common.tiles import (
+    FUSED,
     capability_of,
     float32_products,
     ranges_of,
@@ -153,14 +154,14 @@ def linear_cross_entropy_fwd(input, linear_weight, linear_bias, target, with_off
         order, count = forward_plan(target, v)
         _fwd_kernel[(slots,)](
             input, linear_weight, linear_bias, order, count, shift, sums, means,
-            v, d, slots, *strides, WITH_MEAN=with_offset, **config,
+            v, d, slots, *strides, WITH_MEAN=with_offset, **config, **FUSED,
         )  # fmt: skip
         block_r = _combine_rows(config["BLOCK_D"])
         _combine_kernel[(triton.cdiv(n, block_r),)](
             input, linear_weight, linear_bias, target, order, count, shift, sums, means,
             lse, logit, offset, n, v, d, slots, *strides, BLOCK_R=block_r,
             **{k: config[k] for k in ("BLOCK_N", "BLOCK_V", "BLOCK_D", "PRECISION")},
-            WITH_MEAN=with_offset,
+            WITH_MEAN=with_offset, **FUSED,
         )  # fmt: skip
     return lse, logit, cut_columns(offset, width)
 
@@ -203,7 +204,7 @@ def linear_cross_entropy_bwd(
         _bwd_kernel[(ranges * tiles,)](
             rows, table, linear_bias, by_item, *vectors, offsets, count, scale,
             grad_weight, grad_bias, v, d, ranges, *table.stride(),
-            0 if linear_bias is None else linear_bias.stride(0), **config,
+            0 if linear_bias is None else linear_bias.stride(0), **config, **FUSED,
         )  # fmt: skip
     grad_weight = cut_columns(sum_ranges(grad_weight), width).to(dtype)
     return grad_weight, sum_ranges(grad_bias).to(bias_dtype)

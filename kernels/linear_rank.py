@@ -16,7 +16,7 @@ import triton.language as tl
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, lists_of
 from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile
 from fastrec.kernels.common.rows import pad_columns, strides_of
-from fastrec.kernels.common.tiles import ranges_of
+from fastrec.kernels.common.tiles import FUSED, ranges_of
 
 
 @triton.jit(do_not_specialize=["n", "v", "per_range"])
@@ -97,6 +97,6 @@ def linear_rank_fwd(input, linear_weight, linear_bias, target, exclude_values, e
         _fwd_kernel[(ranges * blocks,)](
             input, linear_weight, linear_bias, order, by_item,
             *lists_of(exclude_values, exclude_offsets), ahead, n, v, d, per_range,
-            *strides_of(input, linear_weight, linear_bias), **config,
+            *strides_of(input, linear_weight, linear_bias), **config, **FUSED,
         )  # fmt: skip
     return ahead.sum(0) + 1

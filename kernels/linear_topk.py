@@ -21,7 +21,7 @@ import triton.language as tl
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, lists_of
 from fastrec.kernels.common.linear_scores import load_x, options_of, score_tile
 from fastrec.kernels.common.rows import pad_columns, strides_of
-from fastrec.kernels.common.tiles import ranges_of
+from fastrec.kernels.common.tiles import FUSED, ranges_of
 
 BUDGET = 2**28  # bytes of scores: rows are taken in chunks that need no more
 BLOCK_TAKE = 512  # of one warp, in which nothing waits for another one
@@ -143,7 +143,7 @@ def _take(scores, k, chosen, value_out, place_out, block_v):
     best = scores.topk(k).values
     _take_kernel[(len(scores),)](
         scores, best, chosen, value_out, place_out, scores.shape[1], k,
-        BLOCK=BLOCK_TAKE, BLOCK_V=block_v, num_warps=1,
+        BLOCK=BLOCK_TAKE, BLOCK_V=block_v, num_warps=1, **FUSED,
     )  # fmt: skip
 
 
@@ -158,10 +158,12 @@ def _chunk(input, linear_weight, linear_bias, listed, offsets, values, indices, 
     k = values.shape[1]
     slots = min(k, tiles)
     maxima, chosen = torch.empty(n, tiles, **vector), indices.new_empty(n, slots)
-    _maxima_kernel[(ranges * blocks,)](*tensors, maxima, n, v, d, per_range, *strides, **config)
+    _maxima_kernel[(ranges * blocks,)](
+        *tensors, maxima, n, v, d, per_range, *strides, **config, **FUSED
+    )
     _take(maxima, slots, None, None, chosen, block_v)
     scores = torch.empty(n, slots * block_v, **vector)
-    _select_kernel[(n * slots,)](*tensors, chosen, scores, v, d, slots, *strides, **config)
+    _select_kernel[(n * slots,)](*tensors, chosen, scores, v, d, slots, *strides, **config, **FUSED)
     _take(scores, k, chosen, values, indices, block_v)
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from fastrec.kernels.common.in_batch_pairs import leave_out_listed, lists_from, seek
 from fastrec.kernels.common.rows import cut_columns, pad_columns, strides_of
 from fastrec.kernels.common.tiles import (
+    FUSED,
     capability_of,
     dot,
     dot_t,
@@ -225,7 +226,7 @@ def multilabel_bce_fwd(
                 input, linear_weight, linear_bias, order, count, label_rows,
                 label_values.contiguous(), label_offsets.contiguous(), loss, grad,
                 n, v, d, per_range, *strides_of(input, linear_weight, linear_bias),
-                WITH_INPUT=with_input, **config,
+                WITH_INPUT=with_input, **config, **FUSED,
             )  # fmt: skip
     return sum_ranges(loss), cut_columns(sum_ranges(grad), width)
 
@@ -258,7 +259,7 @@ def multilabel_bce_bwd(
             input, linear_weight, linear_bias, order, count, label_rows,
             label_values.contiguous(), label_offsets.contiguous(), grad_loss.contiguous(), scale,
             grad_weight, grad_bias, v, d, per_range, *strides_of(input, linear_weight, linear_bias),
-            **config,
+            **config, **FUSED,
         )  # fmt: skip
     grad_weight = cut_columns(sum_ranges(grad_weight), width).to(dtype)
     return grad_weight, sum_ranges(grad_bias).to(bias_dtype)

@@ -19,6 +19,7 @@ from fastrec.kernels.common.sampled_linear_cross_entropy_shared import (
     shared_config,
 )
 from fastrec.kernels.common.tiles import (
+    FUSED,
     capability_of,
     float32_products,
     ranges_of,
@@ -96,7 +97,7 @@ def sampled_linear_cross_entropy_fwd(
             _own_fwd_kernel[(n,)](
                 input, linear_weight, linear_bias, log_q, target, negatives, *outputs, k, d, beta,
                 *input.stride(), *linear_weight.stride(), SOFTMAX=softmax, WITH_INPUT=with_input,
-                WITH_WEIGHT=with_weight, **own_config(d),
+                WITH_WEIGHT=with_weight, **own_config(d), **FUSED,
             )  # fmt: skip
         else:
             x, rows, offset = _shared_operands(input, linear_weight, linear_bias, log_q, negatives)
@@ -110,7 +111,7 @@ def sampled_linear_cross_entropy_fwd(
             _shared_fwd_kernel[grid](
                 x, rows, offset, negatives, target, target_rows, score, loss, padded,
                 grad_target, lse, n, k, wide, beta, *x.stride(), target_rows.stride(0),
-                SOFTMAX=softmax, WITH_INPUT=with_input, **config,
+                SOFTMAX=softmax, WITH_INPUT=with_input, **config, **FUSED,
             )  # fmt: skip
             outputs = (loss, cut_columns(padded, d), grad_target, grad_negatives, lse)
     if softmax and own and with_weight:
@@ -142,11 +143,11 @@ def _sums(x, coefficient, per_row, ids, rows, dtype):
     with torch.cuda.device_of(x):
         _sum_kernel[grid](
             x, coefficient, order, index, out, head, tail, t, per_row, d, spare, *x.stride(),
-            BLOCK_T=BLOCK_T, **config,
+            BLOCK_T=BLOCK_T, **config, **FUSED,
         )  # fmt: skip
         carry_kernel[grid](
             index, out, head, tail, t, d, spare, BLOCK_T=BLOCK_T, BLOCK_K=32,
-            BLOCK_D=config["BLOCK_D"],
+            BLOCK_D=config["BLOCK_D"], **FUSED,
         )  # fmt: skip
     return out
 
@@ -189,6 +190,7 @@ def sampled_linear_cross_entropy_bwd(
             _shared_bwd_kernel[(ranges * blocks, config["CHUNKS"])](
                 x, rows, offset, negatives, target, lse[0], upstream, scale, grad_rows,
                 grad_offset, n, k, wide, per_range, *x.stride(), SOFTMAX=beta < 0, **config,
+                **FUSED,
             )  # fmt: skip
         grad_rows, grad_offset = cut_columns(sum_ranges(grad_rows), d), sum_ranges(grad_offset)
         ids = torch.cat([negatives, y])

@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from fastrec.kernels.common.linear_scores import config_of
+from fastrec.kernels.common.tiles import FUSED
 
 # Shared memory that one program may use, in bytes, by compute capability.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -161,7 +162,9 @@ def compile_for(
     unknown = set(arguments) - set(kernel.arg_names)
     assert not unknown, f"{kernel.__name__} has no arguments {sorted(unknown)}"
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=options | FUSED
+    )
     with _file(compiled.asm["cubin"]) as cubin:
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
     field = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}

@@ -23,7 +23,10 @@ class Recorder:
     def __getitem__(self, grid):
         return functools.partial(self.launch, grid)
 
-    def launch(self, grid, *arguments, num_warps=4, num_stages=3, **constants):
+    def launch(
+        self, grid, *arguments, num_warps=4, num_stages=3, enable_fp_fusion=False, **constants
+    ):
+        assert enable_fp_fusion, "products and sums would be two instructions: **FUSED"
         assert 1 <= len(grid) <= 3 and all(type(size) is int for size in grid)
         assert 0 <= grid[0] < 2**31 and all(0 <= size < 2**16 for size in grid[1:]), grid
         self.signature.bind(*arguments, **constants)

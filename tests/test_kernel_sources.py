@@ -93,3 +93,22 @@ def test_the_reader_finds_a_maximum_of_nan():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(KERNELS)))
 def test_no_position_of_a_maximum_depends_on_a_nan(file):
     assert maxima_of_nan(file.read_text()) == []
+
+
+def launches(source: str) -> list[tuple[str, bool]]:
+    """(kernel, whether it is told to multiply and add at once) of every launch."""
+    found = []
+    for call in [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]:
+        if isinstance(call.func, ast.Subscript):
+            options = [ast.unparse(k.value) for k in call.keywords if k.arg is None]
+            found.append((ast.unparse(call.func.value), "FUSED" in options))
+    return [each for each in found if each[0].endswith("kernel")]
+
+
+def test_every_launch_says_whether_it_multiplies_and_adds_at_once():
+    """Of Triton's default, which changes."""
+    assert launches("_fwd_kernel[grid](x, **FUSED)\nkernel[(1,)](x, **config)") == [
+        ("_fwd_kernel", True), ("kernel", False),
+    ]  # fmt: skip
+    found = [each for file in FILES for each in launches(file.read_text())]
+    assert len(found) > 30 and [name for name, fused in found if not fused] == []

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrec.kernels.common.tiles import load_rows
+from fastrec.kernels.common.tiles import FUSED, load_rows
 
 MOST_ROWS, MOST_TILES = 8192, 8192  # beyond them torch sorts
 MOST_ITEMS = 2**31 - 1  # targets are compared as int32
@@ -89,7 +89,7 @@ def forward_plan(target: Tensor, items: int) -> tuple[Tensor, Tensor]:
     order, count = torch.empty_like(target), target.new_empty(())
     _plan_kernel[(triton.cdiv(n, BLOCK_R) + 1,)](
         target, None, None, order, None, count, None, None, None, n, items, 1, 0, 0, 0,
-        ITEMS=None, BLOCK_R=BLOCK_R, BLOCK_J=BLOCK_J, BLOCK_D=16, num_warps=WARPS,
+        ITEMS=None, BLOCK_R=BLOCK_R, BLOCK_J=BLOCK_J, BLOCK_D=16, num_warps=WARPS, **FUSED,
     )  # fmt: skip
     return order, count
 
@@ -109,6 +109,6 @@ def backward_plan(target: Tensor, input: Tensor, vectors: Tensor, items: int, bl
     _plan_kernel[grid](
         target, input, vectors, None, by_item, count, offsets, rows, moved, n, items, tiles, d,
         *input.stride(), ITEMS=block_v, BLOCK_R=BLOCK_R, BLOCK_J=BLOCK_J,
-        BLOCK_D=min(max(triton.next_power_of_2(d), 16), 64), num_warps=WARPS,
+        BLOCK_D=min(max(triton.next_power_of_2(d), 16), 64), num_warps=WARPS, **FUSED,
     )  # fmt: skip
     return by_item, offsets, count, rows, moved

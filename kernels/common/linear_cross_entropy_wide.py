@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrec.kernels.common.tiles import LOG2E, exp_shifted, round_to
+from fastrec.kernels.common.tiles import FUSED, LOG2E, exp_shifted, round_to
 from fastrec.ops.common.arguments import split_sum
 
 # Scores of a chunk: 64 MiB in float32, and 32 MiB of their exponentials in 16 bits. Fewer items
@@ -142,7 +142,7 @@ def forward(input, linear_weight, linear_bias, target, with_offset, options):
             product(input, w.t(), options["PRECISION"]), bias, target, shift, sums, fade, logit, p,
             part.start, items,
             0 if bias is None else bias.stride(0),
-            BLOCK=BLOCK, WITH_MEAN=with_offset, num_warps=WARPS["softmax"], **options,
+            BLOCK=BLOCK, WITH_MEAN=with_offset, num_warps=WARPS["softmax"], **options, **FUSED,
         )  # fmt: skip
         if with_offset:
             mean.mul_(fade[:, None]).add_(product(p, w, options["PRECISION"]))
@@ -182,7 +182,7 @@ def backward(input, linear_weight, linear_bias, target, vectors, scale, options)
             product(input, w.t(), options["PRECISION"]), bias, target, *vectors, p, sums, n,
             part.start, items,
             0 if bias is None else bias.stride(0),
-            BLOCK_N=block_n, BLOCK_V=block_v, num_warps=WARPS["gradient"], **options,
+            BLOCK_N=block_n, BLOCK_V=block_v, num_warps=WARPS["gradient"], **options, **FUSED,
         )  # fmt: skip
         grad_weight[part] = product(p.t(), input, options["PRECISION"]).mul_(scale)
         if bias is not None:

@@ -13,6 +13,9 @@ TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SLACK = tl.constexpr(5.5)  # the running shift of a row follows its maximum in steps above e^5.5
 MOST = tl.constexpr(2.0**64)  # of a sum relative to the first tile: e^44 above its maximum
 REST = tl.constexpr(32)  # programs for what belongs to no sequence, mostly nothing
+# Of every launch: a product and a sum are one instruction. Up to 3.9 this is Triton's own default,
+# whose end 3.9 announces (triton-lang/triton#11270).
+FUSED = {"enable_fp_fusion": True}
 # The interpreter (Triton 3.6 to 3.9) truncates to bfloat16 and multiplies the bits of bfloat16.
 INTERPRETED = tl.constexpr(interpreting())
 
