@@ -71,6 +71,8 @@ def test_a_state_adds_to_the_biases_without_its_own_rating(by, hide):
     objective = JointObjective({"rating": Rating(by=by, biases=2.5)}, model, side)
     plain = JointObjective({"rating": Rating(by=by)}, model, side).parts["rating"]
     head = objective.parts["rating"]
+    if head.linear is not None:
+        torch.nn.init.normal_(head.linear.weight)
     plain.load_state_dict({k: v for k, v in head.state_dict().items() if "biases" not in k})
     batch = model.frame(MaskRating(0.4, hide)(batch_of(dataset), Rng(0, 0), side))
     mean, deviations = plain_deviations(dataset, range(6), "all")
@@ -98,7 +100,6 @@ def test_untrained_the_biases_are_those_of_the_judge(split):
     dataset, model = rated(missing=0.2), rating_model(max_len=20)
     side = SideData(dataset, users=[0, 1], event_columns=["rating"])
     objective = JointObjective({"rating": Rating(biases=5.0)}, model, side)
-    torch.nn.init.zeros_(objective.parts["rating"].linear.weight)
     judge = RatingJudge(dataset, torch.arange(1, 6), split, torch.tensor([0, 1]))
     scores = judge.score(model, objective, slice(0, 5))
     torch.testing.assert_close(scores, judge.biases, rtol=1e-5, atol=1e-5)

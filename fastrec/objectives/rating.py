@@ -35,8 +35,9 @@ class Rating:
             mean rating of training; or "item", the product of the state and a vector of the event's
             item, without a bias: the output layer of an autoencoder (DACF), of which only the items
             that are asked about are computed.
-        biases: add mean + bias of the item + bias of the user to what the state says, which then
-            starts near 0: `RatingBiases`, with this shrinkage. None: no such line.
+        biases: add mean + bias of the item + bias of the user to what the state says:
+            `RatingBiases`, with this shrinkage. A linear layer then starts at 0, and so the
+            prediction on that line. None: no such line.
     """
 
     views: list[str] = field(default_factory=lambda: ["main"])
@@ -140,6 +141,8 @@ class RatingPrediction(nn.Module):
         self.scales = [scale]
         if self.linear is not None:
             nn.init.constant_(self.linear.bias, mean)
+        if self.linear is not None and biases is not None:
+            nn.init.zeros_(self.linear.weight)  # random ones put items that are seldom asked off it
 
     @property
     def of_data(self) -> list[str]:
