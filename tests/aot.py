@@ -237,6 +237,7 @@ def machine_code_test(op: Op) -> Callable:
         if values[-1] == 90 and op.wgmma(*values):
             assert binary.wgmma, "the products do not use wgmma"
         if values in shown:
+            assert binary.count("LDL") == binary.count("STL") == 0
             aot_tables.check(op, values, binary)
 
     return test

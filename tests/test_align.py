@@ -12,19 +12,13 @@ from builders import Known, jagged, loader_of, model_of, recipe, run, six_users,
 from safetensors.torch import load_file
 
 from fastrec.data.steps.crop import Crop
-from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
-from fastrec.data.steps.prefix import Prefix
-from fastrec.data.steps.segment import Segment
 from fastrec.nn.batch_norm import BatchNorm
 from fastrec.nn.pool import Encoded
 from fastrec.nn.sphere import alignment, feature_std, uniformity
 from fastrec.objectives.align import Align, ViewAlignment
-from fastrec.objectives.contrast import Contrast
-from fastrec.objectives.friends import Friends
 from fastrec.objectives.joint import JointObjective, Term, of_all_ranks, total_loss
 from fastrec.objectives.parts import Objectives
-from fastrec.objectives.segments import Segments
 from fastrec.random import Rng
 
 WIDTH = 8
@@ -210,23 +204,6 @@ def test_an_epoch_that_ends_with_one_user_is_refused_before_the_first_step(tmp_p
     )
     data = synthetic(tmp_path, num_users=39)
     with pytest.raises(ValueError, match="align needs at least 2 users a step, and a step of an"):
-        run(data, tmp_path / "run", chosen)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name, views, settings", [
-    ("contrast", {"a": [], "b": []}, Contrast(["a", "b"])),
-    ("segments", {"a": [Prefix(), Segment()], "b": [Prefix(), Segment(keep=True)]},
-     Segments(["a", "b"])),
-    ("friends", {"main": [Friend(same_profile=False)]}, Friends()),
-])  # fmt: skip
-def test_objectives_that_tell_users_apart_refuse_steps_of_one(name, views, settings, tmp_path):
-    data = synthetic(tmp_path, num_users=39)
-    chosen = recipe(
-        views=views, objectives=Objectives(**{name: settings}), steps=2, validate_every=2,
-        batch_size=1,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=f"{name} tells the users of a step apart, and a step has"):
         run(data, tmp_path / "run", chosen)
     assert not (tmp_path / "run").exists()
 

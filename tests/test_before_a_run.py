@@ -11,14 +11,24 @@ from builders import model_of, recipe, synthetic
 import fastrec
 from fastrec import Recipe, SequenceDataset, UserModel, fit, load_model, user_vectors
 from fastrec.cli import main
+from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask
+from fastrec.data.steps.prefix import Prefix
+from fastrec.data.steps.segment import Segment
+from fastrec.nn.encoders.gru import Gru
+from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.pool import Interests, Pool
 from fastrec.objectives.align import Align
 from fastrec.objectives.cold_start import ColdStart
+from fastrec.objectives.contrast import Contrast
+from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
+from fastrec.objectives.parts import Objectives
+from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.heads_file import trained_pool
 from fastrec.training.stage import Init
+from fastrec.training.start import warn_of_settings
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +149,27 @@ def test_a_model_knows_whether_its_scores_of_items_are_trained(data, tmp_path):
 def test_what_stands_beside_a_model_needs_its_folder(data, init, what):
     with pytest.raises(ValueError, match=f"{what} needs initial_folder, the folder"):
         fit(data, model_of(num_items=30), recipe=recipe(), init=init, steps=1, progress=False)
+
+
+@pytest.mark.parametrize("name, views, settings", [
+    ("contrast", {"a": [], "b": []}, Contrast(["a", "b"])),
+    ("segments", {"a": [Prefix(), Segment()], "b": [Prefix(), Segment(keep=True)]},
+     Segments(["a", "b"])),
+    ("friends", {"main": [Friend(same_profile=False)]}, Friends()),
+])  # fmt: skip
+def test_objectives_that_tell_users_apart_refuse_steps_of_one(
+    data, tmp_path, name, views, settings
+):
+    chosen = recipe(
+        views=views, objectives=Objectives(**{name: settings}), steps=2, validate_every=2,
+        batch_size=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"{name} tells the users of a step apart, and a step has"):
+        fit(data, recipe=chosen, output=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_encoder_is_warned_of_by_its_name():
+    said = "settings: encoder.transformer None, not given, encoder.gru given, not None$"
+    with pytest.warns(UserWarning, match=said):
+        warn_of_settings(ModelConfig(), ModelConfig(encoder=Gru()))

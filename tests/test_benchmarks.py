@@ -15,7 +15,7 @@ from builders import synthetic
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import roofline, run, step_profile  # noqa: E402
-from benchmarks.bench import OPS, module  # noqa: E402
+from benchmarks.bench import OPS, module, peak_memory  # noqa: E402
 
 
 def benchmark(*arguments):
@@ -57,6 +57,12 @@ def test_smoke(output):
                 assert row[kind]["p20"] <= row[kind]["median"] <= row[kind]["p80"]
         assert rows["fastrec"]["ratio"] == 1
     assert next(iter(results["ops"][OPS[0]].values()))["fastrec"]["extra_bytes"] >= 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("op", OPS[1:])
+def test_the_peak_memory_of_the_other_ops_is_found(op):
+    assert peak_memory(module(op).SMOKE[0], "fastrec") >= 0
 
 
 def test_a_shape_that_no_entry_has_is_refused(capsys):

@@ -61,6 +61,16 @@ def cases(types=TYPES, backends=BACKENDS, only=None):
     ]
 
 
+def rest_exhaustive(kept, chosen):
+    """The cases `chosen`; those that are not kept(op, backend, name) are of `make test-all`."""
+    found = []
+    for case in chosen:
+        op, backend, *_, name = case.values
+        rare = [] if kept(op, backend, name) else [pytest.mark.exhaustive]
+        found.append(pytest.param(*case.values, id=case.id, marks=[*case.marks, *rare]))
+    return found
+
+
 each_sample = pytest.mark.parametrize("op, backend, device, types, name", cases())
 
 
@@ -113,14 +123,26 @@ each_representative = pytest.mark.parametrize(
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    cases(types=(FLOAT64,), backends=("reference", "cpp"), only=with_gradient),
+    rest_exhaustive(
+        lambda _, backend, __: backend == "reference",
+        cases(types=(FLOAT64,), backends=("reference", "cpp"), only=with_gradient),
+    ),
 )
 def test_gradcheck(op, backend, device, types, name):
-    """Every entry of the reference's; cpp's, which test_within_budget compares with those of the
-    reference in float64, along random directions."""
     need(op, backend, device)
     f, leaves = _differentiable(op, backend, samples(op.name, device, types, True)[name])
-    assert torch.autograd.gradcheck(f, leaves, fast_mode=backend == "cpp")
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize(
+    "op, backend, device, types, name",
+    cases(types=(FLOAT64,), backends=("cpp",), only=with_gradient),
+)
+def test_gradcheck_along_random_directions(op, backend, device, types, name):
+    """test_within_budget compares every entry with that of the reference in float64."""
+    need(op, backend, device)
+    f, leaves = _differentiable(op, backend, samples(op.name, device, types, True)[name])
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -346,10 +368,13 @@ def test_same_bits_for_any_number_of_threads(op, backend, device, types, name):
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    [
-        *cases(types=(FLOAT32,), backends=("reference",), only=lambda op: op.complete),
-        *cases(types=(MIXED,), backends=("cpp",), only=representative),
-    ],
+    rest_exhaustive(
+        lambda op, backend, name: backend == "cpp" or name in op.complete,
+        [
+            *cases(types=(FLOAT32,), backends=("reference",), only=representative),
+            *cases(types=(MIXED,), backends=("cpp",), only=representative),
+        ],
+    ),
 )
 def test_compile_without_graph_break(op, backend, device, types, name):
     if backend not in op.compiles:
@@ -363,14 +388,10 @@ INDUCTOR = ("cross_entropy", "attention", "linear")
 
 @pytest.mark.parametrize(
     "op, backend, device, types, name",
-    [
-        pytest.param(
-            *case.values,
-            id=case.id,
-            marks=() if case.values[0].name.endswith(INDUCTOR) else pytest.mark.exhaustive,
-        )
-        for case in cases(types=(FLOAT32,), backends=("cpp",), only=lambda op: op.complete[-1:])
-    ],
+    rest_exhaustive(
+        lambda op, *_: op.name.endswith(INDUCTOR),
+        cases(types=(FLOAT32,), backends=("cpp",), only=lambda op: op.complete[-1:]),
+    ),
 )
 def test_compile_with_inductor(op, backend, device, types, name):
     _compare_compiled(op, name, backend, device, types, "inductor")

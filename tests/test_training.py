@@ -40,7 +40,6 @@ from fastrec.data.steps.reorder import Reorder
 from fastrec.data.views import Again
 from fastrec.evaluation.attributes import AttributesJudge
 from fastrec.evaluation.protocol import Protocol
-from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel
@@ -55,7 +54,6 @@ from fastrec.training.config import Recipe, Users
 from fastrec.training.fit import fit
 from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import held_out_users, select_users, stage_data
-from fastrec.training.start import warn_of_settings
 
 UPREC = Objectives(
     item=Item(), user_attributes=UserAttributes(weight=0.3), friends=Friends(weight=0.5)
@@ -237,12 +235,6 @@ def test_a_model_to_start_from_keeps_its_settings(data, tmp_path):
     named = {key: value for key, value in written["model"]["encoder"].items() if value}
     assert named == {"transformer": vars(Transformer(layers=1))}
     assert written["model"]["tokens"] == ["sep"] and written["model"]["max_len"] == 20
-
-
-def test_another_encoder_is_warned_of_by_its_name():
-    said = "settings: encoder.transformer None, not given, encoder.gru given, not None$"
-    with pytest.warns(UserWarning, match=said):
-        warn_of_settings(ModelConfig(), ModelConfig(encoder=Gru()))
 
 
 def test_users_too_short_to_hold_anything_out_are_trained(tmp_path):

@@ -117,7 +117,7 @@ class RatingPrediction(nn.Module):
         width: D.
         mean: rating that the linear layer starts at.
         num_items: V: a vector for each item in place of the linear layer.
-        biases: what the states are added to.
+        biases: what the states are added to; the linear layer then starts at 0.
         items_hash: of the original ids, which says whose vectors and counts are saved.
     """
 
@@ -141,8 +141,8 @@ class RatingPrediction(nn.Module):
         self.scales = [scale]
         if self.linear is not None:
             nn.init.constant_(self.linear.bias, mean)
-        if self.linear is not None and biases is not None:
-            nn.init.zeros_(self.linear.weight)  # random ones put items that are seldom asked off it
+            if biases is not None:  # random ones put items that are seldom asked about off the line
+                nn.init.zeros_(self.linear.weight)
 
     @property
     def of_data(self) -> list[str]:
