@@ -182,40 +182,52 @@ class ItemPrediction(nn.Module):
             loss = model.item_head.loss(states, table, targets, backend=self.backend)
             return {"item": (loss, count)}
         how, self.sampler = self.settings.sampled, self.sampler.to(states.device)
-        if self.settings.shares:
-            negatives = self.sampler.shared(how.negatives, rng)
-        else:
-            places = [places_of(view.batch) for view in views]
-            keys, events = (torch.cat(part) for part in zip(*places, strict=True))
-            negatives = self.sampler.own(how.negatives, rng, keys, events)
+        negatives = self._negatives(how, rng, views)
         if sharded is not None:
             loss = self._over_rows(model, sharded.rows(targets, negatives), states)
             return {"item": (loss, count)}
-        table = model.scoring(views[0])
+        head, table = model.item_head, model.scoring(views[0])
+        if self.settings.loss == "bpr":
+            query, squash = head.query(states), self.settings.squash
+            return {"item": bpr(query, table, head.bias, targets, negatives, squash)}
         if how.in_batch:
             negatives = torch.cat([targets, negatives])
         if self.settings.loss == "bpr_max":
-            head, reg = model.item_head, 1.0 if how.bpr_reg is None else how.bpr_reg
-            query = head.query(states)
-            items = table[: model.num_items]
-            loss = bpr_max(query, items, head.bias, targets, negatives, reg)
-            return {"item": (loss, count)}
-        if self.settings.loss == "bpr":
-            head, squash = model.item_head, self.settings.squash
-            loss = bpr(head.query(states), table, head.bias, targets, negatives, squash)
-            return {"item": loss}
-        correct = self.settings.loss == "softmax" and how.log_q is not False
-        log_q = self.sampler.log_q if correct else None
-        if how.in_batch and any(_may_lack_targets(view.batch) for view in views):
-            # A row of the table that is no item, and scores nothing, stands for no target.
+            items, reg = table[: model.num_items], 1.0 if how.bpr_reg is None else how.bpr_reg
+            loss = bpr_max(head.query(states), items, head.bias, targets, negatives, reg)
+        else:
+            lacks = how.in_batch and any(_may_lack_targets(view.batch) for view in views)
+            loss = self._over_drawn(model, table, states, targets, negatives, lacks)
+        return {"item": (loss, count)}
+
+    def _negatives(self, how: Sampled, rng: Rng, views: tuple[Encoded, ...]) -> Tensor:
+        """Drawn items, int64 [K] or [N, K]."""
+        assert self.sampler is not None
+        if self.settings.shares:
+            return self.sampler.shared(how.negatives, rng)
+        places = [places_of(view.batch) for view in views]
+        keys, events = (torch.cat(part) for part in zip(*places, strict=True))
+        return self.sampler.own(how.negatives, rng, keys, events)
+
+    def _over_drawn(
+        self, model, table: Tensor, states: Tensor, targets: Tensor, negatives: Tensor, lacks: bool
+    ) -> Tensor:
+        """The sampled loss over the rows of a table. lacks: a negative may be -100, the target of a
+        row that has none."""
+        how = self.settings.sampled
+        assert how is not None and self.sampler is not None
+        if lacks:  # a row of the table that is no item, and scores nothing, stands for no target
             negatives = negatives.masked_fill(negatives == NO_TARGET, model.num_items)
             if len(table) == model.num_items:  # the head's own: a copy
                 table = F.pad(table, (0, 0, 0, 1))
         else:
             table = first_rows(table, model.num_items, model.sparse_tables)
-        if how.in_batch and correct:
-            log_q = F.pad(self._log_counts(how, targets), (0, len(table) - model.num_items))
-        loss = model.item_head.sampled_loss(
+        log_q = None
+        if self.settings.loss == "softmax" and how.log_q is not False:
+            log_q = self.sampler.log_q
+            if how.in_batch:
+                log_q = F.pad(self._log_counts(how, targets), (0, len(table) - model.num_items))
+        return model.item_head.sampled_loss(
             states,
             table,
             targets,
@@ -226,7 +238,6 @@ class ItemPrediction(nn.Module):
             sparse_grad=model.sparse_tables,
             backend=self.backend,
         )
-        return {"item": (loss, count)}
 
     def _over_rows(self, model, rows, states: Tensor) -> Tensor:
         """The sampled loss over the rows of a sharded table, `nn.sharded.Candidates`."""

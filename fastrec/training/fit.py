@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -17,15 +16,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastrec.backend import device_of, unavailable_reason
-from fastrec.data.loader import SequenceLoader
 from fastrec.data.output import locked, write_json
-from fastrec.data.views import Views
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.sharded import whole_state
 from fastrec.nn.text_model import TextModel
-from fastrec.nn.transfer import PARTS, report, trained_share
+from fastrec.nn.transfer import report, trained_share
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.joint import JointObjective
+from fastrec.training.assembly import assembled
 from fastrec.training.callbacks import Interrupted, KeepBest
 from fastrec.training.checkpoint import (
     LAST,
@@ -42,7 +39,6 @@ from fastrec.training.checkpoint import (
     tidy_run,
 )
 from fastrec.training.config import STAGES, Recipe
-from fastrec.training.heads_file import load_heads, load_pool
 from fastrec.training.logs import flat
 from fastrec.training.model_folder import hashes, save_model
 from fastrec.training.module import StageModule
@@ -54,17 +50,11 @@ from fastrec.training.processes import (
     on_its_own,
     processes_of,
 )
-from fastrec.training.rows import Tables, check_tables, use_rows
 from fastrec.training.stage import STAGE_KEYS, Stage
-from fastrec.training.stage_data import StageData, stage_data
 from fastrec.training.start import (
     check_dtype,
-    check_views,
-    filler_of,
     scores_items,
     seen_by_run,
-    similar_of,
-    started_model,
     text_data,
     with_causal,
     with_dropout,
@@ -171,39 +161,28 @@ def _fit(
     recipe = _with_start(recipe, stage, current, initial)
     recipe = dataclasses.replace(recipe, **{stage: current})  # type: ignore[arg-type]
     encoder = settings_of(with_causal(recipe.model, current.init.causal).encoder)
-    where = processes_of(device_of(around.device), current.devices, current.num_nodes)
-    if where.total > 1:
-        let_go_at_exit()
-    if current.cuda_graph:
-        check_one_gpu(where, current.devices)
-    if first_process():
-        tidy_run(output)
-    start = started_from(initial)
-    if resume:
-        run = identity(dataset, recipe, stage)
-        start = check_resumed(output, run, current.steps, encoder, start)
-    elif first_process():
-        check_free(output, dataset, recipe, stage)
-    name = current.backend or "reference"
-    if why := unavailable_reason(name, "linear_cross_entropy", where.device):
-        raise ValueError(f"backend is {name!r}: {why}")
-
-    made = _made(dataset, recipe, current, given, initial_folder, where)
+    where = _processes(around.device, current)
+    start = _begun(dataset, recipe, stage, output, encoder, initial, resume)
+    run = identity(dataset, recipe, stage)
+    made = assembled(dataset, recipe, current, given, initial_folder, where)
     trained, objective = made.trained, made.objective
     module = StageModule(trained, objective, current, made.loader, made.data.judge, output)
-    run = identity(dataset, recipe, stage)
-    trained_on = {"items": dataset.items_hash, "stage": stage, "run": short(run)}
-    if trained.num_users:
-        trained_on["users"] = dataset.users_hash
     kept = output / MODEL if resume else None
-    trained_on["scores_items"] = scores_items(current, initial, kept)
+    trained.trained_on = {
+        "items": dataset.items_hash,
+        "stage": stage,
+        "run": short(run),
+        "scores_items": scores_items(current, initial, kept),
+    }
+    if trained.num_users:
+        trained.trained_on["users"] = dataset.users_hash
     trained.seen_users = seen_by_run(
         dataset, made.data.people, recipe, current, initial, initial_folder, kept
     )
     trained.known_items, trained.recipe = hashes(dataset.item_ids()), plain(recipe)
 
     def save(steps: int) -> None:
-        trained.trained_on = {**trained_on, "steps": steps}
+        trained.trained_on["steps"] = steps
         with whole_state(trained, output) as state:
             if first_process():
                 save_model(output / MODEL, trained, objective, state)
@@ -244,59 +223,39 @@ def _fit(
     return best if recipe.texts is None else TextModel(best, dataset)
 
 
-class _Made(NamedTuple):
-    """What a run trains, on what, and what asks it. taken: tensors of the model it starts from."""
+def _processes(device: str, current: Stage) -> Processes:
+    """Where a stage runs. Raises ValueError for what cannot run there."""
+    where = processes_of(device_of(device), current.devices, current.num_nodes)
+    if where.total > 1:
+        let_go_at_exit()
+    if current.cuda_graph:
+        check_one_gpu(where, current.devices)
+    name = current.backend or "reference"
+    if why := unavailable_reason(name, "linear_cross_entropy", where.device):
+        raise ValueError(f"backend is {name!r}: {why}")
+    return where
 
-    trained: UserModel
-    objective: JointObjective
-    loader: SequenceLoader
-    data: StageData
-    taken: list[str]
 
-
-def _made(
+def _begun(
     dataset,
     recipe: Recipe,
-    current: Stage,
-    given: UserModel | TextModel | None,
-    initial_folder: Path | None,
-    where: Processes,
-) -> _Made:
-    """Raises ValueError for what cannot be trained; no step is done and nothing is written."""
-    initial = given.model if isinstance(given, TextModel) else given
-    config = with_causal(recipe.model, current.init.causal)
-    torch.manual_seed(recipe.seed)
-    trained, taken = started_model(dataset, config, initial, current.init)
-    check_dtype(trained, "a new model")
-    if recipe.texts is not None:
-        trained.texts, trained.tokenizer = recipe.texts, dataset.tokenizer
-    data = stage_data(dataset, recipe, current)
-    data.side.filler = filler_of(dataset, recipe, current)
-    data.side.similar = similar_of(dataset, recipe, current)
-    check_views(current, trained.config.dropout)
-    objective = JointObjective(current.parts, trained, data.side, current.backend)
-    _use_tables(current, trained, objective, where)
-    heads = [name for name in current.init.take if name not in PARTS]
-    if given is not None and initial_folder is None and (heads or current.init.pool is not None):
-        what = f"init.pool: {current.init.pool}" if current.init.pool else f"init.take: {heads}"
-        raise ValueError(f"{what} needs initial_folder, the folder of the model with its heads")
-    if initial_folder is not None:
-        taken += load_heads(objective, initial_folder, only=heads)
-        if current.init.pool is not None:
-            taken += load_pool(objective, initial_folder, current.init.pool)
-    views = Views(current.views, trained.frame, data.side, recipe.model.max_len)
-    loader = SequenceLoader(
-        views,
-        batch_size=current.batch_size,
-        seed=recipe.seed,
-        users=data.users,
-        steps_per_pass=current.pass_steps,
-    )
-    objective.check_users(loader.smallest, loader.largest)
-    sample = loader.few(2)
-    if where.device.type == "cpu":  # parts of one's own may run on a GPU alone
-        objective.rehearse(trained, sample)
-    return _Made(trained, objective, loader, data, taken)
+    stage: str,
+    output: Path,
+    encoder,
+    initial: UserModel | None,
+    resume: bool,
+) -> str | None:
+    """What the run in `output` starts or started from, see `started_from`. Raises an error, as
+    `fit` says, if the folder is not free or holds nothing that can be resumed."""
+    if first_process():
+        tidy_run(output)
+    start = started_from(initial)
+    if resume:
+        run = identity(dataset, recipe, stage)
+        return check_resumed(output, run, recipe.stage(stage).steps, encoder, start)
+    if first_process():
+        check_free(output, dataset, recipe, stage)
+    return start
 
 
 def _with_start(recipe: Recipe, stage: str, current: Stage, initial: UserModel | None) -> Recipe:
@@ -312,25 +271,6 @@ def _with_start(recipe: Recipe, stage: str, current: Stage, initial: UserModel |
             " from (--init)"
         )
     return dataclasses.replace(recipe, model=with_dropout(recipe.model, current))
-
-
-def _use_tables(
-    current: Stage, trained: UserModel, objective: JointObjective, where: Processes
-) -> None:
-    """Update the item table as `tables` of the stage says, or raise ValueError."""
-    if current.tables != Tables() and current.cuda_graph:
-        raise ValueError("cuda_graph needs tables.update: dense, and no tables.shard")
-    check_tables(current.tables, trained, objective.parts.values())
-    if current.tables.update != "rows":
-        return
-    use_rows(trained, objective.parts.values())
-    if trained.item_head.pending is not None and (
-        where.total > 1 or current.gradient_clip or current.precision != "32-true"
-    ):
-        raise ValueError(
-            "tables.update: rows with a loss over all items needs one process, gradient_clip 0,"
-            " whose norm would be that of a gradient that is never stored, and precision 32-true"
-        )
 
 
 def _train(trainer, module: StageModule, output: Path, resume: bool) -> None:
