@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py tests/test_triton_rows.py \
-  tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py \
+  tests/test_default_dtype.py tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py \
   tests/test_sampled_linear_cross_entropy.py tests/test_in_batch_hardest.py
 VECTOR_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
   -k "cpp and ((within_budget and float32) or masks_are or generator_has)"

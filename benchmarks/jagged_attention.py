@@ -46,6 +46,7 @@ SMOKE = (
 )
 QUICK = (_entry(768, 30, "yelp"),)
 ELEMENT = "probability"
+STORED = "attention probabilities"
 PASSES = ("forward", "both")
 PEERS = {"padded SDPA": ("sdpa",), "`torch.compile`": ("torch.compile",)}
 GRADIENT_LIMIT = {"float32": 1e-5, "bfloat16": 5e-2}

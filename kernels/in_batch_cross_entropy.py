@@ -149,7 +149,7 @@ def in_batch_cross_entropy_bwd(
     vectors = vectors.masked_fill(positive < 0, 0)
     # Theirs is 0, and exp(s - 0) may overflow: inf times their gradient 0.
     lse = lse[0].masked_fill(positive < 0, math.inf)
-    scale = torch.ones((), device=query.device)
+    scale = torch.ones((), dtype=torch.float32, device=query.device)
     if query.dtype == torch.float16 and n > 0:
         # A power of two that brings the gradients of the rows to at most 1 (and back in the end).
         scale = torch.ldexp(scale, torch.frexp(vectors.abs().amax()).exponent)

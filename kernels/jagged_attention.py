@@ -313,8 +313,10 @@ def _launch(kernel, query, offsets, max_seq_len):
         kernel, query.shape[2], query.dtype, max_seq_len, float32_products(query.device),
         capability_of(query.device),
     )  # fmt: skip
-    # Sequences on x: the other axes end at 65,535.
-    return (offsets.shape[0] - 1 + REST.value, triton.cdiv(max_seq_len, options["BLOCK"])), options
+    # Sequences on x: the other axes end at 65,535. max_seq_len is a bound, of any height; at 0 the
+    # programs of the rest still write zeros.
+    blocks = triton.cdiv(max(1, min(max_seq_len, query.shape[0])), options["BLOCK"])
+    return (offsets.shape[0] - 1 + REST.value, blocks), options
 
 
 def jagged_attention_fwd(

@@ -176,7 +176,7 @@ def linear_cross_entropy_bwd(
     config = _options(input, table)["bwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
     vectors = torch.stack([lse[0], grad_lse * torch.exp(-lse[1]), grad_target_logit])
-    scale = torch.ones((), device=input.device)
+    scale = torch.ones((), dtype=torch.float32, device=input.device)
     if input.dtype == torch.float16 and n > 0:
         # A power of two that brings the gradients of the rows to at most 1 (and back in the end).
         exponent = torch.frexp(vectors[1:].abs().amax()).exponent

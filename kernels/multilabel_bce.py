@@ -239,7 +239,7 @@ def multilabel_bce_bwd(
     config = _options(input)["bwd"]
     (n, d), v = input.shape, linear_weight.shape[0]
     order, count = _plan(label_rows)
-    scale = torch.ones((), device=input.device)
+    scale = torch.ones((), dtype=torch.float32, device=input.device)
     if input.dtype == torch.float16 and n > 0:
         # A power of two that brings the gradients of the rows to at most 1 (and back in the end).
         largest = grad_loss.masked_fill(label_rows < 0, 0).abs().amax()

@@ -179,7 +179,8 @@ def sampled_linear_cross_entropy_bwd(
         ranges, per_range = ranges_of(input.device, blocks * config["CHUNKS"], tiles)
         grad_rows = input.new_empty(ranges, k, wide, dtype=torch.float32)
         grad_offset = input.new_empty(ranges, k, dtype=torch.float32)
-        scale, upstream = torch.ones((), device=input.device), grad_loss * torch.exp(-lse[1])
+        scale = torch.ones((), dtype=torch.float32, device=input.device)
+        upstream = grad_loss * torch.exp(-lse[1])
         if input.dtype == torch.float16 and n > 0:
             # A power of two that brings the gradients of the rows near 2^8: float16 has 5 bits of
             # exponent.

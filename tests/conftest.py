@@ -14,8 +14,9 @@ import pytest
 # wait for each other (benchmarks/epoch.py of test_benchmarks: 81 s of CPU, 8 with one thread).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
+from interpreter import hasten
 
-from fastrec.backend import unavailable_reason
+from fastrec.backend import interpreting, unavailable_reason
 
 # The same examples in every run: what fails, fails for everybody. FASTREC_FUZZ draws others.
 with contextlib.suppress(ModuleNotFoundError):  # a machine that only runs the ops lacks it
@@ -31,6 +32,11 @@ _STATE = hashlib.sha256(b"".join(file.read_bytes() for file in _OPS)).hexdigest(
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"fastrec-inductor-{_STATE}")
 )
+
+pytest_plugins = ["cli_runs"]
+
+if interpreting():
+    hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 """Processes with a gloo group, for the tests of ops that take a `group`."""
 
 import datetime
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -11,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from op_db.case import Op, Sample, excess
@@ -113,6 +115,17 @@ def backends_here(op: str) -> list[str]:
     """In the interpreter triton alone: the others run without it."""
     names = ("triton",) if interpreting() else ("reference", "cpp")
     return [b for b in names if unavailable_reason(b, op, torch.device("cpu")) is None]
+
+
+def worlds_and_types(worlds, types) -> list:
+    """pytest parameters: float32 in every world, bfloat16 in the smallest; the rest is of
+    `make test-all`."""
+    found = []
+    for world, each in itertools.product(worlds, types):
+        plain = each.name == "float32" or (each.name == "bfloat16" and world == min(worlds))
+        marks = [] if plain else [pytest.mark.exhaustive]
+        found.append(pytest.param((world, each), id=f"{world}-{each}", marks=marks))
+    return found
 
 
 def within_budget(

@@ -269,12 +269,11 @@ def insert(step: Insert, items, key, rng):
 
 
 def one_of(step: OneOf, items, key, rng):
-    fit = [each for each in step.steps if len(items) >= getattr(each, "least", 0)] or step.steps
-    if step.independent:
-        chosen = fit[one(rng, key, "one_of") * len(fit) // 65536]
-    else:
-        first = one(rng, key & 0xFFFFFFFF, "one_of") * len(fit) // 65536
-        chosen = fit[(first + (key >> 32)) % len(fit)]
+    numbers = range(len(step.steps))
+    fit = [i for i in numbers if len(items) >= getattr(step.steps[i], "least", 0)] or numbers
+    whose = key if step.independent else key & 0xFFFFFFFF
+    fit = sorted(fit, key=lambda i: long_draw(rng, whose, "one_of", i))
+    chosen = step.steps[fit[0 if step.independent else (key >> 32) % len(fit)]]
     places, now, targets = ORACLES[type(chosen)](chosen, items, key, rng)
     if not predicts(chosen) and predicts(step):
         targets = [-100] * len(now)

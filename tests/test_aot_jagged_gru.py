@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ptxas makes of the kernels of jagged_gru: no GPU is needed."""
 
-from aot import SHARED_LIMIT, Binary, Op, case, compile_for, machine_code_test, take_options
+import pytest
+from aot import (
+    SHARED_LIMIT,
+    Binary,
+    Op,
+    case,
+    compile_for,
+    machine_code_test,
+    needs_compiler,
+    take_options,
+)
 
 from fastrec.kernels import jagged_gru as kernels
 
@@ -31,3 +41,12 @@ def build(kernel: str, capability: int) -> Binary:
 
 OP = Op("jagged_gru", "kernel sm", CASES, build)
 test_machine_code = machine_code_test(OP)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernel", ["fwd", "bwd"])
+def test_a_barrier_stands_behind_the_stores_of_a_step(kernel):
+    """What a step stores, all threads of the block read in the next one. The interpreter cannot
+    tell, where a program is one thread."""
+    sass = build(kernel, 90).sass
+    assert sass.rindex(" BAR.SYNC") > sass.rindex(" STG.")

@@ -131,8 +131,12 @@ def test_a_model_knows_whether_its_scores_of_items_are_trained(data, tmp_path):
     again = fit(data, first, recipe=recipe(), output=tmp_path / "b", **profile,
                 initial_folder=str(tmp_path / "a" / "model"))  # fmt: skip
     for model in (first, again, load_model(tmp_path / "b" / "model", data)):
-        with pytest.raises(ValueError, match="trained for attributes .* scores no next items"):
+        with pytest.raises(ValueError, match="trained for user_attributes .* scores no next items"):
             fastrec.recommend(model, data, 3)
+    views = fit(data, recipe=recipe(), steps=1, monitor="steps", progress=False,
+                views={"a": [], "b": []}, objectives={"contrast": Contrast()})  # fmt: skip
+    with pytest.raises(ValueError, match="trained for contrast .stage pretraining. without the"):
+        fastrec.recommend(views, data, 3)
     items = fit(data, again, recipe=recipe(), steps=1, output=tmp_path / "c", progress=False)
     later = fit(data, items, recipe=recipe(), output=tmp_path / "d", **profile)
     for model in (items, later):

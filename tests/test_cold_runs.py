@@ -99,7 +99,7 @@ def test_from_the_command_line(data, tmp_path, capsys):
     capsys.readouterr()
     main(["evaluate", f"--data={data}", f"--pretrained={run / 'model'}"])  # its own stage
     assert "HR@k is Recall@k" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="was trained for vectors .*scores no next items"):
+    with pytest.raises(SystemExit, match="was trained for align .*scores no next items"):
         main(["recommend", f"--data={data}", f"--pretrained={start / 'model'}",
               f"--output={tmp_path / 'best.csv'}"])  # fmt: skip
 

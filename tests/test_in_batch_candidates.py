@@ -56,13 +56,16 @@ def predictions(model, views):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("ahead", [1, 2])
 @pytest.mark.parametrize("loss", ["softmax", "uncorrected", "bpr_max"])
-def test_equals_its_definition_row_by_row(loss, ahead, head, backend):
-    """Targets of all views and 5 drawn items, the same for all rows; a candidate that is the target
+@pytest.mark.parametrize("number", [5, 0])
+def test_equals_its_definition_row_by_row(number, loss, ahead, head, backend):
+    """Targets of all views and 5 drawn items or none, the same for all rows; one that is the target
     of a row does not count there, one that occurs twice counts twice, and -100 is no candidate."""
     model, side = model_of(num_items=8, dropout=0.0, **HEADS[head]), side_of()
     torch.nn.init.normal_(model.item_head.bias)
     views = views_of(ahead)
     how = Sampled(5, by="popularity", alpha=0.5, in_batch=True)
+    if not number:
+        how = Sampled(0, in_batch=True)
     if loss == "uncorrected":
         how = replace(how, log_q=False)
     settings = Item(loss="bpr_max" if loss == "bpr_max" else "softmax", sampled=how)
@@ -70,12 +73,14 @@ def test_equals_its_definition_row_by_row(loss, ahead, head, backend):
     part.backend = backend
     found, count = part(model, Rng(1, 2), *views)["item"]
     rows = predictions(model, views)
-    drawn = how.sampler(side).shared(5, Rng(1, 2)).tolist()
+    drawn = how.sampler(side).shared(5, Rng(1, 2)).tolist()[:number]
     candidates = [target for _, target in rows] + drawn
     events = np.concatenate(EVENTS)
     p = torch.from_numpy(np.bincount(events, minlength=8) / len(events))
     q = how.sampler(side).log_q.double().exp()
-    correction = (len(rows) * p + 5 * q).log().float()
+    if not number:  # item 7, which is no candidate of a step of training, has the lowest share
+        p = p.clamp_min(p[p > 0].min())
+    correction = (len(rows) * p + number * q).log().float()
     assert len(set(candidates)) < len(candidates)
     losses = []
     for state, target in rows:
@@ -120,12 +125,13 @@ def test_the_correction_is_the_number_of_an_item_that_is_expected():
     assert counted[7] == 0 and expected[7] > 0
 
 
+@pytest.mark.parametrize("number", [4, 0])
 @pytest.mark.parametrize("loss", ["softmax", "bpr_max"])
-def test_nothing_to_predict_gives_zero_with_a_live_graph(loss):
+def test_nothing_to_predict_gives_zero_with_a_live_graph(loss, number):
     model, side = model_of(num_items=8), side_of()
     batch = NextItem(ahead=2)(jagged([1, 0], num_items=8), Rng(0, 0), side)
     view = Encoded(batch, torch.randn(0, 8, requires_grad=True))
-    settings = Item(loss=loss, sampled=Sampled(4, in_batch=True))
+    settings = Item(loss=loss, sampled=Sampled(number, in_batch=True))
     found, count = settings.build(model, side)(model, Rng(0, 0), view)["item"]
     found.backward()
     assert found == 0 and int(count) == 0
@@ -148,3 +154,7 @@ def test_what_has_no_meaning_is_refused():
             Item(loss=loss, sampled=Sampled(in_batch=True))
     with pytest.raises(ValueError, match=r"in_batch needs shared negatives: sampled\.shared: true"):
         Sampled(in_batch=True, shared=False)
+    with pytest.raises(ValueError, match=r"at least 1, or 0 with sampled\.in_batch, got -1"):
+        Sampled(-1, in_batch=True)
+    with pytest.raises(ValueError, match=r"sampled\.by has no effect: sampled\.negatives is 0"):
+        Sampled(0, by="popularity", in_batch=True)

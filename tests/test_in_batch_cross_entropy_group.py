@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from groups import backends_here, message_of, within_budget
+from groups import backends_here, message_of, within_budget, worlds_and_types
 from op_db.case import TYPES, promote, run, upstream_of
 from op_db.in_batch_cross_entropy import OP
 from torch.distributed.device_mesh import init_device_mesh
@@ -89,22 +89,21 @@ def of_sample(group, sample, cut, backend):
     return {"output": loss.detach()} | dict(zip(leaves, grads, strict=True))
 
 
-def every_sample(group, backends):
+def every_sample(group, backends, types):
     cuts, found = CUTS[dist.get_world_size(group)], {}
     for backend in backends:
-        for types in TESTED:
-            for name in names_of(backend):
-                if name in samples(types, backend):
-                    for cut in cuts:
-                        sample = samples(types, backend)[name]
-                        got = of_sample(group, sample, cuts[cut], backend)
-                        found[backend, types.name, name, cut] = got
+        for name in names_of(backend):
+            if name in samples(types, backend):
+                for cut in cuts:
+                    sample = samples(types, backend)[name]
+                    found[backend, name, cut] = of_sample(group, sample, cuts[cut], backend)
     return found
 
 
-@pytest.fixture(scope="module", params=CUTS)
+@pytest.fixture(scope="module", params=worlds_and_types(CUTS, TESTED))
 def results(request, ranks):
-    return request.param, ranks(request.param, every_sample, BACKENDS)
+    world, types = request.param
+    return world, types, ranks(world, every_sample, BACKENDS, types)
 
 
 @functools.cache
@@ -114,15 +113,14 @@ def expected(backend, types, name):
     return exact, run(OP.reference, sample, OP.differentiable)
 
 
-@pytest.mark.parametrize("types", TESTED, ids=str)
 @pytest.mark.parametrize("backend, name", [(b, n) for b in BACKENDS for n in names_of(b)])
-def test_the_ranks_together_are_one_process(results, backend, types, name):
-    world, found = results
+def test_the_ranks_together_are_one_process(results, backend, name):
+    world, types, found = results
     if name not in samples(types, backend):
         pytest.skip(f"no such sample in {types}")
     sample, one = samples(types, backend)[name], expected(backend, types, name)
     for cut in CUTS[world]:
-        parts, whole = [rank[backend, types.name, name, cut] for rank in found], {}
+        parts, whole = [rank[backend, name, cut] for rank in found], {}
         for key in parts[0]:
             values = [part[key] for part in parts]
             if key == "output" and values[0].dim():

@@ -370,6 +370,22 @@ def test_events_of_no_sequence_get_zeros(backend, poisoned_memory, monkeypatch):
 
 
 @each_backend
+@pytest.mark.parametrize("bound", [0, 40_000_000])
+def test_a_bound_of_the_lengths_that_says_nothing(backend, bound, poisoned_memory, monkeypatch):
+    """0 where all events are behind the last offset; more than an axis of a grid has room for."""
+    module = sys.modules["fastrec.ops.jagged_attention"]
+    monkeypatch.setattr(module, "_check", lambda q, k, v, offsets, longest: offsets)
+    tensors = [x.requires_grad_() for x in inputs([5])]
+    offsets = torch.tensor([0, 5 if bound else 0])
+    out = jagged_attention(*tensors, offsets, max_seq_len=bound, backend=backend)
+    grads = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    expected = jagged_attention(*tensors, offsets_of([5]), max_seq_len=5, backend="reference")
+    wanted = torch.autograd.grad(expected, tensors, torch.ones_like(expected))
+    for got, want in zip((out, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(got, want if bound else want * 0, rtol=1e-4, atol=1e-5)
+
+
+@each_backend
 def test_nan_stays_nan_in_the_gradients(backend):
     query, key, value = (x.requires_grad_() for x in inputs([5, 20]))
     with torch.no_grad():

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from groups import Ranks, backends_here, message_of, within_budget
+from groups import Ranks, backends_here, message_of, within_budget, worlds_and_types
 from memory import needs_proc, peak_of
 from op_db.case import TYPES, Sample, promote, run
 from op_db.linear_cross_entropy import OP
@@ -72,20 +72,20 @@ def names_of(backend):
     return [name for name in every if backend == "cpp" or name in small]
 
 
-def every_sample(group, backends):
+def every_sample(group, backends, types):
     cuts, found = CUTS[dist.get_world_size(group)], {}
     for backend in backends:
-        for types in TESTED:
-            for name, sample in samples(types, backend).items():
-                for cut in cuts if name in names_of(backend) else ():
-                    function = functools.partial(sharded, group, cuts[cut], backend)
-                    found[backend, types.name, name, cut] = run(function, sample, OP.differentiable)
+        for name, sample in samples(types, backend).items():
+            for cut in cuts if name in names_of(backend) else ():
+                function = functools.partial(sharded, group, cuts[cut], backend)
+                found[backend, name, cut] = run(function, sample, OP.differentiable)
     return found
 
 
-@pytest.fixture(scope="module", params=CUTS)
+@pytest.fixture(scope="module", params=worlds_and_types(CUTS, TESTED))
 def results(request, ranks):
-    return request.param, ranks(request.param, every_sample, BACKENDS)
+    world, types = request.param
+    return world, types, ranks(world, every_sample, BACKENDS, types)
 
 
 @functools.cache
@@ -95,15 +95,14 @@ def expected(backend, types, name):
     return exact, run(linear_cross_entropy_ref, sample, OP.differentiable)
 
 
-@pytest.mark.parametrize("types", TESTED, ids=str)
 @pytest.mark.parametrize(
     "backend, name", [(backend, name) for backend in BACKENDS for name in names_of(backend)]
 )
-def test_within_the_budget_of_one_process(results, backend, types, name):
-    world, found = results
+def test_within_the_budget_of_one_process(results, backend, name):
+    world, types, found = results
     sample, one = samples(types, backend)[name], expected(backend, types, name)
     for cut in CUTS[world]:
-        parts = [rank[backend, types.name, name, cut] for rank in found]
+        parts = [rank[backend, name, cut] for rank in found]
         whole = dict(parts[0])
         for key, value in whole.items():
             if key in SHARDED:  # every rank filled its own items

@@ -176,8 +176,8 @@ WRONG = [
     # Training asks what the judge does not, or the other way round.
     (
         "sasrec", "views: {main: [mask: {}]}",
-        "pretraining: a causal encoder is asked for the next item at its last item, and the view"
-        " 'main' trains it at [MASK] alone: use next_item, or causal: false",
+        "pretraining: a causal encoder is asked for the next item at its last item, and trained at"
+        " [MASK] alone in ['main']: use next_item, or causal: false",
     ),
     (
         "bert4rec", "views: {main: [next_item: {}]}",
@@ -202,6 +202,7 @@ OUTSIDE = [
     ("uprec", "attributes: [{name: a, range: [1]}]", "attributes.0.range is [1], expected a list "),
     ("uprec", "attributes: [{name: a, range: [2, 1]}]", "attributes.0: attribute 'a': range must "),
     ("uprec", "recommendation: {init: {patch: -1}}", "recommendation.init.patch must not be nega"),
+    ("ptum", "model: {encoder: {transformer: {causal: true}}}", "['masked', 'next']: use next_it"),
     ("sasrec", "model: {tokens: [cls]}", "model.tokens: [CLS] stands first and sees nothing unde"),
     ("sasrec", "model: {tokens: [sep]}", "model.tokens: [SEP] stands last and no item sees it un"),
     ("bert4rec", "evaluation: {negatives: 9}", "evaluation.negatives has no effect: candidates is"),

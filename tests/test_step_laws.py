@@ -202,8 +202,24 @@ def test_one_of_is_uniform_and_two_views_take_different_steps():
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert (taken[a] != taken[b]).all()
     assert torch.equal(taken[0], taken[3])
+    pairs = np.bincount((4 * taken[0] + taken[1]).numpy(), minlength=16).reshape(4, 4)[1:, 1:]
+    assert chi_square(pairs[~np.eye(3, dtype=bool)], np.full(6, count / 6)) < 20.5  # 5 of freedom
     later = OneOf(steps)(batch, Rng(3, 6), SIDE).values.view(count, 4).eq(MASK).sum(1)
     assert abs((later == taken[0]).double().mean().item() - 1 / 3) < 0.03, "of every step"
+
+
+def test_two_views_take_any_two_of_five_steps():
+    """CL4SRec's changes and two more: those of neighbours in the list are no likelier together."""
+    count = 9_000
+    batch, steps = copies(list(range(6)), count), [MaskLast(number) for number in range(1, 6)]
+    one, other = (
+        OneOf(steps)(batch.as_view(view), RNG, SIDE).values.view(count, 6).eq(MASK).sum(1).numpy()
+        for view in range(2)
+    )
+    pairs = np.bincount(6 * one + other, minlength=36).reshape(6, 6)[1:, 1:]
+    assert not pairs.diagonal().any()
+    apart = pairs[~np.eye(5, dtype=bool)]
+    assert chi_square(apart, np.full(20, count / 20)) < 43.8  # 19 degrees of freedom
 
 
 def test_any_of_is_uniform_and_every_view_chooses_for_itself():

@@ -108,7 +108,7 @@ def graphs(context: Context) -> None:
 def compile(context: Context) -> None:
     """torch.compile(fullgraph=True) of the native backend: the same results within the budget."""
     case = importlib.import_module("op_db.case")
-    compiler = "inductor" if context.cuda else "aot_eager"
+    compiler = "inductor" if context.cuda else "eager"
 
     def check(op, sample) -> dict:
         if not context.cuda and "cpp" not in op.compiles:

@@ -113,7 +113,7 @@ def _measure(sizes: Sizes, context: Context, clock: Clock, rounds: int) -> dict:
     if not difference < 1e-3:
         return {"failed": f"a step from a graph differs by {difference:.2g}"}
     # One program for all batches; on CPU tensors, where nothing is timed, one for each costs less.
-    compiler = "inductor" if context.cuda else "aot_eager"
+    compiler = "inductor" if context.cuda else "eager"
     compiled = torch.compile(cpu.padded_loss, dynamic=context.cuda, backend=compiler)
 
     def one(name: str) -> Callable:

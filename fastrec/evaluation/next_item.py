@@ -73,10 +73,13 @@ def check_scores(model) -> None:
     items is as random as it began."""
     if not model.trained_on.get("scores_items", True):
         stage = model.trained_on.get("stage")
-        judge = ((model.recipe or {}).get(stage) or {}).get("judge")
+        trained = (model.recipe or {}).get(stage) or {}
+        objectives = [
+            name for name, part in (trained.get("objectives") or {}).items() if part is not None
+        ]
         raise ValueError(
-            f"the model was trained for {judge} (stage {stage}) without the objective item: it"
-            " scores no next items"
+            f"the model was trained for {', '.join(objectives)} (stage {stage}) without the"
+            " objective item: it scores no next items"
         )
 
 

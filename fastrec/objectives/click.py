@@ -19,7 +19,7 @@ from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded
-from fastrec.objectives.item import places_of, predicted
+from fastrec.objectives.predicted import places_of, predicted
 from fastrec.ops.common.arguments import without_autocast
 from fastrec.random import Rng
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastrec.data.batch import NO_TARGET, JaggedBatch
+from fastrec.data.batch import NO_TARGET
 from fastrec.data.negatives import NegativeSampler
 from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
@@ -21,6 +21,7 @@ from fastrec.nn.plain import first_rows
 from fastrec.nn.pool import Encoded
 from fastrec.objectives.bpr import bpr
 from fastrec.objectives.bpr_max import bpr_max
+from fastrec.objectives.predicted import may_lack_targets, places_of, predicted
 from fastrec.random import Rng
 
 
@@ -29,7 +30,7 @@ class Sampled:
     """Negatives that stand for all items in the loss.
 
     Attributes:
-        negatives: K, drawn with replacement.
+        negatives: K, drawn with replacement; 0 with `in_batch`: the batch alone.
         by: "uniform", or "popularity": by (number of training events)^alpha.
         alpha: exponent of the popularity; 1 if None.
         shared: the same negatives for all predicted items of a step, much cheaper and with few
@@ -53,8 +54,13 @@ class Sampled:
 
     def __post_init__(self):
         check_fields(self)
-        if self.negatives < 1:
-            raise ValueError(f"sampled.negatives must be at least 1, got {self.negatives}")
+        if self.negatives < (0 if self.in_batch else 1):
+            raise ValueError(
+                "sampled.negatives must be at least 1, or 0 with sampled.in_batch, got"
+                f" {self.negatives}"
+            )
+        if not self.negatives and self.by != "uniform":
+            raise ValueError("sampled.by has no effect: sampled.negatives is 0")
         if self.alpha is not None and self.by != "popularity":
             raise ValueError(
                 "sampled.alpha has no effect: negatives are uniform (by: popularity uses it)"
@@ -131,6 +137,8 @@ class Item:
         share = None
         if self.sampled.in_batch and self.loss == "softmax" and self.sampled.log_q is not False:
             share = side.item_counts / side.item_counts.sum()
+            if not self.sampled.negatives:  # a number for what is no candidate, as a sampler has
+                share = share.clamp_min(share[share > 0].min())
         return ItemPrediction(self, self.sampled.sampler(side), share, width)
 
 
@@ -192,17 +200,23 @@ class ItemPrediction(nn.Module):
             return {"item": bpr(query, table, head.bias, targets, negatives, squash)}
         if how.in_batch:
             negatives = torch.cat([targets, negatives])
+            if not len(negatives):
+                negatives = targets.new_full((1,), NO_TARGET)
         if self.settings.loss == "bpr_max":
             items, reg = table[: model.num_items], 1.0 if how.bpr_reg is None else how.bpr_reg
             loss = bpr_max(head.query(states), items, head.bias, targets, negatives, reg)
         else:
-            lacks = how.in_batch and any(_may_lack_targets(view.batch) for view in views)
-            loss = self._over_drawn(model, table, states, targets, negatives, lacks)
+            lacks = not len(targets) or any(may_lack_targets(view.batch) for view in views)
+            loss = self._over_drawn(
+                model, table, states, targets, negatives, how.in_batch and lacks
+            )
         return {"item": (loss, count)}
 
     def _negatives(self, how: Sampled, rng: Rng, views: tuple[Encoded, ...]) -> Tensor:
         """Drawn items, int64 [K] or [N, K]."""
         assert self.sampler is not None
+        if not how.negatives:
+            return torch.empty(0, dtype=torch.int64, device=self.sampler.log_q.device)
         if self.settings.shares:
             return self.sampler.shared(how.negatives, rng)
         places = [places_of(view.batch) for view in views]
@@ -262,41 +276,5 @@ class ItemPrediction(nn.Module):
         its share of the training events and q the law of the sampler."""
         assert self.sampler is not None and self.share is not None
         self.share = self.share.to(targets.device)
-        number = (targets != NO_TARGET).sum()
+        number = (targets != NO_TARGET).sum().clamp_min(1)
         return (number * self.share + how.negatives * self.sampler.log_q.exp()).log()
-
-
-def _may_lack_targets(batch: JaggedBatch) -> bool:
-    """Whether a predicted row may have no target: one of several, or padding. Known on the host."""
-    return batch.events["target"].dim() > 1 or batch.real is not None
-
-
-def _rows(batch: JaggedBatch) -> Tensor:
-    """int64 [N]: the event of each prediction; an event with A targets has A of them."""
-    if "target" not in batch.events:
-        raise ValueError(
-            "a view of the objective item has no targets: it needs mask, mask_last or next_item"
-        )
-    if batch.scored is None:
-        batch = batch.with_scored()
-    scored, target = batch.scored, batch.events["target"]
-    assert scored is not None
-    return scored if target.dim() == 1 else scored.repeat_interleave(target.shape[1])
-
-
-def predicted(model, view: Encoded) -> tuple[Tensor, Tensor]:
-    """(output states [N, D + user_width], targets int64 [N], -100 where none)."""
-    rows, target = _rows(view.batch), view.batch.events["target"]
-    scored = rows if target.dim() == 1 else rows[:: target.shape[1]]
-    return model.output(view, rows), target[scored].flatten()
-
-
-def places_of(batch: JaggedBatch) -> tuple[Tensor, Tensor]:
-    """(keys, places) int64 [N] of the predictions: the position of the event, or A times it and the
-    number of the target where an event has A."""
-    rows, target = _rows(batch), batch.events["target"]
-    places = batch.positions()[rows]
-    if target.dim() > 1:
-        number = torch.arange(len(rows), device=rows.device) % target.shape[1]
-        places = places * target.shape[1] + number
-    return batch.keys[batch.segment_ids()[rows]], places

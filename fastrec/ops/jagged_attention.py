@@ -161,8 +161,9 @@ def jagged_attention_ref(
     scale = width**-0.5 if scale is None else scale
     lengths = offsets.diff()
     groups = [] if offsets.is_meta else list(_length_groups(lengths))
-    if not groups:  # no event, or none that has values: with a live graph
-        return query + key + value
+    if not groups:  # no event, or none of a sequence, or none that has values: with a live graph
+        none = query + key + value
+        return none.masked_fill(torch.ones_like(none, dtype=torch.bool), 0)
     slots = []
     for sequences, size in groups:
         column = torch.arange(size, device=device)

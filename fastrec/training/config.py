@@ -199,14 +199,17 @@ def check_stage(name: str, stage: Stage, config: ModelConfig) -> None:
 def _check_asked(name: str, stage: Stage, objective: Item | Click, causal: bool) -> None:
     """A model is trained for what its judge asks: a causal one at its last item, another at a
     [MASK]. Views with steps of somebody else are not looked at."""
-    for view in objective.views:
-        asks = [getattr(part, "asks", None) for part in parts_of(stage.views[view])]
-        if causal and "last" not in asks and "mask" in asks and len(objective.views) == 1:
-            raise ValueError(
-                f"{name}: a causal encoder is asked for the next item at its last item, and the"
-                f" view {view!r} trains it at [MASK] alone: use next_item, or causal: false"
-            )
-        if not causal and "last" in asks:
+    asks = {
+        view: [getattr(part, "asks", None) for part in parts_of(stage.views[view])]
+        for view in objective.views
+    }
+    if causal and all("mask" in each and "last" not in each for each in asks.values()):
+        raise ValueError(
+            f"{name}: a causal encoder is asked for the next item at its last item, and trained at"
+            f" [MASK] alone in {objective.views}: use next_item, or causal: false"
+        )
+    for view, each in asks.items():
+        if not causal and "last" in each:
             raise ValueError(
                 f"{name}: next_item needs a causal encoder: here every event of the view {view!r}"
                 " would see the item that it is to predict"

@@ -66,8 +66,10 @@ def started_model(
 
 def scores_items(stage: Stage, initial: UserModel | None, kept: Path | None) -> bool:
     """Whether what scores the items of a model is trained: by the stage, or by what it starts from.
+    A stage that keeps its last model trains something else than is asked, unless it says item.
     `kept`: see `seen_by_run`."""
-    if stage.judge_kind.next_item or any(map(_of_items, stage.parts.values())):
+    asked = stage.judge_kind.next_item and stage.monitored != "steps"
+    if asked or any(map(_of_items, stage.parts.values())):
         return True
     if kept is not None and kept.exists():
         return read_trained_on(kept).get("scores_items", True)

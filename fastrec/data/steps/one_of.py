@@ -10,13 +10,14 @@ from torch import Tensor
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
 from fastrec.data.views import unwrapped
-from fastrec.random import Rng, draws
+from fastrec.random import Rng, wide_draws
 
 
 @dataclass(frozen=True)
 class OneOf:
     """Each sequence takes one of `steps`, uniformly. Views whose numbers differ by less than the
-    number of steps take different ones, as CL4SRec does (Xie et al., 2022, section 3.2).
+    number of steps take different ones, as CL4SRec does (Xie et al., 2022, section 3.2), and any
+    two of these as likely as two others: a user has the steps in a random order, view by view.
 
     A step with an attribute `least` is for sequences of at least so many events: a shorter one
     takes one of the others, as in CoSeRec (Liu et al., 2021), or of all if there is none. What
@@ -39,12 +40,12 @@ class OneOf:
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:
         fits = batch.lengths.unsqueeze(1) >= self._least()  # [B, steps]
         fits |= ~fits.any(1, keepdim=True)
-        number, zero = fits.sum(1), torch.zeros_like(batch.keys)
         keys = batch.keys if self.independent else batch.sample_ids
-        place = draws(rng, keys, 0, zero, site="one_of") * number >> 16  # among the steps that fit
-        if not self.independent:
-            place = (place + (batch.keys >> 32)) % number
-        choice = (fits.cumsum(1) > place.unsqueeze(1)).long().argmax(1)
+        number = torch.arange(len(self.steps), device="cpu")
+        drawn = wide_draws(rng, keys.unsqueeze(1), number, site="one_of")
+        ordered = drawn.masked_fill(~fits, 1 << 32).argsort(dim=1, stable=True)
+        view = torch.zeros_like(keys) if self.independent else (batch.keys >> 32) % fits.sum(1)
+        choice = ordered.gather(1, view.unsqueeze(1)).squeeze(1)
         order = choice.argsort(stable=True)
         parts = [
             step(batch.select((choice == i).nonzero().squeeze(1)), rng, side)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings are checked where they are made, and the error names them."""
+
+import pytest
+from builders import MODEL
+
+from fastrec.data.steps.crop import Crop
+from fastrec.data.steps.friend import Friend
+from fastrec.data.steps.mask import Mask, MaskLast
+from fastrec.data.steps.next_item import NextItem
+from fastrec.data.steps.one_of import OneOf
+from fastrec.data.steps.reorder import Reorder
+from fastrec.evaluation.protocol import Protocol
+from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.model_config import ModelConfig
+from fastrec.nn.user_model import UserModel
+from fastrec.objectives.contrast import Contrast
+from fastrec.objectives.friends import Friends
+from fastrec.objectives.item import Item, Sampled
+from fastrec.objectives.joint import JointObjective
+from fastrec.objectives.parts import Objectives
+from fastrec.training.config import Users
+from fastrec.training.stage import Init, Stage
+
+PAIR = {"a": [Mask()], "b": [Mask()]}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Stage(schedule="cosin"),
+            r"schedule must be one of \['constant', 'cosine', 'linear'\]",
+        ),
+        (lambda: Stage(backend="c"), "backend must be one of"),
+        (lambda: Stage(judge="items"), "judge must be one of"),
+        (lambda: Stage(devices=0), "devices must be in .1, 1024. or 'auto', got 0"),
+        (lambda: Stage(steps=0), "steps must be at least 1, got 0"),
+        (lambda: Stage(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: Stage(validate_every=0), "validate_every must be at least 1, got 0"),
+        (lambda: Stage(checkpoint_every=0), "checkpoint_every must be at least 1, got 0"),
+        (lambda: Stage(learning_rate=float("nan")), "learning_rate must not be negative, got nan"),
+        (lambda: Stage(warmup_steps=-1), "warmup_steps must not be negative, got -1"),
+        (lambda: Stage(weight_decay=-1), "weight_decay must not be negative, got -1"),
+        (lambda: Stage(gradient_clip=-1), "gradient_clip must not be negative, got -1"),
+        (lambda: Stage(patience=-1), "patience must not be negative, got -1"),
+        (
+            lambda: Stage(steps=30, validate_every=8),
+            r"steps \(30\) must be a multiple of validate_every \(8\)",
+        ),
+        (
+            lambda: Stage(monitor="steps", patience=3),
+            "patience has no effect: with monitor: steps nothing stops early",
+        ),
+        (
+            lambda: Stage(views=PAIR, objectives=Objectives(item=Item(views=["c"]))),
+            r"the objective item reads the view 'c'; views are \['a', 'b'\]",
+        ),
+        (
+            lambda: Stage(views=PAIR, objectives=Objectives(item=Item(views=["b"]))),
+            "no objective reads the view 'a': it has no effect",
+        ),
+        (lambda: Init(take=["item", "heads"]), "init.take names 'heads', expected some of"),
+        (
+            lambda: Init(take=["items"], freeze=["encoder"]),
+            "init.freeze names 'encoder', which init.take does not: random",
+        ),
+        (lambda: Init(patch=-1), "init.patch must not be negative, got -1"),
+        (lambda: Protocol(candidates="ful"), "candidates must be one of"),
+        (
+            lambda: Protocol("sampled", negatives=0),
+            "evaluation.negatives must be at least 1, got 0",
+        ),
+        (lambda: Protocol(friend_negatives=0), "evaluation.friend_negatives must be at least 1"),
+        (lambda: Users(fraction=-0.1), r"users.fraction must be in \(0, 1\], got -0.1"),
+        (lambda: Users(fraction=0.0), r"users.fraction must be in \(0, 1\], got 0.0"),
+        (lambda: Users(fraction=2.0), r"users.fraction must be in \(0, 1\], got 2.0"),
+        (lambda: Friend(hops=3), r"hops must be one of \[0, 1, 2\], got 3"),
+        (lambda: Item(loss="bcd"), "loss must be one of"),
+        (lambda: Sampled(negatives=0), "sampled.negatives must be at least 1, or 0 .*, got 0"),
+        (lambda: Mask(share=1.5), r"mask.share must be in \[0, 1\], got 1.5"),
+        (lambda: Mask(replace=0.8, random=0.3), r"mask.replace \+ mask.random must be at most 1"),
+        (lambda: MaskLast(number=0), "mask_last.number must be at least 1, got 0"),
+        (lambda: NextItem(ahead=0), "next_item.ahead must be at least 1, got 0"),
+        (lambda: NextItem(positions="first"), "positions must be one of"),
+        (lambda: Crop(keep=0.0), r"crop.keep must be in \(0, 1\], got 0.0"),
+        (lambda: Reorder(share=1.5), r"reorder.share must be in \(0, 1\], got 1.5"),
+        (lambda: OneOf([Mask()]), "one_of has 1 steps, expected at least 2"),
+        (lambda: Contrast(views=["a"]), r"contrast compares two views, got \['a'\]"),
+        (
+            lambda: Contrast(views=["a", "b"], temperature=0.0),
+            "contrast.temperature must be above 0, got 0.0",
+        ),
+        (
+            lambda: JointObjective({"friends": Friends(weight=-1.0)}, UserModel(9, MODEL), None),
+            "the weight of friends is -1.0, expected above 0",
+        ),
+        (lambda: ModelConfig(width=0), "model.width must be at least 1, got 0"),
+        (lambda: ModelConfig(dropout=1.0), r"model.dropout must be in \[0, 1\), got 1.0"),
+        (lambda: ModelConfig(tokens=["ur", "ur"]), "model.tokens must be some of cls, sep and ur"),
+        (lambda: Transformer(layers=0), "layers must be at least 1, got 0"),
+    ],
+)
+def test_settings_are_checked_where_they_are_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
