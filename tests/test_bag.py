@@ -211,3 +211,12 @@ def test_the_recipes():
     assert replace(dacf, pretraining=plain) == original
     assert nfm.model.encoder.fm.deep == "interactions" and deepfm.model.encoder.fm.deep == "items"
     assert {"pretraining", "profile", "cold_start"} == {*nfm.stages}
+
+
+@pytest.mark.parametrize("name", ["nfm", "deepfm"])
+def test_every_head_is_linear_in_the_vector_of_the_user(name):
+    """So that w_c A v_i is what item i adds to class c, of items as of attributes."""
+    model = UserModel(V, Recipe.load(name).model)
+    one, other = torch.randn(2, 3, model.config.width)
+    query = model.item_head.query
+    torch.testing.assert_close(query(one + other), query(one) + query(other) - query(0 * one))

@@ -20,6 +20,7 @@ from fastrec.data.steps.prefix import Prefix
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.steps.window import Window
 from fastrec.random import Rng, draws, threshold
+from fastrec.training.config import Recipe
 
 
 def test_what_is_filled_follows_the_softmax_of_the_scores():
@@ -231,6 +232,15 @@ def test_any_of_is_uniform_and_every_view_chooses_for_itself():
     ]
     pairs = np.bincount((2 * taken[0] + taken[1] - 3).numpy())
     assert chi_square(pairs, np.full(4, count / 4)) < 16.3  # 3 degrees of freedom
+
+
+@pytest.mark.parametrize("name", ["cl4srec", "coserec", "adaptssr"])
+def test_a_contrast_masks_no_only_item(name):
+    """Two users with one item each would be the same [MASK]."""
+    stages = Recipe.load(name).stages.values()
+    masks = [step for stage in stages for step in stage.steps_of_views if isinstance(step, Mask)]
+    masks = [mask for mask in masks if mask.exact]
+    assert masks and all(mask(copies([5], 9), RNG, SIDE).values.eq(5).all() for mask in masks)
 
 
 @pytest.mark.parametrize(("length", "fit"), [(2, 2), (5, 3), (6, 4)])
