@@ -296,7 +296,7 @@ def _best(query: Tensor, scored: Scored, k: int, past: Lists | None) -> TopK:
         past = _among(scored.rows, past)
     best = min(k, len(scored.table))
     if best == 0:
-        none = torch.empty(len(query), 0, device="cpu")
+        none = torch.empty(len(query), 0, dtype=torch.float32, device="cpu")
         return TopK(none, none.long())
     exclude = None
     if past is not None:

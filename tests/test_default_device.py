@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.set_default_device changes nothing but where the parameters of a new model are."""
+"""torch.set_default_device changes nothing but where the parameters of a new model are; nor does
+torch.set_default_dtype change a step of training or its evaluation (ops: test_default_dtype.py)."""
 
 import ast
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from fastrec.objectives.joint import JointObjective, total_loss
 from fastrec.objectives.rank import Rank
 from fastrec.random import Rng
 
+HALF = torch.float16
 FACTORIES = {function.__name__ for function in torch.utils._device._device_constructors()}
 
 
@@ -50,8 +53,17 @@ def on_meta():
     torch.set_default_device(None)
 
 
-def without_device(tree: ast.AST) -> list[int]:
-    """Lines of calls torch.<factory>(...) without a device, but for those of a new Parameter."""
+@pytest.fixture(params=["device", "dtype"])
+def use_another(request):
+    """Sets another default device or dtype."""
+    device = request.param == "device"
+    yield lambda: torch.set_default_device("meta") if device else torch.set_default_dtype(HALF)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def without(key: str, tree: ast.AST, factories: Collection[str] = FACTORIES) -> list[int]:
+    """Lines of calls torch.<factory>(...) without a key, but for those of a new Parameter."""
     lines = []
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -59,23 +71,34 @@ def without_device(tree: ast.AST) -> list[int]:
                 continue
             of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
             given = {keyword.arg for keyword in node.keywords}
-            named = "device" in given or None in given  # None: of **options
-            if of_torch and node.func.attr in FACTORIES and not named:
+            named = key in given or None in given  # None: of **options
+            if of_torch and node.func.attr in factories and not named:
                 lines.append(node.lineno)
-        lines += without_device(node)
+        lines += without(key, node, factories)
     return lines
+
+
+def everywhere(key: str, *factories) -> dict[str, list[int]]:
+    """Lines of fastrec by file, see `without`."""
+    root = Path(fastrec.__file__).parent
+    files = [*sorted(root.rglob("*.py")), *sorted((root.parent / "kernels").rglob("*.py"))]
+    found = {
+        str(path.relative_to(root.parent)): without(key, ast.parse(path.read_text()), *factories)
+        for path in files
+    }
+    return {file: lines for file, lines in found.items() if lines}
 
 
 def test_every_factory_call_names_its_device():
     source = "nn.Parameter(torch.zeros(3))\ntorch.zeros(3)\ntorch.zeros(3, device=x)"
-    assert without_device(ast.parse(source)) == [2]
-    root = Path(fastrec.__file__).parent
-    found = {
-        str(path.relative_to(root)): lines
-        for path in sorted(root.rglob("*.py"))
-        if (lines := without_device(ast.parse(path.read_text())))
-    }
-    assert not found
+    assert without("device", ast.parse(source)) == [2]
+    assert not everywhere("device")
+
+
+def test_every_factory_of_fractions_names_its_dtype():
+    """Beside those of new models, and of what is compared with other libraries."""
+    found = everywhere("dtype", ("zeros", "ones", "empty", "rand", "randn", "eye", "linspace"))
+    assert found.keys() <= {"fastrec/bench.py", "fastrec/integrations/recbole_mask.py"}, found
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -140,12 +163,12 @@ IN_BATCH = {"item": Item(sampled=Sampled(6, by="popularity", in_batch=True))}
     ],
     ids=["uprec", "caser", "ranked", "two views"],
 )
-def test_a_step_of_training_and_its_evaluation(make, views, objectives, request):
+def test_a_step_of_training_and_its_evaluation(make, views, objectives, use_another):
     model, side = make(), social_side()
     side.filler = Filler(model_of())
     objective = JointObjective(objectives, model, side)
     expected = step_and_ranks(model, objective, side, views)
-    request.getfixturevalue("on_meta")
+    use_another()
     actual = step_and_ranks(model, objective, side, views)
     assert len(expected) > 10
     for name, value in expected.items():
@@ -155,7 +178,7 @@ def test_a_step_of_training_and_its_evaluation(make, views, objectives, request)
 @pytest.mark.parametrize(
     "protocol", [Protocol(seen="exclude"), Protocol(seen="zero"), Protocol("sampled", negatives=3)]
 )
-def test_several_targets_are_ranked_and_averaged(protocol, request):
+def test_several_targets_are_ranked_and_averaged(protocol, use_another):
     model, dataset = model_of(), six_users()
     splits = np.stack([dataset.lengths - 5, dataset.lengths - 3], axis=1).clip(1)
     dataset = replace(dataset, splits=splits)
@@ -166,7 +189,7 @@ def test_several_targets_are_ranked_and_averaged(protocol, request):
         return ranks, judge.metrics(ranks), judge.popularity_ranks(), judge.lists(model, 3)
 
     expected = found()
-    request.getfixturevalue("on_meta")
+    use_another()
     for ours, theirs in zip(found(), expected, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
     assert "Recall@5" in expected[1]

@@ -4,6 +4,7 @@
 Legend: V items, N rows, K negatives.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,10 @@ class NegativeSampler:
         """Every item of [0, V) with probability 1 / V."""
         if not 0 < num_items < 1 << 30:
             raise ValueError(f"num_items must be in [1, 2^30), got {num_items}")
-        return cls(num_items, torch.full((num_items,), -float(np.log(num_items)), device="cpu"))
+        return cls(
+            num_items,
+            torch.full((num_items,), -math.log(num_items), dtype=torch.float32, device="cpu"),
+        )
 
     @classmethod
     def popularity(cls, counts: Tensor | np.ndarray, alpha: float = 1.0) -> "NegativeSampler":

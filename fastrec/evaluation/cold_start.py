@@ -34,7 +34,7 @@ class ColdStartJudge:
 
     @property
     def metric_names(self) -> list[str]:
-        return list(self.metrics(torch.ones(1, device="cpu")))
+        return list(self.metrics(torch.ones(1, dtype=torch.float32, device="cpu")))
 
     def score(self, model, objective, rows: slice) -> Tensor:
         """float64 [N]: ranks, from 1, on the CPU."""

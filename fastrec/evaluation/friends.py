@@ -74,7 +74,8 @@ class FriendsJudge:
     def metric_names(self) -> list[str]:
         return list(
             friend_metrics(
-                torch.zeros(1, 2, device="cpu"), torch.zeros(1, 1, dtype=torch.bool, device="cpu")
+                torch.zeros(1, 2, dtype=torch.float32, device="cpu"),
+                torch.zeros(1, 1, dtype=torch.bool, device="cpu"),
             )
         )
 
@@ -84,7 +85,7 @@ class FriendsJudge:
         vectors: [N, D], what `score` gives for all users.
         """
         head = objective.find(SocialRelationDetection)
-        weight = torch.ones(vectors.shape[1], device="cpu")
+        weight = torch.ones(vectors.shape[1], dtype=torch.float32, device="cpu")
         if head is not None:
             weight = head.weight.detach().float().cpu()
         scores = []
@@ -102,7 +103,7 @@ class FriendsJudge:
         owner = owned // items
         lengths = torch.bincount(owner, minlength=len(self.users))
         starts = lengths.cumsum(0) - lengths
-        scores = torch.empty(self.candidates.shape, device="cpu")
+        scores = torch.empty(self.candidates.shape, dtype=torch.float32, device="cpu")
         for row, query in enumerate(self.queries.tolist()):
             mine = owned[starts[query] : starts[query] + lengths[query]] % items
             wanted = self.candidates[row, :, None] * items + mine

@@ -54,7 +54,7 @@ def adjustment(dataset, tau: float) -> Tensor:
     if not math.isfinite(tau):
         raise ValueError(f"logit_adjustment must be finite, got {tau}")
     if tau == 0:
-        return torch.zeros(dataset.num_items, device="cpu")
+        return torch.zeros(dataset.num_items, dtype=torch.float32, device="cpu")
     counts = dataset.item_counts("train").double().clamp_min(1)
     taken = tau * (counts / counts.sum()).log()
     if taken.abs().max() > MOST_ADJUSTED:
@@ -147,7 +147,7 @@ class NextItemJudge:
 
     @property
     def metric_names(self) -> list[str]:
-        return list(self.metrics(torch.ones(len(self.targets), device="cpu")))
+        return list(self.metrics(torch.ones(len(self.targets), dtype=torch.float32, device="cpu")))
 
     def metrics(
         self, ranks: Tensor, objective=None, users: Tensor | None = None

@@ -300,7 +300,8 @@ def unknown_features(
 ) -> dict[str, Categories | Tensor]:
     """Of items of which nothing is known. sizes: see `Items.parameters`."""
     found: dict[str, Categories | Tensor] = {
-        name: torch.zeros(num_items, sizes[name], device="cpu") for name in settings.features
+        name: torch.zeros(num_items, sizes[name], dtype=torch.float32, device="cpu")
+        for name in settings.features
     }
     for name, most in settings.most.items():
         found[name] = Categories.unknown(num_items, most, sizes[name])

@@ -21,7 +21,7 @@ def alignment(a: Tensor, b: Tensor, real: Tensor | None = None) -> Tensor:
 def left_out(who: Tensor) -> Tensor:
     """float32 like `who`, bool: a bias of candidates that leaves those out. Not -inf: their own
     losses, which are multiplied by 0, would be infinite."""
-    return torch.where(who, -1e9, 0.0)
+    return torch.zeros_like(who, dtype=torch.float32).masked_fill(who, -1e9)
 
 
 def uniformity(z: Tensor, real: Tensor | None = None, backend: str | None = None) -> Tensor:

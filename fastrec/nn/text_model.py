@@ -51,7 +51,9 @@ class TextModel:
     @property
     def item_head(self) -> SimpleNamespace:
         """`bias` [V], 0."""
-        return SimpleNamespace(bias=torch.zeros(self.num_items, device=self.device))
+        return SimpleNamespace(
+            bias=torch.zeros(self.num_items, dtype=torch.float32, device=self.device)
+        )
 
     @property
     def item_table(self) -> Tensor:

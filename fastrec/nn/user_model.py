@@ -206,7 +206,7 @@ class UserModel(nn.Module):
         """
         batch = histories_of(histories, self.num_items)
         if self.event_columns:
-            none = torch.full(batch.values.shape, math.nan, device="cpu")
+            none = torch.full(batch.values.shape, math.nan, dtype=torch.float32, device="cpu")
             batch = replace(batch, events=dict.fromkeys(self.event_columns, none))
         return self.frame(batch, ask)
 

@@ -159,7 +159,7 @@ class ClickPrediction(nn.Module):
 def contents(model, items: Tensor, summed: Tensor | None = None) -> Tensor:
     """[N, D]: what the encoder reads of items, int64 [N], of which no event is known. summed: see
     `Encoded.items`."""
-    none = torch.full(items.shape, torch.nan, device=items.device)
+    none = torch.full(items.shape, torch.nan, dtype=torch.float32, device=items.device)
     events = {name: none for name in model.event_columns}
     offsets = torch.arange(2, device=items.device) * len(items)
     batch = JaggedBatch(items, offsets, items.new_zeros(1), len(items), events)

@@ -141,7 +141,7 @@ class ViewRanking(nn.Module):
             vectors = gather_rows(vectors, sizes, world)
             candidate_group = gather_rows(candidate_group, sizes, world)
         if len(vectors) == 0:
-            return anchors.sum(1), torch.full((len(anchors),), -1, device=anchors.device)
+            return anchors.sum(1), anchors.new_full((len(anchors),), -1, dtype=torch.int64)
         return in_batch_hardest(
             anchors,
             vectors,

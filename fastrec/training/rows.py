@@ -197,10 +197,11 @@ class RowAdamW(torch.optim.AdamW):
         if self.how == "sgd":
             return RowState(rate)
         if not state:
-            state["step"] = torch.zeros((), device="cpu")  # AdamW looks for it when it loads
+            # AdamW looks for it when it loads.
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if self.how == "adagrad":
             if "sum" not in state:
-                state["sum"] = torch.zeros(len(table), device=table.device)
+                state["sum"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
             return RowState(rate, state["sum"])
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)

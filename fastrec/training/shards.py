@@ -121,7 +121,7 @@ def _as_dtensors(tensors: dict[str, Tensor], names: dict[str, str], module) -> d
         world = dist.get_world_size(block.part.group)
         mesh = mesh or init_device_mesh(tensor.device.type, (world,))
         shape = torch.Size([block.total, *tensor.shape[1:]])
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, dtype=torch.uint8, device="meta").stride()
         found[key] = DTensor.from_local(
             tensor, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )

@@ -47,7 +47,7 @@ class Fill:
         items, scores = side.filler(masked, min(self.among, side.num_items))  # [N, K]
         below = scores.double().softmax(1).cumsum(1)[:, :-1]
         keys, position = batch.keys[batch.segment_ids()[chosen]], batch.positions()[chosen]
-        drawn = wide_draws(rng, keys, position, site="fill_item") / 2**32
+        drawn = wide_draws(rng, keys, position, site="fill_item").double() / 2**32
         place = (below <= drawn.unsqueeze(1)).sum(1, keepdim=True)
         values = batch.values.masked_scatter(chosen, items.gather(1, place).squeeze(1))
         return batch.with_items(values, chosen)
