@@ -110,6 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_typed(
   Matrix in(input), res(residual);
   ScalarType dtype = residual ? promote(input.scalar_type(), residual->scalar_type())
                               : input.scalar_type();
+  STD_TORCH_CHECK(dtype != ScalarType::Double || compute_dtype<T>() == dtype,
+                  "input must be Double where residual is");
   bool plain = !residual && !dropout.value.drop;
   Tensor output = torch::stable::new_empty(input, {rows, width}, dtype);
   Tensor sum = torch::stable::new_empty(input, {plain ? 0 : rows, width}, dtype);

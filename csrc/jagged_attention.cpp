@@ -56,11 +56,12 @@ struct Problem {
     check_size("key", key, sizes), check_size("value", value, sizes);
     if (drop > 0) {
       STD_TORCH_CHECK(rng && keys, "dropout needs rng and keys");
+      check_size("rng", *rng, {2});
       Tensor state = torch::stable::contiguous(*rng);
       const int64_t* words = data<int64_t>(state);
       args.key = PhiloxKey(words[0], words[1], static_cast<Site>(site), layer);
       sequence_keys = torch::stable::contiguous(*keys);
-      check_size("rng", state, {2}), check_size("keys", *sequence_keys, {sequences});
+      check_size("keys", *sequence_keys, {sequences});
       args.sequence_keys = data<int64_t>(*sequence_keys);
     }
     const int64_t* at = args.offsets;

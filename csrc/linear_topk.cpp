@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> forward_typed(const Tensor& input, const Tensor& line
   std::vector<std::atomic<T>> bound(rows);
   for (auto& value : bound) value = -std::numeric_limits<T>::infinity();
   LinearTopk<T> a{q, k, best, count.data(), bound.data(), nullptr};
-  run(a, q.blocks * q.ranges, linear_topk<T>);
+  if (k > 0) run(a, q.blocks * q.ranges, linear_topk<T>);
 
   Tensor values = torch::stable::new_empty(input, {rows, k}, compute_dtype<T>());
   Tensor indices = torch::stable::new_empty(input, {rows, k}, ScalarType::Long);

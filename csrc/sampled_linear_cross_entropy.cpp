@@ -62,6 +62,10 @@ struct Sampled {
     check_ids("target", data<int64_t>(target), rows, -1, linear_weight.size(0));
     check_ids("negative", data<int64_t>(negatives), own ? rows * K : K, 0, linear_weight.size(0));
     load_rows<T>(source.rows, rows, nullptr, width, ld, x);
+    // Rows that are not scored stand in the tiles of shared negatives: 0 times a NaN would be one.
+    const int64_t* scored = data<int64_t>(target);
+    for (int64_t i = 0; i < rows; ++i)
+      if (scored[i] < 0) std::fill_n(x + i * ld, ld, T(0));
     args = {};
     args.rows = rows, args.negatives = K, args.width = width, args.ld = ld;
     args.beta = static_cast<T>(beta);

@@ -88,7 +88,8 @@ def prepare(
         split: which events are held out: of each user the last and the second last; the last ones,
             by number or by share; those from a time on; or those of files of their own.
         valid: for validation: of last a number such as 2, of ratio a share such as 0.1, of time the
-            first moment, such as 2024-01-31, or a whole number as the source counts.
+            first moment, such as 2024-01-31, or a whole number as the data set counts its times
+            (the line `time` of the report: ms, where a source of seconds has a fraction).
         test: the same for the test, whose events are behind those of validation.
         valid_source: of files: the events of validation, read as `source`, which is training.
         test_source: of files: the events of the test.

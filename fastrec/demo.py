@@ -31,6 +31,7 @@ RECIPE = Recipe(
         schedule="linear",
         warmup_steps=50,
         validate_every=200,
+        devices=1,  # the plots and the table are made once
     ),
     recommendation=Stage(
         views={"main": [Step(mask_last=MaskLast())]},
@@ -40,6 +41,7 @@ RECIPE = Recipe(
         learning_rate=2e-3,
         schedule="linear",
         validate_every=100,
+        devices=1,
     ),
 )
 

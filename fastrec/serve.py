@@ -203,7 +203,7 @@ class Recommender:
         elif self._program is None or batch.events or batch.users:
             query = self.model.ask(batch)
         else:
-            query = self._program(batch.values, batch.offsets)
+            query = self._program(batch.values, batch.offsets).to(self._table.dtype)
         return finite(query, "states")  # a score that is no number would count as none
 
     def _asked(self, user_ids, histories, past: bool):

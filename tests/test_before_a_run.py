@@ -133,8 +133,8 @@ def test_a_model_knows_whether_its_scores_of_items_are_trained(data, tmp_path):
     for model in (first, again, load_model(tmp_path / "b" / "model", data)):
         with pytest.raises(ValueError, match="trained for user_attributes .* scores no next items"):
             fastrec.recommend(model, data, 3)
-    views = fit(data, recipe=recipe(), steps=1, monitor="steps", progress=False,
-                views={"a": [], "b": []}, objectives={"contrast": Contrast()})  # fmt: skip
+    alone = dict(views={"a": [], "b": []}, objectives={"contrast": Contrast(["a", "b"])})
+    views = fit(data, recipe=recipe(), steps=1, monitor="steps", progress=False, **alone)
     with pytest.raises(ValueError, match="trained for contrast .stage pretraining. without the"):
         fastrec.recommend(views, data, 3)
     items = fit(data, again, recipe=recipe(), steps=1, output=tmp_path / "c", progress=False)

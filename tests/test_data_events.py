@@ -143,6 +143,18 @@ def test_missing_values_are_refused_with_their_number(tmp_path):
         readers.read_table(file, on_missing="ask")
 
 
+@pytest.mark.parametrize("kind", [pl.Categorical, pl.Enum(["x", "", "NA", "y"])], ids=str)
+def test_missing_ids_of_a_categorical_column(tmp_path, kind):
+    file = tmp_path / "t.parquet"
+    for lacks, options in (("", {}), ("NA", {"na_values": "missing"})):
+        users = pl.Series("user", ["x", lacks, "y"]).cast(kind)
+        table = pl.DataFrame({"user": users, "item": ["a", "b", "c"], "time": [1, 2, 3]})
+        table.write_parquet(file)
+        fails(readers.read_table, file, file=file, column="user", row=2, match="missing", **options)
+        found = readers.read_table(file, on_missing="drop", **options)
+        assert rows(found) == [("x", "a", 1), ("y", "c", 3)]
+
+
 def test_rows_of_errors_are_those_of_the_file_where_some_are_dropped(tmp_path):
     text = "user,item,time,event\n,1,5,a\n1,2,5,b\n1,2,6,a\n2,,1,a\n{}\n"
     call = {"on_missing": "drop", "keep_events": ["a"]}

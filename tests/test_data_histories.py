@@ -112,11 +112,21 @@ def test_the_longest_history_of_a_user_counts(tmp_path_factory, table, typed):
         ('1,[1]\n2,"[1, 2"\n', "items", 3, "is not JSON"),
         ('1,[1]\n2,"[1, [2]]"\n', "items", 3, "expected a list of ids"),
         ('1,[1]\n2,"[1, null]"\n', "items", 3, "expected a list of ids"),
+        ('1,"[1, 2]"\n2,5\n3,"[2,1]"\n', "items", 3, "expected a list of ids, got '5'"),
+        ('1,"[1, 2]"\n2,null\n', "items", 3, "expected a list of ids, got 'null'"),
+        ('1,"a, b"\n2,"[2,1]"\n', "items", 2, "is not JSON"),
     ],
 )
 def test_bad_histories(tmp_path, text, column, row, match):
     file = write(tmp_path / "t.csv", "user,items\n" + text)
     fails(readers.read_histories, file, file=file, column=column, row=row, match=match)
+
+
+@pytest.mark.parametrize("text", ['1,"[1, 2]"\n2,null\n3,[2]\n', "1,1 2\n2,NaN\n3,2\n"])
+def test_a_word_for_a_missing_history(tmp_path, text):
+    file = write(tmp_path / "t.csv", "user,items\n" + text)
+    found = readers.read_histories(file, na_values="missing", on_missing="drop")
+    assert rows(found) == [(1, 1), (1, 2), (3, 2)]
 
 
 def test_settings_of_histories(tmp_path):

@@ -86,6 +86,15 @@ def test_a_format_of_times(tmp_path):
         times(tmp_path, us, time_format="%m/%d/%Y")
     fine = ["01.01.1970 00:00:00.000000007"]
     assert times(tmp_path, fine, time_format="%d.%m.%Y %H:%M:%S%.f") == ([7], NANO)
+    parts = [f"01.01.1970 00:00:00.{part}" for part in ("5", "25", "125")]
+    for point in (".%f", "%.f"):
+        found = times(tmp_path, parts, time_format=f"%d.%m.%Y %H:%M:%S{point}")
+        assert found == ([500_000, 250_000, 125_000], MICRO)
+    assert times(tmp_path, ["%f 01.01.1970"], time_format="%%f %d.%m.%Y")[0] == [0]
+    with pytest.raises(ValueError, match=r"%f stands behind a point, as in %S\.%f"):
+        times(tmp_path, ["01.01.1970 000000500"], time_format="%d.%m.%Y %H%M%S%f")
+    with pytest.raises(ValueError, match=r"the name of a zone \(%Z\) does not say how far"):
+        times(tmp_path, ["01.01.1970 01:50 EDT"], time_format="%d.%m.%Y %H:%M %Z")
     assert times(tmp_path, ["31.12.9999"], time_format="%d.%m.%Y") == ([2_932_896 * DAY], MICRO)
     with pytest.raises(ValueError, match="has no year"):
         times(tmp_path, ["10:00"], time_format="%H:%M")

@@ -197,6 +197,21 @@ def test_any_shape(backend, n, v, d, ignored, dtype, bias):
         assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
 
 
+@every_backend
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_a_row_without_a_target_holds_reaches_nothing(backend, smoothing):
+    x, w = torch.randn(4, 8), torch.randn(20, 8)
+    y, grads = torch.tensor([1, -100, 3, 4]), []
+    for value in (0.0, torch.nan, torch.inf):
+        x[1] = value
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = linear_cross_entropy(*leaves, y, label_smoothing=smoothing, backend=backend)
+        grads.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for other in grads[1:]:
+        for plain, found in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(found, plain)
+
+
 @cpp
 @pytest.mark.parametrize("ignored", [[1, 4], [0, 1, 2, 3, 4, 5]])
 def test_private_op_leaves_rows_that_are_not_scored_at_zero(backend, ignored):

@@ -68,6 +68,7 @@ WRONG = [
     ("jagged_attention_fwd", attention(offsets=ends.int()), "expected Long, got Int"),
     ("jagged_attention_fwd", attention(torch.randn(9, 2, D)), "key must have"),
     ("jagged_attention_fwd", attention(lists=(None, None, None, 9)), "dropout needs"),
+    ("jagged_attention_fwd", attention(lists=(y[:1], y[:1], none, 9)), "rng must have"),
     ("jagged_max_pool_fwd", (x, ends[:1], torch.ones(1, dtype=torch.bool)), "mask must have"),
     ("jagged_max_pool_fwd", (x, ends[:1], ones), "expected Bool"),
     ("jagged_max_pool_bwd", (x[:1], torch.full((1, D), 99).int(), ends, 6), "index 99 is outside"),
@@ -76,11 +77,17 @@ WRONG = [
     ("jagged_embedding_scatter", (x, y, 10, torch.int64), "the kernels read and write"),
     ("bias_gelu_dropout_fwd", (x, *[None] * 4, *DROP), "dropout needs"),
     ("bias_gelu_dropout_fwd", (x, None, y[:1], y, rng, *DROP), "keys must have"),
+    ("bias_gelu_dropout_fwd", (x, None, y, y, none, *DROP), "rng must have"),
     ("bias_gelu_dropout_fwd", (x, ones, *[None] * 3, 0, 4, 0), "a vector must have"),
     (
         "dropout_add_layer_norm_fwd",
         (x, w, None, None, 1e-5, *[None] * 3, 0, 3, 0),
         "residual must have",
+    ),
+    (
+        "dropout_add_layer_norm_fwd",
+        (x, x.double(), None, None, 1e-5, *[None] * 3, 0, 3, 0),
+        "input must be Double where residual is",
     ),
     ("linear_fwd", (x.double(), w, None), "expected Double, got Float"),
     ("linear_fwd", (x, torch.randn(V, 99), None), "weight must have"),
@@ -107,6 +114,8 @@ EMPTY = [
     ("linear_rank_fwd", (x[:0], w[:0], None, none, None, None)),
     ("multilabel_bce_bwd", (x, w[:0], None, none, ends * 0, torch.zeros(N).long(), ones)),
     ("draw_negatives", (rng, y, y, 0, 28, 10, None, None)),
+    ("linear_topk_fwd", (x, w, None, 0, None, None)),
+    ("philox_draws", (rng, y, 3, 0, 1, 0, 0)),
 ]
 
 

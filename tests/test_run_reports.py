@@ -234,6 +234,11 @@ def test_what_fit_cannot_run_is_said_at_once(folder):
             ask()
 
 
+def test_several_processes_meet_in_a_folder(folder):
+    with pytest.raises(ValueError, match="several processes need an output folder, the same for"):
+        fit(fastrec.SequenceDataset.load(folder / "data"), recipe=Recipe.load("sasrec"), devices=2)
+
+
 def test_ctrl_c_without_an_output_folder_promises_nothing(folder):
     class Stop(Callback):
         def on_train_batch_start(self, trainer, *args):

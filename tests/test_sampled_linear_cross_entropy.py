@@ -140,6 +140,23 @@ def test_item_0_does_not_reach_rows_that_are_not_scored(backend, own, loss, infi
 
 
 @each_backend
+@pytest.mark.parametrize("loss", ["softmax", "bce"])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_a_row_without_a_target_holds_reaches_nothing(backend, own, loss, value):
+    x, w = torch.randn(4, 8), torch.randn(20, 8, requires_grad=True)
+    target, negatives = torch.tensor([3, -100, 5, -100]), torch.randint(1, 20, (4, 6))
+    found = []
+    for row in (torch.zeros(8), torch.full((8,), value)):
+        x[1] = row
+        kept = negatives if own else negatives[0]
+        got = sampled_linear_cross_entropy(x, w, target, kept, loss=loss, backend=backend)
+        found.append((got.detach(), *torch.autograd.grad(got, w)))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@each_backend
 @pytest.mark.parametrize("own", [True, False])
 def test_all_items_once_is_the_full_softmax(backend, own):
     """With every item as a negative, and no correction, the loss and its gradients are those of

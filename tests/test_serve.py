@@ -283,6 +283,22 @@ def test_a_program_answers_for_those_whose_input_is_items_alone(dataset):
         calls.clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_program_in_float32_for_a_model_of_another_type(dataset, dtype):
+    """As an ONNX file is."""
+    model = made("causal", dataset).to(dtype)
+
+    def program(values, offsets):
+        states = model.ask(JaggedBatch(values, offsets, offsets[1:], model.max_positions))
+        return states.float()
+
+    plain, other = (fastrec.Recommender(model, dataset, ask) for ask in (None, program))
+    asked = dict(histories=[["item 3"], ["item 5", "item 2"]])
+    expected, found = plain.recommend(5, **asked), other.recommend(5, **asked)
+    assert found.drop("score").equals(expected.drop("score"))
+    np.testing.assert_allclose(found["score"], expected["score"], rtol=1e-6)
+
+
 def test_only_allowed_items_are_scored(dataset, monkeypatch):
     sizes, original = [], serve.linear_topk
 

@@ -25,12 +25,17 @@ from builders import (
     synthetic,
     trained_weights,
 )
+from lightning.pytorch.callbacks import Callback
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.dataset_files import digest
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.demo import demo
+from fastrec.objectives.item import Item
+from fastrec.objectives.parts import Objectives
+from fastrec.training.fit import fit
 from fastrec.training.module import StageModule
+from fastrec.training.stage import Init
 from fastrec.training.sweep import sweep
 
 FOUR = dict(steps=40, validate_every=10, checkpoint_every=5)
@@ -103,6 +108,28 @@ def test_a_run_is_resumed_with_the_settings_that_it_was_started_with(data, tmp_p
     assert json.loads(before)["learning_rate"] == 0.001, "what was refused has left no trace"
     run(data, folder, recipe(steps=40, patience=9), resume=True)
     assert trained_weights(folder)["step"] == 40
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop |= trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("step", [5, 13])
+def test_a_run_that_somebody_elses_callback_stops_goes_on(data, tmp_path, capsys, step):
+    """Before a loss was logged, and behind a validation."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(data, whole, recipe(**FOUR))
+    stop = dict(output=cut, callbacks=[StopAt(step)], device="cpu")
+    fit(SequenceDataset.load(data), recipe=recipe(**FOUR), **stop)
+    assert trained_weights(cut)["step"] == step
+    assert "stopped: no better" not in capsys.readouterr().out
+    run(data, cut, recipe(**FOUR), resume=True)
+    assert trained_weights(cut)["step"] == 40
+    assert_same_weights(whole, cut)
 
 
 @pytest.mark.parametrize(("first", "then", "end"), [(2, 5, 12), (6, 3, 8)])
@@ -248,8 +275,12 @@ def test_sigterm_to_one_of_two_processes_ends_both(data, tmp_path, rank):
 
 
 def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):
-    short = dict(steps=10, batch_size=64, validate_every=5)
-    tuning = recipe(**short, views={"main": [MaskLast()]}, checkpoint_every=100).pretraining
+    projected = Objectives(item=Item(project=True))
+    short = dict(steps=10, batch_size=64, validate_every=5, objectives=projected)
+    tuning = recipe(
+        **short, views={"main": [MaskLast()]}, checkpoint_every=100,
+        init=Init(take=["items", "encoder", "head", "item"]),  # of the folder before
+    ).pretraining  # fmt: skip
     chosen = replace(recipe(**short), recommendation=tuning)
     ways = {"never": None, "before_a_checkpoint": 3, "after_one": 7}
     for name, step in ways.items():
@@ -261,6 +292,13 @@ def test_a_sweep_goes_on_wherever_it_ended(data, tmp_path, monkeypatch):
         sweep(chosen, data, tmp_path / name, "model.dropout", [0.1])
     results = {name: (tmp_path / name / "sweep.json").read_text() for name in ways}
     assert len(set(results.values())) == 1, results
+
+
+def test_a_sweep_has_one_process(data, tmp_path):
+    two = recipe(devices=2)
+    with pytest.raises(ValueError, match="a sweep trains in one process: pretraining.devices is 2"):
+        sweep(two, data, tmp_path / "sweep", "model.dropout", [0.1])
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_sweep_keeps_points_of_its_own_data_and_whole_ones(data, tmp_path):

@@ -16,6 +16,7 @@ from fastrec.nn.encoders.dilated import Dilated
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.encoders.transformer import Transformer
+from fastrec.nn.item_features import ItemFeature
 from fastrec.nn.item_parts import Rating
 from fastrec.nn.items import Items
 from fastrec.nn.model_config import ModelConfig
@@ -110,6 +111,13 @@ def test_parts_that_belong_to_no_list_of_items():
     freeze(model, ["input", "users"])
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {name for name in names if "input" in name or "users" in name}
+    alone = Items(ids=False, combine="sum", features={"text": ItemFeature(width=8)})
+    text = {"text": torch.randn(20, 3)}
+    special = UserModel(
+        20, ModelConfig(width=8, items=alone, head_table="features"), item_features=text
+    )
+    freeze(special, ["input"])
+    assert not special.item_embedding.weight.requires_grad  # it has special tokens alone
     with pytest.raises(ValueError, match="init.take names 'users', and the model has nothing of"):
         take(model_of(), other(), ["users"])
 

@@ -87,17 +87,21 @@ inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& ten
   return torch::stable::contiguous(*tensor);
 }
 
+inline const std::optional<Tensor>& checked_rng(const std::optional<Tensor>& rng) {
+  check_size("rng", rng, {2});
+  return rng;
+}
+
 struct DropoutTensors {
   DropoutTensors(const std::optional<Tensor>& keys_, const std::optional<Tensor>& positions_,
                  const std::optional<Tensor>& rng_, int64_t drop, int64_t site, int64_t layer)
       : keys(contiguous_or_none(keys_)),
         positions(contiguous_or_none(positions_)),
-        rng(contiguous_or_none(rng_)),
+        rng(contiguous_or_none(checked_rng(rng_))),
         value{int64_data(keys), int64_data(positions),
               PhiloxKey(rng ? int64_data(rng)[0] : 0, rng ? int64_data(rng)[1] : 0,
                         static_cast<Site>(site), layer),
               drop} {
-    check_size("rng", rng_, {2});
     STD_TORCH_CHECK(!drop || (keys && positions && rng), "dropout needs rng, keys and positions");
   }
 

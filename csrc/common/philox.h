@@ -155,6 +155,7 @@ struct Philox {
   // consecutive positions of one sequence. Up to `slack` bytes behind the last draw are written too.
   static FASTREC_INLINE void fill(const PhiloxKey& key, int64_t first, int64_t rows, int64_t groups,
                                   uint8_t* out, int64_t group = 0) {
+    if (rows <= 0 || groups <= 0) return;
     typedef int32_t I __attribute__((vector_size(BYTES)));
     const uint32_t width = uint32_t(groups), carry = (1u << 16) - width;
     const uint32_t end = uint32_t(group) + width;

@@ -142,13 +142,15 @@ def _shares(like: Categories, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def freeze(model: UserModel, parts: Iterable[str], second_norm: bool = False) -> None:
     """Train everything but `parts`, see `PARTS`; model patches inside of them are trained, and with
     `second_norm` the second LayerNorm of each block of the encoder (PeterRec, Yuan et al., 2020,
-    section 3.3).
+    section 3.3). The vectors of special tokens are rows of the table of ids: they are frozen with
+    "items", and with "input" where items have no ids.
 
     Raises ValueError for an encoder whose blocks have none.
     """
     for part in parts:
+        alone = part == "input" and not model.config.items.ids
         for name, parameter in model.named_parameters():
-            if name.startswith(PARTS[part]):
+            if name.startswith(PARTS[part]) or (alone and name == _IDS):
                 parameter.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Patch):

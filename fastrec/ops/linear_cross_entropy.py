@@ -25,6 +25,7 @@ from fastrec.ops.common.linear_cross_entropy_autograd import (
     STORED_ITEMS,
     LinearCrossEntropy,
     PlainLoss,
+    zero_unscored,
 )
 
 
@@ -47,9 +48,10 @@ def linear_cross_entropy_ref(
     elif rows is not None:
         input = input[rows]
     bias = None if linear_bias is None else linear_bias.to(input.dtype)
+    kept = target != ignore_index
+    input = zero_unscored(input, torch.where(kept, target, -1))
     logits = F.linear(input, linear_weight.to(input.dtype), bias)
     logits = logits.to(accumulate_dtype(input))
-    kept = target != ignore_index
     y = torch.where(kept, target, 0)
     class_weight = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
     lse = torch.logsumexp(logits, dim=1)

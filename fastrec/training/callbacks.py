@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 
 from fastrec.training.checkpoint import tidy_shards, write_checkpoint
 from fastrec.training.processes import first_process
@@ -49,6 +49,20 @@ class KeepBest(Callback):
             found = {k: float(v) for k, v in trainer.callback_metrics.items() if "valid/" in k}
             self.metrics = {name.removeprefix("valid/"): value for name, value in found.items()}
             self.save(trainer.global_step)
+
+
+class Patience(EarlyStopping):
+    """Lightning's, whose patience is that of this run: a resumed one may have another."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
+def out_of_patience(trainer) -> bool:
+    """Whether a run ends because its validations are no better, and not because a callback of
+    somebody else says so."""
+    ours = (each for each in trainer.callbacks if isinstance(each, Patience))
+    return any(each.wait_count >= each.patience for each in ours)
 
 
 class Interrupted(Exception):
@@ -103,7 +117,7 @@ class SaveToResume(Checkpoint):
 
     def on_validation_end(self, trainer, module) -> None:  # Lightning calls checkpoints last
         if trainer.state.fn == "fit":
-            self.stopped = (trainer.should_stop and self.patience) or None
+            self.stopped = self.patience if out_of_patience(trainer) else None
             self._save(trainer, module)
 
     def _save(self, trainer, module) -> None:

@@ -96,7 +96,8 @@ def fit(
             on it. What is taken from it and what is frozen is `init` of the stage.
         recipe: model, stages, users, evaluation, seed.
         stage: of the recipe.
-        output: folder of the run; None: a temporary one, nothing is kept but the model.
+        output: folder of the run; None: a temporary one, nothing is kept but the model, which one
+            process trains.
         initial_folder: of `model`: objectives that `init.take` names are taken over from there,
             and the users that it was trained on count as seen.
         resume: go on from `output/last.ckpt`; ends with the same bits as an uninterrupted run. What
@@ -114,21 +115,9 @@ def fit(
         KeyboardInterrupt: Ctrl-C; `output/last.ckpt` holds all steps that were done.
     """
     around = Around(device, progress, callbacks, loggers)
-    if output is None:
-        if resume:
-            raise ValueError("a run without an output folder cannot be resumed")
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                return fit(
-                    dataset, model, recipe=recipe, stage=stage, output=Path(folder) / "run",
-                    initial_folder=initial_folder, **around._asdict(), **settings,
-                )  # fmt: skip
-            except KeyboardInterrupt:
-                message = "Ctrl-C: nothing is kept of a run without an output folder"
-                raise KeyboardInterrupt(message) from None
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, Recipe.load({recipe!r}) for one")
-    whole, output = recipe or Recipe(), Path(output)
+    whole = recipe or Recipe()
     initial_folder = None if initial_folder is None else Path(initial_folder)
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
@@ -138,8 +127,35 @@ def fit(
     if unknown := [key for key in settings if key not in STAGE_KEYS]:
         raise TypeError(f"{unknown[0]!r} is no key of a stage; those are {STAGE_KEYS}")
     chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **settings)
-    with locked(output) if first_process() else contextlib.nullcontext(), on_its_own():
-        return _fit(dataset, model, whole, stage, chosen, output, initial_folder, resume, around)
+    with contextlib.ExitStack() as inside:
+        if output is None:
+            chosen = _alone(chosen, resume)
+            folder = Path(inside.enter_context(tempfile.TemporaryDirectory())) / "run"
+        else:
+            folder = Path(output)
+            inside.enter_context(locked(folder) if first_process() else contextlib.nullcontext())
+        inside.enter_context(on_its_own())
+        try:
+            return _fit(
+                dataset, model, whole, stage, chosen, folder, initial_folder, resume, around
+            )
+        except KeyboardInterrupt:
+            if output is not None:
+                raise
+            message = "Ctrl-C: nothing is kept of a run without an output folder"
+            raise KeyboardInterrupt(message) from None
+
+
+def _alone(current: Stage, resume: bool) -> Stage:
+    """A stage whose folder ends with it: of one process, others would have their own folders."""
+    if resume:
+        raise ValueError("a run without an output folder cannot be resumed")
+    if current.devices not in ("auto", 1) or current.num_nodes > 1:
+        raise ValueError(
+            f"devices is {current.devices} and num_nodes {current.num_nodes}: several processes"
+            " need an output folder, the same for all"
+        )
+    return dataclasses.replace(current, devices=1)
 
 
 def _fit(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says while it goes on: lines, and CSV files that have a number in every field."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from fastrec.training.callbacks import KeepBest
+from fastrec.training.callbacks import KeepBest, out_of_patience
 
 TRAINING, VALIDATION = "metrics", "validation"
 
@@ -30,7 +31,8 @@ class Lines(Callback):
     def on_validation_end(self, trainer, module) -> None:
         if trainer.state.fn != "fit":
             return
-        loss, value = (float(trainer.callback_metrics[name]) for name in ("train_loss", "valid"))
+        found = trainer.callback_metrics  # no loss where a callback has stopped before the first
+        loss, value = float(found.get("train_loss", math.nan)), float(found["valid"])
         best = " (best)" if self.keep.step == trainer.global_step else ""
         seconds = time.perf_counter() - self.start
         monitored = module.stage.monitored
@@ -43,7 +45,7 @@ class Lines(Callback):
 
     def on_train_end(self, trainer, module) -> None:
         stage = module.stage
-        if trainer.global_step < stage.steps:
+        if trainer.global_step < stage.steps and out_of_patience(trainer):
             self._print(
                 trainer, f"stopped: no better {stage.monitored} in {stage.patience} validations"
                 " (patience)",

@@ -92,6 +92,13 @@ def sweep(
     if not ranked and (judge := recipe.stages["pretraining"].judge) in alone:
         raise ValueError(f"a sweep ranks next items, and this recipe trains {alone[judge]} alone")
     recipes = {value: with_value(recipe, key, value) for value in values}
+    for chosen in recipes.values():
+        for name, stage in chosen.stages.items():
+            if stage.devices not in ("auto", 1) or stage.num_nodes > 1:
+                raise ValueError(
+                    f"a sweep trains in one process: {name}.devices is {stage.devices} and"
+                    f" num_nodes {stage.num_nodes}"
+                )
     dataset = SequenceDataset.load(data)
     with locked(output):
         results = {
@@ -134,15 +141,20 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(started, text)
     model: UserModel | TextModel | None = None
+    before: Path | None = None
     for name in ("pretraining", "recommendation"):
         run = folder / name
         if name not in recipe.stages:
             continue
         if (run / "summary.json").is_file():
-            model = load_model(run / "model", dataset, same_users=False)
+            model, before = load_model(run / "model", dataset, same_users=False), run / "model"
             continue
         resume = (run / "last.ckpt").is_file()
-        model = fit(dataset, model, recipe=recipe, stage=name, output=run, resume=resume)
+        model = fit(
+            dataset, model, recipe=recipe, stage=name, output=run, resume=resume,
+            initial_folder=before, devices=1,
+        )  # fmt: skip
+        before = run / "model"
     chosen = select_users(dataset, recipe.users, "test")
     judge = NextItemJudge(dataset, chosen, "test", recipe.evaluation)
     metrics = judge.metrics(judge.ranks(model))

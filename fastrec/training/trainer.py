@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning
-from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from rich.console import Console
 
-from fastrec.training.callbacks import CheckpointFile, EndAtOnce, KeepBest, SaveToResume
+from fastrec.training.callbacks import (
+    CheckpointFile,
+    EndAtOnce,
+    KeepBest,
+    Patience,
+    SaveToResume,
+)
 from fastrec.training.checkpoint import LAST
 from fastrec.training.logs import TRAINING, VALIDATION, Csv, Lines, Speed
 from fastrec.training.processes import Processes, started_outside
@@ -27,13 +33,6 @@ class Around(NamedTuple):
     progress: bool = True
     callbacks: Sequence[Callback] = ()
     loggers: Sequence[Logger] = ()
-
-
-class Patience(EarlyStopping):
-    """Lightning's, whose patience is that of this run: a resumed one may have another."""
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 def trainer_of(

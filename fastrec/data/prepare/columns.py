@@ -90,12 +90,12 @@ def id_column(
     "auto" takes integers if every value is one. na_values: "text" takes words such as NA for ids;
     they are refused otherwise.
     """
-    check_present(file, series, first)
     if kind not in ("auto", "int", "str"):
         raise ValueError(f"ids must be 'auto', 'int' or 'str', got {kind!r}")
     if series.dtype in (pl.Categorical, pl.Enum, pl.Binary):
         with reading(file):
             series = series.cast(pl.String)
+    check_present(file, series, first)
     if series.dtype == pl.String:
         return _text_ids(file, series, first, kind, na_values)
     if series.dtype.is_integer():

@@ -134,6 +134,8 @@ class Events:
         """Flags of the rows that lack nothing; None if no row does."""
         present = None
         for role, series in columns.items():
+            if series.dtype in (pl.Categorical, pl.Enum):
+                series = series.cast(pl.String)
             missing = series.is_null()
             if series.dtype == pl.String:
                 words = ["", *NA] if self._na_values == "missing" else [""]

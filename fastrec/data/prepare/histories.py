@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from fastrec.data.errors import DataError, reading
-from fastrec.data.prepare.columns import first_row
+from fastrec.data.prepare.columns import NA, first_row
 from fastrec.data.prepare.events import events_of
 from fastrec.data.prepare.names import KNOWN, NONE, find_columns, plain
 from fastrec.data.prepare.raw import RawData
@@ -45,7 +45,7 @@ def read_histories(
         inferred["ignored"] = f"{', '.join(clocks)} (the items of a history are in its order)"
     users = frame[names["user"]]
     with rows.named():
-        items, how = _lists(name, frame[names["history"]])
+        items, how = _lists(name, frame[names["history"]], options.get("na_values") == "missing")
     if how:
         inferred["history"] = how
     keep, removed = _longest(users, items, rows, on_duplicate)
@@ -63,17 +63,19 @@ def read_histories(
     return raw
 
 
-def _lists(source, series: pl.Series) -> tuple[pl.Series, str]:
-    """(the histories as lists, null where one is empty; how text was split)."""
+def _lists(source, series: pl.Series, na_missing: bool) -> tuple[pl.Series, str]:
+    """(the histories as lists, null where one is empty; how text was split). na_missing: a cell of
+    a word such as NA is empty too."""
     how = ""
     if isinstance(series.dtype, pl.Array):
         series = series.arr.to_list()
     if series.dtype == pl.String:
         text = series.fill_null("").str.strip_chars()
-        some = text.filter(text != "")
-        if len(some) and some.str.starts_with("[").all():
-            series, how = _json_lists(source, series), "JSON lists"
-        elif some.str.contains(",", literal=True).any():
+        if na_missing:
+            text = text.set(text.is_in(list(NA)), "")
+        if text.str.starts_with("[").any():
+            series, how = _json_lists(source, text.alias(series.name)), "JSON lists"
+        elif text.str.contains(",", literal=True).any():
             series, how = text.str.replace_all(r"\s*,\s*", ",").str.split(","), "between commas"
             mixed = series.list.eval(pl.element().str.contains(r"\s")).list.any()
             row = first_row(mixed.fill_null(False), 0)

@@ -5,6 +5,8 @@ A lost fraction would make ties, and ties are broken by the order of the file: w
 is refused.
 """
 
+import re
+
 import polars as pl
 
 from fastrec.data.errors import DataError
@@ -117,6 +119,16 @@ def _formatted(
 ) -> tuple[pl.Series, str]:
     if not any(year in time_format for year in _YEARS):
         raise ValueError(f"--time_format {time_format!r} has no year: such as %m/%d/%Y")
+    # As strptime reads it: %f of Polars is a whole number of nanoseconds, and it skips %Z.
+    time_format = re.sub(r"%%|\.%f", lambda part: "%.f" if part[0] == ".%f" else "%%", time_format)
+    codes = re.findall(r"%[-_0]?.", time_format)
+    if "%f" in codes:
+        raise ValueError("--time_format: %f stands behind a point, as in %S.%f")
+    if "%Z" in codes:
+        raise ValueError(
+            "--time_format: the name of a zone (%Z) does not say how far it is from UTC: write one"
+            " name as it stands, such as UTC, for times in it, or use %z for offsets such as +02:00"
+        )
     moments = series.str.to_datetime(time_format, strict=False, time_unit="us")
     micro = moments.dt.timestamp("us")
     what = f"a time that follows --time_format {time_format!r}"

@@ -89,9 +89,14 @@ def _(
 register_cuda(OP, "fwd", "bwd")
 
 
+def zero_unscored(x: Tensor, target: Tensor) -> Tensor:
+    """`x`, 0 where not scored: 0 times what such a row holds need not be 0."""
+    return x.masked_fill((target < 0).unsqueeze(-1), 0)
+
+
 def class_sums(x, linear_weight, linear_bias, target, class_weight) -> tuple[Tensor, Tensor]:
     """(sum_j class_weight_j W_j [D], sum_j class_weight_j s_ij [N], 0 where not scored)."""
-    dtype = class_weight.dtype
+    dtype, x = class_weight.dtype, zero_unscored(x, target)
     # A sum over the items overflows float16: not in the dtype of autocast, and in pieces, because
     # a whole table in float32 is large.
     with torch.autocast(x.device.type, enabled=False):
@@ -133,7 +138,7 @@ def logits_ref(x, linear_weight, linear_bias) -> Tensor:
 
 def _losses_ref(x, linear_weight, linear_bias, target) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, lse, lse - target_logit), the last two 0 where not scored."""
-    logits = logits_ref(x, linear_weight, linear_bias)
+    logits = logits_ref(zero_unscored(x, target), linear_weight, linear_bias)
     nll = -logits.log_softmax(1).gather(1, target.clamp_min(0)[:, None]).squeeze(1)
     out = target < 0
     return logits, logits.logsumexp(1).masked_fill(out, 0), nll.masked_fill(out, 0)
@@ -203,8 +208,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 x, linear_weight, linear_bias, target, lse, grad_lse, grad_target_logit
             )
             if class_weight is not None:
+                rows = zero_unscored(x, target)
                 grad_bias = add_class_gradient(
-                    grad_weight, grad_bias, x, linear_bias, class_weight, grad_class_sum
+                    grad_weight, grad_bias, rows, linear_bias, class_weight, grad_class_sum
                 )
         return (
             grad_input,

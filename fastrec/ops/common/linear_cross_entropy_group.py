@@ -34,6 +34,7 @@ from fastrec.ops.common.linear_cross_entropy_autograd import (
     class_sums,
     logits_ref,
     loss_of,
+    zero_unscored,
 )
 from fastrec.ops.common.native import kernels_of
 from fastrec.ops.common.second_order import once_differentiable
@@ -237,8 +238,9 @@ class _ShardedCrossEntropy(torch.autograd.Function):
                     -grad_nll * mine,
                 )  # fmt: skip
                 if class_weight is not None:
+                    known = zero_unscored(x, target)
                     grad_bias = add_class_gradient(
-                        grad_weight, grad_bias, x, linear_bias, class_weight, grad_class_sum
+                        grad_weight, grad_bias, known, linear_bias, class_weight, grad_class_sum
                     )
             else:
                 grad_weight = torch.zeros_like(linear_weight)
