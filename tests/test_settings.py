@@ -77,7 +77,10 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
         (lambda: Users(fraction=2.0), r"users.fraction must be in \(0, 1\], got 2.0"),
         (lambda: Friend(hops=3), r"hops must be one of \[0, 1, 2\], got 3"),
         (lambda: Item(loss="bcd"), "loss must be one of"),
-        (lambda: Sampled(negatives=0), "sampled.negatives must be at least 1, or 0 .*, got 0"),
+        (
+            lambda: Sampled(negatives=0),
+            "sampled.negatives must be at least 1, or 0 with sampled.in_batch, got 0",
+        ),
         (lambda: Mask(share=1.5), r"mask.share must be in \[0, 1\], got 1.5"),
         (lambda: Mask(replace=0.8, random=0.3), r"mask.replace \+ mask.random must be at most 1"),
         (lambda: MaskLast(number=0), "mask_last.number must be at least 1, got 0"),
