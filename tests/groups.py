@@ -19,6 +19,9 @@ from op_db.case import Op, Sample, excess
 
 from fastrec.backend import interpreting, unavailable_reason
 
+# Imported once, by the server that the ranks are forks of: each would take 5 s of a core for it.
+IMPORTED = ["torch._dynamo", "torch.distributed.tensor", "fastrec"]
+
 
 def _serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
@@ -43,7 +46,8 @@ class Ranks:
 
     def __init__(self, world: int):
         self.folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

@@ -8,6 +8,7 @@ from test_export import MODELS
 from torch import nn
 
 from fastrec import UserModel
+from fastrec.nn.transfer import with_items
 
 EPS = {torch.float64: 1e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
 dtypes = pytest.mark.parametrize("dtype", EPS, ids=str)
@@ -30,7 +31,12 @@ def test_a_model_of_another_dtype_is_asked_saved_and_read(name, dtype, tmp_path)
     assert found.dtype == dtype
     assert (found.double() - expected.double()).norm() < EPS[dtype] * expected.norm()
     model.save_pretrained(tmp_path)
-    assert torch.equal(asked(UserModel.from_pretrained(tmp_path)), found)
+    read = UserModel.from_pretrained(tmp_path)
+    assert torch.equal(asked(read), found)
+    # A list of items with one more.
+    more = with_items(read, torch.tensor([*range(read.num_items), -1]))
+    assert {p.dtype for p in more.parameters()} == {dtype}
+    assert torch.equal(asked(more), found)
 
 
 @pytest.fixture(scope="module")

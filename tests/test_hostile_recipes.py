@@ -105,7 +105,7 @@ def test_no_number_is_nan_infinite_or_longer_than_a_word(kind, name):
         ("--attributes=[{name: a, bins: [2, 1]}]", "attribute 'a': bins must ascend, got [2.0"),
         ("--attributes=[{name: a, bins: []}]", "attribute 'a': bins must ascend, got []"),
         ("--attributes=[{name: a, top: -1}]", "attribute 'a': top must be at least 1, got -1"),
-        ("--model.encoder.transformer.layers=1000000", "layers must be at most 1000, got 1000000"),
+        ("--model.encoder.transformer.layers=1000000", "layers must be at most 255, got 1000000"),
         ("--model.encoder.transformer.ffn_width=0", "ffn_width must be at least 1, got 0"),
         ("--model.encoder.transformer.norm_eps=0", "norm_eps must be positive and finite, got 0"),
         ("--model.width=1000000000000", "GB, this machine has"),

@@ -29,7 +29,7 @@ from fastrec.nn.transfer import take, with_items
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective
-from fastrec.random import Rng
+from fastrec.random import Rng, keep_mask
 from fastrec.serve import recommend
 from fastrec.training.config import Recipe
 from fastrec.training.model_folder import for_items_of
@@ -173,6 +173,16 @@ def test_experts_are_what_their_formula_says_one_item_at_a_time():
     torch.testing.assert_close(module.whole()[items], module(items))
     linear = feature_map()
     torch.testing.assert_close(linear.whole(), linear.table @ linear.map.weight.T)
+
+
+def test_dropout_is_of_what_the_experts_read_and_not_of_what_the_gate_reads():
+    module, rng, items = feature_map(experts=3, dropout=0.5), Rng(5, 2), torch.arange(V)
+    keep, scale = keep_mask(rng, 0.5, items, 0 * items, 5, site="item_features", layer=1)
+    x = module.table * keep * scale
+    gate = (module.table @ module.gate.weight.T).softmax(1)
+    maps = module.map.weight.unflatten(0, (3, 4))
+    each = torch.einsum("gpf,ngf->ngp", maps, x[:, None] - module.shift)
+    torch.testing.assert_close(module.whole(rng), torch.einsum("ng,ngp->np", gate, each))
 
 
 def test_randomness_is_a_function_of_seed_step_and_item():

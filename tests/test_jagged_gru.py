@@ -216,5 +216,5 @@ def test_errors_name_the_problem():
         Gru(layers=0)
     with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         Gru(hidden=0)
-    with pytest.raises(ValueError, match="layers must be at most 1000, got 1001"):
-        Gru(layers=1001)
+    with pytest.raises(ValueError, match="layers must be at most 255, got 256"):
+        Gru(layers=256)

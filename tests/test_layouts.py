@@ -246,3 +246,14 @@ def test_the_block_of_the_guide():
         ours = model.encode(from_sequences(ids.tolist())).states
         torch.testing.assert_close(ours, before, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(bert(ids).last_hidden_state[0], ours, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_have_no_place_in_another_layout():
+    encoder = Transformer(layers=LAYERS, heads=HEADS, ffn_width=INNER, patch=3)
+    model = UserModel(20, ModelConfig(width=WIDTH, encoder=encoder))
+    with pytest.raises(ValueError, match="torch.nn.TransformerEncoder has no model patches"):
+        torch_encoder_state(model.encoder)
+    with pytest.raises(ValueError, match="BertModel has no model patches"):
+        bert_state(model)
+    left = load_torch_encoder(model.encoder, torch_encoder(False).state_dict())
+    assert any(".patches." in name for name in left)

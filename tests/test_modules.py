@@ -7,6 +7,9 @@ from builders import FORMS, jagged, model_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from fastrec import ModelConfig, UserModel
+from fastrec.nn.encoders.caser import Caser
+from fastrec.nn.item_features import FeatureMap, ItemFeature
 from fastrec.random import Rng
 
 RNG = Rng(3, 5)
@@ -103,3 +106,37 @@ def test_a_wrapped_item_embedding_is_read_and_scored_with():
     model.item_input.ids = Shifted(model.item_input.ids)
     torch.testing.assert_close(model.item_table, table + torch.linspace(0, 1, 8))
     assert (model.encode(batch).states - states).abs().max() > 1e-3
+    assert model.ask(model.inputs_of([[1, 2]], ask=True)).dtype == torch.float32
+    assert model.device == torch.device("cpu")
+
+
+def test_an_adapter_around_the_map_of_features_acts_on_its_shifts_too():
+    torch.manual_seed(3)
+    features = FeatureMap(ItemFeature(width=4, experts=3), torch.randn(5, 6), 0)
+    for parameter in features.parameters():
+        nn.init.normal_(parameter)
+    plain, adapter = features.whole(), Adapter(features.map)
+    features.map = adapter
+    adapted = features.whole()
+    features.map = nn.Linear(6, 12, bias=False)
+    with torch.no_grad():
+        features.map.weight.copy_(adapter.base.weight + adapter.up.weight @ adapter.down.weight)
+    torch.testing.assert_close(adapted, features.whole())
+    assert (adapted - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["vertical", "horizontal.1"])
+def test_filters_are_called_as_modules(name):
+    model, batch = UserModel(20, ModelConfig(width=8, encoder=Caser())), jagged([4, 7], 20)
+    filters = model.encoder.get_submodule(name)
+    prune.l1_unstructured(filters, "weight", amount=0.5)
+    for _ in range(2):
+        model.encode(batch).states.sum().backward()
+    before = model.encode(batch).states
+    with torch.no_grad():
+        filters.weight_orig.mul_(2)
+    assert not torch.equal(model.encode(batch).states, before)
+    seen = []
+    filters.register_forward_hook(lambda *_: seen.append(name))
+    model.encode(batch)
+    assert seen == [name]

@@ -69,17 +69,21 @@ def test_attributes_go_with_their_items(tmp_path):
     assert torch.equal(scores(again, [0, 2]), scores(after, [0, 2]))
 
 
-def test_new_items_begin_like_those_of_their_categories():
-    before = model_of(replace(CONFIG, head_table="own"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_new_items_begin_like_those_of_their_categories(dtype):
+    before = model_of(replace(CONFIG, head_table="own")).to(dtype)
     # By item of the new list; rows are [3, -1, 0, 4, -1] of the old one.
     table = torch.tensor([[0, 1], [0, 1], [0, -1], [-1, -1], [2, -1]], dtype=torch.int32)
     after = with_items(before, ROWS, like=Categories(table, 3))
     for new, old in ((after.item_embedding.weight, before.item_embedding.weight),
                      (after.item_table, before.item_table),
                      (after.item_head.bias[:, None], before.item_head.bias[:, None])):  # fmt: skip
-        first, second = old[[3, 0]].mean(0), old[3]  # of categories 0 and 1
-        torch.testing.assert_close(new[1], (first + second) / 2)
-        torch.testing.assert_close(new[4], old[:6].mean(0))  # nothing known is in category 2
+        exact = old.double()
+        first, second = exact[[3, 0]].mean(0), exact[3]  # of categories 0 and 1
+        torch.testing.assert_close(new[1], ((first + second) / 2).to(dtype))
+        torch.testing.assert_close(
+            new[4], exact[:6].mean(0).to(dtype)
+        )  # of category 2 none is known
         assert torch.equal(new[[0, 2, 3]], old[ROWS[ROWS >= 0]])
 
 

@@ -11,6 +11,11 @@ from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.reorder import Reorder
 from fastrec.evaluation.protocol import Protocol
+from fastrec.nn.encoders.bag import Bag
+from fastrec.nn.encoders.caser import Caser
+from fastrec.nn.encoders.dilated import Dilated
+from fastrec.nn.encoders.fm import Fm
+from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.encoders.transformer import Transformer
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel
@@ -19,7 +24,7 @@ from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
-from fastrec.training.config import Users
+from fastrec.training.config import Users, check_stage
 from fastrec.training.stage import Init, Stage
 
 PAIR = {"a": [Mask()], "b": [Mask()]}
@@ -102,8 +107,45 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
         (lambda: ModelConfig(dropout=1.0), r"model.dropout must be in \[0, 1\), got 1.0"),
         (lambda: ModelConfig(tokens=["ur", "ur"]), "model.tokens must be some of cls, sep and ur"),
         (lambda: Transformer(layers=0), "layers must be at least 1, got 0"),
+        (lambda: Transformer(layers=256), "layers must be at most 255, got 256"),
+        (
+            lambda: UserModel(9, ModelConfig(width=514, encoder=Transformer(heads=2))),
+            "width 514 with heads 2: a head may have 256",
+        ),
+        (lambda: Gru(layers=1.5), "layers must be a whole number, got 1.5"),
+        (lambda: Gru(layers="1"), "layers must be a whole number, got '1'"),
+        (lambda: Caser(window=2.5), "window must be a whole number, got 2.5"),
+        (lambda: Bag(hidden=[1.5]), "hidden must be a whole number, got 1.5"),
+        (lambda: Fm(hidden=64), "hidden must be a list, got 64"),
+        (lambda: Dilated(dilations=3), "dilations must be a list, got 3"),
     ],
 )
 def test_settings_are_checked_where_they_are_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("encoder", ["gru", Gru, None])
+def test_an_encoder_is_settings_of_one(encoder):
+    with pytest.raises(TypeError, match=r"model.encoder must be settings like Transformer\(\)"):
+        ModelConfig(encoder=encoder)
+
+
+@pytest.mark.parametrize("monitor", [None, "steps"])
+@pytest.mark.parametrize("judge", ["next_item", "attributes"])
+def test_targets_are_seen_by_no_input_whatever_is_judged(judge, monitor):
+    """Next items of a bidirectional encoder are a leak, also where nothing asks for them."""
+    stage = Stage(
+        views={"main": [NextItem()]}, objectives=Objectives(item=Item()), judge=judge,
+        monitor=monitor,
+    )  # fmt: skip
+    for encoder in (Transformer(), Fm()):
+        with pytest.raises(ValueError, match="every event of the view 'main' would see the item"):
+            check_stage("pretraining", stage, ModelConfig(encoder=encoder))
+
+
+def test_a_mask_needs_an_item_beside_it():
+    stage = Stage(views={"main": [Mask()]}, objectives=Objectives(item=Item()))
+    with pytest.raises(ValueError, match="pretraining: model.max_len must be at least 2: a .MASK."):
+        check_stage("pretraining", stage, ModelConfig(max_len=1))
+    check_stage("pretraining", stage, ModelConfig(max_len=2))

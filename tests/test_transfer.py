@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import dataset_of, jagged, model_of, trained_weights
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.prepare.synthetic import generate
@@ -240,3 +241,43 @@ def test_settings_that_cannot_be():
         Init(patch=2, patch_form="both")
     with pytest.raises(ValueError, match="second_norm has no effect: init.freeze leaves the enc"):
         Init(second_norm=True)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """(items of a data set, a run of two steps on it from a model)."""
+    folder = tmp_path_factory.mktemp("short")
+    generate(folder / "data", num_users=30, num_items=20, seed=3)
+    data = SequenceDataset.load(folder / "data")
+    run = dict(views={"main": [Mask()]}, objectives={"item": Item()}, steps=2, validate_every=2,
+               batch_size=8, progress=False, monitor="steps")  # fmt: skip
+    return data.num_items, lambda initial, **changes: fit(data, initial, **run | changes)
+
+
+def test_a_model_that_could_not_be_read_again_is_not_trained(short):
+    items, run = short
+    initial = other(num_items=items)
+    parametrizations.weight_norm(initial.encoder.layers[0].ffn_inner)
+    with pytest.raises(ValueError, match=r"its config makes.*ffn_inner\.parametrizations\S+ is \["):
+        run(initial)
+    initial = other(num_items=items)
+    initial.encoder.layers[0].ffn_inner = torch.nn.Sequential(initial.encoder.layers[0].ffn_inner)
+    with pytest.raises(ValueError, match=r"ffn_inner\.0\.weight is .*, expected no such tensor"):
+        run(initial)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"init": Init(patch=3)}], ids=str)
+def test_what_the_caller_has_frozen_stays_so(short, changes):
+    items, run = short
+    initial = other(num_items=items)
+    initial.encoder.requires_grad_(False)
+    tuned = run(initial, **changes)
+    for name, value in initial.state_dict().items():
+        same = torch.equal(tuned.state_dict()[name], value)
+        assert same == name.startswith("encoder."), name
+
+
+def test_a_stage_with_nothing_to_train_is_refused(short):
+    items, run = short
+    with pytest.raises(ValueError, match=r"nothing is left to train: init.freeze is \['items', "):
+        run(other(num_items=items), init=Init(freeze=["items", "encoder", "head"]))

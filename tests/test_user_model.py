@@ -80,6 +80,11 @@ def test_inputs_of_histories_are_inputs_of_a_data_set(split, causal):
         assert torch.equal(model.encode(ours).states, model.encode(theirs).states)
 
 
+def test_one_history_is_not_taken_for_several():
+    with pytest.raises(TypeError, match="histories are lists of item indices, one of each user: "):
+        model_of().inputs_of([1, 2, 3])
+
+
 def test_histories_that_cannot_be_read():
     model = model_of()
     assert len(model.inputs_of([])) == 0 and lists(model.inputs_of([[]], ask=True)) == [[MASK]]

@@ -18,6 +18,8 @@ def check_fields(config) -> None:
         given, origin = getattr(config, name), get_origin(hint)
         parts = get_args(hint) if origin in (list, Union, UnionType) else (hint,)
         kinds = [part for part in parts if part is not type(None)]
+        if origin is list and not isinstance(given, list | tuple):
+            raise ValueError(f"{name} must be a list, got {given!r:.60}")
         for value in given if origin is list else [given]:
             if value is None and len(kinds) < len(parts):
                 continue

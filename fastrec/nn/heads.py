@@ -76,7 +76,8 @@ class ItemHead(nn.Module):
         if self.dense is not None and self.norm is not None:
             states = self.norm(F.gelu(self.dense(states)))
         if self.similarity == "cosine":
-            states = F.normalize(states.to(accumulate_dtype(states)), dim=1)
+            # Not in the states' dtype, which autocast may have lowered, but in that of the table.
+            states = F.normalize(states.to(accumulate_dtype(states)), dim=1).to(self.bias.dtype)
         return states if self.temperature == 1.0 else states / self.temperature
 
     def compared(self, table: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.nn.plain import apply_linear
-from fastrec.ops.common.arguments import accumulate_dtype
+from fastrec.ops.common.arguments import accumulate_dtype, without_autocast
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng, draw_words
 
@@ -58,8 +58,9 @@ class FeatureMap(nn.Module):
 
         sum over g of a_g W_g (x - b_g)    a = softmax(W_a x + z softplus(W_z x) + 0.01 z)
 
-    z standard normal in training with `noise`, otherwise 0. The original draws dropout for each
-    expert; here all read one x. An item without a vector has x = 0.
+    z standard normal in training with `noise`, otherwise 0. Dropout is of the x of the experts, not
+    of that of the gate; the original draws it for each expert, here all read one. An item without
+    a vector has x = 0.
 
     Args:
         settings: of the map.
@@ -98,12 +99,12 @@ class FeatureMap(nn.Module):
 
     def _mapped(self, x: Tensor, items: Tensor, rng: Rng | None) -> Tensor:
         # Also under autocast in the dtype of the table, of which it would make a copy.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return self._product(x, items, rng)
 
     def _product(self, x: Tensor, items: Tensor, rng: Rng | None) -> Tensor:
         how = self.settings
-        zeros = torch.zeros_like(items)
+        zeros, whole = torch.zeros_like(items), x
         if rng is not None and how.dropout:
             x = jagged_embedding(
                 None, x, positions=zeros, dropout_p=how.dropout, rng=rng, keys=items,
@@ -111,13 +112,14 @@ class FeatureMap(nn.Module):
             )  # fmt: skip
         if not how.experts:
             return apply_linear(self.map, x)
-        maps = self.map.weight.unflatten(0, (how.experts, -1))  # [G, P, F]
         out = apply_linear(self.map, x).unflatten(1, (how.experts, -1))  # [N, G, P]
-        out = out - (maps @ self.shift.unsqueeze(2)).squeeze(2)
-        exact = accumulate_dtype(self.gate.weight)
-        scores = apply_linear(self.gate, x).to(exact)
+        # W_g b_g of each expert stands on the diagonal of the maps of all shifts by all experts.
+        shifts = apply_linear(self.map, self.shift).unflatten(1, (how.experts, -1))
+        out = out - shifts.diagonal().T
+        exact = accumulate_dtype(x)
+        scores = apply_linear(self.gate, whole).to(exact)
         if rng is not None and how.noise:
-            spread = nn.functional.softplus(apply_linear(self.spread, x).to(exact)) + 0.01
+            spread = nn.functional.softplus(apply_linear(self.spread, whole).to(exact)) + 0.01
             scores = scores + spread * self._normal(items, zeros, rng).to(exact)
         weights = scores.softmax(1).to(out.dtype)
         return (weights.unsqueeze(1) @ out).squeeze(1)

@@ -2,8 +2,8 @@
 """Weights in the layouts of others: state dicts of `torch.nn.TransformerEncoder` and of the
 `BertModel` of Hugging Face (names and shapes alone, nothing of `transformers` is imported).
 
-Loading copies all or nothing: every entry is used, returned or named in an error, and so is every
-parameter. Legend: V items, P positions, D width, F inner width.
+Loading copies all or nothing: every entry is used, returned or named in an error.
+Legend: V items, P positions, D width, F inner width.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fastrec.nn.encoders.sublayers import Patch
 from fastrec.nn.encoders.transformer import TransformerEncoder, TransformerLayer
 from fastrec.nn.items import Items
 from fastrec.nn.user_model import UserModel
@@ -110,14 +111,20 @@ def _copy(entries: Entries, state: Mapping[str, Tensor]) -> None:
             parameter.copy_(torch.cat([state[name].to(parameter.device) for name in names]))
 
 
+def _check_no_patches(layout: str, encoder: TransformerEncoder) -> None:
+    if any(isinstance(module, Patch) for module in encoder.modules()):
+        raise ValueError(f"{layout} has no model patches: without them it is another encoder")
+
+
 def torch_encoder_state(encoder: TransformerEncoder) -> dict[str, Tensor]:
     """Copies of the weights, as `torch.nn.TransformerEncoder.load_state_dict` takes them.
 
     The peer is made of `nn.TransformerEncoderLayer(D, H, F, activation="gelu", batch_first=True,
     norm_first=pre_norm)` with our `norm_eps` as `layer_norm_eps`, and has `norm=nn.LayerNorm(D)`
     where the encoder is pre-norm. It embeds nothing: `encoder.positions` and
-    `encoder.embedding_norm` are not in it.
+    `encoder.embedding_norm` are not in it. Raises ValueError for another layer and for patches.
     """
+    _check_no_patches("torch.nn.TransformerEncoder", encoder)
     return _export(_torch_entries(encoder))
 
 
@@ -142,11 +149,14 @@ def bert_state(model: UserModel) -> dict[str, Tensor]:
     `vocab_size` is V + 4 (items, then the special tokens), `max_position_embeddings` P,
     `hidden_act` "gelu", `layer_norm_eps` the model's `norm_eps`. The two token types are zeros:
     their part is in the positions. The item head, its own table and user vectors included, is not
-    in a `BertModel`. Raises ValueError for a model whose input is more than the embeddings of ids.
+    in a `BertModel`. Raises ValueError for a model whose input is more than the embeddings of ids,
+    and for patches.
     """
     if model.config.items != Items():
         raise ValueError(f"BertModel has no place for model.items: {model.config.items}")
-    state = _export(_bert_entries(model))
+    entries = _bert_entries(model)
+    _check_no_patches("BertModel", model.encoder)
+    state = _export(entries)
     return state | {_TYPES: state[_WORDS].new_zeros(2, state[_WORDS].shape[1])}
 
 
@@ -156,7 +166,8 @@ def load_bert(
     """Copy the state dict of a `BertModel` into the embedding and the encoder of `model`.
 
     Names may have the prefix `bert.`. All tokens are of type 0 here: its vector is added to every
-    position. The model needs the `norm_eps` of the checkpoint (1e-12 by default there).
+    position. The model needs the `norm_eps` of the checkpoint (1e-12 by default there). Its item
+    head and its patches stay as they are.
 
     Args:
         rows: int64 [V + 4], the row of the word embeddings for each item, then for [MASK], [CLS],

@@ -83,6 +83,10 @@ class ModelConfig:
                 " head_table: own, or head_transform: true"
             )
         self.items.check_width(self.width)
+        if isinstance(self.encoder, type) or not hasattr(settings_of(self.encoder), "build"):
+            raise TypeError(
+                f"model.encoder must be settings like Transformer(), got {self.encoder!r:.60}"
+            )
         object.__setattr__(self, "encoder", wrapped(self.encoder))
         order = [token for token in ("cls", "sep", "ur") if token in self.tokens]
         if sorted(self.tokens) != sorted(order):

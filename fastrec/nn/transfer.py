@@ -87,7 +87,8 @@ def with_items(
     sizes = model.item_input.classes | model.item_input.sizes
     features = unknown_features(config.items, len(rows), sizes)
     features |= {name: part for name, part in (vectors or {}).items() if name in sizes}
-    made = UserModel(len(rows), config, model.num_users, features).to(rows.device)
+    made = UserModel(len(rows), config, model.num_users, features)
+    made = made.to(rows.device, model.item_embedding.weight.dtype)
     made.recipe, made.seen_users = model.recipe, model.seen_users
     made.trained_on = {name: said for name, said in model.trained_on.items() if name != "items"}
     nearest = None if like is None else _shares(like, rows)
@@ -112,8 +113,10 @@ def with_items(
         tensor[new] = start.expand(len(new), *start.shape)
         if nearest is not None and kept.is_floating_point():
             items, theirs, mine = nearest
-            means = torch.sparse.mm(mine, torch.sparse.mm(theirs, tensor.view(len(tensor), -1)))
-            tensor[items] = means.view(len(items), *start.shape)
+            means = torch.sparse.mm(
+                mine, torch.sparse.mm(theirs, tensor.view(len(tensor), -1).to(mine.dtype))
+            )
+            tensor[items] = means.view(len(items), *start.shape).to(tensor.dtype)
     return made
 
 

@@ -105,7 +105,7 @@ class UserModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.item_embedding.weight.device
+        return next(self.parameters()).device
 
     @property
     def output_table(self) -> Tensor:
@@ -310,7 +310,7 @@ class UserModel(nn.Module):
 
     def _query(self, states: Tensor) -> Tensor:
         # In the table's dtype also under autocast, where the states may be bfloat16.
-        return self.item_head.query(states).to(self.item_embedding.weight.dtype)
+        return self.item_head.query(states).to(next(self.item_embedding.parameters()).dtype)
 
     def output(self, encoded: Encoded, events: Tensor) -> Tensor:
         """[N, D + user_width]: what the item head receives of `events`, int64 [N]: the states, and
@@ -358,6 +358,8 @@ def histories_of(histories: Sequence[Sequence[int]], num_items: int) -> JaggedBa
     """A batch of lists of item indices. Raises TypeError for what is no whole number, IndexError
     for one out of [0, num_items)."""
     for history in histories:
+        if isinstance(history, Integral):
+            raise TypeError(f"histories are lists of item indices, one of each user: got {history}")
         for item in history:
             if not isinstance(item, Integral):
                 raise TypeError(f"item {item!r:.60} of a history is no index")

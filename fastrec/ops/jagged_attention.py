@@ -36,6 +36,7 @@ from fastrec.ops.common.second_order import twice_differentiable
 from fastrec.random import Rng, keep_mask
 
 OP = "jagged_attention"
+MOST_HEAD_WIDTH = 256
 
 # Of the mask positions are None: they are the places in the sequence. lse [2, T, H] (rounded, and
 # what rounding left out) is float32, or float64 for float64 inputs. Events behind the last offset
@@ -249,8 +250,10 @@ def _check(query, key, value, offsets, max_seq_len):
     check_tensor("query", query, ("T", "H", "D"))
     check_tensor("key", key, query.shape, (query.dtype,), query.device)
     check_tensor("value", value, query.shape, (query.dtype,), query.device)
-    if not 1 <= query.shape[2] <= 256:
-        raise ValueError(f"the head width D of query must be in [1, 256], got {query.shape[2]}")
+    if not 1 <= query.shape[2] <= MOST_HEAD_WIDTH:
+        raise ValueError(
+            f"the head width D of query must be in [1, {MOST_HEAD_WIDTH}], got {query.shape[2]}"
+        )
     offsets = check_index("offsets", offsets, ("B + 1",), query.device)
     check_number("max_seq_len", max_seq_len, whole=True)
     check_offsets("offsets", offsets, query.shape[0], "T", max_seq_len)

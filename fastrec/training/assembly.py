@@ -59,6 +59,8 @@ def assembled(
     data.side.similar = similar_of(dataset, recipe, current)
     check_views(current, trained.config.dropout)
     objective = JointObjective(current.parts, trained, data.side, current.backend)
+    if not any(part.requires_grad for m in (trained, objective) for part in m.parameters()):
+        raise ValueError(f"nothing is left to train: init.freeze is {current.init.freeze}")
     _use_tables(current, trained, objective, where)
     heads = [name for name in current.init.take if name not in PARTS]
     if given is not None and initial_folder is None and (heads or current.init.pool is not None):

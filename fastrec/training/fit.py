@@ -52,6 +52,7 @@ from fastrec.training.processes import (
 )
 from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.start import (
+    check_built,
     check_dtype,
     scores_items,
     seen_by_run,
@@ -93,7 +94,8 @@ def fit(
     Args:
         model: start from this model instead of random weights of `recipe.model`; it is not changed
             and keeps its own settings. It is validated first, and kept if training does not improve
-            on it. What is taken from it and what is frozen is `init` of the stage.
+            on it. What is taken from it and what is frozen is `init` of the stage; a parameter that
+            is taken and needs no gradient is frozen too.
         recipe: model, stages, users, evaluation, seed.
         stage: of the recipe.
         output: folder of the run; None: a temporary one, nothing is kept but the model, which one
@@ -172,6 +174,7 @@ def _fit(
     initial = given.model if isinstance(given, TextModel) else given
     if initial is not None:
         check_dtype(initial, "the model to start from")
+        check_built(initial)
     if recipe.texts is not None:
         dataset = text_data(dataset, recipe.texts, initial, output / MODEL if resume else None)
     recipe = _with_start(recipe, stage, current, initial)

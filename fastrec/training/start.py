@@ -17,7 +17,7 @@ from fastrec.data.similar_items import most_similar
 from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
-from fastrec.nn.items import ItemFeatures, item_features
+from fastrec.nn.items import ItemFeatures, item_features, unknown_features
 from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.model_files import TOKENIZER, checked
 from fastrec.nn.similar import SimilarItems
@@ -60,6 +60,10 @@ def started_model(
             with torch.no_grad():
                 model.item_embedding.weight[: dataset.num_items].zero_()
         taken = [] if initial is None else take(model, initial, init.take, same)
+        if initial is not None:
+            frozen = {n for n, part in initial.named_parameters() if not part.requires_grad}
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not (name in taken and name in frozen))
     freeze(model, init.freeze, init.second_norm)
     return model, taken
 
@@ -257,6 +261,23 @@ def check_dtype(model: UserModel, what: str) -> None:
             f"{what} has numbers of {dtype}, and a stage trains float32 (its precision:"
             " bf16-mixed multiplies lower ones): model.float(), or torch.set_default_dtype"
         )
+
+
+def check_built(model: UserModel) -> None:
+    """Raise ValueError for a model to start from that is not what its settings make: once trained
+    and written, it could not be read."""
+    sizes = model.item_input.classes | model.item_input.sizes
+    with torch.device("meta"):
+        features = unknown_features(model.config.items, model.num_items, sizes)
+        built = UserModel(model.num_items, model.config, model.num_users, features)
+    has, makes = ({n: [*t.shape] for n, t in m.state_dict().items()} for m in (model, built))
+    for name in [*has, *makes]:
+        if has.get(name) != makes.get(name):
+            raise ValueError(
+                "the model to start from is not what its config makes, and could not be read again:"
+                f" {name} is {has.get(name, 'missing')}, expected"
+                f" {makes.get(name, 'no such tensor')}; merge or remove what wraps its parts"
+            )
 
 
 def check_views(stage: Stage, dropout: float) -> None:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.settings import check_fields
 from fastrec.nn.encoders.mlp import check_widths, dropped, layers_of, numbers_of
 from fastrec.nn.items import ItemRows
+from fastrec.nn.plain import apply_linear
 from fastrec.nn.pool import weighted_sum
 from fastrec.random import Rng
 
@@ -36,6 +38,7 @@ class Bag:
     event_columns: ClassVar[tuple[str, ...]] = ("rating",)
 
     def __post_init__(self):
+        check_fields(self)
         check_widths(self.hidden)
 
     def num_parameters(self, width: int, max_positions: int) -> int:
@@ -83,5 +86,6 @@ class BagEncoder(nn.Module):
             users = weighted_sum(embedded.dense(), weight, batch)
         users = torch.sigmoid(users + self.bias)
         for number, layer in enumerate(self.layers):
-            users = torch.sigmoid(layer(dropped(users, batch, self.dropout, rng, number)))
+            users = dropped(users, batch, self.dropout, rng, number)
+            users = torch.sigmoid(apply_linear(layer, users))
         return users.index_select(0, batch.segment_ids())

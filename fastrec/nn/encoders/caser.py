@@ -11,13 +11,14 @@ rows, D width, F filters of a height or vertical ones.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.settings import check_fields
 from fastrec.nn.encoders.sublayers import EventDropout
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear
@@ -46,6 +47,7 @@ class Caser:
     causal: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("window", "horizontal", "vertical"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -152,6 +154,10 @@ class Filters(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias: called, so that hooks and parametrisations act."""
+        return self.weight, self.bias
+
 
 class CaserEncoder(nn.Module):
     """ReLU(W [o_h; o_v] + b) of every event (sections 3.2 and 3.3 of the paper): o_h the horizontal
@@ -187,20 +193,16 @@ class CaserEncoder(nn.Module):
 
     def largest(self, rows: Tensor) -> Tensor:
         """[S, L F]: o_h of each window of rows [R, D]."""
-        heights = cast(list[Filters], list(self.horizontal))
+        weights, biases = zip(*(filters() for filters in self.horizontal), strict=True)
         weight = torch.cat(
-            [
-                filters.weight[:, -1 - back]
-                for back in range(self.window)
-                for filters in heights[back:]
-            ]
+            [each[:, -1 - back] for back in range(self.window) for each in weights[back:]]
         )
-        bias = torch.cat([filters.bias for filters in heights])
+        bias = torch.cat(biases)
         top = _Largest.apply(linear(rows, weight), self.window, len(bias) // self.window)
         # The bias and the ReLU change no maximum's place; sums of 16-bit products are float32.
         return F.relu(top + bias).to(rows.dtype)
 
     def columns(self, rows: Tensor) -> Tensor:
         """[S, F D]: o_v of each window of rows [R, D], filter by filter."""
-        sums = _Columns.apply(rows, self.vertical.weight.squeeze(2))
-        return (sums + self.vertical.bias[:, None]).flatten(1)
+        weight, bias = self.vertical()
+        return (_Columns.apply(rows, weight.squeeze(2)) + bias[:, None]).flatten(1)

@@ -15,6 +15,7 @@ from fastrec.data.batch import JaggedBatch
 from fastrec.data.settings import check_fields
 from fastrec.nn.encoders.mlp import check_widths, dropped, layers_of, numbers_of
 from fastrec.nn.items import ItemRows
+from fastrec.nn.plain import apply_linear
 from fastrec.nn.pool import weighted_sum
 from fastrec.random import Rng
 
@@ -85,12 +86,12 @@ class FmEncoder(nn.Module):
         width = x.shape[1]
         total, squares, count = weighted_sum(parts, real, batch).split([width, width, 1], 1)
         pairs = self.norm((total.square() - squares) / 2)
-        out = self.first(total)
+        out = apply_linear(self.first, total)
         if self.second is not None:
-            out, deep = out + self.second(pairs), total / count.clamp_min(1)
+            out, deep = out + apply_linear(self.second, pairs), total / count.clamp_min(1)
         else:
             deep = pairs
         for number, layer in enumerate(self.layers):
             deep = F.relu(deep) if number else deep
-            deep = layer(dropped(deep, batch, self.dropout, rng, number))
+            deep = apply_linear(layer, dropped(deep, batch, self.dropout, rng, number))
         return (out + deep).index_select(0, batch.segment_ids())

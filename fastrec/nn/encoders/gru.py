@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.batch import JaggedBatch
+from fastrec.data.settings import check_fields
 from fastrec.nn.encoders.sublayers import MOST_LAYERS, EventDropout
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear
@@ -34,6 +35,7 @@ class Gru:
     causal: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_fields(self)
         for name, value in (("layers", self.layers), ("hidden", self.hidden)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -20,7 +20,7 @@ from fastrec.ops.linear import linear
 from fastrec.random import Rng
 
 PatchForm = Literal["serial", "parallel"]
-MOST_LAYERS = 1000  # a module takes about a millisecond to make, whatever its width
+MOST_LAYERS = 255  # the number of a layer is a byte of the key of its dropout
 
 
 class EventDropout:

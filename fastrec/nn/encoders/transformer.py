@@ -28,6 +28,7 @@ from fastrec.nn.encoders.sublayers import (
 from fastrec.nn.items import ItemRows
 from fastrec.nn.plain import apply_linear, embedding_table, is_plain
 from fastrec.ops.gelu_ffn import gelu_ffn
+from fastrec.ops.jagged_attention import MOST_HEAD_WIDTH
 from fastrec.ops.jagged_embedding import jagged_embedding
 from fastrec.random import Rng
 
@@ -180,7 +181,7 @@ class TransformerEncoder(nn.Module):
 
     Args:
         settings: of the layers.
-        width: D, divisible by the number of heads.
+        width: D, divisible by the number of heads, at most 256 for each.
         max_positions: longest sequence, special tokens included.
         dropout: probability at every site, applied only where `forward` receives an `rng`.
     """
@@ -189,6 +190,10 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         if width % settings.heads:
             raise ValueError(f"width {width} is not divisible by heads {settings.heads}")
+        if width // settings.heads > MOST_HEAD_WIDTH:
+            raise ValueError(
+                f"width {width} with heads {settings.heads}: a head may have {MOST_HEAD_WIDTH}"
+            )
         self.dropout, self.causal = dropout, settings.causal
         pre_norm, norm_eps = settings.pre_norm, settings.norm_eps
         self.max_positions = max_positions
