@@ -31,8 +31,12 @@ def loss_times(
 ) -> dict[str, float]:
     """Median seconds of forward + backward of the item softmax: "fused" and "eager".
 
-    float32 [rows, width] states against an [items, width] table, gradients of both.
+    float32 [rows, width] states against an [items, width] table, gradients of both. Raises
+    ValueError for a number below 1.
     """
+    for name, value in (("rows", rows), ("items", items), ("width", width), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, width, generator=generator, device="cpu").to(device).requires_grad_()

@@ -164,6 +164,8 @@ def _evaluate(
     asks = dataclasses.replace(recipe.model, dropout=config.dropout, encoder=config.encoder)
     if recipe.model != ModelConfig():
         warn_of_settings(asks, config)
+    if recipe.texts is not None and isinstance(trained, TextModel):
+        warn_of_settings(recipe.texts, trained.texts.settings, "texts")
     if asked:
         _say_other_protocol(trained, recipe)
     trained = trained.to(device_of(device))
@@ -184,7 +186,8 @@ def _print_run(output: Path) -> None:
     if not first_process():
         return
     run = read_json(output / SUMMARY)
-    best = ", ".join(f"{name} {value:.4f}" for name, value in run["valid"].items())
+    known = {name: value for name, value in run["valid"].items() if value is not None}
+    best = ", ".join(f"{name} {value:.4f}" for name, value in known.items())
     print(f"best on validation: step {run['best_step']:,} of {run['steps']:,}: {best}")
     print(f"model: {output / MODEL}\nlogs: {output}/metrics, /validation and /tensorboard")
 

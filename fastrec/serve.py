@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.ids import Ids
+from fastrec.data.ids import Ids, listed
 from fastrec.evaluation.blocks import finite, row_blocks
-from fastrec.evaluation.next_item import adjustment, check_scores, seen_items
+from fastrec.evaluation.next_item import adjustment, check_adjusted, check_scores, seen_items
 from fastrec.ops.linear_topk import TopK, linear_topk
 from fastrec.serve_cold import OtherCatalogue
 from fastrec.vectors import user_rows
@@ -113,6 +113,7 @@ class Recommender:
         _check_k(k)
         if seen not in ("exclude", "none"):
             raise ValueError(f"seen must be 'exclude' or 'none', got {seen!r}")
+        check_adjusted(self.model, logit_adjustment)
         if logit_adjustment and self._other is not None:
             raise ValueError("logit_adjustment is of the model's own items, not of other")
         people, asked = self._asked(user_ids, histories, seen == "exclude")
@@ -214,6 +215,7 @@ class Recommender:
             return self._users, self._asked_users(user_rows(self._users, user_ids), past)
         if user_ids is not None:
             raise ValueError("recommend takes user_ids or histories, not both")
+        histories = [listed(history) for history in listed(histories)]
         known = self._known(histories)
         return Ids(np.arange(len(histories))), self._asked_histories(known, past)
 
@@ -274,7 +276,7 @@ class Recommender:
             if kept is None or kept[0] != tau:
                 kept = self._adjusted = tau, adjustment(self.dataset, tau)
             bias = bias - kept[1].to(bias.device)
-        if blocked is not None and len(blocked):
+        if blocked is not None and (blocked := listed(blocked)):
             never = torch.from_numpy(self._offered.rows(blocked, "blocked items"))
             bias = bias.index_fill(0, never.to(bias.device), -torch.inf)
         if allowed is None:

@@ -4,7 +4,7 @@
 import numpy as np
 import torch
 
-from fastrec.data.ids import Ids
+from fastrec.data.ids import Ids, listed
 from fastrec.evaluation.blocks import finite, row_blocks
 from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.pool import Pool, Pooling
@@ -82,6 +82,7 @@ def user_rows(users: Ids, asked) -> np.ndarray:
     for ids that are not known, and for none."""
     if asked is None:
         return np.arange(len(users))
-    if len(asked) == 0:
+    asked = listed(asked)
+    if not asked:
         raise ValueError("the list of users is empty")
     return users.rows(asked, "users")

@@ -185,6 +185,18 @@ def test_another_model_is_refused(runs, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_tomorrows_items_come_after_the_adapter(runs, tmp_path):
+    """The adapter is of the items that both were trained on."""
+    model, adapter = runs / "base" / "model", runs / "adapters" / "next"
+    more = SequenceDataset.load(synthetic(tmp_path, num_users=50, num_items=45, seed=2))
+    with pytest.warns(UserWarning, match="was trained on"):
+        grown = load_model(model, more)
+        with pytest.raises(ValueError, match=r"load_model\(FOLDER, dataset, adapter=\.\.\)"):
+            with_adapter(grown, adapter)
+        found = load_model(model, more, adapter=adapter, same_users=False)
+    assert found.num_items == more.num_items
+
+
 def test_damage_is_named(runs, tmp_path):
     _, adapter = of(runs, "next")
     base = UserModel.from_pretrained(runs / "base" / "model")

@@ -13,6 +13,7 @@ from builders import (
     SOCIAL_VIEWS,
     Known,
     dataset_of,
+    jagged,
     loader_of,
     model_of,
     recipe,
@@ -51,7 +52,14 @@ from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.ops.common.in_batch_pairs import transposed_lists
 from fastrec.random import Rng
-from fastrec.training.graphed import Capacity, GraphedObjective, _Losses, _padded_pairs
+from fastrec.training.graphed import (
+    Capacity,
+    GraphedObjective,
+    _Losses,
+    _padded_pairs,
+    padded,
+    spare_sequences,
+)
 
 MASKED = {"main": [Mask()]}
 PAIR = {"a": [Crop()], "b": [Mask()]}
@@ -245,6 +253,18 @@ def test_no_list_of_the_padding_is_long(queries, room):
     own = values[:listed].bincount(minlength=capacity.candidates)
     _, transposed = transposed_lists((values, offsets), capacity.candidates)
     assert (transposed.diff() - own).max() <= -(-spare // capacity.candidates)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [3, 0], [1]])
+def test_padding_fills_whole_sequences(lengths):
+    """The room of a view without events may be a multiple of the longest sequence."""
+    length = 5
+    for events in (length, 2 * length, 2 * length + 1):
+        spare = spare_sequences(events, length)
+        made = padded(jagged(lengths, 20), Capacity(len(lengths), events, 0), spare, length, 20)
+        assert int(made.offsets[-1]) == len(made.values) == events
+        assert made.offsets.diff().min() >= 0 and made.offsets.diff().max() <= length
+        assert (made.offsets[:-1] < events).all()
 
 
 def test_a_batch_without_friends_is_all_padding():

@@ -31,6 +31,7 @@ from fastrec.nn.item_parts import Segment
 from fastrec.nn.items import Items
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.align import Align
+from fastrec.objectives.click import Click
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends, SocialRelationDetection
 from fastrec.objectives.item import Item, Sampled
@@ -337,6 +338,7 @@ def test_errors_name_the_problem():
     for objective, message in (
         (Friends(), "the objective friends has no pairs: it needs friend"),
         (Item(), "the objective item has no targets: it needs mask, mask_last or next_item"),
+        (Click(), "the objective click has no targets: it needs mask, mask_last or next_item"),
     ):
         joint = JointObjective({"mine": objective}, model, side)
         with pytest.raises(ValueError, match=message):

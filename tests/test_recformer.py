@@ -4,6 +4,7 @@ model of tokens that is asked about items. Oracles read one item, or one sequenc
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import polars as pl
@@ -31,6 +32,7 @@ from fastrec.objectives.joint import JointObjective
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
 from fastrec.training.model_folder import load_model
+from fastrec.training.stage import Init
 
 tokenizers = pytest.importorskip(
     "tokenizers", reason="tokenizers is not installed: the texts of items (fastrec[text])"
@@ -47,11 +49,11 @@ def dataset(tmp_path_factory):
     return fastrec.SequenceDataset.load(folder)
 
 
-def described(folder: Path) -> None:
+def described(folder: Path, columns: dict | None = None) -> None:
     """Other attributes for the items of a data set."""
     frame = pl.read_parquet(folder / "items.parquet")
     number = range(frame.height)
-    columns = {
+    columns = columns or {
         "full_title": [None if i % 7 == 3 else f"The Film No {i} of É{i % 5}" for i in number],
         "year": [None if i % 7 == 3 else 1990 + i % 4 for i in number],
         "genres": [[] if i % 7 == 3 else ["Drama", None, "War"][: 1 + i % 3] for i in number],
@@ -122,6 +124,10 @@ def test_columns_and_settings_that_are_wrong_are_named(dataset, tmp_path):
         TextData(dataset, Texts(columns=["plot"]))
     with pytest.raises(ValueError, match=r"texts.columns names one twice"):
         Texts(columns=["year", "year"])
+    timed = synthetic(tmp_path, num_users=8, num_items=10)
+    described(timed, {"length": [timedelta(minutes=i) for i in range(10)]})
+    with pytest.raises(DataError, match=r"items.parquet.*length.*Duration\S+ is no text"):
+        TextData(fastrec.SequenceDataset.load(timed), Texts())
     with pytest.raises(ValueError, match="texts.most must be at least 1, got 0"):
         Texts(most=0)
     with pytest.raises(ValueError, match="the tokenizer cannot be read"):
@@ -273,6 +279,12 @@ def test_a_trained_model_is_loaded_evaluated_and_asked(dataset, trained, tmp_pat
     again = load_model(tmp_path / "copy", dataset)
     assert torch.equal(again.item_table, model.item_table)
     found = fastrec.evaluate(loaded, dataset)
+    for asks in (
+        lambda: fastrec.evaluate(loaded, dataset, Protocol(logit_adjustment=1.0)),
+        lambda: fastrec.recommend(loaded, dataset, k=3, logit_adjustment=1.0),
+    ):
+        with pytest.raises(ValueError, match="logit_adjustment must be 0: the scores of texts are"):
+            asks()
     best = fastrec.recommend(loaded, dataset, k=3, histories=[[*dataset.item_ids()[:4]], []])
     assert best.height == 6 and not set(best["item_id"][:3]) & set(dataset.item_ids()[:4])
     flags = ["--data", str(dataset.path), "--pretrained", str(folder / "model")]
@@ -306,6 +318,14 @@ def test_a_model_goes_to_another_catalogue(dataset, tmp_path):
     main(["finetune", "--config=recformer", *small, *folders])
     again = load_model(tmp_path / "second" / "model", other)
     assert again.item_table.shape == (45, 16) and again.model.tokenizer == model.model.tokenizer
+    chosen = Recipe.load("recformer", model=SMALL | {"items": ITEMS}, steps=1,
+                         texts={"most": 5, "columns": ["year"], "vocabulary": 90})  # fmt: skip
+    with pytest.warns(UserWarning, match=r"keeps its own settings: texts.columns \[\], not \['ye"):
+        kept = fastrec.fit(other, model, recipe=chosen, progress=False)
+    assert kept.model.texts == model.model.texts == kept.texts.settings
+    folders = [f"--data={folder}", f"--pretrained={tmp_path / 'second' / 'model'}"]
+    with pytest.warns(UserWarning, match="keeps its own settings: texts.most 32, not 5"):
+        main(["evaluate", "--config=recformer", "--texts.most=5", *folders])
     items = UserModel(other.num_items, recipe().model)
     with pytest.raises(
         ValueError, match="the model to start from reads items, it has no tokenizer"
@@ -359,3 +379,14 @@ def test_it_learns_from_titles_and_genres(tmp_path):
     judge = NextItemJudge(dataset, users, "valid", Protocol(candidates="sampled"))
     popular, ours = (judge.metrics(r) for r in (judge.popularity_ranks(), judge.ranks(model)))
     assert ours["NDCG@10"] > 1.5 * popular["NDCG@10"]
+
+
+def test_an_adapter_of_a_model_of_texts(dataset, tmp_path):
+    stage = dict(steps=2, validate_every=2, batch_size=30, progress=False, monitor="steps")
+    base = fastrec.fit(dataset, recipe=recipe(), output=tmp_path / "base", **stage)
+    init = Init(freeze=["items", "encoder"], patch=3)
+    tuned = fastrec.fit(dataset, base, recipe=recipe(), init=init, output=tmp_path / "run", **stage)
+    folders = [tmp_path / name / "model" for name in ("run", "base")]
+    fastrec.save_adapter(tmp_path / "adapter", *folders)
+    made = fastrec.with_adapter(load_model(folders[1], dataset), tmp_path / "adapter")
+    assert isinstance(made, TextModel) and torch.equal(made.item_table, tuned.item_table)

@@ -16,6 +16,7 @@ from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import identity
 from fastrec.training.config import Recipe
+from fastrec.training.sweep import sweep
 
 USERS, ITEMS = [f"u{u}" for u in range(40)], [f"i{i}" for i in range(17)]
 EVENTS = [(USERS[u], ITEMS[(3 * u + k) % 17], k) for u in range(40) for k in range(6)]
@@ -109,3 +110,13 @@ def test_other_negatives_in_the_same_file_are_another_run(folders, tmp_path):
         file.write_text(text)
         runs.append(identity(dataset, recipe, "pretraining"))
     assert runs[0] == runs[2] != runs[1]
+
+
+def test_a_sweep_keeps_no_point_of_other_tables(folders, tmp_path):
+    items = {"attributes": {"genre": {}}}
+    chosen = Recipe.load("sasrec", model={"items": items, "width": 8}, steps=1, validate_every=1)
+    asked = tmp_path / "sweep", "model.dropout", [0.1]
+    sweep(chosen, folders / "None", *asked)
+    with pytest.raises(ValueError, match="is from another recipe or data set"):
+        sweep(chosen, folders / "items", *asked)
+    sweep(chosen, folders / "users", *asked)  # which it does not read

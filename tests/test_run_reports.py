@@ -18,8 +18,11 @@ from lightning.pytorch.loggers import CSVLogger
 import fastrec
 from fastrec.backend import device_of
 from fastrec.cli import main
+from fastrec.data.output import write_json
+from fastrec.evaluation.report import plot_sweep
 from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
+from fastrec.training.module import StageModule
 
 SHORT = dict(
     steps=40, batch_size=64, validate_every=20, warmup_steps=2,
@@ -270,3 +273,48 @@ def test_hints_of_the_command_line(folder, run, capsys):
     main(["finetune", *FLAGS, "--pretraining.steps=20", data, f"--init={run / 'model'}",
           f"--output={folder / 'again'}"])  # fmt: skip
     assert "best on validation" in capsys.readouterr().out, "the one stage that the recipe has"
+
+
+@pytest.mark.parametrize("patience, scores, end", [
+    (2, {0: 0.5, **{4 * i: 0.01 * i for i in range(1, 9)}}, 8),
+    (2, {0: 0.5, **{4 * i: 0.3 - 0.01 * i for i in range(1, 9)}}, 8),
+    (2, {0: 0.1, **{4 * i: 0.3 - 0.01 * i for i in range(1, 9)}}, 12),
+])  # fmt: skip
+def test_patience_counts_from_the_model_that_a_run_starts_from(
+    folder, tmp_path, monkeypatch, patience, scores, end
+):
+    """It is kept until another one is better, whether or not they get better from each other."""
+    log = StageModule.log
+
+    def given(self, name, value, *arguments, **options):
+        value = scores[self.global_step] if name == "valid" else value
+        log(self, name, value, *arguments, **options)
+
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    started = fit(dataset, recipe=Recipe.load("sasrec", **SHORT | dict(steps=1)), progress=False)
+    monkeypatch.setattr(StageModule, "log", given)
+    settings = SHORT | dict(steps=32, validate_every=4, patience=patience)
+    chosen = Recipe.load("sasrec", **settings)
+    tuned = fit(dataset, started, recipe=chosen, progress=False, output=tmp_path / "run")
+    assert tuned.trained_on["steps"] == max(scores, key=scores.get)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == end
+
+
+@pytest.mark.parametrize("cutoffs", [(5, 10), (10, 5)])
+def test_the_plot_of_a_sweep_shows_the_largest_cutoff(tmp_path, monkeypatch, cutoffs):
+    drawn = []
+    monkeypatch.setattr(
+        "fastrec.evaluation.report._finish",
+        lambda figure, axes, path: drawn.extend(axes.get_legend_handles_labels()[1]),
+    )
+    metrics = {f"NDCG@{k}": 0.1 for k in cutoffs} | {"MRR": 0.1}
+    plot_sweep("model.dropout", {"0.1": [metrics]}, tmp_path / "plot.png")
+    assert drawn == ["NDCG@10", "MRR"]
+
+
+def test_what_is_no_number_is_null_in_json(tmp_path):
+    metrics = {"AUC": float("nan"), "by": [{"x": float("inf")}, (1, 2.5)], "none": None}
+    write_json(tmp_path / "a.json", metrics)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"AUC": None, "by": [{"x": None}, [1, 2.5]], "none": None}
+    assert "NaN" not in text and "Infinity" not in text

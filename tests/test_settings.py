@@ -4,6 +4,7 @@
 import pytest
 from builders import MODEL
 
+from fastrec.bench import loss_times
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
@@ -70,6 +71,16 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
             lambda: Init(take=["items"], freeze=["encoder"]),
             "init.freeze names 'encoder', which init.take does not: random",
         ),
+        (
+            lambda: Init(freeze=["users"], users="other"),
+            "init.freeze names 'users', which init.take does not: random",
+        ),
+        (
+            lambda: Init(take=["encoder"], freeze=["transform"]),
+            "init.freeze names 'transform', which init.take does not: random",
+        ),
+        (lambda: loss_times(4, 0, 4), "items must be at least 1, got 0"),
+        (lambda: loss_times(4, 10, 4, rounds=0), "rounds must be at least 1, got 0"),
         (lambda: Init(patch=-1), "init.patch must not be negative, got -1"),
         (lambda: Protocol(candidates="ful"), "candidates must be one of"),
         (
@@ -123,6 +134,11 @@ PAIR = {"a": [Mask()], "b": [Mask()]}
 def test_settings_are_checked_where_they_are_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_part_of_what_is_taken_may_be_frozen():
+    for inner in ("input", "transform", "users"):
+        assert Init(freeze=[inner]).freeze == [inner]
 
 
 @pytest.mark.parametrize("encoder", ["gru", Gru, None])

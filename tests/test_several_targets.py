@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ import torch
 from builders import dataset_of, model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import needs_proc, peak_of
 
+from fastrec.data.batch import offsets_of
 from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.next_item import NextItemJudge, evaluate
 from fastrec.evaluation.protocol import Protocol
+from fastrec.evaluation.ranking import others_above
 
 V = 23
 SEQUENCES = [[5, 1, 1, 9, 4, 2, 8, 1], [20, 3, 20], [7, 6, 7, 6], [0, 22, 21, 5]]
@@ -189,3 +193,53 @@ def test_users_without_a_target_or_an_input_are_not_ranked():
         NextItemJudge(dataset, torch.tensor([1]), "valid")
     with pytest.raises(ValueError, match="there is no user to evaluate in split 'valid'"):
         NextItemJudge(dataset, torch.tensor([], dtype=torch.int64), "valid")
+
+
+def test_groups_of_users_have_the_metrics_of_all():
+    """Also where nobody in a group has several targets."""
+    model, data = model_of(num_items=V), split_dataset()
+    judge = NextItemJudge(data, data.users("valid"), "valid")
+    ranks, several = judge.ranks(model), judge.owner.bincount() > 1
+    assert several.any() and not several.all()
+    whole = judge.metrics(ranks)
+    assert any(name.startswith("Recall") for name in whole)
+    for chosen in (several, ~several):
+        assert list(judge.metrics(ranks, users=chosen)) == list(whole)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_places_among_the_other_targets_against_one_pair_at_a_time(data):
+    number = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
+    values = st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, math.nan])
+    scores = [data.draw(values) for _ in range(sum(number))]
+    offsets, expected = np.cumsum([0, *number]), []
+    for start, end in pairwise(offsets.tolist()):
+        for own in scores[start:end]:
+            above = sum((x > own) + (x == own) / 2 for x in scores[start:end]) - 0.5
+            expected.append(1.0 + (end - start - 1 if math.isnan(own) else above))
+    ranks = torch.ones(len(scores), dtype=torch.float64)
+    found = others_above(ranks, torch.tensor(scores), torch.from_numpy(offsets))
+    assert found.tolist() == expected
+
+
+@needs_proc
+def test_one_heavy_user_costs_no_table():
+    number = torch.full((512,), 2)
+    number[0] = 100_000
+    scores, offsets = torch.randn(int(number.sum())), offsets_of(number)
+    ranks = torch.ones(len(scores), dtype=torch.float64)
+    others_above(ranks[:2], scores[:2], offsets_of(torch.tensor([2])))
+    assert peak_of(lambda: others_above(ranks, scores, offsets)) < 100 * scores.nbytes
+
+
+@pytest.mark.parametrize(
+    "users", [[True, False, True], [0.0, 1.5], np.ones(2, dtype=bool)], ids=str
+)
+def test_users_are_numbers_and_no_mask(users):
+    data = split_dataset()
+    with pytest.raises(TypeError, match="users must be whole numbers, places in the data set, got"):
+        evaluate(model_of(num_items=V), data, users=users)
+    with pytest.raises(TypeError, match="users must be whole numbers"):
+        data.gather(users, "all")
+    assert len(data.gather([], "all")) == 0

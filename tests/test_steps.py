@@ -187,6 +187,38 @@ def test_a_filled_item_has_no_rating_and_targets_stay():
     assert kept > 50 and some_left > 50
 
 
+@pytest.mark.parametrize("last", [1, 3])
+@pytest.mark.parametrize("masked", [Mask(0.4), Mask(0.4, exact=True), MaskLast(2)], ids=str)
+def test_masks_and_cuts_keep_the_targets_of_each_other(masked, last):
+    """A masked item is the first of the targets of its event, in either order of the steps."""
+    batch = random_batch(60)
+    cut = Cut(last)(batch, RNG, SIDE)
+    made = masked(cut, RNG, SIDE)
+    before, after, hidden = cut.events["target"], made.events["target"], made.values != cut.values
+    assert after.shape == before.shape and hidden.sum() > 20
+    assert torch.equal(after[~hidden], before[~hidden])
+    assert torch.equal(after[hidden, 0], cut.values[hidden]) and (after[hidden, 1:] == -100).all()
+    first = masked(batch, RNG, SIDE)
+    first.events["at"] = torch.arange(len(first.values))
+    made = Cut(last)(first, RNG, SIDE)
+    place = made.offsets[1:][made.lengths > 0] - 1
+    kept = torch.ones(len(made.values), dtype=torch.bool).index_fill_(0, place, False)
+    after, before = made.events["target"], first.events["target"][made.events["at"]]
+    assert torch.equal(after[kept, 0], before[kept]) and (after[kept, 1:] == -100).all()
+    assert (before[kept] != -100).sum() > 20 or isinstance(masked, MaskLast)  # which are cut off
+    alone = Cut(last)(replace(first, events={"at": first.events["at"]}), RNG, SIDE)
+    assert torch.equal(after[place], alone.events["target"][place])
+
+
+def test_one_of_several_steps_may_have_more_targets_than_another():
+    batch = random_batch(40)
+    made = OneOf([Mask(0.4), Cut(2), Cut(3)])(batch, RNG, SIDE)
+    target = made.events["target"]
+    assert target.shape == (len(made.values), 3)
+    number = (target != -100).sum(1).bincount(minlength=4)
+    assert (number[1:] > 0).all()
+
+
 @every_step
 def test_the_input_is_left_as_it_is(step):
     batch = random_batch(40)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastrec.data.pairs import Pairs
 
@@ -27,6 +28,26 @@ FILL = {
     "item_place": -1,
 }
 _IDS = 0xFFFFFFFF
+
+
+def has_target(target: Tensor) -> Tensor:
+    """bool [T]: the events that have a target, or one of several."""
+    known = target != NO_TARGET
+    return known.any(1) if known.dim() > 1 else known
+
+
+def columns_of(column: Tensor) -> int:
+    """A of a column of events [T, A], 0 of one that is [T]."""
+    return column.shape[1] if column.dim() > 1 else 0
+
+
+def widened(column: Tensor, columns: int, name: str) -> Tensor:
+    """A column of events [T] or [T, A], such as the targets, as [T, columns], with `FILL` in the
+    further ones; as it is where it has as many."""
+    if columns_of(column) == columns:
+        return column
+    column = column if column.dim() > 1 else column.unsqueeze(1)
+    return F.pad(column, (0, columns - column.shape[1]), value=FILL.get(name, 0))
 
 
 @dataclass(frozen=True)
@@ -165,9 +186,7 @@ class JaggedBatch:
         target = self.events.get("target")
         if target is None:
             return self
-        scored = target != NO_TARGET
-        scored = scored.flatten(1).any(1) if target.dim() > 1 else scored
-        return replace(self, scored=scored.nonzero().squeeze(1))
+        return replace(self, scored=has_target(target).nonzero().squeeze(1))
 
     @staticmethod
     def cat(batches: "Sequence[JaggedBatch]") -> "JaggedBatch":
@@ -183,12 +202,14 @@ class JaggedBatch:
 
         def column(batch: JaggedBatch, name: str, like: Tensor) -> Tensor:
             if name in batch.events:
-                return batch.events[name]
+                return widened(batch.events[name], columns_of(like), name)
             if name == "position":
                 return batch.positions()
             return like.new_full((batch.values.shape[0], *like.shape[1:]), FILL.get(name, 0))
 
-        made = {name: each for batch in batches for name, each in batch.events.items()}
+        made: dict[str, Tensor] = {}
+        for name, each in ((n, each) for batch in batches for n, each in batch.events.items()):
+            made[name] = max(made.get(name, each), each, key=columns_of)
         first, *rest = (batch.users for batch in batches)
         shared = [name for name in first if all(name in other for other in rest)]
         return JaggedBatch(

@@ -146,7 +146,7 @@ class SequenceDataset:
         users: int64 [B] of `users(split)`. Raises as `gather` does.
         """
         _check_held_out(split)
-        users = _indices(users)
+        users = indices(users)
         inputs, ends = self._checked(users, split)
         starts = self.offsets[users]
         return self.between(users, starts + inputs, starts + ends)
@@ -182,7 +182,7 @@ class SequenceDataset:
         tensors are on the CPU. A user without events in `split` gives an empty sequence in "train"
         and "all"; in "valid" and "test" it has no target and raises ValueError.
         """
-        users = _indices(users)
+        users = indices(users)
         ends = self.input_ends(users, split)
         kept = ends - self.offsets[users]
         if max_len is not None:
@@ -194,7 +194,7 @@ class SequenceDataset:
     def input_ends(self, users, split: str) -> np.ndarray:
         """int64 [B]: where the inputs of `users` in `split` end, places among all events. Raises as
         `gather` does."""
-        users = _indices(users)
+        users = indices(users)
         return self.offsets[users] + self._checked(users, split)[0]
 
     def between(
@@ -208,7 +208,7 @@ class SequenceDataset:
         return JaggedBatch(
             values=torch.from_numpy(self.values[place].astype(np.int64)),
             offsets=torch.from_numpy(offsets),
-            keys=torch.from_numpy(_indices(users).copy()),
+            keys=torch.from_numpy(indices(users).copy()),
             max_seq_len=int(kept.max(initial=0)),
             events={name: torch.from_numpy(self.event_column(name)[place]) for name in columns},
         )
@@ -339,8 +339,13 @@ def hash_of(ids: np.ndarray) -> str:
     return hashlib.sha256("\n".join(map(str, ids.tolist())).encode()).hexdigest()[:16]
 
 
-def _indices(users) -> np.ndarray:
-    return np.ascontiguousarray(torch.as_tensor(users, dtype=torch.int64, device="cpu").numpy())
+def indices(users) -> np.ndarray:
+    """int64 [N] of users that are given as numbers. Raises TypeError for others, such as a mask of
+    users, which would be read as the users 0 and 1."""
+    given = torch.as_tensor(users, device="cpu")
+    if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+        raise TypeError(f"users must be whole numbers, places in the data set, got {given.dtype}")
+    return np.ascontiguousarray(given.to(torch.int64).numpy())
 
 
 def _check_held_out(split: str) -> None:

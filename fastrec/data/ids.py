@@ -21,21 +21,16 @@ class Ids:
         return len(self._row)
 
     def find(self, asked: Sequence) -> list[int]:
-        """The row of each id, -1 for one that is not known. Raises TypeError for what is no list,
-        and for a text, whose letters would be ids."""
-        if isinstance(asked, str | bytes):
-            raise TypeError(f"expected a list of ids, got the text {asked!r}")
-        if not isinstance(asked, Iterable):
-            raise TypeError(f"expected a list of ids, got {asked!r}")
+        """The row of each id, -1 for one that is not known. Raises TypeError as `listed` does."""
         row = self._row
-        return [row.get(str(each), -1) for each in _listed(asked)]
+        return [row.get(str(each), -1) for each in listed(asked)]
 
     def rows(self, asked: Sequence, what: str) -> np.ndarray:
         """int64 [len(asked)]: the row of each id; `what` they are is for messages.
 
         Raises ValueError for ids that are not known: how many, and the first.
         """
-        asked = _listed(asked)
+        asked = listed(asked)
         rows = self.find(asked)
         unknown = [each for each, row in zip(asked, rows, strict=True) if row < 0]
         if unknown:
@@ -53,9 +48,12 @@ class Ids:
         return polars.Series(self.ids[rows].tolist(), dtype=kind)
 
 
-def _listed(asked):
-    """Numbers of an array or tensor as Python has them: the text of a tensor is no id."""
-    if hasattr(asked, "tolist"):
-        return asked.tolist()
-    text = isinstance(asked, str | bytes)
-    return list(asked) if isinstance(asked, Iterable) and not text else asked
+def listed(asked) -> list:
+    """Ids as a list, numbers of an array or tensor as Python has them: the text of a tensor is no
+    id. Raises TypeError for what is no list, and for a text, whose letters would be ids."""
+    given = asked.tolist() if hasattr(asked, "tolist") else asked
+    if isinstance(given, str | bytes):
+        raise TypeError(f"expected a list of ids, got the text {given!r}")
+    if not isinstance(given, Iterable):
+        raise TypeError(f"expected a list of ids, got {asked!r}")
+    return list(given)

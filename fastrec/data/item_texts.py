@@ -65,7 +65,7 @@ def item_texts(dataset, columns: Sequence[str] = ()) -> list[list[tuple[str, str
         column, key = frame[name], name.replace("_", " ")
         listed = isinstance(column.dtype, pl.List)
         kind = column.dtype.inner if listed else column.dtype  # type: ignore[attr-defined]
-        if kind.is_nested() or kind == pl.Binary:
+        if kind.is_nested() or kind in (pl.Binary, pl.Duration):
             raise DataError(file, f"{column.dtype} is no text", column=name)
         if listed:
             column = column.cast(pl.List(pl.String)).list.drop_nulls().list.join(" ")

@@ -5,6 +5,7 @@ step."""
 import ctypes
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -91,8 +92,17 @@ def write_text(output: Path, text: str) -> None:
 
 
 def write_json(output: Path, values: dict) -> None:
-    """An object as text that people read, as `new_file` writes it."""
-    write_text(output, json.dumps(values, indent=2) + "\n")
+    """An object as text that people read, as `new_file` writes it. JSON has no word for a number
+    that is not finite, such as a mean over nobody: null."""
+    write_text(output, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def ranking_metrics(
-    ranks: Tensor, cutoffs: tuple[int, ...] = (1, 5, 10), owner: Tensor | None = None
+    ranks: Tensor,
+    cutoffs: tuple[int, ...] = (1, 5, 10),
+    owner: Tensor | None = None,
+    several: bool | None = None,
 ) -> dict[str, float]:
     """HR@k, NDCG@k, MRR@k of the largest k and MRR, averaged over users, as fractions.
 
@@ -22,7 +25,8 @@ def ranking_metrics(
     With T of them, in the order of their ranks r_1 .. r_T: HR@k = [r_1 <= k] and MRR = 1/r_1 (the
     best counts); Recall@k = hits / T; NDCG@k = sum of [r_i <= k] / log2(r_i + 1), over the same sum
     for the ranks 1 .. min(k, T); MAP@k of the largest k = sum of [r_i <= k] i / r_i, over min(k,
-    T). Recall@k and MAP@k are reported where some user has several.
+    T). Recall@k and MAP@k are reported where some user has several, or if `several` says so: of a
+    part of the users, whose metrics stand beside those of all.
 
     HR@1 equals NDCG@1, so only HR is reported for k = 1.
 
@@ -44,7 +48,7 @@ def ranking_metrics(
         place = number = torch.ones_like(owner)
     else:
         ranks, owner, place, number = _by_user(ranks, owner)
-    several = len(number) < len(ranks)
+    several = len(number) < len(ranks) if several is None else several
 
     def total(values: Tensor) -> Tensor:
         """[U]: the sums over the items of each user."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrec.data.batch import offsets_of
+from fastrec.data.dataset import indices
 from fastrec.evaluation.blocks import finite, row_blocks, scores_of
 from fastrec.evaluation.candidates import (
     SampledNegatives,
@@ -27,6 +28,7 @@ from fastrec.evaluation.ranking import (
     rank_candidates,
     seen_above,
 )
+from fastrec.nn.text_model import TextModel
 from fastrec.ops.linear_rank import linear_rank
 from fastrec.ops.linear_topk import linear_topk
 
@@ -60,6 +62,12 @@ def adjustment(dataset, tau: float) -> Tensor:
     if taken.abs().max() > MOST_ADJUSTED:
         raise ValueError(f"logit_adjustment is {tau}: scores would be lost in it")
     return taken.float()
+
+
+def check_adjusted(model, tau: float) -> None:
+    """Raise ValueError for a `tau` of `adjustment` with a model of texts: scores are cosines."""
+    if tau and isinstance(model, TextModel):
+        raise ValueError("logit_adjustment must be 0: the scores of texts are cosines")
 
 
 def next_item_queries(model, dataset, users: Tensor, split: str) -> Tensor:
@@ -97,9 +105,9 @@ def evaluate(
         raise TypeError(f"protocol must be a Protocol, got {type(protocol).__name__}")
     model.check_items(dataset)
     check_scores(model)
+    check_adjusted(model, protocol.logit_adjustment)
     users = dataset.users(split) if users is None else users
-    users = torch.as_tensor(users, dtype=torch.int64, device="cpu")
-    judge = NextItemJudge(dataset, users, split, protocol)
+    judge = NextItemJudge(dataset, torch.from_numpy(indices(users)), split, protocol)
     return judge.metrics(judge.ranks(model))
 
 
@@ -122,7 +130,7 @@ class NextItemJudge:
             raise ValueError(f"there is no user to evaluate in split {split!r}")
         self.targets, self.owner = held_out_items(dataset, users, split)
         number = self.owner.bincount(minlength=len(users))
-        self.offsets = offsets_of(number)
+        self.offsets, self.several = offsets_of(number), bool((number > 1).any())
         self.adjustment = adjustment(dataset, protocol.logit_adjustment)
         self._listed: Tensor | None = None
         if protocol.negatives_file is not None:
@@ -158,7 +166,7 @@ class NextItemJudge:
         if users is not None:
             kept = users[owner]
             ranks, owner = ranks[kept], owner[kept]
-        return ranking_metrics(ranks, tuple(self.protocol.cutoffs), owner)
+        return ranking_metrics(ranks, tuple(self.protocol.cutoffs), owner, self.several)
 
     def rank_rows(self, model, rows: slice, table: Tensor | None = None) -> Tensor:
         """float64 [P of the rows]: ranks of the targets of `users[rows]`, on the CPU. Dropout is

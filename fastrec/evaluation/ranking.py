@@ -38,16 +38,15 @@ def others_above(ranks: Tensor, scores: Tensor, offsets: Tensor) -> Tensor:
         scores: [P] of the targets.
         offsets: int64 [U + 1], the targets of each user, on the CPU.
     """
-    number = offsets.diff()
-    owner = torch.arange(len(number), device=offsets.device).repeat_interleave(number)
-    place = torch.arange(len(owner), device=offsets.device) - offsets[owner]
-    size, device = (len(number), int(number.max())), scores.device
-    owner, place = owner.to(device), place.to(device)
-    own = torch.full(size, float("nan"), dtype=scores.dtype, device=device)  # [U, T]
-    own[owner, place] = scores
-    others, target = own[owner], scores[:, None]
-    above = (others > target).sum(1).double() + ((others == target).sum(1).double() - 1) / 2
-    return ranks + torch.where(scores.isnan(), number.to(device)[owner] - 1.0, above)
+    number, before = offsets.diff().to(scores.device), offsets[:-1].to(scores.device)
+    owner = torch.arange(len(number), device=scores.device).repeat_interleave(number)
+    place = scores.unique(return_inverse=True)[1]  # from the smallest
+    below = (place + 1).masked_fill(scores.isnan(), 0)
+    key = (owner + 1) * (len(scores) + 1) - below
+    _, group, size = key.unique(return_inverse=True, return_counts=True)
+    # Users one after the other, the targets of each from its largest score.
+    above = size.cumsum(0)[group] - before[owner] - (size[group] + 1) / 2
+    return ranks + torch.where(scores.isnan(), number[owner] - 1.0, above.double())
 
 
 def seen_above(

@@ -105,7 +105,8 @@ def plot_sweep(key: str, results: dict[str, list[dict[str, float]]], path: Path)
     """
     figure, axes = _axes(f"Test metrics by {key}", key, "x 100")
     names = list(next(iter(results.values()))[0])
-    for metric in [*[name for name in names if name.startswith("NDCG")][-1:], "MRR"]:
+    cutoffs = [int(name.removeprefix("NDCG@")) for name in names if name.startswith("NDCG@")]
+    for metric in [*(f"NDCG@{k}" for k in sorted(cutoffs)[-1:]), "MRR"]:
         runs = [np.array([100 * run[metric] for run in results[value]]) for value in results]
         deviations = [run.std(ddof=1) if len(run) > 1 else 0.0 for run in runs]
         axes.errorbar(

@@ -112,7 +112,7 @@ class ClickPrediction(nn.Module):
         drawn and is the target does not count. Over none the loss is 0 with a live graph."""
         losses, counts = [], []
         for view in views:
-            states, target = predicted(model, view)
+            states, target = predicted(model, view, "click")
             label = self._labels(view, target)
             known = (label >= 0) & (target != NO_TARGET)
             items, clicked = target.masked_fill(target == NO_TARGET, 0)[:, None], label[:, None]

@@ -172,7 +172,7 @@ class ItemPrediction(nn.Module):
         predicted. Sampled negatives are a function of (seed, step) and, if not shared, of the key
         and the position of an event.
         Candidates in batch are the targets of this process."""
-        parts = [predicted(model, view) for view in views]
+        parts = [predicted(model, view, "item") for view in views]
         states, targets = parts[0]
         if len(parts) > 1:
             states, targets = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -18,10 +18,6 @@ def may_lack_targets(batch: JaggedBatch) -> bool:
 
 def _rows(batch: JaggedBatch) -> Tensor:
     """int64 [N]: the event of each prediction; an event with A targets has A of them."""
-    if "target" not in batch.events:
-        raise ValueError(
-            "a view of the objective item has no targets: it needs mask, mask_last or next_item"
-        )
     if batch.scored is None:
         batch = batch.with_scored()
     scored, target = batch.scored, batch.events["target"]
@@ -29,8 +25,14 @@ def _rows(batch: JaggedBatch) -> Tensor:
     return scored if target.dim() == 1 else scored.repeat_interleave(target.shape[1])
 
 
-def predicted(model, view: Encoded) -> tuple[Tensor, Tensor]:
-    """(output states [N, D + user_width], targets int64 [N], -100 where none)."""
+def predicted(model, view: Encoded, objective: str) -> tuple[Tensor, Tensor]:
+    """(output states [N, D + user_width], targets int64 [N], -100 where none). Raises ValueError
+    that names the `objective` of a view without targets."""
+    if "target" not in view.batch.events:
+        raise ValueError(
+            f"a view of the objective {objective} has no targets: it needs mask, mask_last or"
+            " next_item"
+        )
     rows, target = _rows(view.batch), view.batch.events["target"]
     scored = rows if target.dim() == 1 else rows[:: target.shape[1]]
     return model.output(view, rows), target[scored].flatten()

@@ -15,6 +15,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -42,9 +43,11 @@ from fastrec.nn.model_files import (
     write_hashes,
     write_tensors,
 )
+from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
 
 FORMAT = 1
+M = TypeVar("M", UserModel, TextModel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +113,16 @@ def save_adapter(
     return told.tensors | {name: list(part.shape) for name, part in trained.items()}, whole
 
 
-def with_adapter(model: UserModel, folder: Path | str) -> UserModel:
-    """The model with what the adapter in `folder` has: another `UserModel` that shares the memory
+def with_adapter(model: M, folder: Path | str) -> M:
+    """The model with what the adapter in `folder` has: another one that shares the memory
     of all other tensors with it, so that many tasks cost one item table and one encoder. Neither is
     to be trained: `fit` copies the model that it starts from.
 
     Raises ValueError for an adapter that belongs to another model; FileNotFoundError or ValueError
     that names the file for one that is missing or damaged.
     """
+    if isinstance(model, TextModel):
+        return TextModel(with_adapter(model.model, folder), model.texts)
     folder = Path(folder)
     if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"{folder / ADAPTER} is missing: {folder} holds no adapter")
@@ -135,7 +140,8 @@ def with_adapter(model: UserModel, folder: Path | str) -> UserModel:
     if shared_digest(kept) != told.base:
         raise ValueError(
             f"{folder} belongs to another model: its patches and heads were trained beside other"
-            " weights of the encoder or of the items"
+            " weights of the encoder or of the items (for other items than it was trained on:"
+            " load_model(FOLDER, dataset, adapter=..))"
         )
     made = _patched(model, told)
     # Copies: what was read is mapped from the file, which may be written over.

@@ -52,7 +52,13 @@ class KeepBest(Callback):
 
 
 class Patience(EarlyStopping):
-    """Lightning's, whose patience is that of this run: a resumed one may have another."""
+    """Lightning's, whose patience is that of this run: a resumed one may have another. The model
+    that a run starts from is one that others are to be better than."""
+
+    def on_validation_end(self, trainer, module) -> None:
+        if trainer.state.fn == "validate":  # before the first step
+            self.best_score = trainer.callback_metrics["valid"].cpu()
+        super().on_validation_end(trainer, module)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})

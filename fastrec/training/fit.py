@@ -60,6 +60,7 @@ from fastrec.training.start import (
     with_causal,
     with_dropout,
     with_model,
+    with_texts,
 )
 from fastrec.training.trainer import Around, trainer_of
 
@@ -175,6 +176,7 @@ def _fit(
     if initial is not None:
         check_dtype(initial, "the model to start from")
         check_built(initial)
+    recipe = with_texts(recipe, initial)
     if recipe.texts is not None:
         dataset = text_data(dataset, recipe.texts, initial, output / MODEL if resume else None)
     recipe = _with_start(recipe, stage, current, initial)
@@ -309,7 +311,8 @@ def _report(output: Path, model: UserModel, objective, taken: list[str], say: bo
     write_json(output / TRANSFER, made)
     if say:
         some, whole = trained_share(model, objective)
-        tensors = len(made["taken"]) + len(made["new"])
+        # The vectors of special tokens are taken, and are rows of a table that is new.
+        tensors = len({name.partition(":")[0] for name in [*made["taken"], *made["new"]]})
         print(
             f"trained: {some:,} of {whole:,} parameters ({some / whole:.1%}); taken over:"
             f" {len(made['taken'])} of {tensors} tensors, see {TRANSFER} of the run",

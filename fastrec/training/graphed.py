@@ -61,14 +61,19 @@ def _to(tensor: Tensor, size: int, value: float) -> Tensor:
     return F.pad(tensor, ends, value=value)
 
 
+def spare_sequences(events: int, length: int) -> int:
+    """That hold any padding of up to `events`: whole ones, and one of what is left over."""
+    return events // length + 1
+
+
 def padded(
     batch: JaggedBatch, capacity: Capacity, spare: int, length: int, filler: int
 ) -> JaggedBatch:
     """The view in the sizes of `capacity`: same losses, same gradients.
 
-    spare: sequences that hold the padding, enough for capacity.events. length: of the longest
-    sequence that the encoder takes. filler: a special token. The view is on the host and of one
-    process.
+    spare: sequences that hold the padding, `spare_sequences` of capacity.events. length: of the
+    longest sequence that the encoder takes. filler: a special token. The view is on the host and of
+    one process.
     """
     events = len(batch.values)
     full, rest = divmod(capacity.events - events, length)
@@ -237,7 +242,7 @@ class GraphedObjective:
             self.capacities = {n: before[n].with_room_for(need) for n, need in needs.items()}
             self._captured = None  # frees the memory of the old graph
         length, filler = self.model.max_positions, self.model.token("sep")
-        spare = -(-max(capacity.events for capacity in self.capacities.values()) // length)
+        spare = spare_sequences(max(c.events for c in self.capacities.values()), length)
         inputs = (
             {n: padded(v, self.capacities[n], spare, length, filler) for n, v in views.items()},
             (torch.tensor(self.seed, device="cpu"), torch.tensor(step, device="cpu")),

@@ -125,6 +125,8 @@ def for_items_of(
             f"{new:,} of the {len(rows):,} items of {dataset.path} are new to it and begin as the"
             f" mean of {'those' if like is None else f'known ones of the same {new_items_like}'}"
         )
+        if like is not None:
+            said[-1] += ", of all where there are none"
     if gone:
         said.append(f"{gone:,} of its items are not in {dataset.path}")
     if said:  # otherwise they stand in another order

@@ -78,8 +78,11 @@ class Init:
         for name in self.take:
             if name not in known:
                 raise ValueError(f"init.take names {name!r}, expected some of {list(known)}")
+        inside = {"input": "items", "transform": "head", "users": "head"}
+        if self.users == "other":
+            del inside["users"]
         for name in self.freeze:
-            if name not in self.take:
+            if name not in self.take and inside.get(name) not in self.take:
                 raise ValueError(f"init.freeze names {name!r}, which init.take does not: random")
         if self.ids and "items" in self.take:
             raise ValueError("init.ids needs init.take with input in place of items: ids are new")

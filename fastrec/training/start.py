@@ -86,6 +86,15 @@ def _of_items(part) -> bool:
     return isinstance(part, Item | ItemPrediction)
 
 
+def with_texts(recipe: Recipe, initial: UserModel | None) -> Recipe:
+    """The recipe with the settings of texts of the model that a stage starts from, and a warning if
+    they differ."""
+    if recipe.texts is None or initial is None or initial.texts is None:
+        return recipe
+    warn_of_settings(recipe.texts, initial.texts, "texts")
+    return dataclasses.replace(recipe, texts=initial.texts)
+
+
 def text_data(
     dataset, texts: Texts, initial: UserModel | None, kept: Path | None = None
 ) -> TextData:
@@ -194,9 +203,9 @@ def with_causal(config: ModelConfig, causal: bool | None) -> ModelConfig:
     return dataclasses.replace(config, encoder=dataclasses.replace(encoder, causal=causal))
 
 
-def warn_of_settings(asks: ModelConfig, has: ModelConfig) -> None:
-    """A warning where a model has other settings than a recipe asks for."""
-    other = _others(dataclasses.asdict(has), dataclasses.asdict(asks))
+def warn_of_settings(asks: ModelConfig | Texts, has: ModelConfig | Texts, name: str = "") -> None:
+    """A warning where a model has other settings than a recipe asks for. name: of the settings."""
+    other = _others(dataclasses.asdict(has), dataclasses.asdict(asks), name)
     if other:
         warnings.warn(f"the model keeps its own settings: {', '.join(other)}", stacklevel=5)
 

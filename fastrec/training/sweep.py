@@ -15,7 +15,7 @@ from fastrec.evaluation.report import plot_sweep, print_table
 from fastrec.nn.model_files import read_json
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
-from fastrec.training.checkpoint import plain
+from fastrec.training.checkpoint import identity, plain
 from fastrec.training.config import Recipe
 from fastrec.training.model_folder import load_model
 from fastrec.training.stage_data import select_users
@@ -130,7 +130,8 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
 
     folder, recipe = folder / f"seed-{seed}", dataclasses.replace(recipe, seed=seed)
     result, started = folder / "metrics.json", folder / "point.json"
-    point = {"items": dataset.items_hash, "events": dataset.events_hash, "recipe": plain(recipe)}
+    stages = [name for name in ("pretraining", "recommendation") if name in recipe.stages]
+    point = {"recipe": plain(recipe)} | {name: identity(dataset, recipe, name) for name in stages}
     text = json.dumps(point, indent=2) + "\n"
     if started.is_file() and started.read_text(encoding="utf-8", errors="replace") != text:
         raise ValueError(
@@ -142,10 +143,8 @@ def _point(dataset, recipe: Recipe, folder: Path, seed: int) -> dict[str, float]
     write_text(started, text)
     model: UserModel | TextModel | None = None
     before: Path | None = None
-    for name in ("pretraining", "recommendation"):
+    for name in stages:
         run = folder / name
-        if name not in recipe.stages:
-            continue
         if (run / "summary.json").is_file():
             model, before = load_model(run / "model", dataset, same_users=False), run / "model"
             continue

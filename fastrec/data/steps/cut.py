@@ -7,7 +7,7 @@ import torch
 
 from fastrec.data.batch import NO_TARGET, JaggedBatch, offsets_of, spans
 from fastrec.data.side import SideData
-from fastrec.data.steps.mask import without_gaps
+from fastrec.data.steps.mask import beside, without_gaps
 from fastrec.random import Rng
 
 
@@ -15,7 +15,7 @@ from fastrec.random import Rng
 class Cut:
     """Take the last items off each sequence; a [MASK] in their place predicts every one of them
     (next K behaviours prediction of PTUM, Wu et al., 2020, section 3.2). Of n items at most n - 1
-    are taken, of one item this one. Targets are [T, last].
+    are taken, of one item this one. Targets are [T, last]; those that others have stay.
 
     Attributes:
         last: K, how many items.
@@ -44,5 +44,6 @@ class Cut:
         targets = target.new_full((len(index), self.last), NO_TARGET)
         targets[place] = target.masked_fill(beyond | (target >= side.num_items), NO_TARGET)
         first = torch.zeros_like(out.values, dtype=torch.bool).index_fill_(0, place, True)
+        targets = beside(out.events.get("target"), targets, first)
         out = out.with_items(out.values.masked_fill(first, side.mask_id), first, asked=True)
         return without_gaps(replace(out, events={**out.events, "target": targets}), first)

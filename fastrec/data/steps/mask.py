@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch
+from fastrec.data.batch import FILL, NO_TARGET, JaggedBatch, columns_of, has_target, widened
 from fastrec.data.settings import check_fields
 from fastrec.data.side import SideData
 from fastrec.data.steps.share import Rounding, Share, check_share, number_of, share_at
@@ -137,12 +137,18 @@ def without_gaps(batch: JaggedBatch, asked: Tensor) -> JaggedBatch:
 def with_targets(batch: JaggedBatch, values: Tensor, chosen: Tensor) -> JaggedBatch:
     """The batch with `values` [T], whose `chosen` events, bool [T], predict what stood there;
     targets that others have stay."""
-    before = batch.events.get("target")
-    target = batch.values.masked_fill(~chosen, NO_TARGET)
-    if before is not None:
-        target = torch.where(chosen, batch.values, before)
+    target = beside(batch.events.get("target"), batch.values, chosen)
     made = batch.with_items(values, chosen, asked=True)
     return replace(made, events={**made.events, "target": target})
+
+
+def beside(before: Tensor | None, target: Tensor, chosen: Tensor) -> Tensor:
+    """Targets [T] or [T, A] of the `chosen` events, bool [T]; others keep those that they had
+    `before`, in as many columns as the wider of both has."""
+    before = torch.full_like(target, NO_TARGET) if before is None else before
+    columns = max(columns_of(before), columns_of(target))
+    target, before = (widened(each, columns, "target") for each in (target, before))
+    return torch.where(chosen.unsqueeze(1) if columns else chosen, target, before)
 
 
 def drawn_events(
@@ -160,7 +166,7 @@ def drawn_events(
     segment, position = batch.segment_ids(), batch.positions()
     drawn = draws(rng, batch.keys[segment], 0, position, site=site)
     chosen = (drawn < threshold(share)) & real
-    served = chosen if target is None else chosen | (target != NO_TARGET)
+    served = chosen if target is None else chosen | has_target(target)
     empty = running(served)[batch.offsets].diff() == 0
     rank = running(real)  # real events before each event, over the whole batch
     first = rank[batch.offsets]
