@@ -18,6 +18,8 @@ from fastrec.data.output import check_absent, new_file
 from fastrec.export import export_query
 from fastrec.ops.gelu_ffn import gelu_ffn_ref
 
+MOST_BYTES = 2**31 - 2**24  # of weights: protobuf counts its bytes in 31 bits, the program's too
+
 
 def export_onnx(model, path: Path | str, overwrite: bool = False) -> None:
     """Write the program (values int64 [T], offsets int64 [B + 1]) -> queries float32 [B, D] of a
@@ -33,15 +35,21 @@ def export_onnx(model, path: Path | str, overwrite: bool = False) -> None:
     history or a few at a time.
 
     Raises FileExistsError for a path that exists, ValueError for an encoder with an op that has no
-    form in standard operators (`gru`).
+    form in standard operators (`gru`), and for a model of more than `MOST_BYTES`.
     """
     path = Path(path)
     check_absent(path, overwrite)
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder")
-    for name in ("onnx", "onnxscript"):  # torch needs them at the end of the work
+    for name in ("onnx", "onnxscript"):  # the second brings onnx_ir, and torch needs both
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"export_onnx needs {name}: pip install 'fastrec[onnx]'")
+    size = sum(4 * tensor.numel() for tensor in model.state_dict().values())
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"the model is {size / 1e9:,.1f} GB, and an ONNX file, one message of protobuf, at most"
+            " 2: export_query has no limit"
+        )
     forms = {**torch.export.default_decompositions(), **_standard()}
     if model.item_embedding.weight.dtype != torch.float32:
         model = copy.deepcopy(model).float()
@@ -60,9 +68,12 @@ def export_onnx(model, path: Path | str, overwrite: bool = False) -> None:
         "after": after,
     }  # fmt: skip
     made.model.metadata_props.update({name: json.dumps(value) for name, value in told.items()})
+    import onnx_ir
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as work:
-        made.save(work, external_data=False)
+        # torch's own save would put more than 1.6 GB into a second file, of which nobody is told.
+        onnx_ir.save(made.model, work)
 
 
 def onnx_query(path: Path | str, threads: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
@@ -87,6 +98,7 @@ def _standard() -> dict:
     return {
         torch.ops.aten.repeat_interleave.Tensor: _repeated,
         torch.ops.aten.segment_reduce.default: _summed,
+        torch.ops.aten._embedding_bag.default: _bag,
         ops.linear_fwd.default: F.linear,
         ops.gelu_ffn_fwd.default: gelu_ffn_ref,
         ops.jagged_embedding_fwd.default: _embedding,
@@ -108,6 +120,13 @@ def _summed(data: Tensor, reduce: str, *, offsets: Tensor, **_):
     rows = data if data.dim() == 2 else data[:, None]
     sums = inside.to(data.dtype) @ rows
     return sums if data.dim() == 2 else sums[:, 0]
+
+
+def _bag(weight, indices, offsets, scale, mode: int, sparse, weights: Tensor, *_):
+    """The exporter's own is a loop over bags, which cannot be none."""
+    assert mode == 0
+    sums = _summed(F.embedding(indices, weight) * weights[:, None], "sum", offsets=offsets)
+    return sums, *(indices.new_empty(0) for _ in range(3))
 
 
 def _owners(ends: Tensor, events: int) -> Tensor:

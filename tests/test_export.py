@@ -9,6 +9,7 @@ from torch import nn
 from fastrec import ModelConfig, UserModel, export_query
 from fastrec.nn.encoders.caser import Caser
 from fastrec.nn.encoders.dilated import Dilated
+from fastrec.nn.encoders.fm import Fm
 from fastrec.nn.encoders.gru import Gru
 from fastrec.nn.item_parts import Rating, TimeGap
 from fastrec.nn.items import Items
@@ -23,6 +24,7 @@ MODELS = {
     "gru": lambda: UserModel(20, ModelConfig(width=8, max_len=10, encoder=Gru())),
     "caser": lambda: UserModel(20, ModelConfig(width=8, max_len=10, encoder=Caser())),
     "dilated": lambda: UserModel(20, ModelConfig(width=8, max_len=10, encoder=Dilated())),
+    "fm": lambda: UserModel(20, ModelConfig(width=8, max_len=10, encoder=Fm(hidden=[5]))),
 }
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from test_export import MODELS
 from torch import nn
+from torch.nn import functional as F
 
+from fastrec import ModelConfig, UserModel
 from fastrec.export import export_query
-from fastrec.onnx import export_onnx, onnx_query
+from fastrec.nn.encoders.bag import Bag
+from fastrec.onnx import _bag, export_onnx, onnx_query
 
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -87,3 +90,42 @@ def test_what_has_no_form_is_named_and_a_file_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match=r"there\.onnx is there already"):
         export_onnx(MODELS["caser"](), tmp_path / "there.onnx")
     assert (tmp_path / "there.onnx").read_text() == "kept"
+
+
+def test_a_bag_in_standard_operators_is_that_of_torch():
+    """Also of no bag, which the exporter's own form, a loop, is not."""
+    weight, parts = torch.randn(9, 4), torch.randn(7)
+    items = torch.tensor([0, 8, 3, 3, 1, 2, 5])
+    for offsets in ([0, 2, 2, 7], [0, 0]):
+        given = items[: offsets[-1]], torch.tensor(offsets), parts[: offsets[-1]]
+        own = F.embedding_bag(given[0], weight, given[1], mode="sum", per_sample_weights=given[2],
+                              include_last_offset=True)  # fmt: skip
+        found = _bag(weight, given[0], given[1], False, 0, False, given[2], True, -1)
+        assert len(found) == 4
+        torch.testing.assert_close(found[0], own)
+
+
+@pytest.mark.exhaustive
+def test_an_encoder_of_bags_has_a_file(tmp_path):
+    model = UserModel(20, ModelConfig(width=8, max_len=10, encoder=Bag(hidden=[5])))
+    export_onnx(model, tmp_path / "query.onnx")
+    for histories in ([], [[1, 2], [3]]):
+        batch = model.inputs_of(histories, ask=True)
+        found = onnx_query(tmp_path / "query.onnx")(batch.values, batch.offsets)
+        torch.testing.assert_close(found, model.ask(batch).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_large_model_is_one_file_or_none(tmp_path, monkeypatch):
+    """torch would write a second one, beside which the first is useless elsewhere."""
+    exporter = pytest.importorskip("torch.onnx._internal.exporter._onnx_program")
+    monkeypatch.setattr(exporter, "_LARGE_MODEL_THRESHOLD", 100)
+    model = MODELS["post_norm, causal"]()
+    export_onnx(model, tmp_path / "query.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["query.onnx"]
+    batch = model.inputs_of([[1, 2]], ask=True)
+    found = onnx_query(tmp_path / "query.onnx")(batch.values, batch.offsets)
+    torch.testing.assert_close(found, model.ask(batch).detach(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("fastrec.onnx.MOST_BYTES", 100)
+    with pytest.raises(ValueError, match=r"the model is 0.0 GB, and an ONNX file, .* at most 2: "):
+        export_onnx(model, tmp_path / "other.onnx")
+    assert len(list(tmp_path.iterdir())) == 1
