@@ -9,10 +9,9 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,8 @@ class Parity(NamedTuple):
 
 
 class Patch:
-    """What `patch` has replaced in one library. As a context manager it is undone at the end.
+    """What `patch` has replaced in one library. As a context manager it is undone at the end,
+    unless it was active before: whoever asked for it first keeps it.
 
     Attributes:
         name: of the library.
@@ -70,6 +70,7 @@ class Patch:
     def __init__(self, name: str, replacements: list[Replacement]):
         self.name, self.parity = name, False
         self.reports: list[Parity] = []
+        self._asked = 1  # calls of `patch`, without those whose `with` has ended
         self._replacements = replacements
         # None: inherited.
         self._originals = [owner.__dict__.get(attribute) for owner, attribute, _ in replacements]
@@ -122,7 +123,9 @@ class Patch:
         return self
 
     def __exit__(self, *error) -> None:
-        self.undo()
+        self._asked -= 1
+        if self._asked == 0:
+            self.undo()
 
     def __repr__(self) -> str:
         state = "active" if _ACTIVE.get(self.name) is self else "undone"
@@ -147,7 +150,8 @@ def patch(library: str, *, parity: bool = False) -> Patch:
             printed and kept in `Patch.reports`. Asked of an active patch: the next batch.
 
     Returns:
-        Patch: `undo()` puts everything back; in a `with` statement its end does.
+        Patch: `undo()` puts everything back; in a `with` statement its end does, unless the patch
+            was active before.
 
     Raises:
         ValueError: another library.
@@ -155,7 +159,9 @@ def patch(library: str, *, parity: bool = False) -> Patch:
     """
     if library not in LIBRARIES:
         raise ValueError(f"library must be one of {', '.join(LIBRARIES)}, got {library!r}")
-    if library not in _ACTIVE:
+    if library in _ACTIVE:
+        _ACTIVE[library]._asked += 1
+    else:
         distribution, tested = LIBRARIES[library]
         try:
             found = importlib.metadata.version(distribution)
@@ -199,18 +205,38 @@ def keep_original(what: str, why: str) -> None:
     warnings.warn(f"fastrec leaves {what} as it is: {why}", stacklevel=3)
 
 
-def own_method(kind: type, owner: type, names: Iterable[str]) -> str | None:
-    """Which of the methods a subclass of `owner` has replaced, as a reason. None: none of them."""
+def own_method(model: object, owner: type, names: Iterable[str]) -> str | None:
+    """Which method a model has in place of that of `owner`, by its class or set on the model
+    itself, as a reason. None: none of them."""
     for name in names:
-        if inspect.getattr_static(kind, name) is not inspect.getattr_static(owner, name):
+        # Functions, not methods: those are others at each look, and Lightning sets some on objects.
+        mine, theirs = getattr(model, name), getattr(owner, name)
+        if getattr(mine, "__func__", mine) is not getattr(theirs, "__func__", theirs):
             return f"it has a {name} of its own"
     return None
+
+
+def is_default_loss(loss: Any) -> bool:
+    """Whether it is `nn.CrossEntropyLoss()`, without a setting or a hook."""
+    return (
+        is_plain(loss, nn.CrossEntropyLoss)
+        and loss.weight is None
+        and (loss.ignore_index, loss.reduction, loss.label_smoothing) == (-100, "mean", 0)
+    )
 
 
 def scored_rows(target: Tensor, none: int, *columns: Tensor) -> tuple[Tensor, ...]:
     """(target [N], the columns [N, ...]) of the rows that have a target, where the host knows them.
     Elsewhere, and under torch.compile, all rows: nothing waits for their number, and an op that is
-    told `ignore_index=none` leaves the others out."""
+    told `ignore_index=none` leaves the others out.
+
+    Raises ValueError for columns of another length: rows of other places would be taken."""
+    for column in columns:
+        if len(column) != len(target):
+            raise ValueError(
+                f"there must be a target for each place: {len(column)} places,"
+                f" {len(target)} targets"
+            )
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return target, *columns
     rows = (target != none).nonzero().squeeze(1)
@@ -267,10 +293,7 @@ def compare(
         for loss_of in (original, fused):
             with torch.enable_grad():
                 loss = loss_of()
-                grads = torch.autograd.grad(
-                    loss, list(parameters.values()), allow_unused=True, materialize_grads=True
-                )
-            found.append((loss.detach().double(), grads))
+                found.append((loss.detach().double(), _gradients(loss, list(parameters.values()))))
     finally:
         for module in training:
             module.training = True
@@ -280,3 +303,9 @@ def compare(
         for name, a, b in zip(parameters, grads, others, strict=True)
     }
     return Parity(type(model).__qualname__, float(loss), float((loss - other).abs()), gradients)
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor]:
+    if not (parameters and loss.requires_grad):  # autograd refuses both
+        return [torch.zeros_like(p) for p in parameters]
+    return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -24,6 +24,7 @@ from fastrec.integrations import recbole_mask
 from fastrec.integrations.patching import (
     Replacement,
     check_parity,
+    is_default_loss,
     keep_original,
     own_method,
     rng_of,
@@ -76,6 +77,8 @@ def _loss(owner: type, fused: Callable[..., Tensor]) -> Callable[..., Tensor]:
         why = _unserved(self)
         if why is None and self.loss_type != "CE":
             why = f"loss_type is {self.loss_type}, served is CE"
+        if why is None and owner is SASRec and not is_default_loss(self.loss_fct):
+            why = "its loss_fct is no plain CrossEntropyLoss()"
         if why:
             keep_original(f"{type(self).__qualname__}.calculate_loss", why)
             return original(self, interaction)
@@ -91,7 +94,7 @@ def _unserved(model: nn.Module) -> str | None:
     owner = next((owner for owner in SERVED if isinstance(model, owner)), None)
     if owner is None:
         return "it is no SASRec or BERT4Rec"
-    return own_method(type(model), owner, METHODS) or unserved_part(model, MODULES)
+    return own_method(model, owner, METHODS) or unserved_part(model, MODULES)
 
 
 def _batch_of(items: Tensor) -> tuple[JaggedBatch, Tensor, Tensor]:
@@ -256,7 +259,7 @@ def _unserved_ranking(trainer: Trainer, history) -> str | None:
     collector = trainer.eval_collector
     if why := _unserved(trainer.model):
         return why
-    if type(trainer).evaluate is not Trainer.evaluate or type(collector) is not Collector:
+    if own_method(trainer, Trainer, ("evaluate",)) or type(collector) is not Collector:
         return "its trainer or collector is another"
     asked = {need for need in NEEDS if collector.register.need(need)} - FROM_TOP
     if asked:

@@ -46,7 +46,7 @@ def _call() -> Callable:
 
 def _unserved(transform: MaskItemSequence) -> str | None:
     names = ("_append_mask_last", "_neg_sample", "_padding_sequence")
-    if why := own_method(type(transform), MaskItemSequence, names):
+    if why := own_method(transform, MaskItemSequence, names):
         return why
     if transform.mask_item_length < 1:
         return f"mask_ratio {transform.mask_ratio} keeps no mask of a sequence"

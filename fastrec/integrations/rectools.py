@@ -82,10 +82,13 @@ def _validation_step() -> Callable:
 def _unserved(module: TransformerLightningModule) -> str | None:
     if module.loss != "softmax":
         return f"loss is {module.loss}, served is softmax"
-    if why := own_method(type(module), TransformerLightningModule, METHODS):
+    if why := own_method(module, TransformerLightningModule, METHODS):
         return why
+    softmax = TransformerLightningModule._calc_softmax_loss.__func__
+    if getattr(module.loss_calculator, "__func__", None) is not softmax:
+        return "its loss_calculator is another than that of softmax"
     backbone = module.torch_model
-    if type(backbone).forward is not TransformerTorchBackbone.forward:
+    if own_method(backbone, TransformerTorchBackbone, ("forward",)):
         return f"its backbone {type(backbone).__name__} has a forward of its own"
     similarity = backbone.similarity_module
     if type(similarity) is not DistanceSimilarityModule:
@@ -102,7 +105,8 @@ def softmax_loss(module: TransformerLightningModule, batch: dict[str, Tensor]) -
     backbone, target = module.torch_model, batch["y"].flatten()
     items = backbone.item_model.get_all_embeddings()  # [V, D]
     states = backbone.encode_sessions(batch, items).flatten(0, 1)  # [B L, D]
-    target, states, weight = scored_rows(target, PADDING, states, batch["yw"].flatten())
+    weight = batch["yw"].expand_as(batch["y"]).flatten()
+    target, states, weight = scored_rows(target, PADDING, states, weight)
     similarity = backbone.similarity_module
     if similarity.distance == Distance.COSINE:
         states, items = (similarity._get_embeddings_norm(x) for x in (states, items))

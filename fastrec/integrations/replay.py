@@ -7,7 +7,6 @@ padded length L, P targets of a place, D width, V items, K negatives, N places w
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 
 from replay.nn import loss
 from replay.nn.sequential import SasRec, TwoTower
@@ -20,6 +19,7 @@ from fastrec.integrations.replay_models import (
     as_in_training,
     item_embedding,
     item_vectors,
+    number_of_items,
     tower_of,
     unserved_head,
 )
@@ -129,19 +129,18 @@ def _loss(owner: type[nn.Module], unserved: Callable, fused: Callable) -> Callab
     return forward
 
 
-def _unserved_labels(self, positives: Tensor) -> str | None:
-    scores = self.logits_callback
-    if not isinstance(scores, MethodType):
-        return "its logits_callback is no method of a model"
+def _unserved_labels(self, states: Tensor, positives: Tensor, targets: Tensor) -> str | None:
     if not is_plain(self._loss, nn.CrossEntropyLoss):
         return "its _loss is no plain CrossEntropyLoss"
     if positives.shape[-1] != 1:
         return f"a place has {positives.shape[-1]} targets"
-    return unserved_head(scores)
+    if positives.shape != targets.shape or positives.shape[:2] != states.shape[:2]:
+        return "its labels, masks and states are of different places"
+    return unserved_head(self.logits_callback)
 
 
 def _unserved_ce(self, states, positives, negatives, targets) -> str | None:
-    return _unserved_labels(self, positives)
+    return _unserved_labels(self, states, positives, targets)
 
 
 def ce(self, states, positives, negatives, targets) -> Tensor:
@@ -160,7 +159,14 @@ def ce(self, states, positives, negatives, targets) -> Tensor:
 
 
 def _unserved_logout(self, states, positives, negatives, targets) -> str | None:
-    return _unserved_labels(self, positives) or _unserved_settings(self)
+    if why := _unserved_labels(self, states, positives, targets) or _unserved_settings(self):
+        return why
+    items = number_of_items(self.logits_callback.__self__)
+    if self.cardinality != items:
+        return f"its cardinality is {self.cardinality}, its model has {items} items"
+    if 0 <= self.negative_labels_ignore_index < items:
+        return f"its negative_labels_ignore_index, {self.negative_labels_ignore_index}, is an item"
+    return None
 
 
 def _unserved_settings(self) -> str | None:
@@ -185,13 +191,18 @@ def _targets(positives: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unserved_sampled(self, states, positives, negatives, targets) -> str | None:
-    if why := _unserved_labels(self, positives) or _unserved_settings(self):
+    if why := _unserved_labels(self, states, positives, targets) or _unserved_settings(self):
         return why
     model = self.logits_callback.__self__
-    if not isinstance(model, SasRec) or item_embedding(model) is None:
+    table = item_embedding(model) if isinstance(model, SasRec) else None
+    if table is None:
         return f"the items of {type(model).__name__} are no embedding"
-    if (negatives == self.negative_labels_ignore_index).any():
-        return "some negatives are ignored"
+    left_out = (negatives == self.negative_labels_ignore_index).any()
+    if table.padding_idx is not None:  # nn.Embedding gives its row no gradient
+        left_out |= (negatives == table.padding_idx).any()
+        left_out |= (targets & (positives == table.padding_idx)).any()
+    if left_out:  # on a GPU this waits, once
+        return "some negatives are ignored, or some items are padding"
     return None
 
 

@@ -2,13 +2,12 @@
 """Where the models of RePlay have what the fused functions read. Legend: D width, V items."""
 
 import contextlib
-from collections.abc import Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from replay.nn.embedding import CategoricalEmbedding, SequenceEmbedding
 from replay.nn.head import EmbeddingTyingHead
-from replay.nn.sequential import SasRec, TwoTower
+from replay.nn.sequential import ItemTower, SasRec, TwoTower
 from torch import Tensor, nn
 
 from fastrec.nn.plain import is_plain
@@ -40,11 +39,11 @@ def as_in_training(model) -> Iterator[None]:
             module.training = training
 
 
-def unserved_head(scores: MethodType) -> str | None:
+def unserved_head(scores: Callable) -> str | None:
     """Why a `get_logits` is not the product of states and item vectors. None: it is."""
-    model: Any = scores.__self__
+    model: Any = getattr(scores, "__self__", None)  # of a plain function: None
     owner = next((kind for kind in MODELS if isinstance(model, kind)), None)
-    if owner is None or scores.__func__ is not owner.get_logits:
+    if owner is None or getattr(scores, "__func__", None) is not owner.get_logits:
         return "its logits_callback is not get_logits of SasRec or TwoTower"
     if not is_plain(model.head, EmbeddingTyingHead):
         return "the head of its model is no plain EmbeddingTyingHead"
@@ -70,3 +69,10 @@ def item_vectors(model) -> Tensor:
     if table is not None and table.padding_idx == table.num_embeddings - 1:
         return table.weight[:-1]  # not the copy that `get_item_weights` makes
     return model.body.embedder.get_item_weights()
+
+
+def number_of_items(model) -> int:
+    """V, without the vectors that the item tower of a TwoTower would compute."""
+    if isinstance(model, TwoTower) and isinstance(model.body.item_tower, ItemTower):
+        return len(model.body.item_tower._get_any_feature_buffer())
+    return len(item_vectors(model))

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from fastrec.data.batch import offsets_of
 from fastrec.integrations.patching import Replacement, keep_original, own_method
 from fastrec.integrations.replay_encoder import encode, places_of, unserved_tower
-from fastrec.integrations.replay_models import MODELS, item_vectors, tower_of, unserved_head
+from fastrec.integrations.replay_models import (
+    MODELS,
+    item_vectors,
+    number_of_items,
+    tower_of,
+    unserved_head,
+)
 from fastrec.nn.plain import is_plain
 from fastrec.ops.linear_topk import TopK, linear_topk
 
@@ -74,12 +80,12 @@ def last_query(model, batch: dict) -> Query | None:
 
 def _unserved(module: LightningModule, batch: dict, stage: str) -> str | None:
     model = module.model
-    if type(module).forward is not LightningModule.forward:
+    if own_method(module, LightningModule, ("forward",)):
         return "its LightningModule has a forward of its own"
     owner = next((kind for kind in MODELS if isinstance(model, kind)), None)
     if owner is None:
         return "it is no SasRec or TwoTower"
-    if why := own_method(type(model), owner, ("forward", "forward_inference")):
+    if why := own_method(model, owner, ("forward", "forward_inference")):
         return why
     if not all(is_plain(part, type(part)) for part in (module, model, model.body)):
         return "hooks wait for its calls"
@@ -100,20 +106,22 @@ def _unserved_reader(module: LightningModule, batch: dict, stage: str) -> str | 
     trainer, hook = module._trainer, f"on_{stage}_batch_end"
     if trainer is None:
         return "no Trainer runs it"
-    if getattr(type(module), hook) is not getattr(lightning.LightningModule, hook):
+    if own_method(module, lightning.LightningModule, (hook,)):
         return f"its LightningModule has an {hook}"
     if stage == "predict" and trainer.predict_loop.return_predictions:
         return "its scores are returned: predict(..., return_predictions=False) asks for none"
     for callback in trainer.callbacks:
         kind = type(callback)
-        if getattr(kind, hook) is getattr(lightning.Callback, hook):
+        if not own_method(callback, lightning.Callback, (hook,)):
             continue  # it reads nothing
         if isinstance(callback, (ComputeMetricsCallback, TopItemsCallbackBase)):
             if why := _unserved_callback(callback, module.model, batch, hook):
                 return why
-        # Progress bars and the like read no scores.
-        elif isinstance(callback, BasePredictionWriter) or not kind.__module__.startswith(
-            "lightning."
+        # Progress bars and the like read no scores, the functions of a LambdaCallback may.
+        elif (
+            isinstance(callback, BasePredictionWriter)
+            or hook in vars(callback)
+            or not kind.__module__.startswith("lightning.")
         ):
             return f"{kind.__name__} may read the scores"
     return None
@@ -125,9 +133,13 @@ def _unserved_callback(callback, model, batch: dict, hook: str) -> str | None:
     if isinstance(callback, ComputeMetricsCallback):
         owner = ComputeMetricsCallback
     names = {"_batch_end", hook, "_apply_postproccesors", "_prepare_candidates"} & {*dir(owner)}
-    if why := own_method(kind, owner, sorted(names)):
+    if why := own_method(callback, owner, sorted(names)):
         return f"{kind.__name__}: {why}"
-    items = len(item_vectors(model))
+    items = number_of_items(model)
+    if owner is ComputeMetricsCallback:
+        counted = callback._item_count  # candidates, which `_batch_end` hands it, must be below
+        if counted is not None and counted < items:
+            return f"{kind.__name__} counts {counted} of {items} items"
     for filter in callback._postprocessors:
         if type(filter) is not SeenItemsFilter:
             return f"a postprocessor is a {type(filter).__name__}"

@@ -7,15 +7,23 @@ nowhere. Legend: B texts, L tokens, D width, V vocabulary, N positions with a la
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import transformers
 from torch import Tensor, nn
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.camembert.modeling_camembert import CamembertLMHead
+from transformers.models.electra.modeling_electra import ElectraGeneratorPredictions
+from transformers.models.roberta.modeling_roberta import RobertaLMHead
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLMHead
 
 from fastrec.integrations.patching import (
     Replacement,
     check_parity,
+    is_default_loss,
     keep_original,
+    own_method,
     scored_rows,
 )
 from fastrec.nn.plain import is_plain
@@ -41,23 +49,33 @@ def _electra_head(model, states):
     return model.generator_predictions(states)
 
 
-# What is between the encoder and the output embeddings.
-HEADS: dict[str, Callable] = {
-    "BertForMaskedLM": _bert_head,
-    "RobertaForMaskedLM": _roberta_head,
-    "XLMRobertaForMaskedLM": _roberta_head,
-    "CamembertForMaskedLM": _roberta_head,
-    "DistilBertForMaskedLM": _distilbert_head,
-    "ElectraForMaskedLM": _electra_head,
+# What is between the encoder and the output embeddings, and the modules that this passes by, or
+# calls with other places than they expect: one of another class is not served.
+HEADS: dict[str, tuple[Callable, dict[str, type[nn.Module]]]] = {
+    "BertForMaskedLM": (
+        _bert_head,
+        {
+            "cls": bert.BertOnlyMLMHead,
+            "cls.predictions": bert.BertLMPredictionHead,
+            "cls.predictions.transform": bert.BertPredictionHeadTransform,
+        },
+    ),
+    "RobertaForMaskedLM": (_roberta_head, {"lm_head": RobertaLMHead}),
+    "XLMRobertaForMaskedLM": (_roberta_head, {"lm_head": XLMRobertaLMHead}),
+    "CamembertForMaskedLM": (_roberta_head, {"lm_head": CamembertLMHead}),
+    "DistilBertForMaskedLM": (_distilbert_head, {}),
+    "ElectraForMaskedLM": (_electra_head, {"generator_predictions": ElectraGeneratorPredictions}),
 }
 
 
 def replacements() -> list[Replacement]:
     owners = [(getattr(transformers, name), head) for name, head in HEADS.items()]
-    return [Replacement(owner, "forward", _forward(owner, head)) for owner, head in owners]
+    return [Replacement(owner, "forward", _forward(owner, *head)) for owner, head in owners]
 
 
-def _forward(owner: type[transformers.PreTrainedModel], head: Callable) -> Callable:
+def _forward(
+    owner: type[transformers.PreTrainedModel], head: Callable, parts: dict[str, type[nn.Module]]
+) -> Callable:
     original = owner.forward
 
     # With the signature of the original, which Trainer reads.
@@ -65,11 +83,12 @@ def _forward(owner: type[transformers.PreTrainedModel], head: Callable) -> Calla
     def forward(self, *args, labels=None, **kwargs):
         if labels is None or not self.training:  # who evaluates wants the logits
             return original(self, *args, labels=labels, **kwargs)
-        if why := _unserved(self, owner, args):
+        if why := _unserved(self, owner, parts, args):
             keep_original(type(self).__qualname__, why)
             return original(self, *args, labels=labels, **kwargs)
         named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-        tuples = not named.get("return_dict", self.config.return_dict)
+        asked = named.get("return_dict")
+        tuples = not (self.config.return_dict if asked is None else asked)
         named["return_dict"] = True
         check_parity(
             "transformers",
@@ -83,11 +102,20 @@ def _forward(owner: type[transformers.PreTrainedModel], head: Callable) -> Calla
     return forward
 
 
-def _unserved(model, owner: type[transformers.PreTrainedModel], args: tuple) -> str | None:
+def _unserved(
+    model,
+    owner: type[transformers.PreTrainedModel],
+    parts: dict[str, type[nn.Module]],
+    args: tuple,
+) -> str | None:
     if type(model) is not owner:
         return "it is a subclass"
     if len(args) > 2:
         return "more than input_ids and attention_mask are given by position"
+    for name, kind in parts.items():
+        part = operator.attrgetter(name)(model)
+        if type(part) is not kind or own_method(part, kind, ("forward",)):
+            return f"its {name} is no plain {kind.__name__}"
     decoder = model.get_output_embeddings()
     if type(decoder) is not nn.Linear:
         return f"its output embeddings are no plain Linear but {type(decoder).__name__}"
@@ -96,6 +124,8 @@ def _unserved(model, owner: type[transformers.PreTrainedModel], args: tuple) -> 
         return "hooks wait for calls of its head"
     if decoder.weight.shape[0] != model.config.vocab_size:
         return "its output embeddings and config.vocab_size differ in size"
+    if hasattr(model, "mlm_loss_fct") and not is_default_loss(model.mlm_loss_fct):
+        return "its mlm_loss_fct is no plain CrossEntropyLoss()"
     return None
 
 

@@ -13,7 +13,14 @@ from torch import nn
 
 import fastrec
 from fastrec.integrations import patching
-from fastrec.integrations.patching import Patch, Replacement, compare, keep_original
+from fastrec.integrations.patching import (
+    Patch,
+    Replacement,
+    compare,
+    keep_original,
+    own_method,
+    scored_rows,
+)
 
 
 class Base:
@@ -59,6 +66,17 @@ def test_leaving_the_context_and_unpatch_undo(active):
     fastrec.unpatch()
 
 
+def test_the_end_of_a_with_leaves_a_patch_that_was_active(active):
+    with fastrec.patch("recbole") as inner, fastrec.patch("recbole"):
+        assert inner is active
+    with pytest.raises(ZeroDivisionError), fastrec.patch("recbole"):
+        1 / 0  # noqa: B018
+    assert Model().loss() == "fused" and fastrec.patched() == ["recbole"]
+    with active, fastrec.patch("recbole"):
+        pass
+    assert Model().loss() == "original" and fastrec.patched() == []
+
+
 def test_undo_refuses_what_was_replaced_since(active, monkeypatch):
     with monkeypatch.context() as other:
         other.setattr(Model, "loss", lambda self: "another")
@@ -100,6 +118,39 @@ def test_compare_is_without_dropout_and_leaves_modes_and_gradients():
     assert [module.training for module in model] == [False, True, True]
     assert all(p.grad is None for p in model.parameters())
     assert "2.bias: gradient up to 4.0e+00, difference 4.0e+00" in str(report)
+
+
+def test_compare_has_no_gradients_where_nothing_takes_one():
+    model = nn.Linear(3, 1).requires_grad_(False)
+    x = torch.randn(4, 3)
+    report = compare(model, lambda: model(x).sum(), lambda: model(x).sum() + 1)
+    assert report.gradients == {} and report.loss_difference == pytest.approx(1, rel=1e-5)
+    prompt = x.clone().requires_grad_()  # a loss with a gradient, of no parameter
+    report = compare(model, lambda: model(prompt).sum(), lambda: model(prompt).sum())
+    assert report.gradients == {} and report.loss_difference == 0
+    model.extra = nn.Parameter(torch.ones(2))  # a parameter that no loss reads
+    report = compare(model, lambda: model(x).sum(), lambda: model(x).sum())
+    assert report.gradients == {"extra": (0, 0)}
+
+
+def test_methods_of_an_object_count_as_those_of_its_class():
+    class Mine(Model):
+        def loss(self):
+            return "mine"
+
+    model = Model()
+    assert own_method(model, Model, ("loss", "inherited")) is None
+    assert own_method(Mine(), Model, ("loss",)) == "it has a loss of its own"
+    model.loss = model.loss  # as Lightning does around a step
+    assert own_method(model, Model, ("loss",)) is None
+    model.inherited = lambda: "mine"
+    assert own_method(model, Model, ("loss", "inherited")) == "it has a inherited of its own"
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_rows_of_other_places_are_refused(number):
+    with pytest.raises(ValueError, match=f"each place: 3 places, {number} targets"):
+        scored_rows(torch.arange(number), 0, torch.randn(3, 2))
 
 
 def test_the_environment_of_a_library_must_have_it():

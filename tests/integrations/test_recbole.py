@@ -264,6 +264,26 @@ def test_a_subclass_with_a_forward_of_its_own(build):
         assert torch.equal(model.calculate_loss(batch), expected)
 
 
+def test_a_loss_with_settings_and_functions_that_are_set_on_an_object(build):
+    trainer, train, test = build("SASRec")
+    model, batch = trainer.model, next(iter(train))
+
+    def kept(why, run):
+        expected = run()
+        with fastrec.patch("recbole"), pytest.warns(UserWarning, match=why):
+            assert run() == expected
+
+    model.loss_fct = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
+    kept("its loss_fct is no plain Cross", lambda: float(model.calculate_loss(batch)))
+    model.loss_fct, forward = torch.nn.CrossEntropyLoss(), model.forward
+    model.forward = lambda *args: 2 * forward(*args)
+    kept("it has a forward of its own", lambda: float(model.calculate_loss(batch)))
+    del model.forward
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **more: evaluate(*args, **more)
+    kept("its trainer or collector", lambda: trainer.evaluate(test, load_best_model=False))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints_load_both_ways(build, name, tmp_path):
     states = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastrec
+from fastrec.integrations.patching import keep_original
 
 pytest.importorskip("rectools", reason="rectools is not installed")
 pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
@@ -127,6 +128,19 @@ def test_weights_of_0_are_not_counted_and_no_target_is_a_loss_of_0():
     assert loss == 0 and all((g == 0).all() for g in gradients.values())
 
 
+def test_weights_of_a_session_and_targets_of_other_places():
+    model = fitted()
+    module, batch = model.lightning_model, a_batch(model)
+    batch["yw"] = batch["yw"].amax(1, keepdim=True)  # the original broadcasts them
+    loss, _ = step(module, batch)
+    short = batch | {"y": batch["y"][:, :3].contiguous()}
+    with fastrec.patch("rectools"):
+        torch.testing.assert_close(step(module, batch)[0], loss, rtol=1e-5, atol=1e-6)
+        number = len(batch["y"])
+        with pytest.raises(ValueError, match=f"{number * LENGTH} places, {number * 3} targets"):
+            step(module, short)
+
+
 def test_training_and_validation_are_those_of_the_original():
     """Without dropout SASRec draws the order of users alone."""
     losses, models = [], []
@@ -181,6 +195,39 @@ def test_others_keep_their_code_and_say_so():
             assert torch.equal(step(mine.lightning_model, batch)[0], expected)
         with pytest.warns(UserWarning, match="hooks wait for calls of TransformerTorchBackbone"):
             step(hooked.lightning_model, a_batch(hooked))
+
+
+def smoothed(logits, y, w):
+    loss = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), y, ignore_index=0, reduction="none", label_smoothing=0.3
+    )
+    return (loss * w).sum() / (loss * w > 0).sum()
+
+
+def test_functions_that_are_set_on_a_module_are_called():
+    class Mine(TransformerLightningModule):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.loss_calculator = self.mine
+
+        def mine(self, logits, y, w):
+            return smoothed(logits, y, w)
+
+    changed = [fitted(lightning_module_type=Mine), fitted(), fitted(), fitted()]
+    modules = [model.lightning_model for model in changed]
+    modules[1].loss_calculator = smoothed
+    logits, forward = modules[2].get_batch_logits, modules[3].torch_model.forward
+    modules[2].get_batch_logits = lambda batch: logits(batch) / 2
+    modules[3].torch_model.forward = lambda **given: forward(**given) / 2
+    reasons = 2 * ["its loss_calculator is another"]
+    reasons += ["it has a get_batch_logits of its", "TransformerTorchBackbone has a forward of its"]
+    for model, module, why in zip(changed, modules, reasons, strict=True):
+        batch = a_batch(model)
+        expected, _ = step(module, batch)
+        keep_original.cache_clear()
+        with fastrec.patch("rectools"), pytest.warns(UserWarning, match=why):
+            found, _ = step(module, batch)
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

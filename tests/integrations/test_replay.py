@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastrec
+from fastrec.integrations.patching import keep_original
 
 pytest.importorskip("replay", reason="replay-rec is not installed")
 pytest.importorskip("lightning", reason="lightning is not installed")
@@ -394,6 +395,89 @@ def test_others_keep_their_code_and_say_so():
         step(model, given)
 
 
+def kept(model, given, why):
+    """The original's loss and gradients, and the reason why it runs."""
+    expected, gradients = step(model, given)
+    keep_original.cache_clear()
+    with fastrec.patch("replay"), pytest.warns(UserWarning, match=why):
+        found, others = step(model, given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-5)
+    return gradients
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", [losses.LogOutCE, losses.LogOutCEWeighted])
+def test_settings_of_logout_ce(name, kind):
+    names = ("w",) if kind is losses.LogOutCEWeighted else ()
+    given = batch()
+    given["feature_tensors"]["w"] = torch.rand(given["target_padding_mask"].shape)
+    padding = kind(ITEMS, *names, negative_labels_ignore_index=ITEMS)
+    same_step(model_of(name, loss=padding), given)  # is served
+    for item in (0, 3, ITEMS - 1):
+        loss = kind(ITEMS, *names, negative_labels_ignore_index=item)
+        kept(model_of(name, loss=loss), given, f"its negative_labels_ignore_index, {item}, is an")
+    model = model_of(name, loss=kind(ITEMS - 1, *names))
+    with (
+        fastrec.patch("replay"),
+        pytest.warns(UserWarning, match=f"its cardinality is {ITEMS - 1}, its model has {ITEMS}"),
+        pytest.raises(RuntimeError, match=f"{ITEMS}.*{ITEMS - 1}"),
+    ):
+        step(model, given)
+
+
+def test_items_of_an_item_tower_are_counted_without_their_vectors(monkeypatch):
+    from fastrec.integrations import replay_models
+
+    model, calls = model_of("TwoTower", loss=losses.LogOutCE(ITEMS)), []
+    model.body.item_tower.encoder.register_forward_hook(lambda *args: calls.append(1))
+    with fastrec.patch("replay"):
+        step(model, batch())
+    assert replay_models.number_of_items(model) == ITEMS and len(calls) == 1
+
+
+@pytest.mark.parametrize("shape", [(5,), (SEQUENCES, 4), (SEQUENCES, LENGTH, 4)])
+def test_padding_among_sampled_items_takes_no_gradient(shape):
+    model, name = model_of(loss=losses.CESampled()), "body.embedder.feature_embedders"
+    negatives = torch.randint(0, ITEMS, shape)
+    given = batch(negatives)
+    same_step(model, given)  # padding where no target is: served
+    negatives.flatten()[-1] = ITEMS
+    found = kept(model, given, "or some items are padding")
+    assert not found[f"{name}.item_id.emb.weight"][ITEMS].any()
+    negatives.flatten()[-1] = 3
+    given["positive_labels"][given["target_padding_mask"].nonzero().unbind(1)] = ITEMS
+    found = kept(model, given, "or some items are padding")
+    assert not found[f"{name}.item_id.emb.weight"][ITEMS].any()
+
+
+@pytest.mark.parametrize("kind", ["CE", "LogOutCE", "CESampled"])
+def test_labels_of_other_places_are_left_to_the_original(kind):
+    names = (ITEMS,) if kind == "LogOutCE" else ()
+    model, given = model_of(loss=getattr(losses, kind)(*names)), batch(torch.tensor([3, 4]))
+    states = torch.randn(SEQUENCES, LENGTH, 16)
+    labels = given["positive_labels"][:, :3], given["negative_labels"], None
+    with (
+        fastrec.patch("replay"),
+        pytest.warns(UserWarning, match="labels, masks and states are of different places"),
+        pytest.raises((ValueError, IndexError, AssertionError)),
+    ):
+        model.loss(states, {}, *labels, given["target_padding_mask"][:, :3])
+
+
+def test_a_get_logits_that_is_set_on_a_model():
+    model, given = model_of(), batch()
+    logits = model.get_logits
+    model.get_logits = lambda *args: -logits(*args)
+    expected = metrics_of(model)
+    why = "validation of SasRec as it is: its logits_callback"
+    with fastrec.patch("replay"), pytest.warns(UserWarning, match=why):
+        assert metrics_of(model) == expected
+    model.loss.logits_callback = model.get_logits
+    model.train()
+    kept(model, given, "CE as it is: its logits_callback is not get_logits of SasRec")
+
+
 def test_a_subclass_with_a_body_of_its_own():
     model, given = model_of(), batch()
 
@@ -435,6 +519,42 @@ def test_who_reads_the_scores_has_them():
         trainer(ComputeMetricsCallback(ks=[2], verbose=False)).validate(
             module, batches, verbose=False
         )
+
+
+def test_functions_that_are_set_on_a_callback_or_module_have_the_scores():
+    shapes = []
+
+    def read(*args):
+        outputs = next(x for x in args if isinstance(x, (dict, tuple)))
+        shapes.append(outputs["logits"].shape[1])
+
+    model, batches = model_of(), loader(evaluation_batches())
+    fastrec.patch("replay")
+    reads = lightning.pytorch.callbacks.LambdaCallback(on_validation_batch_end=read)
+    with pytest.warns(UserWarning, match="LambdaCallback may read the scores"):
+        trainer(reads).validate(LightningModule(model), batches, verbose=False)
+    module = LightningModule(model)
+    module.on_test_batch_end = read
+    with pytest.warns(UserWarning, match="LightningModule has an on_test_batch_end"):
+        trainer().test(module, batches, verbose=False)
+    metrics = ComputeMetricsCallback(ks=[3], verbose=False)
+    metrics.on_test_batch_end = read
+    with pytest.warns(UserWarning, match="Callback: it has a on_test_batch_end of its own"):
+        trainer(metrics).test(LightningModule(model), batches, verbose=False)
+    assert shapes == 6 * [ITEMS]
+    other = lightning.pytorch.callbacks.LambdaCallback(on_test_batch_end=read)
+    trainer(other).validate(LightningModule(model), batches, verbose=False)  # reads nothing: served
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_item_count_below_the_items_of_the_model(name):
+    model = model_of(name)
+    expected = metrics_of(model, item_count=ITEMS - 10)
+    with fastrec.patch("replay"):
+        with pytest.warns(UserWarning, match=f"MetricsCallback counts {ITEMS - 10} of {ITEMS}"):
+            assert metrics_of(model, item_count=ITEMS - 10) == expected
+        above = metrics_of(model, item_count=ITEMS + 10)  # served
+    assert above == pytest.approx(metrics_of(model, item_count=ITEMS + 10), abs=1e-7)
 
 
 def test_parity_and_undo(capsys):

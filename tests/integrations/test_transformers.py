@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastrec
+from fastrec.integrations.patching import keep_original
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -106,6 +107,39 @@ def test_tuples_hidden_states_and_positional_arguments():
             assert model(ids, mask, torch.zeros_like(ids), labels=labels).logits is not None
 
 
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_return_dict_of_none_is_that_of_the_config(asked, config):
+    model, inputs = model_of(), batch()
+    model.config.return_dict = config
+    expected = model(**inputs, return_dict=asked)
+    with fastrec.patch("transformers"):
+        assert type(model(**inputs, return_dict=asked)) is type(expected)
+
+
+def test_labels_of_another_number_than_the_tokens_are_refused():
+    model, inputs = model_of(), batch()
+    wider = torch.nn.functional.pad(inputs["labels"], (0, 8), value=-100)
+    for labels, number in ((inputs["labels"][:, :5], 15), (wider, 60)):
+        for patched in (False, True):
+            if patched:
+                fastrec.patch("transformers")
+            with pytest.raises(ValueError, match=rf"(?s)36.*{number}"):
+                model(**inputs | {"labels": labels.contiguous()})
+            fastrec.unpatch()
+
+
+def test_a_compiled_model():
+    model, inputs = model_of(), batch()
+    expected, _ = step(model.eval(), **inputs)
+    model.train()
+    for module in model.modules():
+        module.p = 0.0
+    with fastrec.patch("transformers"):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).loss, expected.loss, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_without_labels_has_a_loss_of_0():
     model, inputs = model_of(), batch(labelled=0)
     assert model(**inputs).loss.isnan()
@@ -140,6 +174,74 @@ def test_others_keep_their_code_and_say_so():
             assert model(**inputs).logits is not None
 
 
+def cold(kind):
+    """A subclass of a head, with scores of its own."""
+    return type("Cold", (kind,), {"forward": lambda self, x: kind.forward(self, x) / 4})
+
+
+def coldly(head):
+    """The same on an object."""
+    forward = head.forward
+    head.forward = lambda x: forward(x) / 4
+
+
+@pytest.mark.parametrize(
+    "name,part",
+    [
+        ("BertForMaskedLM", "cls"),
+        ("BertForMaskedLM", "cls.predictions"),
+        ("BertForMaskedLM", "cls.predictions.transform"),
+        ("RobertaForMaskedLM", "lm_head"),
+        ("XLMRobertaForMaskedLM", "lm_head"),
+        ("CamembertForMaskedLM", "lm_head"),
+        ("ElectraForMaskedLM", "generator_predictions"),
+    ],
+)
+def test_heads_with_a_forward_of_their_own_keep_it(name, part):
+    def swapped(model):
+        head = model.get_submodule(part)
+        head.__class__ = cold(type(head))
+
+    def set_on(model):
+        coldly(model.get_submodule(part))
+
+    def another(model):
+        model.set_submodule(part, torch.nn.Linear(16, out))
+
+    out = {"cls.predictions.transform": 16, "generator_predictions": 8}.get(part, VOCABULARY)
+    for change in (swapped, set_on, another):
+        model, inputs = model_of(name), batch()
+        change(model)
+        expected, _ = step(model, **inputs)
+        keep_original.cache_clear()
+        why = f"{name} as it is: its {part} is no plain"
+        with fastrec.patch("transformers"), pytest.warns(UserWarning, match=why):
+            output, _ = step(model, **inputs)
+        assert torch.equal(output.loss, expected.loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.nn.CrossEntropyLoss(label_smoothing=0.5),
+        torch.nn.CrossEntropyLoss(ignore_index=7),
+        torch.nn.CrossEntropyLoss(torch.linspace(0.1, 2, VOCABULARY)),
+        torch.nn.CrossEntropyLoss(reduction="sum"),
+        torch.nn.NLLLoss(),
+    ],
+    ids=str,
+)
+def test_the_loss_of_distilbert_keeps_its_settings(loss):
+    model, inputs = model_of("DistilBertForMaskedLM"), batch(labelled=2)
+    inputs["labels"][inputs["labels"] == -100] = 7  # which a loss may ignore
+    model.mlm_loss_fct = loss
+    expected, _ = step(model, **inputs)
+    why = "its mlm_loss_fct is no plain CrossEntropyLoss"
+    with fastrec.patch("transformers"), pytest.warns(UserWarning, match=why):
+        output, _ = step(model, **inputs)
+    assert torch.equal(output.loss, expected.loss)
+
+
 def test_checkpoints_load_both_ways(tmp_path):
     model, inputs = model_of(), batch()
     with fastrec.patch("transformers"):
@@ -152,6 +254,14 @@ def test_checkpoints_load_both_ways(tmp_path):
         again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "plain")
     for other in (loaded, plain, again):
         torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_parity_of_a_frozen_model():
+    model, inputs = model_of().requires_grad_(False), batch()
+    handle = fastrec.patch("transformers", parity=True)
+    model(**inputs)
+    (report,) = handle.reports
+    assert report.gradients == {} and report.loss_difference < 1e-5
 
 
 def test_parity_is_printed_once_a_class(capsys):
