@@ -168,6 +168,7 @@ def _evaluate(
         warn_of_settings(recipe.texts, trained.texts.settings, "texts")
     if asked:
         _say_other_protocol(trained, recipe)
+        _say_other_events(trained, dataset)
     trained = trained.to(device_of(device))
     return evaluate_stage(dataset, recipe, stage, trained, heads, split, ranks, group)
 
@@ -197,6 +198,13 @@ def _say_other_protocol(model: UserModel | TextModel, recipe: Recipe) -> None:
     chosen = protocol_of(model)
     if chosen is not None and str(chosen) != str(recipe.evaluation):
         print(f"the model was chosen by another protocol: {chosen}")
+
+
+def _say_other_events(model: UserModel | TextModel, dataset) -> None:
+    """A model may have been trained on events that another split holds out."""
+    known = model.trained_on.get("events")
+    if known is not None and known != dataset.events_hash:
+        print("the model was trained on other events or another split: it may have seen these")
 
 
 def _held_out(recipe: Recipe, stage: Stage) -> Users | None:

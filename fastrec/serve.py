@@ -18,7 +18,13 @@ from torch.nn import functional as F
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.ids import Ids, listed
 from fastrec.evaluation.blocks import finite, row_blocks
-from fastrec.evaluation.next_item import adjustment, check_adjusted, check_scores, seen_items
+from fastrec.evaluation.next_item import (
+    adjustment,
+    check_adjusted,
+    check_model,
+    check_scores,
+    seen_items,
+)
 from fastrec.ops.linear_topk import TopK, linear_topk
 from fastrec.serve_cold import OtherCatalogue
 from fastrec.vectors import user_rows
@@ -75,6 +81,7 @@ class Recommender:
         model.check_items(dataset)
         if program is not None and other is not None:
             raise ValueError("a program scores the model's own items, not those of other")
+        check_model(model)
         self.model, self.dataset, self._program, self._other = model, dataset, program, other
         self._items = Ids(dataset.item_ids())
         self._offered = self._items if other is None else other.ids

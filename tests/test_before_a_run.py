@@ -3,10 +3,13 @@
 
 import dataclasses
 
+import numpy as np
 import polars
 import pytest
 import torch
 from builders import model_of, recipe, synthetic
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 import fastrec
 from fastrec import Recipe, SequenceDataset, UserModel, fit, load_model, user_vectors
@@ -57,6 +60,67 @@ def test_no_folder_is_begun(data, tmp_path, views, objectives, message):
         fit(data, recipe=recipe(), views={"main": views}, objectives=objectives,
             output=tmp_path / "run", progress=False)  # fmt: skip
     assert not (tmp_path / "run").exists()
+
+
+class Mine(UserModel):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            dict(dataset="data"),
+            TypeError,
+            "got 'data': SequenceDataset.load reads it",
+        ),
+        (
+            dict(model="run/model"),
+            TypeError,
+            "got 'run/model': fastrec.load_model reads it",
+        ),
+        (dict(model=recipe()), TypeError, r"model is a Recipe: fit\(dataset, recipe=\.\.\) trains"),
+        (dict(model=Mine(30, recipe().model)), TypeError, "a UserModel: Mine is another class"),
+        (dict(callbacks=Callback()), TypeError, "callbacks must be a list, got Callback"),
+        (dict(loggers=CSVLogger(".")), TypeError, "loggers must be a list, got CSVLogger"),
+        (
+            dict(objectives=[Item()]),
+            TypeError,
+            r"objectives must be named, .* got",
+        ),
+        (
+            dict(objectives={"item": {}}),
+            TypeError,
+            r"objectives.item: \{\} is no objective",
+        ),
+        (dict(views={"main": ["mask"]}), TypeError, "views.main: 'mask' is no step: Mask"),
+        (
+            dict(views={"main": [{"mask": {}}]}),
+            TypeError,
+            r"views.main: \{'mask': .* is no step",
+        ),
+        (dict(init={"freeze": ["all"]}), ValueError, "init.freeze.0 is 'all', expected one of"),
+        (dict(tables={"updates": "rows"}), ValueError, "tables.updates is no key"),
+        (dict(similar={"model": 3}), ValueError, "similar.model is 3, expected a word"),
+    ],
+)
+def test_what_stands_in_the_place_of_something_else_is_named(data, arguments, error, message):
+    with pytest.raises(error, match=message):
+        fit(**{"dataset": data, "recipe": recipe(), "progress": False} | arguments)
+
+
+def test_groups_of_keys_and_numbers_of_numpy_are_keys_too(data):
+    few = dict(steps=np.int64(2), validate_every=np.int64(2), progress=False, batch_size=20)
+    model = fit(data, recipe=recipe(), tables={"update": "dense"}, **few)
+    tuned = fit(data, model, recipe=recipe(), init={"freeze": ["encoder"]}, **few, monitor="steps")
+    for name, value in tuned.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]) or not name.startswith("encoder."), name
+
+
+def test_a_checkpoint_callback_of_lightning_has_its_folder(data, tmp_path):
+    keep = ModelCheckpoint(tmp_path / "mine", every_n_train_steps=1)
+    fit(data, recipe=recipe(), steps=2, validate_every=2, callbacks=[keep], progress=False)
+    assert [file.suffix for file in (tmp_path / "mine").iterdir()] == [".ckpt"]
 
 
 def test_the_rehearsal_leaves_no_trace(data, tmp_path, monkeypatch):
@@ -135,6 +199,8 @@ def test_a_model_knows_whether_its_scores_of_items_are_trained(data, tmp_path):
             fastrec.recommend(model, data, 3)
     alone = dict(views={"a": [], "b": []}, objectives={"contrast": Contrast(["a", "b"])})
     views = fit(data, recipe=recipe(), steps=1, monitor="steps", progress=False, **alone)
+    judged = fit(data, recipe=recipe(), steps=2, validate_every=2, progress=False, **alone)
+    assert judged.trained_on["scores_items"] is False  # whatever its judge has asked
     with pytest.raises(ValueError, match="trained for contrast .stage pretraining. without the"):
         fastrec.recommend(views, data, 3)
     items = fit(data, again, recipe=recipe(), steps=1, output=tmp_path / "c", progress=False)

@@ -111,16 +111,20 @@ def test_the_summary_has_the_best_step_and_its_metrics(run):
         assert value == pytest.approx(best[f"valid/{name}"].item())
 
 
-def test_a_model_remembers_its_protocol(folder, run, capsys):
+def test_a_model_remembers_its_protocol_and_its_events(folder, run, tmp_path, capsys):
     data = ["--data", str(folder / "data"), "--pretrained", str(run / "model")]
     main(["evaluate", *data])
     said = capsys.readouterr().out
     assert "the target ranked among all items but those of the user's history" in said
-    assert "another protocol" not in said
+    assert "another protocol" not in said and "other events" not in said
     main(["evaluate", *data, "--evaluation.seen", "none"])
     said = capsys.readouterr().out
     assert "the model was chosen by another protocol: the target ranked among all items but" in said
     assert "the target ranked among all items, those of the user's history included" in said
+    other = synthetic(tmp_path, num_users=50, seed=5)
+    main(["evaluate", "--data", str(other), *data[2:]])
+    said = capsys.readouterr().out
+    assert "was trained on other events or another split: it may have seen these" in said
     with pytest.warns(UserWarning, match="the model keeps its own settings: width 16, not 64"):
         main(["evaluate", *data, "--config", "sasrec"])
     assert "another protocol" not in capsys.readouterr().out

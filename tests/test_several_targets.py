@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from memory import needs_proc, peak_of
 
 from fastrec.data.batch import offsets_of
+from fastrec.evaluation import next_item
 from fastrec.evaluation.candidates import sampled_negatives
 from fastrec.evaluation.metrics import ranking_metrics
 from fastrec.evaluation.next_item import NextItemJudge, evaluate
@@ -243,3 +244,24 @@ def test_users_are_numbers_and_no_mask(users):
     with pytest.raises(TypeError, match="users must be whole numbers"):
         data.gather(users, "all")
     assert len(data.gather([], "all")) == 0
+
+
+@pytest.mark.parametrize("seen", ["exclude", "none"])
+def test_the_past_of_a_user_is_read_once_a_block(monkeypatch, seen):
+    """And not once a target: somebody may have thousands of both."""
+    asked, original = [], next_item.seen_items
+
+    def counted(dataset, users, split):
+        asked.append(users.tolist())
+        return original(dataset, users, split)
+
+    monkeypatch.setattr(next_item, "seen_items", counted)
+    data = split_dataset()
+    assert evaluate(model_of(num_items=V), data, Protocol(seen=seen), "valid")
+    assert asked == ([[0, 1, 2]] if seen == "exclude" else [])
+
+
+def test_a_user_who_has_all_items_is_named_with_what_helps():
+    data = dataset_of([[*range(12)], [3, 4, 5], [1, 2, 3]], 12)
+    with pytest.raises(ValueError, match="user number 0, from 0, has 0 unseen items, .*full cand"):
+        evaluate(model_of(num_items=12), data, Protocol("sampled", negatives=1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import dataset_of, jagged, model_of, six_users
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from fastrec.data.batch import from_sequences
 from fastrec.nn.encoders.transformer import Transformer
@@ -78,6 +79,14 @@ def test_inputs_of_histories_are_inputs_of_a_data_set(split, causal):
         assert torch.equal(ours.values, theirs.values)
         assert torch.equal(ours.offsets, theirs.offsets)
         assert torch.equal(model.encode(ours).states, model.encode(theirs).states)
+
+
+def test_a_model_that_could_not_be_read_again_is_not_written(tmp_path):
+    model = model_of()
+    parametrizations.weight_norm(model.encoder.layers[0].ffn_inner)
+    with pytest.raises(ValueError, match="the model is not what its config makes"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_one_history_is_not_taken_for_several():

@@ -342,7 +342,10 @@ def hash_of(ids: np.ndarray) -> str:
 def indices(users) -> np.ndarray:
     """int64 [N] of users that are given as numbers. Raises TypeError for others, such as a mask of
     users, which would be read as the users 0 and 1."""
-    given = torch.as_tensor(users, device="cpu")
+    try:
+        given = torch.as_tensor(users, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:  # ids that are texts, for some
+        raise TypeError(f"users must be whole numbers, places in the data set: {error}") from error
     if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
         raise TypeError(f"users must be whole numbers, places in the data set, got {given.dtype}")
     return np.ascontiguousarray(given.to(torch.int64).numpy())

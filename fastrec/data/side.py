@@ -62,6 +62,8 @@ class SideData:
         everyone = torch.arange(dataset.num_users, device="cpu")
         self._settings = list(attributes)
         self.event_columns = list(event_columns)
+        for name in self.event_columns:  # polars waits for ever in the forked worker of a loader
+            dataset.event_column(name)
         self._users = everyone if users is None else torch.as_tensor(users, device="cpu")
         self._labelled = everyone if labelled is None else torch.as_tensor(labelled, device="cpu")
         self.shard = Shard(np.empty(0, np.int64))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the users of a step to the named views that a model encodes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastrec.data.batch import JaggedBatch
@@ -128,3 +128,11 @@ def parts_of(steps: list) -> Iterator:
         part = unwrapped(step)
         yield part
         yield from parts_of(getattr(part, "steps", []))
+
+
+def check_steps(views: Mapping[str, Sequence]) -> None:
+    """Raise TypeError for steps in Python that cannot be any."""
+    for name, steps in views.items():
+        for step in steps:
+            if not callable(step) and not hasattr(step, "part"):
+                raise TypeError(f"views.{name}: {step!r:.60} is no step: Mask(), or a function")

@@ -67,9 +67,12 @@ class SampledNegatives:
             ).bincount(minlength=rows.stop - rows.start)
             if (unseen < self.count).any():
                 bad = int((unseen < self.count).nonzero()[0])
+                advice = "lower evaluation.negatives"
+                if unseen[bad] == 0:
+                    advice = "full candidates, or users without this one (users.fraction)"
                 raise ValueError(
                     f"user number {int(long[rows][bad])}, from 0, has {int(unseen[bad])} unseen"
-                    f" items, {self.count} negatives were asked for: lower evaluation.negatives"
+                    f" items, {self.count} negatives were asked for: {advice}"
                 )
 
     def __call__(self, users: Tensor) -> Tensor:

@@ -42,15 +42,17 @@ class FriendsJudge:
         positives = np.searchsorted(ids, np.concatenate(friends))
         candidates = np.empty((len(queries), 1 + negatives), dtype=np.int64)
         candidates[:, 0] = positives
+        last, before = None, np.empty(0, np.int64)
         for i, (query, positive) in enumerate(zip(queries, positives, strict=True)):
-            refused = np.sort(np.append(np.searchsorted(ids, friends[query]), query))
+            if query != last:  # once a user: somebody may have thousands of friends
+                refused = np.sort(np.append(np.searchsorted(ids, friends[query]), query))
+                last, before = query, refused - np.arange(len(refused))
             generator = np.random.Generator(
                 np.random.Philox(key=(seed, ids[query] * dataset.num_users + ids[positive]))
             )
             # Places among the users that are left, without a list of them: the p-th is behind as
             # many refused ones as have at most p others before them.
-            left = generator.choice(len(ids) - len(refused), negatives, replace=False)
-            before = refused - np.arange(len(refused))
+            left = generator.choice(len(ids) - len(before), negatives, replace=False)
             candidates[i, 1:] = left + np.searchsorted(before, left, side="right")
         self.queries = torch.from_numpy(queries)
         self.candidates = torch.from_numpy(candidates)  # [P, C] places in `users`

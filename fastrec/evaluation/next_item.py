@@ -7,11 +7,12 @@ Legend: U users, N users of a block, P pairs of a user and a target.
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastrec.data.batch import offsets_of
+from fastrec.data.batch import offsets_of, spans
 from fastrec.data.dataset import indices
 from fastrec.evaluation.blocks import finite, row_blocks, scores_of
 from fastrec.evaluation.candidates import (
@@ -64,6 +65,12 @@ def adjustment(dataset, tau: float) -> Tensor:
     return taken.float()
 
 
+def check_model(model) -> None:
+    """Raise TypeError for the folder of a model in its place."""
+    if isinstance(model, str | Path):
+        raise TypeError(f"expected a model, got {str(model)!r}: fastrec.load_model reads it")
+
+
 def check_adjusted(model, tau: float) -> None:
     """Raise ValueError for a `tau` of `adjustment` with a model of texts: scores are cosines."""
     if tau and isinstance(model, TextModel):
@@ -99,6 +106,7 @@ def evaluate(
     protocol: None: that of the model (`protocol_of`), or the default one.
     split: "valid" or "test".
     """
+    check_model(model)
     if protocol is None:
         protocol = protocol_of(model) or Protocol()
     if not isinstance(protocol, Protocol):
@@ -230,15 +238,22 @@ class NextItemJudge:
         return items.to(device), offsets.to(device)
 
     def _left_out(self, owner: Tensor, device) -> tuple[Tensor, Tensor]:
-        """What the users of pairs have seen, but for their targets: these stay in the ranking."""
-        items, offsets = seen_items(self.dataset, self.users[owner], self.split)
-        row = torch.arange(len(owner), device="cpu").repeat_interleave(offsets.diff())
-        theirs = slice(int(self.offsets[owner[0]]), int(self.offsets[owner[-1] + 1]))
+        """What the users of pairs have seen, but for their targets: these stay in the ranking.
+
+        owner: int64 [P], rising. The past of a user is read and sorted once, not once a pair: of
+        somebody with thousands of targets it would be the square of their events.
+        """
+        people, place = owner.unique_consecutive(return_inverse=True)
+        items, offsets = seen_items(self.dataset, self.users[people], self.split)
         width = self.dataset.num_items
+        pairs = (people.repeat_interleave(offsets.diff()) * width + items).unique_consecutive()
+        theirs = slice(int(self.offsets[owner[0]]), int(self.offsets[owner[-1] + 1]))
         targets = self.owner[theirs] * width + self.targets[theirs]
-        kept = ~torch.isin(owner[row] * width + items, targets)
-        offsets = offsets_of(row[kept].bincount(minlength=len(owner)))
-        return items[kept].to(device), offsets.to(device)
+        pairs = pairs[~torch.isin(pairs, targets)]
+        number = torch.searchsorted(people, pairs // width).bincount(minlength=len(people))
+        starts, offsets = offsets_of(number)[place], offsets_of(number[place])
+        items = (pairs % width)[spans(starts, number[place], offsets)]
+        return items.to(device), offsets.to(device)
 
     def candidates(self, pairs: slice = slice(None)) -> Tensor:
         """int64 [P, 1 + negatives]: the target of each pair and the negatives of its user."""

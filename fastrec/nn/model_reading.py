@@ -4,6 +4,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastrec.data.item_texts import Texts
 from fastrec.data.settings import from_values
 from fastrec.nn.items import unknown_features
@@ -63,6 +65,23 @@ def read_model(kind: "type[UserModel]", path: Path, encoder: Any = None) -> "Use
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return model
+
+
+def check_built(model: "UserModel") -> None:
+    """Raise ValueError for a model that is not what its settings make: written, it could not be
+    read."""
+    sizes = model.item_input.classes | model.item_input.sizes
+    with torch.device("meta"):
+        features = unknown_features(model.config.items, model.num_items, sizes)
+        built = type(model)(model.num_items, model.config, model.num_users, features)
+    has, makes = ({n: [*t.shape] for n, t in m.state_dict().items()} for m in (model, built))
+    for name in [*has, *makes]:
+        if has.get(name) != makes.get(name):
+            raise ValueError(
+                "the model is not what its config makes, and could not be read again:"
+                f" {name} is {has.get(name, 'missing')}, expected"
+                f" {makes.get(name, 'no such tensor')}; merge or remove what wraps its parts"
+            )
 
 
 def _described(kind: "type[UserModel]", path: Path, encoder: Any) -> "UserModel":

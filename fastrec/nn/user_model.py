@@ -22,7 +22,7 @@ from fastrec.nn.init import init_bert
 from fastrec.nn.items import ItemFeatures, ItemInput
 from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.model_files import ITEMS, RECIPE, TOKENIZER, TRAINED_ON, USERS, write_model
-from fastrec.nn.model_reading import read_model
+from fastrec.nn.model_reading import check_built, read_model
 from fastrec.nn.plain import embedding_table, first_rows
 from fastrec.nn.pool import Encoded, Pooling, last_pool, max_pool, mean_pool
 from fastrec.random import Rng
@@ -323,7 +323,10 @@ class UserModel(nn.Module):
     def save_pretrained(self, path: Path | str, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the model into the folder `path`, with what it knows of its training, but not the
         parameters of its objectives: see `nn.model_files`. state: the weights, of a model whose
-        own are spread over processes."""
+        own are spread over processes. Raises ValueError for a model that could not be read again,
+        whose parts are wrapped."""
+        if state is None:
+            check_built(self)
         config: dict[str, Any] = {"num_items": self.num_items, **described(self.config)}
         if self.num_users:
             config["num_users"] = self.num_users

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The objectives that a recipe can name: a field each."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+
+from torch import nn
 
 from fastrec.objectives.align import Align
 from fastrec.objectives.click import Click
@@ -53,3 +56,16 @@ class Objectives:
         """Those that are set."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def check_objectives(objectives) -> None:
+    """Raise TypeError for objectives in Python that cannot be any."""
+    if isinstance(objectives, Objectives):
+        return
+    if not isinstance(objectives, Mapping):
+        raise TypeError(f"objectives must be named, {{'item': Item()}}, got {objectives!r:.60}")
+    for name, part in objectives.items():
+        if not (isinstance(part, nn.Module | type) or hasattr(part, "build")):
+            raise TypeError(
+                f"objectives.{name}: {part!r:.60} is no objective: Item(), or a module with `views`"
+            )

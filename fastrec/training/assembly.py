@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stage trains, put together: a model, the objectives, and the batches that they see."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 
 from fastrec.data.loader import SequenceLoader
 from fastrec.data.views import Views
+from fastrec.evaluation.next_item import check_model
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import PARTS
 from fastrec.nn.user_model import UserModel
@@ -36,6 +38,20 @@ class Assembled(NamedTuple):
     loader: SequenceLoader
     data: StageData
     taken: list[str]
+
+
+def check_arguments(dataset, model, **lists) -> None:
+    """Raise TypeError for what stands in the place of something else in a call of `fit`."""
+    if isinstance(dataset, str | Path):
+        raise TypeError(
+            f"expected a SequenceDataset, got {str(dataset)!r}: SequenceDataset.load reads it"
+        )
+    if isinstance(model, Recipe):
+        raise TypeError("model is a Recipe: fit(dataset, recipe=..) trains a new model")
+    check_model(model)
+    for name, given in lists.items():
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{name} must be a list, got {type(given).__name__}")
 
 
 def assembled(

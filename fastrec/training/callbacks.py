@@ -142,6 +142,7 @@ class CheckpointFile(TorchCheckpointIO):
     """Lightning's own writes in another folder first and moves the file."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)  # of a ModelCheckpoint of the caller
         write_checkpoint(checkpoint, Path(path))
 
 

@@ -219,3 +219,14 @@ def _check_asked(name: str, stage: Stage, objective: Item | Click, causal: bool)
                 f"{name}: next_item needs a causal encoder: here every event of the view {view!r}"
                 " would see the item that it is to predict"
             )
+
+
+def from_groups(settings: dict) -> dict:
+    """Keys of a stage in Python, groups of them as dicts, as a recipe has them."""
+    hints, groups = get_type_hints(Stage), ("init", "tables", "similar")
+    return {
+        key: from_values(hints[key], value, key)
+        if key in groups and isinstance(value, dict)
+        else value
+        for key, value in settings.items()
+    }

@@ -18,11 +18,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from fastrec.backend import device_of, unavailable_reason
 from fastrec.data.output import locked, write_json
 from fastrec.nn.encoders.parts import settings_of
+from fastrec.nn.model_reading import check_built
 from fastrec.nn.sharded import whole_state
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import report, trained_share
 from fastrec.nn.user_model import UserModel
-from fastrec.training.assembly import assembled
+from fastrec.training.assembly import assembled, check_arguments
 from fastrec.training.callbacks import Interrupted, KeepBest
 from fastrec.training.checkpoint import (
     LAST,
@@ -38,7 +39,7 @@ from fastrec.training.checkpoint import (
     started_from,
     tidy_run,
 )
-from fastrec.training.config import STAGES, Recipe
+from fastrec.training.config import STAGES, Recipe, from_groups
 from fastrec.training.logs import flat
 from fastrec.training.model_folder import hashes, save_model
 from fastrec.training.module import StageModule
@@ -52,7 +53,6 @@ from fastrec.training.processes import (
 )
 from fastrec.training.stage import STAGE_KEYS, Stage
 from fastrec.training.start import (
-    check_built,
     check_dtype,
     scores_items,
     seen_by_run,
@@ -117,6 +117,7 @@ def fit(
             stage cannot run as it says. Nothing is written then.
         KeyboardInterrupt: Ctrl-C; `output/last.ckpt` holds all steps that were done.
     """
+    check_arguments(dataset, model, callbacks=callbacks, loggers=loggers)
     around = Around(device, progress, callbacks, loggers)
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, Recipe.load({recipe!r}) for one")
@@ -129,7 +130,7 @@ def fit(
         raise ValueError(f"there is no objective to train: {lacks}, nor views and objectives")
     if unknown := [key for key in settings if key not in STAGE_KEYS]:
         raise TypeError(f"{unknown[0]!r} is no key of a stage; those are {STAGE_KEYS}")
-    chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **settings)
+    chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **from_groups(settings))
     with contextlib.ExitStack() as inside:
         if output is None:
             chosen = _alone(chosen, resume)
@@ -175,6 +176,8 @@ def _fit(
     initial = given.model if isinstance(given, TextModel) else given
     if initial is not None:
         check_dtype(initial, "the model to start from")
+        if type(initial) is not UserModel:  # a stage makes and reads the class itself
+            raise TypeError(f"fit trains a UserModel: {type(initial).__name__} is another class")
         check_built(initial)
     recipe = with_texts(recipe, initial)
     if recipe.texts is not None:
@@ -191,6 +194,7 @@ def _fit(
     kept = output / MODEL if resume else None
     trained.trained_on = {
         "items": dataset.items_hash,
+        "events": dataset.events_hash,
         "stage": stage,
         "run": short(run),
         "scores_items": scores_items(current, initial, kept),

@@ -35,7 +35,10 @@ from fastrec.training.heads_file import save_heads
 from fastrec.training.stage_data import held_out_users
 
 MOST_CATEGORIES = 16  # of an item that are looked at
-KEYS = {"items": str, "users": str, "stage": str, "run": str, "steps": int, "scores_items": bool}
+KEYS = {
+    "items": str, "events": str, "users": str, "stage": str, "run": str, "steps": int,
+    "scores_items": bool,
+}  # fmt: skip
 
 
 def save_model(

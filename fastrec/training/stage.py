@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 from fastrec.data.settings import check_fields
@@ -14,7 +15,7 @@ from fastrec.data.steps.insert import Insert
 from fastrec.data.steps.parts import Step
 from fastrec.data.steps.same_target import SameTarget
 from fastrec.data.steps.substitute import Substitute
-from fastrec.data.views import parts_of
+from fastrec.data.views import check_steps, parts_of
 from fastrec.evaluation.judges import JUDGES, JudgeKind, JudgeName
 from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.transfer import PARTS
@@ -23,7 +24,7 @@ from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.item_attributes import ItemAttributes
-from fastrec.objectives.parts import Objectives
+from fastrec.objectives.parts import Objectives, check_objectives
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.rows import Tables
 
@@ -183,6 +184,12 @@ class Stage:
 
     def __post_init__(self):
         check_fields(self)
+        for each in dataclasses.fields(self):  # Lightning takes no integer of NumPy
+            value = getattr(self, each.name)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, each.name, int(value))
+        check_steps(self.views)
+        check_objectives(self.objectives)
         if self.devices != "auto" and not 1 <= int(self.devices) <= 1024:
             raise ValueError(f"devices must be in [1, 1024] or 'auto', got {self.devices}")
         for name in ("steps", "batch_size", "validate_every", "checkpoint_every", "num_nodes"):

@@ -17,7 +17,7 @@ from fastrec.data.similar_items import most_similar
 from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
-from fastrec.nn.items import ItemFeatures, item_features, unknown_features
+from fastrec.nn.items import ItemFeatures, item_features
 from fastrec.nn.model_config import ModelConfig, num_parameters
 from fastrec.nn.model_files import TOKENIZER, checked
 from fastrec.nn.similar import SimilarItems
@@ -70,10 +70,12 @@ def started_model(
 
 def scores_items(stage: Stage, initial: UserModel | None, kept: Path | None) -> bool:
     """Whether what scores the items of a model is trained: by the stage, or by what it starts from.
-    A stage that keeps its last model trains something else than is asked, unless it says item.
+    What objectives of somebody else train is what is asked, unless the last model is kept.
     `kept`: see `seen_by_run`."""
+    parts = stage.parts.values()
     asked = stage.judge_kind.next_item and stage.monitored != "steps"
-    if asked or any(map(_of_items, stage.parts.values())):
+    others = not all(type(part).__module__.startswith("fastrec.") for part in parts)
+    if any(map(_of_items, parts)) or (asked and others):
         return True
     if kept is not None and kept.exists():
         return read_trained_on(kept).get("scores_items", True)
@@ -270,23 +272,6 @@ def check_dtype(model: UserModel, what: str) -> None:
             f"{what} has numbers of {dtype}, and a stage trains float32 (its precision:"
             " bf16-mixed multiplies lower ones): model.float(), or torch.set_default_dtype"
         )
-
-
-def check_built(model: UserModel) -> None:
-    """Raise ValueError for a model to start from that is not what its settings make: once trained
-    and written, it could not be read."""
-    sizes = model.item_input.classes | model.item_input.sizes
-    with torch.device("meta"):
-        features = unknown_features(model.config.items, model.num_items, sizes)
-        built = UserModel(model.num_items, model.config, model.num_users, features)
-    has, makes = ({n: [*t.shape] for n, t in m.state_dict().items()} for m in (model, built))
-    for name in [*has, *makes]:
-        if has.get(name) != makes.get(name):
-            raise ValueError(
-                "the model to start from is not what its config makes, and could not be read again:"
-                f" {name} is {has.get(name, 'missing')}, expected"
-                f" {makes.get(name, 'no such tensor')}; merge or remove what wraps its parts"
-            )
 
 
 def check_views(stage: Stage, dropout: float) -> None:

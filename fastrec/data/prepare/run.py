@@ -75,7 +75,7 @@ def prepare(
     na_values: what words such as NA are: "ask" refuses them, "missing", or "text".
     split: which events are held out, "leave_one_out", or with valid and test "last" (how many
     events of a user), "ratio" (which share of them) or "time" (the times, dates or whole numbers as
-    the source counts, from which on events are validation and test), or "files" with valid_source
+    the data set counts, from which on events are validation and test), or "files" with valid_source
     and test_source, which are read as `source` is, whose events are those of training.
 
     Ids become 0..U-1 and 0..V-1 in ascending order of the original ids, so that files that count
