@@ -105,7 +105,7 @@ def system(given: bool, negatives: int, **config):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("given", "negatives"), [(True, 0), (True, 3), (False, 3)])
+@pytest.mark.parametrize(("given", "negatives"), [(True, 0), (True, 3), (False, 3), (False, 40)])
 def test_loss_is_that_of_one_network_of_user_and_item(given, negatives, causal):
     """A slow pass over events: MLP of [u; v], and -log of what it gives the label."""
     items = Items(rating=Levels(width=4)) if not causal else Items()
@@ -136,6 +136,8 @@ def test_loss_is_that_of_one_network_of_user_and_item(given, negatives, causal):
                 p = torch.sigmoid(score(view.states[event], item).double())
                 total, count = total - (p if label else 1 - p).log().item(), count + 1
     (loss, number) = module(model, rng, view)["click"]
+    known = int((batch.events["target"] >= 0).sum())
+    assert negatives < 40 or count < known * 41, "a target is drawn: it is no negative"
     assert int(number) == count and loss.item() == pytest.approx(total / count, rel=1e-5)
     loss.backward()
     assert model.item_embedding.weight.grad.any() and module.item.weight.grad.any()

@@ -169,6 +169,20 @@ def test_a_model_is_asked_as_it_was_trained():
             assert judge.rank_rows(model, slice(user, user + 1)).tolist() == [expected]
 
 
+def test_a_validation_scores_by_the_vectors_of_now():
+    """Those of cosines are computed: they are kept within one, and made anew for the next."""
+    data = dataset_of([[1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 5, 2]], 10)
+    model = model_of(num_items=10, head_similarity="cosine")
+    judge, rows = NextItemJudge(data, torch.arange(3), "test"), slice(0, 3)
+    before = judge.score(model, None, rows)
+    judge.metrics(before)
+    with torch.no_grad():
+        model.item_embedding.weight.neg_()
+        model.item_head.bias.copy_(torch.arange(10.0))
+    after = NextItemJudge(data, torch.arange(3), "test").score(model, None, rows)
+    assert torch.equal(judge.score(model, None, rows), after) and not torch.equal(before, after)
+
+
 def test_a_key_without_effect_is_an_error():
     for settings, message in (
         (dict(negatives=9), "evaluation.negatives has no effect: candidates is full"),
@@ -180,5 +194,9 @@ def test_a_key_without_effect_is_an_error():
         Protocol(friend_negatives=9).check_used({"next_item", "attributes"})
     with pytest.raises(ValueError, match="evaluation.seed has no effect: candidates is full"):
         Protocol(seed=1).check_used({"next_item"})
+    with pytest.raises(
+        ValueError, match="logit_adjustment has no effect: no stage ranks all items"
+    ):
+        Protocol(logit_adjustment=1.0).check_used({"click"})
     for used in (Protocol("sampled", seed=1), Protocol(friend_negatives=9, seed=1)):
         used.check_used({"next_item", "friends"})

@@ -116,10 +116,10 @@ def test_bpr_max_by_hand(reg):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("loss", ["softmax", "gbce"])
-def test_sampled_item_loss_in_the_joint_objective(shared, loss):
+@pytest.mark.parametrize(("loss", "gbce_t"), [("softmax", None), ("gbce", None), ("gbce", 0.2)])
+def test_sampled_item_loss_in_the_joint_objective(shared, loss, gbce_t):
     """The negatives depend on seed, step, sequence and position: not on the rest of the batch."""
-    how = Sampled(negatives=6, by="popularity", alpha=0.5, shared=shared)
+    how = Sampled(negatives=6, by="popularity", alpha=0.5, shared=shared, gbce_t=gbce_t)
     model, side = model_of(dropout=0.0, tokens=["cls", "sep"]), Known(six_users())
     joint = JointObjective({"item": Item(loss=loss, sampled=how)}, model, side)
     views = loader_of(model, {"main": [MaskLast()]}, side).batch_at(0)
@@ -143,7 +143,7 @@ def test_sampled_item_loss_in_the_joint_objective(shared, loss):
     expected = sampled_linear_cross_entropy(
         model.item_head.query(states), model.item_table, batch.events["target"][rows], negatives,
         linear_bias=model.item_head.bias, loss=loss, backend="reference",
-        log_q=sampler.log_q if loss == "softmax" else None,
+        log_q=sampler.log_q if loss == "softmax" else None, gbce_t=gbce_t or 0.75,
     )  # fmt: skip
     torch.testing.assert_close(term.loss, expected)
     (other,) = joint(model, views, Rng(3, 6))

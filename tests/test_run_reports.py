@@ -304,6 +304,19 @@ def test_patience_counts_from_the_model_that_a_run_starts_from(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == end
 
 
+def test_of_equally_good_models_the_first_is_kept(folder, tmp_path, monkeypatch):
+    log = StageModule.log
+
+    def equal(self, name, value, *arguments, **options):
+        log(self, name, 0.5 if name == "valid" else value, *arguments, **options)
+
+    monkeypatch.setattr(StageModule, "log", equal)
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    chosen = Recipe.load("sasrec", **SHORT | dict(steps=12, validate_every=4))
+    fit(dataset, recipe=chosen, progress=False, output=tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"] == 4
+
+
 @pytest.mark.parametrize("cutoffs", [(5, 10), (10, 5)])
 def test_the_plot_of_a_sweep_shows_the_largest_cutoff(tmp_path, monkeypatch, cutoffs):
     drawn = []

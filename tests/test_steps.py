@@ -160,6 +160,17 @@ def test_special_tokens_are_never_masked_nor_predicted(name):
     assert (STEPS[name](nothing, RNG, SIDE).events["target"] == -100).all()
 
 
+@pytest.mark.parametrize("name", ["drop", "drop most", "cut", "cut 1"])
+def test_special_tokens_are_neither_dropped_nor_targets(name):
+    batch = random_batch(60, special=True)
+    check(STEPS[name], batch)
+    made = STEPS[name](batch, RNG, SIDE)
+    if name.startswith("cut"):
+        assert (made.events["target"] < V).all()
+    else:
+        assert (made.values >= V).sum() == (batch.values >= V).sum() > 0
+
+
 @pytest.mark.parametrize("name", [n for n in STEPS if n.startswith("fill")])
 def test_special_tokens_are_not_filled(name):
     batch = random_batch(60, special=True)
