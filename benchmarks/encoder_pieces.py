@@ -41,28 +41,30 @@ def problem(entry: Entry, device: str = "cpu") -> tuple:
     def tensor(*shape):
         return torch.randn(shape, **options).to(getattr(torch, entry.dtype)).requires_grad_()
 
-    if entry.case == GELU:
-        return tensor(t, d), tensor(d)
-    if entry.case == NORM:
-        return tensor(t, d), tensor(t, d), tensor(d), tensor(d)
     if entry.case == POOL:
         ends = torch.arange(LENGTH, t + LENGTH, LENGTH, device=device).clamp_max(t)
         return tensor(t, d), torch.cat([ends.new_zeros(1), ends])
+    index = torch.arange(t, device=device)
+    places = index // LENGTH, index % LENGTH
+    if entry.case == GELU:
+        return tensor(t, d), tensor(d), *places
+    if entry.case == NORM:
+        return tensor(t, d), tensor(t, d), tensor(d), tensor(d), *places
     ids = torch.randint(v, (t,), **options)
-    return ids, tensor(v, d), tensor(LENGTH, d), tensor(d), tensor(d)
+    return ids, tensor(v, d), tensor(LENGTH, d), tensor(d), tensor(d), *places
 
 
 def _call(case: str, reference: bool = False, p: float = P) -> Callable:
-    """The op, or its reference, with the masks of sequences of LENGTH events."""
+    """The op, or its reference, with the masks of sequences of LENGTH events. The last two inputs
+    are the sequence of an event and its place there, which a model has at hand."""
     function = getattr(import_module(f"fastrec.ops.{case}"), case + "_ref" * reference)
 
     if case == POOL:
         return function
 
     def run(*inputs):
-        events, device = len(inputs[0]), inputs[0].device
-        index = torch.arange(events, device=device)
-        options = dict(dropout_p=p, rng=Rng(5, 7), keys=index // LENGTH, positions=index % LENGTH)
+        *inputs, keys, positions = inputs
+        options = dict(dropout_p=p, rng=Rng(5, 7), keys=keys, positions=positions)
         if case == EMBEDDING:
             values, weight, position_weight, norm_weight, norm_bias = inputs
             return function(
@@ -76,15 +78,14 @@ def _call(case: str, reference: bool = False, p: float = P) -> Callable:
 
 
 def _eager(case: str, p: float = P) -> Callable:
-    def norm(x, residual, weight, bias):
+    def norm(x, residual, weight, bias, keys, positions):
         return F.layer_norm(residual + F.dropout(x, p), x.shape[1:], weight, bias)
 
-    def gelu(x, bias):
+    def gelu(x, bias, keys, positions):
         return F.dropout(F.gelu(x + bias), p)
 
-    def embedding(values, weight, position_weight, norm_weight, norm_bias):
-        place = torch.arange(len(values), device=values.device) % LENGTH
-        z = F.embedding(values, weight) + F.embedding(place, position_weight)
+    def embedding(values, weight, position_weight, norm_weight, norm_bias, keys, positions):
+        z = F.embedding(values, weight) + F.embedding(positions, position_weight)
         return F.dropout(F.layer_norm(z, z.shape[1:], norm_weight, norm_bias), p)
 
     def pool(values, offsets):

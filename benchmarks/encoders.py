@@ -347,8 +347,10 @@ def main() -> None:
     clock = time.perf_counter if waits else time.process_time
     with context:
         for title, work in works.items():
-            print(title)
             chosen = {name: call for name, call in work.items() if options.only in name}
+            if not chosen:
+                parser.error(f"none of {', '.join(work)} has {options.only!r} in its name")
+            print(title)
             found = measured(chosen, rounds, clock)
             first = next(iter(found.values()))
             for name, times in found.items():

@@ -70,23 +70,24 @@ def _broadcast(q: Tensor, c: Tensor) -> Tensor:
 
 
 def _logits(entry: Entry, q: Tensor, c: Tensor) -> Tensor:
+    """The small operands are divided by the temperature, not the B x B logits."""
     if "weighted_l2" in entry.case:
-        return (2 * q @ c.T - c.square().sum(1)) / TEMPERATURE
-    return q @ c.T / TEMPERATURE
+        return (q * (2 / TEMPERATURE)) @ c.T - c.square().sum(1) / TEMPERATURE
+    return (q / TEMPERATURE) @ c.T
 
 
 def _left_out(rows: slice, size: int, device, ids, values, offsets) -> Tensor | None:
-    """[len(rows), B] bool, without the positives; the lists are those of the rows."""
+    """[rows, B] bool, without the positives; the lists are those of the rows."""
     if ids is None and values is None:
         return None
-    every = torch.arange(size, device=device)
     if ids is not None:
         out = ids[rows, None] == ids
     else:
         owner = torch.repeat_interleave(offsets.diff(), output_size=len(values))
         out = torch.zeros(len(offsets) - 1, size, dtype=torch.bool, device=device)
         out[owner, values] = True
-    return out & (every[rows, None] != every)
+    out.diagonal(rows.start).fill_(False)
+    return out
 
 
 def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
@@ -105,9 +106,9 @@ def implementations(entry: Entry, compiler: str) -> dict[str, Callable]:
         )
 
     def masked(logits, q, ids, values, offsets):
-        out = _left_out(slice(None), len(q), q.device, ids, values, offsets)
+        out = _left_out(slice(0, len(q)), len(q), q.device, ids, values, offsets)
         if out is not None:
-            logits = logits.masked_fill(out, -torch.inf)
+            logits = logits.masked_fill_(out, -torch.inf)
         return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
 
     def eager(q, c, *left_out):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench import Entry
+from benchmarks.bench import Entry, largest
 from fastrec import linear_cross_entropy
 from fastrec.ops.linear_cross_entropy import linear_cross_entropy_ref
 
@@ -119,7 +119,7 @@ def errors(
         lse = torch.logaddexp(lse, torch.logsumexp(logits, 1))
     exact_loss = (lse - (x * w[y].double()).sum(1)).mean().item()
     grad_x = torch.zeros_like(x)
-    largest, worst = 0.0, dict.fromkeys(results, 0.0)
+    scale, worst = 0.0, dict.fromkeys(results, 0.0)
     for start in starts:
         block = w[start : start + 16384].double()
         p = torch.exp(x @ block.T - lse[:, None])
@@ -128,16 +128,18 @@ def errors(
         p /= len(y)
         grad_x += p @ block
         grad_w = p.T @ x
-        largest = max(largest, grad_w.abs().max().item())
+        scale = max(scale, grad_w.abs().max().item())
         for name, (_, _, given) in results.items():
             error = (given[start : start + 16384] - grad_w).abs().max().item()
-            worst[name] = error if error != error else max(worst[name], error)
+            worst[name] = largest((worst[name], error))
     return {
         name: {
             "output_error": abs(loss.item() - exact_loss) / abs(exact_loss),
-            "gradient_error": max(
-                worst[name] / largest,
-                ((given - grad_x).abs().max() / grad_x.abs().max()).item(),
+            "gradient_error": largest(
+                (
+                    worst[name] / scale,
+                    ((given - grad_x).abs().max() / grad_x.abs().max()).item(),
+                )
             ),
         }
         for name, (loss, given, _) in results.items()

@@ -19,7 +19,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench import OPS, ROOT, SLOW, Entry, entries, measure, module, peak_memory
+from benchmarks.bench import (
+    OPS,
+    ROOT,
+    SLOW,
+    Entry,
+    entries,
+    largest,
+    measure,
+    module,
+    peak_memory,
+)
 from fastrec.data.output import write_text
 
 
@@ -154,18 +164,20 @@ HEADLINES = (
 )
 
 
+def unmeasured(results: dict) -> list[str]:
+    """The entries of HEADLINES that `results` lacks."""
+    return [f"{op} {key}" for op, key in HEADLINES if key not in results["ops"].get(op, {})]
+
+
 def headlines(results: dict) -> str:
-    """Markdown: the entries of HEADLINES that were measured, against eager and the compiler."""
+    """Markdown: the entries of HEADLINES, against eager and the compiler."""
     lines = [
         "| op | sizes | fastrec, ms | eager | `torch.compile` | extra memory (stored by eager)"
         " | error (eager) |",
         "|---" * 7 + "|",
     ]
-    measured = []
     for op, key in HEADLINES:
-        rows = results["ops"].get(op, {}).get(key)
-        if rows is None:
-            continue
+        rows = results["ops"][op][key]
         eager = rows.get(next(iter(module(op).PEERS.values()))[0], {})
         ours, main = rows["fastrec"], module(op).PASSES[-1]
 
@@ -174,7 +186,7 @@ def headlines(results: dict) -> str:
 
         def error(row):
             kinds = ("output_error", "gradient_error")
-            return f"{max(row[kind] for kind in kinds):.1e}" if kinds[0] in row else "-"
+            return f"{largest(row[kind] for kind in kinds):.1e}" if kinds[0] in row else "-"
 
         memory, plain = ours.get("extra_bytes"), ours["materialised"] / 2**20
         lines.append(
@@ -184,9 +196,8 @@ def headlines(results: dict) -> str:
             f" {'-' if memory is None else format(memory / 2**20, ',.0f')} MiB ({plain:,.0f}) |"
             f" {error(ours)} ({error(eager)}) |"
         )
-        measured.append(op)
     note = "float32. Ratios: time of the peer / time of fastrec."
-    lines += ["", note, _machine(results, *measured)]
+    lines += ["", note, _machine(results, *(op for op, _ in HEADLINES))]
     return "\n".join(lines)
 
 
@@ -212,10 +223,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="instead of the rounds of each entry")
     parser.add_argument("--shape", help="only entries whose key contains this text")
     parser.add_argument("--output", type=Path, help="JSON file, merged with what it holds")
-    parser.add_argument("--table", action="store_true", help=f"update {README} and {SPEED}")
+    parser.add_argument(
+        "--table", action="store_true", help=f"update {README} and {SPEED} from what --output holds"
+    )
     parser.add_argument("--render", action="store_true", help="measure nothing, tables from output")
-    parser.add_argument("--table-root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    parser.add_argument("--table-root", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.table and arguments.output is None:
+        parser.error("--table needs --output: the tables are of all that was measured")
+    if arguments.table and arguments.smoke and arguments.table_root is None:
+        parser.error("--table is not for --smoke, whose times are no results")
     results: dict = {"environments": {}, "ops": {}}
     if arguments.output and arguments.output.exists():
         results = json.loads(arguments.output.read_text())
@@ -235,11 +252,18 @@ def main(argv: list[str] | None = None) -> None:
     for op in results["ops"]:
         print(render(results, op))
     if arguments.table:
-        tables = {(SPEED, op): summary(results, op) for op in results["ops"]}
+        write_tables(results, arguments.table_root or ROOT)
+
+
+def write_tables(results: dict, root: Path) -> None:
+    tables = {(SPEED, op): summary(results, op) for op in results["ops"]}
+    if missing := unmeasured(results):
+        print(f"{README} keeps its table: not measured are {', '.join(missing)}")
+    else:
         tables[README, "headlines"] = headlines(results)
-        for (path, name), table in tables.items():
-            if not update(arguments.table_root / path, name, table):
-                print(f"{path} has no block for {name}")
+    for (path, name), table in tables.items():
+        if not update(root / path, name, table):
+            print(f"{path} has no block for {name}")
 
 
 def measured(entry: Entry, arguments: argparse.Namespace, weighed: bool) -> dict:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench import Entry
+from benchmarks.bench import Entry, largest
 from fastrec.ops.sampled_linear_cross_entropy import (
     sampled_linear_cross_entropy,
     sampled_linear_cross_entropy_ref,
@@ -122,7 +122,7 @@ def errors(
     return {
         name: {
             "output_error": error(loss, exact.detach()),
-            "gradient_error": max(error(grad_x, grads[0]), error(rows(grad_w), grads[1])),
+            "gradient_error": largest((error(grad_x, grads[0]), error(rows(grad_w), grads[1]))),
         }
         for name, (loss, grad_x, grad_w) in results.items()
     }

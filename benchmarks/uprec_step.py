@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench import Entry
+from benchmarks.bench import Entry, largest
 from benchmarks.padded import item_loss, padded_states
 from benchmarks.relations import (
     UPREC,
@@ -154,15 +154,16 @@ def setting(
 
 
 @functools.lru_cache(maxsize=2)
-def _problem(*sizes: int) -> Problem:
+def _start(*sizes: int) -> tuple[UserModel, JointObjective, JaggedBatch]:
     model, joint, (batch,) = setting(*sizes)
-    return Problem(model, joint, batch)
+    return model, joint, batch
 
 
 def problem(entry: Entry, device: str = "cpu") -> tuple[Problem]:
+    """Of the same model and batch whenever it is asked for, and with no step behind it."""
     if device != "cpu":
         raise ValueError(f"uprec_step runs on a CPU, benchmarks/gpu/uprec.py is for {device}")
-    return (_problem(*entry.sizes.values()),)
+    return (Problem(*_start(*entry.sizes.values())),)
 
 
 def trained(problem: Problem, loss: Callable[[UserModel, JointObjective], Tensor]) -> Callable:
@@ -218,7 +219,7 @@ def errors(entry: Entry, inputs: tuple, results: dict) -> dict[str, dict[str, fl
         return lambda model, joint: loss(model, joint, problem.padded, 0.0)
 
     exact = gradients(padded(padded_loss), torch.float64)
-    largest = max(grad.abs().max() for grad in exact[1:])
+    scale = max(grad.abs().max() for grad in exact[1:])
     losses = {
         "fastrec": lambda model, joint: fastrec_loss(model, joint, problem.batch),
         "eager": padded(padded_loss),
@@ -228,8 +229,8 @@ def errors(entry: Entry, inputs: tuple, results: dict) -> dict[str, dict[str, fl
     return {
         name: {
             "output_error": ((measured[name][0] - exact[0]).abs() / exact[0].abs()).item(),
-            "gradient_error": max(
-                ((a - b).abs().max() / largest).item()
+            "gradient_error": largest(
+                ((a - b).abs().max() / scale).item()
                 for a, b in zip(measured[name][1:], exact[1:], strict=True)
             ),
         }
@@ -240,7 +241,7 @@ def errors(entry: Entry, inputs: tuple, results: dict) -> dict[str, dict[str, fl
 def work(entry: Entry) -> dict[str, int]:
     """Products of the layers, of attention, of the losses; every parameter, its gradient and its
     moments moved as often as AdamW needs."""
-    at = _problem(*entry.sizes.values())
+    (at,) = problem(entry)
     batch, d, v = at.batch, entry.sizes["D"], entry.sizes["V"]
     lengths = batch.lengths + len(at.model.config.tokens)
     tokens, masked = int(lengths.sum()), len(at.padded.targets)

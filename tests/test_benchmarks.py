@@ -3,18 +3,32 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from builders import synthetic
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks import roofline, run, step_profile  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench,
+    encoder_pieces,
+    encoders,
+    epoch,
+    integrations,
+    roofline,
+    run,
+    step_profile,
+    uprec_step,
+)
 from benchmarks.bench import OPS, module, peak_memory  # noqa: E402
 
 
@@ -59,10 +73,134 @@ def test_smoke(output):
     assert next(iter(results["ops"][OPS[0]].values()))["fastrec"]["extra_bytes"] >= 0
 
 
+def test_the_largest_is_nan_where_one_is():
+    for values in ((1e-7, math.nan), (math.nan, 1e-7), (1e-7, math.nan, 1.0)):
+        assert math.isnan(bench.largest(values)), values
+    assert bench.largest((1e-7, 2.0, 1.0)) == 2 and bench.largest(()) == 0
+
+
+def poisoned(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """The same number; the gradient of `leaf` is NaN."""
+    if not loss.requires_grad:
+        return loss
+    copy = leaf.view_as(leaf)
+    copy.register_hook(lambda grad: grad * math.nan)
+    return loss + 0 * copy.sum()
+
+
+def instead_of_fastrec(monkeypatch, op: str, broken) -> None:
+    """`broken` makes what is called as fastrec of what fastrec calls."""
+    true = module(op).implementations
+
+    def implementations(entry, compiler):
+        table = true(entry, compiler)
+        return table | {"fastrec": broken(table["fastrec"])}
+
+    monkeypatch.setattr(module(op), "implementations", implementations)
+
+
+def measure_smoke(op: str, kind: int = 0) -> dict:
+    return bench.measure(replace(module(op).SMOKE[kind], only=("fastrec",)), 1, "aot_eager")
+
+
+RANKED = ("linear_rank", "linear_topk")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in RANKED])
+def test_a_last_gradient_that_is_nan_has_no_time(op, monkeypatch):
+    def broken(function):
+        def run(*inputs):
+            leaves = [x for x in inputs if getattr(x, "requires_grad", False)]
+            return poisoned(function(*inputs), leaves[-1])
+
+        return run
+
+    def broken_step(model, joint, batch, true=uprec_step.fastrec_loss):
+        return poisoned(true(model, joint, batch), [*model.parameters(), *joint.parameters()][-1])
+
+    assert measure_smoke(op)["fastrec"]["ratio"] == 1
+    if op == "uprec_step":  # the gradients are those of the parameters
+        monkeypatch.setattr(uprec_step, "fastrec_loss", broken_step)
+    else:
+        instead_of_fastrec(monkeypatch, op, broken)
+    with pytest.raises(SystemExit, match="no times reported"):
+        measure_smoke(op)
+
+
+@pytest.mark.parametrize(
+    ("op", "broken"),
+    [
+        ("linear_rank", lambda ranks: ranks + 1),
+        ("linear_rank", lambda ranks: ranks + (torch.arange(len(ranks)) == 7)),
+        ("linear_topk", lambda found: (1.001 * found[0], found[1])),
+        ("linear_topk", lambda found: (found[0], found[1].flip(1))),
+        ("linear_topk", lambda found: (found[0] * math.nan, found[1])),
+    ],
+)
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_wrong_ranking_has_no_time(op, broken, kind, monkeypatch):
+    """One rank of one row, a returned score, the order; in float32 and in bfloat16."""
+    assert measure_smoke(op, kind)["fastrec"]["ratio"] == 1
+    instead_of_fastrec(monkeypatch, op, lambda true: lambda *inputs: broken(true(*inputs)))
+    with pytest.raises(SystemExit, match="no times reported"):
+        measure_smoke(op, kind)
+
+
+class Written(TorchDispatchMode):
+    """Names of the operators, in turn, whose result is a new tensor of `size` numbers."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple) else (out,):
+            views = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            if each.numel() == self.size and each.data_ptr() not in views:
+                self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "names"),
+    [
+        ("in_batch_cross_entropy", "dot", ["mm", "_log_softmax"]),
+        ("in_batch_cross_entropy", "dot lists", ["zeros", "mm", "_log_softmax"]),
+        ("in_batch_cross_entropy", "weighted_l2 groups", ["eq", "mm", "sub", "_log_softmax"]),
+        ("in_batch_hardest", "dot groups", ["eq", "mm"]),
+        ("in_batch_hardest", "weighted_l2 groups", ["eq", "mm", "sub"]),
+        ("multilabel_bce", "", ["new_zeros", "mm"]),
+    ],
+)
+def test_an_eager_peer_writes_no_more_than_it_needs(op, case, names):
+    """Of what is as large as the scores: a peer that copies it once more is not the best one."""
+    entry = replace(module(op).SMOKE[0], dtype="float32", case=case)
+    eager = module(op).implementations(entry, "aot_eager")["eager"]
+    with Written(module(op).work(entry)["elements"]) as found:
+        bench.forward(eager, module(op).problem(entry))
+    assert sorted(found.names) == sorted(names)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("op", OPS[1:])
 def test_the_peak_memory_of_the_other_ops_is_found(op):
     assert peak_memory(module(op).SMOKE[0], "fastrec") >= 0
+
+
+@pytest.mark.parametrize("name", ["fastrec", "eager", "torch.compile"])
+def test_what_a_step_keeps_is_in_the_peak_memory_of_all(name, monkeypatch):
+    """The pass that is measured makes parameters, gradients and moments of its own."""
+    true, steps = uprec_step.implementations, []
+
+    def noted(function, inputs):
+        steps.append(list(inputs[0].steps))
+        return function(*inputs)
+
+    monkeypatch.setattr(uprec_step, "implementations", lambda entry, _: true(entry, "aot_eager"))
+    monkeypatch.setitem(bench.PASS, "step", noted)
+    bench._peak_here(uprec_step.SMOKE[1], name)
+    assert steps == [[], []]
 
 
 def test_a_shape_that_no_entry_has_is_refused(capsys):
@@ -79,7 +217,7 @@ def test_table_replaces_the_marked_block(output, tmp_path):
     for _ in range(2):  # the second time replaces the same block
         out = benchmark("--render", "--table", "--table-root", tmp_path, "--output", output)
     assert "speed.md has no block for linear_rank" in out
-    assert "README.md has no block for headlines" in out
+    assert "README.md keeps its table: not measured are linear_cross_entropy N=2560 V=" in out
     text = page.read_text()
     assert text.count("| N=33 V=257 D=16") == 4
     assert text.startswith(before) and text.endswith(after) and "old" not in text
@@ -88,15 +226,37 @@ def test_table_replaces_the_marked_block(output, tmp_path):
     assert "float64" in text and out.count("| fastrec |") == sum(map(len, entries))
 
 
-def test_headlines_are_entries_and_what_was_not_measured_is_left_out(output):
+def test_headlines_are_entries_and_stay_where_one_was_not_measured(output, tmp_path, capsys):
     for op, key in run.HEADLINES:
         assert key in [entry.key for entry in module(op).ENTRIES], (op, key)
     results = json.loads(output.read_text())
-    op, key = run.HEADLINES[0]
-    results["ops"][op][key] = next(iter(results["ops"][op].values()))
-    head, line, row, *_ = run.headlines(results).splitlines()
+    for op, key in run.HEADLINES:
+        results["ops"][op][key] = next(iter(results["ops"][op].values()))
+    page, text = tmp_path / run.README, "<!-- bench:headlines -->\nkept\n<!-- /bench -->\n"
+    page.write_text(text)
+    run.write_tables(results, tmp_path)
+    head, line, row, *_ = page.read_text().splitlines()[2:]
     assert head.count("|") == line.count("|") == row.count("|") == 8
+    op, key = run.HEADLINES[0]
     assert row.startswith(f"| `{op}`, forward + backward | N=2560 V=141939 D=64 flat |")
+    capsys.readouterr()
+    page.write_text(text)
+    del results["ops"][op][key]
+    run.write_tables(results, tmp_path)
+    assert page.read_text() == text
+    assert f"README.md keeps its table: not measured are {op} {key}\n" in capsys.readouterr().out
+
+
+def test_a_table_is_of_results_that_are_kept(tmp_path, monkeypatch, capsys):
+    def measured(*_):
+        raise AssertionError("nothing is measured for a table that is refused")
+
+    monkeypatch.setattr(run, "measured", measured)
+    output = ["--output", str(tmp_path / "smoke.json")]
+    for flags, why in (([], "--table needs --output"), (["--smoke", *output], "not for --smoke")):
+        with pytest.raises(SystemExit):
+            run.main(["--table", *flags])
+        assert why in capsys.readouterr().err
 
 
 def test_the_tables_in_the_documents_are_those_of_the_stored_results(tmp_path):
@@ -199,6 +359,45 @@ def test_encoders_beside_their_peers_on_a_data_set(part, tmp_path, monkeypatch, 
     assert re.search(r"\d+\.\d\d ms   1\.00, 1\.00$", lines[1]), lines
 
 
+def test_a_name_that_no_peer_has_is_refused(tmp_path, monkeypatch, capsys):
+    data = synthetic(tmp_path, num_users=60, num_items=40)
+    monkeypatch.setattr("sys.argv", ["encoders.py", "dilated", f"--data={data}", "--only=xyz"])
+    with pytest.raises(SystemExit):
+        encoders.main()
+    why = "none of fastrec, nn.Conv1d, padded has 'xyz' in its name"
+    assert why in capsys.readouterr().err
+
+
+def test_the_places_of_events_are_no_part_of_what_is_timed():
+    for entry in encoder_pieces.SMOKE:
+        inputs = encoder_pieces.problem(entry)
+        for name, function in encoder_pieces.implementations(entry, "aot_eager").items():
+            if name == "torch.compile":
+                continue
+            with torch.profiler.profile() as found:
+                bench.forward(function, inputs)
+            called = {event.key for event in found.key_averages()}
+            if entry.case != encoder_pieces.POOL:
+                assert not called & {"aten::arange", "aten::remainder", "aten::floor_divide"}, name
+
+
+def test_a_step_of_another_library_begins_where_the_one_before_ended(monkeypatch):
+    """As Lightning calls a callback: the batch is fetched between the end and the start."""
+    now, switched = [0.0], []
+    monkeypatch.setattr(integrations.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(integrations.fastrec, "patch", lambda library: switched.append(library))
+    monkeypatch.setattr(integrations.fastrec, "unpatch", lambda *_: switched.append(""))
+    nothing = dict.fromkeys(("on_train_start", "on_train_batch_start"), lambda *_: None)
+    callback, spent = integrations.alternate_steps("rectools", type("Base", (), nothing))
+    callback.on_train_start(None, None)
+    for index in (0, 1, 2, 0, 1):  # two epochs
+        now[0] += 3  # the batch
+        callback.on_train_batch_start(None, None, None, index)
+        now[0] += 10 if switched[-1] else 20  # the rest
+        callback.on_train_batch_end(None, None, None, None, index)
+    assert spent == {False: [23, 23, 23], True: [13, 13]}
+
+
 def test_a_step_of_one_process(monkeypatch, capsys):
     options = ["--items", "500", "--steps", "1", "--batch", "16", "--how", "copies"]
     monkeypatch.setattr("sys.argv", ["processes.py", *options])
@@ -230,3 +429,21 @@ def test_steps_of_an_epoch_on_a_file(tmp_path):
     assert re.search(r"^fastrec: [\d.]+ s a step .* 2 steps an epoch", printed), printed
     found = re.search(r"after 300 steps, .* HR@10 ([\d.]+), NDCG@10 ", printed)
     assert found and float(found[1]) > 0.8, printed  # at random 0.33
+
+
+def test_an_epoch_has_the_optimizer_of_the_peers_and_two_steps(tmp_path, monkeypatch, capsys):
+    source, decays = tmp_path / "Tiny.txt", []
+    source.write_text("".join(f"{u} {' '.join(str(u + i) for i in range(7))}\n" for u in range(9)))
+    true = torch.optim.Optimizer.__init__
+
+    def noted(self, parameters, defaults):
+        decays.append(defaults["weight_decay"])
+        true(self, parameters, defaults)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", noted)
+    epoch.fastrec(epoch.Task(source, "sasrec", 2, 4, 5, 0.1, 0, "none"), tmp_path)
+    assert decays == [0]
+    monkeypatch.setattr("sys.argv", ["epoch.py", "fastrec", f"--source={source}", "--steps=1"])
+    with pytest.raises(SystemExit):
+        epoch.main()
+    assert "--steps 2 at least" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_floor_is_the_slowest_unit():
 
 
 def test_floors_of_the_note():
-    """4096 x 1M x 64 on 989 TFLOP/s, 3.87 T exponentials/s and 4.8 TB/s: 2.2 ms."""
+    """4096 x 1M x 64 on 989 TFLOP/s, 3.87 T exponentials/s and 4.8 TB/s: 2.12 ms."""
     entry = MEASURED["linear_ce"].entries[0]
     counts = MEASURED["linear_ce"].floor(entry)["both"]
     seconds, limit = floor_seconds(

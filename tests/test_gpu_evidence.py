@@ -20,7 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("triton")
 from benchmarks import gpu_evidence  # noqa: E402
-from benchmarks.gpu import cases, checks, correct, ops, plans, programs, render, targets  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    cases,
+    checks,
+    correct,
+    ops,
+    plans,
+    programs,
+    render,
+    step,
+    targets,
+    uprec,
+)
 from benchmarks.gpu.context import Context, DeviceLost, Results  # noqa: E402
 
 FAKE_SANITIZER = """#!/bin/sh
@@ -415,13 +426,64 @@ def test_a_section_is_cut_between_measurements(tmp_path, monkeypatch):
     assert row["floor"]["both"]["seconds"] is None, "no ceilings have been probed"
 
 
-def test_wrong_results_have_no_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("section", [step, uprec])
+def test_a_step_that_is_cut_has_fastrec_first_and_is_made_again(section, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("fastrec.backend").backend.NATIVE, "cpu", "reference")
+    late = context(tmp_path, seconds=-1.0)
+    row = section._measure(section.TINY[0], late, ops.Clock("cpu"), 1)
+    table = row["implementations"]
+    ours = [name for name in table if name.startswith("fastrec")]
+    assert list(table)[:2] == ours and len(ours) == 2
+    assert all(table[name]["step"]["median"] > 0 for name in ours) and table["fastrec"]["kernels"]
+    others = [table[name] for name in table if name not in ours]
+    assert len(others) >= 2 and all(found == {"failed": "out of time"} for found in others)
+    late.save("a step", row)
+    assert not late.have("a step")
+
+
+def test_a_row_that_is_cut_is_not_finished(tmp_path, capsys):
+    now = context(tmp_path)
+    now.keep = True
+    cut = {"failed": "out of time"}
+
+    def row(**peers):
+        return {"implementations": {"fastrec": {"both": {}}} | peers}
+
+    def stored():
+        return now.results.rows("encoder")["a"]
+
+    now.save("a", row(eager=cut, compiled=cut))
+    assert not now.have("a") and "#" not in capsys.readouterr().out
+    assert now.new_first(["a", "b", "c"], str) == ["b", "c", "a"]
+    now.save("a", row(eager={"ratio": 2.0}, compiled=cut))
+    assert stored()["implementations"]["eager"] == {"ratio": 2.0} and not now.have("a")
+    now.save("a", row(eager=cut, compiled=cut))
+    assert stored()["implementations"]["eager"] == {"ratio": 2.0}, "there was less time"
+    now.attempt("a", lambda: row(eager={"ratio": 3.0}, compiled={"failed": "not installed"}))
+    assert stored()["implementations"]["eager"] == {"ratio": 3.0} and now.have("a")
+    assert "#encoder\ta\n" in capsys.readouterr().out
+    now.limit = 2
+    assert now.new_first(["a", "b", "c"], str) == ["b", "a"]
+
+
+def nan_gradient(out: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """The same numbers; the gradient of `leaf` is NaN."""
+    copy = leaf.view_as(leaf)
+    if copy.requires_grad:
+        copy.register_hook(lambda grad: grad * float("nan"))
+    return out + 0 * copy.sum()
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda out, *inputs: 1.01 * out, lambda out, *inputs: nan_gradient(out, inputs[3])]
+)
+def test_wrong_results_have_no_time(wrong, tmp_path, monkeypatch):
     module = ops.module("encoder_pieces")
     true = module.implementations
 
     def broken(entry, compiler):
         table = true(entry, compiler)
-        return table | {"fastrec": lambda *inputs: 1.01 * table["fastrec"](*inputs)}
+        return table | {"fastrec": lambda *inputs: wrong(table["fastrec"](*inputs), *inputs)}
 
     monkeypatch.setattr(module, "implementations", broken)
     row = ops.measure(
@@ -429,6 +491,19 @@ def test_wrong_results_have_no_time(tmp_path, monkeypatch):
     )
     assert "no times" in row["implementations"]["fastrec"]["failed"]
     assert "both" not in row["implementations"]["fastrec"]
+
+
+def test_a_gradient_from_a_graph_that_is_nan_is_seen(tmp_path, monkeypatch):
+    model, joint, batches = uprec.cpu.setting(3, 4, 50, 16, 40, 1, 1)
+    modules, true = torch.nn.ModuleList([model, joint]), uprec._graphed
+
+    def graphed(modules, context):
+        loss, last = true(modules, context), [*modules.parameters()][-1]
+        return lambda batch, step: nan_gradient(loss(batch, step), last)
+
+    assert uprec._difference(modules, batches, context(tmp_path)) < 1e-3
+    monkeypatch.setattr(uprec, "_graphed", graphed)
+    assert not uprec._difference(modules, batches, context(tmp_path)) < 1e-3
 
 
 def test_a_graph_that_differs_is_seen(tmp_path, monkeypatch):

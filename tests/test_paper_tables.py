@@ -2,6 +2,7 @@
 """Tables of papers: every cell is commands that can be run, on files in the shape of MovieLens."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -139,12 +140,12 @@ def outputs(tmp_path_factory) -> dict[str, Path]:
 def test_a_cell_is_one_command(sources, outputs, table, cell, capsys):
     output = outputs[table]
     run(sources, output, table, f"--cells={cell}", "--short=2")
-    result = output / "seed-0" / f"{cell}.json"
+    result = output / "seed-0-short-2" / f"{cell}.json"
     assert json.loads(result.read_text())["metrics"]["model"]
     capsys.readouterr()
     run(sources, output, table, f"--cells={cell}", "--short=2")  # nothing is left to do
     assert "fastrec" not in capsys.readouterr().out
-    run(sources, output, table, f"--cells={cell}", "--table")
+    run(sources, output, table, f"--cells={cell}", "--table", "--short=2")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| cell |") and any(line.startswith(f"| {cell} |") for line in lines)
 
@@ -152,7 +153,7 @@ def test_a_cell_is_one_command(sources, outputs, table, cell, capsys):
 def test_what_a_transfer_takes(sources, outputs):
     """Of a cell that the test above has run, or runs here: user vectors and knowledge alone."""
     run(sources, outputs["survey"], "survey", "--cells=caser.embedding.mip.meta", "--short=2")
-    folder = outputs["survey"] / "seed-0" / "caser.embedding.mip.meta"
+    folder = outputs["survey"] / "seed-0-short-2" / "caser.embedding.mip.meta"
     taken = set(json.loads((folder / "transfer.json").read_text())["taken"])
     assert "item_head.users.weight" in taken and not any("encoder." in name for name in taken)
     assert any(name.startswith("item_input.features.") for name in taken)
@@ -221,7 +222,8 @@ def test_differences_are_those_of_the_same_users(tmp_path):
         for name in ("beauty.clue.time", "beauty.sasrec")
     )
     apart = (own - base).mean(0)
-    lines = differences.table(tmp_path, "beauty", [0, 1, 2]).splitlines()
+    folders = {seed: tmp_path / f"seed-{seed}" for seed in (0, 1, 2)}
+    lines = differences.table(folders, "beauty").splitlines()
     assert len(lines) == 4 and lines[2].startswith("| beauty.sasrec | 0 1 |")
     cell = [text.strip() for text in lines[3].split("|")[1:-1]]
     assert cell[:2] == ["beauty.clue.time", "0 1"] and cell[6] == "3.0"
@@ -229,9 +231,30 @@ def test_differences_are_those_of_the_same_users(tmp_path):
     assert cell[5] == f"{apart.mean():+.2f} ± {apart.std(ddof=1) / np.sqrt(50):.2f}"
 
 
-def test_differences_of_trials(sources, outputs):
+def test_a_trial_is_not_taken_for_a_result(sources, outputs, capsys):
+    output = outputs["contrastive"]
+    run(sources, output, "contrastive", "--cells=beauty.sasrec", "--short=2")
+    capsys.readouterr()
+    run(sources, output, "contrastive", "--cells=beauty.sasrec", "--table")
+    assert "beauty.sasrec" not in capsys.readouterr().out
+    for flags, steps in ((), 4000), (("--short=3",), 3):
+        run(sources, output, "contrastive", "--cells=beauty.sasrec", "--print", *flags)
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith("fastrec pretrain ") and "--resume" not in line
+        assert re.findall(r"--pretraining.steps=(\d+)", line)[-1] == str(steps)
+
+
+def test_differences_of_trials(sources, outputs, capsys):
     for cell in ("beauty.sasrec", "beauty.ccl.time"):
         run(sources, outputs["contrastive"], "contrastive", f"--cells={cell}", "--short=2")
-    lines = differences.table(outputs["contrastive"], "beauty", [0]).splitlines()
+    asked = [f"--output={outputs['contrastive']}", "--seeds=0"]
+    capsys.readouterr()
+    differences.main([*asked, "--data=beauty", "--short=2"])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| beauty.sasrec | 0 |") and " ± " not in lines[2]
     assert any(line.startswith("| beauty.ccl.time | 0 |") and " ± " in line for line in lines)
+    differences.main([*asked, "--data=beauty"])
+    assert len(capsys.readouterr().out.splitlines()) == 2, "trials are no results"
+    with pytest.raises(SystemExit):
+        differences.main([*asked, "--data=nothing"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err

@@ -7,15 +7,21 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("liger-kernel", "cut-cross-entropy", "inf-cl", "quack-kernels")
+NO_TIME = {"failed": "out of time"}  # of an implementation that was not begun
+
+
+Case = TypeVar("Case")
 
 
 class DeviceLost(Exception):
@@ -109,6 +115,11 @@ def _good(row: dict) -> bool:
     return "failed" not in row and "failed" not in ours and not row.get("ended")
 
 
+def _cut(row: dict) -> int:
+    """How many implementations of a row there was no time for."""
+    return list(row.get("implementations", {}).values()).count(NO_TIME)
+
+
 @dataclass
 class Context:
     """What a section gets.
@@ -154,12 +165,22 @@ class Context:
         if (self.section, key) in self.finished:
             return True
         row = self.results.rows(self.section).get(key)
-        return self.keep and row is not None and _good(row)
+        return self.keep and row is not None and _good(row) and not _cut(row)
+
+    def new_first(self, cases: Iterable[Case], key_of: Callable[[Case], str]) -> list[Case]:
+        """The first cases of the section; those of which there is a part come last."""
+        rows = self.results.rows(self.section)
+        return sorted(islice(cases, self.limit), key=lambda case: key_of(case) in rows)
 
     def save(self, key: str, row: dict) -> None:
-        self.results.put(self.section, key, row)
-        self.finished.add((self.section, key))
-        print(f"#{self.section}\t{key}", flush=True)
+        """A row without some implementations is not finished: a later part of the plan makes it
+        again, and it is kept if there is even less time then."""
+        before = self.results.rows(self.section).get(key)
+        if before is None or not _good(before) or _cut(row) <= _cut(before):
+            self.results.put(self.section, key, row)
+        if not _cut(row):
+            self.finished.add((self.section, key))
+            print(f"#{self.section}\t{key}", flush=True)
 
     def release(self) -> None:
         """Give back memory of a failed call; not inside `except`, which holds its frames."""

@@ -19,6 +19,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from benchmarks.bench import largest
 from benchmarks.gpu.checks import samples
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.native import use_triton
@@ -149,8 +150,7 @@ def attention_errors(tensors: dict[str, Tensor], options: dict, device: str) -> 
     there = {name: x.to(device) for name, x in tensors.items()}
     found = gradients(jagged_attention, there, options | {"backend": "triton"})
     pairs = [excess(*three) for three in zip(found, low, exact, strict=True)]
-    worst = [error / budget if budget else float(error > 0) for error, budget in pairs]
-    return max(worst) if all(x == x for x in worst) else float("nan")
+    return largest(error / budget if budget else float(error > 0) for error, budget in pairs)
 
 
 def attention(device: str, tiny: bool) -> None:

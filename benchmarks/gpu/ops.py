@@ -9,10 +9,10 @@ import functools
 import time
 from collections.abc import Callable
 
-from benchmarks.bench import PASS, Entry, module
+from benchmarks.bench import PASS, Entry, largest, module
 from benchmarks.gpu.cases import MEASURED, Measured
 from benchmarks.gpu.clock import Clock, spread
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import NO_TIME, Context
 from benchmarks.gpu.probe import MATRIX, sm_clock
 
 FEW = 3  # rounds that are worth keeping when time is up
@@ -58,7 +58,7 @@ def _first_calls(context, key, table, run, inputs, clock) -> tuple[dict, dict, d
             failed[name] = {"failed": why}
             continue
         if results and context.over():
-            failed[name] = {"failed": "out of time"}
+            failed[name] = dict(NO_TIME)
             continue
         try:
             results[name] = run(function, inputs)
@@ -97,7 +97,7 @@ def measure(
         return {"implementations": rows}
     context.announce(key, "errors")
     errors = op.errors(entry, inputs, results)
-    worst = max(errors["fastrec"].values())
+    worst = largest(errors["fastrec"].values())
     names = {name: table[name] for name in results}
     results.clear()
     if not worst <= op.GRADIENT_LIMIT[entry.dtype]:
@@ -143,7 +143,7 @@ def section_of(name: str) -> Callable[[Context], None]:
         entries = measured.entries
         if context.tiny:
             entries = tuple(entry for op in measured.ops for entry in module(op).SMOKE)
-        entries = entries[: context.limit]
+        entries = context.new_first(entries, lambda entry: entry.key)
         for index, entry in enumerate(entries):
             if context.over() or context.have(entry.key):
                 continue

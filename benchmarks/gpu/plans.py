@@ -33,7 +33,8 @@ SHARES = {
     "tune_attention": 2,
 }
 
-# Part -> about the seconds that it takes of 300.
+# Part -> its share of the time that is left when it begins, beside those of the later parts: about
+# its seconds, although they add up to 341 and 491 and a call has 300.
 PLANS = {
     # Is it right, and how far are the cases that decide what is worked on?
     "first": {

@@ -127,7 +127,8 @@ def supervise(
 def _give_up(state: State, pending: tuple[str, str, str], why: str, output: Path) -> None:
     section, key, name = pending
     if name in WHOLE:
-        Results(output).put(section, key, {"failed": why})
+        found = Results(output)  # of a row that was cut and is made again, what it had stays
+        found.put(section, key, found.rows(section).get(key, {}) | {"failed": why})
         state.finished.append([section, key])
     else:
         state.crashed.append([section, key, name, why])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import uprec_step as cpu
+from benchmarks.bench import largest
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.step import timed, trainer
@@ -81,8 +82,8 @@ def _difference(modules: nn.ModuleList, batches: list[JaggedBatch], context: Con
             grads = [p.grad.clone() for p in modules.parameters() if p.grad is not None]
             found.append((loss.detach().reshape(1), *grads))
         for ours, plain in zip(*found, strict=True):
-            largest = plain.abs().max().clamp_min(1e-6)
-            worst = max(worst, ((ours - plain).abs().max() / largest).item())
+            scale = plain.abs().max().clamp_min(1e-6)
+            worst = largest((worst, ((ours - plain).abs().max() / scale).item()))
     return worst
 
 
@@ -132,7 +133,7 @@ def _measure(sizes: Sizes, context: Context, clock: Clock, rounds: int) -> dict:
 
         return trainer(own, loss, context.device)
 
-    names = ("padded eager", "padded torch.compile", "fastrec", "fastrec in CUDA graphs")
+    names = ("fastrec", "fastrec in CUDA graphs", "padded eager", "padded torch.compile")
     return {
         "sequences": sum(map(len, batches)) / sizes.batches,
         "events": sum(int(part.mask.sum()) for part in padded) / sizes.batches,
@@ -146,6 +147,6 @@ def _measure(sizes: Sizes, context: Context, clock: Clock, rounds: int) -> dict:
 
 def uprec_step(context: Context) -> None:
     clock, rounds = Clock(context.device), 1 if context.tiny else 31
-    for sizes in (TINY if context.tiny else SIZES)[: context.limit]:
+    for sizes in context.new_first(TINY if context.tiny else SIZES, lambda sizes: sizes.name):
         call = functools.partial(_measure, sizes, context, clock, rounds)
         context.attempt(sizes.name, call, None)

@@ -43,7 +43,7 @@ class Cell:
 def commands(cell: Cell, output: Path, seed: int, short: int | None) -> list[list[str]]:
     """The command lines of a cell, without those of runs that are finished. `{output}` in a flag
     is the folder of the data sets, `{runs}` that of the runs of this seed."""
-    folder, made = output / f"seed-{seed}", []
+    folder, made = folder_of(output, seed, short), []
 
     def filled(flags: Sequence[str]) -> list[str]:
         known = {"{runs}": str(folder), "{output}": str(output)}
@@ -67,7 +67,7 @@ def commands(cell: Cell, output: Path, seed: int, short: int | None) -> list[lis
             line.append("--resume=true")
         made.append(line)
     last = cell.runs[-1]
-    result = result_of(last.name, output, seed)
+    result = result_of(last.name, folder)
     if not result.is_file():
         model = folder / last.name / "model"
         line = ["evaluate", *filled(cell.flags), f"--pretrained={model}", f"--task={last.stage}"]
@@ -75,15 +75,20 @@ def commands(cell: Cell, output: Path, seed: int, short: int | None) -> list[lis
     return made
 
 
-def result_of(run: str, output: Path, seed: int) -> Path:
-    return output / f"seed-{seed}" / f"{run}.json"
+def folder_of(output: Path, seed: int, short: int | None) -> Path:
+    """Of the runs of a seed. A trial has one of its own: what is finished there is no result."""
+    return output / (f"seed-{seed}" if short is None else f"seed-{seed}-short-{short}")
 
 
-def table(cells: Mapping[str, Cell], output: Path, seed: int) -> str:
+def result_of(run: str, folder: Path) -> Path:
+    return folder / f"{run}.json"
+
+
+def table(cells: Mapping[str, Cell], folder: Path) -> str:
     """The metrics of the finished cells, as lines of Markdown."""
     found = {}
     for name, cell in cells.items():
-        file = result_of(cell.runs[-1].name, output, seed)
+        file = result_of(cell.runs[-1].name, folder)
         if file.is_file():
             found[name] = json.loads(file.read_text())["metrics"]["model"]
     lines = []
@@ -109,7 +114,7 @@ def run_table(
     parser.add_argument("--output", type=Path, required=True, help="folder of data sets and runs")
     parser.add_argument("--cells", nargs="+", help="names, or what they begin with; all without")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", type=int, help="steps of every run: a trial")
+    parser.add_argument("--short", type=int, help="steps of every run: a trial, beside the results")
     parser.add_argument("--list", action="store_true", help="names of the cells")
     parser.add_argument("--print", action="store_true", help="the commands, which are not run")
     parser.add_argument("--table", action="store_true", help="what is finished")
@@ -124,7 +129,7 @@ def run_table(
     if asked.list:
         return print("\n".join(chosen))
     if asked.table:
-        return print(table(chosen, asked.output, asked.seed))
+        return print(table(chosen, folder_of(asked.output, asked.seed, asked.short)))
     if not asked.print:
         prepare(asked.source, asked.output)
     for name, cell in chosen.items():

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from benchmarks.papers.cells import Cell, result_of
-from benchmarks.papers.contrastive import cells
+from benchmarks.papers.cells import Cell, folder_of, result_of
+from benchmarks.papers.contrastive import DATA, cells
 
 KEY = "user_id"
 
@@ -27,19 +27,19 @@ def gains(ranks: np.ndarray) -> np.ndarray:
     return 100 * np.stack((hits, hits / np.log2(ranks + 1)))
 
 
-def read(output: Path, name: str, seeds: list[int]) -> dict[int, np.ndarray]:
+def read(folders: dict[int, Path], name: str) -> dict[int, np.ndarray]:
     """Gains by seed, of the seeds that are finished."""
     found = {}
-    for seed in seeds:
-        result = result_of(name, output, seed)
+    for seed, folder in folders.items():
+        result = result_of(name, folder)
         if result.is_file():
             table = pl.read_parquet(result.with_name(f"{name}.parquet")).sort(KEY)
             found[seed] = gains(table["rank"].to_numpy())
     return found
 
 
-def minutes(output: Path, cell: Cell, seed: int) -> float:
-    files = [output / f"seed-{seed}" / run.name / "summary.json" for run in cell.runs]
+def minutes(folder: Path, cell: Cell) -> float:
+    files = [folder / run.name / "summary.json" for run in cell.runs]
     return sum(json.loads(file.read_text())["cpu_seconds"] for file in files) / 60
 
 
@@ -57,25 +57,32 @@ def line(name: str, own: dict, base: dict, spent: list[float]) -> str:
     return f"| {' | '.join([*texts, f'{np.mean(spent):.1f}'])} |"
 
 
-def table(output: Path, data: str, seeds: list[int]) -> str:
+def table(folders: dict[int, Path], data: str) -> str:
+    """folders: of the runs, by seed."""
     lines = [
         "| cell | seeds | HR@10 | NDCG@10 | HR@10 - SASRec's | NDCG@10 - SASRec's | minutes |",
         "|---" * 7 + "|",
     ]
-    base = read(output, f"{data}.sasrec", seeds)
+    base = read(folders, f"{data}.sasrec")
     for name, cell in cells().items():
-        own = read(output, name, seeds) if name.startswith(f"{data}.") else {}
+        own = read(folders, name) if name.startswith(f"{data}.") else {}
         both = own.keys() & base.keys()
         if both:
-            spent = [minutes(output, cell, seed) for seed in both]
+            spent = [minutes(folders[seed], cell) for seed in both]
             lines.append(line(name, own, base, spent))
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="that of `contrastive`")
-    parser.add_argument("--data", required=True, help="beauty, lastfm, yelp or ml-1m")
+    parser.add_argument("--data", required=True, choices=DATA)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    asked = parser.parse_args()
-    print(table(asked.output, asked.data, asked.seeds))
+    parser.add_argument("--short", type=int, help="of the trials of so many steps")
+    asked = parser.parse_args(arguments)
+    folders = {seed: folder_of(asked.output, seed, asked.short) for seed in asked.seeds}
+    print(table(folders, asked.data))
+
+
+if __name__ == "__main__":
+    main()
