@@ -203,7 +203,7 @@ def test_wrong_values_in_the_json_of_a_model(made, copy, name):
         else:
             output.unlink()
             allowed = {"heads", "causal", "pre_norm", "norm_eps", "scale", "dropout", "steps",
-                       "stage", "run", "patch", "layers", "head_bias_start",
+                       "stage", "run", "events", "patch", "layers", "head_bias_start",
                        "head_temperature"}  # fmt: skip
             # A group that names nothing has its defaults, as in a model of an earlier fastrec.
             assert name != "digests.json", (path, wrong)
