@@ -89,6 +89,25 @@ def test_a_model_that_could_not_be_read_again_is_not_written(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@dataclass(frozen=True)
+class Valued:
+    """Settings of an encoder that asks values of tensors where it is made."""
+
+    causal: bool = True
+
+    def build(self, width, max_positions, dropout):
+        made = Bag(width, float(torch.arange(3).sum()))
+        made.wrapped = parametrizations.weight_norm(nn.Linear(2, 2))
+        return made
+
+
+def test_an_encoder_of_ones_own_is_written_whatever_it_is_made_of(tmp_path):
+    model = UserModel(20, ModelConfig(width=8, max_len=6, encoder=Valued()))
+    model.save_pretrained(tmp_path)
+    again = UserModel.from_pretrained(tmp_path, encoder=Valued())
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+
+
 def test_one_history_is_not_taken_for_several():
     with pytest.raises(TypeError, match="histories are lists of item indices, one of each user: "):
         model_of().inputs_of([1, 2, 3])

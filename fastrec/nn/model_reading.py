@@ -8,6 +8,7 @@ import torch
 
 from fastrec.data.item_texts import Texts
 from fastrec.data.settings import from_values
+from fastrec.nn.encoders.parts import Encoders
 from fastrec.nn.items import unknown_features
 from fastrec.nn.model_config import check_sizes, config_of, num_parameters
 from fastrec.nn.model_files import (
@@ -69,7 +70,11 @@ def read_model(kind: "type[UserModel]", path: Path, encoder: Any = None) -> "Use
 
 def check_built(model: "UserModel") -> None:
     """Raise ValueError for a model that is not what its settings make: written, it could not be
-    read."""
+    read. Classes and encoders of somebody else may need values where they are made, and are not
+    looked at."""
+    own = type(model).__module__.startswith("fastrec.")
+    if not own or not isinstance(model.config.encoder, Encoders):
+        return
     sizes = model.item_input.classes | model.item_input.sizes
     with torch.device("meta"):
         features = unknown_features(model.config.items, model.num_items, sizes)
