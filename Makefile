@@ -47,7 +47,7 @@ test-all: test  ## the same and what is slow and says little, before a release
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton -m exhaustive
 
 smoke: .venv/installed  ## the suite without the slow tests
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not exhaustive"
 
 # Each library in an environment of its own, because their pins collide.
 test-integrations: .venv/installed $(INTEGRATIONS:%=build/integrations/%/installed)  ## the patches of real libraries

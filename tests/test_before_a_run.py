@@ -27,6 +27,7 @@ from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
+from fastrec.objectives.rank import Rank
 from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.training.heads_file import trained_pool
@@ -226,6 +227,7 @@ def test_what_stands_beside_a_model_needs_its_folder(data, init, what):
     ("segments", {"a": [Prefix(), Segment()], "b": [Prefix(), Segment(keep=True)]},
      Segments(["a", "b"])),
     ("friends", {"main": [Friend(same_profile=False)]}, Friends()),
+    ("rank", {name: [] for name in "abcd"}, Rank([*"abcd"])),
 ])  # fmt: skip
 def test_objectives_that_tell_users_apart_refuse_steps_of_one(
     data, tmp_path, name, views, settings

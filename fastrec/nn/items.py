@@ -298,7 +298,7 @@ def item_features(dataset, settings: Items) -> dict[str, Categories | Tensor]:
 def unknown_features(
     settings: Items, num_items: int, sizes: Mapping[str, int]
 ) -> dict[str, Categories | Tensor]:
-    """Of items of which nothing is known. sizes: see `Items.parameters`."""
+    """Of items of which nothing is known. sizes: see `Items.num_parameters`."""
     found: dict[str, Categories | Tensor] = {
         name: torch.zeros(num_items, sizes[name], dtype=torch.float32, device="cpu")
         for name in settings.features

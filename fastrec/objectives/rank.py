@@ -70,6 +70,7 @@ class ViewRanking(nn.Module):
     """
 
     backend: str | None = None
+    tells_apart = True
 
     def __init__(self, settings: Rank, width: int):
         super().__init__()

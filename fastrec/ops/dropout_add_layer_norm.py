@@ -38,7 +38,7 @@ torch.library.define(
     f"(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, {SCHEMA})"
     " -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)",
 )
-# grad_residual [T, D] has the dtype of sum, grad_input that of `input_like`; it is [0, D] where
+# grad_residual [T, D] has the dtype of sum, grad_input that of `input_dtype`; it is [0, D] where
 # grad_residual serves for both. grad_weight and grad_bias are [0] without a weight or a bias.
 torch.library.define(
     f"fastrec::{OP}_bwd",
