@@ -78,10 +78,10 @@ class Recommender:
         program: Callable[[Tensor, Tensor], Tensor] | None = None,
         other: OtherCatalogue | None = None,
     ):
+        check_model(model)
         model.check_items(dataset)
         if program is not None and other is not None:
             raise ValueError("a program scores the model's own items, not those of other")
-        check_model(model)
         self.model, self.dataset, self._program, self._other = model, dataset, program, other
         self._items = Ids(dataset.item_ids())
         self._offered = self._items if other is None else other.ids

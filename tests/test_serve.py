@@ -344,6 +344,11 @@ def test_other_wrong_calls(dataset):
             ValueError, match="the model scores 30 items, and the 20 of memory are others"
         ):
             call(model, dataset_of([[1, 2, 3]], 20))
+    for call in (fastrec.recommend, fastrec.evaluate):
+        with pytest.raises(
+            TypeError, match="expected a model, got 'run/model': fastrec.load_model"
+        ):
+            call("run/model", dataset, **({"k": 3} if call is fastrec.recommend else {}))
     recommender = fastrec.Recommender(model, dataset)
     with pytest.raises(ValueError, match="1 of 2 items are not in the data set, the first is 'x'"):
         recommender.similar(["item 1", "x"])
