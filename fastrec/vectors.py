@@ -6,7 +6,7 @@ import torch
 
 from fastrec.data.ids import Ids, listed
 from fastrec.evaluation.blocks import finite, row_blocks
-from fastrec.evaluation.next_item import check_scores
+from fastrec.evaluation.next_item import check_model, check_scores
 from fastrec.nn.pool import Pool, Pooling
 
 
@@ -21,6 +21,7 @@ def user_vectors(model, dataset, user_ids=None, pool: Pooling | Pool = "max"):
     """
     import polars
 
+    check_model(model)
     model.check_items(dataset)
     pooled = pool if isinstance(pool, Pool) else Pool(pool, model.config.width)
     if pooled is not pool and next(pooled.parameters(), None) is not None:
@@ -47,6 +48,7 @@ def item_vectors(model, dataset, other=None):
     """
     import polars
 
+    check_model(model)
     model.check_items(dataset)
     if other is None:
         check_scores(model)

@@ -344,7 +344,7 @@ def test_other_wrong_calls(dataset):
             ValueError, match="the model scores 30 items, and the 20 of memory are others"
         ):
             call(model, dataset_of([[1, 2, 3]], 20))
-    for call in (fastrec.recommend, fastrec.evaluate):
+    for call in (fastrec.recommend, fastrec.evaluate, fastrec.user_vectors, fastrec.item_vectors):
         with pytest.raises(
             TypeError, match="expected a model, got 'run/model': fastrec.load_model"
         ):
