@@ -23,6 +23,7 @@ from fastrec.evaluation.next_item import (
     check_adjusted,
     check_model,
     check_scores,
+    log_shares,
     seen_items,
 )
 from fastrec.ops.linear_topk import TopK, linear_topk
@@ -85,7 +86,6 @@ class Recommender:
         self.model, self.dataset, self._program, self._other = model, dataset, program, other
         self._items = Ids(dataset.item_ids())
         self._offered = self._items if other is None else other.ids
-        self._adjusted: tuple[float, Tensor] | None = None
         self._said: dict = {}  # of warnings, whose texts clients write
 
     def recommend(
@@ -201,6 +201,10 @@ class Recommender:
         return self._table, bias.detach()
 
     @cached_property
+    def _log_shares(self) -> Tensor:
+        return log_shares(self.dataset)
+
+    @cached_property
     def _users(self) -> Ids:
         return Ids(self.dataset.user_ids())
 
@@ -279,10 +283,7 @@ class Recommender:
     def _scored(self, tau: float, allowed, blocked) -> Scored:
         table, bias = self.scoring
         if tau != 0:
-            kept = self._adjusted  # read once: another thread may replace it
-            if kept is None or kept[0] != tau:
-                kept = self._adjusted = tau, adjustment(self.dataset, tau)
-            bias = bias - kept[1].to(bias.device)
+            bias = bias - adjustment(self._log_shares, tau).to(bias.device)
         if blocked is not None and (blocked := listed(blocked)):
             never = torch.from_numpy(self._offered.rows(blocked, "blocked items"))
             bias = bias.index_fill(0, never.to(bias.device), -torch.inf)

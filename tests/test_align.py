@@ -133,6 +133,15 @@ def test_numbers_of_the_sphere_equal_pairs_of_users():
     assert abs(float(uniformity(one))) < 1e-9 and float(feature_std(one)) < 1e-9
 
 
+@pytest.mark.parametrize("users", [0, 1])
+def test_the_uniformity_of_fewer_than_two_users_is_a_number(users):
+    torch.manual_seed(3)
+    z = F.normalize(torch.randn(4, WIDTH, dtype=torch.float64), dim=1)
+    lowest = math.log(torch.finfo(torch.float64).tiny)
+    for found in (uniformity(z[:users]), uniformity(z, torch.arange(4) < users)):
+        assert found.item() == pytest.approx(lowest)
+
+
 def test_batch_norm_is_that_of_torch():
     torch.manual_seed(4)
     ours, theirs = BatchNorm(WIDTH).double(), torch.nn.BatchNorm1d(WIDTH).double()
@@ -187,7 +196,7 @@ def test_errors_name_the_problem():
     three, two = (Encoded(batch, torch.zeros(len(batch.values), WIDTH)) for batch in map(
         jagged, ([1, 1, 1], [2, 1])
     ))  # fmt: skip
-    with pytest.raises(ValueError, match="views of the same users have 3 and 2 sequences"):
+    with pytest.raises(ValueError, match=r"views of the same users have \[3, 2\] sequences"):
         part_of().float()(model_of(), Rng(0, 0), three, two)
 
 

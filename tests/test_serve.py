@@ -258,12 +258,22 @@ def test_what_every_request_needs_is_read_once(dataset, monkeypatch):
     assert len(reads) == 3
 
 
-def test_one_adjustment_is_not_taken_for_another(dataset):
+def test_one_adjustment_is_not_taken_for_another(dataset, monkeypatch):
+    """And the events are counted once for all of them."""
     model = made("causal", dataset)
     recommender = fastrec.Recommender(model, dataset)
-    for tau in (1.0, 1.0, -3.0, 0.0, 1.0):
+    taus = (1.0, 1.0, -3.0, 0.0, 1.0)
+    expected = [
+        fastrec.recommend(model, dataset, 4, ["user 1"], logit_adjustment=tau) for tau in taus
+    ]
+    counted, count = [], type(dataset).item_counts
+    monkeypatch.setattr(
+        type(dataset), "item_counts", lambda *split: counted.append(split) or count(*split)
+    )
+    for tau, answer in zip(taus, expected, strict=True):
         found = recommender.recommend(4, ["user 1"], logit_adjustment=tau)
-        assert found.equals(fastrec.recommend(model, dataset, 4, ["user 1"], logit_adjustment=tau))
+        assert found.equals(answer)
+    assert len(counted) == 1
 
 
 def test_a_program_answers_for_those_whose_input_is_items_alone(dataset):

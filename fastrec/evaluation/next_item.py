@@ -46,20 +46,24 @@ def seen_items(dataset, users: Tensor, split: str) -> tuple[Tensor, Tensor]:
 MOST_ADJUSTED = 1e9  # from a score: float32 keeps no digit of what it was
 
 
-def adjustment(dataset, tau: float) -> Tensor:
-    """float32 [V], tau log(share of an item in the training events): what post-hoc logit adjustment
-    (Menon et al., 2021, eq. 9) takes from the scores.
+def log_shares(dataset) -> Tensor:
+    """float64 [V]: log of the share of an item in the training events. Items without a training
+    event count as one."""
+    counts = dataset.item_counts("train").double().clamp_min(1)
+    return (counts / counts.sum()).log()
+
+
+def adjustment(shares: Tensor, tau: float) -> Tensor:
+    """float32 [V], tau times `log_shares`: what post-hoc logit adjustment (Menon et al., 2021,
+    eq. 9) takes from the scores.
 
     A model trained by softmax scores items by log-probability. With tau = 1 they are ranked by how
     much likelier a user makes them than they are for everyone, the better ranking where candidates
-    are drawn by popularity. Items without a training event count as one.
+    are drawn by popularity.
     """
     if not math.isfinite(tau):
         raise ValueError(f"logit_adjustment must be finite, got {tau}")
-    if tau == 0:
-        return torch.zeros(dataset.num_items, dtype=torch.float32, device="cpu")
-    counts = dataset.item_counts("train").double().clamp_min(1)
-    taken = tau * (counts / counts.sum()).log()
+    taken = tau * shares
     if taken.abs().max() > MOST_ADJUSTED:
         raise ValueError(f"logit_adjustment is {tau}: scores would be lost in it")
     return taken.float()
@@ -139,13 +143,15 @@ class NextItemJudge:
         self.targets, self.owner = held_out_items(dataset, users, split)
         number = self.owner.bincount(minlength=len(users))
         self.offsets, self.several = offsets_of(number), bool((number > 1).any())
-        self.adjustment = adjustment(dataset, protocol.logit_adjustment)
+        self.adjustment = torch.zeros(dataset.num_items, dtype=torch.float32, device="cpu")
+        if tau := protocol.logit_adjustment:
+            self.adjustment = adjustment(log_shares(dataset), tau)
         self._listed: Tensor | None = None
         if protocol.negatives_file is not None:
             self._listed = listed_negatives(dataset, users, protocol.negatives_file)
         elif protocol.candidates == "sampled":
-            by = protocol.negatives_by or "popularity"
-            self._drawn = SampledNegatives(dataset, protocol.others, protocol.seed, by)
+            how = protocol.others, protocol.seed, protocol.drawn_by
+            self._drawn = SampledNegatives(dataset, *how)
             self._drawn.check(users)
         self._table: Tensor | None = None  # of the model that `score` is asked about
 
@@ -326,5 +332,4 @@ def negatives_of(dataset, users: Tensor, protocol: Protocol) -> Tensor:
     """int64 [U, C]: what the targets of `users` are compared with, of a sampled protocol."""
     if protocol.negatives_file is not None:
         return listed_negatives(dataset, users, protocol.negatives_file)
-    by = protocol.negatives_by or "popularity"
-    return sampled_negatives(dataset, users, protocol.others, protocol.seed, by)
+    return sampled_negatives(dataset, users, protocol.others, protocol.seed, protocol.drawn_by)

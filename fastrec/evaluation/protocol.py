@@ -71,6 +71,11 @@ class Protocol:
         return 99 if self.negatives is None else self.negatives
 
     @property
+    def drawn_by(self) -> Literal["popularity", "uniform"]:
+        """How negatives are drawn."""
+        return self.negatives_by or "popularity"
+
+    @property
     def other_friends(self) -> int:
         """Users beside a friend."""
         return 99 if self.friend_negatives is None else self.friend_negatives
@@ -79,8 +84,7 @@ class Protocol:
         """As a sentence."""
         text = "the target ranked among all items"
         if self.candidates == "sampled":
-            by = self.negatives_by or "popularity"
-            law = "uniformly" if by == "uniform" else "by popularity"
+            law = "uniformly" if self.drawn_by == "uniform" else "by popularity"
             text = f"the target ranked among {self.others} items sampled {law} (seed {self.seed})"
             if self.negatives_file is not None:
                 text = f"the target ranked among the items of {self.negatives_file}"

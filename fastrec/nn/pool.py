@@ -55,7 +55,11 @@ class Encoded:
 
 
 def real_in(*views: Encoded) -> Tensor | None:
-    """bool [B], the users that count in every view; None: all."""
+    """bool [B], the users that count in every view; None: all. Raises ValueError for views that are
+    not of the same users."""
+    sizes = [len(view.batch) for view in views]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"views of the same users have {sizes} sequences")
     known = [view.batch.real for view in views if view.batch.real is not None]
     return torch.stack(known).all(0) if known else None
 

@@ -74,8 +74,6 @@ class SegmentPrediction(nn.Module):
     def forward(self, model, rng: Rng, context: Encoded, run: Encoded) -> dict[str, tuple]:
         """{"segments": (loss, number of users)}; 0 for a user alone."""
         a, c = self.linear(self.pool(model, context)), self.pool(model, run)
-        if len(a) != len(c):
-            raise ValueError(f"views of the same users have {len(a)} and {len(c)} sequences")
         return {"segments": self.loss(a, c, context.batch.sample_ids, real_in(context, run))}
 
     def loss(

@@ -11,6 +11,7 @@ import torch
 from fastrec.data.loader import SequenceLoader
 from fastrec.evaluation.blocks import Block, gathered, own_blocks
 from fastrec.evaluation.judges import Judge
+from fastrec.nn.sharded import shard_tables, sharded_parameters
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective, of_all_ranks, total_loss
 from fastrec.random import Rng
@@ -58,8 +59,6 @@ class StageModule(lightning.LightningModule):
         if not several or (how.update == "dense" and not how.shard):
             return
         if how.shard and self.model.sharded_table is None:
-            from fastrec.nn.sharded import shard_tables
-
             world = torch.distributed.group.WORLD
             assert world is not None  # Lightning has made it
             shard_tables(self.model, world)
@@ -76,8 +75,6 @@ class StageModule(lightning.LightningModule):
         """The parameters of which this process has a block."""
         if self.model.sharded_table is None:
             return []
-        from fastrec.nn.sharded import sharded_parameters
-
         return [block for block, _ in sharded_parameters(self.model).values()]
 
     def on_after_backward(self):

@@ -150,7 +150,7 @@ class Stage:
         devices: processes, one per GPU (or CPU); they share each batch (DDP). "auto" = all GPUs, or
             one CPU process.
         num_nodes: machines, each with as many processes; all see one `output`.
-        backend: of the losses (items, friends, contrast); None = native.
+        backend: of the ops of the losses; None: the device's own. The encoder's is always that.
         cuda_graph: replay forward and backward from CUDA graphs, batches padded to a budget. One
             process on one GPU.
     """
