@@ -21,5 +21,6 @@ def _undo():
 
 
 def pytest_collectreport(report):
-    if report.skipped and LIBRARY and Path(report.nodeid).name == f"test_{LIBRARY}.py":
+    file = Path(report.nodeid).name
+    if report.skipped and LIBRARY and file.startswith(f"test_{LIBRARY}"):
         pytest.exit(f"{report.nodeid} of FASTREC_LIBRARY: {report.longrepr[2]}", returncode=1)
