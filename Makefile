@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 TRITON_TESTS := tests/test_ops.py tests/test_jagged_attention.py tests/test_triton_rows.py \
   tests/test_default_dtype.py tests/test_linear_cross_entropy_group.py tests/test_in_batch_cross_entropy_group.py \
-  tests/test_sampled_linear_cross_entropy.py tests/test_in_batch_hardest.py
+  tests/test_sampled_linear_cross_entropy.py tests/test_in_batch_hardest.py tests/test_multilabel_bce.py \
+  tests/test_jagged_max_pool.py tests/test_linear_cross_entropy_plan.py tests/test_float32_products.py
 VECTOR_TESTS := tests/test_ops.py tests/test_jagged_attention.py \
   -k "cpp and ((within_budget and float32) or masks_are or generator_has)"
 INTEGRATIONS := transformers recbole rectools replay
@@ -36,7 +37,7 @@ demo: .venv/installed  ## generate data, pre-train, fine-tune, evaluate, plot (a
 
 test: .venv/installed  ## the suite; the Triton kernels in the interpreter; cpp with narrower vectors
 	$(BIN)/python -m pytest $(WORKERS) -m "not exhaustive"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton -m "not exhaustive"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -m "triton and not exhaustive"
 	FASTREC_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
 	FASTREC_CPU_CAPABILITY=default $(BIN)/python -m pytest $(WORKERS) $(VECTOR_TESTS)
 	FASTREC_CPU_CAPABILITY=avx512_bf16 $(BIN)/python -m pytest $(WORKERS) tests/test_ops.py \
@@ -44,7 +45,7 @@ test: .venv/installed  ## the suite; the Triton kernels in the interpreter; cpp 
 
 test-all: test  ## the same and what is slow and says little, before a release
 	$(BIN)/python -m pytest $(WORKERS) -m exhaustive
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -k triton -m exhaustive
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) $(TRITON_TESTS) -m "triton and exhaustive"
 
 smoke: .venv/installed  ## the suite without the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not exhaustive"

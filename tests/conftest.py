@@ -33,7 +33,7 @@ os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"fastrec-inductor-{_STATE}")
 )
 
-pytest_plugins = ["cli_runs"]
+pytest_plugins = ["cli_runs", "backends"]
 
 if interpreting():
     hasten()

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from backends import interpreted, needs
 from op_db.case import Op, Sample, excess
 
 from fastrec.backend import interpreting, unavailable_reason
@@ -119,6 +120,19 @@ def backends_here(op: str) -> list[str]:
     """In the interpreter triton alone: the others run without it."""
     names = ("triton",) if interpreting() else ("reference", "cpp")
     return [b for b in names if unavailable_reason(b, op, torch.device("cpu")) is None]
+
+
+def cases_here(op: str, names_of: Callable) -> list:
+    """pytest parameters (backend, sample name). Of triton, where it is not, one that is skipped."""
+    found = [
+        pytest.param(backend, name, marks=interpreted(backend))
+        for backend in backends_here(op)
+        for name in names_of(backend)
+    ]
+    if not interpreting():
+        marks = [needs("triton", op), *interpreted("triton")]
+        found.append(pytest.param("triton", None, id="triton", marks=marks))
+    return found
 
 
 def worlds_and_types(worlds, types) -> list:

@@ -7,7 +7,7 @@ import numpy as np
 import polars
 import pytest
 import torch
-from builders import model_of
+from builders import lists_of, model_of
 from torch.nn import functional as F
 
 import fastrec
@@ -67,14 +67,14 @@ def oracle(side: SideData, key: int, follow: float):
     mine = baskets_of(side, user)
     others = [each for each in side.trained_users.tolist() if each != user]
     drawn = (one(key, 0, "basket_user") << 16 | one(key, 1, "basket_user")) * len(others) >> 32
-    theirs = baskets_of(side, others[drawn])
+    theirs = baskets_of(side, others[drawn]) if others else []
     if not mine:
         return [], [], [], -1
     if len(mine) == 1:
         return mine[0], [0] * len(mine[0]), [0] * len(mine[0]), -1
     pick = one(key, 0, "basket") * (len(mine) - 1) >> 16
     room = side.shard.max_len
-    follows = one(key, 2, "basket") < round(follow * 65536)
+    follows = not others or one(key, 2, "basket") < round(follow * 65536)
     second = mine[pick + 1] if follows else theirs[one(key, 1, "basket") * len(theirs) >> 16]
     first = mine[pick]
     while len(first) + 1 + len(second) > room:
@@ -113,6 +113,34 @@ def test_baskets_against_one_user_at_a_time(dataset, follow, view, room):
     assert alone.values.tolist() == pieces["values"][7]
     empty = Baskets()(side.gather([], room), RNG, side)
     assert len(empty) == 0 and len(empty.values) == 0
+
+
+def test_what_parts_the_baskets_has_nothing_of_an_event(dataset):
+    """Rating and gap of the item that really comes next stood there."""
+    side = side_of(dataset)
+    batch = side.gather(torch.arange(40), 20)
+    rating = torch.arange(len(batch.values)).float()
+    columns = {"rating": rating, "rating_target": rating, "target": batch.values}
+    made = Baskets()(replace(batch, events={**batch.events, **columns}), RNG, side)
+    parting = made.values == dataset.num_items + 2
+    assert parting.sum() == (made.users["follows"] >= 0).sum() > 30
+    for name in ("rating", "rating_target", "time_gap"):
+        assert made.events[name][parting].isnan().all(), name
+        assert not made.events[name][~parting].isnan().all(), name
+    assert (made.events["target"][parting] == -100).all()
+    assert (made.events["segment"][parting] == 0).all()
+    assert (made.events["position"][parting] == 1).all()
+
+
+def test_where_there_is_nobody_else_the_next_basket_follows(dataset):
+    side = side_of(dataset)
+    side.trained_users = torch.tensor([3])
+    batch = side.gather([3, 7], 20).as_view(1)
+    made = Baskets(0.0)(batch, RNG, side)
+    assert made.users["follows"].tolist() == [1, 0], "7 gets a basket of 3"
+    expected = [oracle(side, key, 0.0) for key in batch.keys.tolist()]
+    assert lists_of(made) == [values for values, *_ in expected]
+    assert [follows for *_, follows in expected] == [1, 0]
 
 
 def test_two_baskets_and_what_parts_them_need_three_places(dataset):

@@ -112,6 +112,20 @@ def test_rows_are_split_at_random(rows):
     assert not torch.equal(other["test"], parts["test"])
 
 
+@pytest.mark.parametrize("by", ["row", "user"])
+@pytest.mark.parametrize("rest", [0.4, 0.6])
+def test_shares_are_rounded_to_the_nearest(rows, by, rest):
+    count = len(rows.owners if by == "row" else rows.owners.unique())
+    nearest = round(rest)
+    left = count - 20 - 30 - 2 * nearest
+    shares = {"valid": (20 + rest) / count, "test": (30 + rest) / count}
+    parts = rows.split(ColdItems(by=by, fraction=(40 + rest) / left, **shares))
+    sizes = {
+        n: len(part if by == "row" else rows.owners[part].unique()) for n, part in parts.items()
+    }
+    assert sizes == {"train": 40 + nearest, "valid": 20 + nearest, "test": 30 + nearest}
+
+
 def test_users_are_split_with_all_their_rows(rows):
     parts = rows.split(ColdItems(by="user", valid=0.1, test=0.2))
     owners = [set(rows.owners[part].tolist()) for part in parts.values()]

@@ -14,6 +14,7 @@ from fastrec.data.cold_items import ColdItems, ColdRows
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.loader import SequenceLoader
 from fastrec.data.side import SideData
+from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.insert import Insert
@@ -26,8 +27,11 @@ from fastrec.objectives.align import Align
 from fastrec.objectives.cold_start import ColdStart
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item
+from fastrec.objectives.item_attributes import ItemAttributes
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
+from fastrec.objectives.rating import Rating
+from fastrec.objectives.segments import Segments
 from fastrec.objectives.user_attributes import UserAttributes
 from fastrec.random import Rng
 from fastrec.training.config import Recipe
@@ -141,13 +145,21 @@ def test_stages_that_cannot_be_are_refused():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             make()
-    for step in (Friend(), Substitute(), Insert(), SameTarget(), OneOf([Crop(), Insert()])):
+    for step in (
+        Friend(),
+        Substitute(),
+        Insert(),
+        SameTarget(),
+        OneOf([Crop(), Insert()]),
+        Baskets(),
+    ):
         with pytest.raises(ValueError, match=r"the step \w+ has no place in a stage with judge"):
             cold_stage(views={"main": [step]})
-    contrast = Contrast(["main", "b"], false_negatives=["profile"])
-    two = Objectives(cold_start=ColdStart(), contrast=contrast)
-    with pytest.raises(ValueError, match="profile has no place in a stage with judge: cold_start"):
-        cold_stage(objectives=two, views={"main": [], "b": []})
+    for other in (Contrast(["main", "b"]), Segments(["main", "b"]), Rating(), ItemAttributes()):
+        # Rows of one person were negatives of each other.
+        two = {"c": ColdStart(), "other": other, "align": Align(["main", "b"])}
+        with pytest.raises(ValueError, match="the objective other cannot be trained beside c"):
+            cold_stage(objectives=two, views={"main": [], "b": []})
     two = Objectives(cold_start=ColdStart(), align=Align(["main", "b"]))
     assert cold_stage(objectives=two, views={"main": [], "b": []}).monitored == "MRR@10"
     with pytest.raises(ValueError, match="cold_start needs a stage with judge: cold_start"):

@@ -30,11 +30,11 @@ def encode(attribute: Attribute, values, users):
 
 
 def test_numbers_are_standardised_by_the_training_users():
-    encoded = encode(Attribute("age", range=(0, 100)), [10.0, 30.0, None, 90.0], [0, 1, 2])
+    encoded = encode(Attribute("age", range=(20, 70)), [10.0, 30.0, None, 90.0], [0, 1, 2])
     assert (encoded.mean, encoded.std) == (20.0, 10.0)
     assert encoded.values[[0, 1, 3]].tolist() == [-1, 1, 7] and encoded.values[2].isnan()
     assert encoded.known([0, 2]).tolist() == [True, False]
-    assert encoded.outputs == 1 and encoded.unit == 10 / 100
+    assert encoded.outputs == 1 and encoded.unit == 10 / 50
 
 
 @pytest.mark.parametrize("missing", [0, 3])
@@ -67,6 +67,9 @@ def test_the_most_frequent_values_and_the_others():
     encoded = encode(Attribute("tag", top=2), values, range(6))
     assert encoded.labels == (2, 5, "other")
     assert encoded.values.tolist() == [1, 1, 1, 0, 0, 2, 2, -1]
+    ties = encode(Attribute("tag", top=2), [9, 9, 5, 5, 2, 2, 1, 7, 7], range(9))
+    assert ties.labels == (2, 5, "other"), "of equally frequent ones the smallest"
+    assert ties.values.tolist() == [2, 2, 1, 1, 0, 0, 2, 2, 2]
 
 
 def test_without_a_list_every_column_is_taken_by_its_type():
@@ -127,3 +130,29 @@ def test_no_attributes_at_all():
     table.frame = table.frame.drop("a")
     with pytest.raises(DataError, match="prepare the data set with --user_attributes"):
         encode_attributes(table, [], [0])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(bins=[4, 5], log=True), "log has no effect beside bins"),
+        (dict(top=3, log=True), "log has no effect beside top"),
+        (dict(bins=[4, 5], range=(0, 9)), "range has no effect beside bins"),
+        (dict(kind="discrete", range=(0, 9)), "range has no effect beside kind: discrete"),
+        (dict(bins=[4, 5], top=3), "top has no effect beside bins"),
+        (dict(log=True, range=(-1, 9)), "with log its range must begin above -1"),
+    ],
+)
+def test_what_has_no_effect_is_refused(settings, message):
+    with pytest.raises(ValueError, match=f"attribute 'a': {message}"):
+        Attribute("a", **settings)
+
+
+def test_a_range_of_classes_is_refused():
+    with pytest.raises(DataError, match="column 'a': holds classes, for which range has no effect"):
+        encode(Attribute("a", range=(0, 9)), [1, 2, 1], [0, 1, 2])
+
+
+def test_errors_of_a_logarithm_are_of_its_range():
+    encoded = encode(Attribute("plays", log=True, range=(0, 99)), [0, 9, 99], [0, 1, 2])
+    assert encoded.unit * np.ptp(encoded.values.numpy()) == pytest.approx(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from backends import needs
 
-from fastrec.data.negatives import UNIT, NegativeSampler
+from fastrec.data.negatives import MOST_DRAWN, UNIT, NegativeSampler
 from fastrec.random import Rng, draws
 
 
@@ -127,6 +127,8 @@ def test_boundaries():
         assert sampler.shared(7, Rng(0, 0)).tolist() == [0] * 7 and sampler.log_q.tolist() == [0.0]
     nobody = torch.empty(0, dtype=torch.int64)
     assert NegativeSampler.uniform(5).own(1, Rng(0, 0), nobody, nobody).shape == (0, 1)
+    most = NegativeSampler.uniform(5).shared(MOST_DRAWN, Rng(0, 0))
+    assert most.shape == (MOST_DRAWN,) and most.min() >= 0 and most.max() < 5
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,10 @@ def test_boundaries():
         (lambda: NegativeSampler.popularity(torch.ones(2, 2)), r"counts must be \[V\]"),
         (lambda: NegativeSampler.popularity(torch.ones(2), math.inf), "alpha must be finite"),
         (lambda: NegativeSampler.uniform(3).shared(0, Rng(0, 0)), "number of negatives must be in"),
+        (
+            lambda: NegativeSampler.uniform(3).shared(MOST_DRAWN + 1, Rng(0, 0)),
+            r"number of negatives must be in \[1, 131072\], got 131073",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(make, message):

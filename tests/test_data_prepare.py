@@ -2,6 +2,7 @@
 """prepare: filters, ids, order, the files on disk; and the real data sets where present."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastrec
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.errors import DataError
 from fastrec.data.graph import SocialGraph
@@ -166,6 +168,15 @@ def test_max_users_and_short_users(tmp_path):
     assert SequenceDataset.load(tmp_path / "d").num_short_users == 2
 
 
+def test_max_users_are_users_with_an_event_that_is_rated_well(tmp_path):
+    events = [(user, item, item, 4.0) for user in (2, 3, 4) for item in range(user - 1)]
+    events += [(1, 5, 1, 1.0), (2, 5, 9, 2.0)]
+    report = prepare(raw(events), tmp_path / "d", max_users=2, min_rating=3)
+    dataset = SequenceDataset.load(tmp_path / "d")
+    assert dataset.user_ids().tolist() == [2, 3] and sequences(dataset) == [[0], [0, 1]]
+    assert report.removed == {"interactions rated below 3": 2, "interactions beyond 2 users": 3}
+
+
 def test_attributes_and_relations(tmp_path):
     events = [(1, 10, 1), (2, 10, 1), (5, 11, 1)]
     (tmp_path / "users.csv").write_text("user,age\n5,50\n1,10\n8,80\n")
@@ -240,6 +251,17 @@ def test_output_is_not_overwritten_by_accident(tmp_path):
     with pytest.raises(FileExistsError, match="not a fastrec dataset"):
         prepare(raw(events), foreign, overwrite=True)
     assert (foreign / "cat.jpg").exists()
+    for other in (output / "notes.txt", output / "run" / "last.ckpt"):
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("mine")
+        name = other.relative_to(output).parts[0]
+        with pytest.raises(FileExistsError, match=f"will not be replaced: '{name}' would be lost"):
+            prepare(raw(events), output, overwrite=True)
+        assert other.read_text() == "mine" and SequenceDataset.load(output).num_events == 2
+        if name == "run":
+            shutil.rmtree(output / "run")
+        else:
+            other.unlink()
     with pytest.raises(FileExistsError, match="is a file"):
         prepare(raw(events), foreign / "cat.jpg")
     empty = tmp_path / "empty"
@@ -356,3 +378,13 @@ def test_friends_of_lastfm(tmp_path):
     graph = SocialGraph.from_dataset(dataset)
     assert len(graph.values) == 9_020 and int((np.diff(graph.offsets) > 0).sum()) == 1_026
     assert round(dataset.item_attributes()["attributes"].list.len().mean(), 1) == 12.5
+
+
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32])
+def test_a_rating_at_the_threshold_is_kept(tmp_path, kind):
+    """4.1 in float32, as ratings are, is below 4.1 in float64, as a quantile of them is."""
+    frame = pl.DataFrame(
+        {"user": [1, 1, 1], "item": ["a", "b", "c"], "time": [1, 2, 3], "rating": [4.1, 3.0, 5.0]}
+    )
+    fastrec.prepare(frame, tmp_path / "d", min_rating=kind(4.1))
+    assert sorted(SequenceDataset.load(tmp_path / "d").item_ids().tolist()) == ["a", "c"]

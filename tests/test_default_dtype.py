@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from backends import interpreted
 from op_check import get, need, on, samples
 from op_db import OPS
 from op_db.case import TYPES, gradients, outputs_of
@@ -12,7 +13,14 @@ from fastrec.backend import BACKENDS
 
 FLOAT32, _, _, FLOAT16, _ = TYPES
 CASES = [
-    pytest.param(op, backend, types, sample.name, id=f"{op.name}-{backend}-{types}-{sample.name}")
+    pytest.param(
+        op,
+        backend,
+        types,
+        sample.name,
+        id=f"{op.name}-{backend}-{types}-{sample.name}",
+        marks=interpreted(backend),
+    )
     for op in OPS
     for backend in BACKENDS
     for types in (FLOAT32, FLOAT16)

@@ -70,6 +70,24 @@ def test_candidates_are_a_friend_and_strangers():
     assert not torch.equal(other.candidates, judge.candidates)
 
 
+@pytest.mark.parametrize("users", [range(25), range(3, 30, 2), [0, 1, 7, 8, 9, 20, 21, 22, 29]])
+def test_the_strangers_of_a_link_are_drawn_by_the_ids_of_its_users(users):
+    society = ring(30)
+    society.pairs = np.concatenate([society.pairs, [[3, 9], [9, 21], [0, 7]]])
+    links = {tuple(pair) for pair in society.pairs.tolist()}
+    places, expected = list(users), []
+    for query, u in enumerate(places):
+        friends = [v for v in places if (u, v) in links or (v, u) in links]
+        strangers = [p for p, v in enumerate(places) if v not in (u, *friends)]
+        for friend in friends:
+            generator = np.random.Generator(np.random.Philox(key=(7, u * 30 + friend)))
+            drawn = generator.choice(len(strangers), 4, replace=False)
+            expected.append((query, [places.index(friend), *(strangers[i] for i in drawn)]))
+    judge = FriendsJudge(society, torch.tensor(places), "all", negatives=4, seed=7)
+    found = zip(judge.queries.tolist(), judge.candidates.tolist(), strict=True)
+    assert list(found) == expected
+
+
 def test_shared_items_and_trained_weights_find_the_friend():
     judge = FriendsJudge(ring(30), torch.arange(30), "all", negatives=27)
     # Two items are shared with a friend, one with a friend of a friend, none with the others.

@@ -109,6 +109,7 @@ def test_the_other_ops_follow(ieee):
     assert "bf16x3" not in products(64, torch.bfloat16).values()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(
     "op, name",
     [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPS for name in op.representative],

@@ -61,3 +61,19 @@ def test_the_exclusions_and_the_sizes_of_the_ranks_matter():
     counts = sampler(True).pairs_at(np.arange(USERS), Rng(0, 0), 0, 3)[1].candidates_per_rank
     assert len(set(counts)) > 1 and min(counts) > 0
     assert len({losses(None, *case)[0].item() for case in CASES}) == len(CASES)
+
+
+def shares(group):
+    """Losses of 1 behind `of_all_ranks`, where one rank or none has things to count."""
+    mine = int(dist.get_rank(group) == 0)
+    one = torch.tensor(1.0)
+    terms = [
+        Term("nobody", 1.0, one, 0),
+        Term("first", 1.0, one, torch.tensor(mine)),
+        Term("seen", 1.0, one, None),
+    ]
+    return [term.loss.item() for term in of_all_ranks(terms, dist.get_world_size(group))]
+
+
+def test_a_rank_without_things_to_count_has_no_share(ranks):
+    assert ranks(2, shares) == [[0, 2, 1], [0, 0, 1]]

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from groups import backends_here, message_of, within_budget, worlds_and_types
+from groups import backends_here, cases_here, message_of, within_budget, worlds_and_types
 from op_db.case import TYPES, promote, run, upstream_of
 from op_db.in_batch_cross_entropy import OP
 from torch.distributed.device_mesh import init_device_mesh
@@ -113,7 +113,7 @@ def expected(backend, types, name):
     return exact, run(OP.reference, sample, OP.differentiable)
 
 
-@pytest.mark.parametrize("backend, name", [(b, n) for b in BACKENDS for n in names_of(b)])
+@pytest.mark.parametrize("backend, name", cases_here(OP.name, names_of))
 def test_the_ranks_together_are_one_process(results, backend, name):
     world, types, found = results
     if name not in samples(types, backend):

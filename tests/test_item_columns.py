@@ -157,8 +157,12 @@ def test_levels_of_ratings():
     assert rating.level(given).tolist() == [0, 0, 1, 4, 8, 8, 9, 0, 8]
     assert Rating(0, 1, 0.1).level(torch.arange(11).float() / 10).tolist() == list(range(11))
     rating.check(given)
-    with pytest.raises(ValueError, match="an event has the rating 0, model.items.rating has"):
-        rating.check(np.array([3, 0, 7]))
+    ends = torch.tensor([0.75, 5.25])  # half a step from the lowest and the highest
+    rating.check(ends)
+    assert rating.level(ends).tolist() == [0, 8] == rating.level(torch.tensor([0.7, 9])).tolist()
+    for wrong in (0, 0.74, 5.26, 7):
+        with pytest.raises(ValueError, match=f"an event has the rating {wrong}, model.items.rati"):
+            rating.check(np.array([3, wrong]))
 
 
 def test_levels_of_gaps_are_whole_logarithms_of_base_two():

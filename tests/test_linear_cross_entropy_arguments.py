@@ -136,3 +136,27 @@ def test_label_smoothing_under_autocast_sums_the_table_in_float32(backend, low):
             loss.backward()
         grads[autocast] = torch.cat([loss.detach()[None], leaf.grad.flatten()])
     torch.testing.assert_close(grads[True], grads[False], rtol=2**-7, atol=2e-3)
+
+
+def test_smoothed_classes_are_summed_alike_by_any_number_of_threads():
+    """torch splits a sum of more than 32,768 numbers among its threads."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    items = 100_003
+    table = torch.randn(items, 4, generator=generator)
+    users = torch.randn(9, 4, generator=generator)
+    weights = torch.rand(6, items, generator=generator)
+    found: list = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append([
+                linear_cross_entropy(
+                    users, table, torch.arange(9), weight=weight, label_smoothing=0.3,
+                    reduction="none",
+                )
+                for weight in weights
+            ])  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for one, *others in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for other in others)

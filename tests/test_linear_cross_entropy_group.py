@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from groups import Ranks, backends_here, message_of, within_budget, worlds_and_types
+from groups import Ranks, backends_here, cases_here, message_of, within_budget, worlds_and_types
 from memory import needs_proc, peak_of
 from op_db.case import TYPES, Sample, promote, run
 from op_db.linear_cross_entropy import OP
@@ -95,9 +95,7 @@ def expected(backend, types, name):
     return exact, run(linear_cross_entropy_ref, sample, OP.differentiable)
 
 
-@pytest.mark.parametrize(
-    "backend, name", [(backend, name) for backend in BACKENDS for name in names_of(backend)]
-)
+@pytest.mark.parametrize("backend, name", cases_here(OP.name, names_of))
 def test_within_the_budget_of_one_process(results, backend, name):
     world, types, found = results
     sample, one = samples(types, backend)[name], expected(backend, types, name)

@@ -16,6 +16,7 @@ planned = pytest.importorskip("fastrec.kernels.common.linear_cross_entropy_plan"
 kernels = pytest.importorskip("fastrec.kernels.linear_cross_entropy")
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(
     "rows, items, block_v, width", [(1, 3, 128, 5), (100, 1000, 64, 64), (77, 5, 16, 70)]
 )
@@ -88,6 +89,7 @@ def test_few_launches(copied, launches, monkeypatch):
     assert grad_weight.dtype == torch.float32
 
 
+@pytest.mark.triton
 def test_a_copied_table_gives_the_same_products(monkeypatch):
     need(linear_cross_entropy.OP, "triton", "cpu")
     x = torch.randn(9, 24).bfloat16()

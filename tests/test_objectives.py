@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -400,3 +401,10 @@ def test_views_that_are_the_same_are_refused(part, tmp_path):
     with pytest.raises(ValueError, match="part has no effect: without dropout and steps its views"):
         fit(six_users(), model, steps=2, output=tmp_path / "run", **stage)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_attribute_with_the_name_of_a_column_of_batches_is_refused():
+    """It was trained on that column."""
+    side = SimpleNamespace(attributes=[replace(CITY, name="follows")], user_columns={})
+    with pytest.raises(ValueError, match="attribute 'follows' has the name of a column of batches"):
+        UserAttributes().build(model_of(), side)

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from backends import interpreted
 from op_check import (
     assert_within_budget,
     check,
@@ -35,8 +36,10 @@ pytestmark = pytest.mark.op_case
 def _marks(op, backend, device, types, name, only):
     """The interpreter takes seconds for a call: other types than float32 are seen with some samples
     of `test_within_budget`, and everywhere in `make test-all`."""
+    if not small(backend, device):
+        return []
     known = types is FLOAT32 or (only is None and name in op.representative)
-    return [] if known or (backend, device) != ("triton", "cpu") else [pytest.mark.exhaustive]
+    return interpreted(backend) if known else [*interpreted(backend), pytest.mark.exhaustive]
 
 
 def cases(types=TYPES, backends=BACKENDS, only=None):
@@ -82,7 +85,9 @@ def test_within_budget(op, backend, device, types, name, poisoned_memory):
 @pytest.mark.parametrize(
     "op, backend, types, message",
     [
-        pytest.param(op, backend, t, message, id=f"{op.name}-{backend}-{name}")
+        pytest.param(
+            op, backend, t, message, id=f"{op.name}-{backend}-{name}", marks=interpreted(backend)
+        )
         for op in OPS
         for (backend, name), message in op.refuses.items()
         for t in TYPES
@@ -333,7 +338,9 @@ def subsets(names):
 @pytest.mark.parametrize(
     "op, backend, device, types, name, wanted",
     [
-        pytest.param(*case.values, wanted, id=f"{case.id}-{'+'.join(wanted) or 'none'}")
+        pytest.param(
+            *case.values, wanted, id=f"{case.id}-{'+'.join(wanted) or 'none'}", marks=case.marks
+        )
         for case in cases(types=(FLOAT32,), only=lambda op: op.complete)
         for wanted in subsets(case.values[0].differentiable)
     ],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of user vectors: principal components against a singular value decomposition, and
-`embed --plot` from the command line."""
+"""Pictures: principal components of user vectors against a singular value decomposition, `embed
+--plot` from the command line; losses, and NDCG by length, as points one by one."""
+
+import math
 
 import numpy as np
 import polars as pl
@@ -10,7 +12,7 @@ from builders import recipe, run, synthetic
 from fastrec.cli import main
 from fastrec.data.output import new_file
 from fastrec.evaluation import report
-from fastrec.evaluation.report import plot_plane
+from fastrec.evaluation.report import plot_by_length, plot_losses, plot_plane
 from fastrec.vectors import principal_components
 
 
@@ -98,3 +100,56 @@ def test_embed_draws_users(tmp_path, capsys):
         )
     main([*again, f"--plot={tmp_path / 'b.png'}", "--color_by=mean_rating"])
     assert is_png(tmp_path / "b.png")
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The points of each line by its label."""
+    found, finish = {}, report._finish
+
+    def read(figure, axes, path):
+        for line in axes.lines:
+            x, y = line.get_data()
+            found[line.get_label()] = list(zip(x, y.tolist(), strict=True))
+        finish(figure, axes, path)
+
+    monkeypatch.setattr(report, "_finish", read)
+    return found
+
+
+def test_losses_are_drawn_by_step_and_a_resumed_run_says_the_last(tmp_path, lines):
+    def log(run, version, *rows):
+        file = tmp_path / run / "metrics" / f"version_{version}" / "metrics.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text("epoch,step,train_loss\n" + "\n".join(rows))
+
+    log("one", 0, "0,9,5.5", "0,19,4.25", "1,29,4.0", "1,39,")  # the last line was cut
+    log("one", 1, "1,29,3.5", "1,39,3.25")
+    log("other", 0, "0,4,2.5")
+    runs = {"first": tmp_path / "one", "second": tmp_path / "other", "none": tmp_path / "nowhere"}
+    plot_losses(runs, tmp_path / "loss.png")
+    assert lines == {
+        "first": [(9, 5.5), (19, 4.25), (29, 3.5), (39, 3.25)], "second": [(4, 2.5)], "none": [],
+    }  # fmt: skip
+    assert is_png(tmp_path / "loss.png")
+
+
+def test_ndcg_is_drawn_by_groups_of_users_of_equal_size(tmp_path, lines):
+    """Edges of sixths of the users: 1, 3, 5, 6, 8, 10, 12."""
+    lengths = np.array([12, *range(1, 12)])
+    best, second, tenth = 1.0, 1 / math.log2(3), 1 / math.log2(11)
+    ranks = np.array([1, 1, 2, 10, 11, 1, 2, 2, 1.5, 400, 10, 10])  # of 12, 1, 2, 3, ...
+    plot_by_length(lengths, {"a": ranks, "b": np.full(12, 11)}, tmp_path / "length.png")
+    labels = ["1-2", "3-4", "5-5", "6-7", "8-9", "10-12"]
+    gains = [
+        (best + second) / 2, (tenth + 0) / 2, best, second, (1 / math.log2(2.5) + 0) / 2,
+        (2 * tenth + best) / 3,
+    ]  # fmt: skip
+    assert [x for x, _ in lines["a"]] == labels and lines["b"] == [(x, 0.0) for x in labels]
+    assert [y for _, y in lines["a"]] == pytest.approx(gains)
+    assert is_png(tmp_path / "length.png")
+
+
+def test_users_of_one_length_are_one_group(tmp_path, lines):
+    plot_by_length(np.full(4, 7), {"a": np.array([1, 1, 20, 30])}, tmp_path / "length.png")
+    assert lines == {"a": [("7-7", 0.5)]}

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from files import write
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastrec.cli import main
@@ -95,6 +95,8 @@ def test_ratio(tmp_path):
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
     hundredths=st.tuples(st.integers(1, 98), st.integers(1, 98)).filter(lambda p: sum(p) < 100),
 )
+@example(lengths=[100], hundredths=(29, 29))  # 0.29 * 100 is 28.999999999999996
+@example(lengths=[100], hundredths=(57, 29))
 def test_ratio_is_rounded_down_exactly(lengths, hundredths):
     user = np.repeat(np.arange(len(lengths)), lengths)
     split = split_of("ratio", *(part / 100 for part in hundredths))

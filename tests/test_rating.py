@@ -12,9 +12,12 @@ from builders import lists_of, tensors_of
 from rated import V, batch_of, rated, rating_model
 
 from fastrec.data.side import SideData
-from fastrec.data.steps.mask import Mask
+from fastrec.data.steps.cut import Cut
+from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.mask_rating import TARGET, MaskRating
+from fastrec.data.steps.segment import Segment
 from fastrec.data.steps.share import Schedule
+from fastrec.data.steps.substitute import Substitute
 from fastrec.evaluation.rating import RatingJudge
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.rating import Rating
@@ -75,6 +78,33 @@ def test_beside_masked_items_ratings_of_both_are_hidden():
     assert masked.events["rating"][gone].isnan().all()
     assert masked.events[TARGET][gone].isnan().all(), "an item that is hidden has no rating to find"
     assert (~masked.events[TARGET].isnan()).any()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [Mask(0.5), MaskLast(), Mask(0.9, replace=0.0, random=1.0), Cut(2), Segment(), Substitute()],
+)
+def test_nobody_is_asked_for_the_rating_of_an_item_that_is_gone(step):
+    """In either order: behind a mask its events have no rating to predict."""
+    dataset = rated(missing=0.1)
+    side, batch, rng = SideData(dataset), batch_of(dataset), Rng(3, 7)
+    side.similar_items = torch.arange(V).roll(1)
+    for steps in ([MaskRating(1.0), step], [step, MaskRating(1.0)]):
+        made = batch
+        for each in steps:
+            made = each(made, rng, side)
+        asked = ~made.events[TARGET].isnan()
+        there = {
+            (int(key), int(item), float(rating))
+            for key, item, rating in zip(
+                batch.keys[batch.segment_ids()], batch.values, batch.events["rating"], strict=True
+            )
+        }
+        for place in asked.nonzero().squeeze(1).tolist():
+            key = int(made.keys[made.segment_ids()[place]])
+            found = key, int(made.values[place]), float(made.events[TARGET][place])
+            assert found in there, "the target is the rating of another item"
+        assert 0 < asked.sum() < len(batch.values)
 
 
 def test_special_tokens_have_no_target():

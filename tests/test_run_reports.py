@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import polars
 import pytest
@@ -18,10 +19,12 @@ from lightning.pytorch.loggers import CSVLogger
 import fastrec
 from fastrec.backend import device_of
 from fastrec.cli import main
+from fastrec.data.batch import from_sequences
 from fastrec.data.output import write_json
 from fastrec.evaluation.report import plot_sweep
 from fastrec.training.config import Recipe
 from fastrec.training.fit import fit
+from fastrec.training.logs import Speed
 from fastrec.training.module import StageModule
 
 SHORT = dict(
@@ -100,6 +103,40 @@ def test_csv_files_have_numbers_alone(run):
     assert frame["learning_rate"].to_list() == pytest.approx(
         [0.002 * (1 - (step - 2) / 38) for step in (10, 20, 30, 40)]
     )
+
+
+def test_the_loss_beside_a_validation_is_that_of_its_step(folder, monkeypatch, capfd):
+    """Also of a step that is not logged, every tenth is."""
+    step, losses = StageModule.training_step, []
+
+    def kept(self, *arguments):
+        losses.append(step(self, *arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(StageModule, "training_step", kept)
+    dataset = fastrec.SequenceDataset.load(folder / "data")
+    fit(dataset, recipe=Recipe.load("sasrec", **SHORT | dict(steps=13, validate_every=13)))
+    assert f"step 13 of 13: loss {losses[12].item():.4f}, " in capfd.readouterr().out
+
+
+def test_speed_is_of_all_views_and_processes_without_validations(monkeypatch):
+    clock = SimpleNamespace(now=7.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr("fastrec.training.logs.time", clock)
+    views = {"a": from_sequences([[1, 2, 3], [4]]), "b": from_sequences([[5, 6], [7]])}
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    trainer = SimpleNamespace(log_every_n_steps=2, world_size=3, optimizers=[optimizer])
+    found = []
+    module = SimpleNamespace(log_dict=lambda values, batch_size: found.append((values, batch_size)))
+    speed = Speed()
+    speed.on_train_start(trainer, module)
+    for trainer.global_step in range(1, 7):
+        clock.now += trainer.global_step
+        speed.on_train_batch_end(trainer, module, None, views, trainer.global_step)
+        if trainer.global_step == 3:
+            clock.now += 100
+            speed.on_validation_end(trainer, module)
+    speeds = [3 * 14 / (1 + 2), 3 * 7 / 4, 3 * 14 / (5 + 6)]
+    assert found == [({"learning_rate": 0.5, "events_per_second": each}, 2) for each in speeds]
 
 
 def test_the_summary_has_the_best_step_and_its_metrics(run):

@@ -25,7 +25,8 @@ from fastrec.objectives.friends import Friends
 from fastrec.objectives.item import Item, Sampled
 from fastrec.objectives.joint import JointObjective
 from fastrec.objectives.parts import Objectives
-from fastrec.training.config import Users, check_stage
+from fastrec.training.checks import check_stage
+from fastrec.training.config import Users
 from fastrec.training.stage import Init, Stage
 
 PAIR = {"a": [Mask()], "b": [Mask()]}

@@ -12,9 +12,13 @@ from builders import dataset_of, model_of, synthetic
 
 from fastrec.cli import main
 from fastrec.data import similar_items
+from fastrec.data.dataset import SequenceDataset
 from fastrec.data.side import SideData
 from fastrec.nn.similar import SimilarItems
 from fastrec.nn.user_model import UserModel
+from fastrec.training.config import Recipe
+from fastrec.training.model_folder import hashes
+from fastrec.training.start import seen_by_run
 
 V = 17
 
@@ -53,6 +57,13 @@ def test_equals_the_formula(seed, block, monkeypatch):
     found = similar_items.most_similar(dataset_of(histories, V), "all")
     assert found.tolist() == best(histories, V) and found.dtype == torch.int64
     assert found[15:].tolist() == [-1, -1]
+    items, scores, lowest = similar_items.nearest(dataset_of(histories, V), "all")
+    assert torch.equal(items, found) and lowest.dtype == scores.dtype == torch.float32
+    rows = correlations(histories)
+    assert scores.tolist() == pytest.approx(
+        [max(rows[i].values(), default=-math.inf) for i in range(V)]
+    )
+    assert lowest.item() == pytest.approx(min(s for row in rows.values() for s in row.values()))
 
 
 def test_by_hand():
@@ -158,3 +169,17 @@ def test_a_run_asks_a_model_that_is_named(tmp_path):
         main(["pretrain", *flags, f"--output={tmp_path / 'x'}", "--users.fraction=0.5",
               f"--pretraining.similar.model={warm}"])  # fmt: skip
     assert not (tmp_path / "x").exists()
+
+
+def test_a_model_has_seen_whom_the_one_that_it_asks_has_seen(tmp_path):
+    dataset = SequenceDataset.load(synthetic(tmp_path, num_users=30, num_items=V))
+    asked = model_of(num_items=V)
+    asked.seen_users = np.sort(hashes(np.array([5, 900])))
+    asked.save_pretrained(tmp_path / "asked")
+    chosen = Recipe.load("coserec", similar={"model": str(tmp_path / "asked")})
+    users = torch.arange(30)
+    seen = seen_by_run(dataset, users, chosen, chosen.pretraining, None, None, None)
+    assert np.array_equal(seen, np.sort(hashes(np.array([*range(30), 900]))))
+    asked.seen_users = None
+    asked.save_pretrained(tmp_path / "asked")
+    assert seen_by_run(dataset, users, chosen, chosen.pretraining, None, None, None) is None

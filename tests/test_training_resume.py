@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from builders import (
     FLAGS,
     MODEL,
@@ -20,6 +22,7 @@ from builders import (
     assert_same_weights,
     command,
     killed_at,
+    model_of,
     recipe,
     run,
     synthetic,
@@ -29,8 +32,11 @@ from lightning.pytorch.callbacks import Callback
 
 from fastrec.data.dataset import SequenceDataset
 from fastrec.data.dataset_files import digest
+from fastrec.data.prepare.synthetic import generate
 from fastrec.data.steps.mask import Mask, MaskLast
-from fastrec.demo import demo
+from fastrec.demo import RECIPE, demo
+from fastrec.evaluation.next_item import NextItemJudge
+from fastrec.evaluation.protocol import Protocol
 from fastrec.objectives.item import Item
 from fastrec.objectives.parts import Objectives
 from fastrec.training.fit import fit
@@ -316,6 +322,44 @@ def test_a_sweep_keeps_points_of_its_own_data_and_whole_ones(data, tmp_path):
     metrics.unlink()
     sweep(chosen, data, output, "model.dropout", [0.1])
     assert metrics.read_text() == before
+
+
+def test_a_demo_compares_what_it_trained(tmp_path, monkeypatch, capsys):
+    """With models that nothing has trained: each by its own name in the table and the plots."""
+    made, drawn = [], {}
+
+    def given(dataset, initial=None, *, recipe, output, stage="pretraining"):
+        model = model_of(num_items=dataset.num_items, tokens=["cls", "sep"])
+        model.item_embedding.weight.data.normal_(generator=torch.Generator().manual_seed(len(made)))
+        made.append(model)
+        assert recipe is RECIPE and initial is (made[0] if len(made) == 2 else None)
+        assert stage == ("pretraining" if len(made) == 1 else "recommendation")
+        assert output == tmp_path / "demo" / ("pretrain", "finetune", "scratch")[len(made) - 1]
+        return model
+
+    monkeypatch.setattr("fastrec.training.fit.fit", given)
+    monkeypatch.setattr("fastrec.demo.bench", lambda rounds: None)
+    for name in ("plot_losses", "plot_by_length"):
+        monkeypatch.setattr(f"fastrec.demo.{name}", lambda *a, name=name: drawn.update({name: a}))
+    demo(tmp_path / "demo", users=30, items=40, seed=5)
+    dataset = SequenceDataset.load(tmp_path / "demo" / "data")
+    same = generate(tmp_path / "same", num_users=30, num_items=40, seed=5)
+    assert dataset.num_items == 40 and np.array_equal(dataset.values, same.values)
+    judge = NextItemJudge(dataset, torch.arange(30), "test", Protocol("full"))
+    names = ("popularity", "fine-tuned from scratch", "pre-trained + fine-tuned")
+    expected = [judge.popularity_ranks(), judge.ranks(made[2]), judge.ranks(made[1])]
+    lengths, ranks, file = drawn["plot_by_length"]
+    assert lengths.tolist() == (np.diff(dataset.offsets) - 1).tolist() and file.name == "length.png"
+    assert list(ranks) == list(names)
+    said = capsys.readouterr().out.splitlines()
+    for name, found in zip(names, expected, strict=True):
+        assert ranks[name].tolist() == found.tolist()
+        (line,) = (line for line in said if name in line)
+        assert re.findall(r"[\d.]+", line)[-1] == f"{100 * found.reciprocal().mean():.2f}", "MRR"
+    runs, file = drawn["plot_losses"]
+    assert [folder.name for folder in runs.values()] == ["pretrain", "finetune", "scratch"]
+    assert list(runs) == ["pre-training", "fine-tuning", "from scratch"]
+    assert file == tmp_path / "demo" / "loss.png"
 
 
 def test_a_demo_replaces_a_demo_and_nothing_else(tmp_path, monkeypatch):

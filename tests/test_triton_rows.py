@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends import needs
 from op_check import check
 from op_db import (
     bias_gelu_dropout,
@@ -27,11 +28,10 @@ from op_db.case import TYPES
 
 import fastrec
 from fastrec import sampled_linear_cross_entropy
-from fastrec.backend import interpreting
 
 triton, tl = (pytest.importorskip(name) for name in ("triton", "triton.language"))
 zero_rest = pytest.importorskip("fastrec.kernels.common.tiles").zero_rest
-pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+pytestmark = [pytest.mark.triton, needs("triton", "linear_cross_entropy")]
 
 
 @pytest.mark.parametrize("types", TYPES[:1] + TYPES[2:3], ids=str)

@@ -10,12 +10,14 @@ from builders import GRAPH, Known, dataset_of, lists_of, model_of, same, tensors
 
 from fastrec.data.batch import framed, from_sequences
 from fastrec.data.side import Shard
+from fastrec.data.steps.click import Click
 from fastrec.data.steps.crop import Crop
 from fastrec.data.steps.friend import Friend
 from fastrec.data.steps.mask import Mask, MaskLast
 from fastrec.data.steps.next_item import NextItem
 from fastrec.data.steps.one_of import OneOf
 from fastrec.data.steps.parts import Step
+from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.reorder import Reorder
 from fastrec.data.views import Again, Views, parts_of
 from fastrec.random import Rng
@@ -205,3 +207,39 @@ def test_what_would_draw_the_same_numbers_twice_is_refused(steps):
 
 def test_of_a_choice_a_sequence_takes_one_step():
     made_of({"main": [OneOf([Crop(keep=0.5), Crop(keep=0.8), Mask(share=0.2)])]})
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ([NextItem(), Reorder()], "Reorder must stand before NextItem"),
+        ([Permute(), Reorder()], "Reorder must stand before Permute"),
+        ([NextItem(), Click()], "Click must stand before NextItem"),
+        ([Mask(), Click()], "Click must stand before Mask"),
+        ([MaskLast(), Click()], "Click must stand before MaskLast"),
+        ([Mask(), NextItem()], "NextItem must stand before Mask"),
+        ([OneOf([NextItem(), Crop()]), Reorder()], "Reorder must stand before NextItem"),
+    ],
+)
+def test_what_must_stand_before_the_targets(steps, message):
+    """Behind them a target was moved in front of its event, or got the label of another item."""
+    with pytest.raises(ValueError, match=f"view 'a': {message}"):
+        Views({"a": steps}, frame, side_of(), LENGTH)
+    with pytest.raises(ValueError, match=f"view 'b': {message}"):
+        Views({"a": steps[:1], "b": [Again("a"), *steps[1:]]}, frame, side_of(), LENGTH)
+
+
+def test_steps_that_may_stand_behind_targets():
+    for steps in ([Reorder(), NextItem()], [Mask(), Reorder()], [NextItem(), Mask()]):
+        made_of({"a": steps})
+
+
+def test_a_choice_is_given_what_it_asks_for_itself():
+    """Permuted, an event more than the model reads would have no position."""
+    made = made_of({"a": [OneOf([NextItem(), Permute()])]}, frame=lambda batch: batch)["a"]
+    seen = made.events["position"]
+    assert seen.max() < LENGTH
+    for row, length in zip(SEQUENCES, made.lengths.tolist(), strict=True):
+        items = len(row) - 2
+        assert length in (min(items, LENGTH + 1) - 1, min(items, LENGTH) - 1)
+    assert made.max_seq_len == LENGTH, "next_item is given one more"
