@@ -13,6 +13,7 @@ from fastrec.data.output import check_absent, check_table_path, locked_file, wri
 from fastrec.evaluation.protocol import protocol_of
 from fastrec.nn.model_config import ModelConfig
 from fastrec.nn.model_files import read_json
+from fastrec.nn.model_reading import check_model_folder
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.user_model import UserModel
 from fastrec.training.checkpoint import MODEL, SUMMARY
@@ -153,6 +154,7 @@ def _evaluate(
     group,
 ) -> dict:
     dataset = SequenceDataset.load(data)
+    check_model_folder(pretrained)  # without it there is no recipe, which would be missed first
     heads = adapter or pretrained  # the folder that says what the model was trained for
     made = read_trained_on(heads).get("stage")
     task = task or (made if made in recipe.stages else _default_task(recipe))

@@ -28,12 +28,13 @@ template <class T>
 struct ExpConstants;
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2. Adding `magic` rounds to an integer and
-// leaves n in the low bits of the sum. ln 2 is subtracted in two parts, so r is exact to rounding.
+// leaves n + bias, the exponent bits of 2^n, in the low bits of the sum. ln 2 is subtracted in two
+// parts, so r is exact to rounding.
 template <>
 struct ExpConstants<float> {
   using Bits = int32_t;
   static constexpr int mantissa = 23;
-  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float magic = 12582912.0f + 127;  // 1.5 * 2^23 + bias
   static constexpr float log2e = 1.44269504089f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr float smallest = -87.33654f;  // below it the result would not be normal
   // Least-squares fit weighted for the relative error (4e-9), with exp(0) = 1 exactly.
@@ -45,7 +46,7 @@ template <>
 struct ExpConstants<double> {
   using Bits = int64_t;
   static constexpr int mantissa = 52;
-  static constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double magic = 6755399441055744.0 + 1023;  // 1.5 * 2^52 + bias
   static constexpr double log2e = 1.44269504088896340736, ln2_hi = 0.693147180369123816490,
                           ln2_lo = 1.90821492927058770002e-10;
   static constexpr double smallest = -708.39641853226408;
@@ -71,8 +72,9 @@ struct Simd {
   static FASTREC_INLINE V max(V a, V b) { return a > b ? a : b; }
 
   // For x <= 0 (a softmax never needs more). exp(-inf) = 0; results below the smallest normal
-  // number are 0; NaN stays NaN, because it fails the comparison. Several vectors step by step: one
-  // is a chain of a dozen dependent operations, and the schedulers see only a few chains ahead.
+  // number are 0. NaN stays NaN: it fails the comparison, and y is multiplied by 2^n. (To add n to
+  // the exponent of y made numbers of NaNs whose low bits are set.) Several vectors step by step:
+  // one is a chain of a dozen dependent operations, and the schedulers see only a few chains ahead.
   template <int N>
   static FASTREC_INLINE void exp(V (&x)[N]) {
     constexpr int degree = sizeof(C::poly) / sizeof(T) - 1;
@@ -95,7 +97,7 @@ struct Simd {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i)
-      x[i] = small[i] ? V{} : (V)((U)y[i] + ((U)shifted[i] << C::mantissa));
+      x[i] = small[i] ? V{} : y[i] * (V)((U)shifted[i] << C::mantissa);
   }
 };
 

@@ -29,7 +29,8 @@ class Attribute:
         log: predict log(1 + x) of a number.
         bins: ascending edges that make classes of a number: x is in class #(edges <= x).
         top: keep the most frequent values as classes, all others are one class more.
-        range: (low, high) that squared errors are reported for as if it were (0, 1).
+        range: (low, high) of a number, with `log` still of the column itself: squared errors are
+            reported as if what is predicted went from 0 to 1 there.
     """
 
     name: str
@@ -46,6 +47,17 @@ class Attribute:
             raise ValueError(f"attribute {self.name!r}: bins must ascend, got {self.bins}")
         if self.top is not None and self.top < 1:
             raise ValueError(f"attribute {self.name!r}: top must be at least 1, got {self.top}")
+        classes = "bins" if self.bins is not None else "top" if self.top is not None else None
+        classes = "kind: discrete" if self.kind == "discrete" and classes is None else classes
+        for key, on in (("log", self.log), ("range", self.range is not None)):
+            if on and classes:
+                raise ValueError(f"attribute {self.name!r}: {key} has no effect beside {classes}")
+        if self.bins is not None and self.top is not None:
+            raise ValueError(f"attribute {self.name!r}: top has no effect beside bins")
+        if self.log and self.range is not None and self.range[0] <= -1:
+            raise ValueError(
+                f"attribute {self.name!r}: with log its range must begin above -1, got {self.range}"
+            )
 
 
 def _ascend(numbers) -> bool:
@@ -127,6 +139,11 @@ def encode_attributes(dataset, attributes, users) -> list[EncodedAttribute]:
             else:
                 encoded.append(_binned(numbers, attribute))
         else:
+            if attribute.range is not None:
+                raise DataError(
+                    file, "holds classes, for which range has no effect: kind: numeric",
+                    column=name,
+                )  # fmt: skip
             encoded.append(_classes(column, attribute, users, file))
     return encoded
 
@@ -184,6 +201,8 @@ def _standardised(numbers, attribute: Attribute, users, file) -> EncodedAttribut
         raise DataError(file, f"is {what} for all training users", column=attribute.name)
     mean, std = training.mean(), training.std()
     low, high = attribute.range or (0.0, 1.0)
+    if attribute.log and attribute.range:
+        low, high = np.log1p((low, high))
     values = torch.from_numpy(((numbers - mean) / std).astype(np.float32))
     return EncodedAttribute(
         attribute.name, values, mean=float(mean), std=float(std), unit=float(std / (high - low))

@@ -27,6 +27,7 @@ FILL = {
     "segment": -1,
     "item_place": -1,
 }
+OWN = ("user", "profile", "follows", "cold_item")  # user columns that no attribute can have
 _IDS = 0xFFFFFFFF
 
 
@@ -140,15 +141,25 @@ class JaggedBatch:
 
     def with_items(self, values: Tensor, changed: Tensor, asked: bool = False) -> "JaggedBatch":
         """The batch with `values` [T], which stand for others in the events that are `changed`,
-        bool [T]. A rating says something of its item, and so does a click: those are hidden. The
-        time since the event before does not: gaps stay. `asked`: the items are what is predicted,
-        and whether they are clicks stays."""
-        hidden = ["rating"] if asked else ["rating", "click"]
+        bool [T]. A rating says something of its item, and so does a click: those are hidden, and
+        nobody is asked for a rating of what stands there now. The time since the event before does
+        not: gaps stay. `asked`: the items are what is predicted, and whether they are clicks
+        stays."""
+        hidden = ["rating", "rating_target"] if asked else ["rating", "rating_target", "click"]
         events = {
             name: column.masked_fill(changed, FILL[name]) if name in hidden else column
             for name, column in self.events.items()
         }
         return replace(self, values=values, events=events)
+
+    def with_token(self, token: int, at: Tensor) -> "JaggedBatch":
+        """The batch with a special token in the events `at`, bool [T]: it is no item and predicts
+        nothing, and event columns have `FILL` there."""
+        events = {
+            name: column.masked_fill(at.view(-1, *[1] * (column.dim() - 1)), FILL.get(name, 0))
+            for name, column in self.events.items()
+        }
+        return replace(self, values=self.values.masked_fill(at, token), events=events)
 
     def where(self, kept: Tensor) -> "JaggedBatch":
         """The events that are `kept`, bool [T], on the host."""

@@ -21,6 +21,15 @@ def features_file(name: str) -> str:
     return f"features.{name}.npy"
 
 
+_TABLES = {"interactions.parquet", "users.parquet", "items.parquet", "relations.parquet"}
+_PARTS = {"schema.json", "values.npy", "offsets.npy", SPLITS_FILE, COLD_ITEMS_FILE} | _TABLES
+
+
+def is_part(name: str) -> bool:
+    """Whether a data set may have a file of that name."""
+    return name in _PARTS or (name.startswith("features.") and name.endswith(".npy"))
+
+
 def digest(file: Path) -> str:
     """SHA-256 of a file."""
     with file.open("rb") as content:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,6 +116,14 @@ def replaced_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def check_only(folder: Path, is_part: Callable[[str], bool]) -> None:
+    """Raise FileExistsError for a file or folder in `folder` that is no part of what is written
+    there: with the folder it would be replaced."""
+    for file in sorted(folder.iterdir()):
+        if not is_part(file.name):
+            raise FileExistsError(f"{folder} will not be replaced: {file.name!r} would be lost")
 
 
 def new_folder(output: Path) -> Path:

@@ -39,6 +39,12 @@ def check_pair(name: str, views: list[str]) -> None:
         raise ValueError(f"{name} compares two views, got {views}")
 
 
+def check_one(name: str, views: list[str]) -> None:
+    """Raise ValueError unless an objective names one view."""
+    if len(views) != 1:
+        raise ValueError(f"{name} reads one view, got {views}")
+
+
 def part_of(section) -> Any:
     """The one field of a section that is set, like `crop` of a step. Raises ValueError for none or
     several."""

@@ -30,6 +30,13 @@ def taken(steps: list) -> str | None:
     return first.view if isinstance(first, Again) else None
 
 
+def whole(views: Mapping[str, list], name: str) -> list:
+    """The steps of a view behind those of the view that it takes again, which stands before it."""
+    own, before = views[name], [*views][: [*views].index(name)]
+    source = taken(own)
+    return own if source not in before else [*whole(views, source), *own[1:]]
+
+
 class Views:
     """Makes the views of a batch: each a list of steps batch -> batch.
 
@@ -64,6 +71,7 @@ class Views:
                 raise ValueError(
                     f"view {name!r} has {twice.__name__} twice: both would draw the same numbers"
                 )
+            check_order(name, whole(self.views, name))
 
     def __call__(self, batch: JaggedBatch, rng: Rng, shard: Shard) -> dict[str, JaggedBatch]:
         """The views of the sequences of `batch`, this process's part of the users of a step."""
@@ -96,7 +104,7 @@ def _without_empty(view: JaggedBatch) -> JaggedBatch:
     return replace(view, real=there if view.real is None else view.real & there)
 
 
-def extra(steps: list) -> int:
+def extra(steps: Sequence) -> int:
     """Items more than a model reads that the steps of a view, or of its choices, ask for."""
     return max((getattr(part, "extra", 0) for part in parts_of(steps)), default=0)
 
@@ -122,7 +130,20 @@ def _twice(steps: list, before: frozenset[type] = frozenset()) -> type | None:
     return None
 
 
-def parts_of(steps: list) -> Iterator:
+def check_order(name: str, steps: list) -> None:
+    """Raise ValueError for a step that must stand before those that make the targets: its attribute
+    `before` names what these ask."""
+    earlier: list = []
+    for step in steps:
+        for part in parts_of([step]):
+            for other in earlier:
+                if getattr(other, "asks", None) in getattr(part, "before", ()):
+                    wrong, first = type(part).__name__, type(other).__name__
+                    raise ValueError(f"view {name!r}: {wrong} must stand before {first}")
+        earlier += parts_of([step])
+
+
+def parts_of(steps: Sequence) -> Iterator:
     """The steps of a view, those inside of choices included."""
     for step in steps:
         part = unwrapped(step)

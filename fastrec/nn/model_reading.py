@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from fastrec.nn.user_model import UserModel
 
 
-def read_model(kind: "type[UserModel]", path: Path, encoder: Any = None) -> "UserModel":
-    """`UserModel.from_pretrained`, of the class `kind`."""
+def check_model_folder(path: Path) -> None:
+    """Raise FileNotFoundError for a folder that holds no model."""
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             inside = ", but its folder model does" if (path / "model" / name).is_file() else ""
@@ -44,6 +44,11 @@ def read_model(kind: "type[UserModel]", path: Path, encoder: Any = None) -> "Use
             raise FileNotFoundError(
                 f"{path / name} is missing: {path} holds no fastrec model{inside}"
             )
+
+
+def read_model(kind: "type[UserModel]", path: Path, encoder: Any = None) -> "UserModel":
+    """`UserModel.from_pretrained`, of the class `kind`."""
+    check_model_folder(path)
     for name in NAMES:
         checked(path, name)
     model = _described(kind, path, encoder)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastrec.data.batch import NO_TARGET
 from fastrec.data.cold_items import ColdRows
+from fastrec.data.settings import check_one
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Pool, Pooling, as_value
@@ -33,6 +34,9 @@ class ColdStart:
     views: list[str] = field(default_factory=lambda: ["main"])
     weight: float = 1.0
     pool: Pooling = "ur"
+
+    def __post_init__(self):
+        check_one("cold_start", self.views)
 
     def build(self, model, side: SideData) -> "ColdItemPrediction":
         rows = side.dataset

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn import functional as F
 
+from fastrec.data.settings import check_one
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Pool, Pooling
@@ -25,6 +26,9 @@ class Follows:
     views: list[str] = field(default_factory=lambda: ["main"])
     weight: float = 1.0
     pool: Pooling = "cls"
+
+    def __post_init__(self):
+        check_one("follows", self.views)
 
     def build(self, model, side: SideData) -> "BasketFollows":
         model.check_pool(self.pool)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.data.pairs import Pairs
+from fastrec.data.settings import check_one
 from fastrec.data.side import SideData
 from fastrec.nn.pool import Encoded, Pool, Pooling
 from fastrec.nn.sphere import left_out
@@ -32,6 +33,9 @@ class Friends:
     weight: float = 1.0
     pool: Pooling = "max"
     initial: float | None = None
+
+    def __post_init__(self):
+        check_one("friends", self.views)
 
     def build(self, model, side: SideData) -> "SocialRelationDetection":
         model.check_pool(self.pool)

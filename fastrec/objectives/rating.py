@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.batch import JaggedBatch
-from fastrec.data.settings import check_fields
+from fastrec.data.settings import check_fields, check_one
 from fastrec.data.side import SideData
 from fastrec.data.steps.mask_rating import TARGET
 from fastrec.nn.init import init_bert
@@ -47,6 +47,7 @@ class Rating:
 
     def __post_init__(self):
         check_fields(self)
+        check_one("rating", self.views)
         if self.biases is not None and not 0 < self.biases < math.inf:
             raise ValueError(f"rating.biases must be above 0, got {self.biases}")
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrec.data.attributes import EncodedAttribute
+from fastrec.data.batch import OWN
+from fastrec.data.settings import check_one
 from fastrec.data.side import SideData
 from fastrec.nn.init import init_bert
 from fastrec.nn.pool import Encoded, Pool, Pooling, as_value
@@ -40,6 +42,7 @@ class UserAttributes:
     hidden: int = 0
 
     def __post_init__(self):
+        check_one("user_attributes", self.views)
         if self.hidden < 0:
             raise ValueError(f"hidden must not be negative, got {self.hidden}")
         for name, weight in self.weights.items():
@@ -48,6 +51,11 @@ class UserAttributes:
 
     def build(self, model, side: SideData) -> "UserAttributePrediction":
         model.check_pool(self.pool)
+        if taken := [attribute.name for attribute in side.attributes if attribute.name in OWN]:
+            raise ValueError(
+                f"attribute {taken[0]!r} has the name of a column of batches, {list(OWN)}: prepare"
+                " the data set with another name, or list other attributes"
+            )
         side.user_columns |= {attribute.name: attribute.values for attribute in side.attributes}
         return UserAttributePrediction(
             model.config.width, side.attributes, self.pool, self.weights, self.hidden

@@ -312,7 +312,8 @@ def jagged_attention(
     low = autocast_dtype(query.device) if isinstance(query, Tensor) else None
     if low is not None:
         query, key, value = (
-            x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value)
+            x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+            for x in (query, key, value)
         )
     offsets = _check(query, key, value, offsets, max_seq_len)
     sequences, device = offsets.shape[0] - 1, query.device
@@ -323,7 +324,9 @@ def jagged_attention(
             f" max_seq_len {max_seq_len}, {query.shape[1]} heads"
         )
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    check_number("scale", scale)
+    check_number("scale", scale, finite=True)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__} {causal!r:.60}")
     backend = resolve(backend, OP, device)
     if backend == "reference":
         return jagged_attention_ref(

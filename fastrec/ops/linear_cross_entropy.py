@@ -17,6 +17,7 @@ from fastrec.ops.common.arguments import (
     autocast_input,
     check_number,
     check_range,
+    ordered_sum,
     without_autocast,
 )
 from fastrec.ops.common.item_losses import check_arguments, reduce_loss, scored_rows, select_rows
@@ -108,7 +109,7 @@ def _row_losses(
         if class_weight is not None:
             row_weight = row_weight * class_weight[y.clamp_min(0)]
         if smoothed is not None:
-            smoothing = (smoothed.sum() * lse - class_sum) / items
+            smoothing = (ordered_sum(smoothed) * lse - class_sum) / items
     losses = (1 - label_smoothing) * row_weight * nll
     if label_smoothing:
         losses = losses + label_smoothing * (kept * smoothing)
@@ -149,7 +150,7 @@ def linear_cross_entropy(
             like the input. Ids and `rows` are int64, or int32, which is converted.
         linear_bias: [V]. -inf takes an item out of the softmax.
         weight: class weights [V], not differentiated.
-        reduction: "mean" (divided by sum of a_i; 0 when that is 0), "sum" or "none".
+        reduction: "mean" (divided by sum of a_i, by 1 when that is 0), "sum" or "none".
         ignore_index: target value of rows that are not scored: loss 0, no gradient. None is -100,
             as in torch.
         label_smoothing: in [0, 1].
@@ -184,7 +185,7 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     check_number("ignore_index", ignore_index, whole=True)
     check_number("label_smoothing", label_smoothing)
-    check_number("z_loss", z_loss)
+    check_number("z_loss", z_loss, finite=True)
     sharded = group is not None or hasattr(linear_weight, "device_mesh")
     if sharded:
         from fastrec.ops.common.linear_cross_entropy_group import local_tensors

@@ -213,6 +213,8 @@ def _losses_ref(
 
 
 def _check_sampled(linear_weight, log_q, loss, gbce_t, num_items):
+    if num_items is not None:
+        check_number("num_items", num_items, whole=True)
     if num_items is not None and num_items < len(linear_weight):
         raise ValueError(f"num_items is {num_items}, linear_weight has {len(linear_weight)} rows")
     if log_q is not None:
@@ -281,7 +283,7 @@ def sampled_linear_cross_entropy(
         weight: weights of the rows by target [V], not differentiated.
         loss: "softmax", "bce" or "gbce".
         gbce_t: calibration of gbce in [0, 1]; 0 is bce, 1 gives the probabilities of the softmax.
-        reduction: "mean" (divided by sum of a_i; 0 when that is 0), "sum" or "none".
+        reduction: "mean" (divided by sum of a_i, by 1 when that is 0), "sum" or "none".
         ignore_index: target value of rows that are not scored: loss 0, no gradient. None is -100,
             as in torch.
         rows: positions in the T rows to score: [N] (repeats allowed), or a bool mask [T] or [...].

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrec.data.output import locked, replaced_folder, write_json
+from fastrec.data.output import check_only, locked, replaced_folder, write_json
 from fastrec.data.settings import from_values
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.encoders.sublayers import check_patch
@@ -30,7 +30,9 @@ from fastrec.nn.model_config import ModelConfig, described
 from fastrec.nn.model_files import (
     ADAPTER,
     ADAPTER_WEIGHTS,
+    DIGESTS,
     HEADS,
+    NAMES,
     RECIPE,
     TRAINED_ON,
     USERS,
@@ -99,6 +101,8 @@ def save_adapter(
         shared_digest(kept),
         {name: list(part.shape) for name, part in tensors.items()},
     )
+    if folder.exists():
+        check_only(folder, lambda name: name in (*NAMES, ADAPTER, ADAPTER_WEIGHTS, DIGESTS))
     with locked(folder), replaced_folder(folder) as work:
         write_tensors(work / ADAPTER_WEIGHTS, tensors)
         write_json(work / ADAPTER, dataclasses.asdict(told))

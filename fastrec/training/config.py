@@ -13,14 +13,13 @@ from fastrec.data.settings import from_values
 from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.mask import Mask
 from fastrec.data.steps.mask_rating import MaskRating
-from fastrec.data.views import Again, parts_of
+from fastrec.data.views import Again
 from fastrec.evaluation.protocol import Protocol
 from fastrec.nn.encoders.bag import Bag
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.model_config import ModelConfig
-from fastrec.objectives.click import Click
-from fastrec.objectives.item import Item
 from fastrec.objectives.user_attributes import UserAttributes
+from fastrec.training.checks import check_stage
 from fastrec.training.stage import STAGE_KEYS, Stage
 
 
@@ -184,41 +183,6 @@ class Recipe:
 
 # The names of the stages of a recipe.
 STAGES = [name for name, hint in get_type_hints(Recipe).items() if Stage in get_args(hint)]
-
-
-def check_stage(name: str, stage: Stage, config: ModelConfig) -> None:
-    """Raise ValueError that names the stage where it does not train what its judge asks."""
-    causal = config.causal if stage.init.causal is None else stage.init.causal
-    if stage.judge_kind.next_item and not causal and config.max_len < 2:
-        raise ValueError(
-            f"{name}: model.max_len must be at least 2: a [MASK] in the place of an item asks for"
-            " the next one"
-        )
-    for objective in stage.parts.values():
-        if isinstance(objective, (Item, Click)):
-            _check_asked(name, stage, objective, causal)
-
-
-def _check_asked(name: str, stage: Stage, objective: Item | Click, causal: bool) -> None:
-    """A model is trained for what its judge asks: a causal one at its last item, another at a
-    [MASK]. Views with steps of somebody else are not looked at."""
-    # A stage that keeps its last model may train something else than is asked.
-    judged = stage.judge in ("next_item", "click") and stage.monitor != "steps"
-    asks = {
-        view: [getattr(part, "asks", None) for part in parts_of(stage.views[view])]
-        for view in objective.views
-    }
-    if judged and causal and all("mask" in each and "last" not in each for each in asks.values()):
-        raise ValueError(
-            f"{name}: a causal encoder is asked for the next item at its last item, and trained at"
-            f" [MASK] alone in {objective.views}: use next_item, or causal: false"
-        )
-    for view, each in asks.items():
-        if not causal and "last" in each:
-            raise ValueError(
-                f"{name}: next_item needs a causal encoder: here every event of the view {view!r}"
-                " would see the item that it is to predict"
-            )
 
 
 def from_groups(settings: dict) -> dict:

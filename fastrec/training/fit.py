@@ -131,6 +131,9 @@ def fit(
     if unknown := [key for key in settings if key not in STAGE_KEYS]:
         raise TypeError(f"{unknown[0]!r} is no key of a stage; those are {STAGE_KEYS}")
     chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **from_groups(settings))
+    if not chosen.parts:
+        having = [name for name, each in whole.stages.items() if each.parts]
+        raise ValueError(f"the stage {stage} has no objectives to train; those that have: {having}")
     with contextlib.ExitStack() as inside:
         if output is None:
             chosen = _alone(chosen, resume)

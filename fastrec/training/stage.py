@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Literal
 
 from fastrec.data.settings import check_fields
+from fastrec.data.steps.baskets import Baskets
 from fastrec.data.steps.click import Click as Labelled
 from fastrec.data.steps.fill import Fill
 from fastrec.data.steps.friend import Friend
@@ -19,10 +20,9 @@ from fastrec.data.views import check_steps, parts_of
 from fastrec.evaluation.judges import JUDGES, JudgeKind, JudgeName
 from fastrec.nn.encoders.sublayers import PatchForm
 from fastrec.nn.transfer import PARTS
+from fastrec.objectives.align import Align
 from fastrec.objectives.click import Click
 from fastrec.objectives.cold_start import ColdStart
-from fastrec.objectives.friends import Friends
-from fastrec.objectives.item import Item
 from fastrec.objectives.item_attributes import ItemAttributes
 from fastrec.objectives.parts import Objectives, check_objectives
 from fastrec.objectives.user_attributes import UserAttributes
@@ -31,6 +31,7 @@ from fastrec.training.rows import Tables
 # Steps that ask who a user is, or what other users have.
 _OF_USERS = {
     Friend: "friend", Substitute: "substitute", Insert: "insert", SameTarget: "same_target",
+    Baskets: "baskets",
 }  # fmt: skip
 
 
@@ -247,15 +248,12 @@ class Stage:
         if not cold:
             raise ValueError("the judge cold_start needs the objective cold_start")
         for name, part in self.parts.items():
-            if isinstance(part, (Item, Friends, UserAttributes)):
+            ours = type(part).__module__.startswith("fastrec.")
+            if ours and not isinstance(part, ColdStart | Align):
                 raise ValueError(f"the objective {name} cannot be trained beside {cold[0]}")
         for kind, name in _OF_USERS.items():
             if any(isinstance(part, kind) for part in self.steps_of_views):
                 raise ValueError(f"the step {name} has no place in a stage with judge: cold_start")
-        if self._compares_profiles:
-            raise ValueError(
-                "contrast.false_negatives: profile has no place in a stage with judge: cold_start"
-            )
 
     def _check_labels(self) -> None:
         """Clicks that are labelled are predicted."""

@@ -27,7 +27,8 @@ from fastrec.nn.user_model import UserModel
 from fastrec.objectives.align import Align
 from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, ItemPrediction
-from fastrec.training.config import Recipe, check_stage
+from fastrec.training.checks import check_stage
+from fastrec.training.config import Recipe
 from fastrec.training.model_folder import load_model, read_seen, read_trained_on, seen_users
 from fastrec.training.stage import Init, Stage
 from fastrec.training.stage_data import select_users

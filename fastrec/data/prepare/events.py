@@ -54,7 +54,8 @@ class Events:
         self.source, self.ordered, self.on_duplicate = source, ordered, on_duplicate
         self._given = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
         self._given["event_type"] = event_type
-        self._types, self._ids, self._na_values = keep_events, ids, na_values
+        self._types = None if keep_events is None else [str(name) for name in keep_events]
+        self._ids, self._na_values = ids, na_values
         self._on_missing = on_missing
         self._clock = Clock(time_format, time_unit)
         self._names: dict[str, str] = {}

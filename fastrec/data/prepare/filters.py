@@ -95,11 +95,12 @@ def kept_events(
 
 
 def _rated(events: Store, least: float | None, *names: str) -> Iterator[dict[str, np.ndarray]]:
-    """user, item and `names` of the events that are rated `least` or more."""
+    """user, item and `names` of the events that are rated `least` or more, in float32 as ratings
+    are: a threshold in float64, as quantiles are, would be above the rating that it is made of."""
     wanted = {"user", "item", *names} | ({"rating"} if least is not None else set())
     for chunk in events.chunks(*wanted):
         if least is not None:
-            keep = chunk["rating"] >= least
+            keep = chunk["rating"] >= np.float32(least)
             chunk = {name: values[keep] for name, values in chunk.items()}
         yield chunk
 

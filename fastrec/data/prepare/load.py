@@ -261,7 +261,8 @@ def _check_alike(first: RawData, other: RawData, ours: dict, theirs: dict) -> No
     if "timestamp" in ours and first.time != other.time:
         raise DataError(
             other.source, f"times are {other.time}, those of {first.source} {first.time}:"
-            " --time_unit says what numbers count",
+            " --time_unit says what numbers count, and one fraction of a second in a file makes"
+            " all of its times finer: write those of all files with as many digits",
         )  # fmt: skip
     if first.ordered != other.ordered:
         raise ValueError(f"{first.source} and {other.source}: either both are in order, or none")

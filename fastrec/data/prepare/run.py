@@ -127,7 +127,8 @@ def prepare(
         found = load_events(sources, options, folder, options.get("on_duplicate", "error"))
         for name, (_, settings) in sides.items():
             settings["known_as"] = options.get(name) or found.raw.inferred.get(f"{name}_column")
-        filters = Filters(k_core, min_rating, max_users)
+        least = None if min_rating is None else float(min_rating)  # a number for JSON
+        filters = Filters(k_core, least, max_users)
         beside = Beside(
             sides["user"], sides["item"], item_features, relations, cold_items, na_values,
             items_of=None if items_of is None else Path(items_of),

@@ -153,7 +153,7 @@ def _time(split: Split, raw: RawData, events: Kept):
     before = {"user": -1, "timestamp": 0}
     for chunk in events.chunks("timestamp"):
         user, times = (np.append(before[name], chunk[name]) for name in before)
-        if ((np.diff(times) < 0) & (np.diff(user) == 0)).any():
+        if ((times[1:] < times[:-1]) & (user[1:] == user[:-1])).any():
             raise DataError(raw.source, "times of a user fall: --split time needs them in order")
         before = {"user": user[-1], "timestamp": times[-1]}
         for column, cut in enumerate((valid, test)):

@@ -11,9 +11,15 @@ import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from fastrec.data.dataset_files import FORMAT, FORMAT_VERSION, digest, features_file
+from fastrec.data.dataset_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    digest,
+    features_file,
+    is_part,
+)
 from fastrec.data.errors import DataError
-from fastrec.data.output import locked, replaced_folder
+from fastrec.data.output import check_only, locked, replaced_folder
 from fastrec.data.prepare import store
 from fastrec.data.prepare.item_features import Vectors
 from fastrec.data.splits import SPLITS_FILE, boundaries, check_splits
@@ -190,6 +196,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     schema = output / "schema.json"
     if not schema.is_file() or FORMAT not in schema.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{output} is not a fastrec dataset: it will not be replaced")
+    check_only(output, is_part)
 
 
 def _indexed(frame: pl.DataFrame, name: str) -> pl.DataFrame:

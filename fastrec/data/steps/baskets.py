@@ -76,11 +76,10 @@ class Baskets:
         index = torch.where(behind > 0, second[owner] + behind - 1, index)
         index = index.clamp_max(max(len(both.values) - 1, 0))
         out = both.with_events(index, offsets, int(whole.max()) if len(whole) else 0)
-        separator = side.num_items + SPECIAL_TOKENS.index("sep")
+        out = out.with_token(side.num_items + SPECIAL_TOKENS.index("sep"), behind == 0)
         columns = {"segment": (behind > 0).long(), "position": 1 + behind.sign()}
         return replace(
             out,
-            values=out.values.masked_fill(behind == 0, separator),
             keys=batch.keys,
             events={**out.events, **columns},
             users={**batch.users, "follows": follows.long().masked_fill(~two, -1)},

@@ -27,6 +27,7 @@ class Click:
     least: float = 4.0
 
     event_columns: ClassVar[tuple[str, ...]] = ("rating",)
+    before = ("mask", "last")  # these give the label to the event that is asked
 
     def __post_init__(self):
         if not math.isfinite(self.least):

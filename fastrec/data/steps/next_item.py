@@ -28,6 +28,7 @@ class NextItem:
 
     extra = 1  # an item more than the model reads: the target of its last event
     asks = "last"
+    before = ("mask", "last")  # it makes targets of every event
 
     def __post_init__(self):
         check_fields(self)

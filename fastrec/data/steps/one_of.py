@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrec.data.batch import JaggedBatch
 from fastrec.data.side import SideData
-from fastrec.data.views import unwrapped
+from fastrec.data.views import extra, unwrapped
 from fastrec.random import Rng, wide_draws
 
 
@@ -47,10 +47,12 @@ class OneOf:
         view = torch.zeros_like(keys) if self.independent else (batch.keys >> 32) % fits.sum(1)
         choice = ordered.gather(1, view.unsqueeze(1)).squeeze(1)
         order = choice.argsort(stable=True)
-        parts = [
-            step(batch.select((choice == i).nonzero().squeeze(1)), rng, side)
-            for i, step in enumerate(self.steps)
-        ]
+        parts = []
+        for i, step in enumerate(self.steps):
+            part = batch.select((choice == i).nonzero().squeeze(1))
+            if (room := side.shard.max_len) is not None:  # what others need more is not for it
+                part = part.last(room - extra(self.steps) + extra([step]))
+            parts.append(step(part, rng, side))
         if sum(map(len, parts)) != len(batch):
             raise ValueError("one_of: a step that adds sequences, like friend, cannot be chosen")
         made = JaggedBatch.cat(parts).select(order.argsort())

@@ -16,6 +16,7 @@ class Permute:
     et al., 2022). The column `position` holds it."""
 
     asks = "last"
+    before = ("mask", "last")
     moves = True  # only an encoder that reads positions can tell
 
     def __call__(self, batch: JaggedBatch, rng: Rng, side: SideData) -> JaggedBatch:

@@ -28,6 +28,8 @@ class Reorder:
     round: Rounding = "down"
     least: int = 1
 
+    before = ("last",)  # what an event predicts could come to stand in front of it
+
     def __post_init__(self):
         check_fields(self)
         check_share("reorder.share", self.share)

@@ -7,8 +7,10 @@ the message. Where there are no values (meta and fake tensors) nothing is checke
 """
 
 import contextlib
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,12 +100,18 @@ def check_tensor(
     raise ValueError(f"{name} must be [{expected}], got {list(sizes)}")
 
 
-def check_number(name: str, number, whole: bool = False) -> None:
-    """TypeError for what is no number, or with `whole` no whole one. A tensor is none: it would get
-    no gradient."""
-    if isinstance(number, (Tensor, str)) or number is None or (whole and isinstance(number, float)):
+def check_number(name: str, number, whole: bool = False, finite: bool = False) -> None:
+    """TypeError for what is no number, or with `whole` no whole one; a tensor or array is none: it
+    would get no gradient. ValueError for a whole one beyond int64, and with `finite` for one that
+    is not."""
+    no_number = isinstance(number, (Tensor, str, np.ndarray)) or number is None
+    if no_number or (whole and isinstance(number, (float, np.floating))):
         kind = "a whole number" if whole else "a number"
         raise TypeError(f"{name} must be {kind}, got {type(number).__name__} {number!r:.60}")
+    if whole and isinstance(number, int) and not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must be a number of 64 bits, got {number}")
+    if finite and isinstance(number, (float, np.floating)) and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
 
 
 def check_reduction(reduction: str) -> None:

@@ -151,7 +151,8 @@ def check_loss(query, candidate, temperature, candidate_bias, positive, reductio
         on_host = temperature.device.type == "cpu"  # a number, also beside a GPU
         check_tensor("temperature", temperature, (), device=None if on_host else query.device)
         if has_values(temperature):  # a look at it on a GPU would cost as much as a small loss
-            require(temperature > 0, "temperature must be positive")
+            good = (temperature > 0) & temperature.isfinite()
+            require(good, "temperature must be positive and finite")
     else:
         check_number("temperature", temperature)
         if not 0.0 < temperature < math.inf:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from fastrec.ops.common.arguments import accumulate_dtype, check_range, split_sum
+from fastrec.ops.common.arguments import accumulate_dtype, check_range, ordered_sum, split_sum
 from fastrec.ops.common.collectives import Group, agree, gather, process_group, sum_over
 from fastrec.ops.common.item_losses import spread_rows
 from fastrec.ops.common.linear_cross_entropy_autograd import (
@@ -175,7 +175,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
                     x, linear_weight, linear_bias, local, class_weight
                 )
             parts.append(class_sum)
-            total = class_weight.sum()[None]
+            total = ordered_sum(class_weight)[None]
         if weight is not None and items:
             parts.append(weight[local.clamp_min(0)].masked_fill(~mine, 0))
         elif weight is not None:
