@@ -182,6 +182,13 @@ def test_another_model_is_refused(runs, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(FileExistsError, match="is there, and holds no adapter"):
         save_adapter(tmp_path / "mine", runs / "next" / "model", runs / "base" / "model")
+    shutil.copytree(adapter, tmp_path / "noted")
+    (tmp_path / "noted" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="will not be replaced: 'notes.txt' would be lost"):
+        save_adapter(tmp_path / "noted", runs / "next" / "model", runs / "base" / "model")
+    assert (tmp_path / "noted" / "notes.txt").read_text() == "mine"
+    (tmp_path / "noted" / "notes.txt").unlink()
+    save_adapter(tmp_path / "noted", runs / "next" / "model", runs / "base" / "model")
     assert not (tmp_path / "made").exists()
 
 

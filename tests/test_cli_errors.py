@@ -71,6 +71,17 @@ def test_objectives_need_attributes_and_relations(runs, tmp_path):
         (["pretrain", "--config=uprec-mpi", "--data=x", "--output=y"], "the recipes are adaptssr"),
         (["pretrain", "--config=sasrec", "--data=nowhere", "--output=y"], "nowhere"),
         (["evaluate", "--config=sasrec", "--data={data}", "--pretrained=nowhere"], "nowhere"),
+        (["evaluate", "--data={data}", "--pretrained=nowhere"], "nowhere holds no fastrec model"),
+        (
+            [
+                "finetune",
+                "--config=sasrec",
+                "--data={data}",
+                "--output=y",
+                "--recommendation.steps=9",
+            ],
+            "there is no objective to train in stage 'recommendation'; stages are ['pretraining']",
+        ),
         (
             ["pretrain", "--data={data}", "--output=y"],
             "there is no stage to run: --config names a recipe",

@@ -248,7 +248,10 @@ def test_data_frames(tmp_path):
     with pytest.raises(ValueError, match="keep_events must be a list of names, got 'buy'"):
         readers.read(frame, "table", keep_events="buy")
     binary = frame.with_columns(user=pl.Series([b"b", b"\xff"]))
-    fails(readers.read_table, binary, file="data frame", match="cannot be read")
+    fails(readers.read_table, binary, file="data frame", column="user", match="bytes that are no")
+    kinds = frame.with_columns(kind=pl.Series([1, 2]))
+    raw = readers.read(kinds, "table", keep_events=[1], event_type="kind")
+    assert raw.interactions.height == 1, "types may be numbers"
 
 
 def test_side_tables_may_be_frames_of_any_kind(tmp_path):
@@ -274,4 +277,5 @@ def test_frames_of_pandas():
         readers.read_table, frame.assign(item_id=["x", None]), file="data frame",
         column="item_id", row=2, match="missing",
     )  # fmt: skip
-    fails(readers.read_table, frame.assign(user_id=[1, "x"]), file="data frame", match="be read")
+    mixed = frame.assign(user_id=[1, "x"])
+    fails(readers.read_table, mixed, file="data frame", column="user_id", match="be read")

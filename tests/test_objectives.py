@@ -396,10 +396,11 @@ def test_two_views_are_two(part):
 
 @pytest.mark.parametrize("part", [Contrast(["a", "b"], pool="max"), Align(["a", "b"], pool="max")])
 def test_views_that_are_the_same_are_refused(part, tmp_path):
-    stage = dict(views={"a": [], "b": []}, objectives={"part": part}, judge="vectors")
     model = model_of(dropout=0.0)
-    with pytest.raises(ValueError, match="part has no effect: without dropout and steps its views"):
-        fit(six_users(), model, steps=2, output=tmp_path / "run", **stage)
+    for views in ({"a": [], "b": []}, {"a": [Crop()], "b": [Again("a")]}):
+        stage = dict(views=views, objectives={"part": part}, judge="vectors")
+        with pytest.raises(ValueError, match="part has no effect: without dropout and steps its"):
+            fit(six_users(), model, steps=2, output=tmp_path / "run", **stage)
     assert not (tmp_path / "run").exists()
 
 

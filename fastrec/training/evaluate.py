@@ -82,6 +82,8 @@ def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None, gr
     chosen = select_users(dataset, recipe.users, split)
     judge = NextItemJudge(dataset, chosen, split, recipe.evaluation)
     ranks = judge.ranks(model, group)
+    if file is not None:  # before anything is printed, which `head` may cut off
+        write_table(_ranks_table(judge, ranks), file, overwrite=True)
     rows = {
         "popularity": judge.metrics(judge.popularity_ranks(group)),
         "model": judge.metrics(ranks),
@@ -97,7 +99,6 @@ def _next_item(dataset, recipe: Recipe, model, split: str, file: Path | None, gr
     print_metrics(groups, title="model, by number of events of the user")
     lists = _lists(judge, model, group) if recipe.evaluation.candidates == "full" else {}
     if file is not None:
-        write_table(_ranks_table(judge, ranks), file, overwrite=True)
         print(f"{file}: the rank of {'each target' if several else 'the target'} of each user")
     return {
         "split": split,
@@ -151,15 +152,16 @@ def _cold_start(
         "popularity": judge.metrics(judge.popularity_ranks()),
         "model": judge.metrics(ranks),
     }
+    if file is not None:
+        users = dataset.user_ids()[rows.owners[judge.chosen].numpy()]
+        items = rows.ids[rows.items[judge.chosen].numpy()]
+        write_table(_table(users, items, ranks), file, overwrite=True)
     print(
         f"{len(judge):,} rows of cold start, split {split}, the item of each ranked among all"
         f" {rows.num_cold_items:,} of the other catalogue; HR@k is Recall@k"
     )
     print_metrics(metrics)
     if file is not None:
-        users = dataset.user_ids()[rows.owners[judge.chosen].numpy()]
-        items = rows.ids[rows.items[judge.chosen].numpy()]
-        write_table(_table(users, items, ranks), file, overwrite=True)
         print(f"{file}: the rank of the item of each row")
     size = {"rows": len(judge), "items": rows.num_cold_items}
     return {"split": split, **size, "metrics": metrics}

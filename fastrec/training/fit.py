@@ -133,7 +133,7 @@ def fit(
     chosen = dataclasses.replace(whole.stages.get(stage) or Stage(), **from_groups(settings))
     if not chosen.parts:
         having = [name for name, each in whole.stages.items() if each.parts]
-        raise ValueError(f"the stage {stage} has no objectives to train; those that have: {having}")
+        raise ValueError(f"there is no objective to train in stage {stage!r}; stages are {having}")
     with contextlib.ExitStack() as inside:
         if output is None:
             chosen = _alone(chosen, resume)

@@ -14,6 +14,7 @@ import torch
 from fastrec.data.item_categories import Categories
 from fastrec.data.item_texts import TextData, Texts
 from fastrec.data.similar_items import most_similar
+from fastrec.data.views import taken
 from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
@@ -280,7 +281,15 @@ def check_views(stage: Stage, dropout: float) -> None:
     for name, part in stage.parts.items():
         if not isinstance(part, Contrast | Align) or dropout:
             continue
-        if not any(stage.views[view] for view in part.views):
+        roots = [_root(stage, view) for view in part.views]
+        if roots[0] == roots[1] or not any(stage.views[root] for root in roots):
             raise ValueError(
                 f"{name} has no effect: without dropout and steps its views are the same"
             )
+
+
+def _root(stage: Stage, view: str) -> str:
+    """The view whose sequences a view has as they are."""
+    steps = stage.views[view]
+    source = taken(steps) if len(steps) == 1 else None
+    return view if source is None else _root(stage, source)

@@ -7,7 +7,7 @@ An integer has one spelling here: "007", "+7" and "-0" are text.
 import numpy as np
 import polars as pl
 
-from fastrec.data.errors import DataError, reading
+from fastrec.data.errors import DataError
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
 _POWERS = 10 ** np.arange(1, 19)
@@ -93,8 +93,13 @@ def id_column(
     if kind not in ("auto", "int", "str"):
         raise ValueError(f"ids must be 'auto', 'int' or 'str', got {kind!r}")
     if series.dtype in (pl.Categorical, pl.Enum, pl.Binary):
-        with reading(file):
+        try:
             series = series.cast(pl.String)
+        except pl.exceptions.PolarsError as error:
+            raise DataError(
+                file, "cannot be read: ids are bytes that are no text in UTF-8, as those of UUIDs"
+                " are: write them as text", column=series.name,
+            ) from error  # fmt: skip
     check_present(file, series, first)
     if series.dtype == pl.String:
         return _text_ids(file, series, first, kind, na_values)

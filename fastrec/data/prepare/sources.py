@@ -98,7 +98,17 @@ def polars_frame(frame, name: str = FRAME) -> pl.DataFrame:
         try:
             return frame if isinstance(frame, pl.DataFrame) else pl.DataFrame(frame)
         except (TypeError, ValueError, ModuleNotFoundError) as error:
-            raise DataError(name, f"cannot be read: {error}") from error
+            raise DataError(name, f"cannot be read: {error}", column=_unreadable(frame)) from error
+
+
+def _unreadable(frame) -> str | None:
+    """The first column that polars cannot read, of integers and texts for one."""
+    for column in getattr(frame, "columns", []):
+        try:
+            pl.DataFrame(frame[[column]])
+        except (TypeError, ValueError, KeyError):
+            return str(column)
+    return None
 
 
 def _parts(folder: Path) -> list[Path]:
