@@ -110,7 +110,7 @@ def check_number(name: str, number, whole: bool = False, finite: bool = False) -
         raise TypeError(f"{name} must be {kind}, got {type(number).__name__} {number!r:.60}")
     if whole and isinstance(number, int) and not -(2**63) <= number < 2**63:
         raise ValueError(f"{name} must be a number of 64 bits, got {number}")
-    if finite and isinstance(number, (float, np.floating)) and not math.isfinite(number):
+    if finite and not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be finite, got {number}")
 
 
