@@ -86,6 +86,7 @@ class Recommender:
         self.model, self.dataset, self._program, self._other = model, dataset, program, other
         self._items = Ids(dataset.item_ids())
         self._offered = self._items if other is None else other.ids
+        self._adjusted: tuple[float, Tensor] | None = None
         self._said: dict = {}  # of warnings, whose texts clients write
 
     def recommend(
@@ -283,7 +284,10 @@ class Recommender:
     def _scored(self, tau: float, allowed, blocked) -> Scored:
         table, bias = self.scoring
         if tau != 0:
-            bias = bias - adjustment(self._log_shares, tau).to(bias.device)
+            kept = self._adjusted  # read once: another thread may replace it
+            if kept is None or kept[0] != tau:
+                kept = self._adjusted = tau, adjustment(self._log_shares, tau)
+            bias = bias - kept[1].to(bias.device)
         if blocked is not None and (blocked := listed(blocked)):
             never = torch.from_numpy(self._offered.rows(blocked, "blocked items"))
             bias = bias.index_fill(0, never.to(bias.device), -torch.inf)
