@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from op_check import FLOAT32, assert_within_budget, on, samples
 from op_db.case import Op, Sample, promote, run
@@ -20,15 +21,18 @@ DTYPES = (
 ERRORS = (ValueError, TypeError, IndexError, RuntimeError)
 LARGEST = 2**63 - 1
 # Every argument that is no tensor, with values that it cannot have.
-NO_NUMBER = ("a", torch.tensor(0.5))  # a tensor would get no gradient
+NO_NUMBER = ("a", torch.tensor(0.5), np.array(0.5))  # a tensor would get no gradient
 OPTIONS = {
     **dict.fromkeys(
         ("dropout_p", "label_smoothing", "gbce_t"), (math.nan, -0.1, 1.5, math.inf, *NO_NUMBER)
     ),
-    **dict.fromkeys(("scale", "eps", "z_loss"), NO_NUMBER),
+    **dict.fromkeys(("scale", "z_loss"), (math.nan, math.inf, *NO_NUMBER)),
+    "eps": NO_NUMBER,
+    "num_items": (math.nan, *NO_NUMBER),
+    "causal": ("yes", 1),
     "fixed_temperature": (math.nan, 0.0, -1.0, math.inf, "a"),
-    "ignore_index": (0.5, *NO_NUMBER),
-    "k": (0, -1, 2**40, 2.0, *NO_NUMBER),
+    "ignore_index": (0.5, 2**70, np.float32(-1), *NO_NUMBER),
+    "k": (0, -1, 2**40, 2.0, np.float32(2), *NO_NUMBER),
     "max_seq_len": (-1, 0, 4.0, *NO_NUMBER),
     "layer": (-1, 256, 2**40, 0.5, *NO_NUMBER),
     **dict.fromkeys(("site", "similarity", "loss", "reduction"), ("wrong", "")),
