@@ -14,6 +14,7 @@ from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import PARTS
 from fastrec.nn.user_model import UserModel
 from fastrec.objectives.joint import JointObjective
+from fastrec.training.checks import check_views
 from fastrec.training.config import Recipe
 from fastrec.training.heads_file import load_heads, load_pool
 from fastrec.training.processes import Processes
@@ -22,7 +23,6 @@ from fastrec.training.stage import Stage
 from fastrec.training.stage_data import StageData, stage_data
 from fastrec.training.start import (
     check_dtype,
-    check_views,
     filler_of,
     similar_of,
     started_model,

@@ -10,7 +10,9 @@ from fastrec.data.steps.permute import Permute
 from fastrec.data.steps.segment import Segment
 from fastrec.data.views import parts_of, taken, unwrapped, whole
 from fastrec.nn.model_config import ModelConfig
+from fastrec.objectives.align import Align
 from fastrec.objectives.click import Click
+from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item
 from fastrec.objectives.item_attributes import ItemAttributes
 from fastrec.objectives.rank import Rank
@@ -111,3 +113,22 @@ def _check_again(name: str, stage: Stage, objective: Rank) -> None:
             raise ValueError(
                 f"{name}: rank.views are [a, b, a_again, b_again]: {again!r} is not {view!r} again"
             )
+
+
+def check_views(stage: Stage, dropout: float) -> None:
+    """Raise ValueError for views that are compared and are the same."""
+    for name, part in stage.parts.items():
+        if not isinstance(part, Contrast | Align) or dropout:
+            continue
+        roots = [_root(stage, view) for view in part.views]
+        if roots[0] == roots[1] or not any(stage.views[root] for root in roots):
+            raise ValueError(
+                f"{name} has no effect: without dropout and steps its views are the same"
+            )
+
+
+def _root(stage: Stage, view: str) -> str:
+    """The view whose sequences a view has as they are."""
+    steps = stage.views[view]
+    source = taken(steps) if len(steps) == 1 else None
+    return view if source is None else _root(stage, source)

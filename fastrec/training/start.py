@@ -14,7 +14,6 @@ import torch
 from fastrec.data.item_categories import Categories
 from fastrec.data.item_texts import TextData, Texts
 from fastrec.data.similar_items import most_similar
-from fastrec.data.views import taken
 from fastrec.evaluation.next_item import check_scores
 from fastrec.nn.encoders.parts import settings_of
 from fastrec.nn.filler import Filler
@@ -25,8 +24,6 @@ from fastrec.nn.similar import SimilarItems
 from fastrec.nn.text_model import TextModel
 from fastrec.nn.transfer import WHOLE, freeze, take
 from fastrec.nn.user_model import UserModel
-from fastrec.objectives.align import Align
-from fastrec.objectives.contrast import Contrast
 from fastrec.objectives.item import Item, ItemPrediction
 from fastrec.training.checks import check_stage
 from fastrec.training.config import Recipe
@@ -274,22 +271,3 @@ def check_dtype(model: UserModel, what: str) -> None:
             f"{what} has numbers of {dtype}, and a stage trains float32 (its precision:"
             " bf16-mixed multiplies lower ones): model.float(), or torch.set_default_dtype"
         )
-
-
-def check_views(stage: Stage, dropout: float) -> None:
-    """Raise ValueError for views that are compared and are the same."""
-    for name, part in stage.parts.items():
-        if not isinstance(part, Contrast | Align) or dropout:
-            continue
-        roots = [_root(stage, view) for view in part.views]
-        if roots[0] == roots[1] or not any(stage.views[root] for root in roots):
-            raise ValueError(
-                f"{name} has no effect: without dropout and steps its views are the same"
-            )
-
-
-def _root(stage: Stage, view: str) -> str:
-    """The view whose sequences a view has as they are."""
-    steps = stage.views[view]
-    source = taken(steps) if len(steps) == 1 else None
-    return view if source is None else _root(stage, source)
